@@ -1,0 +1,236 @@
+"""One attention function for every tower, active only where something was asked of it.
+
+transformers sends every attention through a registry, by the name in the module's
+config.  While a run asks for an attention site, that one module is given a stand-in
+for its config that names our function and carries the tap; all other modules, and the
+mask-making of their parents, go on as they were.  Rotated queries and keys are shown
+and passed on to whatever implementation the model had; scores and patterns exist only
+in the eager arithmetic, so that one layer runs it, bit for bit as transformers does.
+
+The mask arrives in the form the model's own implementation takes: None (SDPA's "plain
+causal"), boolean, two-dimensional (FlashAttention), or additive.  `additive_mask` turns
+each into eager's form, and refuses rather than guesses where a missing mask could mean
+either causal or not: an attention that silently stops being causal is a wrong number.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from hooked_vlm.errors import HookError, UnsupportedModelError
+
+NAME = "hooked_vlm"
+# transformers hands a packed encoder's whole sequence to any implementation with "flash"
+# in its name, and calls all others once per image; we want every image in one call.
+PACKED_NAME = "hooked_vlm_flash_layout"
+
+
+class AttentionTap:
+    """What one attention module is asked for during a run: a function per quantity.
+
+    Each function takes the tensor (scores and patterns: a list of them by chunk when the
+    module is packed) and returns the one to go on with.
+    """
+
+    def __init__(self, base: str, edits: dict[str, Callable[[Any], Any]]) -> None:
+        self.base = base
+        self.edits = edits
+
+    @property
+    def eager(self) -> bool:
+        """Whether scores or patterns are asked for."""
+        return bool(self.edits.keys() & {"attn_scores", "pattern"})
+
+    def apply(self, part: str, value: Any) -> Any:
+        """Returns the value after this part's function, or as it is when there is none."""
+        edit = self.edits.get(part)
+        return value if edit is None else edit(value)
+
+
+class TappedConfig:
+    """A module's config with another attention implementation, and the tap, in front of it."""
+
+    def __init__(self, config: Any, name: str, tap: AttentionTap) -> None:
+        self._config = config
+        self._attn_implementation = name
+        self.hooked_vlm_tap = tap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def tapped_config(module: nn.Module, edits: dict[str, Callable], packed: bool) -> TappedConfig:
+    """Returns the config to give an attention module for the length of a run."""
+    base = module.config._attn_implementation or "eager"
+    return TappedConfig(module.config, PACKED_NAME if packed else NAME, AttentionTap(base, edits))
+
+
+def hooked_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    value: Float[Tensor, "batch kv_head key d_head"],
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes attention as the module's own implementation does, through its tap."""
+    tap: AttentionTap = module.config.hooked_vlm_tap
+    query, key = tap.apply("rot_q", query), tap.apply("rot_k", key)
+    bounds = kwargs.get("cu_seq_lens_q")
+    if not tap.eager:
+        function = _base_function(tap.base, module)
+        options = {"scaling": scaling, "dropout": dropout}
+        if bounds is None or "flash" in tap.base:
+            return function(module, query, key, value, attention_mask, **options, **kwargs)
+        options |= {n: v for n, v in kwargs.items() if not n.startswith(("cu_seq", "max_length"))}
+        chunks = _chunks(bounds, query, key, value)
+        return torch.cat([function(module, *c, None, **options)[0] for c in chunks], dim=1), None
+    _refuse_other_arithmetic(kwargs)
+    options = {"scaling": scaling, "softcap": kwargs.get("softcap")}
+    if bounds is None:
+        mask = additive_mask(module, query, key, attention_mask, tap.base, **_mask_options(kwargs))
+        weights = tap.apply("attn_scores", scores(query, key, mask, **options))
+        weights = tap.apply("pattern", pattern(weights, query.dtype))
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        return attend(weights, value), weights
+    chunks = _chunks(bounds, query, key, value)
+    by_chunk = tap.apply("attn_scores", [scores(q, k, None, **options) for q, k, _ in chunks])
+    by_chunk = tap.apply("pattern", [pattern(weights, query.dtype) for weights in by_chunk])
+    outs = [attend(weights, v) for weights, (_, _, v) in zip(by_chunk, chunks, strict=True)]
+    return torch.cat(outs, dim=1), None
+
+
+def _chunks(bounds: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    lengths = bounds.diff().tolist()
+    return list(zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True))
+
+
+def _base_function(base: str, module: nn.Module) -> Callable:
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return AttentionInterface().get_interface(base, own or _eager)
+
+
+def _eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """transformers' eager attention, for modules whose file does not define one."""
+    weights = pattern(scores(query, key, attention_mask, scaling), query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return attend(weights, value), weights
+
+
+def _mask_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs.get(name) for name in ("sliding_window", "is_causal")}
+
+
+def _refuse_other_arithmetic(kwargs: dict[str, Any]) -> None:
+    extra = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
+    if extra:
+        raise UnsupportedModelError(
+            f"This attention uses {', '.join(extra)}, which the scores and pattern sites do not "
+            "reproduce. Hook q, k, v or z instead."
+        )
+
+
+def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
+    """Repeats key or value heads until there are as many as query heads."""
+    if x.shape[1] == n_heads:
+        return x
+    return x.repeat_interleave(n_heads // x.shape[1], dim=1)
+
+
+def scores(
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "batch head query key"]:
+    """Returns the pre-softmax attention scores, the additive mask included."""
+    key = repeat_heads(key, query.shape[1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        weights = torch.tanh(weights / softcap) * softcap
+    return weights if mask is None else weights + mask
+
+
+def pattern(
+    weights: Float[Tensor, "batch head query key"], dtype: torch.dtype
+) -> Float[Tensor, "batch head query key"]:
+    """Returns the attention pattern: a softmax over keys, taken in fp32."""
+    return nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(dtype)
+
+
+def attend(
+    weights: Float[Tensor, "batch head query key"], value: Float[Tensor, "batch kv_head key d_head"]
+) -> Float[Tensor, "batch query head d_head"]:
+    """Returns the pattern's mixture of values, positions before heads."""
+    out = torch.matmul(weights, repeat_heads(value, weights.shape[1]))
+    return out.transpose(1, 2).contiguous()
+
+
+def additive_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    base: str,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+) -> Tensor | None:
+    """Returns the mask as eager attention adds it: 0 where allowed, the dtype's minimum elsewhere.
+
+    `base` is the implementation the mask was made for.  Raises `HookError` where a
+    causal attention got no mask and `base` does not say that none means plain causal.
+    """
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    n_query, n_key = query.shape[2], key.shape[2]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise HookError(
+            f"Attention scores and patterns cannot be read from a {type(mask).__name__}, which "
+            f"the {base!r} implementation uses. Load the model with attn_implementation='sdpa' "
+            "or 'eager'."
+        )
+    if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
+        return mask
+    if mask is not None and mask.ndim == 4:
+        return _as_additive(mask, query.dtype)
+    if mask is None and (not causal or n_query == 1):
+        return None
+    if mask is None and base != "sdpa" and "flash" not in base:
+        raise HookError(
+            f"A causal attention over {n_query} positions got no mask from the {base!r} "
+            "implementation, so its pattern would not be causal. Load the model with "
+            "attn_implementation='sdpa' or 'eager'."
+        )
+    allowed = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device)
+    if causal:
+        allowed = allowed.tril(n_key - n_query)
+        if sliding_window is not None and "flash" in base:
+            allowed = allowed.triu(n_key - n_query - sliding_window + 1)
+    allowed = allowed[None, None]
+    if mask is not None:
+        allowed = allowed & mask[:, None, None, -n_key:].bool()
+    return _as_additive(allowed, query.dtype)
+
+
+def _as_additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, zero, torch.finfo(dtype).min)
+
+
+def _register() -> None:
+    """Registers the function for attention and for masks: with either alone, causality is lost."""
+    for name in (NAME, PACKED_NAME):
+        AttentionInterface.register(name, hooked_attention)
+        AttentionMaskInterface.register(name, eager_mask)
+
+
+_register()

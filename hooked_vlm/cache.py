@@ -1,0 +1,190 @@
+"""Activations of one run, by name.
+
+An `ActivationCache` is a read-only mapping from hook names to tensors that also takes
+TransformerLens's short forms: `cache["resid_post", 3]`, `cache["k6"]`, and
+`cache["pattern", 0, "vision_encoder"]` for the tower.  It holds no model and no
+weights; whatever needs those (a logit lens, say) is a function of the cache and the
+model.  Vision sites of images of different sizes are lists by image.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooked_vlm.errors import DataError, UnknownHookError, did_you_mean
+from hooked_vlm.layout import Images
+from hooked_vlm.naming import VISION, get_act_name, resolve_name
+
+
+class ActivationCache(Mapping[str, Images]):
+    """A mapping from hook names to the activations of one run.
+
+    >>> cache = ActivationCache({"blocks.0.hook_resid_post": torch.zeros(1, 5, 8)})
+    >>> cache["resid_post", 0].shape
+    torch.Size([1, 5, 8])
+    >>> cache.nbytes
+    160
+    """
+
+    def __init__(self, activations: Mapping[str, Images]) -> None:
+        self._activations = dict(activations)
+
+    def __getitem__(self, key: str | tuple) -> Images:
+        """Returns an activation by full name, short name, or `(short name, layer[, type])`.
+
+        Raises `UnknownHookError`, which names what was cached, when there is none.
+        """
+        name = get_act_name(*key) if isinstance(key, tuple) else key
+        if name in self._activations:
+            return self._activations[name]
+        for spelling in (name, get_act_name(name)):
+            try:
+                return self._activations[resolve_name(spelling, self._activations)]
+            except UnknownHookError:
+                continue
+        raise UnknownHookError(
+            f"The cache holds no {name!r}: {len(self)} sites were cached."
+            f"{did_you_mean(get_act_name(name), self._activations)} "
+            "Widen names_filter (or stop_at_layer) to cache more."
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._activations)
+
+    def __len__(self) -> int:
+        return len(self._activations)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]  # type: ignore[index]
+        except (UnknownHookError, TypeError):
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({len(self)} sites, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cached tensors take up."""
+        return sum(t.nbytes for value in self.values() for t in _as_list(value))
+
+    def to(self, device: str | torch.device) -> "ActivationCache":
+        """Returns the cache with every tensor on a device."""
+        return self._map(lambda t: t.to(device))
+
+    def remove_batch_dim(self) -> "ActivationCache":
+        """Returns the cache without the batch axis of LM sites; raises `DataError` unless it is 1.
+
+        Vision sites keep their image axis: a prompt may hold several images.
+        """
+        sizes = {v.shape[0] for n, v in self.items() if isinstance(v, Tensor) and not _is_vision(n)}
+        if sizes - {1}:
+            raise DataError(f"The cache holds batches of {sorted(sizes)}; only 1 can be removed.")
+        return ActivationCache(
+            {n: v if _is_vision(n) or isinstance(v, list) else v[0] for n, v in self.items()}
+        )
+
+    def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
+        """Returns the cache for some prompts of the batch: LM sites only, all else is by image."""
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        kept = {n: v for n, v in self.items() if isinstance(v, Tensor) and not _is_vision(n)}
+        return ActivationCache({n: v[index] for n, v in kept.items()})
+
+    def stack(
+        self, name: str, layers: Sequence[int] | None = None, tower: str | None = None
+    ) -> Float[Tensor, "layer *activation"]:
+        """Returns one site of every cached layer (or of those given), stacked in front.
+
+        >>> cache = ActivationCache({f"blocks.{i}.hook_mlp_out": torch.ones(1, 2, 4) for i in (0, 1)})
+        >>> cache.stack("mlp_out").shape
+        torch.Size([2, 1, 2, 4])
+        """
+        if layers is None:
+            layers = [i for i in range(self._n_layers(tower)) if (name, i, tower) in self]
+        if not layers:
+            raise UnknownHookError(f"The cache holds no layer of {name!r}.")
+        found = [self[name, layer, tower] for layer in layers]
+        if any(isinstance(value, list) for value in found):
+            raise DataError(f"{name!r} is a list by image (sizes differ), so layers cannot be stacked.")
+        return torch.stack(found)  # type: ignore[arg-type]
+
+    def accumulated_resid(
+        self, tower: str | None = None, return_labels: bool = False
+    ) -> Tensor | tuple[Tensor, list[str]]:
+        """Returns the residual stream at every slot: `[slot, batch, pos, d_model]`.
+
+        Slot 0 is block 0's input and slot l the output of block l-1, as in the paper.
+        """
+        n_layers = self._n_layers(tower)
+        slots = torch.stack(
+            [self["resid_pre", 0, tower], *(self["resid_post", i, tower] for i in range(n_layers))]  # type: ignore[list-item]
+        )
+        labels = ["0_pre", *(f"{i}_post" for i in range(n_layers))]
+        return (slots, labels) if return_labels else slots
+
+    def decompose_resid(
+        self, tower: str | None = None, return_labels: bool = False
+    ) -> Tensor | tuple[Tensor, list[str]]:
+        """Returns what each part wrote to the residual stream; the parts sum to its last slot.
+
+        Parts are the input of block 0, then every layer's attention and MLP outputs.
+        """
+        parts, labels = [self["resid_pre", 0, tower]], ["embed"]
+        for layer in range(self._n_layers(tower)):
+            parts += [self["attn_out", layer, tower], self["mlp_out", layer, tower]]
+            labels += [f"{layer}_attn_out", f"{layer}_mlp_out"]
+        stacked = torch.stack(parts)  # type: ignore[arg-type]
+        return (stacked, labels) if return_labels else stacked
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache to a safetensors file, whole or not at all."""
+        tensors = {}
+        for name, value in self.items():
+            for i, tensor in enumerate(_as_list(value)):
+                key = f"{name}#{i}" if isinstance(value, list) else name
+                tensors[key] = tensor.detach().cpu().contiguous().clone()
+        part = Path(f"{path}.part")
+        save_file(tensors, part)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "ActivationCache":
+        """Returns a cache that `save` wrote."""
+        found: dict[str, Images] = {}
+        lists: dict[str, dict[int, Tensor]] = {}
+        with safe_open(path, framework="pt", device=device) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict: it has no iterator)
+                name, _, index = key.partition("#")
+                if index:
+                    lists.setdefault(name, {})[int(index)] = file.get_tensor(key)
+                else:
+                    found[name] = file.get_tensor(key)
+        found |= {name: [parts[i] for i in sorted(parts)] for name, parts in lists.items()}
+        return cls(found)
+
+    def _n_layers(self, tower: str | None) -> int:
+        prefix = f"{VISION}.blocks." if tower else "blocks."
+        layers = {int(n.removeprefix(prefix).split(".")[0]) for n in self if n.startswith(prefix)}
+        return max(layers, default=-1) + 1
+
+    def _map(self, function) -> "ActivationCache":
+        return ActivationCache(
+            {
+                n: [function(t) for t in v] if isinstance(v, list) else function(v)
+                for n, v in self.items()
+            }
+        )
+
+
+def _as_list(value: Images) -> list[Tensor]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_vision(name: str) -> bool:
+    return name.startswith("vision_")

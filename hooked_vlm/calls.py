@@ -1,0 +1,87 @@
+"""The order in which a module's `forward` calls its children, read from its source.
+
+A module tree says which parts a transformer block has, but not in which order they
+run, and the order is what gives a layer norm its meaning: Gemma-3's
+`post_attention_layernorm` comes before the residual addition, Qwen2's, of the same
+name, after it.  The source of `forward` says so without a forward pass, for models on
+the `meta` device and for a user's own modules alike.  Expressions are read in the
+order Python evaluates them, so `self.down(self.act(self.gate(x)) * self.up(x))` gives
+`act`'s argument first: gate, act, up, down.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+
+from torch import nn
+
+
+def forward_source(function: Callable) -> str:
+    """Returns the source of a function under all its decorators, or `""` if there is none."""
+    try:
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    except (OSError, TypeError):
+        return ""
+
+
+class _SelfCalls(ast.NodeVisitor):
+    """Collects `name` of every `self.name(...)` and `self.a.name(...)` in evaluation order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def visit_Call(self, node: ast.Call) -> None:
+        for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
+            self.visit(argument)
+        name = _self_path(node.func)
+        if name is None:
+            self.visit(node.func)
+        elif name:
+            self.names.append(name)
+
+
+def _self_path(node: ast.expr) -> str | None:
+    """Returns `"a.b"` for the expression `self.a.b`, `None` for anything else."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name) and node.id == "self":
+        return ".".join(reversed(parts))
+    return None
+
+
+def self_calls(function: Callable) -> list[str]:
+    """Returns the dotted names called on `self` in a function, in evaluation order, once each.
+
+    >>> import torch
+    >>> class Gated(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return self.down(self.act(self.gate(x)) * self.up(x))
+    >>> self_calls(Gated.forward)  # doctest: +SKIP
+    ['gate', 'act', 'up', 'down']
+    """
+    source = forward_source(function)
+    if not source:
+        return []
+    collector = _SelfCalls()
+    for statement in ast.parse(source).body:
+        collector.visit(statement)
+    return list(dict.fromkeys(collector.names))
+
+
+def called_children(module: nn.Module) -> list[str]:
+    """Returns the names of a module's children in the order its `forward` calls them.
+
+    Children that the source does not name (or all, where there is no source) follow in
+    the order in which they were declared.
+    """
+    children = dict(module.named_children())
+    called = [name for name in self_calls(type(module).forward) if name in children]
+    return called + [name for name in children if name not in called]
+
+
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Returns the names of the parameters of a module's `forward`, under its decorators."""
+    return list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)

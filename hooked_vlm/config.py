@@ -1,0 +1,96 @@
+"""The sizes of a wrapped model, under TransformerLens's names."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hooked_vlm.anatomy import Anatomy, Stack
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """Sizes of one residual stream."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int | None
+
+
+@dataclass(frozen=True)
+class VisionConfig(StackConfig):
+    """Sizes of the vision encoder."""
+
+    patch_size: int
+    """Side of a patch, in pixels."""
+    merge: int
+    """Side of the square of patches that the encoder merges into one visual token (1: none)."""
+    n_prefix: int
+    """Encoder tokens in front of the patches, such as CLIP's class token."""
+    image_size: int | None
+    """Side in pixels of the only image size accepted; None when any size is."""
+    last_read: int
+    """The last block whose output reaches the language model."""
+
+
+@dataclass(frozen=True)
+class HookedVLMConfig(StackConfig):
+    """Sizes of the language model, with the vision encoder's under `vision`."""
+
+    d_vocab: int
+    model_name: str
+    attn_implementation: str
+    image_token_id: int | None
+    vision: VisionConfig | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+def read_config(model: nn.Module, anatomy: Anatomy, name: str) -> HookedVLMConfig:
+    """Returns the sizes of a model with a given anatomy."""
+    weight = model.get_submodule(anatomy.unembed).weight
+    embedding = model.get_submodule(anatomy.embed).weight
+    return HookedVLMConfig(
+        **_stack(anatomy.lm),
+        d_vocab=weight.shape[0],
+        model_name=name,
+        attn_implementation=str(getattr(_config(model), "_attn_implementation", "eager")),
+        image_token_id=anatomy.image_token_id,
+        vision=_vision(anatomy),
+        device=embedding.device,
+        dtype=embedding.dtype,
+    )
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+def _stack(stack: Stack) -> dict[str, int | None]:
+    attn, mlp = stack.blocks[0].attn, stack.blocks[0].mlp
+    return {
+        "n_layers": len(stack.blocks),
+        "d_model": stack.d_model,
+        "n_heads": attn.n_heads,
+        "n_key_value_heads": attn.n_key_value_heads,
+        "d_head": attn.d_head,
+        "d_mlp": mlp.d_mlp if mlp else None,
+    }
+
+
+def _vision(anatomy: Anatomy) -> VisionConfig | None:
+    vision = anatomy.vision
+    if vision is None:
+        return None
+    return VisionConfig(
+        **_stack(vision),  # type: ignore[arg-type]
+        patch_size=vision.patch_size,
+        merge=vision.merge,
+        n_prefix=vision.n_prefix,
+        image_size=vision.image_size,
+        last_read=vision.last_read,
+    )

@@ -1,0 +1,417 @@
+"""Where an image is in a prompt: pixel box <-> visual token <-> encoder patch <-> position.
+
+A `TokenGrid` is one image's rectangle of visual tokens ("cells").  It holds the position
+of every cell in the language model's input, the vision encoder's patch grid under the
+cells, and the affine map from the pixels of the image you gave to the pixels that the
+encoder saw.  From pixels it makes `Region`s, which every activation can be indexed with.
+
+Boxes and masks are in pixels of the image you gave: x to the right, y down, half-open
+`(x0, y0, x1, y1)`, as in PIL.  Which of the partly covered cells belong is a named rule:
+"any" (some of it is covered), "center" (its centre is), or a fraction (at least that part
+of its area is).  Area and centre of a cell are those of what it shows of the image;
+padding that the processor added does not count.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from hooked_vlm.coverage import Coverage, box_coverage, mask_coverage
+from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError, did_you_mean
+from hooked_vlm.regions import Cell, Region, union_of
+
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGrid:
+    """One image's visual tokens, in the prompt, over the patches and over the pixels."""
+
+    positions: Int[Tensor, "row col"]
+    """Positions in the prompt's row of `input_ids`, padding counted."""
+    patch_rows: int
+    patch_cols: int
+    n_prefix: int
+    """Encoder tokens in front of the patches (a CLS token), else 0."""
+    image_size: tuple[int, int]
+    """(width, height) in pixels of the image you gave."""
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+    """`processed_px = original_px * scale - offset`, each (x, y)."""
+    processed_size: tuple[int, int]
+    """(width, height) in pixels of what the encoder sees."""
+    prompt: int = 0
+    """Row of the batch."""
+    image: int = 0
+    """Index among all images of the batch, in the encoder's order."""
+
+    def __post_init__(self) -> None:
+        flat = self.positions.flatten()
+        if self.positions.ndim != 2 or not flat.numel():
+            raise GridError(
+                f"Positions of shape {tuple(self.positions.shape)} are not a grid. Give [row, col]."
+            )
+        if flat[0] < 0 or (flat.diff() <= 0).any():
+            raise GridError(
+                "Positions must ascend in raster order, row by row: they are those of visual "
+                f"tokens in a prompt. The first row given is {self.positions[0].tolist()}."
+            )
+        if min(self.scale) <= 0:
+            raise GridError(f"Scale {self.scale} must be positive in x and y.")
+
+    @property
+    def rows(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of visual tokens."""
+        return self.rows, self.cols
+
+    def __len__(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def cell_size(self) -> tuple[float, float]:
+        """(width, height) of one cell, in pixels of the image you gave."""
+        return (
+            self.processed_size[0] / self.cols / self.scale[0],
+            self.processed_size[1] / self.rows / self.scale[1],
+        )
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the encoder sees other pixels than those of the image you gave."""
+        return self.processed_size != self.image_size or self.scale != (1.0, 1.0)
+
+    @property
+    def shows_everything(self) -> bool:
+        """Whether no part of the image was cropped away."""
+        return self.visible_box == (0.0, 0.0, *map(float, self.image_size))
+
+    @property
+    def visible_box(self) -> Box:
+        """The part of the given image that the cells show: all of it, unless it was cropped."""
+        x, y = self._edges()
+        return float(x[0]), float(y[0]), float(x[-1]), float(y[-1])
+
+    def cell_box(self, cell: Cell) -> Box:
+        """Returns the cell's box `(x0, y0, x1, y1)` in the image you gave, clipped to it.
+
+        Raises `RegionError` for a cell off the grid, `GridError` for one that shows only
+        padding.
+        """
+        ((row, col),) = self.cells([cell]).cells
+        x, y = self._edges()
+        box = float(x[col]), float(y[row]), float(x[col + 1]), float(y[row + 1])
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise GridError(
+                f"Cell {cell} shows only padding that the image processor added, so it has no "
+                f"box in the image of {_px(self.image_size)}."
+            )
+        return box
+
+    def at(self, x: float, y: float) -> Cell:
+        """Returns the cell that shows the point `(x, y)` of the image you gave.
+
+        Raises `RegionError` for a point outside the image, or in a part that was cropped away.
+        """
+        if not (0 <= x < self.image_size[0] and 0 <= y < self.image_size[1]):
+            raise RegionError(
+                f"The point ({x}, {y}) is outside the image of {_px(self.image_size)}."
+            )
+        x_edges, y_edges = self._edges()
+        col = int(np.searchsorted(x_edges, x, side="right")) - 1
+        row = int(np.searchsorted(y_edges, y, side="right")) - 1
+        if not (0 <= row < self.rows and 0 <= col < self.cols):
+            raise RegionError(
+                f"The point ({x}, {y}) was cropped away by the image processor: the cells show "
+                f"{_ranges(self.visible_box)} of the image."
+            )
+        return row, col
+
+    def cells(self, cells: Iterable[Cell], name: str = "cells") -> Region:
+        """Returns a region of explicit cells `(row, col)`."""
+        return Region(self.shape, tuple(cells), name)
+
+    def strip(self, orientation: str, start: int, stop: int, name: str | None = None) -> Region:
+        """Returns a strip across the whole image, of token range `start` to `stop` (half-open).
+
+        A "vertical" strip is every row of those columns (paper.md 2.1, left and right); a
+        "horizontal" one every column of those rows.
+        """
+        make = {"vertical": Region.columns, "horizontal": Region.rows_}
+        if orientation not in make:
+            raise RegionError(
+                f"A strip is 'vertical' or 'horizontal', not {orientation!r}."
+                f"{did_you_mean(orientation, make)}"
+            )
+        return make[orientation](self.shape, start, stop, name or f"{orientation} strip")
+
+    def all(self, name: str = "image") -> Region:
+        """Returns every cell of the grid."""
+        return Region.everything(self.shape, name)
+
+    def background(self, *regions: Region, name: str = "background") -> Region:
+        """Returns every cell that is in none of the regions (which may leave none)."""
+        return (~union_of(regions)).named(name) if regions else self.all(name)
+
+    def box(
+        self,
+        x0: float,
+        y0: float,
+        x1: float,
+        y1: float,
+        rule: str | float = "any",
+        name: str = "box",
+    ) -> Region:
+        """Returns the cells that a pixel box of the image you gave covers, by `rule`.
+
+        Raises `RegionError` for a box that is empty or reaches outside the image, that lies in
+        a part that was cropped away, or that covers no cell by this rule.
+        """
+        width, height = self.image_size
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise RegionError(
+                f"Box {_ranges((x0, y0, x1, y1))} is empty or reaches outside the image of "
+                f"{_px(self.image_size)}. Give 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}."
+            )
+        return self._select(box_coverage(*self._edges(), (x0, y0, x1, y1)), rule, name)
+
+    def mask(
+        self,
+        mask: Shaped[np.ndarray, "height width"] | Shaped[Tensor, "height width"],
+        rule: str | float = "any",
+        name: str = "mask",
+    ) -> Region:
+        """Returns the cells that a boolean mask of the image you gave covers, by `rule`.
+
+        Raises `GridError` when the mask is not boolean or not of the image's size, and
+        `RegionError` when it covers no cell by this rule.
+        """
+        pixels = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
+        width, height = self.image_size
+        if pixels.shape != (height, width) or pixels.dtype != np.bool_:
+            raise GridError(
+                f"The mask is {pixels.dtype} of shape {pixels.shape}; the image of "
+                f"{_px(self.image_size)} needs bool of shape {(height, width)} (height, width). "
+                "Threshold or resize it first."
+            )
+        return self._select(mask_coverage(*self._edges(), pixels), rule, name)
+
+    def cell_of_patch(self, patch: int) -> Cell:
+        """Returns the cell over an encoder token (`n_prefix` counted): `Region.patches` back."""
+        index = patch - self.n_prefix
+        if not 0 <= index < self.patch_rows * self.patch_cols:
+            raise GridError(
+                f"Encoder token {patch} is no patch: patches are {self.n_prefix} to "
+                f"{self.n_prefix + self.patch_rows * self.patch_cols - 1}."
+            )
+        row, col = divmod(index, self.patch_cols)
+        return row * self.rows // self.patch_rows, col * self.cols // self.patch_cols
+
+    def cell_of_position(self, position: int) -> Cell:
+        """Returns the cell at a position of the prompt: `Region.positions` back."""
+        found = (self.positions == position).nonzero()
+        if not len(found):
+            raise GridError(
+                f"Position {position} holds no visual token of this image; they lie between "
+                f"{int(self.positions[0, 0])} and {int(self.positions[-1, -1])}."
+            )
+        return int(found[0, 0]), int(found[0, 1])
+
+    def describe(self) -> str:
+        """Returns one line, such as "12x12 visual tokens of 28x28 px, 24x24 patches, image
+        336x336"; the pixels are those of the image you gave."""
+        width, height = self.cell_size
+        resized = f", seen as {_px(self.processed_size)}" if self.is_resized else ""
+        return (
+            f"{self.rows}x{self.cols} visual tokens of {width:.4g}x{height:.4g} px, "
+            f"{self.patch_rows}x{self.patch_cols} patches, "
+            f"image {self.image_size[0]}x{self.image_size[1]}{resized}"
+        )
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def _edges(self) -> tuple[Float[np.ndarray, " edges_x"], Float[np.ndarray, " edges_y"]]:
+        """Returns where the columns and the rows of cells begin and end in the given image."""
+        edges = []
+        for axis, cells in enumerate((self.cols, self.rows)):
+            processed = np.arange(cells + 1) * self.processed_size[axis] / cells
+            original = (processed + self.offset[axis]) / self.scale[axis]
+            edges.append(original.clip(0.0, self.image_size[axis]))
+        return edges[0], edges[1]
+
+    def _select(self, coverage: Coverage, rule: str | float, name: str) -> Region:
+        """Returns the covered cells; none is an error that says why."""
+        region = Region.from_mask(coverage.select(rule), name)
+        if region:
+            return region
+        if coverage.part.any():
+            row, col = np.unravel_index(coverage.part.argmax(), coverage.part.shape)
+            raise RegionError(
+                f"{name!r} covers no cell by rule {rule!r}: the most it covers is "
+                f"{coverage.part.max():.0%} of cell ({row}, {col}). Use rule='any' or a lower "
+                "fraction."
+            )
+        raise RegionError(
+            f"{name!r} covers no cell. The cells show {_ranges(self.visible_box)} of the image of "
+            f"{_px(self.image_size)}; the rest was cropped away by the image processor, or "
+            "nothing was marked."
+        )
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """What is known of one image before it is found in a prompt; sizes are (width, height)."""
+
+    rows: int
+    cols: int
+    patch_rows: int
+    patch_cols: int
+    image_size: tuple[int, int]
+    processed_size: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[float, float] = (0.0, 0.0)
+    n_prefix: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        return self.rows * self.cols
+
+
+def image_token_runs(
+    input_ids: Int[Tensor, " pos"], image_token_id: int
+) -> list[Int[Tensor, " run"]]:
+    """Returns the positions of the image tokens of one prompt, as unbroken runs.
+
+    Two images with nothing between them make one run, and one image with row separators
+    (Pixtral) makes a run per row: `token_grids` sorts that out.
+    """
+    found = (input_ids == image_token_id).nonzero().flatten()
+    if not len(found):
+        return []
+    breaks = (found.diff() != 1).nonzero().flatten() + 1
+    return list(torch.tensor_split(found, breaks.cpu()))
+
+
+def token_grids(
+    input_ids: Int[Tensor, "batch pos"],
+    image_token_id: int,
+    layouts: Sequence[ImageLayout],
+    images_per_prompt: Sequence[int] | None = None,
+) -> list[TokenGrid]:
+    """Returns one `TokenGrid` per image, in the order of `layouts` (the encoder's).
+
+    Images fill the image tokens of the prompts in order, each taking as many as its layout
+    has.  Where `images_per_prompt` is not given, each prompt takes images until its image
+    tokens are used up.
+
+    Raises `GridError` when the counts do not agree, or when a row of an image's tokens is
+    interrupted by other tokens.
+    """
+    grids: list[TokenGrid] = []
+    if images_per_prompt is not None and len(images_per_prompt) != len(input_ids):
+        raise GridError(
+            f"images_per_prompt has {len(images_per_prompt)} entries for {len(input_ids)} prompts."
+        )
+    for prompt, ids in enumerate(input_ids):
+        found = (ids == image_token_id).nonzero().flatten()
+        rest = list(layouts[len(grids) :])
+        count = _count(rest, len(found)) if images_per_prompt is None else images_per_prompt[prompt]
+        wanted = sum(layout.n_tokens for layout in rest[:count])
+        if wanted != len(found) or count > len(rest):
+            sizes = ", ".join(f"{layout.rows}x{layout.cols}" for layout in rest[:count])
+            raise GridError(
+                f"Prompt {prompt} has {len(found)} image tokens (id {image_token_id}), and its "
+                f"{min(count, len(rest))} images ({sizes or 'none left'}) make {wanted}. Every "
+                "image needs its placeholder in the text, and placeholders must be expanded by "
+                "the model's own processor."
+            )
+        for layout in rest[:count]:
+            tokens, found = found[: layout.n_tokens], found[layout.n_tokens :]
+            grids.append(_grid(tokens, layout, prompt, len(grids)))
+    if len(grids) != len(layouts):
+        raise GridError(
+            f"{len(layouts)} images were given and the prompts have image tokens for "
+            f"{len(grids)}. Every image needs its placeholder in the text."
+        )
+    return grids
+
+
+def warn_if_resized(grids: Iterable[TokenGrid]) -> None:
+    """Warns with `HookedVLMWarning`, once per size, of images that the processor changed.
+
+    Cells are then not where they would be on the image you gave: the warning says to what
+    size the image went and how large a cell is in its own pixels.
+    """
+    changed = {(g.image_size, g.processed_size, g.shape): g for g in grids if g.is_resized}
+    for grid in changed.values():
+        cropped = (
+            ""
+            if grid.shows_everything
+            else (f" It was cropped too: the cells show {_ranges(grid.visible_box)} of it.")
+        )
+        width, height = grid.cell_size
+        warnings.warn(
+            f"The image processor made {_px(grid.processed_size)} of an image of "
+            f"{_px(grid.image_size)}, so cells move: each of the {grid.rows}x{grid.cols} visual "
+            f"tokens shows {width:.4g}x{height:.4g} px of your image.{cropped} Regions made by "
+            f"its TokenGrid follow; a stimulus whose objects must fill whole cells should be "
+            f"drawn at {_px(grid.processed_size)}.",
+            HookedVLMWarning,
+            stacklevel=3,
+        )
+
+
+def _count(layouts: Sequence[ImageLayout], n_tokens: int) -> int:
+    """Returns how many of the next images it takes to use up `n_tokens`."""
+    count = used = 0
+    while used < n_tokens and count < len(layouts):
+        used += layouts[count].n_tokens
+        count += 1
+    return count
+
+
+def _grid(tokens: Int[Tensor, " token"], layout: ImageLayout, prompt: int, image: int) -> TokenGrid:
+    positions = tokens.reshape(layout.rows, layout.cols)
+    broken = (positions.diff(dim=1) != 1).any(dim=1).nonzero().flatten()
+    if len(broken):
+        raise GridError(
+            f"Image {image} of prompt {prompt} should be {layout.rows} rows of {layout.cols} "
+            f"visual tokens, but row {int(broken[0])} is interrupted by other tokens: "
+            f"positions {positions[broken[0]].tolist()}. Its grid is not {layout.rows}x"
+            f"{layout.cols}."
+        )
+    return TokenGrid(
+        positions=positions,
+        patch_rows=layout.patch_rows,
+        patch_cols=layout.patch_cols,
+        n_prefix=layout.n_prefix,
+        image_size=layout.image_size,
+        scale=layout.scale,
+        offset=layout.offset,
+        processed_size=layout.processed_size,
+        prompt=prompt,
+        image=image,
+    )
+
+
+def _px(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} px"
+
+
+def _ranges(box: Box) -> str:
+    x0, y0, x1, y1 = box
+    return f"x {x0:g} to {x1:g}, y {y0:g} to {y1:g}"

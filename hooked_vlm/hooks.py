@@ -1,0 +1,360 @@
+"""Hook points, and the one place that attaches functions to a model and removes them.
+
+A hook function is `fn(activation, hook)`; it returns a replacement of the same shape
+and dtype, or None to leave the activation as it is (an edit in place counts as a
+replacement).  PyTorch handles exist only while a `with attach(...)` block is open and
+are removed in its `finally`, whatever raises; nothing is attached that was not asked
+for.  Forward hooks go in front of those that transformers keeps for collecting hidden
+states: behind them, an edit of the layer that a projector reads would be lost.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_vlm.attention import tapped_config
+from hooked_vlm.calls import forward_parameters
+from hooked_vlm.errors import HookError
+from hooked_vlm.layout import Images, PackedLayout, packed_layout
+from hooked_vlm.sites import Site, read, write
+
+HookFunction = Callable[..., Any]
+"""`fn(activation, hook)`, returning a replacement or None."""
+
+
+@dataclass(eq=False)
+class HookPoint:
+    """What a hook function is told about where it runs."""
+
+    name: str
+    axes: str
+    """The names of the activation's axes, in order, separated by blanks."""
+    read_only: str = ""
+    """Why a write here is refused; empty when it is allowed."""
+    ctx: dict = field(default_factory=dict)
+    """Room for a user's functions to keep things between calls."""
+    step: int = 0
+    """Which forward pass of a generation this is: 0 is the prefill."""
+
+    def layer(self) -> int:
+        """Returns the block this point is in; raises `HookError` when it is in none."""
+        parts = self.name.split(".")
+        if "blocks" not in parts:
+            raise HookError(f"{self.name} is not inside a block, so it has no layer.")
+        return int(parts[parts.index("blocks") + 1])
+
+
+@dataclass(eq=False)
+class Run:
+    """When the functions of one `with` block act during a generation."""
+
+    prefill_only: bool = False
+    prompt_length: int | None = None
+    """With `prefill_only`: the length of the prompt that every uncached pass repeats."""
+    steps: int = -1
+    """Forward passes begun since the block was entered, less one."""
+
+    @property
+    def asleep(self) -> bool:
+        """Whether this pass is past the prefill, and holds no prompt to act on again."""
+        return self.prefill_only and self.steps > 0 and self.prompt_length is None
+
+    def window(self, axes: str) -> tuple[slice, ...] | None:
+        """Returns the slice of a repeated, uncached pass that is the prompt (None: all of it)."""
+        names = axes.split()
+        if not self.prefill_only or self.steps <= 0 or names[0] != "batch":
+            return None
+        prompt = slice(0, self.prompt_length)
+        return tuple(prompt if axis in ("pos", "query", "key") else slice(None) for axis in names)
+
+
+@dataclass(eq=False)
+class Packing:
+    """The order of patches in the packed encoder's call in progress."""
+
+    merge: int = 1
+    layout: PackedLayout | None = None
+
+
+class Reader:
+    """A hook function of the library's own that only looks, such as the cache's."""
+
+    def __init__(self, function: Callable[[Images, HookPoint], None]) -> None:
+        self.function = function
+
+    def __call__(self, activation: Images, hook: HookPoint) -> None:
+        self.function(activation, hook)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+class _Fired:
+    """Runs the functions of one site on what flows there."""
+
+    def __init__(
+        self,
+        site: Site,
+        point: HookPoint,
+        fns: Sequence[tuple[HookFunction, Run]],
+        packing: Packing,
+    ) -> None:
+        self.site, self.point, self.fns, self.packing = site, point, fns, packing
+
+    @property
+    def asleep(self) -> bool:
+        """Whether no function acts in this pass."""
+        return all(run.asleep for _, run in self.fns)
+
+    def on_raw(self, raw: Tensor) -> Tensor | None:
+        """Returns what must flow on in place of `raw`, or None when nothing changed."""
+        if self.asleep:
+            return None
+        value, changed = self.on_value(read(self.site, raw, self.packing.layout))
+        return write(self.site, value, raw, self.packing.layout) if changed else None
+
+    def on_value(self, value: Images) -> tuple[Images, bool]:
+        """Returns the value after all functions, and whether any of them changed it."""
+        any_changed = False
+        for fn, run in self.fns:
+            if run.asleep:
+                continue
+            self.point.step = max(run.steps, 0)
+            window = run.window(self.site.axes)
+            part, changed = self._apply(fn, value if window is None else value[window])
+            any_changed |= changed
+            if changed and window is not None:
+                value = value.clone()
+                value[window] = part
+            elif changed:
+                value = part
+        return value, any_changed
+
+    def _apply(self, fn: HookFunction, value: Images) -> tuple[Images, bool]:
+        if isinstance(fn, Reader):
+            fn(value, self.point)
+            return value, False
+        before = _Snapshot(value)
+        result = fn(value, hook=self.point)
+        result = value if result is None else result
+        if result is value and before.unchanged():
+            return value, False
+        if self.point.read_only:
+            raise HookError(
+                f"A hook function changed {self.point.name}, which cannot be written: "
+                f"{self.point.read_only}."
+            )
+        return self._checked(result, value, fn), True
+
+    def _checked(self, result: Any, value: Images, fn: HookFunction) -> Images:
+        """Returns a function's result, or raises `HookError` unless it can take the value's place."""
+        given, expected = _tensors(result), _tensors(value)
+        ok = len(given) == len(expected) and isinstance(result, list) == isinstance(value, list)
+        ok = ok and all(
+            isinstance(g, Tensor)
+            and (g.shape, g.dtype, g.device) == (e.shape, e.dtype, e.device)
+            for g, e in zip(given, expected, strict=True)
+        )
+        if ok:
+            return result
+        raise HookError(
+            f"The hook function {getattr(fn, '__name__', fn)!r} at {self.point.name} returned "
+            f"{_describe(result)}; expected {_describe(value)} with axes [{self.site.axes}]. "
+            "Return a tensor of the activation's shape, dtype and device, or None to leave it."
+        )
+
+
+class _Snapshot:
+    """Tells whether a value was edited in place, by version where torch counts them."""
+
+    def __init__(self, value: Images) -> None:
+        self.tensors = _tensors(value)
+        counted = not any(tensor.is_inference() for tensor in self.tensors)
+        self.versions = [tensor._version for tensor in self.tensors] if counted else None
+        self.copies = None if counted else [tensor.clone() for tensor in self.tensors]
+
+    def unchanged(self) -> bool:
+        if self.versions is not None:
+            return all(t._version == v for t, v in zip(self.tensors, self.versions, strict=True))
+        return all(torch.equal(t, c) for t, c in zip(self.tensors, self.copies, strict=True))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(map(_describe, value))})"
+    return f"a {type(value).__name__}"
+
+
+@contextmanager
+def attach(
+    model: nn.Module,
+    sites: dict[str, Site],
+    points: dict[str, HookPoint],
+    layers: Sequence[tuple[Sequence[tuple[str, HookFunction]], Run]],
+    merge: int = 1,
+) -> Iterator[None]:
+    """Attaches functions to sites of a model for the length of a `with` block.
+
+    `layers` are the open blocks, outermost first: pairs of a site's name and a function,
+    and when they act.  Several functions at one site run in that order.
+    """
+    by_site: dict[str, list[tuple[HookFunction, Run]]] = {}
+    for pairs, run in layers:
+        for name, fn in pairs:
+            by_site.setdefault(name, []).append((fn, run))
+    packing = Packing(merge)
+    fired = [_Fired(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
+    with ExitStack() as stack:
+        for _, run in layers:
+            stack.enter_context(_count_steps(model, run))
+        for path in {f.site.module for f in fired if f.site.order}:
+            _note_layout(model, path, packing, stack)
+        # Prepending reverses the order, and at one module the model's order is the right one.
+        for item in reversed([f for f in fired if f.site.tap != "attention"]):
+            stack.callback(_attach_one(model.get_submodule(item.site.module), item).remove)
+        taps: dict[str, list[_Fired]] = {}
+        for item in fired:
+            if item.site.tap == "attention":
+                taps.setdefault(item.site.module, []).append(item)
+        for path, items in taps.items():
+            stack.enter_context(_tap_attention(model.get_submodule(path), items))
+        yield
+
+
+@contextmanager
+def _count_steps(model: nn.Module, run: Run) -> Iterator[None]:
+    def begin(module: nn.Module, args: tuple) -> None:
+        run.steps += 1
+
+    handle = model.register_forward_pre_hook(begin)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _note_layout(model: nn.Module, path: str, packing: Packing, stack: ExitStack) -> None:
+    """Notes the grid of every call of the packed encoder that a site is part of."""
+    owner = next(
+        (
+            module
+            for prefix in _prefixes(path)
+            if "grid_thw" in forward_parameters(module := model.get_submodule(prefix))
+        ),
+        None,
+    )
+    if owner is None:
+        raise HookError(f"No module above {path} takes grid_thw, so its images cannot be told apart.")
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        bound = inspect.signature(inspect.unwrap(type(module).forward)).bind(module, *args, **kwargs)
+        packing.layout = packed_layout(bound.arguments["grid_thw"], packing.merge)
+
+    stack.callback(owner.register_forward_pre_hook(note, with_kwargs=True, prepend=True).remove)
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _attach_one(module: nn.Module, item: _Fired) -> torch.utils.hooks.RemovableHandle:
+    if item.site.tap == "output":
+        return module.register_forward_hook(_output_hook(item), prepend=True)
+    key = "inputs_embeds" if item.site.tap == "inputs_embeds" else ""
+    return module.register_forward_pre_hook(_input_hook(item, key), with_kwargs=True, prepend=True)
+
+
+def _output_hook(item: _Fired) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return item.on_raw(output)
+        changed = item.on_raw(output[0])
+        return None if changed is None else (changed, *output[1:])
+
+    return hook
+
+
+def _input_hook(item: _Fired, key: str) -> Callable:
+    """Returns a hook on the first positional input, or on the keyword argument that carries it."""
+    in_place = item.site.tap == "residual"
+
+    def carrier(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
+        if key:
+            return key
+        return None if args else next(name for name in forward_parameters(module) if name in kwargs)
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        name = carrier(module, args, kwargs)
+        raw = args[0] if name is None else kwargs[name]
+        changed = item.on_raw(raw)
+        if changed is None:
+            return None
+        if in_place:
+            if changed is not raw:
+                raw.copy_(changed)
+            return None
+        if name is None:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, name: changed}
+
+    return hook
+
+
+@contextmanager
+def _tap_attention(module: nn.Module, items: list[_Fired]) -> Iterator[None]:
+    """Gives an attention module its tap, and its own config back at the end."""
+    config = module.config
+    packed = bool(items[0].site.order)
+    edits = {item.site.part: _attention_edit(item) for item in items}
+    module.config = tapped_config(module, edits, packed)
+    try:
+        yield
+    finally:
+        module.config = config
+
+
+def _attention_edit(item: _Fired) -> Callable[[Any], Any]:
+    square = item.site.part in ("attn_scores", "pattern")
+
+    def edit(raw: Any) -> Any:
+        if square and isinstance(raw, list):
+            return _edit_chunks(item, raw)
+        if square:
+            if item.asleep:
+                return raw
+            value, changed = item.on_value(raw)
+            return value if changed else raw
+        changed = item.on_raw(raw)
+        return raw if changed is None else changed
+
+    return edit
+
+
+def _edit_chunks(item: _Fired, chunks: list[Tensor]) -> list[Tensor]:
+    """Shows the square matrices of a packed encoder by image, both axes in raster order."""
+    if item.asleep:
+        return chunks
+    orders = _chunk_orders(item.packing.layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device)
+    raster = [c[0][:, o][:, :, o] for c, o in zip(chunks, orders, strict=True)]
+    layout = item.packing.layout.patches
+    by_image = len(chunks) == len(layout.rows) and layout.even
+    value, changed = item.on_value(torch.stack(raster) if by_image else raster)
+    if not changed:
+        return chunks
+    inverses = [torch.argsort(order) for order in orders]
+    return [v[:, i][:, :, i][None] for v, i in zip(value, inverses, strict=True)]
+
+
+def _chunk_orders(layout: PackedLayout, lengths: list[int], device: Any) -> list[Tensor]:
+    """Returns, for each run of packed rows, its rows in raster order."""
+    rank = torch.argsort(torch.cat(layout.patches.rows))
+    return [torch.argsort(part).to(device) for part in rank.split(lengths)]

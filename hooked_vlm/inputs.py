@@ -1,0 +1,258 @@
+"""From images and prompts to what a model takes, with a grid for every image.
+
+`prepare_inputs` lays out the chat, lets the model's own processor do its work, passes
+everything the processor made through verbatim, and keeps what the processor throws
+away: which position of which prompt shows which part of which image.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isqrt
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hooked_vlm.anatomy import Anatomy
+from hooked_vlm.errors import DataError, GridError
+from hooked_vlm.grid import TokenGrid, pixel_transform, token_grids, warn_if_resized
+
+OneImage = Any
+"""A PIL image, a numpy array `[height, width, 3]` or a tensor `[3, height, width]`."""
+Images = OneImage | Sequence[Any] | None
+Texts = str | Sequence[str]
+
+
+class Wrapped(Protocol):
+    """The parts of a HookedVLM that preparing inputs needs."""
+
+    hf_model: nn.Module
+    processor: Any
+    anatomy: Anatomy
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Inputs(Mapping[str, Any]):
+    """Model inputs by name, and the grids of their images.
+
+    Pass it to `forward`, `run_with_cache` and the rest, or to the wrapped model as
+    `hf_model(**inputs)`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        grids: Sequence[Sequence[TokenGrid]],
+        texts: Sequence[str] = (),
+        tokens: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.grids = tuple(tuple(row) for row in grids)
+        """For each prompt, the grids of its images."""
+        self.texts = tuple(texts)
+        """The prompts as the processor got them, chat template applied."""
+        self.tokens = tuple(tuple(row) for row in tokens)
+        """For each prompt, its tokens as strings (padding included)."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        shapes = {n: tuple(v.shape) for n, v in self.items() if isinstance(v, Tensor)}
+        return f"Inputs({shapes}, {sum(map(len, self.grids))} images)"
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The grid of the only image; raises `GridError` when there is more than one, or none."""
+        found = [grid for row in self.grids for grid in row]
+        if len(found) != 1:
+            raise GridError(
+                f"These inputs hold {len(found)} images in {len(self.grids)} prompts; "
+                "say which: inputs.grids[prompt][image]."
+            )
+        return found[0]
+
+    def to(self, device: str | torch.device) -> "Inputs":
+        """Returns the inputs with every tensor on a device."""
+        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.items()}
+        return Inputs(moved, self.grids, self.texts, self.tokens)
+
+
+def prepare_inputs(
+    model: Wrapped,
+    images: Images,
+    texts: Texts,
+    *,
+    system: str | None,
+    chat: bool | None,
+    processor_kwargs: dict[str, Any],
+) -> Inputs:
+    """Returns the inputs for a batch of prompts; see `HookedVLM.prepare`."""
+    processor = model.processor
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    by_prompt = _images_by_prompt(images, len(texts))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
+    if chat:
+        prompts = [_chat(processor, text, len(i), system) for text, i in zip(texts, by_prompt, strict=True)]
+    else:
+        prompts = [_plain(processor, text, len(i)) for text, i in zip(texts, by_prompt, strict=True)]
+    bos = getattr(tokenizer, "bos_token", None)
+    if bos and prompts[0].startswith(bos):
+        processor_kwargs.setdefault("add_special_tokens", False)
+    if len(prompts) > 1:
+        processor_kwargs.setdefault("padding", True)
+        processor_kwargs.setdefault("padding_side", "left")
+    if any(by_prompt):
+        processor_kwargs["images"] = by_prompt
+    made = dict(processor(text=prompts, return_tensors="pt", **processor_kwargs))
+    made |= _positions(model.hf_model, made)
+    made = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}
+    sizes = [image.size for row in by_prompt for image in row]
+    grids = grids_of(model, made, sizes) if sizes else ((),) * len(texts)
+    rows = [tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in made["input_ids"]]
+    return Inputs(made, grids, prompts, rows)
+
+
+def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
+    content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _plain(processor: Any, text: str, n_images: int) -> str:
+    """Returns the text with the image placeholders that it lacks in front of it."""
+    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "")
+    return token * max(n_images - text.count(token), 0) + text if token else text
+
+
+def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]:
+    if images is None:
+        return [[] for _ in range(n_prompts)]
+    if not isinstance(images, list | tuple):
+        images = [images]
+    if n_prompts == 1 and not any(isinstance(image, list | tuple) for image in images):
+        images = [list(images)]
+    if len(images) != n_prompts:
+        raise DataError(
+            f"{len(images)} images (or lists of images) were given for {n_prompts} prompts; give "
+            "each prompt its image, or its list of images."
+        )
+    nested = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
+    return [[to_pil(image) for image in row if image is not None] for row in nested]
+
+
+def to_pil(image: OneImage) -> Image.Image:
+    """Returns an RGB image from a PIL image, `[height, width, 3]` array or `[3, height, width]` tensor.
+
+    Integers are taken as 0..255 and floats as 0..1; raises `DataError` for anything else.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in (1, 3) else image).numpy()
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+        shape = getattr(image, "shape", None)
+        raise DataError(
+            f"An image of type {type(image).__name__}{f' and shape {tuple(shape)}' if shape else ''} "
+            "was given; expected a PIL image, an array [height, width, 3] or a tensor [3, height, width]."
+        )
+    if np.issubdtype(image.dtype, np.floating):
+        if image.min() < 0 or image.max() > 1:
+            raise DataError(
+                f"A float image has values from {image.min():.3g} to {image.max():.3g}; expected 0..1 "
+                "(integers for 0..255)."
+            )
+        image = (image * 255).round()
+    return Image.fromarray(image.astype(np.uint8).squeeze()).convert("RGB")
+
+
+def _positions(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns position ids that count from each prompt's own first token, where padding needs them.
+
+    transformers counts positions from the start of the padding unless it is told (its
+    M-RoPE models count from the mask themselves).
+    """
+    mask = made.get("attention_mask")
+    base = getattr(hf_model, "base_model", hf_model)
+    if mask is None or bool(mask.all()) or hasattr(base, "get_rope_index"):
+        return {}
+    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+
+
+def grids_of(
+    model: Wrapped, inputs: Mapping[str, Any], image_sizes: Sequence[tuple[int, int]] | None = None
+) -> tuple[tuple[TokenGrid, ...], ...]:
+    """Returns the grids of the images in some model inputs, a tuple for each prompt.
+
+    `image_sizes` are (width, height) of the images as the user gave them; without them,
+    pixels are those that the encoder sees.
+    """
+    ids, vision = inputs["input_ids"], model.anatomy.vision
+    if vision is None or inputs.get("pixel_values") is None:
+        return ((),) * len(ids)
+    if model.anatomy.image_token_id is None:
+        raise GridError("The model's config names no image token, so images cannot be found in prompts.")
+    patch_grids = _patch_grids(inputs, vision.patch_size)
+    total = int((ids == model.anatomy.image_token_id).sum())
+    shapes = [_token_shape(grid, vision.merge, total, patch_grids) for grid in patch_grids]
+    processor = getattr(model.processor, "image_processor", None)
+    transforms = []
+    for i, (rows, cols) in enumerate(patch_grids):
+        processed = (cols * vision.patch_size, rows * vision.patch_size)
+        size = tuple(image_sizes[i]) if image_sizes is not None else processed
+        scale, offset = pixel_transform(processor, size, processed)
+        transforms.append((size, processed, scale, offset))
+    made = token_grids(
+        ids, model.anatomy.image_token_id, shapes, patch_grids, transforms, n_prefix=vision.n_prefix
+    )
+    if image_sizes is not None:
+        _warn_resized(made)
+    return made
+
+
+def _warn_resized(grids: Sequence[Sequence[TokenGrid]]) -> None:
+    for grid in {(g.image_size, g.processed_size): g for row in grids for g in row}.values():
+        warn_if_resized(grid)
+
+
+def _patch_grids(inputs: Mapping[str, Any], patch: int) -> list[tuple[int, int]]:
+    """Returns (rows, cols) of encoder patches for each image."""
+    if "image_grid_thw" in inputs:
+        return [(t * h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
+    pixels = inputs["pixel_values"]
+    if pixels.ndim != 4:
+        raise GridError(
+            f"pixel_values of shape {tuple(pixels.shape)} are no [image, 3, height, width]: this "
+            "model cuts images into tiles, which grids do not cover yet."
+        )
+    return [(pixels.shape[2] // patch, pixels.shape[3] // patch)] * len(pixels)
+
+
+def _token_shape(
+    grid: tuple[int, int], merge: int, total: int, all_grids: list[tuple[int, int]]
+) -> tuple[int, int]:
+    """Returns (rows, cols) of visual tokens: patches merged by the encoder or pooled behind it."""
+    rows, cols = grid
+    if merge > 1:
+        return rows // merge, cols // merge
+    n_patches = sum(r * c for r, c in all_grids)
+    pool = isqrt(n_patches // total) if total and n_patches % total == 0 else 0
+    if pool == 0 or pool**2 * total != n_patches or rows % pool or cols % pool:
+        raise GridError(
+            f"{total} image tokens in the prompts cannot come from {n_patches} patches "
+            f"({rows}x{cols} an image) by pooling squares of them."
+        )
+    return rows // pool, cols // pool

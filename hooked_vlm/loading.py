@@ -1,0 +1,50 @@
+"""Loading models: shipped ones by name, folders and hub names by transformers.
+
+Only safetensors are loaded, never pickles, and no remote code runs unless the user
+passes `trust_remote_code=True`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hooked_vlm.errors import UnsupportedModelError, did_you_mean
+from hooked_vlm.zoo import available, load
+
+
+def load_pretrained(
+    name: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Returns a model and its processor, by the name of a shipped model, a folder or a hub name.
+
+    Raises `UnsupportedModelError` when nothing of that name can be loaded.
+    """
+    if name in available() and not Path(name).exists():
+        chosen = torch.float32 if dtype == "auto" else dtype
+        if device_map is not None:
+            raise UnsupportedModelError(f"{name} is small: give device=…, not device_map.")
+        return load(name, dtype=chosen, device=device or "cpu", **kwargs)
+    remote = bool(kwargs.get("trust_remote_code"))
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, device_map=device_map, use_safetensors=True, **kwargs
+        )
+        processor = AutoProcessor.from_pretrained(
+            name, revision=kwargs.get("revision"), trust_remote_code=remote
+        )
+    except (OSError, ValueError) as error:
+        shipped = ", ".join(available())
+        raise UnsupportedModelError(
+            f"Could not load {name!r}: it is none of the shipped models ({shipped}), and "
+            f"transformers says: {str(error).strip().splitlines()[0]}"
+            f"{did_you_mean(name, available())}"
+        ) from error
+    model.eval()
+    return model if device is None else model.to(device), processor

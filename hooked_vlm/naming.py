@@ -1,0 +1,184 @@
+"""The grammar of hook names, and the spellings that are accepted for them.
+
+A name is `[vision_encoder.]blocks.{layer}.{site}` for what repeats with the layers and
+`{site}`, `vision_encoder.{site}` or `vision_projector.{site}` for what does not.  The
+sites carry TransformerLens's names; its bridge's spellings of the same places
+(`blocks.3.attn.q.hook_out`, `vision_encoder.encoder_layers.0.hook_in`) are accepted
+and turned into ours.  Whatever resolves to no site of the model at hand is an
+`UnknownHookError` with the nearest names, never a filter that quietly matches nothing.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from hooked_vlm.errors import UnknownHookError, did_you_mean
+
+VISION = "vision_encoder"
+PROJECTOR = "vision_projector"
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+_RENAMED = (
+    (r"\bencoder_layers\.", "blocks."),
+    (r"(blocks\.-?\d+)\.hook_in$", r"\1.hook_resid_pre"),
+    (r"(blocks\.-?\d+)\.hook_out$", r"\1.hook_resid_post"),
+    (r"(blocks\.-?\d+)\.ln2\.hook_in$", r"\1.hook_resid_mid"),
+    (r"(blocks\.-?\d+)\.(attn|mlp)\.hook_out$", r"\1.hook_\2_out"),
+    (r"\.attn\.([qkv])\.hook_out$", r".attn.hook_\1"),
+    (r"\.attn\.o\.hook_in$", ".attn.hook_z"),
+    (r"\.attn\.hook_scores$", ".attn.hook_attn_scores"),
+    (r"^embed\.hook_out$", "hook_embed"),
+    (r"^(unembed\.hook_out|hook_unembed)$", "hook_logits"),
+    (r"^ln_final\.hook_out$", "ln_final.hook_normalized"),
+    (r"^unembed\.hook_in$", "ln_final.hook_normalized"),
+    (r"hook_vision_out$", "hook_out"),
+    (r"hook_vision_proj_(in|out)$", r"hook_\1"),
+)
+
+# Short site names and where they live inside a block, as in TransformerLens's get_act_name.
+_IN_ATTENTION = {"q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern"}
+_IN_MLP = {"pre", "post", "pre_linear"}
+_SHORT = {
+    "attn": "pattern",
+    "attn_logits": "attn_scores",
+    "key": "k",
+    "query": "q",
+    "value": "v",
+    "mlp_pre": "pre",
+    "mlp_mid": "mid",
+    "mlp_post": "post",
+}
+_LAYER_TYPES = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}
+_TOWERS = {"vision": VISION, VISION: VISION, "projector": PROJECTOR, PROJECTOR: PROJECTOR}
+
+
+def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
+    """Returns the full hook name for a short one, as TransformerLens's function does.
+
+    `layer_type` may also name the tower: `"vision_encoder"` (or `"vision"`), and
+    `"vision_projector"` (or `"projector"`).  Full names pass through.
+
+    >>> get_act_name("resid_post", 3)
+    'blocks.3.hook_resid_post'
+    >>> get_act_name("k6")
+    'blocks.6.attn.hook_k'
+    >>> get_act_name("pattern", 0, "vision_encoder")
+    'vision_encoder.blocks.0.attn.hook_pattern'
+    >>> get_act_name("out", layer_type="vision_projector")
+    'vision_projector.hook_out'
+    """
+    if ("." in name or name.startswith("hook_")) and layer is None and layer_type is None:
+        return name
+    match = re.match(r"([a-z_]+)(\d+)([a-z]?.*)", name)
+    if match and layer is None:
+        name, layer, layer_type = match[1], int(match[2]), match[3] or layer_type
+    name = _SHORT.get(name, name).removeprefix("hook_")
+    tower = _TOWERS.get(layer_type or "")
+    inner = "" if tower else _LAYER_TYPES.get(layer_type or "", layer_type or "")
+    prefix = f"{tower}." if tower else ""
+    if name in ("scale", "normalized"):
+        norm = "ln_final" if layer is None else f"blocks.{layer}.{inner or 'ln1'}"
+        return f"{prefix}{norm}.hook_{name}"
+    if name in _IN_ATTENTION:
+        inner = "attn"
+    elif name in _IN_MLP:
+        inner = "mlp"
+    block = f"blocks.{layer}." if layer is not None else ""
+    return f"{prefix}{block}{inner + '.' if inner else ''}hook_{name}"
+
+
+def slot_name(slot: int, n_layers: int, tower: str = "") -> str:
+    """Returns the residual site of a slot: slot 0 is block 0's input, slot l block l-1's output.
+
+    A stack of `n_layers` blocks has `n_layers + 1` slots (paper, section 4); negative
+    slots count from the end.  Raises `UnknownHookError` when there is no such slot.
+    """
+    if not -n_layers - 1 <= slot <= n_layers:
+        raise UnknownHookError(
+            f"Slot {slot} does not exist: {n_layers} blocks have slots 0 to {n_layers} "
+            f"(or -1 to {-n_layers - 1} from the end)."
+        )
+    slot %= n_layers + 1
+    prefix = f"{tower}." if tower else ""
+    if slot == 0:
+        return f"{prefix}blocks.0.hook_resid_pre"
+    return f"{prefix}blocks.{slot - 1}.hook_resid_post"
+
+
+def resolve_name(name: str, known: Iterable[str]) -> str:
+    """Returns the site a name means, or raises `UnknownHookError` with the nearest names."""
+    known = list(known)
+    if name in (lookup := set(known)):
+        return name
+    canonical = name
+    for pattern, replacement in _RENAMED:
+        canonical = re.sub(pattern, replacement, canonical)
+    canonical = _from_the_end(canonical, known)
+    if canonical in lookup:
+        return canonical
+    raise UnknownHookError(_unknown(name, canonical, known))
+
+
+def _layer_pattern(name: str) -> re.Match[str] | None:
+    return re.match(rf"((?:{VISION}\.)?blocks)\.(-?\d+)\.", name)
+
+
+def _n_layers(prefix: str, known: list[str]) -> int:
+    layers = [int(m[2]) for n in known if (m := _layer_pattern(n)) and m[1] == prefix]
+    return max(layers, default=-1) + 1
+
+
+def _from_the_end(name: str, known: list[str]) -> str:
+    match = _layer_pattern(name)
+    if not match or int(match[2]) >= 0:
+        return name
+    n_layers = _n_layers(match[1], known)
+    layer = int(match[2]) + n_layers
+    return name if layer < 0 else name.replace(f".{match[2]}.", f".{layer}.", 1)
+
+
+def _unknown(name: str, canonical: str, known: list[str]) -> str:
+    match = _layer_pattern(canonical)
+    if match and (n_layers := _n_layers(match[1], known)) and not 0 <= int(match[2]) < n_layers:
+        return (
+            f"No hook named {name!r}: layer {match[2]} is out of range, {match[1]} has layers "
+            f"0 to {n_layers - 1} (or -1 to -{n_layers} from the end)."
+        )
+    tower = [n for n in known if n.startswith((VISION, PROJECTOR))]
+    if canonical.startswith((VISION, PROJECTOR)) and not tower:
+        return f"No hook named {name!r}: this model has no vision encoder."
+    hint = did_you_mean(canonical, known) or " See model.hook_dict or print(model.describe())."
+    return f"No hook named {name!r} among this model's {len(known)} sites.{hint}"
+
+
+def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
+    """Returns the known names that a filter selects, in the model's order.
+
+    A filter is None (all), a name, a pattern with `*`, a sequence of either, or a
+    function of the name.  Raises `UnknownHookError` when a name or a filter selects
+    nothing: an empty cache is never what was meant.
+    """
+    if names_filter is None:
+        return list(known)
+    if callable(names_filter):
+        chosen = {name for name in known if names_filter(name)}
+        if not chosen:
+            raise UnknownHookError(f"The names_filter selects none of this model's {len(known)} sites.")
+        return [name for name in known if name in chosen]
+    patterns = [names_filter] if isinstance(names_filter, str) else names_filter
+    chosen = set()
+    for pattern in patterns:
+        if "*" not in pattern:
+            chosen.add(resolve_name(pattern, known))
+            continue
+        found = fnmatch.filter(known, pattern)
+        if not found:
+            raise UnknownHookError(
+                f"The pattern {pattern!r} matches none of this model's {len(known)} sites."
+                f"{did_you_mean(pattern, known)}"
+            )
+        chosen.update(found)
+    if not chosen:
+        raise UnknownHookError("The names_filter is empty: it names no site.")
+    return [name for name in known if name in chosen]

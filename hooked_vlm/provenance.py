@@ -1,0 +1,191 @@
+"""Where a number came from, in one record: what ran, on what, with what, for how long.
+
+A result that cannot be run again is an anecdote.  The record names the model by a hash
+over its parameters rather than by its name alone, because a hub name can change its
+weights and a local folder has no version; it names the source by its commit where there
+is one; and it states time and peak memory, which papers leave out and readers need.
+
+`Stopwatch` measures a block, `record` puts the rest beside it.  The record is plain JSON.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn", "pandas", "xarray")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """One run, described so that it can be run again."""
+
+    model: str
+    """The name or folder that the user gave."""
+    model_class: str
+    model_sha256: str
+    """See `parameter_hash`."""
+    n_parameters: int
+    experiment: str
+    config: dict[str, Any]
+    seed: int
+    device: str
+    device_name: str
+    dtype: str
+    threads: int
+    hooked_vlm: str
+    git_commit: str | None
+    """Commit of the hooked_vlm source, with `+changes` where the tree differs from it."""
+    python: str
+    packages: dict[str, str]
+    platform: str
+    started: str
+    """UTC, ISO 8601."""
+    wall_seconds: float
+    peak_memory_mib: float
+    """Highest resident memory of the process since it started, not of this run alone."""
+    peak_cuda_memory_mib: float | None
+    """Highest allocation over all CUDA devices during the run; `None` without CUDA."""
+
+    def to_json(self) -> str:
+        """Returns the record as indented JSON with keys in the order above."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Provenance":
+        """Returns the record that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+class Stopwatch:
+    """Measures wall time and peak memory of a block: `with Stopwatch() as watch: …`."""
+
+    def __init__(self) -> None:
+        self.started = datetime.now(UTC)
+        self.seconds = 0.0
+        self.peak_cuda_mib: float | None = None
+
+    def __enter__(self) -> "Stopwatch":
+        self.started = datetime.now(UTC)
+        self._start = time.perf_counter()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+        if torch.cuda.is_available():
+            devices = range(torch.cuda.device_count())
+            peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+            self.peak_cuda_mib = peak / 2**20
+
+
+def record(
+    model: nn.Module,
+    name: str,
+    watch: Stopwatch,
+    *,
+    experiment: str,
+    config: Mapping[str, Any],
+    seed: int,
+) -> Provenance:
+    """Returns the record of one run of `experiment` on `model`, which the user calls `name`."""
+    parameter = next(model.parameters())
+    return Provenance(
+        model=name,
+        model_class=type(model).__name__,
+        model_sha256=parameter_hash(model),
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        experiment=experiment,
+        config=dict(config),
+        seed=seed,
+        device=str(parameter.device),
+        device_name=_device_name(parameter.device),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        hooked_vlm=_version("hooked-vlm"),
+        git_commit=source_commit(),
+        python=platform.python_version(),
+        packages={package: _version(package) for package in PACKAGES},
+        platform=platform.platform(),
+        started=watch.started.isoformat(timespec="seconds"),
+        wall_seconds=round(watch.seconds, 2),
+        peak_memory_mib=round(_peak_resident_mib(), 1),
+        peak_cuda_memory_mib=None if watch.peak_cuda_mib is None else round(watch.peak_cuda_mib, 1),
+    )
+
+
+def parameter_hash(model: nn.Module) -> str:
+    """Returns the SHA-256 over names, dtypes, shapes and bytes of a model's parameters.
+
+    Parameters go in by order of name, so the hash is that of the weights and not of the
+    order in which modules were built.  Tied weights count once.  A parameter that is
+    off-loaded to disk (on the meta device) goes in without its bytes.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().reshape(-1).cpu().contiguous()
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def source_commit() -> str | None:
+    """Returns the commit of the hooked_vlm source, or `None` where it is not in a repository."""
+    folder = Path(__file__).parent
+    # An installed copy may lie inside somebody else's repository; only a tracked one counts.
+    if _git(folder, "ls-files", "--error-unmatch", "provenance.py") is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no answer in time
+        return None
+    return answer.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+
+
+def _peak_resident_mib() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here

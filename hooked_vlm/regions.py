@@ -1,0 +1,297 @@
+"""Regions: sets of cells of an image's grid of visual tokens.
+
+A region knows the shape of its grid and nothing of any prompt, so the same object says
+which cells of a heat map, which rows of the projector's output, which patches of the
+vision encoder and which positions of the language model are meant.  Its cells stand in
+raster order (row by row, left to right), and so does everything derived from them.
+
+Regions are made by a `TokenGrid` from pixels, by a stimulus that knows where its objects
+are, or here from cells; they combine as sets (`|`, `&`, `-`, `~`).  An algebra result may
+be empty, but to use an empty region is an error: an intervention on nothing looks just
+like an intervention without effect.  Geometry and regions: paper.md 2.1.
+"""
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooked_vlm.errors import GridError, RegionError
+from hooked_vlm.spans import ImageCells, OfImage, Place, PromptRow, union
+
+
+Cell = tuple[int, int]
+
+
+@dataclass(frozen=True, repr=False)
+class Region:
+    """A set of cells `(row, col)` on a grid of `shape` `(rows, cols)`, in raster order.
+
+    Two regions are equal when their shapes and cells are; the name is for people.
+
+    >>> object_ = Region.rectangle((12, 12), rows=(5, 7), cols=(1, 3), name="object")
+    >>> strip = Region.columns((12, 12), 0, 4)
+    >>> len(object_), len(strip), len(strip - object_), (5, 1) in object_
+    (4, 48, 44, True)
+    >>> object_
+    Region('object', 4 of 12x12 cells: rows 5-6, columns 1-2)
+    """
+
+    shape: tuple[int, int]
+    cells: tuple[Cell, ...]
+    name: str = field(default="region", compare=False)
+
+    def __post_init__(self) -> None:
+        rows, cols = (operator.index(n) for n in self.shape)
+        if rows < 1 or cols < 1:
+            raise RegionError(f"A grid of {rows}x{cols} cells has no cell. Give a positive shape.")
+        cells = {(operator.index(r), operator.index(c)) for r, c in self.cells}
+        off = sorted((r, c) for r, c in cells if not (0 <= r < rows and 0 <= c < cols))
+        if off:
+            raise RegionError(
+                f"Region {self.name!r} has {len(off)} of {len(cells)} cells off the grid, the first "
+                f"at {off[0]} (row, column). The grid has rows 0 to {rows - 1} and columns 0 to "
+                f"{cols - 1}."
+            )
+        object.__setattr__(self, "shape", (rows, cols))
+        object.__setattr__(self, "cells", tuple(sorted(cells)))
+
+    @classmethod
+    def from_mask(cls, mask: Bool[np.ndarray, "row col"], name: str = "region") -> "Region":
+        """Returns the region of the cells that are True in `[row, col]`."""
+        cells = tuple((int(r), int(c)) for r, c in np.argwhere(mask))
+        return cls((mask.shape[0], mask.shape[1]), cells, name)
+
+    @classmethod
+    def from_tokens(
+        cls, shape: tuple[int, int], tokens: Iterable[int], name: str = "region"
+    ) -> "Region":
+        """Returns the region of the cells with these flat raster indices (`row * cols + col`)."""
+        return cls(shape, tuple(divmod(int(t), shape[1]) for t in tokens), name)
+
+    @classmethod
+    def rectangle(
+        cls,
+        shape: tuple[int, int],
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+        name: str = "rectangle",
+    ) -> "Region":
+        """Returns the cells of these half-open ranges of rows and columns."""
+        for word, (start, stop), size in (("rows", rows, shape[0]), ("columns", cols, shape[1])):
+            if not 0 <= start < stop <= size:
+                raise RegionError(
+                    f"{name} was asked for {word} {start} to {stop} (half-open), and the grid has "
+                    f"{size}. Give 0 <= start < stop <= {size}."
+                )
+        cells = tuple((r, c) for r in range(*rows) for c in range(*cols))
+        return cls(shape, cells, name)
+
+    @classmethod
+    def columns(
+        cls, shape: tuple[int, int], start: int, stop: int, name: str = "strip"
+    ) -> "Region":
+        """Returns a vertical strip: every row of the columns `start` to `stop` (half-open)."""
+        return cls.rectangle(shape, (0, shape[0]), (start, stop), name)
+
+    @classmethod
+    def rows_(cls, shape: tuple[int, int], start: int, stop: int, name: str = "strip") -> "Region":
+        """Returns a horizontal strip: every column of the rows `start` to `stop` (half-open)."""
+        return cls.rectangle(shape, (start, stop), (0, shape[1]), name)
+
+    @classmethod
+    def everything(cls, shape: tuple[int, int], name: str = "image") -> "Region":
+        """Returns all cells of the grid."""
+        return cls.rectangle(shape, (0, shape[0]), (0, shape[1]), name)
+
+    def named(self, name: str) -> "Region":
+        """Returns the same cells under another name."""
+        return Region(self.shape, self.cells, name)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __iter__(self) -> Any:
+        return iter(self.cells)
+
+    def __contains__(self, cell: object) -> bool:
+        return cell in self.cells
+
+    def __or__(self, other: Any) -> Any:
+        """Returns the union: a `Region` with a region, a `Union` with any other place."""
+        if isinstance(other, Region):
+            return self._combined(other, "|")
+        return union(self, other) if isinstance(other, Place) else NotImplemented
+
+    def __and__(self, other: "Region") -> "Region":
+        return self._combined(other, "&")
+
+    def __sub__(self, other: "Region") -> "Region":
+        return self._combined(other, "-")
+
+    def __invert__(self) -> "Region":
+        return Region.from_mask(~self.mask, f"~{self.name}")
+
+    def __le__(self, other: "Region") -> bool:
+        """Tells whether every cell of this region is in the other."""
+        return not self - other
+
+    def isdisjoint(self, other: "Region") -> bool:
+        """Tells whether the two regions share no cell."""
+        return not self & other
+
+    def ring(self, width: int = 1, name: str | None = None) -> "Region":
+        """Returns the cells around the region: within `width` cells of it, diagonals too,
+        and not in it; what the image's border cuts off is left out."""
+        if width < 1:
+            raise RegionError(f"A ring of width {width} has no cell. Give a width of 1 or more.")
+        self._check_not_empty("a ring around it")
+        steps = range(-width, width + 1)
+        near = {(r + dr, c + dc) for r, c in self.cells for dr in steps for dc in steps}
+        rows, cols = self.shape
+        inside = tuple((r, c) for r, c in near if 0 <= r < rows and 0 <= c < cols)
+        ring = Region(self.shape, inside) - self
+        return ring.named(name or f"ring({self.name}, {width})")
+
+    def shifted(self, rows: int = 0, cols: int = 0) -> "Region":
+        """Returns the region moved down by `rows` and right by `cols`.
+
+        Raises `RegionError` when a cell would leave the grid.
+        """
+        return Region(self.shape, tuple((r + rows, c + cols) for r, c in self.cells), self.name)
+
+    @property
+    def mask(self) -> Bool[np.ndarray, "row col"]:
+        """The region as a boolean array `[row, col]`."""
+        mask = np.zeros(self.shape, dtype=bool)
+        if self.cells:
+            mask[tuple(np.array(self.cells).T)] = True
+        return mask
+
+    @property
+    def tokens(self) -> Int[Tensor, " token"]:
+        """Flat raster indices `row * cols + col`, which index the projector's output
+        `[image, token, d_model]`; raises `RegionError` when the region is empty."""
+        self._check_not_empty("its visual tokens")
+        return torch.tensor([r * self.shape[1] + c for r, c in self.cells])
+
+    def positions(self, where: ImageCells | PromptRow) -> Int[Tensor, " pos"]:
+        """Returns the positions of the cells in the language model's input, in raster order.
+
+        `where` is the image's `TokenGrid`, or a prompt with exactly one image (with several,
+        say which: `region.of_image(1)`).  Raises `RegionError` for an empty region and for a
+        grid of another shape.
+        """
+        grid = self._only_image(where) if isinstance(where, PromptRow) else where
+        self._check_fits(grid)
+        return grid.positions.flatten()[self.tokens.to(grid.positions.device)].long()
+
+    def patches_by_cell(self, grid: ImageCells) -> Int[Tensor, "cell patch"]:
+        """Returns the vision encoder's token indices of each cell's patches, in raster order
+        of cells and, within each cell, of patches; encoder tokens in front (a CLS token) are
+        counted.
+
+        Raises `RegionError` as `positions` does, and `GridError` when the patch grid is not a
+        multiple of the token grid, so that no patch belongs to one cell alone.
+        """
+        self._check_fits(grid)
+        self._check_not_empty("its patches")
+        tall, odd_rows = divmod(grid.patch_rows, grid.rows)
+        wide, odd_cols = divmod(grid.patch_cols, grid.cols)
+        if odd_rows or odd_cols or not tall or not wide:
+            raise GridError(
+                f"The patch grid {grid.patch_rows}x{grid.patch_cols} is not a multiple of the "
+                f"token grid {grid.rows}x{grid.cols}, so its patches do not belong to single "
+                "cells. Use positions in the language model instead."
+            )
+        row, col = torch.tensor(self.cells).T[:, :, None, None]
+        patch_row = row * tall + torch.arange(tall)[:, None]
+        patch_col = col * wide + torch.arange(wide)
+        return (grid.n_prefix + patch_row * grid.patch_cols + patch_col).flatten(1)
+
+    def patches(self, grid: ImageCells) -> Int[Tensor, " patch"]:
+        """Returns the vision encoder's token indices of all patches of the region, in raster
+        order of patches; raises what `patches_by_cell` raises."""
+        return self.patches_by_cell(grid).flatten().sort().values
+
+    def of_image(self, image: int) -> OfImage:
+        """Returns this region in one image of prompts that have several."""
+        return OfImage(self, image)
+
+    def sketch(self) -> str:
+        """Returns the grid as text, one line per row: `#` in the region, `.` outside.
+
+        >>> print(Region.rectangle((3, 4), rows=(1, 3), cols=(0, 2)).sketch())
+        ....
+        ##..
+        ##..
+        """
+        return "\n".join("".join("#" if on else "." for on in row) for row in self.mask)
+
+    def __repr__(self) -> str:
+        return f"Region({self.name!r}, {self._extent()})"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self._extent()})"
+
+    def _extent(self) -> str:
+        count = f"{len(self)} of {self.shape[0]}x{self.shape[1]} cells"
+        if not self.cells:
+            return count
+        rows, cols = zip(*self.cells, strict=True)
+        ranges = f"rows {min(rows)}-{max(rows)}, columns {min(cols)}-{max(cols)}"
+        box = (max(rows) - min(rows) + 1) * (max(cols) - min(cols) + 1)
+        return f"{count}: {ranges}" if box == len(self) else f"{count}, within {ranges}"
+
+    def _combined(self, other: Any, sign: str) -> Any:
+        if not isinstance(other, Region):
+            return NotImplemented
+        if self.shape != other.shape:
+            raise RegionError(
+                f"{self.name!r} is on a grid of {self.shape[0]}x{self.shape[1]} cells and "
+                f"{other.name!r} on one of {other.shape[0]}x{other.shape[1]}. Combine regions of "
+                "one grid."
+            )
+        # |, & of boolean arrays; a - b is a & ~b, for which numpy has no minus sign.
+        a, b = self.mask, other.mask
+        mask = a | b if sign == "|" else a & (b if sign == "&" else ~b)
+        return Region.from_mask(mask, f"({self.name} {sign} {other.name})")
+
+    def _only_image(self, row: PromptRow) -> ImageCells:
+        if len(row.grids) != 1:
+            raise RegionError(
+                f"{self.name!r} is a region of one image, and this prompt has {len(row.grids)}. "
+                "Say which is meant: region.of_image(0)."
+            )
+        return row.grids[0]
+
+    def _check_fits(self, grid: ImageCells) -> None:
+        if self.shape != (grid.rows, grid.cols):
+            raise RegionError(
+                f"{self.name!r} is on a grid of {self.shape[0]}x{self.shape[1]} cells, and this "
+                f"image has {grid.rows}x{grid.cols} visual tokens. Make the region from this "
+                "image's grid."
+            )
+
+    def _check_not_empty(self, use: str) -> None:
+        if not self.cells:
+            raise RegionError(
+                f"{self.name!r} has no cells, so there is no {use.removeprefix('a ')}. Check the "
+                "regions it was made from."
+            )
+
+
+def union_of(regions: Iterable[Region], name: str | None = None) -> Region:
+    """Returns the union of one or more regions of one grid."""
+    regions = list(regions)
+    if not regions:
+        raise RegionError("A union of no regions has no grid. Give at least one region.")
+    whole = regions[0]
+    for region in regions[1:]:
+        whole = whole | region
+    return whole.named(name) if name else whole

@@ -1,0 +1,319 @@
+"""Clean / counterfactual pairs, drawn exactly as the paper draws them (section 2.5).
+
+A *tuple* is k entity names without repetition.  `sample_tuples` draws tuples per
+direction with one random stream; `swap_pair` (k = 3) and `final_token_pair` (k = 5) turn
+a tuple into two layouts, the question that is asked of each, and the answers that tell
+the hypotheses apart.  Entities are plain strings: drawing them is the business of the
+setting (Squares, Shapes, Objects).
+
+The layouts are built so that the *clean* answer is always t0: left and above ask for slot
+0, right and below for slot 2, and the clean layout is mirrored for the latter two.  The
+middle entity is the reference that both prompts name.
+
+Which draws are kept depends on a model, through `accept`; the stream of draws does not,
+except for where it stops.  That is why the stream of a later direction depends on how
+many draws the earlier ones consumed, and why batching has to be exact about it.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from hooked_vlm.errors import DataError, HookedVLMWarning, did_you_mean
+
+
+DIRECTIONS = ("left", "right", "above", "below")
+AXIS = {"left": "horizontal", "right": "horizontal", "above": "vertical", "below": "vertical"}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+Layout = tuple[str, str, str]
+"""The entities of slots 0, 1, 2: from left to right, or from top to bottom."""
+
+BatchFilter = Callable[[str, list[tuple[str, ...]]], Sequence[bool]]
+"""(direction, tuples) -> one verdict per tuple, in order."""
+
+
+def target_slot(direction: str) -> int:
+    """Returns the slot that a direction asks for: 0 for left and above, 2 otherwise.
+
+    Raises:
+        DataError: `direction` is none of left, right, above, below.
+    """
+    if direction not in DIRECTIONS:
+        raise DataError(
+            f"Direction {direction!r} is unknown; expected one of {', '.join(DIRECTIONS)}."
+            + did_you_mean(direction, DIRECTIONS)
+        )
+    return 0 if direction in ("left", "above") else 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """One image and what is asked about it: a layout, a direction and the right answer."""
+
+    layout: Layout
+    direction: str
+
+    @property
+    def reference(self) -> str:
+        """The entity that the prompt names: always the middle one."""
+        return self.layout[1]
+
+    @property
+    def answer(self) -> str:
+        """The entity that lies in the asked direction of the reference."""
+        return self.layout[target_slot(self.direction)]
+
+    @property
+    def axis(self) -> str:
+        """`"horizontal"` or `"vertical"`."""
+        return AXIS[self.direction]
+
+
+@dataclass(frozen=True)
+class SwapPair:
+    """Two mirrored layouts under one prompt, for strip and object swaps (E4, E6)."""
+
+    clean: Question
+    counterfactual: Question
+
+    @property
+    def clean_answer(self) -> str:
+        """The right answer on the clean image, t0: nothing was transferred."""
+        return self.clean.answer
+
+    @property
+    def swapped_answer(self) -> str:
+        """The right answer on the counterfactual image, t2: the swap flipped the answer."""
+        return self.counterfactual.answer
+
+    @property
+    def questions(self) -> tuple[Question, Question]:
+        """What a model must answer rightly for the pair to be kept."""
+        return self.clean, self.counterfactual
+
+
+@dataclass(frozen=True)
+class FinalTokenPair:
+    """Two images asked in opposite directions, for the final-token interchange (E2).
+
+    The prompts name the same reference.  What the patched run then answers tells what the
+    final token carries: the three answers below are three different entities.
+    """
+
+    clean: Question
+    counterfactual: Question
+
+    @property
+    def clean_answer(self) -> str:
+        """t0, the right answer on the clean image: nothing was transferred."""
+        return self.clean.answer
+
+    @property
+    def ordering_answer(self) -> str:
+        """t2, the clean image's entity at the slot that the counterfactual asks for."""
+        return self.clean.layout[target_slot(self.counterfactual.direction)]
+
+    @property
+    def attribute_answer(self) -> str:
+        """t3, the right answer on the counterfactual image: the answer itself moved."""
+        return self.counterfactual.answer
+
+    @property
+    def questions(self) -> tuple[Question, Question]:
+        """What a model must answer rightly for the pair to be kept."""
+        return self.clean, self.counterfactual
+
+
+def swap_pair(direction: str, names: Sequence[str]) -> SwapPair:
+    """Returns the swap pair of a 3-tuple (t0, t1, t2), paper section 2.5.
+
+    Raises:
+        DataError: an unknown direction, or not three different names.
+
+    >>> pair = swap_pair("right", ("red", "green", "blue"))
+    >>> pair.clean.layout, pair.clean_answer, pair.swapped_answer
+    (('blue', 'green', 'red'), 'red', 'blue')
+    """
+    t0, t1, t2 = _distinct(names, 3)
+    clean, mirrored = _facing(direction, t0, t1, t2), _facing(direction, t2, t1, t0)
+    return SwapPair(Question(clean, direction), Question(mirrored, direction))
+
+
+def final_token_pair(direction: str, names: Sequence[str]) -> FinalTokenPair:
+    """Returns the final-token pair of a 5-tuple (t0, ..., t4), paper section 2.5.
+
+    Raises:
+        DataError: an unknown direction, or not five different names.
+
+    >>> pair = final_token_pair("left", ("red", "green", "blue", "black", "gray"))
+    >>> pair.counterfactual
+    Question(layout=('gray', 'green', 'black'), direction='right')
+    >>> pair.clean_answer, pair.ordering_answer, pair.attribute_answer
+    ('red', 'blue', 'black')
+    """
+    t0, t1, t2, t3, t4 = _distinct(names, 5)
+    clean = _facing(direction, t0, t1, t2)
+    opposite = OPPOSITE[direction]
+    return FinalTokenPair(
+        Question(clean, direction), Question(_facing(opposite, t3, t1, t4), opposite)
+    )
+
+
+def sample_tuples(
+    names: Sequence[str],
+    k: int,
+    per_direction: int = 50,
+    seed: int = 0,
+    accept: Callable[[str, tuple[str, ...]], bool] | None = None,
+    max_attempts: int = 2000,
+    *,
+    accept_batch: BatchFilter | None = None,
+) -> dict[str, list[tuple[str, ...]]]:
+    """Returns direction -> accepted k-tuples of `names`, the paper's draws exactly.
+
+    One `random.Random(seed)` runs through left, right, above, below; a draw is
+    `rng.sample(names, k)`.  Every draw is one of the direction's `max_attempts`, also one
+    that repeats a tuple already seen in this direction and is skipped (the paper does not
+    say; a loop that counts its rounds does this).  A tuple once rejected counts as seen.
+
+    `accept(direction, tuple)` is the model's filter; without one every tuple is kept.
+    `accept_batch(direction, tuples)` is the same filter for a list at once: it is asked
+    about the same tuples in the same order, so the result is the same.
+
+    Raises:
+        DataError: fewer than k different names, or both filters given.
+
+    Warns:
+        HookedVLMWarning: a direction with fewer than `per_direction` accepted tuples.
+
+    >>> sample_tuples(["red", "green", "blue"], 2, per_direction=2)["left"]
+    [('green', 'blue'), ('red', 'green')]
+    """
+    names = _distinct(names, None)
+    _check_request(names, k, per_direction, max_attempts)
+    judge = _batched(accept, accept_batch)
+    rng = random.Random(seed)
+    chosen: dict[str, list[tuple[str, ...]]] = {}
+    tried: dict[str, int] = {}
+    for direction in DIRECTIONS:
+        draws = _unseen_draws(rng, names, k, max_attempts)
+        chosen[direction], tried[direction] = _collect(direction, draws, per_direction, judge)
+    _warn_if_short(chosen, tried, per_direction, max_attempts)
+    return chosen
+
+
+def right_on_both(
+    pair_of: Callable[[str, tuple[str, ...]], SwapPair | FinalTokenPair],
+    is_right: Callable[[list[Question]], Sequence[bool]],
+) -> BatchFilter:
+    """Returns the paper's filter for `sample_tuples(accept_batch=...)`: right on both images.
+
+    `pair_of` is `swap_pair` or `final_token_pair`; `is_right` runs the model on a list of
+    questions.  Each question is put to the model once, also where tuples share it.
+    """
+    known: dict[Question, bool] = {}
+
+    def accept_batch(direction: str, tuples: list[tuple[str, ...]]) -> list[bool]:
+        pairs = [pair_of(direction, each) for each in tuples]
+        asked = dict.fromkeys(question for pair in pairs for question in pair.questions)
+        new = [question for question in asked if question not in known]
+        known.update(zip(new, map(bool, is_right(new)), strict=True) if new else ())
+        return [all(known[question] for question in pair.questions) for pair in pairs]
+
+    return accept_batch
+
+
+def _unseen_draws(
+    rng: random.Random, names: Sequence[str], k: int, max_attempts: int
+) -> Iterator[tuple[str, ...]]:
+    seen = set()
+    for _ in range(max_attempts):
+        drawn = tuple(rng.sample(names, k))
+        if drawn not in seen:
+            seen.add(drawn)
+            yield drawn
+
+
+def _collect(
+    direction: str, draws: Iterator[tuple[str, ...]], wanted: int, judge: BatchFilter
+) -> tuple[list[tuple[str, ...]], int]:
+    """Accepted tuples, at most `wanted`, and the number that was judged.
+
+    Drawing ahead is safe for as many tuples as are still wanted: a one-by-one loop cannot
+    stop before it has judged them all, since it needs every one of them accepted to stop.
+    So the stream is never read further than that loop would read it.
+    """
+    kept: list[tuple[str, ...]] = []
+    judged = 0
+    while len(kept) < wanted:
+        missing = wanted - len(kept)
+        batch = list(islice(draws, missing))
+        if not batch:
+            break
+        verdicts = list(judge(direction, batch))
+        if len(verdicts) != len(batch):
+            raise DataError(
+                f"accept_batch was given {len(batch)} tuples and returned {len(verdicts)} "
+                "verdicts; it must return one per tuple, in order."
+            )
+        kept += [drawn for drawn, good in zip(batch, verdicts, strict=True) if good]
+        judged += len(batch)
+    return kept, judged
+
+
+def _batched(
+    accept: Callable[[str, tuple[str, ...]], bool] | None, accept_batch: BatchFilter | None
+) -> BatchFilter:
+    if accept is not None and accept_batch is not None:
+        raise DataError("sample_tuples was given both accept and accept_batch; pass one of them.")
+    if accept_batch is not None:
+        return accept_batch
+    return lambda direction, batch: [accept is None or accept(direction, drawn) for drawn in batch]
+
+
+def _warn_if_short(
+    chosen: dict[str, list[tuple[str, ...]]], tried: dict[str, int], wanted: int, attempts: int
+) -> None:
+    short = [
+        f"{direction}: {len(kept)} of {wanted} (of {tried[direction]} different tuples tried)"
+        for direction, kept in chosen.items()
+        if len(kept) < wanted
+    ]
+    if short:
+        warnings.warn(
+            f"Too few tuples were accepted in {attempts} attempts per direction. "
+            f"{'; '.join(short)}. Intervals will be wider; the model may be wrong on the clean "
+            "or the counterfactual image, or there are too few names.",
+            HookedVLMWarning,
+            stacklevel=3,
+        )
+
+
+def _check_request(names: Sequence[str], k: int, per_direction: int, max_attempts: int) -> None:
+    if not 1 <= k <= len(names):
+        raise DataError(
+            f"Cannot draw {k} different entities from {len(names)} names ({', '.join(names)}); "
+            f"k must lie between 1 and {len(names)}."
+        )
+    if per_direction < 1 or max_attempts < 1:
+        raise DataError(
+            f"per_direction={per_direction} and max_attempts={max_attempts} must be at least 1."
+        )
+
+
+def _distinct(names: Sequence[str], count: int | None) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise DataError(f"Names were given as one string {names!r}; expected a list of names.")
+    listed = tuple(names)
+    if len(set(listed)) != len(listed) or (count is not None and len(listed) != count):
+        expected = "different names" if count is None else f"{count} different names"
+        raise DataError(f"Expected {expected}; got {len(listed)}: {', '.join(map(str, listed))}.")
+    return listed
+
+
+def _facing(direction: str, target: str, middle: str, other: str) -> Layout:
+    """The layout in which `target` lies in the asked direction of `middle`."""
+    return (target, middle, other) if target_slot(direction) == 0 else (other, middle, target)

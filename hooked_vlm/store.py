@@ -1,0 +1,149 @@
+"""Results on disk, whole or not at all, and found again only by a run that would repeat them.
+
+A long run that is interrupted should cost what is left of it, not what was done.  So each
+finished experiment is written to a folder of its own, under a key that hashes everything
+its numbers depend on: the experiment, its configuration, the model's weights and the
+version of this package.  The next run reads back what has the same key and computes the
+rest.  Nothing is pickled: a table is CSV, an array safetensors, a picture PNG, and the
+rest JSON, so a folder can be read without this package and opened from a stranger.
+
+Files appear by renaming a finished temporary one, so that a reader never sees half of one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.result import Result
+
+
+FORMAT = 1  # raised when the files below change, so that old folders are computed again
+
+
+def run_key(experiment: str, config: Mapping[str, Any], model_sha256: str, version: str) -> str:
+    """Returns the hash of all that an experiment's numbers depend on."""
+    everything = [FORMAT, experiment, dict(config), model_sha256, version]
+    text = json.dumps(everything, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def writable_folder(path: Path) -> Path:
+    """Returns `path` as a folder that exists and takes files, or raises `DataError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"Cannot write to the output folder '{path}': {error.strerror or error}. "
+            "Name a folder that you may write to."
+        ) from None
+    return path
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is either there in full or as it was before."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_result(result: Result, folder: Path, key: str) -> Path:
+    """Writes a result under `folder/<its name>`, in place of an older one; returns that folder."""
+    target = folder / result.name
+    folder.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{result.name}-", dir=folder))
+    try:
+        _write(result, building, key)
+        if target.exists():
+            shutil.rmtree(target)
+        building.replace(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def load_result(folder: Path, name: str, key: str) -> Result | None:
+    """Returns the result that was saved under `name` with this key, or `None`."""
+    source = folder / name
+    try:
+        about = json.loads((source / "result.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    if about.get("key") != key:
+        return None
+    return _read(source, about)
+
+
+def _write(result: Result, folder: Path, key: str) -> None:
+    arrays, labels = {}, {}
+    for name, array in result.arrays.items():
+        arrays[name] = array.values
+        labels[name] = {
+            "dims": list(array.dims),
+            "coords": {
+                str(label): {"dims": list(values.dims), "values": values.values.tolist()}
+                for label, values in array.coords.items()
+            },
+        }
+    save_file(arrays, folder / "arrays.safetensors")
+    result.table.to_csv(folder / "table.csv", index=False)
+    (folder / "images").mkdir()
+    files = {name: f"images/{index:03}.png" for index, name in enumerate(result.images)}
+    for name, file in files.items():
+        result.images[name].save(folder / file)
+    words = ("id", "name", "title", "claim", "section", "verdict", "config", "notes")
+    about = {
+        "key": key,
+        **{word: getattr(result, word) for word in words},
+        "columns": {str(name): str(dtype) for name, dtype in result.table.dtypes.items()},
+        "arrays": labels,
+        "images": files,
+    }
+    (folder / "result.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+
+
+def _read(folder: Path, about: dict[str, Any]) -> Result:
+    arrays = load_file(folder / "arrays.safetensors")
+    # Read as text and then converted, which is exact; read_csv's own parsing rounds.
+    table = pd.read_csv(folder / "table.csv", dtype=str).astype(about["columns"])
+    fields = {field.name for field in dataclasses.fields(Result)}
+    words = {word: value for word, value in about.items() if word in fields}
+    return Result(
+        **{
+            **words,
+            "notes": tuple(about["notes"]),
+            "table": table,
+            "arrays": {
+                name: xr.DataArray(
+                    arrays[name],
+                    dims=label["dims"],
+                    coords={k: (c["dims"], c["values"]) for k, c in label["coords"].items()},
+                )
+                for name, label in about["arrays"].items()
+            },
+            "images": {name: _picture(folder / file) for name, file in about["images"].items()},
+        }
+    )
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.copy()  # opened lazily otherwise, and the folder may be replaced

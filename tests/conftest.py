@@ -1,0 +1,35 @@
+"""What every test runs under: one thread, fixed seeds, no network, no GPU unless marked."""
+
+import os
+
+
+# Before torch and huggingface_hub are imported, which read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+torch.set_num_threads(1)  # tiny models: more threads only make sums differ between machines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_cuda = pytest.mark.skip(reason="needs CUDA, and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_cuda)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for each test, whichever tests run before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - for libraries that still draw from the global state
+    torch.manual_seed(0)

@@ -1,0 +1,116 @@
+"""What is saved comes back exactly, under the same key alone, and never in half."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_results as synthetic
+import xarray as xr
+
+from hooked_vlm import store
+from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.store import load_result, run_key, save_result, writable_folder, write_file
+
+
+@pytest.mark.parametrize("result", synthetic.all_results(), ids=lambda result: result.id)
+def test_round_trip_is_exact(result: Result, tmp_path: Path) -> None:
+    save_result(result, tmp_path, "key")
+    back = load_result(tmp_path, result.name, "key")
+    assert back is not None
+    pd.testing.assert_frame_equal(back.table, result.table, check_exact=True)
+    assert set(back.arrays) == set(result.arrays)
+    for name, array in result.arrays.items():
+        xr.testing.assert_identical(back.arrays[name], array)
+        assert back.arrays[name].dtype == array.dtype
+    assert set(back.images) == set(result.images)
+    for name, image in result.images.items():
+        np.testing.assert_array_equal(np.asarray(back.images[name]), np.asarray(image))
+    for word in ("id", "name", "title", "claim", "section", "verdict", "config", "notes"):
+        assert getattr(back, word) == getattr(result, word)
+
+
+def test_missing_values_in_text_and_number_columns(tmp_path: Path) -> None:
+    table = synthetic.e2().table
+    table.loc[3, ["low", "high"]] = np.nan
+    table["kind"] = ["strip", None] * (len(table) // 2)
+    save_result(dataclasses.replace(synthetic.e2(), table=table), tmp_path, "key")
+    back = load_result(tmp_path, "final-token", "key")
+    assert back is not None
+    assert back.table["low"].isna().sum() == 1
+    assert back.table["kind"].isna().tolist() == table["kind"].isna().tolist()
+
+
+def test_another_key_finds_nothing(tmp_path: Path) -> None:
+    save_result(synthetic.e1(), tmp_path, "one key")
+    assert load_result(tmp_path, "behaviour", "another key") is None
+    assert load_result(tmp_path, "never-saved", "one key") is None
+
+
+def test_key_sees_everything_numbers_depend_on() -> None:
+    base = ("strip-swap", {"pairs": 50, "seed": 0}, "abc", "0.1.0")
+    keys = {
+        run_key(*base),
+        run_key("object-swap", *base[1:]),
+        run_key(base[0], {"pairs": 51, "seed": 0}, *base[2:]),
+        run_key(*base[:2], "abd", base[3]),
+        run_key(*base[:3], "0.1.1"),
+    }
+    assert len(keys) == 5
+    assert run_key(base[0], {"seed": 0, "pairs": 50}, *base[2:]) == run_key(*base)
+
+
+def test_saving_again_replaces_the_whole_folder(tmp_path: Path) -> None:
+    save_result(synthetic.e1(), tmp_path, "old")
+    save_result(dataclasses.replace(synthetic.e1(), images={}), tmp_path, "new")
+    assert load_result(tmp_path, "behaviour", "old") is None
+    back = load_result(tmp_path, "behaviour", "new")
+    assert back is not None
+    assert back.images == {}
+    assert not list((tmp_path / "behaviour" / "images").iterdir())
+
+
+def test_a_save_that_fails_leaves_the_old_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_result(synthetic.e3(), tmp_path, "old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_result(synthetic.e3(), tmp_path, "new")
+    assert load_result(tmp_path, "ordering-probes", "old") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["ordering-probes"]
+
+
+def test_a_file_cut_short_is_computed_again(tmp_path: Path) -> None:
+    folder = save_result(synthetic.e1(), tmp_path, "key")
+    about = folder / "result.json"
+    about.write_text(about.read_text()[:50])
+    assert load_result(tmp_path, "behaviour", "key") is None
+
+
+def test_write_file_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "numbers.csv"
+    write_file(path, "a\n1\n")
+    write_file(path, b"a\n2\n")
+    assert path.read_text() == "a\n2\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_output_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DataError, match=r"Cannot write to the output folder .*taken"):
+        writable_folder(tmp_path / "taken")
+    with pytest.raises(DataError, match="Name a folder"):
+        writable_folder(tmp_path / "taken" / "inside")
+
+
+def test_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    folder = writable_folder(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
