@@ -305,7 +305,11 @@ def _read_vision(encoder: nn.Module, paths: dict[int, str], config: Any) -> Visi
             f"{type(encoder).__name__} has no convolution that cuts the image into patches."
         )
     embedding = next(
-        (m for p, m in encoder.named_modules() if re.search(r"pos\w*_embed\w*$", p) and _learned(m)),
+        (
+            m
+            for p, m in encoder.named_modules()
+            if re.search(r"pos\w*_embed\w*$", p) and _learned(m)
+        ),
         None,
     )
     own = getattr(encoder, "config", None)
@@ -353,7 +357,9 @@ def _find_projector(model: nn.Module, encoder: nn.Module, paths: dict[int, str])
     base = _base(model)
     children = dict(base.named_children())
     calls = self_calls(getattr(type(base), "get_image_features", None) or type(base).forward)
-    after = [n for n in calls if n in children and children[n] is not encoder and _maps(children[n])]
+    after = [
+        n for n in calls if n in children and children[n] is not encoder and _maps(children[n])
+    ]
     if after:
         return paths[id(children[after[-1]])]
     inner = dict(encoder.named_children())

@@ -101,7 +101,9 @@ class ActivationCache(Mapping[str, Images]):
     ) -> Float[Tensor, "layer *activation"]:
         """Returns one site of every cached layer (or of those given), stacked in front.
 
-        >>> cache = ActivationCache({f"blocks.{i}.hook_mlp_out": torch.ones(1, 2, 4) for i in (0, 1)})
+        >>> cache = ActivationCache(
+        ...     {f"blocks.{i}.hook_mlp_out": torch.ones(1, 2, 4) for i in (0, 1)}
+        ... )
         >>> cache.stack("mlp_out").shape
         torch.Size([2, 1, 2, 4])
         """
@@ -111,7 +113,9 @@ class ActivationCache(Mapping[str, Images]):
             raise UnknownHookError(f"The cache holds no layer of {name!r}.")
         found = [self[name, layer, tower] for layer in layers]
         if any(isinstance(value, list) for value in found):
-            raise DataError(f"{name!r} is a list by image (sizes differ), so layers cannot be stacked.")
+            raise DataError(
+                f"{name!r} is a list by image (sizes differ), so layers cannot be stacked."
+            )
         return torch.stack(found)  # type: ignore[arg-type]
 
     def accumulated_resid(

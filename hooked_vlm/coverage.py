@@ -14,6 +14,10 @@ from jaxtyping import Bool, Float, Shaped
 from hooked_vlm.errors import RegionError, did_you_mean
 
 
+# Pixels need not be whole numbers, and are not floats only.
+Px = int | float
+Box = tuple[Px, Px, Px, Px]
+
 # Cell edges are quotients of pixel counts: an edge of a box this close to one lies on it.
 TOLERANCE_PX = 1e-6
 
@@ -27,7 +31,7 @@ class Coverage:
     center: Bool[np.ndarray, "row col"]
     """Whether the cell's centre is covered."""
 
-    def select(self, rule: str | float) -> Bool[np.ndarray, "row col"]:
+    def select(self, rule: str | Px) -> Bool[np.ndarray, "row col"]:
         """Returns the cells that belong by `rule`; raises `RegionError` for an unknown rule."""
         if rule == "any":
             return self.part > 0
@@ -49,7 +53,7 @@ class Coverage:
 def box_coverage(
     x_edges: Float[np.ndarray, " x_edge"],
     y_edges: Float[np.ndarray, " y_edge"],
-    box: tuple[float, float, float, float],
+    box: Box,
 ) -> Coverage:
     """Returns how much of each cell a box `(x0, y0, x1, y1)` covers."""
     covered, centers = [], []

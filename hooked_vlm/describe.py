@@ -12,7 +12,9 @@ def describe_sites(cfg: HookedVLMConfig, sites: dict[str, Site]) -> str:
     lines = [f"{cfg.model_name}: {_sizes(cfg)}, d_vocab={cfg.d_vocab}"]
     if cfg.vision:
         v = cfg.vision
-        lines.append(f"vision encoder: {_sizes(v)}, patch={v.patch_size}px, merge={v.merge}x{v.merge}")
+        lines.append(
+            f"vision encoder: {_sizes(v)}, patch={v.patch_size}px, merge={v.merge}x{v.merge}"
+        )
     lines.append(f"attention: {cfg.attn_implementation}, {cfg.dtype} on {cfg.device}")
     folded: dict[str, list[Site]] = {}
     for site in sites.values():
@@ -35,7 +37,9 @@ def _sizes(cfg: StackConfig) -> str:
     heads = f"{cfg.n_heads} heads"
     if cfg.n_key_value_heads != cfg.n_heads:
         heads += f" ({cfg.n_key_value_heads} key/value)"
-    return f"{cfg.n_layers} layers, d_model={cfg.d_model}, {heads} of {cfg.d_head}, d_mlp={cfg.d_mlp}"
+    return (
+        f"{cfg.n_layers} layers, d_model={cfg.d_model}, {heads} of {cfg.d_head}, d_mlp={cfg.d_mlp}"
+    )
 
 
 def _parent(parent: str, name: str, group: list[Site]) -> str:

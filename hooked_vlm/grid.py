@@ -13,20 +13,16 @@ padding that the processor added does not count.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_vlm.coverage import Coverage, box_coverage, mask_coverage
+from hooked_vlm.coverage import TOLERANCE_PX, Box, Coverage, Px, box_coverage, mask_coverage
 from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError, did_you_mean
 from hooked_vlm.regions import Cell, Region, union_of
-
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +98,7 @@ class TokenGrid:
     @property
     def visible_box(self) -> Box:
         """The part of the given image that the cells show: all of it, unless it was cropped."""
-        x, y = self._edges()
+        x, y = self.edges
         return float(x[0]), float(y[0]), float(x[-1]), float(y[-1])
 
     def cell_box(self, cell: Cell) -> Box:
@@ -112,7 +108,7 @@ class TokenGrid:
         padding.
         """
         ((row, col),) = self.cells([cell]).cells
-        x, y = self._edges()
+        x, y = self.edges
         box = float(x[col]), float(y[row]), float(x[col + 1]), float(y[row + 1])
         if box[0] >= box[2] or box[1] >= box[3]:
             raise GridError(
@@ -121,7 +117,7 @@ class TokenGrid:
             )
         return box
 
-    def at(self, x: float, y: float) -> Cell:
+    def at(self, x: Px, y: Px) -> Cell:
         """Returns the cell that shows the point `(x, y)` of the image you gave.
 
         Raises `RegionError` for a point outside the image, or in a part that was cropped away.
@@ -130,7 +126,7 @@ class TokenGrid:
             raise RegionError(
                 f"The point ({x}, {y}) is outside the image of {_px(self.image_size)}."
             )
-        x_edges, y_edges = self._edges()
+        x_edges, y_edges = self.edges
         col = int(np.searchsorted(x_edges, x, side="right")) - 1
         row = int(np.searchsorted(y_edges, y, side="right")) - 1
         if not (0 <= row < self.rows and 0 <= col < self.cols):
@@ -168,11 +164,11 @@ class TokenGrid:
 
     def box(
         self,
-        x0: float,
-        y0: float,
-        x1: float,
-        y1: float,
-        rule: str | float = "any",
+        x0: Px,
+        y0: Px,
+        x1: Px,
+        y1: Px,
+        rule: str | Px = "any",
         name: str = "box",
     ) -> Region:
         """Returns the cells that a pixel box of the image you gave covers, by `rule`.
@@ -184,14 +180,15 @@ class TokenGrid:
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise RegionError(
                 f"Box {_ranges((x0, y0, x1, y1))} is empty or reaches outside the image of "
-                f"{_px(self.image_size)}. Give 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}."
+                f"{_px(self.image_size)}. Give (x0, y0, x1, y1) in pixels of that image, with "
+                "x0 < x1 and y0 < y1."
             )
-        return self._select(box_coverage(*self._edges(), (x0, y0, x1, y1)), rule, name)
+        return self._select(box_coverage(*self.edges, (x0, y0, x1, y1)), rule, name)
 
     def mask(
         self,
         mask: Shaped[np.ndarray, "height width"] | Shaped[Tensor, "height width"],
-        rule: str | float = "any",
+        rule: str | Px = "any",
         name: str = "mask",
     ) -> Region:
         """Returns the cells that a boolean mask of the image you gave covers, by `rule`.
@@ -207,7 +204,7 @@ class TokenGrid:
                 f"{_px(self.image_size)} needs bool of shape {(height, width)} (height, width). "
                 "Threshold or resize it first."
             )
-        return self._select(mask_coverage(*self._edges(), pixels), rule, name)
+        return self._select(mask_coverage(*self.edges, pixels), rule, name)
 
     def cell_of_patch(self, patch: int) -> Cell:
         """Returns the cell over an encoder token (`n_prefix` counted): `Region.patches` back."""
@@ -244,16 +241,20 @@ class TokenGrid:
     def __str__(self) -> str:
         return self.describe()
 
-    def _edges(self) -> tuple[Float[np.ndarray, " edges_x"], Float[np.ndarray, " edges_y"]]:
+    @property
+    def edges(self) -> tuple[Float[np.ndarray, " edges_x"], Float[np.ndarray, " edges_y"]]:
         """Returns where the columns and the rows of cells begin and end in the given image."""
         edges = []
         for axis, cells in enumerate((self.cols, self.rows)):
             processed = np.arange(cells + 1) * self.processed_size[axis] / cells
             original = (processed + self.offset[axis]) / self.scale[axis]
+            # A quotient that should be a whole pixel is one, or a point there has no certain cell.
+            whole = original.round()
+            original = np.where(np.abs(original - whole) < TOLERANCE_PX, whole, original)
             edges.append(original.clip(0.0, self.image_size[axis]))
         return edges[0], edges[1]
 
-    def _select(self, coverage: Coverage, rule: str | float, name: str) -> Region:
+    def _select(self, coverage: Coverage, rule: str | Px, name: str) -> Region:
         """Returns the covered cells; none is an error that says why."""
         region = Region.from_mask(coverage.select(rule), name)
         if region:
@@ -272,89 +273,12 @@ class TokenGrid:
         )
 
 
-@dataclass(frozen=True)
-class ImageLayout:
-    """What is known of one image before it is found in a prompt; sizes are (width, height)."""
-
-    rows: int
-    cols: int
-    patch_rows: int
-    patch_cols: int
-    image_size: tuple[int, int]
-    processed_size: tuple[int, int]
-    scale: tuple[float, float]
-    offset: tuple[float, float] = (0.0, 0.0)
-    n_prefix: int = 0
-
-    @property
-    def n_tokens(self) -> int:
-        return self.rows * self.cols
-
-
-def image_token_runs(
-    input_ids: Int[Tensor, " pos"], image_token_id: int
-) -> list[Int[Tensor, " run"]]:
-    """Returns the positions of the image tokens of one prompt, as unbroken runs.
-
-    Two images with nothing between them make one run, and one image with row separators
-    (Pixtral) makes a run per row: `token_grids` sorts that out.
-    """
-    found = (input_ids == image_token_id).nonzero().flatten()
-    if not len(found):
-        return []
-    breaks = (found.diff() != 1).nonzero().flatten() + 1
-    return list(torch.tensor_split(found, breaks.cpu()))
-
-
-def token_grids(
-    input_ids: Int[Tensor, "batch pos"],
-    image_token_id: int,
-    layouts: Sequence[ImageLayout],
-    images_per_prompt: Sequence[int] | None = None,
-) -> list[TokenGrid]:
-    """Returns one `TokenGrid` per image, in the order of `layouts` (the encoder's).
-
-    Images fill the image tokens of the prompts in order, each taking as many as its layout
-    has.  Where `images_per_prompt` is not given, each prompt takes images until its image
-    tokens are used up.
-
-    Raises `GridError` when the counts do not agree, or when a row of an image's tokens is
-    interrupted by other tokens.
-    """
-    grids: list[TokenGrid] = []
-    if images_per_prompt is not None and len(images_per_prompt) != len(input_ids):
-        raise GridError(
-            f"images_per_prompt has {len(images_per_prompt)} entries for {len(input_ids)} prompts."
-        )
-    for prompt, ids in enumerate(input_ids):
-        found = (ids == image_token_id).nonzero().flatten()
-        rest = list(layouts[len(grids) :])
-        count = _count(rest, len(found)) if images_per_prompt is None else images_per_prompt[prompt]
-        wanted = sum(layout.n_tokens for layout in rest[:count])
-        if wanted != len(found) or count > len(rest):
-            sizes = ", ".join(f"{layout.rows}x{layout.cols}" for layout in rest[:count])
-            raise GridError(
-                f"Prompt {prompt} has {len(found)} image tokens (id {image_token_id}), and its "
-                f"{min(count, len(rest))} images ({sizes or 'none left'}) make {wanted}. Every "
-                "image needs its placeholder in the text, and placeholders must be expanded by "
-                "the model's own processor."
-            )
-        for layout in rest[:count]:
-            tokens, found = found[: layout.n_tokens], found[layout.n_tokens :]
-            grids.append(_grid(tokens, layout, prompt, len(grids)))
-    if len(grids) != len(layouts):
-        raise GridError(
-            f"{len(layouts)} images were given and the prompts have image tokens for "
-            f"{len(grids)}. Every image needs its placeholder in the text."
-        )
-    return grids
-
-
-def warn_if_resized(grids: Iterable[TokenGrid]) -> None:
+def warn_if_resized(grids: Iterable[TokenGrid], stacklevel: int = 3) -> None:
     """Warns with `HookedVLMWarning`, once per size, of images that the processor changed.
 
     Cells are then not where they would be on the image you gave: the warning says to what
-    size the image went and how large a cell is in its own pixels.
+    size the image went and how large a cell is in its own pixels.  `stacklevel` is that of
+    `warnings.warn`: which caller's line is shown.
     """
     changed = {(g.image_size, g.processed_size, g.shape): g for g in grids if g.is_resized}
     for grid in changed.values():
@@ -371,41 +295,8 @@ def warn_if_resized(grids: Iterable[TokenGrid]) -> None:
             f"its TokenGrid follow; a stimulus whose objects must fill whole cells should be "
             f"drawn at {_px(grid.processed_size)}.",
             HookedVLMWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-
-
-def _count(layouts: Sequence[ImageLayout], n_tokens: int) -> int:
-    """Returns how many of the next images it takes to use up `n_tokens`."""
-    count = used = 0
-    while used < n_tokens and count < len(layouts):
-        used += layouts[count].n_tokens
-        count += 1
-    return count
-
-
-def _grid(tokens: Int[Tensor, " token"], layout: ImageLayout, prompt: int, image: int) -> TokenGrid:
-    positions = tokens.reshape(layout.rows, layout.cols)
-    broken = (positions.diff(dim=1) != 1).any(dim=1).nonzero().flatten()
-    if len(broken):
-        raise GridError(
-            f"Image {image} of prompt {prompt} should be {layout.rows} rows of {layout.cols} "
-            f"visual tokens, but row {int(broken[0])} is interrupted by other tokens: "
-            f"positions {positions[broken[0]].tolist()}. Its grid is not {layout.rows}x"
-            f"{layout.cols}."
-        )
-    return TokenGrid(
-        positions=positions,
-        patch_rows=layout.patch_rows,
-        patch_cols=layout.patch_cols,
-        n_prefix=layout.n_prefix,
-        image_size=layout.image_size,
-        scale=layout.scale,
-        offset=layout.offset,
-        processed_size=layout.processed_size,
-        prompt=prompt,
-        image=image,
-    )
 
 
 def _px(size: tuple[int, int]) -> str:

@@ -157,8 +157,7 @@ class _Fired:
         given, expected = _tensors(result), _tensors(value)
         ok = len(given) == len(expected) and isinstance(result, list) == isinstance(value, list)
         ok = ok and all(
-            isinstance(g, Tensor)
-            and (g.shape, g.dtype, g.device) == (e.shape, e.dtype, e.device)
+            isinstance(g, Tensor) and (g.shape, g.dtype, g.device) == (e.shape, e.dtype, e.device)
             for g, e in zip(given, expected, strict=True)
         )
         if ok:
@@ -252,10 +251,14 @@ def _note_layout(model: nn.Module, path: str, packing: Packing, stack: ExitStack
         None,
     )
     if owner is None:
-        raise HookError(f"No module above {path} takes grid_thw, so its images cannot be told apart.")
+        raise HookError(
+            f"No module above {path} takes grid_thw, so its images cannot be told apart."
+        )
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        bound = inspect.signature(inspect.unwrap(type(module).forward)).bind(module, *args, **kwargs)
+        bound = inspect.signature(inspect.unwrap(type(module).forward)).bind(
+            module, *args, **kwargs
+        )
         packing.layout = packed_layout(bound.arguments["grid_thw"], packing.merge)
 
     stack.callback(owner.register_forward_pre_hook(note, with_kwargs=True, prepend=True).remove)
@@ -343,7 +346,9 @@ def _edit_chunks(item: _Fired, chunks: list[Tensor]) -> list[Tensor]:
     """Shows the square matrices of a packed encoder by image, both axes in raster order."""
     if item.asleep:
         return chunks
-    orders = _chunk_orders(item.packing.layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device)
+    orders = _chunk_orders(
+        item.packing.layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device
+    )
     raster = [c[0][:, o][:, :, o] for c, o in zip(chunks, orders, strict=True)]
     layout = item.packing.layout.patches
     by_image = len(chunks) == len(layout.rows) and layout.even

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy import Anatomy
 from hooked_vlm.errors import DataError, GridError
-from hooked_vlm.grid import TokenGrid, pixel_transform, token_grids, warn_if_resized
+from hooked_vlm.grid import TokenGrid, warn_if_resized
+from hooked_vlm.image_tokens import ImageLayout, token_grids
+from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.spans import PromptRow, token_pieces
 
 OneImage = Any
 """A PIL image, a numpy array `[height, width, 3]` or a tensor `[3, height, width]`."""
@@ -47,15 +50,14 @@ class Inputs(Mapping[str, Any]):
         tensors: Mapping[str, Any],
         grids: Sequence[Sequence[TokenGrid]],
         texts: Sequence[str] = (),
-        tokens: Sequence[Sequence[str]] = (),
+        tokenizer: Any = None,
     ) -> None:
         self.tensors = dict(tensors)
         self.grids = tuple(tuple(row) for row in grids)
         """For each prompt, the grids of its images."""
         self.texts = tuple(texts)
         """The prompts as the processor got them, chat template applied."""
-        self.tokens = tuple(tuple(row) for row in tokens)
-        """For each prompt, its tokens as strings (padding included)."""
+        self.tokenizer = tokenizer
 
     def __getitem__(self, name: str) -> Any:
         return self.tensors[name]
@@ -84,7 +86,7 @@ class Inputs(Mapping[str, Any]):
     def to(self, device: str | torch.device) -> "Inputs":
         """Returns the inputs with every tensor on a device."""
         moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.items()}
-        return Inputs(moved, self.grids, self.texts, self.tokens)
+        return Inputs(moved, self.grids, self.texts, self.tokenizer)
 
 
 def prepare_inputs(
@@ -103,9 +105,13 @@ def prepare_inputs(
     tokenizer = getattr(processor, "tokenizer", processor)
     chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
     if chat:
-        prompts = [_chat(processor, text, len(i), system) for text, i in zip(texts, by_prompt, strict=True)]
+        prompts = [
+            _chat(processor, text, len(i), system) for text, i in zip(texts, by_prompt, strict=True)
+        ]
     else:
-        prompts = [_plain(processor, text, len(i)) for text, i in zip(texts, by_prompt, strict=True)]
+        prompts = [
+            _plain(processor, text, len(i)) for text, i in zip(texts, by_prompt, strict=True)
+        ]
     bos = getattr(tokenizer, "bos_token", None)
     if bos and prompts[0].startswith(bos):
         processor_kwargs.setdefault("add_special_tokens", False)
@@ -118,9 +124,10 @@ def prepare_inputs(
     made |= _positions(model.hf_model, made)
     made = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}
     sizes = [image.size for row in by_prompt for image in row]
-    grids = grids_of(model, made, sizes) if sizes else ((),) * len(texts)
-    rows = [tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in made["input_ids"]]
-    return Inputs(made, grids, prompts, rows)
+    grids = grids_of(model, made, sizes, [len(row) for row in by_prompt]) if sizes else None
+    if grids is not None:
+        warn_if_resized((grid for row in grids for grid in row), stacklevel=5)
+    return Inputs(made, grids or ((),) * len(texts), prompts, tokenizer)
 
 
 def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
@@ -162,8 +169,14 @@ def to_pil(image: OneImage) -> Image.Image:
         return image.convert("RGB")
     if isinstance(image, Tensor):
         image = image.detach().cpu()
-        image = (image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in (1, 3) else image).numpy()
-    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+        image = (
+            image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in (1, 3) else image
+        ).numpy()
+    if (
+        not isinstance(image, np.ndarray)
+        or image.ndim not in (2, 3)
+        or image.shape[2:] not in ((), (1,), (3,))
+    ):
         shape = getattr(image, "shape", None)
         raise DataError(
             f"An image of type {type(image).__name__}{f' and shape {tuple(shape)}' if shape else ''} "
@@ -193,7 +206,10 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor
 
 
 def grids_of(
-    model: Wrapped, inputs: Mapping[str, Any], image_sizes: Sequence[tuple[int, int]] | None = None
+    model: Wrapped,
+    inputs: Mapping[str, Any],
+    image_sizes: Sequence[tuple[int, int]] | None = None,
+    images_per_prompt: Sequence[int] | None = None,
 ) -> tuple[tuple[TokenGrid, ...], ...]:
     """Returns the grids of the images in some model inputs, a tuple for each prompt.
 
@@ -203,29 +219,41 @@ def grids_of(
     ids, vision = inputs["input_ids"], model.anatomy.vision
     if vision is None or inputs.get("pixel_values") is None:
         return ((),) * len(ids)
-    if model.anatomy.image_token_id is None:
-        raise GridError("The model's config names no image token, so images cannot be found in prompts.")
+    image_token = model.anatomy.image_token_id
+    if image_token is None:
+        raise GridError("The model's config names no image token, so no image can be found.")
     patch_grids = _patch_grids(inputs, vision.patch_size)
-    total = int((ids == model.anatomy.image_token_id).sum())
-    shapes = [_token_shape(grid, vision.merge, total, patch_grids) for grid in patch_grids]
+    n_tokens = int((ids == image_token).sum())
+    pool = vision.merge if vision.merge > 1 else _pool(n_tokens, patch_grids)
     processor = getattr(model.processor, "image_processor", None)
-    transforms = []
+    layouts = []
     for i, (rows, cols) in enumerate(patch_grids):
-        processed = (cols * vision.patch_size, rows * vision.patch_size)
-        size = tuple(image_sizes[i]) if image_sizes is not None else processed
-        scale, offset = pixel_transform(processor, size, processed)
-        transforms.append((size, processed, scale, offset))
-    made = token_grids(
-        ids, model.anatomy.image_token_id, shapes, patch_grids, transforms, n_prefix=vision.n_prefix
-    )
-    if image_sizes is not None:
-        _warn_resized(made)
-    return made
+        seen = (cols * vision.patch_size, rows * vision.patch_size)
+        given = tuple(image_sizes[i]) if image_sizes is not None else seen
+        scale, offset = pixel_transform(processor if image_sizes else None, given, seen)
+        layouts.append(
+            ImageLayout(
+                rows // pool, cols // pool, rows, cols, given, seen, scale, offset, vision.n_prefix
+            )
+        )
+    found = token_grids(ids, image_token, layouts, images_per_prompt)
+    return tuple(tuple(g for g in found if g.prompt == row) for row in range(len(ids)))
 
 
-def _warn_resized(grids: Sequence[Sequence[TokenGrid]]) -> None:
-    for grid in {(g.image_size, g.processed_size): g for row in grids for g in row}.values():
-        warn_if_resized(grid)
+def rows_of(
+    inputs: Mapping[str, Any], grids: Sequence[Sequence[TokenGrid]], text: bool
+) -> list[PromptRow]:
+    """Returns each prompt of some inputs as places see it, with its tokens' text if asked for."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    tokenizer = getattr(inputs, "tokenizer", None) if text else None
+    return [
+        PromptRow(
+            ids[b], mask[b], token_pieces(tokenizer, ids[b]) if tokenizer else None, tuple(grids[b])
+        )
+        for b in range(len(ids))
+    ]
 
 
 def _patch_grids(inputs: Mapping[str, Any], patch: int) -> list[tuple[int, int]]:
@@ -241,18 +269,14 @@ def _patch_grids(inputs: Mapping[str, Any], patch: int) -> list[tuple[int, int]]
     return [(pixels.shape[2] // patch, pixels.shape[3] // patch)] * len(pixels)
 
 
-def _token_shape(
-    grid: tuple[int, int], merge: int, total: int, all_grids: list[tuple[int, int]]
-) -> tuple[int, int]:
-    """Returns (rows, cols) of visual tokens: patches merged by the encoder or pooled behind it."""
-    rows, cols = grid
-    if merge > 1:
-        return rows // merge, cols // merge
-    n_patches = sum(r * c for r, c in all_grids)
-    pool = isqrt(n_patches // total) if total and n_patches % total == 0 else 0
-    if pool == 0 or pool**2 * total != n_patches or rows % pool or cols % pool:
+def _pool(n_tokens: int, patch_grids: Sequence[tuple[int, int]]) -> int:
+    """Returns the side of the squares of patches that are pooled, behind the encoder, into tokens."""
+    n_patches = sum(rows * cols for rows, cols in patch_grids)
+    side = isqrt(n_patches // n_tokens) if n_tokens else 0
+    if not side or side**2 * n_tokens != n_patches:
         raise GridError(
-            f"{total} image tokens in the prompts cannot come from {n_patches} patches "
-            f"({rows}x{cols} an image) by pooling squares of them."
+            f"The prompts hold {n_tokens} image tokens for {len(patch_grids)} images of "
+            f"{n_patches} patches in all; expected one token for every patch, or for every square "
+            "of patches. Expand the image placeholders with the model's own processor."
         )
-    return rows // pool, cols // pool
+    return side

@@ -58,9 +58,7 @@ def packed_layout(grid_thw: Int[Tensor, "image 3"], merge: int) -> PackedLayout:
                 f"An image of {height}x{width} patches cannot be merged in squares of {merge}x{merge}."
             )
         n_patches = frames * height * width
-        blocks = torch.arange(n_patches).view(
-            frames, height // merge, width // merge, merge, merge
-        )
+        blocks = torch.arange(n_patches).view(frames, height // merge, width // merge, merge, merge)
         patches.append(start + blocks.permute(0, 1, 3, 2, 4).reshape(-1))
         n_tokens = n_patches // merge**2
         tokens.append(first + torch.arange(n_tokens))

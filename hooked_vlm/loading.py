@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from hooked_vlm.errors import UnsupportedModelError, did_you_mean
+from hooked_vlm.processors import load_processor
 from hooked_vlm.zoo import available, load
 
 
@@ -31,14 +32,12 @@ def load_pretrained(
         if device_map is not None:
             raise UnsupportedModelError(f"{name} is small: give device=…, not device_map.")
         return load(name, dtype=chosen, device=device or "cpu", **kwargs)
-    remote = bool(kwargs.get("trust_remote_code"))
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, device_map=device_map, use_safetensors=True, **kwargs
         )
-        processor = AutoProcessor.from_pretrained(
-            name, revision=kwargs.get("revision"), trust_remote_code=remote
-        )
+        shared = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
+        processor = load_processor(name, **shared)
     except (OSError, ValueError) as error:
         shipped = ", ".join(available())
         raise UnsupportedModelError(

@@ -59,10 +59,13 @@ class HookedVLM:
         self.anatomy: Anatomy = read_anatomy(hf_model)
         self.sites: dict[str, Site] = list_sites(self.anatomy)
         self.hook_dict: dict[str, HookPoint] = {
-            site.name: HookPoint(site.name, site.axes, site.read_only) for site in self.sites.values()
+            site.name: HookPoint(site.name, site.axes, site.read_only)
+            for site in self.sites.values()
         }
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
-        self.cfg: HookedVLMConfig = read_config(hf_model, self.anatomy, name or type(hf_model).__name__)
+        self.cfg: HookedVLMConfig = read_config(
+            hf_model, self.anatomy, name or type(hf_model).__name__
+        )
         self._open: list[tuple[list[tuple[str, HookFunction]], Run]] = []
         self._attached = ExitStack()
         self._said_eager = False
@@ -97,7 +100,9 @@ class HookedVLM:
     def tokenizer(self) -> Any:
         """The processor's tokenizer; raises `UnsupportedModelError` when there is no processor."""
         if self.processor is None:
-            raise UnsupportedModelError("This HookedVLM was made without a processor: pass one to it.")
+            raise UnsupportedModelError(
+                "This HookedVLM was made without a processor: pass one to it."
+            )
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
@@ -218,7 +223,9 @@ class HookedVLM:
         """
         pairs = self._pairs(fwd_hooks, inputs)
         ran: set[str] = set()
-        watched = [(name, Reader(lambda _, hook: ran.add(hook.name))) for name in {n for n, _ in pairs}]
+        watched = [
+            (name, Reader(lambda _, hook: ran.add(hook.name))) for name in {n for n, _ in pairs}
+        ]
         with self.hooks([*pairs, *watched]):
             logits = self.forward(inputs, **kwargs)
         self._warn_unran({name for name, _ in pairs} - ran)
@@ -299,7 +306,9 @@ class HookedVLM:
         def stop(module: nn.Module, args: tuple, hf_kwargs: dict) -> None:
             raise _Stopped(args[0] if args else hf_kwargs["hidden_states"])
 
-        handle = self.hf_model.get_submodule(behind).register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self.hf_model.get_submodule(behind).register_forward_pre_hook(
+            stop, with_kwargs=True
+        )
         try:
             self.forward(inputs, **kwargs)
         except _Stopped as stopped:

@@ -164,7 +164,9 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
     if callable(names_filter):
         chosen = {name for name in known if names_filter(name)}
         if not chosen:
-            raise UnknownHookError(f"The names_filter selects none of this model's {len(known)} sites.")
+            raise UnknownHookError(
+                f"The names_filter selects none of this model's {len(known)} sites."
+            )
         return [name for name in known if name in chosen]
     patterns = [names_filter] if isinstance(names_filter, str) else names_filter
     chosen = set()

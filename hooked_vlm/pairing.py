@@ -122,15 +122,16 @@ def paired(
     (64, (0, 0), (0, 12))
     """
     for region in (a, b, *(objects or ())):
-        region.tokens  # noqa: B018 - raises for an empty region
-    a & b  # noqa: B018 - raises for regions of two grids
+        region.check_not_empty("cell to pair")
+        region.check_same_grid(a)
     if objects is not None:
         _check_objects(a, b, objects)
     if pairing == "published":
         return _published(a, b, objects)
     if pairing != "aligned":
         raise RegionError(
-            f"No pairing {pairing!r}. Use 'published' or 'aligned'.{did_you_mean(pairing, PAIRINGS)}"
+            f"No pairing {pairing!r}. Use 'published' or 'aligned'."
+            f"{did_you_mean(pairing, PAIRINGS)}"
         )
     if objects is None:
         raise RegionError(

@@ -8,6 +8,7 @@ bands, chance is a dotted line, and slots are named as the paper has them: 0 is 
 projector's output merged into the text, l is the output of the language model's layer l-1.
 """
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
@@ -97,6 +98,13 @@ STYLE: dict[Any, Any] = {
 def _style() -> Iterator[None]:
     with mpl.rc_context(STYLE):
         yield
+
+
+def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
+    """Returns the figure as a PNG file, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def accuracy(table: pd.DataFrame, *, by: str = "direction", chance: float | None = None) -> Figure:

@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +55,11 @@ class Provenance:
     started: str
     """UTC, ISO 8601."""
     wall_seconds: float
+    """Of this run; see `seconds` for experiments that an earlier run computed."""
+    seconds: dict[str, float]
+    """Of each experiment, when it was computed."""
+    reused: list[str]
+    """Experiments whose results were read back from an earlier run."""
     peak_memory_mib: float
     """Highest resident memory of the process since it started, not of this run alone."""
     peak_cuda_memory_mib: float | None
@@ -98,16 +103,22 @@ def record(
     name: str,
     watch: Stopwatch,
     *,
+    model_sha256: str,
     experiment: str,
     config: Mapping[str, Any],
     seed: int,
+    seconds: Mapping[str, float] | None = None,
+    reused: Sequence[str] = (),
 ) -> Provenance:
-    """Returns the record of one run of `experiment` on `model`, which the user calls `name`."""
+    """Returns the record of one run of `experiment` on `model`, which the user calls `name`.
+
+    `model_sha256` is what `parameter_hash` gives; hashing a large model twice is a waste.
+    """
     parameter = next(model.parameters())
     return Provenance(
         model=name,
         model_class=type(model).__name__,
-        model_sha256=parameter_hash(model),
+        model_sha256=model_sha256,
         n_parameters=sum(p.numel() for p in model.parameters()),
         experiment=experiment,
         config=dict(config),
@@ -123,6 +134,8 @@ def record(
         platform=platform.platform(),
         started=watch.started.isoformat(timespec="seconds"),
         wall_seconds=round(watch.seconds, 2),
+        seconds={name: round(value, 2) for name, value in (seconds or {}).items()},
+        reused=list(reused),
         peak_memory_mib=round(_peak_resident_mib(), 1),
         peak_cuda_memory_mib=None if watch.peak_cuda_mib is None else round(watch.peak_cuda_mib, 1),
     )

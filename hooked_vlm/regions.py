@@ -12,7 +12,7 @@ like an intervention without effect.  Geometry and regions: paper.md 2.1.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +54,9 @@ class Region:
         off = sorted((r, c) for r, c in cells if not (0 <= r < rows and 0 <= c < cols))
         if off:
             raise RegionError(
-                f"Region {self.name!r} has {len(off)} of {len(cells)} cells off the grid, the first "
-                f"at {off[0]} (row, column). The grid has rows 0 to {rows - 1} and columns 0 to "
-                f"{cols - 1}."
+                f"Region {self.name!r} has {len(off)} of {len(cells)} cells off the grid, the "
+                f"first at {off[0]} (row, column). The grid has rows 0 to {rows - 1} and columns "
+                f"0 to {cols - 1}."
             )
         object.__setattr__(self, "shape", (rows, cols))
         object.__setattr__(self, "cells", tuple(sorted(cells)))
@@ -116,7 +116,7 @@ class Region:
     def __len__(self) -> int:
         return len(self.cells)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Cell]:
         return iter(self.cells)
 
     def __contains__(self, cell: object) -> bool:
@@ -150,7 +150,7 @@ class Region:
         and not in it; what the image's border cuts off is left out."""
         if width < 1:
             raise RegionError(f"A ring of width {width} has no cell. Give a width of 1 or more.")
-        self._check_not_empty("a ring around it")
+        self.check_not_empty("ring around it")
         steps = range(-width, width + 1)
         near = {(r + dr, c + dc) for r, c in self.cells for dr in steps for dc in steps}
         rows, cols = self.shape
@@ -177,7 +177,7 @@ class Region:
     def tokens(self) -> Int[Tensor, " token"]:
         """Flat raster indices `row * cols + col`, which index the projector's output
         `[image, token, d_model]`; raises `RegionError` when the region is empty."""
-        self._check_not_empty("its visual tokens")
+        self.check_not_empty("visual token of it")
         return torch.tensor([r * self.shape[1] + c for r, c in self.cells])
 
     def positions(self, where: ImageCells | PromptRow) -> Int[Tensor, " pos"]:
@@ -200,7 +200,7 @@ class Region:
         multiple of the token grid, so that no patch belongs to one cell alone.
         """
         self._check_fits(grid)
-        self._check_not_empty("its patches")
+        self.check_not_empty("patch of it")
         tall, odd_rows = divmod(grid.patch_rows, grid.rows)
         wide, odd_cols = divmod(grid.patch_cols, grid.cols)
         if odd_rows or odd_cols or not tall or not wide:
@@ -223,15 +223,32 @@ class Region:
         """Returns this region in one image of prompts that have several."""
         return OfImage(self, image)
 
+    def check_not_empty(self, use: str) -> None:
+        """Raises `RegionError` when the region has no cell; `use` says what it was needed for."""
+        if not self.cells:
+            raise RegionError(
+                f"{self.name!r} has no cells, so there is no {use}. Check the regions it was made "
+                "from."
+            )
+
+    def check_same_grid(self, other: "Region") -> None:
+        """Raises `RegionError` when the two regions are on grids of different shapes."""
+        if self.shape != other.shape:
+            raise RegionError(
+                f"{self.name!r} is on a grid of {self.shape[0]}x{self.shape[1]} cells and "
+                f"{other.name!r} on one of {other.shape[0]}x{other.shape[1]}. Combine regions of "
+                "one grid."
+            )
+
     def sketch(self) -> str:
-        """Returns the grid as text, one line per row: `#` in the region, `.` outside.
+        """Returns the grid as text, one line per row: `#` in the region, `-` outside.
 
         >>> print(Region.rectangle((3, 4), rows=(1, 3), cols=(0, 2)).sketch())
-        ....
-        ##..
-        ##..
+        ----
+        ##--
+        ##--
         """
-        return "\n".join("".join("#" if on else "." for on in row) for row in self.mask)
+        return "\n".join("".join("#" if on else "-" for on in row) for row in self.mask)
 
     def __repr__(self) -> str:
         return f"Region({self.name!r}, {self._extent()})"
@@ -251,12 +268,7 @@ class Region:
     def _combined(self, other: Any, sign: str) -> Any:
         if not isinstance(other, Region):
             return NotImplemented
-        if self.shape != other.shape:
-            raise RegionError(
-                f"{self.name!r} is on a grid of {self.shape[0]}x{self.shape[1]} cells and "
-                f"{other.name!r} on one of {other.shape[0]}x{other.shape[1]}. Combine regions of "
-                "one grid."
-            )
+        self.check_same_grid(other)
         # |, & of boolean arrays; a - b is a & ~b, for which numpy has no minus sign.
         a, b = self.mask, other.mask
         mask = a | b if sign == "|" else a & (b if sign == "&" else ~b)
@@ -276,13 +288,6 @@ class Region:
                 f"{self.name!r} is on a grid of {self.shape[0]}x{self.shape[1]} cells, and this "
                 f"image has {grid.rows}x{grid.cols} visual tokens. Make the region from this "
                 "image's grid."
-            )
-
-    def _check_not_empty(self, use: str) -> None:
-        if not self.cells:
-            raise RegionError(
-                f"{self.name!r} has no cells, so there is no {use.removeprefix('a ')}. Check the "
-                "regions it was made from."
             )
 
 

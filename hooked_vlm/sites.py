@@ -53,9 +53,7 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
         sites += _block_sites(block, f"blocks.{layer}.", "batch pos", "", "", "d_model")
     if lm.final_norm:
         sites.append(Site("ln_final.hook_in", "batch pos d_model", lm.final_norm, "input"))
-        sites.append(
-            Site("ln_final.hook_normalized", "batch pos d_model", lm.final_norm, "output")
-        )
+        sites.append(Site("ln_final.hook_normalized", "batch pos d_model", lm.final_norm, "output"))
     sites.append(Site("hook_logits", "batch pos d_vocab", anatomy.unembed, "output"))
     return {site.name: site for site in sites}
 
@@ -83,7 +81,9 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
         features = "image patch d_features"
         yield Site(f"{VISION}.hook_out", features, projector, "input", order=packed)
         yield Site(f"{PROJECTOR}.hook_in", features, projector, "input", order=packed)
-        yield Site(f"{PROJECTOR}.hook_out", "image token d_model", projector, "output", order=tokens)
+        yield Site(
+            f"{PROJECTOR}.hook_out", "image token d_model", projector, "output", order=tokens
+        )
 
 
 def _block_sites(

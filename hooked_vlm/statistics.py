@@ -126,7 +126,7 @@ def paired_difference(
     return bootstrap(_difference(a, b), level=level, n_resamples=n_resamples, seed=seed)
 
 
-def wilson(successes: float | np.ndarray, n: int, *, level: float = 0.95) -> Interval:
+def wilson(successes: Number, n: int, *, level: float = 0.95) -> Interval:
     """Returns the rate `successes / n` with Wilson's score interval.
 
     `successes` may be an array (one count per slot) and need not be whole: for `n`

@@ -65,13 +65,22 @@ def write_file(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_result(result: Result, folder: Path, key: str) -> Path:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Saved:
+    """A result as it was found on disk."""
+
+    result: Result
+    seconds: float
+    """How long it took when it was computed."""
+
+
+def save_result(result: Result, folder: Path, key: str, seconds: float = 0.0) -> Path:
     """Writes a result under `folder/<its name>`, in place of an older one; returns that folder."""
     target = folder / result.name
     folder.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{result.name}-", dir=folder))
     try:
-        _write(result, building, key)
+        _write(result, building, {"key": key, "seconds": seconds})
         if target.exists():
             shutil.rmtree(target)
         building.replace(target)
@@ -80,7 +89,7 @@ def save_result(result: Result, folder: Path, key: str) -> Path:
     return target
 
 
-def load_result(folder: Path, name: str, key: str) -> Result | None:
+def load_result(folder: Path, name: str, key: str) -> Saved | None:
     """Returns the result that was saved under `name` with this key, or `None`."""
     source = folder / name
     try:
@@ -89,10 +98,10 @@ def load_result(folder: Path, name: str, key: str) -> Result | None:
         return None
     if about.get("key") != key:
         return None
-    return _read(source, about)
+    return Saved(_read(source, about), about["seconds"])
 
 
-def _write(result: Result, folder: Path, key: str) -> None:
+def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
     arrays, labels = {}, {}
     for name, array in result.arrays.items():
         arrays[name] = array.values
@@ -111,7 +120,7 @@ def _write(result: Result, folder: Path, key: str) -> None:
         result.images[name].save(folder / file)
     words = ("id", "name", "title", "claim", "section", "verdict", "config", "notes")
     about = {
-        "key": key,
+        **stamp,
         **{word: getattr(result, word) for word in words},
         "columns": {str(name): str(dtype) for name, dtype in result.table.dtypes.items()},
         "arrays": labels,

@@ -6,6 +6,7 @@ import xarray as xr
 from PIL import Image, ImageDraw
 
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.provenance import Provenance
 
 
 DIRECTIONS = ("left", "right", "above", "below")
@@ -196,3 +197,30 @@ def e4(n_slots: int = 9, seed: int = 3) -> Result:
 
 def all_results() -> list[Result]:
     return [e1(), e2(), e3(), e4()]
+
+
+def provenance(model: str = "tiny-qwen2-vl") -> Provenance:
+    return Provenance(
+        model=model,
+        model_class="Qwen2VLForConditionalGeneration",
+        model_sha256="0123456789abcdef" * 4,
+        n_parameters=1_310_720,
+        experiment="dual-mechanisms",
+        config={"pairs": 50},
+        seed=0,
+        device="cpu",
+        device_name="x86_64, 2 logical cores",
+        dtype="float32",
+        threads=2,
+        hooked_vlm="0.1.0",
+        git_commit=None,
+        python="3.11.7",
+        packages={"torch": "2.13.0", "transformers": "5.23.0"},
+        platform="Linux",
+        started="2026-11-24T03:00:00+00:00",
+        wall_seconds=61.5,
+        seconds={"behaviour": 11.5, "strip-swap": 50.0},
+        reused=[],
+        peak_memory_mib=900.0,
+        peak_cuda_memory_mib=None,
+    )

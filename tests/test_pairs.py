@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from hooked_vlm.errors import DataError, HookedVLMWarning
 from hooked_vlm.stimuli import sample_tuples
 from hooked_vlm.stimuli.pairs import (
-    DIRECTIONS,
-    OPPOSITE,
     Question,
     final_token_pair,
     right_on_both,
     swap_pair,
     target_slot,
 )
+from hooked_vlm.stimuli.prompts import DIRECTIONS, OPPOSITE
+from hooked_vlm.stimuli.squares import COLORS as SQUARES
+from hooked_vlm.stimuli.squares import SquaresItem
 
 
-COLORS = ["red", "green", "blue", "black", "brown", "gray"]
+COLORS = list(SQUARES)
 
 
 def plain_loop(names, k, per_direction, seed, accept, max_attempts):
@@ -124,14 +125,14 @@ def test_names_keep_their_order():
 def test_swap_pair_mirrors_and_asks_for_the_ends(direction):
     pair = swap_pair(direction, ("t0", "t1", "t2"))
     clean, counterfactual = pair.questions
-    assert counterfactual.layout == clean.layout[::-1]
+    assert counterfactual.entities == clean.entities[::-1]
     assert clean.direction == counterfactual.direction == direction
     assert clean.reference == counterfactual.reference == "t1"
     slot = {"left": 0, "right": 2, "above": 0, "below": 2}[direction]
-    assert (clean.layout[slot], pair.clean_answer) == ("t0", "t0")
-    assert (counterfactual.layout[slot], pair.swapped_answer) == ("t2", "t2")
+    assert (clean.entities[slot], pair.clean_answer) == ("t0", "t0")
+    assert (counterfactual.entities[slot], pair.swapped_answer) == ("t2", "t2")
     expected = {0: ("t0", "t1", "t2"), 2: ("t2", "t1", "t0")}
-    assert clean.layout == expected[slot]
+    assert clean.entities == expected[slot]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -145,13 +146,13 @@ def test_final_token_pair_separates_clean_ordering_and_attribute(direction):
     assert answers == ("t0", "t2", "t3")
     asked, asked_opposite = target_slot(direction), target_slot(OPPOSITE[direction])
     assert {asked, asked_opposite} == {0, 2}
-    assert clean.layout[asked] == "t0"
-    assert clean.layout[asked_opposite] == "t2"
-    assert counterfactual.layout[asked_opposite] == "t3"
+    assert clean.entities[asked] == "t0"
+    assert clean.entities[asked_opposite] == "t2"
+    assert counterfactual.entities[asked_opposite] == "t3"
     if direction in ("left", "above"):
-        assert counterfactual.layout == ("t4", "t1", "t3")
+        assert counterfactual.entities == ("t4", "t1", "t3")
     else:
-        assert counterfactual.layout == ("t3", "t1", "t4")
+        assert counterfactual.entities == ("t3", "t1", "t4")
 
 
 def test_right_on_both_asks_each_question_once():
@@ -159,7 +160,7 @@ def test_right_on_both_asks_each_question_once():
 
     def is_right(questions):
         runs.append(questions)
-        return [question.layout[0] != "gray" for question in questions]
+        return [question.entities[0] != "gray" for question in questions]
 
     accept_batch = right_on_both(swap_pair, is_right)
     tuples = list(itertools.permutations(["red", "green", "gray"], 3))
@@ -174,7 +175,10 @@ def test_right_on_both_asks_each_question_once():
 
 def test_a_question_knows_its_answer():
     question = Question(("red", "green", "blue"), "below")
-    assert (question.answer, question.reference, question.axis) == ("blue", "green", "vertical")
+    assert (question.target, question.reference, question.axis) == ("blue", "green", "vertical")
+    for direction in DIRECTIONS:
+        ours, item = (kind(("red", "green", "blue"), direction) for kind in (Question, SquaresItem))
+        assert (ours.target, ours.reference, ours.axis) == (item.target, item.reference, item.axis)
 
 
 @pytest.mark.parametrize(

@@ -52,22 +52,25 @@ def test_hash_does_not_depend_on_the_order_of_construction() -> None:
     )
 
 
-def test_hash_of_scalars_tied_and_offloaded_parameters() -> None:
+def test_hash_counts_tied_weights_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    alone = nn.Sequential(model[0])
+    assert parameter_hash(model) == parameter_hash(alone)
+
+
+def test_hash_of_scalar_and_offloaded_parameters() -> None:
     model = nn.ParameterDict({"scale": torch.tensor(2.0)})
     before = parameter_hash(model)
     assert parameter_hash(model.to("meta")) != before
 
 
 def test_record_survives_json() -> None:
+    config = {"pairs": 5, "dtype": "float32"}
     with Stopwatch() as watch:
         time.sleep(0.02)
     made = record(
-        small_model(),
-        "tiny",
-        watch,
-        experiment="e",
-        config={"pairs": 5, "dtype": "float32"},
-        seed=3,
+        small_model(), "tiny", watch, model_sha256="abc", experiment="e", config=config, seed=3
     )
     assert Provenance.from_json(made.to_json()) == made
     assert made.seed == 3
@@ -77,7 +80,7 @@ def test_record_survives_json() -> None:
     assert made.device == "cpu"
     assert made.wall_seconds >= 0.02
     assert made.peak_memory_mib > 10
-    assert made.model_sha256 == parameter_hash(small_model())
+    assert made.model_sha256 == "abc"
     assert json.loads(made.to_json())["config"] == {"pairs": 5, "dtype": "float32"}
 
 

@@ -62,7 +62,12 @@ def test_bca_equals_scipys_within_monte_carlo_error():
     n = len(values)
     tail = stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
     known = stats.bootstrap(
-        (values,), np.mean, n_resamples=40_000, confidence_level=1 - 2 * tail, method="BCa", rng=1
+        (values,),
+        np.mean,
+        n_resamples=40_000,
+        confidence_level=float(1 - 2 * tail),
+        method="BCa",
+        rng=1,
     ).confidence_interval
     ours = bootstrap(values, method="bca", n_resamples=40_000)
     error = 0.03 * (known.high - known.low)
@@ -162,10 +167,12 @@ def test_sign_flip_is_exact_for_few_pairs():
     assert sign_flip_test(np.zeros(6)) == 1.0
 
 
-def test_sampled_sign_flip_agrees_with_the_exact_one():
-    values = np.random.default_rng(3).normal(0.4, 1, size=12)
-    sampled = sign_flip_test(values, n_resamples=4000)
-    assert sampled == pytest.approx(sign_flip_test(values, n_resamples=4096), abs=0.03)
+def test_sampled_sign_flip_agrees_with_the_exact_one_and_is_never_zero():
+    values = np.random.default_rng(3).normal(0.1, 1, size=12)
+    exact = sign_flip_test(values, n_resamples=4096)
+    assert 0.2 < exact < 0.8
+    assert sign_flip_test(values, n_resamples=4000) == pytest.approx(exact, abs=0.03)
+    assert sign_flip_test(np.ones(40), n_resamples=99) == 0.01
 
 
 def test_holm_known_values():

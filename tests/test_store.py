@@ -17,9 +17,11 @@ from hooked_vlm.store import load_result, run_key, save_result, writable_folder,
 
 @pytest.mark.parametrize("result", synthetic.all_results(), ids=lambda result: result.id)
 def test_round_trip_is_exact(result: Result, tmp_path: Path) -> None:
-    save_result(result, tmp_path, "key")
-    back = load_result(tmp_path, result.name, "key")
-    assert back is not None
+    save_result(result, tmp_path, "key", seconds=1.5)
+    saved = load_result(tmp_path, result.name, "key")
+    assert saved is not None
+    assert saved.seconds == 1.5
+    back = saved.result
     pd.testing.assert_frame_equal(back.table, result.table, check_exact=True)
     assert set(back.arrays) == set(result.arrays)
     for name, array in result.arrays.items():
@@ -37,8 +39,9 @@ def test_missing_values_in_text_and_number_columns(tmp_path: Path) -> None:
     table.loc[3, ["low", "high"]] = np.nan
     table["kind"] = ["strip", None] * (len(table) // 2)
     save_result(dataclasses.replace(synthetic.e2(), table=table), tmp_path, "key")
-    back = load_result(tmp_path, "final-token", "key")
-    assert back is not None
+    saved = load_result(tmp_path, "final-token", "key")
+    assert saved is not None
+    back = saved.result
     assert back.table["low"].isna().sum() == 1
     assert back.table["kind"].isna().tolist() == table["kind"].isna().tolist()
 
@@ -66,9 +69,9 @@ def test_saving_again_replaces_the_whole_folder(tmp_path: Path) -> None:
     save_result(synthetic.e1(), tmp_path, "old")
     save_result(dataclasses.replace(synthetic.e1(), images={}), tmp_path, "new")
     assert load_result(tmp_path, "behaviour", "old") is None
-    back = load_result(tmp_path, "behaviour", "new")
-    assert back is not None
-    assert back.images == {}
+    saved = load_result(tmp_path, "behaviour", "new")
+    assert saved is not None
+    assert saved.result.images == {}
     assert not list((tmp_path / "behaviour" / "images").iterdir())
 
 

@@ -94,7 +94,9 @@ _MADE: dict[str, tuple[Callable[..., Any], type]] = {
 }
 
 
-def build(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def build(
+    family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     """Returns a new transformers model of a family, seeded, in eval mode."""
     config, model_class = _MADE[family]
     torch.manual_seed(0)

@@ -1,3 +1,7 @@
-"""Stimuli: images whose layout is known, the questions about them, and pairs of both."""
+"""Stimuli: pictures whose answers, regions and counterfactuals are known."""
 
+from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY as PAPER_GEOMETRY
+from hooked_vlm.stimuli.geometry import Geometry as Geometry
+from hooked_vlm.stimuli.geometry import geometry_for as geometry_for
 from hooked_vlm.stimuli.pairs import sample_tuples as sample_tuples
+from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT

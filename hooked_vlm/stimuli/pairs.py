@@ -22,11 +22,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hooked_vlm.errors import DataError, HookedVLMWarning, did_you_mean
+from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPPOSITE
 
-
-DIRECTIONS = ("left", "right", "above", "below")
-AXIS = {"left": "horizontal", "right": "horizontal", "above": "vertical", "below": "vertical"}
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 Layout = tuple[str, str, str]
 """The entities of slots 0, 1, 2: from left to right, or from top to bottom."""
@@ -51,25 +48,25 @@ def target_slot(direction: str) -> int:
 
 @dataclass(frozen=True)
 class Question:
-    """One image and what is asked about it: a layout, a direction and the right answer."""
+    """One image and what is asked about it; named as a setting's items are."""
 
-    layout: Layout
+    entities: Layout
     direction: str
 
     @property
     def reference(self) -> str:
         """The entity that the prompt names: always the middle one."""
-        return self.layout[1]
+        return self.entities[1]
 
     @property
-    def answer(self) -> str:
-        """The entity that lies in the asked direction of the reference."""
-        return self.layout[target_slot(self.direction)]
+    def target(self) -> str:
+        """The right answer: the entity in the asked direction of the reference."""
+        return self.entities[target_slot(self.direction)]
 
     @property
     def axis(self) -> str:
         """`"horizontal"` or `"vertical"`."""
-        return AXIS[self.direction]
+        return AXIS_OF[self.direction]
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,12 @@ class SwapPair:
     @property
     def clean_answer(self) -> str:
         """The right answer on the clean image, t0: nothing was transferred."""
-        return self.clean.answer
+        return self.clean.target
 
     @property
     def swapped_answer(self) -> str:
         """The right answer on the counterfactual image, t2: the swap flipped the answer."""
-        return self.counterfactual.answer
+        return self.counterfactual.target
 
     @property
     def questions(self) -> tuple[Question, Question]:
@@ -109,17 +106,17 @@ class FinalTokenPair:
     @property
     def clean_answer(self) -> str:
         """t0, the right answer on the clean image: nothing was transferred."""
-        return self.clean.answer
+        return self.clean.target
 
     @property
     def ordering_answer(self) -> str:
         """t2, the clean image's entity at the slot that the counterfactual asks for."""
-        return self.clean.layout[target_slot(self.counterfactual.direction)]
+        return self.clean.entities[target_slot(self.counterfactual.direction)]
 
     @property
     def attribute_answer(self) -> str:
         """t3, the right answer on the counterfactual image: the answer itself moved."""
-        return self.counterfactual.answer
+        return self.counterfactual.target
 
     @property
     def questions(self) -> tuple[Question, Question]:
@@ -134,7 +131,7 @@ def swap_pair(direction: str, names: Sequence[str]) -> SwapPair:
         DataError: an unknown direction, or not three different names.
 
     >>> pair = swap_pair("right", ("red", "green", "blue"))
-    >>> pair.clean.layout, pair.clean_answer, pair.swapped_answer
+    >>> pair.clean.entities, pair.clean_answer, pair.swapped_answer
     (('blue', 'green', 'red'), 'red', 'blue')
     """
     t0, t1, t2 = _distinct(names, 3)
@@ -150,7 +147,7 @@ def final_token_pair(direction: str, names: Sequence[str]) -> FinalTokenPair:
 
     >>> pair = final_token_pair("left", ("red", "green", "blue", "black", "gray"))
     >>> pair.counterfactual
-    Question(layout=('gray', 'green', 'black'), direction='right')
+    Question(entities=('gray', 'green', 'black'), direction='right')
     >>> pair.clean_answer, pair.ordering_answer, pair.attribute_answer
     ('red', 'blue', 'black')
     """

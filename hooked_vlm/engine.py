@@ -1,0 +1,52 @@
+"""Executing the cells of a sweep: plainly, one hooked forward pass each.
+
+This is the definition that any faster way of executing a sweep is tested against.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.interventions import Chain, Patch, Recording
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One combination of a sweep's axes: where it stands, and what is done there."""
+
+    coords: tuple[Any, ...]
+    interventions: tuple[Any, ...]
+
+    def with_sources(self, recorded: Mapping[int, Recording]) -> "Cell":
+        """Returns the cell with its patches reading from recorded runs (by `id` of the inputs)."""
+        return replace(self, interventions=tuple(_sourced(i, recorded) for i in self.interventions))
+
+
+def _sourced(intervention: Any, recorded: Mapping[int, Recording]) -> Any:
+    if isinstance(intervention, Chain):
+        return Chain(*(_sourced(part, recorded) for part in intervention.parts))
+    if isinstance(intervention, Patch) and id(intervention.source) in recorded:
+        return replace(intervention, source=recorded[id(intervention.source)])
+    return intervention
+
+
+def run_plain(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    metric: Callable[[Tensor], Tensor],
+    on_progress: Callable[[int, int], None] | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """Returns the metric of every cell, from one forward pass under its hooks each."""
+    scores = []
+    with torch.no_grad():
+        for done, cell in enumerate(cells, start=1):
+            logits = model.run_with_hooks(inputs, cell.interventions, **(forward_kwargs or {}))
+            scores.append(metric(logits))
+            if on_progress is not None:
+                on_progress(done, len(cells))
+    return scores

@@ -1,0 +1,145 @@
+"""The Squares setting bound to a model: pictures that fill whole tokens, prompts, answers.
+
+A setting turns questions into model inputs and final logits into scores.  The canvas is
+the one the paper uses for the model's kind of encoder: its own size where that is fixed,
+12x12 visual tokens where any size goes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.config import Config
+from hooked_vlm.inputs import Inputs
+from hooked_vlm.scoring import answer_ids, candidate_probability, normalise, top_answer
+from hooked_vlm.statistics import Interval
+from hooked_vlm.stimuli.geometry import Geometry, geometry_for
+from hooked_vlm.stimuli.pairs import Question, right_on_both, sample_tuples
+from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
+from hooked_vlm.stimuli.squares import COLORS, draw, prompt
+
+
+PAPER_TOKENS = 12
+"""Visual tokens a side where the encoder takes any size (the paper's Qwen2-VL canvas)."""
+
+
+class Squares:
+    """Squares for one model: `inputs`, `logits` and `is_right` of lists of questions."""
+
+    def __init__(self, model: Any, batch_size: int) -> None:
+        """Checks that the model can be asked: raises before any long work starts.
+
+        `UnsupportedModelError` for a model without a vision encoder or processor,
+        `ScoringError` for a colour that its tokenizer splits, `DataError` for an encoder
+        whose visual tokens do not make a square grid.
+        """
+        model.require_vision()
+        self.model, self.batch_size = model, batch_size
+        self.names = tuple(COLORS)
+        for name in self.names:
+            answer_ids(model.tokenizer, name)
+        self.geometry: Geometry = _geometry(model)
+
+    def picture(self, question: Question) -> Image.Image:
+        """Returns the picture a question is about."""
+        return draw(question.entities, question.axis, self.geometry)
+
+    def inputs(self, questions: Sequence[Question]) -> Inputs:
+        """Returns the model's inputs for some questions, in the paper's prompt."""
+        return self.model.prepare(
+            [self.picture(q) for q in questions],
+            [prompt(q) for q in questions],
+            system=SYSTEM_PROMPT,
+        )
+
+    def batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """Yields items in runs of at most the batch size."""
+        for start in range(0, len(items), self.batch_size):
+            yield items[start : start + self.batch_size]
+
+    def logits(self, questions: Sequence[Question]) -> Float[Tensor, "question d_vocab"]:
+        """Returns the final position's logits of each question."""
+        with torch.no_grad():
+            parts = [
+                self.model(self.inputs(batch), logits_to_keep=1)[:, -1].float().cpu()
+                for batch in self.batches(questions)
+            ]
+        return torch.cat(parts)
+
+    def is_right(self, questions: Sequence[Question]) -> list[bool]:
+        """Returns whether the model's top answer to each question is right."""
+        answers = top_answer(self.logits(questions), self.model.tokenizer)
+        return [answer == normalise(q.target) for answer, q in zip(answers, questions, strict=True)]
+
+    def pairs(self, make: Any, k: int, config: Config) -> dict[str, list[Any]]:
+        """Returns each direction's pairs, drawn and filtered as the paper does (2.5).
+
+        Raises `DataError` when the model answers no pair of some direction rightly.
+        """
+        accept = right_on_both(make, self.is_right)
+        tuples = sample_tuples(
+            self.names, k, per_direction=config.pairs, seed=config.seed, accept_batch=accept
+        )
+        empty = [direction for direction, found in tuples.items() if not found]
+        if empty:
+            raise DataError(
+                f"The model answers no clean and counterfactual pair rightly for {', '.join(empty)}: "
+                "there is nothing to intervene on. Run the behaviour experiment to see what it answers."
+            )
+        return {d: [make(d, names) for names in found] for d, found in tuples.items()}
+
+    def probabilities(
+        self, logits: Float[Tensor, "pair d_vocab"], answers: Sequence[Sequence[str]]
+    ) -> Float[Tensor, "pair answer"]:
+        """Returns each pair's probabilities of its own answers, one column for each kind of answer."""
+        every = candidate_probability(logits, self.model.tokenizer, list(self.names))
+        columns = torch.tensor([[self.names.index(a) for a in row] for row in answers])
+        return every.gather(-1, columns.to(every.device))
+
+
+def _geometry(model: Any) -> Geometry:
+    vision = model.cfg.vision
+    side = vision.image_size or PAPER_TOKENS * vision.patch_size * vision.merge
+    blank = Image.new("RGB", (side, side), "white")
+    rows, cols = model.prepare(blank, "", system=SYSTEM_PROMPT).grid.shape
+    if rows != cols or side % rows:
+        raise DataError(
+            f"A picture of {side}x{side} px becomes {rows}x{cols} visual tokens in this model; the "
+            "stimuli need a square grid of whole pixels."
+        )
+    return geometry_for(rows, side // rows)
+
+
+def interval_rows(interval: Interval, axes: dict[str, Sequence[Any]], **columns: Any) -> list[dict]:
+    """Returns tidy rows of an interval whose arrays have the given axes, in order."""
+    shape = [len(values) for values in axes.values()]
+    numbers = [
+        np.broadcast_to(part, shape) for part in (interval.estimate, interval.low, interval.high)
+    ]
+    rows = []
+    for index in np.ndindex(*shape):
+        labels = {name: values[i] for (name, values), i in zip(axes.items(), index, strict=True)}
+        value, low, high = (float(part[index]) for part in numbers)
+        rows.append(
+            {**columns, **labels, "value": value, "low": low, "high": high, "n": interval.n}
+        )
+    return rows
+
+
+def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """Returns the rows of a table with these values."""
+    for column, value in wanted.items():
+        table = table[table[column] == value]
+    return table
+
+
+def said(row: pd.Series) -> str:
+    """Returns a number with its interval, as verdicts write it."""
+    return f"{row['value']:.2f} (95 % interval {row['low']:.2f} to {row['high']:.2f})"

@@ -1,0 +1,104 @@
+"""Which figures tell which result: the joint between what was computed and how it is drawn.
+
+An experiment does not know how it will be drawn, and `plots` does not know the
+experiments.  This table says, for each of the paper's claims, which arrays and rows go
+into which figure, what the figure is called on disk, and the caption that a reader needs
+to read it without the paper at hand.  A result without a row here has its table alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hooked_vlm import plots
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.plots import Figure
+
+
+CHANCE = 1 / 3  # three entities in every stimulus
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, the name of its file, and its caption."""
+
+    name: str
+    figure: Figure
+    caption: str
+    headline: bool = False
+    """Whether this is the one that stands for the result where there is room for one."""
+
+
+def drawings(result: Result) -> list[Drawing]:
+    """Returns the figures of a result, in the order of its argument; none if it has no row."""
+    draw = DRAW.get(result.id)
+    return [] if draw is None else list(draw(result))
+
+
+def _behaviour(result: Result) -> Iterator[Drawing]:
+    yield Drawing(
+        "accuracy",
+        plots.accuracy(result.table, chance=CHANCE),
+        "Accuracy on held-out questions by the relation they ask about. Dots are accuracies, "
+        "whiskers 95 % Wilson intervals; the dotted line is chance among the three colours.",
+        headline=True,
+    )
+
+
+def _final_token(result: Result) -> Iterator[Drawing]:
+    yield Drawing(
+        "final-token",
+        plots.final_token(result.table),
+        "The final token's residual vector is replaced, at one slot at a time, by the one of a "
+        "counterfactual run with other colours and the opposite question. Grey: the answer stays. "
+        "Orange: the answer is the clean image's colour at the place the counterfactual asks for, "
+        "so a place was carried over. Blue: the answer is the counterfactual's own colour, so the "
+        "colour was carried over. Bands are 95 % bootstrap intervals over pairs.",
+        headline=True,
+    )
+
+
+def _ordering_probes(result: Result) -> Iterator[Drawing]:
+    yield Drawing(
+        "probe-accuracy",
+        plots.accuracy(result.table, by="axis", chance=CHANCE),
+        "A linear probe reads an object's place in the order (first, middle, last) from single "
+        "visual tokens at the projector's output. Accuracy on the object tokens of held-out "
+        "images, beside probes fitted in the same way to shuffled labels.",
+    )
+    arrays = result.arrays
+    if "mean_maps" in arrays:
+        yield Drawing(
+            "probe-maps",
+            plots.mean_maps(arrays["mean_maps"], arrays["object_cells"]),
+            "The same probes applied to every visual token of held-out images, averaged over "
+            "images. Boxes are the objects' cells, thick for the class shown. The probes saw "
+            "object tokens only: what is bright outside the boxes is order held by the background.",
+            headline=True,
+        )
+    if "item_maps" in arrays:
+        yield Drawing(
+            "probe-maps-items",
+            plots.item_maps(result.images, arrays["item_maps"], arrays["item_cells"]),
+            "Three held-out images, one by one, not averaged. The small squares inside the boxes "
+            "are the objects' own colours.",
+        )
+
+
+def _swap(result: Result) -> Iterator[Drawing]:
+    yield Drawing(
+        "swap-by-slot",
+        plots.swap(result.table),
+        "Two regions' tokens trade places with those of the mirrored image, at one slot at a "
+        "time, in the run on the clean image. If a region carries the order, the answer becomes "
+        "that of the mirrored image (upper row) and ceases to be the clean one (lower row). "
+        "Bands are 95 % bootstrap intervals over pairs.",
+        headline=True,
+    )
+
+
+DRAW: dict[str, Callable[[Result], Iterator[Drawing]]] = {
+    "E1": _behaviour,
+    "E2": _final_token,
+    "E3": _ordering_probes,
+    "E4": _swap,
+}

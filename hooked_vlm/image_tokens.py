@@ -1,0 +1,129 @@
+"""Finding the images in the prompts: image tokens -> one `TokenGrid` per image.
+
+A processor expands each image's placeholder into as many image tokens as the image has
+visual tokens, and nothing in the ids says where one image ends and the next begins, or how
+many make a row.  That is known from the images: an `ImageLayout` for each, in the order in
+which the vision encoder gets them.  Here the two are brought together, and every number is
+checked, so that a position never belongs to the wrong image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_vlm.errors import GridError
+from hooked_vlm.grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """What is known of one image before it is found in a prompt; sizes are (width, height)."""
+
+    rows: int
+    cols: int
+    patch_rows: int
+    patch_cols: int
+    image_size: tuple[int, int]
+    processed_size: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[float, float] = (0.0, 0.0)
+    n_prefix: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        return self.rows * self.cols
+
+
+def image_token_runs(
+    input_ids: Int[Tensor, " pos"], image_token_id: int
+) -> list[Int[Tensor, " run"]]:
+    """Returns the positions of the image tokens of one prompt, as unbroken runs.
+
+    Two images with nothing between them make one run, and one image with row separators
+    (Pixtral) makes a run per row: `token_grids` sorts that out.
+    """
+    found = (input_ids == image_token_id).nonzero().flatten()
+    if not len(found):
+        return []
+    breaks = (found.diff() != 1).nonzero().flatten() + 1
+    return list(torch.tensor_split(found, breaks.cpu()))
+
+
+def token_grids(
+    input_ids: Int[Tensor, "batch pos"],
+    image_token_id: int,
+    layouts: Sequence[ImageLayout],
+    images_per_prompt: Sequence[int] | None = None,
+) -> list[TokenGrid]:
+    """Returns one `TokenGrid` per image, in the order of `layouts` (the encoder's).
+
+    Images fill the image tokens of the prompts in order, each taking as many as its layout
+    has.  Where `images_per_prompt` is not given, each prompt takes images until its image
+    tokens are used up.
+
+    Raises `GridError` when the counts do not agree, or when a row of an image's tokens is
+    interrupted by other tokens.
+    """
+    grids: list[TokenGrid] = []
+    if images_per_prompt is not None and len(images_per_prompt) != len(input_ids):
+        raise GridError(
+            f"images_per_prompt has {len(images_per_prompt)} entries for {len(input_ids)} prompts."
+        )
+    for prompt, ids in enumerate(input_ids):
+        found = (ids == image_token_id).nonzero().flatten()
+        rest = list(layouts[len(grids) :])
+        count = _count(rest, len(found)) if images_per_prompt is None else images_per_prompt[prompt]
+        wanted = sum(layout.n_tokens for layout in rest[:count])
+        if wanted != len(found) or count > len(rest):
+            sizes = ", ".join(f"{layout.rows}x{layout.cols}" for layout in rest[:count])
+            raise GridError(
+                f"Prompt {prompt} has {len(found)} image tokens (id {image_token_id}), and its "
+                f"{min(count, len(rest))} images ({sizes or 'none left'}) make {wanted}. Every "
+                "image needs its placeholder in the text, and placeholders must be expanded by "
+                "the model's own processor."
+            )
+        for layout in rest[:count]:
+            tokens, found = found[: layout.n_tokens], found[layout.n_tokens :]
+            grids.append(_grid(tokens, layout, prompt, len(grids)))
+    if len(grids) != len(layouts):
+        raise GridError(
+            f"{len(layouts)} images were given and the prompts have image tokens for "
+            f"{len(grids)}. Every image needs its placeholder in the text."
+        )
+    return grids
+
+
+def _count(layouts: Sequence[ImageLayout], n_tokens: int) -> int:
+    """Returns how many of the next images it takes to use up `n_tokens`."""
+    count = used = 0
+    while used < n_tokens and count < len(layouts):
+        used += layouts[count].n_tokens
+        count += 1
+    return count
+
+
+def _grid(tokens: Int[Tensor, " token"], layout: ImageLayout, prompt: int, image: int) -> TokenGrid:
+    positions = tokens.reshape(layout.rows, layout.cols)
+    broken = (positions.diff(dim=1) != 1).any(dim=1).nonzero().flatten()
+    if len(broken):
+        raise GridError(
+            f"Image {image} of prompt {prompt} should be {layout.rows} rows of {layout.cols} "
+            f"visual tokens, but row {int(broken[0])} is interrupted by other tokens: "
+            f"positions {positions[broken[0]].tolist()}. Its grid is not {layout.rows}x"
+            f"{layout.cols}."
+        )
+    return TokenGrid(
+        positions=positions,
+        patch_rows=layout.patch_rows,
+        patch_cols=layout.patch_cols,
+        n_prefix=layout.n_prefix,
+        image_size=layout.image_size,
+        scale=layout.scale,
+        offset=layout.offset,
+        processed_size=layout.processed_size,
+        prompt=prompt,
+        image=image,
+    )

@@ -1,0 +1,369 @@
+"""Interventions: what is written, where, and from what, as printable data.
+
+A `Patch` writes activations of another run, an `Ablate` removes what is there, a `Steer`
+moves it along directions; a `Chain` does several, in order.  Each names a site and a
+place (a `Region` of an image, the last token, a span of text), says nothing of any
+particular model until it is run, and can be moved to another site with `at_site`, which
+is what a sweep does.  Use one wherever a hook is taken:
+
+    model.run_with_hooks(inputs, [Patch(site, at=region, source=other_run)])
+
+Everything that can be checked before a forward pass is: names, sizes, grids, shapes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.cache import ActivationCache
+from hooked_vlm.directions import add, scale_projections
+from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
+from hooked_vlm.hooks import HookPoint
+from hooked_vlm.inputs import rows_of
+from hooked_vlm.naming import PROJECTOR, VISION, resolve_name, slot_name
+from hooked_vlm.pairing import CellPairs
+from hooked_vlm.places import Located, locate, locate_pairs, needs_text
+from hooked_vlm.sites import Site
+from hooked_vlm.spans import PromptRow
+
+
+SiteName = str | int
+"""A hook name, or the number of a slot of the LM's residual stream (slot 0: block 0's input)."""
+
+Edit = tuple[str, Callable[..., Any]]
+
+
+class Model(Protocol):
+    """The parts of a HookedVLM that an intervention needs."""
+
+    sites: dict[str, Site]
+    cfg: Any
+
+    def grids(self, inputs: Mapping[str, Any]) -> tuple: ...
+
+    def run_with_cache(self, inputs: Mapping[str, Any], names_filter: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One run's activations, with the inputs that say where in them everything is."""
+
+    inputs: Mapping[str, Any]
+    cache: ActivationCache
+
+
+Source = Recording | Mapping[str, Any]
+"""A recorded run, or the inputs of a run to be made."""
+
+
+def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
+    """Runs a model on some inputs and returns the named activations with those inputs."""
+    with torch.no_grad():
+        return Recording(inputs, model.run_with_cache(inputs, names)[1])
+
+
+def site_of(model: Model, name: SiteName) -> Site:
+    """Returns a model's site by name or slot; raises `InterventionError` if it cannot be written."""
+    if isinstance(name, int):
+        name = slot_name(name, model.cfg.n_layers)
+    site = model.sites[resolve_name(name, model.sites)]
+    if site.read_only:
+        raise InterventionError(f"{site.name} cannot be written: {site.read_only}.")
+    return site
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Intervention:
+    """What all interventions share: a site, a place there, and how they become a hook."""
+
+    site: SiteName = field(kw_only=False)
+    at: Any = None
+    """A Region, LastToken(), Span(…), …; None is every position."""
+    heads: tuple[int, ...] | None = None
+    """At sites with a head axis: the heads to act on; None is all of them."""
+
+    def at_site(self, site: SiteName) -> Any:
+        """Returns the same intervention at another site."""
+        return replace(self, site=site)
+
+    def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
+        """Returns the hook that carries this out on some inputs, all checks made."""
+        site = site_of(model, self.site)
+        self._check_heads(model, site)
+        edit = self._edit(model, site, inputs)
+        return [(site.name, _kept_for_batch(edit, inputs, site))]
+
+    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+        raise NotImplementedError
+
+    def _check_heads(self, model: Model, site: Site) -> None:
+        if self.heads is None:
+            return
+        if not site.heads and site.tap != "attention":
+            raise InterventionError(
+                f"{site.name} has axes [{site.axes}]: there are no heads to choose."
+            )
+        tower = model.cfg.vision if site.name.startswith(VISION) else model.cfg
+        n_heads = tower.n_key_value_heads if "kv_head" in site.axes else tower.n_heads
+        wrong = [head for head in self.heads if not 0 <= head < n_heads]
+        if wrong:
+            raise InterventionError(
+                f"{site.name} has heads 0 to {n_heads - 1}; {wrong} were given."
+            )
+
+    def _index(self, located: Located, device: torch.device) -> tuple[Tensor, ...]:
+        outer = torch.cat([torch.full_like(inner, o) for o, inner in located]).to(device)
+        inner = torch.cat([inner for _, inner in located]).to(device)
+        if self.heads is None:
+            return outer, inner
+        heads = torch.tensor(self.heads, device=device)
+        return outer[:, None], inner[:, None], heads[None]
+
+    def _located(self, site: Site, model: Model, inputs: Mapping[str, Any], at: Any) -> Located:
+        return locate(site, at, _rows(model, inputs, at))
+
+
+def _rows(model: Model, inputs: Mapping[str, Any], place: Any) -> list[PromptRow]:
+    return rows_of(inputs, model.grids(inputs), needs_text(place))
+
+
+def _kept_for_batch(edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site) -> Callable:
+    """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
+    batch = len(inputs["input_ids"])
+
+    def hook_fn(activation: Any, hook: HookPoint) -> Any:
+        if site.axes.startswith("batch") and len(activation) != batch:
+            raise InterventionError(
+                f"An intervention at {hook.name} was made for a batch of {batch} prompts and ran "
+                f"on {len(activation)}. Give hooks(…, inputs=…) the inputs that you run."
+            )
+        return edit(activation)
+
+    return hook_fn
+
+
+def _flat(value: Tensor | list[Tensor], index: tuple[Tensor, ...]) -> Tensor:
+    """Returns a copy of the rows at (outer, inner[, head]) of an activation, listed or not."""
+    if not isinstance(value, list):
+        return value[index]
+    return torch.stack([value[int(o)][i] for o, i in zip(index[0], index[1], strict=True)])
+
+
+def _with(value: Tensor | list[Tensor], index: tuple[Tensor, ...], new: Tensor) -> Any:
+    """Returns the activation with the rows at an index replaced."""
+    if not isinstance(value, list):
+        changed = value.clone()
+        changed[index] = new
+        return changed
+    copies = [tensor.clone() for tensor in value]
+    for o, i, row in zip(index[0], index[1], new, strict=True):
+        copies[int(o)][i] = row
+    return copies
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Patch(_Intervention):
+    """Writes activations of another run: at `at`, those that the source has at `source_at`.
+
+    Prompt b is written from the source's prompt b (or from its only one).  `source_at`
+    defaults to `at`; both places must have equally many positions in every prompt, taken
+    in order.  With `at` a `CellPairs` (see `swap_pairs`), cells are written pair by pair.
+
+    Raises `RegionError` for places of unequal size and for a source whose images have
+    another grid, `InterventionError` for a source of another batch size.
+    """
+
+    source: Source
+    source_at: Any = None
+
+    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+        recording = self.source
+        if not isinstance(recording, Recording):
+            recording = record(model, self.source, [site.name])  # type: ignore[arg-type]
+        targets, sources = self._places(model, site, inputs, recording)
+        values = recording.cache[site.name]
+        device = values[0].device
+        taken = _flat(values, self._index(sources, device))
+
+        def edit(activation: Any) -> Any:
+            here = activation[0]
+            index = self._index(targets, here.device)
+            return _with(activation, index, taken.to(here.device, here.dtype))
+
+        return edit
+
+    def _places(
+        self, model: Model, site: Site, inputs: Mapping[str, Any], recording: Recording
+    ) -> tuple[Located, Located]:
+        if isinstance(self.at, CellPairs):
+            rows, others = (_rows(model, i, None) for i in (inputs, recording.inputs))
+            targets, sources = locate_pairs(site, self.at, rows, others)
+        else:
+            source_at = self.at if self.source_at is None else self.source_at
+            targets = self._located(site, model, inputs, self.at)
+            sources = self._located(site, model, recording.inputs, source_at)
+        if len(sources) == 1 and len(targets) > 1:
+            sources = sources * len(targets)
+        if len(sources) != len(targets):
+            raise InterventionError(
+                f"{self} writes {len(targets)} prompts (or images) from a source that has "
+                f"{len(sources)}. Give a source of the same batch size, or of one."
+            )
+        for b, ((_, target), (_, source)) in enumerate(zip(targets, sources, strict=True)):
+            if len(target) != len(source):
+                raise RegionError(
+                    f"{self} would write {len(target)} positions from {len(source)} in prompt {b}. "
+                    "Give places of equal size; nothing is broadcast."
+                )
+        return targets, sources
+
+    def __str__(self) -> str:
+        where = self.at if self.source_at is None else f"{self.at} from {self.source_at}"
+        return f"Patch({self.site}, {where})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ablate(_Intervention):
+    """Removes what is at a place: zero it, or write means of other runs there.
+
+    `to="zero"`, or a vector that every position gets, or `to="mean"` with a `reference`:
+    the mean over all prompts and positions of `reference_at` (default: the same place) in
+    a recorded run.  `to="position_mean"` keeps positions apart: each gets the mean over the
+    reference's prompts at its own one.  To write single tokens of reference runs (the
+    paper's recipe, section 2.6 of its protocol) use `Patch` with those runs as sources.
+    """
+
+    to: str | Tensor = "zero"
+    reference: Source | None = None
+    reference_at: Any = None
+
+    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+        located = self._located(site, model, inputs, self.at)
+        value = self._value(model, site)
+
+        def edit(activation: Any) -> Any:
+            index = self._index(located, activation[0].device)
+            old = _flat(activation, index)
+            new = value.to(old.device, old.dtype)
+            if self.to == "position_mean":
+                new = new.repeat(len(located), *(1 for _ in new.shape[1:]))
+            if new.shape != old.shape and new.shape != old.shape[1:] and new.numel() != 1:
+                raise InterventionError(
+                    f"{self} writes a value of shape {tuple(new.shape)} to positions of shape "
+                    f"{tuple(old.shape[1:])}; give one vector for all of them."
+                )
+            return _with(activation, index, new.expand_as(old))
+
+        return edit
+
+    def _value(self, model: Model, site: Site) -> Tensor:
+        if isinstance(self.to, Tensor):
+            return self.to
+        kinds = ("zero", "mean", "position_mean")
+        if self.to not in kinds:
+            raise InterventionError(
+                f"Ablate(to={self.to!r}) is not known; use one of {', '.join(kinds)} or a tensor."
+                f"{did_you_mean(self.to, kinds)}"
+            )
+        if self.to == "zero":
+            return torch.zeros(())
+        if self.reference is None:
+            raise InterventionError(
+                f"Ablate(to={self.to!r}) needs reference=record(model, inputs, …): the runs whose "
+                "mean is written."
+            )
+        recording = self.reference
+        if not isinstance(recording, Recording):
+            recording = record(model, self.reference, [site.name])  # type: ignore[arg-type]
+        at = self.at if self.reference_at is None else self.reference_at
+        located = self._located(site, model, recording.inputs, at)
+        values = recording.cache[site.name]
+        rows = _flat(values, self._index(located, values[0].device))
+        if self.to == "mean":
+            return rows.mean(0)
+        if len({len(inner) for _, inner in located}) != 1:
+            raise RegionError(f"{self}: the place has another size in each reference prompt.")
+        return rows.unflatten(0, (len(located), -1)).mean(0)
+
+    def __str__(self) -> str:
+        to = self.to if isinstance(self.to, str) else "vector"
+        return f"Ablate({self.site}, {self.at}, to {to})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Steer(_Intervention):
+    """Moves activations along directions (paper, section 5.4; the protocol's 2.6, E7).
+
+    `mode="add"` is the formula as written, `h + alpha * w`, for one direction;
+    `mode="project"` the one the published experiment ran, `h + alpha * sum_k <h, w_k> w_k /
+    |w_k|^2`, over the rows of `directions` (pass them through `orthonormalise` to count
+    shared axes once).  `alpha=0` changes nothing, bit for bit.
+    """
+
+    directions: Float[Tensor, "direction d_model"] | Float[Tensor, " d_model"]
+    alpha: float
+    mode: str = "add"
+
+    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+        if self.mode not in ("add", "project"):
+            raise InterventionError(
+                f"Steer(mode={self.mode!r}) is not known; use 'add' or 'project'."
+                f"{did_you_mean(self.mode, ('add', 'project'))}"
+            )
+        rows = self.directions if self.directions.ndim == 2 else self.directions[None]
+        if self.mode == "add" and len(rows) != 1:
+            raise InterventionError(
+                f"Steer(mode='add') moves along one direction, and {len(rows)} were given. Chain "
+                "one Steer for each, or use mode='project'."
+            )
+        self._check_width(model, site, rows.shape[-1])
+        located = self._located(site, model, inputs, self.at)
+
+        def edit(activation: Any) -> Any:
+            if self.alpha == 0:
+                return activation
+            index = self._index(located, activation[0].device)
+            old = _flat(activation, index)
+            if self.mode == "add":
+                return _with(activation, index, add(old, rows[0], self.alpha))
+            return _with(activation, index, scale_projections(old, rows, self.alpha))
+
+        return edit
+
+    def _check_width(self, model: Model, site: Site, width: int) -> None:
+        in_vision = site.name.startswith(VISION) and "d_vision" in site.axes
+        expected = model.cfg.vision.d_model if in_vision else model.cfg.d_model
+        known = site.axes.endswith(("d_model", "d_vision")) or site.name == f"{PROJECTOR}.hook_out"
+        if known and width != expected:
+            raise InterventionError(
+                f"{site.name} has {expected} features, and the directions have {width}. Fit them "
+                "on activations of this site."
+            )
+
+    def __str__(self) -> str:
+        return f"Steer({self.site}, {self.at}, {self.mode}, alpha={self.alpha:g})"
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Several interventions, carried out in order (at one site: one after the other)."""
+
+    parts: tuple[Any, ...]
+
+    def __init__(self, *parts: Any) -> None:
+        object.__setattr__(self, "parts", parts)
+
+    def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
+        """Returns the hooks of all parts, in order."""
+        return [hook for part in self.parts for hook in part.hooks_for(model, inputs)]
+
+    def at_site(self, site: SiteName) -> "Chain":
+        """Returns the same interventions, all at another site."""
+        return Chain(*(part.at_site(site) for part in self.parts))
+
+    def __str__(self) -> str:
+        return f"Chain({', '.join(map(str, self.parts))})"

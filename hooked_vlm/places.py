@@ -1,0 +1,134 @@
+"""Where a place of a prompt or a region of an image lies in one site's activation.
+
+The same region means positions in the language model, patches in the vision encoder and
+tokens behind the projector.  `locate` turns it into indices for the site at hand: pairs
+of an index along the site's first axis (prompt or image) and indices along its second.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_vlm.errors import InterventionError
+from hooked_vlm.grid import TokenGrid
+from hooked_vlm.pairing import CellPairs
+from hooked_vlm.regions import Region
+from hooked_vlm.sites import Site
+from hooked_vlm.spans import OfImage, PromptRow, Span, Union
+
+
+Located = list[tuple[int, Int[Tensor, " index"]]]
+
+
+def needs_text(place: Any) -> bool:
+    """Whether a place can only be found in prompts whose tokens' text is known."""
+    return isinstance(place, Span) or any(needs_text(part) for part in getattr(place, "parts", ()))
+
+
+def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
+    """Returns the indices of a place at a site, prompt by prompt (or image by image).
+
+    No place (None) is every token of a prompt, and every cell of its images.
+
+    Raises `InterventionError` for a site without such an axis, and for a place that is no
+    part of an image at a site of the vision encoder or projector.
+    """
+    axes = site.axes.split()
+    if axes[:2] == ["batch", "pos"]:
+        return [
+            (b, row.real if place is None else place.positions(row)) for b, row in enumerate(rows)
+        ]
+    if axes[0] != "image" or axes[1] not in ("patch", "token"):
+        raise _no_positions(site)
+    located = []
+    for row in rows:
+        for grid, region in _images(place, row, site):
+            located.append((grid.image, _indices(site, region, grid)))
+    return located
+
+
+def locate_pairs(
+    site: Site, pairs: CellPairs, rows: Sequence[PromptRow], source_rows: Sequence[PromptRow]
+) -> tuple[Located, Located]:
+    """Returns where paired cells are written, and where they are read from, in step.
+
+    Prompts have one image each; a source of one prompt serves all.
+    """
+    sources = source_rows * len(rows) if len(source_rows) == 1 else source_rows
+    if len(sources) != len(rows):
+        raise InterventionError(
+            f"{len(rows)} prompts cannot be written from a source of {len(sources)}: give a source "
+            "of the same batch size, or of one prompt."
+        )
+    found = [
+        _pair_indices(site, pairs, _only_grid(target), _only_grid(source))
+        for target, source in zip(rows, sources, strict=True)
+    ]
+    if site.axes.startswith("batch"):
+        outer = [(b, b % len(source_rows)) for b in range(len(rows))]
+    else:
+        outer = [
+            (_only_grid(t).image, _only_grid(s).image) for t, s in zip(rows, sources, strict=True)
+        ]
+    targets = [(o, t) for (o, _), (t, _) in zip(outer, found, strict=True)]
+    return targets, [(o, s) for (_, o), (_, s) in zip(outer, found, strict=True)]
+
+
+def _pair_indices(
+    site: Site, pairs: CellPairs, target: TokenGrid, source: TokenGrid
+) -> tuple[Int[Tensor, " index"], Int[Tensor, " index"]]:
+    axes = site.axes.split()
+    if axes[:2] == ["batch", "pos"]:
+        return pairs.positions(target, source)
+    if axes[:2] == ["image", "token"]:
+        return pairs.tokens()
+    if axes[:2] != ["image", "patch"]:
+        raise _no_positions(site)
+    written, taken = pairs.patches(target, source)
+    return written - _prefix_gone(site, target), taken - _prefix_gone(site, source)
+
+
+def _only_grid(row: PromptRow) -> TokenGrid:
+    if len(row.grids) != 1:
+        raise InterventionError(
+            f"Paired cells are cells of one image, and a prompt here has {len(row.grids)}. Use "
+            "places of one image each: at=region.of_image(0), source_at=other.of_image(0)."
+        )
+    return row.grids[0]  # type: ignore[return-value]
+
+
+def _no_positions(site: Site) -> InterventionError:
+    return InterventionError(
+        f"{site.name} has axes [{site.axes}], with no position to intervene at. Use a hook "
+        "function there: fwd_hooks=[(name, fn)]."
+    )
+
+
+def _images(place: Any, row: PromptRow, site: Site) -> list[tuple[TokenGrid, Region]]:
+    if place is None:
+        return [(grid, Region.everything(grid.shape)) for grid in row.grids]  # type: ignore[misc]
+    if isinstance(place, Union):
+        return [found for part in place.parts for found in _images(part, row, site)]
+    if isinstance(place, OfImage):
+        place.positions(row)  # checks the image's number and the region's shape
+        return [(row.grids[place.image], place.region)]  # type: ignore[list-item]
+    if not isinstance(place, Region):
+        raise InterventionError(
+            f"{place} is no part of an image, and {site.name} has axes [{site.axes}]. Give a "
+            "Region there, such as grid.box(…) or grid.all()."
+        )
+    place.positions(row)
+    return [(row.grids[0], place)]  # type: ignore[list-item]
+
+
+def _indices(site: Site, region: Region, grid: TokenGrid) -> Int[Tensor, " index"]:
+    if "token" in site.axes.split():
+        return region.tokens
+    return region.patches(grid) - _prefix_gone(site, grid)
+
+
+def _prefix_gone(site: Site, grid: TokenGrid) -> int:
+    """How many leading encoder tokens are no longer there: the projector gets patches alone."""
+    return grid.n_prefix if "d_features" in site.axes else 0

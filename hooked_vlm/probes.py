@@ -1,0 +1,291 @@
+"""Linear probes on activations, and the examples, splits and controls they need.
+
+`LinearProbe` is the paper's probe (section 2.7) with scikit-learn's interface: multinomial
+logistic regression, fitted by 200 full-batch AdamW steps from a random start, in torch on
+any device.  It is deliberately not fitted to convergence, and features are not standardised;
+for another protocol any scikit-learn classifier takes the same arrays.
+
+The tokens of one object are near copies of one another and those of one image are related,
+so images, not tokens, are split (`split_by_image`), and images, not tokens, are counted
+(`held_out_accuracy`).
+
+High accuracy alone may only say that the features are rich.  `shuffled_labels` is the
+control: within each image, the labels are dealt anew among its objects.  All tokens of an
+object still share a label, each image still holds the same labels as often, and only the
+link between place and label is gone; a probe fitted and scored on such labels is at chance.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from hooked_vlm.directions import Direction
+from hooked_vlm.errors import DataError
+from hooked_vlm.regions import Region
+from hooked_vlm.statistics import Interval, wilson
+
+
+class LinearProbe(ClassifierMixin, BaseEstimator):
+    """Multinomial linear probe, fitted as the paper fits it (section 2.7).
+
+    Logits are `X @ weight_.T + bias_`.  The start is `weight_ ~ N(0, 1) / sqrt(d)` from a
+    generator seeded with `seed` (drawn on the CPU, so that every device starts alike) and
+    `bias_ = 0`.  AdamW decays weights and biases alike, torch's default.
+
+    `X` is `[example, d]` and `y` `[example]` in anything scikit-learn takes, or tensors; a
+    tensor is fitted where it lies unless `device` says otherwise.  Fitted attributes:
+    `classes_` (sorted labels), `weight_` `[class, d]` and `bias_` `[class]` (float32 tensors
+    on the CPU), `loss_curve_` (mean cross-entropy before each step), `n_features_in_`.
+
+    >>> X = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(10, 1)
+    >>> probe = LinearProbe(lr=0.1).fit(X, ["left", "right"] * 10)
+    >>> list(probe.predict(X[:2])), probe.score(X, ["left", "right"] * 10)
+    ([np.str_('left'), np.str_('right')], 1.0)
+    """
+
+    # Without annotations: scikit-learn wants any value stored here and complaints left to fit.
+    def __init__(self, *, lr=1e-3, weight_decay=1e-4, n_steps=200, seed=0, device=None):
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.n_steps = n_steps
+        self.seed = seed
+        self.device = device
+
+    def fit(self, X: Any, y: Any) -> "LinearProbe":
+        """Fits to features `[example, d]` and labels `[example]`; returns the probe.
+
+        Raises:
+            ValueError: scikit-learn's, for features or labels it would refuse too.
+        """
+        if self.n_steps < 1:
+            raise DataError(f"n_steps={self.n_steps}: a fit needs at least 1 step.")
+        device = self._device(X)
+        X, y = validate_data(self, _array(X), _array(y), dtype=np.float32)
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise DataError(
+                f"The labels hold one class only, {self.classes_[0]!r}; a probe needs two or more."
+            )
+        # A caller's inference_mode would leave parameters that no optimiser can train.
+        with torch.inference_mode(False), torch.enable_grad():
+            features, targets = torch.tensor(X, device=device), torch.tensor(codes, device=device)
+            self.weight_, self.bias_, self.loss_curve_ = self._descend(features, targets)
+        return self
+
+    def decision_function(self, X: Any) -> Float[np.ndarray, "example *class"]:
+        """Returns logits `[example, class]`; for two classes their difference `[example]`."""
+        logits = self._scores(X)
+        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_proba(self, X: Any) -> Float[np.ndarray, "example class"]:
+        """Returns class probabilities, in the order of `classes_`."""
+        return torch.from_numpy(self._scores(X)).softmax(dim=-1).numpy()
+
+    def predict(self, X: Any) -> Shaped[np.ndarray, " example"]:
+        """Returns the most probable label of each example."""
+        best = self._scores(X).argmax(axis=1)
+        return self.classes_[best]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Returns the accuracy over examples; for an interval see `held_out_accuracy`."""
+        return float(super().score(X, _array(y), sample_weight))
+
+    def logits(self, features: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch class"]:
+        """Returns the logits of features of any leading shape, on the features' device."""
+        check_is_fitted(self)
+        if features.shape[-1] != self.weight_.shape[1]:
+            raise DataError(
+                f"The probe was fitted to {self.weight_.shape[1]} features and given "
+                f"{features.shape[-1]} (shape {tuple(features.shape)}); the last axis must be d."
+            )
+        weight, bias = self.weight_.to(features.device), self.bias_.to(features.device)
+        return features.float() @ weight.T + bias
+
+    def probability_map(
+        self, features: Float[Tensor, "*image row col d"]
+    ) -> Float[Tensor, "*image row col class"]:
+        """Returns class probabilities at every cell of a grid of tokens (E3's heat maps).
+
+        The probe was fitted to object tokens; this asks what it reads in all the others.
+        """
+        return self.logits(features).softmax(dim=-1)
+
+    def _descend(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+        classes, d = len(self.classes_), X.shape[1]
+        generator = torch.Generator().manual_seed(self.seed)
+        start = torch.randn(classes, d, generator=generator) / math.sqrt(d)
+        weight = start.to(X.device).requires_grad_()
+        bias = torch.zeros(classes, device=X.device, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight, bias], lr=self.lr, weight_decay=self.weight_decay)
+        losses = []
+        for _ in range(self.n_steps):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(X @ weight.T + bias, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())  # fetched at the end: one wait for the GPU, not 200
+        return weight.detach().cpu(), bias.detach().cpu(), torch.stack(losses).cpu().numpy()
+
+    def _scores(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        device = self._device(X)
+        X = validate_data(self, _array(X), dtype=np.float32, reset=False)
+        with torch.no_grad():
+            return self.logits(torch.tensor(X, device=device)).double().cpu().numpy()
+
+    def _device(self, X: Any) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return X.device if isinstance(X, Tensor) else torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Probe examples, and what they have in common: which image, which object."""
+
+    X: Float[Tensor, "example d"]
+    y: Int[np.ndarray, " example"]
+    """The slot, 0, 1, 2, ..., of the object that the token lies on."""
+    images: Int[np.ndarray, " example"]
+    objects: Int[np.ndarray, " example"]
+    """One number per object of an image; its examples share a label."""
+
+    def of_images(self, images: Int[np.ndarray, " image"] | Sequence[int]) -> "Examples":
+        """Returns the examples of these images, in their present order."""
+        kept = np.isin(self.images, np.asarray(images))
+        rows = torch.from_numpy(kept).to(self.X.device)
+        return Examples(self.X[rows], self.y[kept], self.images[kept], self.objects[kept])
+
+
+def object_examples(
+    features: Float[Tensor, "image token d"], regions: Sequence[Region], *, pooled: bool = False
+) -> Examples:
+    """Returns the tokens of each slot's object as examples, labelled by slot.
+
+    `regions[slot]` lies on the token grid of every image; background tokens are left out.
+    With `pooled`, an object's tokens are averaged to one example (COCO, section 2.7).
+
+    Raises:
+        RegionError: an empty region.
+        DataError: a region of another grid, or two regions that share a cell.
+
+    >>> slots = [Region.columns((4, 4), 0, 1), Region.columns((4, 4), 3, 4)]
+    >>> object_examples(torch.zeros(5, 16, 32), slots).X.shape
+    torch.Size([40, 32])
+    """
+    n_images, n_tokens, _ = features.shape
+    _check_regions(regions, n_tokens)
+    tokens = [region.tokens.to(features.device) for region in regions]
+    blocks = [features[:, index] for index in tokens]
+    if pooled:
+        blocks = [block.mean(dim=1, keepdim=True) for block in blocks]
+    slots = np.repeat(np.arange(len(blocks)), [block.shape[1] for block in blocks])
+    images = np.repeat(np.arange(n_images), len(slots))
+    y = np.tile(slots, n_images)
+    return Examples(torch.cat(blocks, dim=1).flatten(0, 1), y, images, images * len(blocks) + y)
+
+
+def split_by_image(
+    n_images: int, *, test_size: float = 0.25, seed: int = 0
+) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
+    """Returns image indices (train, test), shuffled with `seed`: the last share is the test.
+
+    The train part is rounded down: 120 images give 90 and 30.
+
+    Raises:
+        DataError: one of the parts would be empty.
+    """
+    n_train = math.floor(n_images * (1 - test_size) + 1e-9)  # 0.95 * 20 is 19, not 18.99...
+    if not 0 < n_train < n_images:
+        raise DataError(
+            f"{n_images} images with test_size={test_size} leave {n_train} to train on and "
+            f"{n_images - n_train} to test on; both must be at least 1."
+        )
+    order = list(range(n_images))
+    random.Random(seed).shuffle(order)
+    return np.array(order[:n_train]), np.array(order[n_train:])
+
+
+def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
+    """Returns the same examples with labels dealt anew among each image's objects.
+
+    Fit *and score* the control on these: where the code is strong, a probe fitted to
+    shuffled labels gives every slot one label, so against the true labels its accuracy is
+    0, 1/3 or 1 by luck, while against shuffled ones it is at chance.
+
+    Raises:
+        DataError: an object with several labels, or no image with two labels to exchange.
+    """
+    objects, first, member = np.unique(examples.objects, return_index=True, return_inverse=True)
+    labels, image_of = examples.y[first], examples.images[first]
+    if not np.array_equal(labels[member], examples.y):
+        raise DataError("An object's examples have different labels; the control deals by object.")
+    rng = np.random.default_rng(seed)
+    dealt = labels.copy()
+    for image in np.unique(image_of):
+        mine = image_of == image
+        dealt[mine] = rng.permutation(labels[mine])
+    if all(len(np.unique(labels[image_of == image])) < 2 for image in np.unique(image_of)):
+        raise DataError(
+            f"None of {len(objects)} objects shares its image with one of another label, so "
+            "dealing labels within images changes nothing."
+        )
+    return replace(examples, y=dealt[member])
+
+
+def held_out_accuracy(probe: LinearProbe, examples: Examples, *, level: float = 0.95) -> Interval:
+    """Returns the mean over images of the share of tokens read rightly, Wilson's interval.
+
+    Each image counts as one trial, which is conservative (see `statistics.wilson`): the
+    tokens of an image are far from independent.
+    """
+    right = probe.predict(examples.X) == examples.y
+    images, member = np.unique(examples.images, return_inverse=True)
+    shares = np.bincount(member, weights=right) / np.bincount(member)
+    return wilson(float(shares.sum()), len(images), level=level)
+
+
+def class_directions(probe: LinearProbe, provenance: str = "") -> list[Direction]:
+    """Returns a fitted probe's class weights w_k, in the order of `probe.classes_`.
+
+    They are uncentred, as the paper uses them; see `directions.orthonormalise`.
+    """
+    return [
+        Direction(weight, f"class {label}", provenance)
+        for label, weight in zip(probe.classes_, probe.weight_, strict=True)
+    ]
+
+
+def _array(values: Any) -> Any:
+    """A tensor as a numpy array (bfloat16, which numpy lacks, as float32); others as they are."""
+    if not isinstance(values, Tensor):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
+
+
+def _check_regions(regions: Sequence[Region], n_tokens: int) -> None:
+    for slot, region in enumerate(regions):
+        rows, cols = region.shape
+        if rows * cols != n_tokens:
+            raise DataError(
+                f"The region of slot {slot}, {region!r}, lies on a grid of {rows * cols} tokens "
+                f"and the features have {n_tokens} per image; build it on the images' grid."
+            )
+        for other in regions[:slot]:
+            if len(region & other):
+                raise DataError(
+                    f"{region!r} and {other!r} share {len(region & other)} cells; a token can be "
+                    "an example of one slot only."
+                )

@@ -1,0 +1,252 @@
+"""One page that shows what was found, and the files behind it.
+
+The page is for a reader who was not there: what the paper claims, what this model does,
+the figure, the numbers, how they were computed and how to compute them again.  It is a
+single HTML file with its pictures inside, so that it can be mailed, archived and opened
+years later without a network.  Beside it stand the same figures as files, every number
+of every experiment as one tidy table, and the record of the run.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from PIL import Image
+
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.figures import Drawing, drawings
+from hooked_vlm.plots import to_png
+from hooked_vlm.provenance import Provenance
+from hooked_vlm.store import write_file
+
+
+PAGE = "report.html"
+PX_PER_INCH = 88  # on the page, so that every figure's text is of one size
+COLUMNS = ("direction", "axis", "kind", "slot", "site", "quantity", "value", "low", "high", "n")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key number for the top of the page."""
+
+    value: str
+    label: str
+
+
+def write_report(results: Sequence[Result], provenance: Provenance, out: Path) -> Path:
+    """Writes the report of one model into the folder `out`; returns the page's path.
+
+    Beside `report.html` it leaves `figures/*.png`, `numbers.csv` (all tables, one row per
+    number) and `provenance.json`.  Each file is replaced as a whole or not at all.
+    """
+    sections = [_section(result, out) for result in results]
+    page = _template("report.html.j2").render(
+        title=f"{provenance.experiment} on {provenance.model}",
+        provenance=provenance,
+        facts=_facts(provenance),
+        tiles=key_numbers(results),
+        sections=sections,
+        record=provenance.to_json(),
+    )
+    write_file(out / "numbers.csv", numbers(results, provenance.model).to_csv(index=False))
+    write_file(out / "provenance.json", provenance.to_json())
+    write_file(out / PAGE, page)  # last: where the page is, the rest is
+    return out / PAGE
+
+
+def write_index(
+    reports: Mapping[str, tuple[Sequence[Result], Provenance]], out: Path, *, title: str
+) -> Path:
+    """Writes `out/index.html`, which sets several models' reports side by side.
+
+    `reports` maps each report's folder, relative to `out`, to its results and record.
+    """
+    models = [
+        {
+            "folder": folder,
+            "provenance": provenance,
+            "facts": _facts(provenance),
+            "tiles": key_numbers(results),
+        }
+        for folder, (results, provenance) in reports.items()
+    ]
+    by_id: dict[str, dict[str, Any]] = {}
+    for folder, (results, _) in reports.items():
+        for result in results:
+            row = by_id.setdefault(result.id, {"result": result, "cells": {}, "widest": 0})
+            figures = [_shown(d, to_png(d.figure)) for d in drawings(result) if d.headline]
+            row["widest"] = max(row["widest"], *(figure["width"] for figure in figures), 0)
+            row["cells"][folder] = {"verdict": result.verdict, "figures": figures}
+    page = _template("index.html.j2").render(
+        title=title, models=models, rows=list(by_id.values()), page=PAGE
+    )
+    write_file(out / "index.html", page)
+    return out / "index.html"
+
+
+def numbers(results: Sequence[Result], model: str) -> pd.DataFrame:
+    """Returns every number of every result as one tidy table, a row each."""
+    tables = [
+        result.table.assign(model=model, experiment=result.id, name=result.name)
+        for result in results
+    ]
+    if not tables:
+        return pd.DataFrame(columns=["model", "experiment", "name", *COLUMNS])
+    table = pd.concat(tables, ignore_index=True)
+    first = ["model", "experiment", "name", *(c for c in COLUMNS if c in table)]
+    table = table[[*first, *(c for c in table if c not in first)]]
+    if "slot" in table:  # concatenation with a table without slots makes them floats
+        table = table.assign(slot=table["slot"].astype("Int64"))
+    return table
+
+
+def key_numbers(results: Sequence[Result]) -> list[Tile]:
+    """Returns the few numbers that stand on top: each a range over directions or axes."""
+    tiles = []
+    for result in results:
+        for where, label in HEADLINES.get(result.id, ()):
+            rows = result.table
+            for column, wanted in where.items():
+                rows = rows[rows[column] == wanted]
+            if len(rows):
+                tiles.append(Tile(_range(rows), label))
+    return tiles
+
+
+HEADLINES: dict[str, tuple[tuple[dict[str, str], str], ...]] = {
+    "E1": (({"quantity": "accuracy"}, "accuracy, lowest to highest of the directions"),),
+    "E2": (({"quantity": "ordering"}, "ordering carried by the final token, at its best slot"),),
+    "E3": (({"quantity": "accuracy"}, "held-out accuracy of the ordering probes"),),
+    "E4": (
+        ({"quantity": "swapped", "kind": "strip"}, "answers flipped by strips, at the best slot"),
+        ({"quantity": "swapped", "kind": "object"}, "… by object cells alone, at the best slot"),
+    ),
+}
+
+
+def _range(rows: pd.DataFrame) -> str:
+    groups = [column for column in ("direction", "axis") if column in rows]
+    best = rows.groupby(groups)["value"].max() if groups else rows["value"]
+    low, high = f"{best.min():.2f}", f"{best.max():.2f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def _section(result: Result, out: Path) -> dict[str, Any]:
+    figures = []
+    for drawing in drawings(result):
+        png = to_png(drawing.figure)
+        name = f"{result.id}-{drawing.name}.png"
+        write_file(out / "figures" / name, png)
+        figures.append(_shown(drawing, png))
+    return {
+        "result": result,
+        "figures": figures,
+        "stimuli": _stimuli(result),
+        "glance": _table(_glance(result.table)),
+        "table": _table(result.table),
+        "n_rows": len(result.table),
+        "config": json.dumps(result.config, default=str) if result.config else "",
+    }
+
+
+def _shown(drawing: Drawing, png: bytes) -> dict[str, Any]:
+    width = round(drawing.figure.get_figwidth() * PX_PER_INCH)
+    return {"source": _data(png), "caption": drawing.caption, "width": width}
+
+
+def _stimuli(result: Result) -> list[dict[str, str]]:
+    """The pictures that no figure shows already."""
+    shown = (
+        {str(item) for item in result.arrays["item_maps"]["item"].values}
+        if ("item_maps" in result.arrays)
+        else set()
+    )
+    return [
+        {"source": _data(_picture(image)), "name": name}
+        for name, image in result.images.items()
+        if name not in shown
+    ]
+
+
+def _glance(table: pd.DataFrame) -> pd.DataFrame:
+    """For numbers over slots, each line's highest value and where it stands."""
+    groups = [c for c in ("direction", "axis", "kind", "quantity") if c in table]
+    if "slot" not in table or not groups:
+        return table.iloc[:0]
+    highest = table.groupby(groups, sort=False, dropna=False)["value"].idxmax()
+    return table.loc[highest].rename(columns={"slot": "highest at slot"})
+
+
+def _table(table: pd.DataFrame) -> str:
+    """The table as HTML, its interval in one cell and its numbers to three places."""
+    if table.empty:
+        return ""
+    shown = table.drop(columns=["low", "high"], errors="ignore").copy()
+    if {"low", "high"} <= set(table.columns):
+        bounds = zip(table["low"], table["high"], strict=True)
+        place = list(shown.columns).index("value") + 1
+        shown.insert(place, "95 % interval", [_interval(low, high) for low, high in bounds])
+    head = "".join(f"<th scope=col>{html.escape(str(name))}</th>" for name in shown.columns)
+    rows = "\n".join(
+        "<tr>" + "".join(_cell(value) for value in row) + "</tr>"
+        for row in shown.itertuples(index=False, name=None)
+    )
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if pd.isna(low) or pd.isna(high) else f"{low:.3f} to {high:.3f}"
+
+
+def _cell(value: object) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return "<td></td>"
+    if isinstance(value, float):
+        return f"<td class=number>{value:.3f}</td>"
+    kind = "" if isinstance(value, str) else " class=number"
+    return f"<td{kind}>{html.escape(str(value))}</td>"
+
+
+def _facts(record: Provenance) -> dict[str, str]:
+    memory = f"{record.peak_memory_mib:,.0f} MiB"
+    if record.peak_cuda_memory_mib is not None:
+        memory += f", {record.peak_cuda_memory_mib:,.0f} MiB on the GPU"
+    return {
+        "model": f"{record.model_class}, {record.n_parameters / 1e6:,.2f} M parameters",
+        "weights": f"sha256 {record.model_sha256[:16]}…",
+        "run": f"{record.dtype} on {record.device} ({record.device_name}), seed {record.seed}",
+        "cost": f"{sum(record.seconds.values()):,.0f} s, peak memory {memory}",
+        "software": f"hooked_vlm {record.hooked_vlm}, torch {record.packages['torch']}, "
+        f"transformers {record.packages['transformers']}, Python {record.python}",
+        "date": record.started.replace("T", " ").replace("+00:00", " UTC"),
+    }
+
+
+def _picture(image: Image.Image, size: int = 336) -> bytes:
+    image = image.convert("RGB")
+    image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _data(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hooked_vlm", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)

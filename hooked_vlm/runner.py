@@ -1,0 +1,149 @@
+"""Runs experiments on a model into a folder, and picks up where an earlier run stopped.
+
+Order matters here.  Everything that can be wrong with what the user asked for (a misspelt
+experiment, a folder that takes no files, a device that is not there) is found before the
+model is loaded, because loading is slow; a model that cannot be loaded is found before
+the first experiment; and each finished experiment is on disk before the next one starts,
+so that an interruption costs one experiment at most.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.experiments import registry
+from hooked_vlm.experiments.registry import Config, Experiment
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.provenance import Provenance, Stopwatch, parameter_hash, record
+from hooked_vlm.report import write_report
+from hooked_vlm.store import load_result, run_key, save_result, writable_folder
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+RESULTS = "results"  # the folder, inside the output folder, that holds finished experiments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to run, on what, into which folder."""
+
+    experiment: str
+    """A suite or one experiment."""
+    model: str
+    """A shipped model, a local folder or a hub name."""
+    out: Path
+    config: Config = field(default_factory=Config)
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    """Compute again what an earlier run left."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Report:
+    """What a job left behind."""
+
+    results: Sequence[Result]
+    provenance: Provenance
+    page: Path
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Is told how a job gets on."""
+
+    def begin(self, experiment: Experiment, place: int, of: int) -> None: ...
+    def step(self, done: int, total: int) -> None: ...
+    def end(self, seconds: float, reused: bool) -> None: ...
+
+
+def check(job: Job) -> list[Experiment]:
+    """Returns a job's experiments, or raises `DataError` for what is wrong without any model."""
+    experiments = registry.select(job.experiment)
+    if job.config.pairs < 1 or job.config.batch_size < 1:
+        raise DataError(
+            f"pairs={job.config.pairs} and batch_size={job.config.batch_size} were given; "
+            "both must be at least 1."
+        )
+    if job.dtype not in DTYPES:
+        raise DataError(
+            f"There is no dtype {job.dtype!r}.{did_you_mean(job.dtype, DTYPES)} "
+            f"Known are: {', '.join(DTYPES)}."
+        )
+    _device(job.device)
+    writable_folder(job.out)
+    return experiments
+
+
+def run(job: Job, listener: Listener) -> Report:
+    """Runs a job and writes its report; returns what it left behind.
+
+    Raises `HookedVLMError` for what cannot work, before anything long starts.  Whatever is
+    raised later, `KeyboardInterrupt` too, finished experiments stay in `job.out/results`,
+    and the same job finds them there.
+    """
+    experiments = check(job)
+    device = _device(job.device)
+    model = HookedVLM.from_pretrained(job.model, dtype=_dtype(job.dtype), device=device)
+    sha256 = parameter_hash(model.hf_model)
+    config = {**asdict(job.config), "device": device, "dtype": job.dtype}
+    results, seconds, reused = [], {}, []
+    with Stopwatch() as watch:
+        for place, experiment in enumerate(experiments, start=1):
+            listener.begin(experiment, place, len(experiments))
+            key = run_key(experiment.name, config, sha256, metadata.version("hooked-vlm"))
+            folder = job.out / RESULTS
+            saved = None if job.fresh else load_result(folder, experiment.name, key)
+            if saved is None:
+                start = time.perf_counter()
+                result = experiment.run(model, job.config, listener.step)
+                took = time.perf_counter() - start
+                save_result(result, folder, key, seconds=took)
+            else:
+                result, took = saved.result, saved.seconds
+                reused.append(experiment.name)
+            results.append(result)
+            seconds[experiment.name] = took
+            listener.end(took, saved is not None)
+    provenance = record(
+        model.hf_model,
+        job.model,
+        watch,
+        model_sha256=sha256,
+        experiment=job.experiment,
+        config=config,
+        seed=job.config.seed,
+        seconds=seconds,
+        reused=reused,
+    )
+    page = write_report(results, provenance, job.out)
+    return Report(results=results, provenance=provenance, page=page)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DataError(
+            f"There is no device {name!r}; give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DataError(
+            f"Device {name!r} was asked for, and torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices here. Use --device cpu, or a torch build "
+            "and driver with CUDA."
+        )
+    return name
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)

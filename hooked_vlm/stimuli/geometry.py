@@ -1,0 +1,124 @@
+"""Where the entities of a stimulus stand: on whole visual tokens, for every model.
+
+Three entities stand in a row or in a column, each on a square of whole visual tokens,
+so that "the object's tokens" and "its strip" are exact (paper, section 4; the numbers
+are those of its appendix).  With N tokens a side, objects of S tokens and gaps of g,
+the first object begins at (N - (3S + 2g)) // 2 and all are centred across.  A strip is
+every token of the columns (or rows) around an object.
+"""
+
+from dataclasses import dataclass
+
+from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.regions import Region
+
+Axis = str
+"""`"horizontal"` (slots from left to right) or `"vertical"` (from top to bottom)."""
+
+AXES = ("horizontal", "vertical")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Token counts and sizes of a stimulus with three slots."""
+
+    n_tokens: int
+    """Visual tokens on a side."""
+    token_px: int
+    """Pixels on a side of one visual token."""
+    object_tokens: int
+    gap_tokens: int
+    strips: tuple[int, int, int]
+    """Tokens across each of the three strips, which tile the image."""
+
+    def __post_init__(self) -> None:
+        if sum(self.strips) != self.n_tokens:
+            raise DataError(f"Strips {self.strips} do not tile {self.n_tokens} tokens.")
+        if 3 * self.object_tokens + 2 * self.gap_tokens > self.n_tokens:
+            raise DataError(
+                f"Three objects of {self.object_tokens} tokens with gaps of {self.gap_tokens} do "
+                f"not fit in {self.n_tokens} tokens."
+            )
+
+    @property
+    def canvas(self) -> int:
+        """Side of the image, in pixels."""
+        return self.n_tokens * self.token_px
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of visual tokens."""
+        return self.n_tokens, self.n_tokens
+
+    def slot_span(self, slot: int) -> tuple[int, int]:
+        """Returns the half-open range of tokens of a slot along the axis."""
+        _check_slot(slot)
+        width = 3 * self.object_tokens + 2 * self.gap_tokens
+        start = (self.n_tokens - width) // 2 + slot * (self.object_tokens + self.gap_tokens)
+        return start, start + self.object_tokens
+
+    def cross_span(self) -> tuple[int, int]:
+        """Returns the half-open range of tokens of every slot across the axis."""
+        start = (self.n_tokens - self.object_tokens) // 2
+        return start, start + self.object_tokens
+
+    def slot_box(self, axis: Axis, slot: int) -> tuple[int, int, int, int]:
+        """Returns a slot's pixel box `(x0, y0, x1, y1)`, half-open."""
+        (a0, a1), (c0, c1) = self.slot_span(slot), self.cross_span()
+        spans = (a0, c0, a1, c1) if _horizontal(axis) else (c0, a0, c1, a1)
+        x0, y0, x1, y1 = (token * self.token_px for token in spans)
+        return x0, y0, x1, y1
+
+    def object_region(self, axis: Axis, slot: int) -> Region:
+        """Returns the cells of a slot's object."""
+        along, across = self.slot_span(slot), self.cross_span()
+        rows, cols = (across, along) if _horizontal(axis) else (along, across)
+        return Region.rectangle(self.shape, rows=rows, cols=cols, name=f"object {slot}")
+
+    def strip_region(self, axis: Axis, slot: int) -> Region:
+        """Returns the cells of the strip around a slot: every row of its columns (or the reverse)."""
+        _check_slot(slot)
+        start = sum(self.strips[:slot])
+        stop = start + self.strips[slot]
+        make = Region.columns if _horizontal(axis) else Region.rows_
+        return make(self.shape, start, stop, f"strip {slot}")
+
+    def background(self, axis: Axis) -> Region:
+        """Returns the cells that hold no object."""
+        objects = [self.object_region(axis, slot) for slot in range(3)]
+        return (~(objects[0] | objects[1] | objects[2])).named("background")
+
+
+PAPER_GEOMETRY = {
+    "qwen2-vl": Geometry(12, 28, 2, 2, (4, 4, 4)),
+    "gemma-3": Geometry(16, 56, 3, 3, (5, 6, 5)),
+    "pixtral": Geometry(15, 16, 2, 2, (5, 5, 5)),
+}
+
+
+def geometry_for(n_tokens: int, token_px: int) -> Geometry:
+    """Returns the paper's layout for a token count it uses, else one made by its proportions.
+
+    Raises `DataError` for fewer than five tokens a side, where three objects with gaps
+    between them do not fit.
+    """
+    for paper in PAPER_GEOMETRY.values():
+        if paper.n_tokens == n_tokens:
+            return Geometry(n_tokens, token_px, paper.object_tokens, paper.gap_tokens, paper.strips)
+    if n_tokens < 5:
+        raise DataError(f"{n_tokens} tokens a side cannot hold three objects with gaps between.")
+    size = max(1, n_tokens // 6)
+    gap = min(size, (n_tokens - 3 * size) // 2)
+    side = n_tokens // 3
+    return Geometry(n_tokens, token_px, size, gap, (side, n_tokens - 2 * side, side))
+
+
+def _check_slot(slot: int) -> None:
+    if slot not in (0, 1, 2):
+        raise DataError(f"Slot {slot} does not exist: slots are 0, 1 and 2.")
+
+
+def _horizontal(axis: Axis) -> bool:
+    if axis not in AXES:
+        raise DataError(f"No axis {axis!r}: use {' or '.join(AXES)}.{did_you_mean(axis, AXES)}")
+    return axis == "horizontal"

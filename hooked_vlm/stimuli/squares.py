@@ -1,0 +1,57 @@
+"""Squares: three equal squares of different colours in a row or in a column (paper, 4).
+
+Six colours give P(6,3) = 120 ordered triples, and four directions 480 items.  The
+question always names the middle square; its answer is the first square for "left" and
+"above" and the last one for "right" and "below".
+"""
+
+from collections.abc import Sequence
+from itertools import permutations
+
+from PIL import Image, ImageDraw
+
+from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.stimuli.geometry import Geometry
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import DIRECTIONS, squares_prompt
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "black": (0, 0, 0),
+    "brown": (150, 75, 0),
+    "gray": (128, 128, 128),
+}
+"""Names and RGB values, in the paper's order."""
+
+
+def items(directions: Sequence[str] = DIRECTIONS) -> list[Question]:
+    """Returns all items, 120 for each direction, in the order of `COLORS`."""
+    return [Question(triple, d) for d in directions for triple in permutations(COLORS, 3)]
+
+
+def prompt(question: Question) -> str:
+    """Returns what is asked: the colour in a direction from the middle square."""
+    return squares_prompt(question.direction, question.reference)
+
+
+def draw(entities: Sequence[str | None], axis: str, geometry: Geometry) -> Image.Image:
+    """Returns a white canvas with a square of each colour in its slot; None leaves a slot empty.
+
+    Raises `DataError` for an unknown colour or other than three slots.
+    """
+    if len(entities) != 3:
+        raise DataError(f"{len(entities)} entities were given for three slots: {list(entities)}.")
+    image = Image.new("RGB", (geometry.canvas, geometry.canvas), "white")
+    pen = ImageDraw.Draw(image)
+    for slot, name in enumerate(entities):
+        if name is None:
+            continue
+        if name not in COLORS:
+            raise DataError(
+                f"No colour {name!r} among {', '.join(COLORS)}.{did_you_mean(name, COLORS)}"
+            )
+        x0, y0, x1, y1 = geometry.slot_box(axis, slot)
+        pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=COLORS[name])
+    return image

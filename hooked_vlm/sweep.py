@@ -1,0 +1,117 @@
+"""Sweeps: one set of inputs, many interventions, one table of scores with named axes.
+
+A sweep is data.  Its axes say what varies (slots, kinds of region, strengths), and
+`make` says which intervention stands at each combination; planning it makes every
+intervention and checks it, so that a mistake in the last cell is found before the first
+forward pass.  How the cells are executed is the engine's business: whichever way it
+goes about it, each cell's scores are those of one plain hooked forward pass.
+
+    sweep = Sweep(inputs, {"kind": kinds, "slot": range(9)}, make=lambda kind, slot: …)
+    scores = sweep.run(model, metric=lambda logits: …)   # xarray.DataArray
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from hooked_vlm.engine import Cell, run_plain
+from hooked_vlm.errors import InterventionError
+from hooked_vlm.interventions import Patch, Recording, record, site_of
+
+
+Metric = Callable[[Tensor], Tensor]
+"""From logits `[batch, pos, d_vocab]` to scores `[batch, ...]`."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with the number of forward passes done and their total."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Interventions over named axes, all on the same inputs.
+
+    `make` is called with one value of every axis, by name, and returns an intervention
+    (or a list of them, or None for the clean run).
+    """
+
+    inputs: Mapping[str, Any]
+    axes: Mapping[str, Sequence[Any]]
+    make: Callable[..., Any]
+
+    def cells(self) -> Iterator[Cell]:
+        """Yields the coordinates and interventions of every cell, the last axis fastest."""
+        for values in product(*self.axes.values()):
+            made = self.make(**dict(zip(self.axes, values, strict=True)))
+            if made is None:
+                made = []
+            yield Cell(values, tuple(made) if isinstance(made, list | tuple) else (made,))
+
+    def plan(self, model: Any) -> list[Cell]:
+        """Returns every cell with its sources recorded and everything checked.
+
+        Each distinct source run is made once, with all the sites that any cell reads.
+        """
+        if not self.axes or not all(len(values) for values in self.axes.values()):
+            raise InterventionError(f"A sweep needs axes with values; given: {dict(self.axes)}.")
+        cells = list(self.cells())
+        wanted: dict[int, tuple[Any, set[str]]] = {}
+        for part in _patches(cells):
+            if not isinstance(part.source, Recording):
+                wanted.setdefault(id(part.source), (part.source, set()))[1].add(
+                    site_of(model, part.site).name
+                )
+        recorded = {key: record(model, inputs, sorted(n)) for key, (inputs, n) in wanted.items()}
+        cells = [cell.with_sources(recorded) for cell in cells]
+        for cell in cells:
+            for intervention in cell.interventions:
+                intervention.hooks_for(model, self.inputs)
+        return cells
+
+    def run(
+        self,
+        model: Any,
+        metric: Metric,
+        *,
+        dims: Sequence[str] = ("batch",),
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        on_progress: OnProgress | None = None,
+        **forward_kwargs: Any,
+    ) -> xr.DataArray:
+        """Returns the metric at every cell, with dimensions `(*axes, *dims)`.
+
+        `dims` names the axes of what the metric returns, batch first; `coords` labels them.
+        Forward keyword arguments (such as `logits_to_keep=1`) go to the wrapped model.
+        """
+        cells = self.plan(model)
+        scores = run_plain(model, self.inputs, cells, metric, on_progress, forward_kwargs)
+        values = np.stack([score.float().cpu().numpy() for score in scores])
+        sizes = [len(values) for values in self.axes.values()]
+        values = values.reshape(*sizes, *values.shape[1:])
+        if values.ndim != len(sizes) + len(dims):
+            raise InterventionError(
+                f"The metric returns {values.ndim - len(sizes)} axes, and dims={tuple(dims)} names "
+                f"{len(dims)}."
+            )
+        labels = {name: list(given) for name, given in self.axes.items()} | dict(coords or {})
+        labels = {n: v for n, v in labels.items() if n in (*self.axes, *dims)}
+        return xr.DataArray(values, dims=(*self.axes, *dims), coords=labels)
+
+
+def _patches(cells: Sequence[Cell]) -> Iterator[Patch]:
+    pending = [part for cell in cells for part in cell.interventions]
+    while pending:
+        part = pending.pop()
+        pending += getattr(part, "parts", ())
+        if isinstance(part, Patch):
+            yield part
+
+
+def final_logits(logits: Tensor) -> Tensor:
+    """Returns the last position's logits `[batch, d_vocab]` (prompts are padded on the left)."""
+    return logits[:, -1].to(torch.float32)

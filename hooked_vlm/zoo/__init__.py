@@ -1,0 +1,47 @@
+"""Small trained models that ship with the package, by name.
+
+Real transformers classes with real processors, small enough (under 8 MB each) to train,
+load and analyse on a laptop, and trained on the paper's synthetic task, so that every
+analysis has something learned to look at.  Each folder holds a model card.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from hooked_vlm.errors import UnsupportedModelError, did_you_mean
+from hooked_vlm.processors import load_processor
+
+
+_FOLDER = Path(__file__).parent
+
+
+def available() -> list[str]:
+    """Returns the names of the shipped models."""
+    return sorted(path.parent.name for path in _FOLDER.glob("*/model.safetensors"))
+
+
+def folder(name: str) -> Path:
+    """Returns a shipped model's folder; raises `UnsupportedModelError` for an unknown name."""
+    if name not in available():
+        raise UnsupportedModelError(
+            f"No shipped model is called {name!r}; there are {', '.join(available())}."
+            f"{did_you_mean(name, available())}"
+        )
+    return _FOLDER / name
+
+
+def load(
+    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **kwargs: Any
+) -> tuple[Any, Any]:
+    """Returns a shipped model, in eval mode, and its processor.
+
+    Keyword arguments go to transformers' `from_pretrained` (`attn_implementation`, …).
+    """
+    path = str(folder(name))
+    model = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, local_files_only=True, **kwargs
+    )
+    return model.eval().to(device), load_processor(path, local_files_only=True)

@@ -1,0 +1,269 @@
+"""Trains the shipped models from scratch, on a CPU, in about an hour each.
+
+    python -m hooked_vlm.zoo.train tiny-qwen2-vl --out tiny-qwen2-vl
+
+Two stages, by size of the picture.  Most steps run on 96 px pictures (6x6 visual
+tokens), where a step costs a third; the last ones on the full 192 px (12x12).  Between
+the two Gemma-3's table of patch positions is interpolated; Qwen2-VL's rotary positions
+need nothing.  Hidden matrices are optimised by Muon, all else by AdamW, both under one
+warm-up and cosine per stage.  The run is seeded, resumes from its last checkpoint when
+started again, and logs every fiftieth step.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hooked_vlm.stimuli.geometry import Geometry, geometry_for
+from hooked_vlm.zoo.batches import Batch, Encoder
+from hooked_vlm.zoo.build import MERGE, PATCH, RECIPES, build_model, build_processor
+from hooked_vlm.zoo.tasks import conversation, held_out_triples, training_scene, training_triples
+
+
+TOKEN_PX = PATCH * MERGE
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps on pictures of one size."""
+
+    n_tokens: int
+    steps: int
+    muon_lr: float
+    adam_lr: float
+    warmup: int = 50
+    floor: float = 0.05
+    """Share of the peak rate that the cosine ends at."""
+
+    @property
+    def geometry(self) -> Geometry:
+        return geometry_for(self.n_tokens, TOKEN_PX)
+
+    def share(self, step: int) -> float:
+        """Returns the learning rate at a step as a share of its peak."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    name: str
+    seed: int = 0
+    batch: int = 32
+    stages: tuple[Stage, ...] = (Stage(6, 1600, 0.01, 2e-3), Stage(12, 500, 0.005, 1e-3))
+    weight_decay: float = 0.01
+
+
+def fresh_model(config: Config, processor: Any, stage: Stage) -> Any:
+    """Returns a model for a stage's pictures, with seeded weights."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.name, processor.tokenizer, stage.geometry.canvas)
+    projector = getattr(model.model, "multi_modal_projector", None)
+    if projector is not None:
+        # transformers makes it zero, expecting a checkpoint.
+        nn.init.normal_(projector.mm_input_projection_weight, std=0.125)
+    return model
+
+
+def carry_over(old: Any, new: Any) -> None:
+    """Copies weights into a model for larger pictures, interpolating a table of positions."""
+    weights = old.state_dict()
+    for name, value in new.state_dict().items():
+        if weights[name].shape != value.shape:
+            side, wide = (math.isqrt(len(t)) for t in (weights[name], value))
+            table = weights[name].T.view(1, -1, side, side)
+            table = F.interpolate(table, size=(wide, wide), mode="bilinear", align_corners=False)
+            weights[name] = table.flatten(2)[0].T
+    new.load_state_dict(weights)
+
+
+def optimizers(
+    model: nn.Module, config: Config, stage: Stage
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Returns Muon for the blocks' matrices and AdamW for all else, with their peak rates."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim == 2 and (".layers." in n or ".blocks." in n)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, lr=stage.muon_lr, weight_decay=config.weight_decay)
+    adam = torch.optim.AdamW(
+        rest, lr=stage.adam_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    return [(muon, stage.muon_lr), (adam, stage.adam_lr)]
+
+
+def training_batch(
+    rng: random.Random, encoder: Encoder, config: Config, geometry: Geometry
+) -> Batch:
+    """Returns a batch of conversations about scenes never used for evaluation."""
+    triples = training_triples()
+    scenes = [training_scene(rng, triples, geometry) for _ in range(config.batch)]
+    images = np.stack([scene.render(geometry.canvas) for scene in scenes])
+    return encoder.batch([conversation(rng, scene) for scene in scenes], images)
+
+
+def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the logits that predict the answers' tokens, and those tokens."""
+    inputs = dict(batch.inputs)
+    if "image_grid_thw" in inputs:
+        # Padding is on the right, so no mask is needed, and attention takes its fastest path.
+        inputs["position_ids"] = model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+        )[0]
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    targets = batch.answers[:, 1:]
+    logits = model.lm_head(hidden[:, :-1][targets])
+    return logits, inputs["input_ids"][:, 1:][targets]
+
+
+def accuracy(model: Any, encoder: Encoder, geometry: Geometry, rng: random.Random) -> float:
+    """Returns the share of first questions answered right, on held-out triples."""
+    held_out = sorted(held_out_triples())
+    scenes = [training_scene(rng, held_out, geometry) for _ in range(96)]
+    turns = [[rng.choice(scene.relations()[:2])] for scene in scenes]
+    images = np.stack([scene.render(geometry.canvas) for scene in scenes])
+    batch = encoder.batch(turns, images)
+    first = batch.answers & (batch.answers.cumsum(1) == 1)
+    with torch.no_grad():
+        logits, targets = answer_logits(model.eval(), Batch(batch.inputs, first))
+    model.train()
+    return float((logits.argmax(-1) == targets).float().mean())
+
+
+def train(config: Config, out: Path, every: int = 50) -> None:
+    """Runs (or resumes) a training run, and writes model, processor and log to a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, state_file = out / "checkpoint.safetensors", out / "checkpoint.json"
+    state = json.loads(state_file.read_text()) if state_file.exists() else {"stage": 0, "step": 0}
+    processor = build_processor(config.name, config.stages[-1].geometry.canvas)
+    encoder = Encoder(processor)
+    model = None
+    started = time.time()
+    for index, stage in enumerate(config.stages):
+        if index < state["stage"]:
+            continue
+        made = fresh_model(config, processor, stage)
+        if index == state["stage"] and state["step"]:
+            made.load_state_dict(load_file(checkpoint), strict=False)
+        elif model is not None:
+            carry_over(model, made)
+        model = made.train()
+        first = state["step"] if index == state["stage"] else 0
+        run_stage(config, index, first, model, encoder, out, started, every)
+        state = {"stage": index + 1, "step": 0}
+    assert model is not None
+    save_all(model.eval(), processor, out)
+    (out / "training.json").write_text(json.dumps(asdict(config), indent=1))
+
+
+def run_stage(
+    config: Config,
+    index: int,
+    first: int,
+    model: Any,
+    encoder: Encoder,
+    out: Path,
+    started: float,
+    every: int,
+) -> None:
+    """Runs one stage from a step on; checkpoints and logs as it goes."""
+    stage = config.stages[index]
+    rates = optimizers(model, config, stage)
+    losses: list[float] = []
+    for step in range(first, stage.steps):
+        # Seeded by step, so that a resumed run sees what an unbroken one would have.
+        rng = random.Random(f"{config.seed}/{index}/{step}")
+        batch = training_batch(rng, encoder, config, stage.geometry)
+        logits, targets = answer_logits(model, batch)
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, peak in rates:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * stage.share(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if (step + 1) % every == 0 or step + 1 == stage.steps:
+            rng = random.Random(f"check/{index}/{step}")
+            right = accuracy(model, encoder, stage.geometry, rng)
+            log(out, stage, index, step + 1, losses, right, started)
+            losses = []
+            save_checkpoint(model, {"stage": index, "step": step + 1}, out)
+
+
+def log(
+    out: Path,
+    stage: Stage,
+    index: int,
+    step: int,
+    losses: Sequence[float],
+    right: float,
+    started: float,
+) -> None:
+    """Appends a row to the log, and prints it with an estimate of the stage's end."""
+    file = out / "training_log.csv"
+    new = not file.exists()
+    seconds = time.time() - started
+    with file.open("a", newline="") as handle:
+        writer = csv.writer(handle)
+        if new:
+            writer.writerow(["stage", "tokens", "step", "loss", "held_out_accuracy", "seconds"])
+        mean = sum(losses) / len(losses)
+        writer.writerow(
+            [index, stage.n_tokens, step, f"{mean:.4f}", f"{right:.4f}", f"{seconds:.0f}"]
+        )
+    print(  # noqa: T201
+        f"stage {index} step {step}/{stage.steps} loss {mean:.3f} accuracy {right:.3f} {seconds:.0f}s",
+        flush=True,
+    )
+
+
+def save_checkpoint(model: nn.Module, state: dict[str, int], out: Path) -> None:
+    """Writes weights and position of a run, each whole or not at all."""
+    weights = {n: p.detach().clone().contiguous() for n, p in model.named_parameters()}
+    part = out / "checkpoint.part"
+    save_file(weights, part)
+    os.replace(part, out / "checkpoint.safetensors")
+    part.write_text(json.dumps(state))
+    os.replace(part, out / "checkpoint.json")
+
+
+def save_all(model: Any, processor: Any, out: Path) -> None:
+    """Writes the model and its processor as transformers loads them."""
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def main() -> None:
+    """Parses the command line and trains."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(Config(arguments.name, seed=arguments.seed), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""What the command line says, leaves behind and refuses, with made-up experiments."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic_results as synthetic
+import torch
+from torch import nn
+
+from hooked_vlm import cli, runner
+from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.experiments import registry
+from hooked_vlm.experiments.registry import Config, Experiment, OnProgress
+from hooked_vlm.experiments.result import Result
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Puts two quick experiments and a model loader in place; returns what was called."""
+    called: list[str] = []
+
+    def experiment(made: Result) -> Experiment:
+        def run(model: object, config: Config, on_progress: OnProgress) -> Result:
+            called.append(f"{made.name} with {config.pairs} pairs")
+            on_progress(config.pairs, config.pairs)
+            return made
+
+        return Experiment(
+            id=made.id, name=made.name, title=made.title, section=made.section, run=run
+        )
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(name: str, **_: object) -> types.SimpleNamespace:
+            called.append(f"load {name}")
+            if name == "missing":
+                raise UnsupportedModelError("Could not load 'missing'. Did you mean 'tiny-one'?")
+            torch.manual_seed(len(name))
+            return types.SimpleNamespace(
+                hf_model=nn.Linear(2, 2), describe=lambda: f"{name}: sites"
+            )
+
+    made = [experiment(synthetic.e1()), experiment(synthetic.e4())]
+    monkeypatch.setattr(registry, "EXPERIMENTS", {one.name: one for one in made})
+    monkeypatch.setattr(registry, "SUITES", {"dual-mechanisms": ("behaviour", "strip-swap")})
+    monkeypatch.setattr("hooked_vlm.report.drawings", lambda _: [])  # slow, and tested there
+    monkeypatch.setattr(runner, "HookedVLM", Loader)
+    monkeypatch.setattr("hooked_vlm.model.HookedVLM", Loader)
+    monkeypatch.setattr("hooked_vlm.zoo.available", lambda: ["tiny-one", "tiny-two"])
+    return called
+
+
+def hooked_vlm(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Runs the command in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["hooked-vlm", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+RUN = ("run", "dual-mechanisms", "--model", "tiny-one", "--out")
+
+
+def test_run_writes_a_report(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path / "out"), "--pairs", "7", "--seed", "3") == 0
+    assert calls == ["load tiny-one", "behaviour with 7 pairs", "strip-swap with 7 pairs"]
+    said = capsys.readouterr()
+    assert said.out == f"report: {tmp_path / 'out' / 'report.html'}\n"
+    assert "tiny-one 2/2 E4 strip-swap" in said.err
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert record["config"] == {
+        "pairs": 7,
+        "seed": 3,
+        "batch_size": 16,
+        "device": runner._device("auto"),
+        "dtype": "auto",
+    }
+    assert record["reused"] == []
+    assert set(record["seconds"]) == {"behaviour", "strip-swap"}
+    assert set(pd.read_csv(tmp_path / "out" / "numbers.csv")["experiment"]) == {"E1", "E4"}
+
+
+def test_run_again_reuses_what_matches(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hooked_vlm(monkeypatch, *RUN, str(tmp_path))
+    calls.clear()
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 0
+    assert calls == ["load tiny-one"]
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    assert record["reused"] == ["behaviour", "strip-swap"]
+
+    for words in (("--pairs", "5"), ("--fresh",), ("--model", "tiny-two-other-weights")):
+        calls.clear()
+        hooked_vlm(monkeypatch, *RUN, str(tmp_path), *words)
+        assert len(calls) == 3, words
+
+
+def test_one_experiment_by_name(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hooked_vlm(monkeypatch, "run", "strip-swap", "--model", "tiny-one", "--out", str(tmp_path))
+    assert calls == ["load tiny-one", "strip-swap with 50 pairs"]
+
+
+def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = registry.EXPERIMENTS["strip-swap"]
+
+    def interrupted(*_: object) -> Result:
+        raise KeyboardInterrupt
+
+    cut = dataclasses.replace(whole, run=interrupted)
+    monkeypatch.setitem(registry.EXPERIMENTS, "strip-swap", cut)
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 130
+    said = capsys.readouterr().err
+    assert "interrupted after 1 of 2" in said
+    assert "Run the same command again" in said
+    assert not (tmp_path / "report.html").exists()
+
+    monkeypatch.setitem(registry.EXPERIMENTS, "strip-swap", whole)
+    calls.clear()
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 0
+    assert calls == ["load tiny-one", "strip-swap with 50 pairs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("run", "dual-mechanism", "--model", "m"), "Did you mean 'dual-mechanisms'?"),
+        (("run", "behavior", "--model", "m"), "Did you mean 'behaviour'?"),
+        (("run", "behaviour", "--model", "m", "--dtype", "bfloat"), "Did you mean 'bfloat16'"),
+        (("run", "behaviour", "--model", "m", "--device", "gpu"), "There is no device 'gpu'"),
+        (("run", "behaviour", "--model", "m", "--device", "cuda:99"), "CUDA devices here"),
+        (("run", "behaviour", "--model", "m", "--pairs", "0"), "pairs=0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_found_before_any_work(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    says: str,
+) -> None:
+    assert hooked_vlm(monkeypatch, *words, "--out", str(tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.startswith("hooked-vlm: ")
+    assert said.count("\n") == 1
+    assert calls == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder_is_found_before_any_work(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    for command in (RUN, ("demo", "--out")):
+        assert hooked_vlm(monkeypatch, *command, str(tmp_path / "file" / "out")) == 2
+        assert "Cannot write to the output folder" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_missing_model(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("run", "behaviour", "--model", "missing", "--out", str(tmp_path))
+    assert hooked_vlm(monkeypatch, *words) == 2
+    assert capsys.readouterr().err.endswith("Did you mean 'tiny-one'?\n")
+    assert calls == ["load missing"]
+
+
+def test_an_experiment_that_fails_is_not_a_mistake_of_the_users(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> Result:
+        raise ZeroDivisionError
+
+    cut = dataclasses.replace(registry.EXPERIMENTS["strip-swap"], run=broken)
+    monkeypatch.setitem(registry.EXPERIMENTS, "strip-swap", cut)
+    monkeypatch.setattr(sys, "argv", ["hooked-vlm", *RUN, str(tmp_path)])
+    with pytest.raises(ZeroDivisionError):  # its traceback is wanted
+        cli.main()
+    assert (tmp_path / "results" / "behaviour" / "result.json").exists()
+
+
+def test_demo_runs_every_shipped_model(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert hooked_vlm(monkeypatch, "demo", "--out", str(tmp_path), "--pairs", "4") == 0
+    assert [call for call in calls if call.startswith("load")] == ["load tiny-one", "load tiny-two"]
+    assert capsys.readouterr().out == f"report: {tmp_path / 'index.html'}\n"
+    assert (tmp_path / "tiny-one" / "report.html").exists()
+    assert (tmp_path / "tiny-two" / "report.html").exists()
+
+
+def test_sites_and_list(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hooked_vlm(monkeypatch, "sites", "tiny-one") == 0
+    assert capsys.readouterr().out == "tiny-one: sites\n"
+    assert hooked_vlm(monkeypatch, "list") == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("dual-mechanisms", "strip-swap", "E4", "tiny-two"))
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; import hooked_vlm.cli; "
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"importing the command line imports {done.stderr}"
+
+
+def test_log_lines_carry_an_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    listener = cli.Listener(cli.Console(stderr=True, force_terminal=False), "m")
+    experiment = Experiment(
+        id="E4", name="swap", title="", section="", run=lambda *_: synthetic.e1()
+    )
+    listener.begin(experiment, 1, 4)
+    for second in range(0, 31, 5):
+        now[0] = float(second)
+        listener.step(second, 60)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "m 1/4 E4 swap",
+        "m 1/4 E4 swap: 25% after 15 s, 45 s left",
+        "m 1/4 E4 swap: 50% after 30 s, 30 s left",
+    ]
