@@ -118,27 +118,33 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     with `vision=None`; whoever needs images says so then.
     """
     paths = {id(module): path for path, module in model.named_modules()}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    embed = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    unembed = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    decoder = _ask(model, "get_decoder") or model
+    embed, unembed = _ask(model, "get_input_embeddings"), _ask(model, "get_output_embeddings")
     if embed is None or unembed is None:
         missing = "get_input_embeddings()" if embed is None else "get_output_embeddings()"
         raise UnsupportedModelError(
             f"{type(model).__name__}.{missing} returned nothing; HookedVLM needs a model with a "
             "language-modelling head, such as an AutoModelForImageTextToText."
         )
-    encoder = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
-    has_vision = encoder is not None and id(encoder) in paths and encoder is not model
-    has_vision = has_vision and encoder is not decoder and encoder is not _base(model)
+    encoder = _ask(model, "get_encoder", modality="image")
+    # Where there is none, transformers answers with the model itself, or with its base.
+    if encoder is None or id(encoder) not in paths or encoder in (model, decoder, _base(model)):
+        encoder = None
     config = getattr(model, "config", None)
     return Anatomy(
         lm=_read_stack(decoder, paths),
         embed=paths[id(embed)],
         unembed=paths[id(unembed)],
-        vision=_read_vision(encoder, paths, config) if has_vision else None,
-        projector=_find_projector(model, encoder, paths) if has_vision else None,
+        vision=_read_vision(encoder, paths, config) if encoder is not None else None,
+        projector=_find_projector(model, encoder, paths) if encoder is not None else None,
         image_token_id=_first(config, "image_token_id", "image_token_index"),
     )
+
+
+def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
+    """Returns what a model answers to one of transformers' `get_…` methods, if it has it."""
+    found: Any = getattr(model, method, None)
+    return None if found is None else found(**kwargs)
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -155,7 +161,7 @@ def is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Module]:
+def _linears(module: nn.Module) -> dict[str, Any]:
     """Returns the linear children of a module in the order they are called."""
     children = dict(module.named_children())
     return {n: children[n] for n in called_children(module) if is_linear(children[n])}
@@ -169,9 +175,10 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 
 def _block_lists(stack: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     for path, module in stack.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            if any(_is_attention(*child) for child in module[0].named_children()):
-                yield path, module
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if any(_is_attention(*child) for child in module[0].named_children()):
+            yield path, module
 
 
 def _read_stack(stack: nn.Module, paths: dict[int, str]) -> Stack:

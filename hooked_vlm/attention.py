@@ -25,6 +25,7 @@ from transformers.masking_utils import eager_mask
 
 from hooked_vlm.errors import HookError, UnsupportedModelError
 
+
 NAME = "hooked_vlm"
 # transformers hands a packed encoder's whole sequence to any implementation with "flash"
 # in its name, and calls all others once per image; we want every image in one call.
@@ -65,10 +66,29 @@ class TappedConfig:
         return getattr(self._config, name)
 
 
+def implementation(module: nn.Module) -> str:
+    """Returns the name of a module's own attention implementation, tapped or not."""
+    config: Any = module.config
+    tap = getattr(config, "hooked_vlm_tap", None)
+    return tap.base if tap else config._attn_implementation or "eager"
+
+
 def tapped_config(module: nn.Module, edits: dict[str, Callable], packed: bool) -> TappedConfig:
-    """Returns the config to give an attention module for the length of a run."""
-    base = module.config._attn_implementation or "eager"
-    return TappedConfig(module.config, PACKED_NAME if packed else NAME, AttentionTap(base, edits))
+    """Returns the config to give an attention module for the length of a run.
+
+    A module may already be tapped, by another wrapper of the same model: then that
+    one's functions run first.
+    """
+    config: Any = module.config
+    outer = getattr(config, "hooked_vlm_tap", None)
+    if outer is not None:
+        edits = {**outer.edits, **{n: _chain(outer.edits.get(n), f) for n, f in edits.items()}}
+    tap = AttentionTap(implementation(module), edits)
+    return TappedConfig(config, PACKED_NAME if packed else NAME, tap)
+
+
+def _chain(first: Callable | None, second: Callable) -> Callable:
+    return second if first is None else lambda value: second(first(value))
 
 
 def hooked_attention(
@@ -82,7 +102,8 @@ def hooked_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes attention as the module's own implementation does, through its tap."""
-    tap: AttentionTap = module.config.hooked_vlm_tap
+    config: Any = module.config
+    tap: AttentionTap = config.hooked_vlm_tap
     query, key = tap.apply("rot_q", query), tap.apply("rot_k", key)
     bounds = kwargs.get("cu_seq_lens_q")
     if not tap.eager:
@@ -154,8 +175,8 @@ def scores(
 ) -> Float[Tensor, "batch head query key"]:
     """Returns the pre-softmax attention scores, the additive mask included."""
     key = repeat_heads(key, query.shape[1])
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weights = torch.matmul(query, key.transpose(2, 3)) * factor
     if softcap is not None:
         weights = torch.tanh(weights / softcap) * softcap
     return weights if mask is None else weights + mask

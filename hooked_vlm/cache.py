@@ -98,7 +98,7 @@ class ActivationCache(Mapping[str, Images]):
 
     def stack(
         self, name: str, layers: Sequence[int] | None = None, tower: str | None = None
-    ) -> Float[Tensor, "layer *activation"]:
+    ) -> Float[Tensor, "layer ..."]:
         """Returns one site of every cached layer (or of those given), stacked in front.
 
         >>> cache = ActivationCache(

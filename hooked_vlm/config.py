@@ -52,8 +52,8 @@ class HookedVLMConfig(StackConfig):
 
 def read_config(model: nn.Module, anatomy: Anatomy, name: str) -> HookedVLMConfig:
     """Returns the sizes of a model with a given anatomy."""
-    weight = model.get_submodule(anatomy.unembed).weight
-    embedding = model.get_submodule(anatomy.embed).weight
+    weight: Any = model.get_submodule(anatomy.unembed).weight
+    embedding: Any = model.get_submodule(anatomy.embed).weight
     return HookedVLMConfig(
         **_stack(anatomy.lm),
         d_vocab=weight.shape[0],
@@ -70,7 +70,7 @@ def _config(model: nn.Module) -> Any:
     return getattr(model, "config", None)
 
 
-def _stack(stack: Stack) -> dict[str, int | None]:
+def _stack(stack: Stack) -> dict[str, Any]:
     attn, mlp = stack.blocks[0].attn, stack.blocks[0].mlp
     return {
         "n_layers": len(stack.blocks),
@@ -87,7 +87,7 @@ def _vision(anatomy: Anatomy) -> VisionConfig | None:
     if vision is None:
         return None
     return VisionConfig(
-        **_stack(vision),  # type: ignore[arg-type]
+        **_stack(vision),
         patch_size=vision.patch_size,
         merge=vision.merge,
         n_prefix=vision.n_prefix,

@@ -25,7 +25,7 @@ def describe_sites(cfg: HookedVLMConfig, sites: dict[str, Site]) -> str:
         *parents, leaf = name.split(".")
         for depth, parent in enumerate(parents):
             if tuple(parents[: depth + 1]) != previous[: depth + 1]:
-                lines.append(f"{'  ' * depth}{_parent(parent, name, group)}")
+                lines.append(f"{'  ' * depth}{_parent(parent, group)}")
         previous = tuple(parents)
         indent = "  " * len(parents)
         shape = _shape(group[0], cfg)
@@ -42,7 +42,7 @@ def _sizes(cfg: StackConfig) -> str:
     )
 
 
-def _parent(parent: str, name: str, group: list[Site]) -> str:
+def _parent(parent: str, group: list[Site]) -> str:
     return f"l = 0..{len(group) - 1}" if parent == "{l}" else parent
 
 

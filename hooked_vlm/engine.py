@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.interventions import Chain, Patch, Recording
+from hooked_vlm.interventions import Ablate, Chain, Recording
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +21,22 @@ class Cell:
     interventions: tuple[Any, ...]
 
     def with_sources(self, recorded: Mapping[int, Recording]) -> "Cell":
-        """Returns the cell with its patches reading from recorded runs (by `id` of the inputs)."""
+        """Returns the cell with its interventions reading recorded runs (by `id` of the inputs)."""
         return replace(self, interventions=tuple(_sourced(i, recorded) for i in self.interventions))
+
+
+def source_of(intervention: Any) -> tuple[str, Any]:
+    """Returns the field of an intervention that names another run, and that run (or None)."""
+    name = "reference" if isinstance(intervention, Ablate) else "source"
+    return name, getattr(intervention, name, None)
 
 
 def _sourced(intervention: Any, recorded: Mapping[int, Recording]) -> Any:
     if isinstance(intervention, Chain):
         return Chain(*(_sourced(part, recorded) for part in intervention.parts))
-    if isinstance(intervention, Patch) and id(intervention.source) in recorded:
-        return replace(intervention, source=recorded[id(intervention.source)])
+    name, source = source_of(intervention)
+    if source is not None and id(source) in recorded:
+        return replace(intervention, **{name: recorded[id(source)]})
     return intervention
 
 

@@ -9,12 +9,16 @@ to read it without the paper at hand.  A result without a row here has its table
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pandas as pd
+import xarray as xr
+
 from hooked_vlm import plots
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.plots import Figure
 
 
 CHANCE = 1 / 3  # three entities in every stimulus
+ITEMS_PER_AXIS = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def _behaviour(result: Result) -> Iterator[Drawing]:
 def _final_token(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "final-token",
-        plots.final_token(result.table),
+        plots.final_token(_apart(result)),
         "The final token's residual vector is replaced, at one slot at a time, by the one of a "
         "counterfactual run with other colours and the opposite question. Grey: the answer stays. "
         "Orange: the answer is the clean image's colour at the place the counterfactual asks for, "
@@ -63,7 +67,8 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
         plots.accuracy(result.table, by="axis", chance=CHANCE),
         "A linear probe reads an object's place in the order (first, middle, last) from single "
         "visual tokens at the projector's output. Accuracy on the object tokens of held-out "
-        "images, beside probes fitted in the same way to shuffled labels.",
+        "images, and the share of background tokens that the probe gives to the strip they lie "
+        "in; each beside a probe fitted in the same way to shuffled labels.",
     )
     arrays = result.arrays
     if "mean_maps" in arrays:
@@ -76,24 +81,36 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
             headline=True,
         )
     if "item_maps" in arrays:
+        some = _some(arrays["item_maps"])
         yield Drawing(
             "probe-maps-items",
-            plots.item_maps(result.images, arrays["item_maps"], arrays["item_cells"]),
-            "Three held-out images, one by one, not averaged. The small squares inside the boxes "
-            "are the objects' own colours.",
+            plots.item_maps(result.images, arrays["item_maps"][some], arrays["item_cells"][some]),
+            "Held-out images one by one, not averaged. The small squares inside the boxes are the "
+            "objects' own colours.",
         )
 
 
 def _swap(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "swap-by-slot",
-        plots.swap(result.table),
+        plots.swap(_apart(result)),
         "Two regions' tokens trade places with those of the mirrored image, at one slot at a "
         "time, in the run on the clean image. If a region carries the order, the answer becomes "
         "that of the mirrored image (upper row) and ceases to be the clean one (lower row). "
         "Bands are 95 % bootstrap intervals over pairs.",
         headline=True,
     )
+
+
+def _apart(result: Result) -> pd.DataFrame:
+    """The rows of single directions: their sum would be one panel more and says less."""
+    return result.table[result.table["direction"] != "all"]
+
+
+def _some(maps: xr.DataArray) -> list[int]:
+    """The first items of each axis: enough to see that they are alike."""
+    axes = [str(axis) for axis in maps["axis"].values]
+    return [i for i, axis in enumerate(axes) if axes[:i].count(axis) < ITEMS_PER_AXIS]
 
 
 DRAW: dict[str, Callable[[Result], Iterator[Drawing]]] = {

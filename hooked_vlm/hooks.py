@@ -23,6 +23,7 @@ from hooked_vlm.errors import HookError
 from hooked_vlm.layout import Images, PackedLayout, packed_layout
 from hooked_vlm.sites import Site, read, write
 
+
 HookFunction = Callable[..., Any]
 """`fn(activation, hook)`, returning a replacement or None."""
 
@@ -127,13 +128,15 @@ class _Fired:
                 continue
             self.point.step = max(run.steps, 0)
             window = run.window(self.site.axes)
-            part, changed = self._apply(fn, value if window is None else value[window])
+            if window is None or isinstance(value, list):  # lists are by image, not by prompt
+                value, changed = self._apply(fn, value)
+            else:
+                part, changed = self._apply(fn, value[window])
+                if changed:
+                    assert isinstance(part, Tensor)
+                    value = value.clone()
+                    value[window] = part
             any_changed |= changed
-            if changed and window is not None:
-                value = value.clone()
-                value[window] = part
-            elif changed:
-                value = part
         return value, any_changed
 
     def _apply(self, fn: HookFunction, value: Images) -> tuple[Images, bool]:
@@ -153,7 +156,7 @@ class _Fired:
         return self._checked(result, value, fn), True
 
     def _checked(self, result: Any, value: Images, fn: HookFunction) -> Images:
-        """Returns a function's result, or raises `HookError` unless it can take the value's place."""
+        """Returns a function's result; raises `HookError` if it cannot take the value's place."""
         given, expected = _tensors(result), _tensors(value)
         ok = len(given) == len(expected) and isinstance(result, list) == isinstance(value, list)
         ok = ok and all(
@@ -175,11 +178,11 @@ class _Snapshot:
     def __init__(self, value: Images) -> None:
         self.tensors = _tensors(value)
         counted = not any(tensor.is_inference() for tensor in self.tensors)
-        self.versions = [tensor._version for tensor in self.tensors] if counted else None
-        self.copies = None if counted else [tensor.clone() for tensor in self.tensors]
+        self.versions = [tensor._version for tensor in self.tensors] if counted else []
+        self.copies = [] if counted else [tensor.clone() for tensor in self.tensors]
 
     def unchanged(self) -> bool:
-        if self.versions is not None:
+        if self.versions:
             return all(t._version == v for t, v in zip(self.tensors, self.versions, strict=True))
         return all(torch.equal(t, c) for t, c in zip(self.tensors, self.copies, strict=True))
 
@@ -315,14 +318,15 @@ def _input_hook(item: _Fired, key: str) -> Callable:
 @contextmanager
 def _tap_attention(module: nn.Module, items: list[_Fired]) -> Iterator[None]:
     """Gives an attention module its tap, and its own config back at the end."""
-    config = module.config
+    tapped: Any = module
+    config = tapped.config
     packed = bool(items[0].site.order)
     edits = {item.site.part: _attention_edit(item) for item in items}
-    module.config = tapped_config(module, edits, packed)
+    tapped.config = tapped_config(module, edits, packed)
     try:
         yield
     finally:
-        module.config = config
+        tapped.config = config
 
 
 def _attention_edit(item: _Fired) -> Callable[[Any], Any]:
@@ -346,12 +350,11 @@ def _edit_chunks(item: _Fired, chunks: list[Tensor]) -> list[Tensor]:
     """Shows the square matrices of a packed encoder by image, both axes in raster order."""
     if item.asleep:
         return chunks
-    orders = _chunk_orders(
-        item.packing.layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device
-    )
+    layout = item.packing.layout
+    assert layout is not None, "a packed encoder ran without its layout having been noted"
+    orders = _chunk_orders(layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device)
     raster = [c[0][:, o][:, :, o] for c, o in zip(chunks, orders, strict=True)]
-    layout = item.packing.layout.patches
-    by_image = len(chunks) == len(layout.rows) and layout.even
+    by_image = len(chunks) == len(layout.patches.rows) and layout.patches.even
     value, changed = item.on_value(torch.stack(raster) if by_image else raster)
     if not changed:
         return chunks

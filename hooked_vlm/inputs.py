@@ -7,7 +7,7 @@ away: which position of which prompt shows which part of which image.
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from hooked_vlm.image_tokens import ImageLayout, token_grids
 from hooked_vlm.pixels import pixel_transform
 from hooked_vlm.spans import PromptRow, token_pieces
 
+
 OneImage = Any
 """A PIL image, a numpy array `[height, width, 3]` or a tensor `[3, height, width]`."""
 Images = OneImage | Sequence[Any] | None
 Texts = str | Sequence[str]
 
 
+@runtime_checkable
 class Wrapped(Protocol):
     """The parts of a HookedVLM that preparing inputs needs."""
 
@@ -154,42 +156,52 @@ def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]
     if len(images) != n_prompts:
         raise DataError(
             f"{len(images)} images (or lists of images) were given for {n_prompts} prompts; give "
-            "each prompt its image, or its list of images."
+            "each prompt its image, its list of images, or None."
         )
     nested = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
     return [[to_pil(image) for image in row if image is not None] for row in nested]
 
 
 def to_pil(image: OneImage) -> Image.Image:
-    """Returns an RGB image from a PIL image, `[height, width, 3]` array or `[3, height, width]` tensor.
+    """Returns a PIL image, `[height, width, 3]` array or `[3, height, width]` tensor as RGB.
 
     Integers are taken as 0..255 and floats as 0..1; raises `DataError` for anything else.
     """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    given = image
     if isinstance(image, Tensor):
         image = image.detach().cpu()
-        image = (
-            image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in (1, 3) else image
-        ).numpy()
+        image = image.float() if image.is_floating_point() else image  # numpy has no bfloat16
+        if image.ndim == 3 and image.shape[0] in (1, 3):
+            image = image.permute(1, 2, 0)
+        image = image.numpy()
     if (
         not isinstance(image, np.ndarray)
         or image.ndim not in (2, 3)
         or image.shape[2:] not in ((), (1,), (3,))
+        or not image.size
     ):
-        shape = getattr(image, "shape", None)
+        shape = getattr(given, "shape", None)
+        shaped = f" and shape {tuple(shape)}" if shape is not None else ""
         raise DataError(
-            f"An image of type {type(image).__name__}{f' and shape {tuple(shape)}' if shape else ''} "
-            "was given; expected a PIL image, an array [height, width, 3] or a tensor [3, height, width]."
+            f"An image of type {type(given).__name__}{shaped} was given; expected a PIL image, an "
+            "array [height, width, 3] or a tensor [3, height, width]."
         )
-    if np.issubdtype(image.dtype, np.floating):
-        if image.min() < 0 or image.max() > 1:
-            raise DataError(
-                f"A float image has values from {image.min():.3g} to {image.max():.3g}; expected 0..1 "
-                "(integers for 0..255)."
-            )
-        image = (image * 255).round()
-    return Image.fromarray(image.astype(np.uint8).squeeze()).convert("RGB")
+    image = image.reshape(*image.shape[:2]) if image.shape[2:] == (1,) else image
+    is_float = np.issubdtype(image.dtype, np.floating)
+    if not is_float and not np.issubdtype(image.dtype, np.integer):
+        raise DataError(
+            f"An image of {image.dtype} was given; expected integers in 0..255 or floats in 0..1."
+        )
+    low, high, most = image.min(), image.max(), 1 if is_float else 255
+    if not (low >= 0 and high <= most):
+        raise DataError(
+            f"An image of {image.dtype} has values from {low:.3g} to {high:.3g}; expected 0..1 for "
+            "floats and 0..255 for integers."
+        )
+    image = (image * 255).round() if is_float else image
+    return Image.fromarray(image.astype(np.uint8)).convert("RGB")
 
 
 def _positions(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -229,7 +241,7 @@ def grids_of(
     layouts = []
     for i, (rows, cols) in enumerate(patch_grids):
         seen = (cols * vision.patch_size, rows * vision.patch_size)
-        given = tuple(image_sizes[i]) if image_sizes is not None else seen
+        given = image_sizes[i] if image_sizes is not None else seen
         scale, offset = pixel_transform(processor if image_sizes else None, given, seen)
         layouts.append(
             ImageLayout(
@@ -270,7 +282,7 @@ def _patch_grids(inputs: Mapping[str, Any], patch: int) -> list[tuple[int, int]]
 
 
 def _pool(n_tokens: int, patch_grids: Sequence[tuple[int, int]]) -> int:
-    """Returns the side of the squares of patches that are pooled, behind the encoder, into tokens."""
+    """Returns the side of the squares of patches pooled into one token behind the encoder."""
     n_patches = sum(rows * cols for rows, cols in patch_grids)
     side = isqrt(n_patches // n_tokens) if n_tokens else 0
     if not side or side**2 * n_tokens != n_patches:

@@ -11,9 +11,9 @@ is what a sweep does.  Use one wherever a hook is taken:
 Everything that can be checked before a forward pass is: names, sizes, grids, shapes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,9 +24,17 @@ from hooked_vlm.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.hooks import HookPoint
 from hooked_vlm.inputs import rows_of
-from hooked_vlm.naming import PROJECTOR, VISION, resolve_name, slot_name
+from hooked_vlm.naming import VISION, resolve_name, slot_name
 from hooked_vlm.pairing import CellPairs
-from hooked_vlm.places import Located, locate, locate_pairs, needs_text
+from hooked_vlm.places import (
+    Located,
+    index_of,
+    locate,
+    locate_pairs,
+    needs_text,
+    rows_at,
+    with_rows_at,
+)
 from hooked_vlm.sites import Site
 from hooked_vlm.spans import PromptRow
 
@@ -37,6 +45,7 @@ SiteName = str | int
 Edit = tuple[str, Callable[..., Any]]
 
 
+@runtime_checkable
 class Model(Protocol):
     """The parts of a HookedVLM that an intervention needs."""
 
@@ -67,7 +76,7 @@ def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
 
 
 def site_of(model: Model, name: SiteName) -> Site:
-    """Returns a model's site by name or slot; raises `InterventionError` if it cannot be written."""
+    """Returns a model's site by name or slot, or raises `InterventionError` for a read-only one."""
     if isinstance(name, int):
         name = slot_name(name, model.cfg.n_layers)
     site = model.sites[resolve_name(name, model.sites)]
@@ -90,14 +99,28 @@ class _Intervention:
         """Returns the same intervention at another site."""
         return replace(self, site=site)
 
+    def check(self, model: Model, inputs: Mapping[str, Any]) -> None:
+        """Raises what is wrong with this for a model and some inputs; runs nothing."""
+        self._site_and_places(model, inputs)
+
     def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
-        """Returns the hook that carries this out on some inputs, all checks made."""
+        """Returns the hook that carries this out on some inputs, all checks made.
+
+        A source that is not recorded yet is run here.
+        """
+        site, places = self._site_and_places(model, inputs)
+        return [(site.name, _kept_for_batch(self._edit(model, site, *places), inputs, site))]
+
+    def _site_and_places(self, model: Model, inputs: Mapping[str, Any]) -> tuple[Site, tuple]:
         site = site_of(model, self.site)
         self._check_heads(model, site)
-        edit = self._edit(model, site, inputs)
-        return [(site.name, _kept_for_batch(edit, inputs, site))]
+        return site, self._places(model, site, inputs)
 
-    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+    def _places(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> tuple:
+        """Returns where to write (and to read), having checked everything else as well."""
+        raise NotImplementedError
+
+    def _edit(self, model: Model, site: Site, *places: Any) -> Callable[[Any], Any]:
         raise NotImplementedError
 
     def _check_heads(self, model: Model, site: Site) -> None:
@@ -115,16 +138,18 @@ class _Intervention:
                 f"{site.name} has heads 0 to {n_heads - 1}; {wrong} were given."
             )
 
-    def _index(self, located: Located, device: torch.device) -> tuple[Tensor, ...]:
-        outer = torch.cat([torch.full_like(inner, o) for o, inner in located]).to(device)
-        inner = torch.cat([inner for _, inner in located]).to(device)
-        if self.heads is None:
-            return outer, inner
-        heads = torch.tensor(self.heads, device=device)
-        return outer[:, None], inner[:, None], heads[None]
-
     def _located(self, site: Site, model: Model, inputs: Mapping[str, Any], at: Any) -> Located:
         return locate(site, at, _rows(model, inputs, at))
+
+    def _check_width(self, model: Model, site: Site, width: int) -> None:
+        tower = model.cfg.vision if site.name.startswith(VISION) else model.cfg
+        axis = site.axes.split()[-1].replace("d_vision", "d_model")
+        expected = getattr(tower, axis, None)
+        if expected is not None and width != expected:
+            raise InterventionError(
+                f"{site.name} has {expected} features, and {width} were given: {self}. Take "
+                "vectors from activations of this site."
+            )
 
 
 def _rows(model: Model, inputs: Mapping[str, Any], place: Any) -> list[PromptRow]:
@@ -133,36 +158,30 @@ def _rows(model: Model, inputs: Mapping[str, Any], place: Any) -> list[PromptRow
 
 def _kept_for_batch(edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site) -> Callable:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
-    batch = len(inputs["input_ids"])
+    batch, length = inputs["input_ids"].shape
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        if site.axes.startswith("batch") and len(activation) != batch:
+        by_prompt = site.axes.startswith("batch pos")
+        if by_prompt and tuple(activation.shape[:2]) != (batch, length):
+            n_prompts, n_pos = activation.shape[:2]
             raise InterventionError(
-                f"An intervention at {hook.name} was made for a batch of {batch} prompts and ran "
-                f"on {len(activation)}. Give hooks(…, inputs=…) the inputs that you run."
+                f"An intervention at {hook.name} was made for {batch} prompts of {length} "
+                f"positions and ran on {n_prompts} of {n_pos}. Give hooks(…, inputs=…) the inputs that you "
+                "run; in a generation, interventions act on the prompt: prefill_only=True."
             )
         return edit(activation)
 
     return hook_fn
 
 
-def _flat(value: Tensor | list[Tensor], index: tuple[Tensor, ...]) -> Tensor:
-    """Returns a copy of the rows at (outer, inner[, head]) of an activation, listed or not."""
-    if not isinstance(value, list):
-        return value[index]
-    return torch.stack([value[int(o)][i] for o, i in zip(index[0], index[1], strict=True)])
+def _recorded(model: Model, source: "Source", site: Site) -> ActivationCache:
+    if isinstance(source, Recording):
+        return source.cache
+    return record(model, source, [site.name]).cache
 
 
-def _with(value: Tensor | list[Tensor], index: tuple[Tensor, ...], new: Tensor) -> Any:
-    """Returns the activation with the rows at an index replaced."""
-    if not isinstance(value, list):
-        changed = value.clone()
-        changed[index] = new
-        return changed
-    copies = [tensor.clone() for tensor in value]
-    for o, i, row in zip(index[0], index[1], new, strict=True):
-        copies[int(o)][i] = row
-    return copies
+def _inputs_of(source: "Source") -> Mapping[str, Any]:
+    return source.inputs if isinstance(source, Recording) else source
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -180,32 +199,30 @@ class Patch(_Intervention):
     source: Source
     source_at: Any = None
 
-    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
-        recording = self.source
-        if not isinstance(recording, Recording):
-            recording = record(model, self.source, [site.name])  # type: ignore[arg-type]
-        targets, sources = self._places(model, site, inputs, recording)
-        values = recording.cache[site.name]
-        device = values[0].device
-        taken = _flat(values, self._index(sources, device))
+    def _edit(
+        self, model: Model, site: Site, targets: Located, sources: Located
+    ) -> Callable[[Any], Any]:
+        values = _recorded(model, self.source, site)[site.name]
+        taken = rows_at(values, index_of(sources, self.heads, values[0].device))
 
         def edit(activation: Any) -> Any:
             here = activation[0]
-            index = self._index(targets, here.device)
-            return _with(activation, index, taken.to(here.device, here.dtype))
+            index = index_of(targets, self.heads, here.device)
+            return with_rows_at(activation, index, taken.to(here.device, here.dtype))
 
         return edit
 
     def _places(
-        self, model: Model, site: Site, inputs: Mapping[str, Any], recording: Recording
+        self, model: Model, site: Site, inputs: Mapping[str, Any]
     ) -> tuple[Located, Located]:
+        source_inputs = _inputs_of(self.source)
         if isinstance(self.at, CellPairs):
-            rows, others = (_rows(model, i, None) for i in (inputs, recording.inputs))
+            rows, others = (_rows(model, i, None) for i in (inputs, source_inputs))
             targets, sources = locate_pairs(site, self.at, rows, others)
         else:
             source_at = self.at if self.source_at is None else self.source_at
             targets = self._located(site, model, inputs, self.at)
-            sources = self._located(site, model, recording.inputs, source_at)
+            sources = self._located(site, model, source_inputs, source_at)
         if len(sources) == 1 and len(targets) > 1:
             sources = sources * len(targets)
         if len(sources) != len(targets):
@@ -241,28 +258,13 @@ class Ablate(_Intervention):
     reference: Source | None = None
     reference_at: Any = None
 
-    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+    def _places(
+        self, model: Model, site: Site, inputs: Mapping[str, Any]
+    ) -> tuple[Located, Located]:
         located = self._located(site, model, inputs, self.at)
-        value = self._value(model, site)
-
-        def edit(activation: Any) -> Any:
-            index = self._index(located, activation[0].device)
-            old = _flat(activation, index)
-            new = value.to(old.device, old.dtype)
-            if self.to == "position_mean":
-                new = new.repeat(len(located), *(1 for _ in new.shape[1:]))
-            if new.shape != old.shape and new.shape != old.shape[1:] and new.numel() != 1:
-                raise InterventionError(
-                    f"{self} writes a value of shape {tuple(new.shape)} to positions of shape "
-                    f"{tuple(old.shape[1:])}; give one vector for all of them."
-                )
-            return _with(activation, index, new.expand_as(old))
-
-        return edit
-
-    def _value(self, model: Model, site: Site) -> Tensor:
         if isinstance(self.to, Tensor):
-            return self.to
+            self._check_width(model, site, self.to.shape[-1] if self.to.ndim else 0)
+            return located, []
         kinds = ("zero", "mean", "position_mean")
         if self.to not in kinds:
             raise InterventionError(
@@ -270,24 +272,46 @@ class Ablate(_Intervention):
                 f"{did_you_mean(self.to, kinds)}"
             )
         if self.to == "zero":
-            return torch.zeros(())
+            return located, []
         if self.reference is None:
             raise InterventionError(
                 f"Ablate(to={self.to!r}) needs reference=record(model, inputs, …): the runs whose "
                 "mean is written."
             )
-        recording = self.reference
-        if not isinstance(recording, Recording):
-            recording = record(model, self.reference, [site.name])  # type: ignore[arg-type]
         at = self.at if self.reference_at is None else self.reference_at
-        located = self._located(site, model, recording.inputs, at)
-        values = recording.cache[site.name]
-        rows = _flat(values, self._index(located, values[0].device))
+        reference = self._located(site, model, _inputs_of(self.reference), at)
+        sizes = sorted({len(inner) for _, inner in [*located, *reference]})
+        if self.to == "position_mean" and len(sizes) != 1:
+            raise RegionError(
+                f"{self} keeps positions apart, and the place has {sizes} of them in different "
+                "prompts. Give a place of one size, or use to='mean'."
+            )
+        return located, reference
+
+    def _edit(
+        self, model: Model, site: Site, located: Located, reference: Located
+    ) -> Callable[[Any], Any]:
+        value = self._value(model, site, reference)
+        if self.to == "position_mean":
+            value = value.repeat(len(located), *(1 for _ in value.shape[1:]))
+
+        def edit(activation: Any) -> Any:
+            index = index_of(located, self.heads, activation[0].device)
+            old = rows_at(activation, index)
+            return with_rows_at(activation, index, value.to(old.device, old.dtype).expand_as(old))
+
+        return edit
+
+    def _value(self, model: Model, site: Site, reference: Located) -> Tensor:
+        if isinstance(self.to, Tensor):
+            return self.to
+        if self.reference is None or self.to == "zero":
+            return torch.zeros(())
+        values = _recorded(model, self.reference, site)[site.name]
+        rows = rows_at(values, index_of(reference, self.heads, values[0].device))
         if self.to == "mean":
             return rows.mean(0)
-        if len({len(inner) for _, inner in located}) != 1:
-            raise RegionError(f"{self}: the place has another size in each reference prompt.")
-        return rows.unflatten(0, (len(located), -1)).mean(0)
+        return rows.unflatten(0, (len(reference), -1)).mean(0)
 
     def __str__(self) -> str:
         to = self.to if isinstance(self.to, str) else "vector"
@@ -308,41 +332,37 @@ class Steer(_Intervention):
     alpha: float
     mode: str = "add"
 
-    def _edit(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+    def _places(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> tuple[Located]:
         if self.mode not in ("add", "project"):
             raise InterventionError(
                 f"Steer(mode={self.mode!r}) is not known; use 'add' or 'project'."
                 f"{did_you_mean(self.mode, ('add', 'project'))}"
             )
-        rows = self.directions if self.directions.ndim == 2 else self.directions[None]
-        if self.mode == "add" and len(rows) != 1:
+        if self.mode == "add" and len(self._rows) != 1:
             raise InterventionError(
-                f"Steer(mode='add') moves along one direction, and {len(rows)} were given. Chain "
-                "one Steer for each, or use mode='project'."
+                f"Steer(mode='add') moves along one direction, and {len(self._rows)} were given. "
+                "Chain one Steer for each, or use mode='project'."
             )
-        self._check_width(model, site, rows.shape[-1])
-        located = self._located(site, model, inputs, self.at)
+        self._check_width(model, site, self._rows.shape[-1])
+        return (self._located(site, model, inputs, self.at),)
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.directions if self.directions.ndim == 2 else self.directions[None]
+
+    def _edit(self, _model: Model, _site: Site, located: Located) -> Callable[[Any], Any]:
+        rows = self._rows
 
         def edit(activation: Any) -> Any:
             if self.alpha == 0:
                 return activation
-            index = self._index(located, activation[0].device)
-            old = _flat(activation, index)
+            index = index_of(located, self.heads, activation[0].device)
+            old = rows_at(activation, index)
             if self.mode == "add":
-                return _with(activation, index, add(old, rows[0], self.alpha))
-            return _with(activation, index, scale_projections(old, rows, self.alpha))
+                return with_rows_at(activation, index, add(old, rows[0], self.alpha))
+            return with_rows_at(activation, index, scale_projections(old, rows, self.alpha))
 
         return edit
-
-    def _check_width(self, model: Model, site: Site, width: int) -> None:
-        in_vision = site.name.startswith(VISION) and "d_vision" in site.axes
-        expected = model.cfg.vision.d_model if in_vision else model.cfg.d_model
-        known = site.axes.endswith(("d_model", "d_vision")) or site.name == f"{PROJECTOR}.hook_out"
-        if known and width != expected:
-            raise InterventionError(
-                f"{site.name} has {expected} features, and the directions have {width}. Fit them "
-                "on activations of this site."
-            )
 
     def __str__(self) -> str:
         return f"Steer({self.site}, {self.at}, {self.mode}, alpha={self.alpha:g})"
@@ -356,6 +376,11 @@ class Chain:
 
     def __init__(self, *parts: Any) -> None:
         object.__setattr__(self, "parts", parts)
+
+    def check(self, model: Model, inputs: Mapping[str, Any]) -> None:
+        """Raises what is wrong with any part; runs nothing."""
+        for part in self.parts:
+            part.check(model, inputs)
 
     def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
         """Returns the hooks of all parts, in order."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import GridError
 
+
 Images = Tensor | list[Tensor]
 """`[image, patch, ...]`, or a list of `[patch, ...]` by image where sizes differ."""
 
@@ -24,7 +25,7 @@ Images = Tensor | list[Tensor]
 class PackedOrder:
     """For each image, the packed row of every patch (or token) in raster order."""
 
-    rows: tuple[Int[Tensor, " patch"], ...]
+    rows: tuple[Int[Tensor, " _"], ...]  # images differ in size
 
     @property
     def total(self) -> int:
@@ -55,7 +56,8 @@ def packed_layout(grid_thw: Int[Tensor, "image 3"], merge: int) -> PackedLayout:
     for frames, height, width in grid_thw.tolist():
         if height % merge or width % merge:
             raise GridError(
-                f"An image of {height}x{width} patches cannot be merged in squares of {merge}x{merge}."
+                f"An image of {height}x{width} patches cannot be merged in squares of "
+                f"{merge}x{merge}."
             )
         n_patches = frames * height * width
         blocks = torch.arange(n_patches).view(frames, height // merge, width // merge, merge, merge)
@@ -66,7 +68,7 @@ def packed_layout(grid_thw: Int[Tensor, "image 3"], merge: int) -> PackedLayout:
     return PackedLayout(PackedOrder(tuple(patches)), PackedOrder(tuple(tokens)))
 
 
-def to_images(packed: Shaped[Tensor, "row *features"], order: PackedOrder) -> Images:
+def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> Images:
     """Returns packed rows as `[image, patch, ...]` in raster order (a list if sizes differ)."""
     if packed.shape[0] != order.total:
         raise GridError(
@@ -77,7 +79,7 @@ def to_images(packed: Shaped[Tensor, "row *features"], order: PackedOrder) -> Im
     return torch.stack(images) if order.even else images
 
 
-def from_images(images: Images, order: PackedOrder) -> Shaped[Tensor, "row *features"]:
+def from_images(images: Images, order: PackedOrder) -> Shaped[Tensor, "row ..."]:
     """Returns images in raster order as packed rows: the inverse of `to_images`."""
     rows = torch.cat(list(images))
     inverse = torch.argsort(torch.cat(order.rows)).to(rows.device)

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
+from transformers.utils import is_accelerate_available
 
-from hooked_vlm.errors import UnsupportedModelError, did_you_mean
+from hooked_vlm.errors import MissingExtraError, UnsupportedModelError, did_you_mean
 from hooked_vlm.processors import load_processor
 from hooked_vlm.zoo import available, load
+
+
+_FOR_BOTH = ("revision", "trust_remote_code", "local_files_only", "cache_dir", "token")
 
 
 def load_pretrained(
@@ -25,18 +29,19 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Returns a model and its processor, by the name of a shipped model, a folder or a hub name.
 
-    Raises `UnsupportedModelError` when nothing of that name can be loaded.
+    Raises `UnsupportedModelError` when nothing of that name can be loaded, and
+    `MissingExtraError` for a `device_map` without accelerate.
     """
     if name in available() and not Path(name).exists():
-        chosen = torch.float32 if dtype == "auto" else dtype
+        chosen: Any = torch.float32 if dtype == "auto" else dtype
         if device_map is not None:
             raise UnsupportedModelError(f"{name} is small: give device=…, not device_map.")
         return load(name, dtype=chosen, device=device or "cpu", **kwargs)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, device_map=device_map, use_safetensors=True, **kwargs
         )
-        shared = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
+        shared = {n: kwargs[n] for n in _FOR_BOTH if n in kwargs}
         processor = load_processor(name, **shared)
     except (OSError, ValueError) as error:
         shipped = ", ".join(available())

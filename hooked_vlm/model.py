@@ -13,13 +13,14 @@ each activation (`hook_dict`), and running under functions attached to those nam
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy import Anatomy, read_anatomy
+from hooked_vlm.attention import implementation
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.config import HookedVLMConfig, read_config
 from hooked_vlm.describe import describe_sites
@@ -31,6 +32,7 @@ from hooked_vlm.loading import load_pretrained
 from hooked_vlm.naming import NamesFilter, select_names
 from hooked_vlm.sites import Site, list_sites
 
+
 ModelInputs = Mapping[str, Any]
 """What `prepare` returns, or any mapping of the tensors the wrapped model's forward takes."""
 
@@ -38,7 +40,7 @@ FwdHook = Any
 """`(name, function)`, the name a string, a pattern or a function of names; or an intervention."""
 
 
-class _Stopped(Exception):
+class _Stopped(Exception):  # noqa: N818 - it is no error
     """Carries the residual stream out of a forward pass that `stop_at_layer` ends."""
 
     def __init__(self, residual: Tensor) -> None:
@@ -345,15 +347,15 @@ class HookedVLM:
             for name, _ in pairs
             if self.sites[name].part in ("attn_scores", "pattern")
         }
-        bases = {_implementation(self.hf_model.get_submodule(path)) for path in wanted} - {"eager"}
+        bases = {implementation(self.hf_model.get_submodule(path)) for path in wanted} - {"eager"}
         if not bases or self._said_eager:
             return
         self._said_eager = True
         warnings.warn(
-            f"Attention scores or patterns were asked for in {len(wanted)} layers: those layers run "
-            f"eager attention in place of {' and '.join(sorted(bases))}, which costs memory and can "
-            "change outputs in the last bits. Leave these sites out with names_filter, or load with "
-            "attn_implementation='eager' to have every run alike. (Said once per model.)",
+            f"Attention scores or patterns were asked for in {len(wanted)} layers: those layers "
+            f"run eager attention in place of {' and '.join(sorted(bases))}, which costs memory "
+            "and can change outputs in the last bits. Leave these sites out with names_filter, or "
+            "load with attn_implementation='eager' to have every run alike. (Said once per model.)",
             HookedVLMWarning,
             stacklevel=5,
         )
@@ -367,7 +369,3 @@ class HookedVLM:
                 HookedVLMWarning,
                 stacklevel=3,
             )
-
-
-def _implementation(module: nn.Module) -> str:
-    return module.config._attn_implementation or "eager"  # type: ignore[union-attr]

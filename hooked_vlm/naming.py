@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hooked_vlm.errors import UnknownHookError, did_you_mean
 
+
 VISION = "vision_encoder"
 PROJECTOR = "vision_projector"
 

@@ -2,17 +2,20 @@
 
 The same region means positions in the language model, patches in the vision encoder and
 tokens behind the projector.  `locate` turns it into indices for the site at hand: pairs
-of an index along the site's first axis (prompt or image) and indices along its second.
+of an index along the site's first axis (prompt or image) and indices along its second;
+`rows_at` and `with_rows_at` read and write there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.grid import TokenGrid
+from hooked_vlm.layout import Images
 from hooked_vlm.pairing import CellPairs
 from hooked_vlm.regions import Region
 from hooked_vlm.sites import Site
@@ -76,6 +79,43 @@ def locate_pairs(
     return targets, [(o, s) for (_, o), (_, s) in zip(outer, found, strict=True)]
 
 
+def index_of(
+    located: Located, heads: Sequence[int] | None, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Returns located positions as one index into an activation: row by row, all or some heads."""
+    outer = torch.cat([torch.full_like(inner, o) for o, inner in located]).to(device)
+    inner = torch.cat([inner for _, inner in located]).to(device)
+    if heads is None:
+        return outer, inner
+    return outer[:, None], inner[:, None], torch.tensor(heads, device=device)[None]
+
+
+def rows_at(value: Images, index: tuple[Tensor, ...]) -> Tensor:
+    """Returns a copy of the rows at an index of an activation, listed by image or not."""
+    if not isinstance(value, list):
+        return value[index]
+    return torch.stack([value[image][inner] for image, inner in _by_image(index)])
+
+
+def with_rows_at(value: Images, index: tuple[Tensor, ...], rows: Tensor) -> Images:
+    """Returns a copy of an activation with the rows at an index replaced."""
+    if not isinstance(value, list):
+        changed = value.clone()
+        changed[index] = rows
+        return changed
+    copies = [tensor.clone() for tensor in value]
+    for (image, inner), row in zip(_by_image(index), rows, strict=True):
+        copies[image][inner] = row
+    return copies
+
+
+def _by_image(index: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yields (image, index into that image) row by row, for images that are listed."""
+    outer, inner, *heads = index
+    for image, row in zip(outer.flatten().tolist(), inner.flatten(), strict=True):
+        yield image, (row, *(h[0] for h in heads))
+
+
 def _pair_indices(
     site: Site, pairs: CellPairs, target: TokenGrid, source: TokenGrid
 ) -> tuple[Int[Tensor, " index"], Int[Tensor, " index"]]:
@@ -130,5 +170,6 @@ def _indices(site: Site, region: Region, grid: TokenGrid) -> Int[Tensor, " index
 
 
 def _prefix_gone(site: Site, grid: TokenGrid) -> int:
-    """How many leading encoder tokens are no longer there: the projector gets patches alone."""
-    return grid.n_prefix if "d_features" in site.axes else 0
+    """How many leading encoder tokens are not there: the patch embedding has them not yet, and
+    the projector no longer."""
+    return grid.n_prefix if site.conv or "d_features" in site.axes else 0

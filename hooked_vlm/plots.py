@@ -1,7 +1,6 @@
 """Figures of the analyses: tables and labelled arrays in, matplotlib Figures out.
 
-Nothing here computes a number: what a figure shows stands in the table it was given.
-Figures are built without pyplot, so drawing one leaves no global state, opens no window
+Nothing here computes a number: what a figure shows stands in its table.  Figures are built without pyplot, so drawing one leaves no global state, opens no window
 and works in threads.  Colours are Okabe and Ito's, which stay apart for colour-blind
 readers, and every line also has its own marker, for print without colour.  Intervals are
 bands, chance is a dotted line, and slots are named as the paper has them: 0 is the
@@ -52,7 +51,9 @@ STAGES = {
 }
 SCORES = {
     "accuracy": Look("accuracy", "#0072B2", "o"),
-    "shuffled": Look("control: fitted to shuffled labels", "#6B6B6B", "D"),
+    "shuffled": Look("its control, fitted to shuffled labels", "#6B6B6B", "D"),
+    "background": Look("background tokens given to their strip", "#D55E00", "s"),
+    "background, shuffled": Look("its control", "#6B6B6B", "^"),
 }
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for a kind this file has no row for
 
@@ -118,11 +119,12 @@ def accuracy(table: pd.DataFrame, *, by: str = "direction", chance: float | None
     names = _in_order(table[by], DIRECTIONS if by == "direction" else CLASSES)
     looks = _complete(SCORES, table["quantity"])
     with _style():
-        figure = Figure(figsize=(7.6, 1.2 + 0.5 * len(names)), layout="constrained")
+        height = 0.7 + 0.25 * len(looks) + 0.27 * len(names) * (1 + len(looks))
+        figure = Figure(figsize=(7.6, height), layout="constrained")
         axes = figure.subplots()
         for line, (quantity, look) in enumerate(looks.items()):
             rows = table[table["quantity"] == quantity].set_index(by)
-            shift = 0.34 * (line - (len(looks) - 1) / 2)
+            shift = 0.8 * ((line + 0.5) / len(looks) - 0.5)
             _dots(
                 axes, rows.loc[[name for name in names if name in rows.index]], names, shift, look
             )
@@ -135,7 +137,7 @@ def accuracy(table: pd.DataFrame, *, by: str = "direction", chance: float | None
         if chance is not None:
             _chance(axes, chance)
         if len(looks) > 1:
-            figure.legend(handles=_handles(looks), loc="outside upper left", ncols=len(looks))
+            figure.legend(handles=_handles(looks), loc="outside upper left", ncols=2)
     return figure
 
 
@@ -240,7 +242,7 @@ def _by_slot(
 ) -> Figure:
     """Panels: one column per direction, one row per entry of `rows`; lines over slots."""
     directions = _in_order(table["direction"], DIRECTIONS)
-    looks = _complete(looks, table[line])
+    looks = _complete(looks, pd.concat([part[line] for part in rows.values()]))
     with _style():
         figure = Figure(figsize=(11.0, 1.2 + 2.3 * len(rows)), layout="constrained")
         panels = figure.subplots(

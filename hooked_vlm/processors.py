@@ -19,7 +19,7 @@ def images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
         return processor_class
 
     # transformers reads a processor's parts off this signature.
-    def __init__(  # noqa: N807
+    def __init__(
         self: Any,
         image_processor: Any = None,
         tokenizer: Any = None,
@@ -49,4 +49,5 @@ def load_processor(name: str, **kwargs: Any) -> Any:
     known = type(config) in PROCESSOR_MAPPING
     if not known or kwargs.get("trust_remote_code"):
         return AutoProcessor.from_pretrained(name, **kwargs)
-    return images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(name, **kwargs)
+    processor_class: Any = PROCESSOR_MAPPING[type(config)]
+    return images_only(processor_class).from_pretrained(name, **kwargs)

@@ -123,7 +123,10 @@ def key_numbers(results: Sequence[Result]) -> list[Tile]:
 HEADLINES: dict[str, tuple[tuple[dict[str, str], str], ...]] = {
     "E1": (({"quantity": "accuracy"}, "accuracy, lowest to highest of the directions"),),
     "E2": (({"quantity": "ordering"}, "ordering carried by the final token, at its best slot"),),
-    "E3": (({"quantity": "accuracy"}, "held-out accuracy of the ordering probes"),),
+    "E3": (
+        ({"quantity": "accuracy"}, "held-out accuracy of the ordering probes"),
+        ({"quantity": "background"}, "background tokens that the probes give to their strip"),
+    ),
     "E4": (
         ({"quantity": "swapped", "kind": "strip"}, "answers flipped by strips, at the best slot"),
         ({"quantity": "swapped", "kind": "object"}, "… by object cells alone, at the best slot"),
@@ -132,6 +135,8 @@ HEADLINES: dict[str, tuple[tuple[dict[str, str], str], ...]] = {
 
 
 def _range(rows: pd.DataFrame) -> str:
+    if "direction" in rows:
+        rows = rows[rows["direction"] != "all"]
     groups = [column for column in ("direction", "axis") if column in rows]
     best = rows.groupby(groups)["value"].max() if groups else rows["value"]
     low, high = f"{best.min():.2f}", f"{best.max():.2f}"

@@ -8,6 +8,7 @@ inverses, so writing back what was read changes nothing, bit for bit.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
 def _block_sites(
     block: Block, prefix: str, rows: str, order: str, read_only: str, width: str
 ) -> Iterator[Site]:
-    common = {"order": order, "read_only": read_only}
+    common: dict[str, Any] = {"order": order, "read_only": read_only}
     axes = f"{rows} {width}"
     yield Site(f"{prefix}hook_resid_pre", axes, block.path, "input", **common)
     if block.ln1:
@@ -151,15 +152,17 @@ def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> Images:
 
 def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -> Tensor:
     """Returns a value in the users' shape as it must flow at a site: the inverse of `read`."""
-    x = value
     if site.order:
         x = from_images(value, _order(site, layout))
+    else:
+        assert isinstance(value, Tensor), "only packed encoders have lists by image"
+        x = value
     if site.tap == "attention":
         x = x[None] if site.order else x
         return x.transpose(1, 2)
     if site.part:
         parts = list(raw.unflatten(-1, (3, site.heads, -1)).unbind(-3))
-        parts[_FUSED[site.part]] = x.view_as(parts[0])
+        parts[_FUSED[site.part]] = x.reshape(parts[0].shape)
         return torch.stack(parts, dim=-3).flatten(-3)
     if site.heads:
         x = x.flatten(-2)

@@ -20,9 +20,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_vlm.engine import Cell, run_plain
+from hooked_vlm.engine import Cell, run_plain, source_of
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.interventions import Patch, Recording, record, site_of
+from hooked_vlm.interventions import Recording, record, site_of
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -53,25 +53,26 @@ class Sweep:
             yield Cell(values, tuple(made) if isinstance(made, list | tuple) else (made,))
 
     def plan(self, model: Any) -> list[Cell]:
-        """Returns every cell with its sources recorded and everything checked.
+        """Returns every cell with everything checked and its sources recorded.
 
-        Each distinct source run is made once, with all the sites that any cell reads.
+        Nothing runs before all cells have been checked; then each distinct source is run
+        once, and all the sites that any cell reads of it are recorded.
         """
         if not self.axes or not all(len(values) for values in self.axes.values()):
             raise InterventionError(f"A sweep needs axes with values; given: {dict(self.axes)}.")
         cells = list(self.cells())
+        for cell in cells:
+            for intervention in cell.interventions:
+                intervention.check(model, self.inputs)
         wanted: dict[int, tuple[Any, set[str]]] = {}
-        for part in _patches(cells):
-            if not isinstance(part.source, Recording):
-                wanted.setdefault(id(part.source), (part.source, set()))[1].add(
+        for part in _parts(cells):
+            _, source = source_of(part)
+            if source is not None and not isinstance(source, Recording):
+                wanted.setdefault(id(source), (source, set()))[1].add(
                     site_of(model, part.site).name
                 )
         recorded = {key: record(model, inputs, sorted(n)) for key, (inputs, n) in wanted.items()}
-        cells = [cell.with_sources(recorded) for cell in cells]
-        for cell in cells:
-            for intervention in cell.interventions:
-                intervention.hooks_for(model, self.inputs)
-        return cells
+        return [cell.with_sources(recorded) for cell in cells]
 
     def run(
         self,
@@ -88,28 +89,58 @@ class Sweep:
         `dims` names the axes of what the metric returns, batch first; `coords` labels them.
         Forward keyword arguments (such as `logits_to_keep=1`) go to the wrapped model.
         """
+        taken = sorted(set(self.axes) & set(dims))
+        if taken:
+            raise InterventionError(
+                f"dims={tuple(dims)} and the sweep's axes {tuple(self.axes)} share {taken}. Give "
+                "each axis a name of its own."
+            )
+
+        def checked(logits: Tensor) -> Tensor:
+            score = metric(logits)
+            _check_score(score, dims, coords or {})
+            return score
+
         cells = self.plan(model)
-        scores = run_plain(model, self.inputs, cells, metric, on_progress, forward_kwargs)
+        scores = run_plain(model, self.inputs, cells, checked, on_progress, forward_kwargs)
         values = np.stack([score.float().cpu().numpy() for score in scores])
         sizes = [len(values) for values in self.axes.values()]
         values = values.reshape(*sizes, *values.shape[1:])
-        if values.ndim != len(sizes) + len(dims):
-            raise InterventionError(
-                f"The metric returns {values.ndim - len(sizes)} axes, and dims={tuple(dims)} names "
-                f"{len(dims)}."
-            )
         labels = {name: list(given) for name, given in self.axes.items()} | dict(coords or {})
-        labels = {n: v for n, v in labels.items() if n in (*self.axes, *dims)}
+        labels = {n: [_label(x) for x in v] for n, v in labels.items() if n in (*self.axes, *dims)}
         return xr.DataArray(values, dims=(*self.axes, *dims), coords=labels)
 
 
-def _patches(cells: Sequence[Cell]) -> Iterator[Patch]:
+def _check_score(score: Tensor, dims: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> None:
+    """Raises `InterventionError` unless a score has the axes that `dims` and `coords` name."""
+    if score.ndim != len(dims):
+        raise InterventionError(
+            f"The metric returned {score.ndim} axes, of shape {tuple(score.shape)}, and "
+            f"dims={tuple(dims)} names {len(dims)}."
+        )
+    for name, size in zip(dims, score.shape, strict=True):
+        if name in coords and len(coords[name]) != size:
+            raise InterventionError(
+                f"The metric returned {size} along {name!r}, and coords gives {len(coords[name])} "
+                "labels for it."
+            )
+
+
+def _label(value: Any) -> Any:
+    """Returns a coordinate as xarray can hold it: numbers and text as they are, all else named."""
+    return value if isinstance(value, str | int | float | np.generic) else str(value)
+
+
+def _parts(cells: Sequence[Cell]) -> Iterator[Any]:
+    """Yields every single intervention of the cells, those inside chains too."""
     pending = [part for cell in cells for part in cell.interventions]
     while pending:
         part = pending.pop()
-        pending += getattr(part, "parts", ())
-        if isinstance(part, Patch):
+        inner = getattr(part, "parts", None)
+        if inner is None:
             yield part
+        else:
+            pending += inner
 
 
 def final_logits(logits: Tensor) -> Tensor:

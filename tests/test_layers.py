@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import hooked_vlm
 
-
-PACKAGE = Path(str(hooked_vlm.__path__[0]))
+PACKAGE = Path(__file__).parent.parent / "hooked_vlm"
 ROOMS = (  # from the ground up; a name stands for itself and for everything inside it
     ("ground", "errors calls shapes processors experiments.result"),
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),

@@ -81,19 +81,21 @@ class Squares:
     def pairs(self, make: Any, k: int, config: Config) -> dict[str, list[Any]]:
         """Returns each direction's pairs, drawn and filtered as the paper does (2.5).
 
-        Raises `DataError` when the model answers no pair of some direction rightly.
+        A direction of which the model answers no pair rightly is left out (`sample_tuples`
+        warns of it); raises `DataError` when that leaves none.
         """
         accept = right_on_both(make, self.is_right)
         tuples = sample_tuples(
             self.names, k, per_direction=config.pairs, seed=config.seed, accept_batch=accept
         )
-        empty = [direction for direction, found in tuples.items() if not found]
-        if empty:
+        pairs = {d: [make(d, names) for names in found] for d, found in tuples.items() if found}
+        if not pairs:
             raise DataError(
-                f"The model answers no clean and counterfactual pair rightly for {', '.join(empty)}: "
-                "there is nothing to intervene on. Run the behaviour experiment to see what it answers."
+                "The model answers no pair of a clean and a counterfactual picture rightly, in any "
+                "direction, so there is nothing to intervene on. Run the behaviour experiment to "
+                "see what it answers."
             )
-        return {d: [make(d, names) for names in found] for d, found in tuples.items()}
+        return pairs
 
     def probabilities(
         self, logits: Float[Tensor, "pair d_vocab"], answers: Sequence[Sequence[str]]

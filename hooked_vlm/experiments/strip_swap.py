@@ -135,10 +135,12 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
 def _pictures(setting: Squares, pairs: dict[str, list[SwapPair]]) -> dict:
     """Returns one clean picture of each axis with the swapped regions drawn over it."""
     pictures = {}
-    for direction in ("left", "above"):
-        question = pairs[direction][0].clean
-        grid = setting.inputs([question]).grid
+    for found in pairs.values():
+        question = found[0].clean
         geometry, axis = setting.geometry, question.axis
+        if f"{axis} regions" in pictures:
+            continue
+        grid = setting.inputs([question]).grid
         regions = [geometry.strip_region(axis, slot) for slot in (0, 2)]
         regions += [geometry.object_region(axis, slot) for slot in (0, 2)]
         pictures[f"{axis} regions"] = draw_regions(setting.picture(question), grid, regions)
@@ -147,7 +149,7 @@ def _pictures(setting: Squares, pairs: dict[str, list[SwapPair]]) -> dict:
 
 def _verdict(table: pd.DataFrame) -> str:
     parts = []
-    for direction in DIRECTIONS:
+    for direction in [d for d in DIRECTIONS if d in set(table["direction"])]:
         here = select(table, direction=direction, quantity="swapped")
         best = {kind: _peak(select(here, kind=kind)) for kind in KINDS}
         difference = select(table, direction=direction, kind="strip - object")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.regions import Region
 
+
 Axis = str
 """`"horizontal"` (slots from left to right) or `"vertical"` (from top to bottom)."""
 

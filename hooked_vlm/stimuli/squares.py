@@ -15,6 +15,7 @@ from hooked_vlm.stimuli.geometry import Geometry
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import DIRECTIONS, squares_prompt
 
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),

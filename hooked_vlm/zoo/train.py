@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,7 +68,9 @@ class Config:
     name: str
     seed: int = 0
     batch: int = 32
-    stages: tuple[Stage, ...] = (Stage(6, 1600, 0.01, 2e-3), Stage(12, 500, 0.005, 1e-3))
+    stages: tuple[Stage, ...] = (Stage(6, 1300, 0.01, 2e-3), Stage(12, 400, 0.005, 1e-3))
+    first_weight: float = 5.0
+    """Weight in the loss of a conversation's first answer, which the picture alone decides."""
     weight_decay: float = 0.01
 
 
@@ -134,6 +136,24 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits, inputs["input_ids"][:, 1:][targets]
 
 
+def first_answers(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """Returns which tokens are the first one of a conversation's first answer."""
+    return batch.answers & (batch.answers.cumsum(1) == 1)
+
+
+def weighted_loss(model: Any, batch: Batch, first_weight: float) -> Tensor:
+    """Returns the mean cross-entropy of the answers' tokens.
+
+    Once one answer stands in the text, most others follow from it; only the first has to
+    be read off the picture, so it weighs more.
+    """
+    logits, targets = answer_logits(model, batch)
+    first = first_answers(batch)[:, 1:][batch.answers[:, 1:]]
+    weights = 1 + (first_weight - 1) * first.float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
 def accuracy(model: Any, encoder: Encoder, geometry: Geometry, rng: random.Random) -> float:
     """Returns the share of first questions answered right, on held-out triples."""
     held_out = sorted(held_out_triples())
@@ -141,9 +161,8 @@ def accuracy(model: Any, encoder: Encoder, geometry: Geometry, rng: random.Rando
     turns = [[rng.choice(scene.relations()[:2])] for scene in scenes]
     images = np.stack([scene.render(geometry.canvas) for scene in scenes])
     batch = encoder.batch(turns, images)
-    first = batch.answers & (batch.answers.cumsum(1) == 1)
     with torch.no_grad():
-        logits, targets = answer_logits(model.eval(), Batch(batch.inputs, first))
+        logits, targets = answer_logits(model.eval(), Batch(batch.inputs, first_answers(batch)))
     model.train()
     return float((logits.argmax(-1) == targets).float().mean())
 
@@ -192,8 +211,7 @@ def run_stage(
         # Seeded by step, so that a resumed run sees what an unbroken one would have.
         rng = random.Random(f"{config.seed}/{index}/{step}")
         batch = training_batch(rng, encoder, config, stage.geometry)
-        logits, targets = answer_logits(model, batch)
-        loss = F.cross_entropy(logits, targets)
+        loss = weighted_loss(model, batch, config.first_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in rates:
@@ -242,9 +260,9 @@ def save_checkpoint(model: nn.Module, state: dict[str, int], out: Path) -> None:
     weights = {n: p.detach().clone().contiguous() for n, p in model.named_parameters()}
     part = out / "checkpoint.part"
     save_file(weights, part)
-    os.replace(part, out / "checkpoint.safetensors")
+    part.replace(out / "checkpoint.safetensors")
     part.write_text(json.dumps(state))
-    os.replace(part, out / "checkpoint.json")
+    part.replace(out / "checkpoint.json")
 
 
 def save_all(model: Any, processor: Any, out: Path) -> None:

@@ -1,0 +1,53 @@
+"""Read activations of a vision-language model, look at an attention map, replace one.
+
+    python examples/01_read_and_write.py
+
+Runs on a small model that ships with the package; any image-text-to-text model of the
+hub works the same: HookedVLM.from_pretrained("Qwen/Qwen2-VL-7B-Instruct").
+"""
+
+import torch
+
+from hooked_vlm import HookedVLM, LastToken
+from hooked_vlm.spans import PromptRow
+from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for
+from hooked_vlm.stimuli.squares import draw
+
+
+torch.set_grad_enabled(False)
+model = HookedVLM.from_pretrained("tiny-qwen2-vl", attn_implementation="eager")
+print(model.describe(), "\n")
+
+# A picture whose squares fill whole visual tokens, and a question about it.
+geometry = geometry_for(n_tokens=12, token_px=16)
+image = draw(["red", "green", "blue"], "horizontal", geometry)
+question = "The color of the square to the left of the green square is "
+inputs = model.prepare(image, question, system=SYSTEM_PROMPT)
+grid = inputs.grid
+print(grid)
+
+# Read: everything at once, by TransformerLens's names.
+logits, cache = model.run_with_cache(inputs)
+print("answer:", model.tokenizer.decode(logits[0, -1].argmax()))
+print("residual stream:", tuple(cache["resid_post", 3].shape))
+print("the encoder's patterns:", tuple(cache["pattern", 0, "vision_encoder"].shape))
+
+# Where does the last token of the last layer look? Sum its attention over regions.
+row = PromptRow(inputs["input_ids"][0], inputs["attention_mask"][0], grids=inputs.grids[0])
+last = LastToken().positions(row)
+attention = cache["pattern", -1][0, :, last].mean(0).squeeze(0)
+for slot in range(3):
+    cells = geometry.object_region("horizontal", slot)
+    strip = geometry.strip_region("horizontal", slot)
+    on_object, on_strip = (attention[region.positions(grid)].sum() for region in (cells, strip))
+    print(f"attention on object {slot}: {on_object:.3f}, on its strip: {on_strip:.3f}")
+
+
+# Write: cut the last token off from the image in every layer, and ask again.
+def knock_out(pattern, hook):
+    pattern[:, :, last, grid.positions.flatten()] = 0
+    return pattern / pattern.sum(-1, keepdim=True)
+
+
+blind = model.run_with_hooks(inputs, [("blocks.*.attn.hook_pattern", knock_out)])
+print("answer without attention to the image:", model.tokenizer.decode(blind[0, -1].argmax()))

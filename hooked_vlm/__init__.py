@@ -1,0 +1,30 @@
+"""hooked_vlm: every activation of a vision-language model by name.
+
+Wrap a Hugging Face VLM, read any activation of its vision encoder, projector or
+language model, replace it, steer it, and sweep such interventions over layers and
+regions of the image.
+"""
+
+from hooked_vlm.cache import ActivationCache as ActivationCache
+from hooked_vlm.directions import orthonormalise as orthonormalise
+from hooked_vlm.drawing import draw_regions as draw_regions
+from hooked_vlm.errors import HookedVLMError as HookedVLMError
+from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
+from hooked_vlm.grid import TokenGrid as TokenGrid
+from hooked_vlm.hooks import HookPoint as HookPoint
+from hooked_vlm.inputs import Inputs as Inputs
+from hooked_vlm.interventions import Ablate as Ablate
+from hooked_vlm.interventions import Chain as Chain
+from hooked_vlm.interventions import Patch as Patch
+from hooked_vlm.interventions import Recording as Recording
+from hooked_vlm.interventions import Steer as Steer
+from hooked_vlm.interventions import record as record
+from hooked_vlm.model import HookedVLM as HookedVLM
+from hooked_vlm.naming import get_act_name as get_act_name
+from hooked_vlm.pairing import swap_pairs as swap_pairs
+from hooked_vlm.probes import LinearProbe as LinearProbe
+from hooked_vlm.regions import Region as Region
+from hooked_vlm.spans import LastToken as LastToken
+from hooked_vlm.spans import Span as Span
+from hooked_vlm.sweep import Sweep as Sweep
+from hooked_vlm.sweep import final_logits as final_logits

@@ -1,0 +1,59 @@
+"""Packed order to raster order and back."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hooked_vlm.errors import GridError
+from hooked_vlm.layout import from_images, packed_layout, to_images
+
+
+GRIDS = st.lists(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)), min_size=1)
+
+
+def packed_cells(grids: list[tuple[int, int, int]], merge: int) -> torch.Tensor:
+    """Returns (image, frame, row, col) of each packed row, written down the way the encoder walks."""
+    cells = [
+        (image, frame, block_row * merge + row, block_col * merge + col)
+        for image, (frames, height, width) in enumerate(grids)
+        for frame in range(frames)
+        for block_row in range(height // merge)
+        for block_col in range(width // merge)
+        for row in range(merge)
+        for col in range(merge)
+    ]
+    return torch.tensor(cells)
+
+
+@given(GRIDS, st.sampled_from([1, 2, 3]))
+@settings(deadline=None, max_examples=40)
+def test_every_image_is_in_raster_order_and_goes_back_exactly(grids, merge):
+    grids = [(frames, height * merge, width * merge) for frames, height, width in grids]
+    packed = packed_cells(grids, merge)
+    order = packed_layout(torch.tensor(grids), merge).patches
+    images = to_images(packed, order)
+    assert isinstance(images, list) == (len({f * h * w for f, h, w in grids}) > 1)
+    for image, (found, (frames, height, width)) in enumerate(zip(images, grids, strict=True)):
+        axes = torch.meshgrid(*map(torch.arange, (frames, height, width)), indexing="ij")
+        raster = torch.stack(axes, dim=-1).view(-1, 3)
+        assert torch.equal(found[:, 1:], raster)
+        assert (found[:, 0] == image).all()
+    assert torch.equal(from_images(images, order), packed)
+
+
+def test_merged_tokens_follow_each_other():
+    layout = packed_layout(torch.tensor([[1, 4, 4], [1, 2, 6]]), 2)
+    assert [rows.tolist() for rows in layout.tokens.rows] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert layout.tokens.total == 7
+    assert layout.patches.total == 28
+
+
+def test_a_grid_that_does_not_merge():
+    with pytest.raises(GridError, match="3x4 patches cannot be merged in squares of 2x2"):
+        packed_layout(torch.tensor([[1, 3, 4]]), 2)
+
+
+def test_a_layout_of_other_rows():
+    with pytest.raises(GridError, match="packed 7 rows where its grid_thw makes 4"):
+        to_images(torch.zeros(7, 3), packed_layout(torch.tensor([[1, 2, 2]]), 2).patches)
