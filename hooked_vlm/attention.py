@@ -76,19 +76,19 @@ def implementation(module: nn.Module) -> str:
 def tapped_config(module: nn.Module, edits: dict[str, Callable], packed: bool) -> TappedConfig:
     """Returns the config to give an attention module for the length of a run.
 
-    A module may already be tapped, by another wrapper of the same model: then that
-    one's functions run first.
+    A module may already be tapped, by another wrapper of the same model: then both act,
+    the newer first, as PyTorch's prepended hooks do.
     """
     config: Any = module.config
     outer = getattr(config, "hooked_vlm_tap", None)
     if outer is not None:
-        edits = {**outer.edits, **{n: _chain(outer.edits.get(n), f) for n, f in edits.items()}}
+        edits = {**outer.edits, **{n: _chain(f, outer.edits.get(n)) for n, f in edits.items()}}
     tap = AttentionTap(implementation(module), edits)
     return TappedConfig(config, PACKED_NAME if packed else NAME, tap)
 
 
-def _chain(first: Callable | None, second: Callable) -> Callable:
-    return second if first is None else lambda value: second(first(value))
+def _chain(first: Callable, second: Callable | None) -> Callable:
+    return first if second is None else lambda value: second(first(value))
 
 
 def hooked_attention(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import DataError, UnknownHookError, did_you_mean
 from hooked_vlm.layout import Images
-from hooked_vlm.naming import VISION, get_act_name, resolve_name
+from hooked_vlm.naming import VISION, count_layers, get_act_name, resolve_name
 
 
 class ActivationCache(Mapping[str, Images]):
@@ -31,8 +31,13 @@ class ActivationCache(Mapping[str, Images]):
     160
     """
 
-    def __init__(self, activations: Mapping[str, Images]) -> None:
+    def __init__(
+        self, activations: Mapping[str, Images], n_layers: Mapping[str, int] | None = None
+    ) -> None:
+        """`n_layers` are the model's, by stack (`"blocks"`, `"vision_encoder.blocks"`): what
+        negative layers count from.  Without them that is the layers that were cached."""
         self._activations = dict(activations)
+        self.n_layers = dict(n_layers or {})
 
     def __getitem__(self, key: str | tuple) -> Images:
         """Returns an activation by full name, short name, or `(short name, layer[, type])`.
@@ -44,7 +49,7 @@ class ActivationCache(Mapping[str, Images]):
             return self._activations[name]
         for spelling in (name, get_act_name(name)):
             try:
-                return self._activations[resolve_name(spelling, self._activations)]
+                return self._activations[resolve_name(spelling, self._activations, self.n_layers)]
             except UnknownHookError:
                 continue
         raise UnknownHookError(
@@ -87,14 +92,15 @@ class ActivationCache(Mapping[str, Images]):
         if sizes - {1}:
             raise DataError(f"The cache holds batches of {sorted(sizes)}; only 1 can be removed.")
         return ActivationCache(
-            {n: v if _is_vision(n) or isinstance(v, list) else v[0] for n, v in self.items()}
+            {n: v if _is_vision(n) or isinstance(v, list) else v[0] for n, v in self.items()},
+            self.n_layers,
         )
 
     def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
         """Returns the cache for some prompts of the batch: LM sites only, all else is by image."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
         kept = {n: v for n, v in self.items() if isinstance(v, Tensor) and not _is_vision(n)}
-        return ActivationCache({n: v[index] for n, v in kept.items()})
+        return ActivationCache({n: v[index] for n, v in kept.items()}, self.n_layers)
 
     def stack(
         self, name: str, layers: Sequence[int] | None = None, tower: str | None = None
@@ -154,7 +160,7 @@ class ActivationCache(Mapping[str, Images]):
                 key = f"{name}#{i}" if isinstance(value, list) else name
                 tensors[key] = tensor.detach().cpu().contiguous().clone()
         part = Path(f"{path}.part")
-        save_file(tensors, part)
+        save_file(tensors, part, {n: str(layers) for n, layers in self.n_layers.items()})
         part.replace(path)
 
     @classmethod
@@ -163,6 +169,7 @@ class ActivationCache(Mapping[str, Images]):
         found: dict[str, Images] = {}
         lists: dict[str, dict[int, Tensor]] = {}
         with safe_open(path, framework="pt", device=device) as file:
+            n_layers = {n: int(layers) for n, layers in (file.metadata() or {}).items()}
             for key in file.keys():  # noqa: SIM118 (not a dict: it has no iterator)
                 name, _, index = key.partition("#")
                 if index:
@@ -170,19 +177,19 @@ class ActivationCache(Mapping[str, Images]):
                 else:
                     found[name] = file.get_tensor(key)
         found |= {name: [parts[i] for i in sorted(parts)] for name, parts in lists.items()}
-        return cls(found)
+        return cls(found, n_layers)
 
     def _n_layers(self, tower: str | None) -> int:
-        prefix = f"{VISION}.blocks." if tower else "blocks."
-        layers = {int(n.removeprefix(prefix).split(".")[0]) for n in self if n.startswith(prefix)}
-        return max(layers, default=-1) + 1
+        prefix = f"{VISION}.blocks" if tower else "blocks"
+        return self.n_layers.get(prefix) or count_layers(prefix, self)
 
     def _map(self, function) -> "ActivationCache":
         return ActivationCache(
             {
                 n: [function(t) for t in v] if isinstance(v, list) else function(v)
                 for n, v in self.items()
-            }
+            },
+            self.n_layers,
         )
 
 

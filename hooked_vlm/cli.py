@@ -215,6 +215,8 @@ class Listener(contextlib.AbstractContextManager):
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total)
         now = time.monotonic()
+        if done == 0:  # what came before (drawing pairs, say) tells nothing of what is left
+            self._start = now
         if now - self._said > 10 and done:
             spent = now - self._start
             left = spent * (total - done) / done

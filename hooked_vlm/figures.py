@@ -42,7 +42,7 @@ def _behaviour(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "accuracy",
         plots.accuracy(result.table, chance=CHANCE),
-        "Accuracy on held-out questions by the relation they ask about. Dots are accuracies, "
+        "Accuracy over all questions, by the relation they ask about. Dots are accuracies, "
         "whiskers 95 % Wilson intervals; the dotted line is chance among the three colours.",
         headline=True,
     )
@@ -76,8 +76,10 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
             "probe-maps",
             plots.mean_maps(arrays["mean_maps"], arrays["object_cells"]),
             "The same probes applied to every visual token of held-out images, averaged over "
-            "images. Boxes are the objects' cells, thick for the class shown. The probes saw "
-            "object tokens only: what is bright outside the boxes is order held by the background.",
+            "images. Boxes are the objects' cells, thick for the class shown; the probes saw these "
+            "alone. Order in the background shows as a strip: bright around its own object's "
+            "place, dark around the others'. A background of one shade throughout says nothing "
+            "of order.",
             headline=True,
         )
     if "item_maps" in arrays:

@@ -22,6 +22,7 @@ from hooked_vlm.calls import forward_parameters
 from hooked_vlm.errors import HookError
 from hooked_vlm.layout import Images, PackedLayout, packed_layout
 from hooked_vlm.sites import Site, read, write
+from hooked_vlm.windows import window_index
 
 
 HookFunction = Callable[..., Any]
@@ -92,7 +93,7 @@ class Reader:
         self.function(activation, hook)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _parts(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -157,14 +158,14 @@ class _Fired:
 
     def _checked(self, result: Any, value: Images, fn: HookFunction) -> Images:
         """Returns a function's result; raises `HookError` if it cannot take the value's place."""
-        given, expected = _tensors(result), _tensors(value)
-        ok = len(given) == len(expected) and isinstance(result, list) == isinstance(value, list)
+        given, expected = _parts(result), _parts(value)
+        ok = isinstance(result, Tensor) == isinstance(value, Tensor) and len(given) == len(expected)
         ok = ok and all(
             isinstance(g, Tensor) and (g.shape, g.dtype, g.device) == (e.shape, e.dtype, e.device)
             for g, e in zip(given, expected, strict=True)
         )
         if ok:
-            return result
+            return given if isinstance(value, list) else result
         raise HookError(
             f"The hook function {getattr(fn, '__name__', fn)!r} at {self.point.name} returned "
             f"{_describe(result)}; expected {_describe(value)} with axes [{self.site.axes}]. "
@@ -176,7 +177,7 @@ class _Snapshot:
     """Tells whether a value was edited in place, by version where torch counts them."""
 
     def __init__(self, value: Images) -> None:
-        self.tensors = _tensors(value)
+        self.tensors: list[Tensor] = _parts(value)
         counted = not any(tensor.is_inference() for tensor in self.tensors)
         self.versions = [tensor._version for tensor in self.tensors] if counted else []
         self.copies = [] if counted else [tensor.clone() for tensor in self.tensors]
@@ -262,7 +263,8 @@ def _note_layout(model: nn.Module, path: str, packing: Packing, stack: ExitStack
         bound = inspect.signature(inspect.unwrap(type(module).forward)).bind(
             module, *args, **kwargs
         )
-        packing.layout = packed_layout(bound.arguments["grid_thw"], packing.merge)
+        grid_thw = bound.arguments["grid_thw"]
+        packing.layout = packed_layout(grid_thw, packing.merge, window_index(module, grid_thw))
 
     stack.callback(owner.register_forward_pre_hook(note, with_kwargs=True, prepend=True).remove)
 
@@ -294,7 +296,7 @@ def _input_hook(item: _Fired, key: str) -> Callable:
     in_place = item.site.tap == "residual"
 
     def carrier(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
-        if key:
+        if kwargs.get(key) is not None:
             return key
         return None if args else next(name for name in forward_parameters(module) if name in kwargs)
 
@@ -364,5 +366,5 @@ def _edit_chunks(item: _Fired, chunks: list[Tensor]) -> list[Tensor]:
 
 def _chunk_orders(layout: PackedLayout, lengths: list[int], device: Any) -> list[Tensor]:
     """Returns, for each run of packed rows, its rows in raster order."""
-    rank = torch.argsort(torch.cat(layout.patches.rows))
+    rank = torch.argsort(torch.cat(layout.blocks.rows))
     return [torch.argsort(part).to(device) for part in rank.split(lengths)]

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy import Anatomy
-from hooked_vlm.errors import DataError, GridError
+from hooked_vlm.errors import DataError, GridError, UnsupportedModelError
 from hooked_vlm.grid import TokenGrid, warn_if_resized
 from hooked_vlm.image_tokens import ImageLayout, token_grids
 from hooked_vlm.pixels import pixel_transform
@@ -104,6 +104,11 @@ def prepare_inputs(
     processor = model.processor
     texts = [texts] if isinstance(texts, str) else list(texts)
     by_prompt = _images_by_prompt(images, len(texts))
+    if any(by_prompt) and getattr(processor, "image_processor", None) is None:
+        raise UnsupportedModelError(
+            f"Images were given, and {type(processor).__name__} has no image processor. Wrap the "
+            "model with its AutoProcessor, not with its tokenizer."
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
     if chat:
@@ -114,6 +119,7 @@ def prepare_inputs(
         prompts = [
             _plain(processor, text, len(i)) for text, i in zip(texts, by_prompt, strict=True)
         ]
+    _check_placeholders(processor, prompts, by_prompt)
     bos = getattr(tokenizer, "bos_token", None)
     if bos and prompts[0].startswith(bos):
         processor_kwargs.setdefault("add_special_tokens", False)
@@ -128,7 +134,7 @@ def prepare_inputs(
     sizes = [image.size for row in by_prompt for image in row]
     grids = grids_of(model, made, sizes, [len(row) for row in by_prompt]) if sizes else None
     if grids is not None:
-        warn_if_resized((grid for row in grids for grid in row), stacklevel=5)
+        warn_if_resized((grid for row in grids for grid in row), stacklevel=4)
     return Inputs(made, grids or ((),) * len(texts), prompts, tokenizer)
 
 
@@ -142,11 +148,31 @@ def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
 
 def _plain(processor: Any, text: str, n_images: int) -> str:
     """Returns the text with the image placeholders that it lacks in front of it."""
-    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "")
+    token = _placeholder(processor)
     return token * max(n_images - text.count(token), 0) + text if token else text
 
 
+def _placeholder(processor: Any) -> str:
+    """Returns the text that stands for an image in a prompt, `""` where none is known."""
+    return getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or ""
+
+
+def _check_placeholders(
+    processor: Any, prompts: Sequence[str], by_prompt: Sequence[Sequence[Image.Image]]
+) -> None:
+    token = _placeholder(processor)
+    for i, (prompt, images) in enumerate(zip(prompts, by_prompt, strict=True)):
+        if token and prompt.count(token) > len(images):
+            raise DataError(
+                f"Prompt {i} has {prompt.count(token)} image placeholders ({token}) and "
+                f"{len(images)} images were given for it; give as many images, or write the "
+                "text without placeholders: they are put in front of it."
+            )
+
+
 def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]:
+    if not n_prompts:
+        raise DataError("No prompt was given: texts is empty.")
     if images is None:
         return [[] for _ in range(n_prompts)]
     if not isinstance(images, list | tuple):

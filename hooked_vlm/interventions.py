@@ -11,7 +11,7 @@ is what a sweep does.  Use one wherever a hook is taken:
 Everything that can be checked before a forward pass is: names, sizes, grids, shapes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -166,8 +166,8 @@ def _kept_for_batch(edit: Callable[[Any], Any], inputs: Mapping[str, Any], site:
             n_prompts, n_pos = activation.shape[:2]
             raise InterventionError(
                 f"An intervention at {hook.name} was made for {batch} prompts of {length} "
-                f"positions and ran on {n_prompts} of {n_pos}. Give hooks(…, inputs=…) the inputs that you "
-                "run; in a generation, interventions act on the prompt: prefill_only=True."
+                f"positions and ran on {n_prompts} of {n_pos}. Give hooks(…, inputs=…) the inputs "
+                "that you run; in a generation, interventions act on the prompt: prefill_only=True."
             )
         return edit(activation)
 

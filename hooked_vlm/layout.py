@@ -40,17 +40,26 @@ class PackedOrder:
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """Orders of the patches and of the merged tokens of one call of a packed encoder."""
+    """Orders of the rows of one call of a packed encoder, at each of its stages."""
 
     patches: PackedOrder
+    """Patches as they come in."""
+    blocks: PackedOrder
+    """Patches inside the blocks, where an encoder with window attention has reordered them."""
     tokens: PackedOrder
+    """Merged tokens, in the order of the blocks."""
 
 
-def packed_layout(grid_thw: Int[Tensor, "image 3"], merge: int) -> PackedLayout:
+def packed_layout(
+    grid_thw: Int[Tensor, "image 3"],
+    merge: int,
+    window_index: Int[Tensor, " token"] | None = None,
+) -> PackedLayout:
     """Returns the layout of an encoder that packs images in blocks of `merge` x `merge` patches.
 
     `grid_thw` counts frames, patch rows and patch columns of each image; frames of one
-    image follow each other in its raster order.
+    image follow each other in its raster order.  `window_index` says, for an encoder with
+    window attention, which merged block of patches each place inside the blocks holds.
     """
     patches, tokens, start, first = [], [], 0, 0
     for frames, height, width in grid_thw.tolist():
@@ -65,7 +74,13 @@ def packed_layout(grid_thw: Int[Tensor, "image 3"], merge: int) -> PackedLayout:
         n_tokens = n_patches // merge**2
         tokens.append(first + torch.arange(n_tokens))
         start, first = start + n_patches, first + n_tokens
-    return PackedLayout(PackedOrder(tuple(patches)), PackedOrder(tuple(tokens)))
+    if window_index is None:
+        order = PackedOrder(tuple(patches))
+        return PackedLayout(order, order, PackedOrder(tuple(tokens)))
+    place = torch.argsort(window_index.cpu())
+    inside = tuple(place[rows // merge**2] * merge**2 + rows % merge**2 for rows in patches)
+    moved = tuple(place[rows] for rows in tokens)
+    return PackedLayout(PackedOrder(tuple(patches)), PackedOrder(inside), PackedOrder(moved))
 
 
 def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> Images:

@@ -37,6 +37,11 @@ def load_pretrained(
         if device_map is not None:
             raise UnsupportedModelError(f"{name} is small: give device=…, not device_map.")
         return load(name, dtype=chosen, device=device or "cpu", **kwargs)
+    if device_map is not None and not is_accelerate_available():
+        raise MissingExtraError(
+            f"device_map={device_map!r} needs accelerate, which is not installed: "
+            "pip install 'hooked-vlm[gpu]', or give device='cuda'."
+        )
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, device_map=device_map, use_safetensors=True, **kwargs

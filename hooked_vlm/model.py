@@ -29,7 +29,7 @@ from hooked_vlm.hooks import HookFunction, HookPoint, Reader, Run, attach
 from hooked_vlm.inputs import Images, Inputs, Texts, grids_of, prepare_inputs
 from hooked_vlm.layout import Images as VisionActivation
 from hooked_vlm.loading import load_pretrained
-from hooked_vlm.naming import NamesFilter, select_names
+from hooked_vlm.naming import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.sites import Site, list_sites
 
 
@@ -68,6 +68,8 @@ class HookedVLM:
         self.cfg: HookedVLMConfig = read_config(
             hf_model, self.anatomy, name or type(hf_model).__name__
         )
+        stacks = ("blocks", f"{VISION}.blocks")
+        self._n_layers = {stack: count_layers(stack, self.sites) for stack in stacks}
         self._open: list[tuple[list[tuple[str, HookFunction]], Run]] = []
         self._attached = ExitStack()
         self._said_eager = False
@@ -225,10 +227,7 @@ class HookedVLM:
         """
         pairs = self._pairs(fwd_hooks, inputs)
         ran: set[str] = set()
-        watched = [
-            (name, Reader(lambda _, hook: ran.add(hook.name))) for name in {n for n, _ in pairs}
-        ]
-        with self.hooks([*pairs, *watched]):
+        with self.hooks([*pairs, *_watchers(pairs, ran)]):
             logits = self.forward(inputs, **kwargs)
         self._warn_unran({name for name, _ in pairs} - ran)
         return logits
@@ -269,7 +268,8 @@ class HookedVLM:
             output = self._run_until(stop_at_layer, inputs, kwargs)
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
-        return output, ActivationCache({name: found[name] for name in names if name in found})
+        kept = {name: found[name] for name in names if name in found}
+        return output, ActivationCache(kept, self._n_layers)
 
     def generate(
         self,
@@ -288,8 +288,12 @@ class HookedVLM:
         """
         cached = kwargs.get("use_cache", True)
         pairs = self._pairs(fwd_hooks, inputs)
-        with self.hooks(pairs, None if cached else inputs, prefill_only):
-            return self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+        ran: set[str] = set()
+        watched = [*pairs, *_watchers(pairs, ran)]
+        with self.hooks(watched, None if cached else inputs, prefill_only):
+            ids = self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+        self._warn_unran({name for name, _ in pairs} - ran)
+        return ids
 
     def _run_until(self, layer: int | None, inputs: ModelInputs, kwargs: dict[str, Any]) -> Tensor:
         if layer is None:
@@ -369,3 +373,9 @@ class HookedVLM:
                 HookedVLMWarning,
                 stacklevel=3,
             )
+
+
+def _watchers(pairs: list[tuple[str, HookFunction]], ran: set[str]) -> list[tuple[str, Reader]]:
+    """Returns a function for each named site that notes in `ran` that it ran."""
+    note = Reader(lambda _, hook: ran.add(hook.name))
+    return [(name, note) for name in {name for name, _ in pairs}]

@@ -10,7 +10,7 @@ and turned into ours.  Whatever resolves to no site of the model at hand is an
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hooked_vlm.errors import UnknownHookError, did_you_mean
 
@@ -107,15 +107,19 @@ def slot_name(slot: int, n_layers: int, tower: str = "") -> str:
     return f"{prefix}blocks.{slot - 1}.hook_resid_post"
 
 
-def resolve_name(name: str, known: Iterable[str]) -> str:
-    """Returns the site a name means, or raises `UnknownHookError` with the nearest names."""
+def resolve_name(name: str, known: Iterable[str], n_layers: Mapping[str, int] | None = None) -> str:
+    """Returns the site a name means, or raises `UnknownHookError` with the nearest names.
+
+    Negative layers count from the end of the known ones, or of `n_layers`, by stack
+    (`"blocks"`, `"vision_encoder.blocks"`), where only some are known.
+    """
     known = list(known)
     if name in (lookup := set(known)):
         return name
     canonical = name
     for pattern, replacement in _RENAMED:
         canonical = re.sub(pattern, replacement, canonical)
-    canonical = _from_the_end(canonical, known)
+    canonical = _from_the_end(canonical, known, n_layers or {})
     if canonical in lookup:
         return canonical
     raise UnknownHookError(_unknown(name, canonical, known))
@@ -125,23 +129,23 @@ def _layer_pattern(name: str) -> re.Match[str] | None:
     return re.match(rf"((?:{VISION}\.)?blocks)\.(-?\d+)\.", name)
 
 
-def _n_layers(prefix: str, known: list[str]) -> int:
+def count_layers(prefix: str, known: Iterable[str]) -> int:
+    """Returns how many layers the known names make of `"blocks"` or `"vision_encoder.blocks"`."""
     layers = [int(m[2]) for n in known if (m := _layer_pattern(n)) and m[1] == prefix]
     return max(layers, default=-1) + 1
 
 
-def _from_the_end(name: str, known: list[str]) -> str:
+def _from_the_end(name: str, known: list[str], n_layers: Mapping[str, int]) -> str:
     match = _layer_pattern(name)
     if not match or int(match[2]) >= 0:
         return name
-    n_layers = _n_layers(match[1], known)
-    layer = int(match[2]) + n_layers
+    layer = int(match[2]) + (n_layers.get(match[1]) or count_layers(match[1], known))
     return name if layer < 0 else name.replace(f".{match[2]}.", f".{layer}.", 1)
 
 
 def _unknown(name: str, canonical: str, known: list[str]) -> str:
     match = _layer_pattern(canonical)
-    if match and (n_layers := _n_layers(match[1], known)) and not 0 <= int(match[2]) < n_layers:
+    if match and (n_layers := count_layers(match[1], known)) and not 0 <= int(match[2]) < n_layers:
         return (
             f"No hook named {name!r}: layer {match[2]} is out of range, {match[1]} has layers "
             f"0 to {n_layers - 1} (or -1 to -{n_layers} from the end)."

@@ -1,15 +1,15 @@
 """Figures of the analyses: tables and labelled arrays in, matplotlib Figures out.
 
-Nothing here computes a number: what a figure shows stands in its table.  Figures are built without pyplot, so drawing one leaves no global state, opens no window
-and works in threads.  Colours are Okabe and Ito's, which stay apart for colour-blind
-readers, and every line also has its own marker, for print without colour.  Intervals are
-bands, chance is a dotted line, and slots are named as the paper has them: 0 is the
-projector's output merged into the text, l is the output of the language model's layer l-1.
+Nothing here computes a number: what a figure shows stands in its table.  Figures are
+built without pyplot, so drawing one leaves no global state and opens no window.  Colours
+are Okabe and Ito's, which stay apart for colour-blind readers, and every line also has
+its own marker, for print without colour.  Intervals are bands, chance is a dotted line,
+and slots are named as the paper has them: 0 is the projector's output merged into the
+text, l is the output of the language model's layer l-1.
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ STAGES = {
     "attribute": Look("attribute: the counterfactual's colour", "#0072B2", "^"),
 }
 SCORES = {
-    "accuracy": Look("accuracy", "#0072B2", "o"),
+    "accuracy": Look("held-out object tokens", "#0072B2", "o"),
     "shuffled": Look("its control, fitted to shuffled labels", "#6B6B6B", "D"),
     "background": Look("background tokens given to their strip", "#D55E00", "s"),
     "background, shuffled": Look("its control", "#6B6B6B", "^"),
@@ -95,12 +95,6 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    with mpl.rc_context(STYLE):
-        yield
-
-
 def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
     """Returns the figure as a PNG file, the same bytes for the same figure."""
     buffer = io.BytesIO()
@@ -118,7 +112,7 @@ def accuracy(table: pd.DataFrame, *, by: str = "direction", chance: float | None
     _need(table, by, "quantity", "value", "low", "high", "n")
     names = _in_order(table[by], DIRECTIONS if by == "direction" else CLASSES)
     looks = _complete(SCORES, table["quantity"])
-    with _style():
+    with mpl.rc_context(STYLE):
         height = 0.7 + 0.25 * len(looks) + 0.27 * len(names) * (1 + len(looks))
         figure = Figure(figsize=(7.6, height), layout="constrained")
         axes = figure.subplots()
@@ -192,7 +186,7 @@ def mean_maps(maps: xr.DataArray, object_cells: xr.DataArray) -> Figure:
     boolean with the same dimensions and marks where that class's object stood.
     """
     _need_dims(maps, "axis", "class", "row", "col")
-    with _style():
+    with mpl.rc_context(STYLE):
         axis_names = [str(name) for name in maps["axis"].values]
         figure = Figure(figsize=(7.4, 0.5 + 2.4 * len(axis_names)), layout="constrained")
         panels = figure.subplots(len(axis_names), maps.sizes["class"], squeeze=False)
@@ -218,7 +212,7 @@ def item_maps(
     Maps cover the whole picture.
     """
     _need_dims(maps, "item", "class", "row", "col")
-    with _style():
+    with mpl.rc_context(STYLE):
         items = [str(name) for name in maps["item"].values]
         figure = Figure(figsize=(8.2, 2.25 * len(items)), layout="constrained")
         panels = figure.subplots(len(items), 1 + maps.sizes["class"], squeeze=False)
@@ -243,7 +237,7 @@ def _by_slot(
     """Panels: one column per direction, one row per entry of `rows`; lines over slots."""
     directions = _in_order(table["direction"], DIRECTIONS)
     looks = _complete(looks, pd.concat([part[line] for part in rows.values()]))
-    with _style():
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.0, 1.2 + 2.3 * len(rows)), layout="constrained")
         panels = figure.subplots(
             len(rows), len(directions), sharex=True, sharey=True, squeeze=False

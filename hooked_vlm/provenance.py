@@ -65,6 +65,12 @@ class Provenance:
     peak_cuda_memory_mib: float | None
     """Highest allocation over all CUDA devices during the run; `None` without CUDA."""
 
+    @property
+    def title(self) -> str:
+        """What to call the model on a page: a hub name in full, a folder by its last part."""
+        path = Path(self.model)
+        return path.name if path.is_absolute() or self.model.startswith(".") else self.model
+
     def to_json(self) -> str:
         """Returns the record as indented JSON with keys in the order above."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"

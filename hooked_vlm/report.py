@@ -48,14 +48,14 @@ def write_report(results: Sequence[Result], provenance: Provenance, out: Path) -
     """
     sections = [_section(result, out) for result in results]
     page = _template("report.html.j2").render(
-        title=f"{provenance.experiment} on {provenance.model}",
+        title=f"{provenance.experiment} on {provenance.title}",
         provenance=provenance,
         facts=_facts(provenance),
         tiles=key_numbers(results),
         sections=sections,
         record=provenance.to_json(),
     )
-    write_file(out / "numbers.csv", numbers(results, provenance.model).to_csv(index=False))
+    write_file(out / "numbers.csv", numbers(results, provenance.title).to_csv(index=False))
     write_file(out / "provenance.json", provenance.to_json())
     write_file(out / PAGE, page)  # last: where the page is, the rest is
     return out / PAGE

@@ -36,7 +36,7 @@ class Site:
     heads: int = 0
     """Number of heads to split the last axis into; 0 leaves it."""
     order: str = ""
-    """`"patches"` or `"tokens"` where a packed encoder's rows must become images."""
+    """`"patches"`, `"blocks"` or `"tokens"` (see `PackedLayout`) where rows are packed."""
     conv: bool = False
     """Whether the output is a convolution's, with the grid as its last axes."""
     read_only: str = ""
@@ -48,8 +48,10 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
     sites = [Site("hook_embed", "batch pos d_model", anatomy.embed, "output")]
     if anatomy.vision is not None:
         sites += _vision_sites(anatomy.vision, anatomy.projector)
+        # A language model alone makes its embeddings inside: hook_embed is all there is.
+        merged = ("hook_merged_embed", "batch pos d_model", anatomy.lm.path, "inputs_embeds")
+        sites.append(Site(*merged))
     lm = anatomy.lm
-    sites.append(Site("hook_merged_embed", "batch pos d_model", lm.path, "inputs_embeds"))
     for layer, block in enumerate(lm.blocks):
         sites += _block_sites(block, f"blocks.{layer}.", "batch pos", "", "", "d_model")
     if lm.final_norm:
@@ -60,10 +62,16 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
 
 
 def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
-    packed = "patches" if vision.blocks[0].attn.packed else ""
+    packed = vision.blocks[0].attn.packed
+    inside = "blocks" if packed else ""
     axes = "image patch d_vision"
     yield Site(
-        f"{VISION}.hook_patch_embed", axes, vision.patch_embed, "output", order=packed, conv=True
+        f"{VISION}.hook_patch_embed",
+        axes,
+        vision.patch_embed,
+        "output",
+        order="patches" if packed else "",
+        conv=True,
     )
     if vision.pos_embed:
         yield Site(f"{VISION}.hook_pos_embed", "1 patch d_vision", vision.pos_embed, "output")
@@ -75,13 +83,13 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
                 f"(vision_feature_layer), so nothing downstream sees block {layer}"
             )
         yield from _block_sites(
-            block, f"{VISION}.blocks.{layer}.", "image patch", packed, reason, "d_vision"
+            block, f"{VISION}.blocks.{layer}.", "image patch", inside, reason, "d_vision"
         )
     if projector:
         tokens = "tokens" if packed else ""
         features = "image patch d_features"
-        yield Site(f"{VISION}.hook_out", features, projector, "input", order=packed)
-        yield Site(f"{PROJECTOR}.hook_in", features, projector, "input", order=packed)
+        yield Site(f"{VISION}.hook_out", features, projector, "input", order=inside)
+        yield Site(f"{PROJECTOR}.hook_in", features, projector, "input", order=inside)
         yield Site(
             f"{PROJECTOR}.hook_out", "image token d_model", projector, "output", order=tokens
         )

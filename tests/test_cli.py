@@ -250,7 +250,7 @@ def test_log_lines_carry_an_estimate(
     )
     listener.begin(experiment, 1, 4)
     for second in range(0, 31, 5):
-        now[0] = float(second)
+        now[0] = 100.0 + second  # it drew pairs for 100 seconds, then counted
         listener.step(second, 60)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [

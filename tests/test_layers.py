@@ -15,7 +15,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("ground", "errors calls shapes processors experiments.result"),
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),
     ("numbers", "statistics directions probes scoring plots provenance"),
-    ("sites", "naming anatomy attention layout sites config hooks cache inputs describe"),
+    ("sites", "naming anatomy attention layout windows sites config hooks cache inputs describe"),
     ("model", "zoo loading model"),
     ("interventions", "places interventions kernels engine sweep patching"),
     ("experiments", "experiments"),

@@ -13,7 +13,7 @@ GRIDS = st.lists(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 
 
 
 def packed_cells(grids: list[tuple[int, int, int]], merge: int) -> torch.Tensor:
-    """Returns (image, frame, row, col) of each packed row, written down the way the encoder walks."""
+    """Returns (image, frame, row, col) of each packed row, as the encoder walks through them."""
     cells = [
         (image, frame, block_row * merge + row, block_col * merge + col)
         for image, (frames, height, width) in enumerate(grids)

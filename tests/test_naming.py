@@ -1,20 +1,23 @@
 """Names: short forms, spellings of others, layers from the end, and what matches nothing."""
 
 import pytest
+from tiny_models import FAMILIES, tiny
 
 from hooked_vlm.errors import UnknownHookError
 from hooked_vlm.naming import get_act_name, resolve_name, select_names, slot_name
-from tiny_models import FAMILIES, tiny
 
 
+IN_BLOCK = (
+    *("hook_resid_pre", "attn.hook_q", "attn.hook_pattern", "attn.hook_z", "hook_attn_out"),
+    *("hook_resid_mid", "mlp.hook_pre", "hook_mlp_out", "hook_resid_post"),
+)
 KNOWN = [
     "hook_embed",
     *(
         f"{tower}blocks.{layer}.{site}"
-        for tower, n in (("vision_encoder.", 2), ("", 3))
-        for layer in range(n)
-        for site in ("hook_resid_pre", "attn.hook_q", "attn.hook_pattern", "hook_resid_mid")
-        + ("hook_attn_out", "mlp.hook_pre", "hook_mlp_out", "hook_resid_post", "attn.hook_z")
+        for tower, n_layers in (("vision_encoder.", 2), ("", 3))
+        for layer in range(n_layers)
+        for site in IN_BLOCK
     ),
     "vision_projector.hook_out",
     "ln_final.hook_normalized",

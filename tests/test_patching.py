@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny, tokens_of
 from torch import Tensor
 
 from hooked_vlm import patching
@@ -12,7 +13,6 @@ from hooked_vlm.errors import HookedVLMWarning, InterventionError, UnknownHookEr
 from hooked_vlm.interventions import Patch
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.spans import Positions
-from tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny, tokens_of
 
 
 TOWER = "vision_encoder"
@@ -83,9 +83,7 @@ def test_residual_family_has_layer_and_pos_in_every_tower(
     assert scores.shape == (3,)
     for score, (layer, pos) in zip(scores, positions.itertuples(index=False), strict=True):
         name = f"{prefix}blocks.{layer}.hook_{short}"
-        assert torch.equal(
-            score, by_hand(model, corrupted, name, (slice(None), pos), cache[name])
-        )
+        assert torch.equal(score, by_hand(model, corrupted, name, (slice(None), pos), cache[name]))
         assert score != metric(model(corrupted))
 
 
@@ -216,9 +214,7 @@ def test_every_by_position() -> None:
     assert every.shape == (5, 3, n_pos, 4)
     rows = patching.get_act_patch_attn_head_pattern_by_pos(model, corrupted, cache, metric)
     assert torch.equal(every[4], rows.transpose(1, 2))
-    entries = patching.get_act_patch_attn_head_pattern_dest_src_pos(
-        model, corrupted, cache, metric
-    )
+    entries = patching.get_act_patch_attn_head_pattern_dest_src_pos(model, corrupted, cache, metric)
     assert entries.shape == (3, 4, n_pos, n_pos)
 
 
@@ -367,10 +363,20 @@ def test_wrong_requests_are_refused(forwards: list[str]) -> None:
     refused(model, corrupted, cache, "one of the two", forwards, **both)
     refused(model, corrupted, cache, "not known", forwards, tower="vision_encode")
     refused(
-        model, corrupted, cache, "no index axis 'head'", forwards, index_axis_names=("layer", "head")
+        model,
+        corrupted,
+        cache,
+        "no index axis 'head'",
+        forwards,
+        index_axis_names=("layer", "head"),
     )
     refused(
-        model, corrupted, cache, "no index axis 'poss'", forwards, index_axis_names=("layer", "poss")
+        model,
+        corrupted,
+        cache,
+        "no index axis 'poss'",
+        forwards,
+        index_axis_names=("layer", "poss"),
     )
     off = pd.DataFrame({"layer": [0], "pos": [400]})
     refused(model, corrupted, cache, "from 400 to 400", forwards, index_df=off, **axes)

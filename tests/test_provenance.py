@@ -7,6 +7,7 @@ import time
 from importlib import metadata
 
 import pytest
+import synthetic_results as synthetic
 import torch
 from torch import nn
 
@@ -101,3 +102,16 @@ def test_source_commit_is_a_commit_or_nothing(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(subprocess, "run", no_git)
     assert provenance.source_commit() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "title"),
+    [
+        ("tiny-qwen2-vl", "tiny-qwen2-vl"),
+        ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-2B-Instruct"),
+        ("/home/somebody/models/mine", "mine"),
+        ("./mine", "mine"),
+    ],
+)
+def test_a_page_calls_a_folder_by_its_last_part(given: str, title: str) -> None:
+    assert synthetic.provenance(given).title == title

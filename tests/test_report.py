@@ -1,7 +1,9 @@
 """The page stands alone, shows every number, and says what the results say."""
 
 import dataclasses
+import functools
 import io
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from hooked_vlm import report
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.plots import to_png
 from hooked_vlm.provenance import Provenance
 from hooked_vlm.report import key_numbers, numbers, write_index, write_report
 
@@ -46,6 +49,14 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._open or self._open[-1] != "style":
             self.text.append(" ".join(data.split()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse() -> Iterator[None]:
+    """Draws figures in a quarter of their resolution, which is most of the time saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "to_png", functools.partial(to_png, dpi=40))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +115,7 @@ def test_files_beside_the_page(written: Path) -> None:
     ]
     for name in figures:
         with Image.open(written / "figures" / name) as picture:
-            assert min(picture.size) > 150
+            assert min(picture.size) > 40
     assert not list(written.rglob("*.tmp"))
 
 
@@ -180,7 +191,7 @@ def test_key_numbers_are_ranges_of_the_best_slots() -> None:
 
 
 def test_index_sets_models_side_by_side(tmp_path: Path) -> None:
-    both = {"one": synthetic.all_results(), "two": synthetic.all_results()[:2]}
+    both = {"one": [synthetic.e1(), synthetic.e3()], "two": [synthetic.e1()]}
     reports = {}
     for folder, results in both.items():
         record = synthetic.provenance(f"model {folder}")
@@ -191,6 +202,6 @@ def test_index_sets_models_side_by_side(tmp_path: Path) -> None:
         path, _, anchor = link.partition("#")
         target = Page(tmp_path / path) if path else page
         assert anchor == "" or anchor in target.ids
-    assert page.text.count("Not run.") == 2  # E3 and E4 of the second
+    assert page.text.count("Not run.") == 1  # E3 of the second
     assert page.text.count(synthetic.e1().verdict) == 2
-    assert {"E1", "E2", "E3", "E4"} <= page.ids
+    assert {"E1", "E3"} <= page.ids

@@ -45,6 +45,12 @@ def test_held_out_triples_are_never_trained_on():
     assert shown.isdisjoint(held_out)
 
 
+def test_no_order_can_be_learned_by_heart():
+    # Were only one of a triple and its mirror image in training, colours alone would tell
+    # which neighbour stands on which side.
+    assert {triple[::-1] for triple in held_out_triples()} == held_out_triples()
+
+
 @pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 def test_the_canonical_scene_is_the_paper_s_picture(axis):
     triple = ("red", "brown", "gray")

@@ -69,9 +69,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         notes=(
             "Slot 0 is the input of block 0 (visual tokens merged in), slot l the output of block "
             "l-1; the last input position, generation prompt included, is written at one slot.",
-            "Probabilities sum over the spellings of a colour that are single tokens. Intervals are "
-            "95 % bootstrap intervals over pairs; a pair counts only if the model answers both of "
-            "its images rightly without intervention.",
+            "Probabilities sum over the spellings of a colour that are single tokens. Intervals "
+            "are 95 % bootstrap intervals over pairs; a pair counts only if the model answers "
+            "both of its images rightly without intervention.",
         ),
     )
 

@@ -100,7 +100,7 @@ class Squares:
     def probabilities(
         self, logits: Float[Tensor, "pair d_vocab"], answers: Sequence[Sequence[str]]
     ) -> Float[Tensor, "pair answer"]:
-        """Returns each pair's probabilities of its own answers, one column for each kind of answer."""
+        """Returns each pair's probabilities of its own answers, a column for each kind."""
         every = candidate_probability(logits, self.model.tokenizer, list(self.names))
         columns = torch.tensor([[self.names.index(a) for a in row] for row in answers])
         return every.gather(-1, columns.to(every.device))

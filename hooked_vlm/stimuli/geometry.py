@@ -77,7 +77,7 @@ class Geometry:
         return Region.rectangle(self.shape, rows=rows, cols=cols, name=f"object {slot}")
 
     def strip_region(self, axis: Axis, slot: int) -> Region:
-        """Returns the cells of the strip around a slot: every row of its columns (or the reverse)."""
+        """Returns the cells of the strip around a slot: all rows of its columns, or reverse."""
         _check_slot(slot)
         start = sum(self.strips[:slot])
         stop = start + self.strips[slot]
@@ -110,7 +110,8 @@ def geometry_for(n_tokens: int, token_px: int) -> Geometry:
         raise DataError(f"{n_tokens} tokens a side cannot hold three objects with gaps between.")
     size = max(1, n_tokens // 6)
     gap = min(size, (n_tokens - 3 * size) // 2)
-    side = n_tokens // 3
+    # An outer strip ends in the middle of the gap, as it does in all of the paper's layouts.
+    side = (n_tokens - 3 * size - 2 * gap) // 2 + size + (gap + 1) // 2
     return Geometry(n_tokens, token_px, size, gap, (side, n_tokens - 2 * side, side))
 
 

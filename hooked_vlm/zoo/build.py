@@ -35,9 +35,39 @@ PATCH = 8
 MERGE = 2
 VOCAB = 640
 WORDS = (
-    "square circle triangle star cross heart shape object color left right above below yes no "
-    "one two three orange apple pot bell hat rose key bomb chair table dog cat cup ball"
-).split()
+    "square",
+    "circle",
+    "triangle",
+    "star",
+    "cross",
+    "heart",
+    "shape",
+    "object",
+    "color",
+    "left",
+    "right",
+    "above",
+    "below",
+    "yes",
+    "no",
+    "one",
+    "two",
+    "three",
+    "orange",
+    "apple",
+    "pot",
+    "bell",
+    "hat",
+    "rose",
+    "key",
+    "bomb",
+    "chair",
+    "table",
+    "dog",
+    "cat",
+    "cup",
+    "ball",
+)
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -53,7 +83,8 @@ GEMMA_TEMPLATE = (
     "{% if message['role'] == 'system' %}"
     "{% if message['content'] is string %}{% set ns.prefix = message['content'] + '\n\n' %}"
     "{% else %}{% set ns.prefix = message['content'][0]['text'] + '\n\n' %}{% endif %}"
-    "{% else %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% else %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
     "{{ ns.prefix }}{% set ns.prefix = '' %}"
     "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
     "{% for part in message['content'] %}"
@@ -79,8 +110,15 @@ class Recipe:
 RECIPES = {
     "tiny-qwen2-vl": Recipe(
         "tiny-qwen2-vl",
-        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-        + ("<|image_pad|>", "<|video_pad|>"),
+        (
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+        ),
         pad="<|endoftext|>",
         end="<|im_end|>",
         bos=None,
@@ -88,8 +126,16 @@ RECIPES = {
     ),
     "tiny-gemma-3": Recipe(
         "tiny-gemma-3",
-        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
-        + ("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+        (
+            "<pad>",
+            "<eos>",
+            "<bos>",
+            "<start_of_turn>",
+            "<end_of_turn>",
+            "<start_of_image>",
+            "<end_of_image>",
+            "<image_soft_token>",
+        ),
         pad="<pad>",
         end="<end_of_turn>",
         bos="<bos>",
@@ -99,7 +145,7 @@ RECIPES = {
 
 
 def corpus() -> list[str]:
-    """Returns the text that the tokenizers are trained on: all prompts, and names in all spellings."""
+    """Returns the text that tokenizers are trained on: all prompts, and names in all spellings."""
     prompts = [squares_prompt(d, color) for d in DIRECTIONS for color in COLORS]
     names = [*COLORS, *WORDS]
     spellings = [
@@ -145,7 +191,7 @@ def build_processor(name: str, canvas: int) -> Any:
     """Returns a processor whose pictures are `canvas` pixels on a side (Qwen2-VL's: any size)."""
     recipe = RECIPES[name]
     tokenizer = build_tokenizer(recipe)
-    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    norm: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if name == "tiny-qwen2-vl":
         pixels = {"shortest_edge": (2 * PATCH * MERGE) ** 2, "longest_edge": 512 * 512}
         images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, size=pixels, **norm)
@@ -180,8 +226,9 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast, canvas: int) -> A
 
 
 def _qwen2_vl(common: dict[str, Any], ids: Any) -> Qwen2VLConfig:
+    config: Any = Qwen2VLConfig
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
-    return Qwen2VLConfig(
+    return config(
         vision_config={
             "embed_dim": 64,
             "hidden_size": 128,
@@ -221,7 +268,8 @@ def _gemma_3(common: dict[str, Any], ids: Any, canvas: int) -> Gemma3Config:
         patch_size=PATCH,
         vision_use_head=False,
     )
-    return Gemma3Config(
+    config: Any = Gemma3Config
+    return config(
         text_config=text.to_dict(),
         vision_config=tower.to_dict(),
         mm_tokens_per_image=(canvas // PATCH // MERGE) ** 2,

@@ -37,7 +37,7 @@ from hooked_vlm.zoo.tasks import (
     held_out_triples,
     jittered_scene,
 )
-from hooked_vlm.zoo.train import answer_logits
+from hooked_vlm.zoo.train import answer_logits, first_answers
 
 
 SETS = ("paper's layout", "unseen triples", "unseen triples and layouts")
@@ -81,9 +81,8 @@ def answers(
     """Returns a model's one-token answers to questions, each the first about its picture."""
     images = np.stack([scene.render(canvas) for scene in pictures])
     batch = encoder.batch([[turn] for turn in asked], images)
-    first = batch.answers & (batch.answers.cumsum(1) == 1)
     with torch.no_grad():
-        logits, _ = answer_logits(model, Batch(batch.inputs, first))
+        logits, _ = answer_logits(model, Batch(batch.inputs, first_answers(batch)))
     return top_answer(logits, encoder.tokenizer)
 
 

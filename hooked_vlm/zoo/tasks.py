@@ -40,7 +40,7 @@ def held_out_triples() -> frozenset[Triple]:
     names = list(COLORS)
     one_way = [t for t in permutations(names, 3) if names.index(t[0]) < names.index(t[2])]
     chosen = random.Random(TRIPLE_SEED).sample(one_way, len(one_way) // 5)
-    return frozenset(chosen) | {triple[::-1] for triple in chosen}
+    return frozenset(chosen) | {(c, b, a) for a, b, c in chosen}
 
 
 def training_triples() -> list[Triple]:

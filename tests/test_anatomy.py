@@ -1,0 +1,297 @@
+"""The anatomy is read from the module tree: three layouts, a stranger, and what is not a VLM."""
+
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build, tiny
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from hooked_vlm.anatomy import read_anatomy
+from hooked_vlm.errors import UnknownHookError, UnsupportedModelError
+from hooked_vlm.model import HookedVLM
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def paths_in(value) -> list[str]:
+    """Every module path that an anatomy names."""
+    if is_dataclass(value):
+        names = [f.name for f in fields(value)]
+        return [path for name in names for path in paths_in(getattr(value, name))]
+    if isinstance(value, tuple):
+        return [path for item in value for path in paths_in(item)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_path_leads_to_a_module(family):
+    model = tiny(family)
+    found = paths_in(model.anatomy)
+    assert len(found) > 50
+    for path in found:
+        model.hf_model.get_submodule(path)
+
+
+def test_qwen2_vl():
+    anatomy = tiny("qwen2-vl").anatomy
+    lm, vision = anatomy.lm.blocks[1], anatomy.vision
+    assert vision is not None
+    assert anatomy.lm.path == "model.language_model"
+    assert (vision.path, anatomy.projector) == ("model.visual", "model.visual.merger")
+    assert (vision.merge, vision.n_prefix, vision.patch_size) == (2, 0, 8)
+    assert (vision.image_size, vision.read_layers, vision.pos_embed) == (None, None, None)
+    assert (vision.d_model, anatomy.lm.d_model, anatomy.image_token_id) == (32, 48, 299)
+    assert vision.blocks[0].attn.packed
+    assert vision.blocks[0].attn.qkv == "model.visual.blocks.0.attn.qkv"
+    assert (lm.attn.n_heads, lm.attn.n_key_value_heads, lm.attn.d_head) == (4, 2, 12)
+    assert lm.ln2 == "model.language_model.layers.1.post_attention_layernorm"
+    assert lm.attn_out == "model.language_model.layers.1.self_attn"
+    assert lm.mlp is not None
+    assert lm.mlp.pre.endswith("gate_proj")
+    assert str(lm.mlp.linear).endswith("up_proj")
+
+
+def test_gemma_3():
+    anatomy = tiny("gemma-3").anatomy
+    lm, vision = anatomy.lm.blocks[1], anatomy.vision
+    assert vision is not None
+    # The norm of Qwen2-VL's name stands on the other side of the residual addition.
+    assert lm.attn_out == "model.language_model.layers.1.post_attention_layernorm"
+    assert lm.ln2 == "model.language_model.layers.1.pre_feedforward_layernorm"
+    assert lm.mlp_out == "model.language_model.layers.1.post_feedforward_layernorm"
+    assert anatomy.projector == "model.multi_modal_projector"
+    assert (vision.image_size, vision.n_prefix, vision.merge) == (48, 0, 1)
+    assert vision.blocks[0].attn.q is not None
+    assert not vision.blocks[0].attn.rotary
+    assert lm.attn.d_head == 16
+
+
+@pytest.mark.parametrize(("layer", "slots", "last"), [(-2, (2,), 1), (-1, (3,), 2), (1, (1,), 0)])
+def test_llava(layer, slots, last):
+    with torch.device("meta"):
+        anatomy = read_anatomy(build("llava", vision_feature_layer=layer))
+    vision = anatomy.vision
+    assert vision is not None
+    assert (vision.n_prefix, vision.read_layers, vision.last_read) == (1, slots, last)
+    assert str(vision.pos_embed).endswith("position_embedding")
+    assert anatomy.projector == "model.multi_modal_projector"
+    with torch.device("meta"):
+        listed = read_anatomy(build("llava", vision_feature_layer=[0, -2])).vision
+    assert listed is not None
+    assert (listed.read_layers, listed.last_read) == ((0, 2), 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_meta_device_gives_the_same_anatomy(family):
+    with torch.device("meta"):
+        anatomy = read_anatomy(build(family))
+    assert anatomy == tiny(family).anatomy
+
+
+# --- a stranger: its own class names, its own attribute names, no transformers inside ------
+
+
+class Mixer(nn.Module):
+    """Causal or full attention under names of its own."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal = heads, causal
+        self.wo = nn.Linear(width, width)
+        self.wv, self.wk, self.wq = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.wq(x), self.wk(x), self.wv(x))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+
+class Feed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shrink, self.grow = nn.Linear(3 * width, width), nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shrink(self.grow(x).relu())
+
+
+class Pre(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); children declared in no useful order."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.ffn = Feed(width)
+        self.second_norm, self.first_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mixing_attention = Mixer(width, heads, causal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixing_attention(self.first_norm(x))
+        return x + self.ffn(self.second_norm(x))
+
+
+class Sandwich(Pre):
+    """x + norm(attention(norm(x))), twice: the same children as `Pre`, and two more."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__(width, heads, causal)
+        self.third_norm, self.fourth_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.second_norm(self.mixing_attention(self.first_norm(x)))
+        return x + self.fourth_norm(self.ffn(self.third_norm(x)))
+
+
+class Tower(nn.Module):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.cutter = nn.Conv2d(3, 24, kernel_size=4, stride=4)
+        self.steps = nn.ModuleList(block(24, 3, False) for _ in range(2))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.cutter(pixels).flatten(2).transpose(1, 2)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class Talker(nn.Module):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 16)
+        self.end_norm = nn.LayerNorm(16)
+        self.steps = nn.ModuleList(block(16, 2, True) for _ in range(3))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        for step in self.steps:
+            vectors = step(vectors)
+        return self.end_norm(vectors)
+
+
+class Stranger(nn.Module):
+    """Follows get_encoder / get_decoder, and calls its decoder with a positional argument."""
+
+    def __init__(self, block: type[nn.Module] = Pre) -> None:
+        super().__init__()
+        self.eyes, self.mouth = Tower(block), Talker(block)
+        self.bridge, self.speak = nn.Linear(24, 16), nn.Linear(16, 20)
+        self.config = SimpleNamespace(image_token_id=19)
+
+    def get_encoder(self, modality: str) -> nn.Module:
+        assert modality == "image"
+        return self.eyes
+
+    def get_decoder(self) -> nn.Module:
+        return self.mouth
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.mouth.words
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.speak
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        return self.bridge(self.eyes(pixels))
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> SimpleNamespace:
+        vectors = self.mouth.words(input_ids)
+        if pixel_values is not None:
+            mask = (input_ids == 19)[..., None].expand_as(vectors)
+            vectors = vectors.masked_scatter(mask, self.get_image_features(pixel_values))
+        return SimpleNamespace(logits=self.speak(self.mouth(vectors)))
+
+
+def stranger_inputs() -> dict[str, Tensor]:
+    ids = torch.tensor([[3, *[19] * 4, 5, 6], [4, *[19] * 4, 8, 9]])
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+@pytest.mark.parametrize("block", [Pre, Sandwich])
+def test_a_model_of_ones_own_is_read_and_hooked(block):
+    hf_model = Stranger(block)
+    model, inputs = HookedVLM(hf_model), stranger_inputs()
+    anatomy = model.anatomy
+    sandwich = block is Sandwich
+    lm = anatomy.lm.blocks[2]
+    assert (anatomy.lm.path, anatomy.embed, anatomy.unembed) == ("mouth", "mouth.words", "speak")
+    assert anatomy.vision is not None
+    assert (anatomy.vision.path, anatomy.projector) == ("eyes", "bridge")
+    assert (lm.ln1, lm.attn.q) == ("mouth.steps.2.first_norm", "mouth.steps.2.mixing_attention.wq")
+    assert lm.attn.out == "mouth.steps.2.mixing_attention.wo"
+    assert lm.ln2 == f"mouth.steps.2.{'third' if sandwich else 'second'}_norm"
+    assert lm.attn_out == f"mouth.steps.2.{'second_norm' if sandwich else 'mixing_attention'}"
+    assert lm.mlp_out == f"mouth.steps.2.{'fourth_norm' if sandwich else 'ffn'}"
+    assert lm.mlp is not None
+    assert (lm.mlp.pre, lm.mlp.down) == ("mouth.steps.2.ffn.grow", "mouth.steps.2.ffn.shrink")
+    assert (model.cfg.d_model, model.cfg.vision.d_model) == (16, 24)  # type: ignore[union-attr]
+    assert not any("pattern" in name for name in model.hook_dict)  # it computes attention itself
+
+    base, (logits, cache) = hf_model(**inputs).logits, model.run_with_cache(inputs)
+    assert torch.equal(logits, base)
+    assert set(cache) == set(model.hook_dict)
+    for tower, n_layers in ((None, 3), ("vision_encoder", 2)):
+        for i in range(n_layers):
+            pre, mid, post = (cache[f"resid_{place}", i, tower] for place in ("pre", "mid", "post"))
+            assert torch.equal(pre + cache["attn_out", i, tower], mid)
+            assert torch.equal(mid + cache["mlp_out", i, tower], post)
+    for name in model.hook_dict:
+        changed = model.run_with_hooks(inputs, [(name, lambda x, hook: x.flip(-1) * 1.5 + 0.3)])
+        assert (changed - base).abs().max() > 0, name
+    assert [grid.shape for (grid,) in model.grids(inputs)] == [(2, 2), (2, 2)]
+    residual, _ = model.run_with_cache(inputs, stop_at_layer=1)
+    assert torch.equal(residual, cache["resid_pre", 1])
+
+
+# --- what is not a VLM ---------------------------------------------------------------------
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Attention scores or patterns")
+def test_a_language_model_alone():
+    model, inputs = HookedVLM(llama(), processor=object()), {"input_ids": torch.tensor([[3, 4, 5]])}
+    assert model.anatomy.vision is None
+    assert model.cfg.vision is None
+    logits, cache = model.run_with_cache(inputs)
+    torch.testing.assert_close(logits, model.hf_model(**inputs).logits)
+    assert set(cache) == set(model.hook_dict)
+    assert "l = 0..1" in model.describe()
+    assert model.grids(inputs) == ((),)
+    for name in ("vision_encoder.blocks.0.hook_resid_pre", "vision_projector.hook_out"):
+        with pytest.raises(UnknownHookError, match="no vision encoder"):
+            model.run_with_hooks(inputs, [(name, lambda x, hook: None)])
+    for call in (model.require_vision, lambda: model.prepare("picture.png", "Hello")):
+        with pytest.raises(UnsupportedModelError, match="has no vision encoder, so it takes no im"):
+            call()
+
+
+def test_models_without_the_parts_are_refused():
+    with pytest.raises(UnsupportedModelError, match=r"get_output_embeddings\(\) returned nothing"):
+        HookedVLM(LlamaModel(llama().config))
+    with pytest.raises(UnsupportedModelError, match=r"get_input_embeddings\(\) returned nothing"):
+        HookedVLM(nn.Linear(2, 2))
+
+    class Hollow(Stranger):
+        def get_decoder(self) -> nn.Module:
+            return self.speak
+
+    with pytest.raises(UnsupportedModelError, match="Linear has no list of blocks with attention"):
+        HookedVLM(Hollow())
+
+    blind = Stranger()
+    blind.eyes.cutter = nn.Linear(1, 1)  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match="Tower has no convolution"):
+        HookedVLM(blind)
