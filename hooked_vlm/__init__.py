@@ -3,28 +3,72 @@
 Wrap a Hugging Face VLM, read any activation of its vision encoder, projector or
 language model, replace it, steer it, and sweep such interventions over layers and
 regions of the image.
+
+Names are imported when they are first used, so that `import hooked_vlm` and the command
+line's `--help` do not wait for torch and transformers.
 """
 
-from hooked_vlm.cache import ActivationCache as ActivationCache
-from hooked_vlm.directions import orthonormalise as orthonormalise
-from hooked_vlm.drawing import draw_regions as draw_regions
-from hooked_vlm.errors import HookedVLMError as HookedVLMError
-from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
-from hooked_vlm.grid import TokenGrid as TokenGrid
-from hooked_vlm.hooks import HookPoint as HookPoint
-from hooked_vlm.inputs import Inputs as Inputs
-from hooked_vlm.interventions import Ablate as Ablate
-from hooked_vlm.interventions import Chain as Chain
-from hooked_vlm.interventions import Patch as Patch
-from hooked_vlm.interventions import Recording as Recording
-from hooked_vlm.interventions import Steer as Steer
-from hooked_vlm.interventions import record as record
-from hooked_vlm.model import HookedVLM as HookedVLM
-from hooked_vlm.naming import get_act_name as get_act_name
-from hooked_vlm.pairing import swap_pairs as swap_pairs
-from hooked_vlm.probes import LinearProbe as LinearProbe
-from hooked_vlm.regions import Region as Region
-from hooked_vlm.spans import LastToken as LastToken
-from hooked_vlm.spans import Span as Span
-from hooked_vlm.sweep import Sweep as Sweep
-from hooked_vlm.sweep import final_logits as final_logits
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:  # for type checkers and editors; `_HOME` is what runs
+    from hooked_vlm.cache import ActivationCache as ActivationCache
+    from hooked_vlm.directions import orthonormalise as orthonormalise
+    from hooked_vlm.drawing import draw_regions as draw_regions
+    from hooked_vlm.errors import HookedVLMError as HookedVLMError
+    from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
+    from hooked_vlm.grid import TokenGrid as TokenGrid
+    from hooked_vlm.hooks import HookPoint as HookPoint
+    from hooked_vlm.inputs import Inputs as Inputs
+    from hooked_vlm.interventions import Ablate as Ablate
+    from hooked_vlm.interventions import Chain as Chain
+    from hooked_vlm.interventions import Patch as Patch
+    from hooked_vlm.interventions import Recording as Recording
+    from hooked_vlm.interventions import Steer as Steer
+    from hooked_vlm.interventions import record as record
+    from hooked_vlm.model import HookedVLM as HookedVLM
+    from hooked_vlm.naming import get_act_name as get_act_name
+    from hooked_vlm.pairing import swap_pairs as swap_pairs
+    from hooked_vlm.probes import LinearProbe as LinearProbe
+    from hooked_vlm.regions import Region as Region
+    from hooked_vlm.spans import LastToken as LastToken
+    from hooked_vlm.spans import Span as Span
+    from hooked_vlm.sweep import Sweep as Sweep
+    from hooked_vlm.sweep import final_logits as final_logits
+
+_HOME = {
+    "ActivationCache": "cache",
+    "orthonormalise": "directions",
+    "draw_regions": "drawing",
+    "HookedVLMError": "errors",
+    "HookedVLMWarning": "errors",
+    "TokenGrid": "grid",
+    "HookPoint": "hooks",
+    "Inputs": "inputs",
+    "Ablate": "interventions",
+    "Chain": "interventions",
+    "Patch": "interventions",
+    "Recording": "interventions",
+    "Steer": "interventions",
+    "record": "interventions",
+    "HookedVLM": "model",
+    "get_act_name": "naming",
+    "swap_pairs": "pairing",
+    "LinearProbe": "probes",
+    "Region": "regions",
+    "LastToken": "spans",
+    "Span": "spans",
+    "Sweep": "sweep",
+    "final_logits": "sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hooked_vlm' has no attribute {name!r}")
+    return getattr(import_module(f"hooked_vlm.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

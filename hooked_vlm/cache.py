@@ -9,6 +9,7 @@ model.  Vision sites of images of different sizes are lists by image.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from hooked_vlm.layout import Images
 from hooked_vlm.naming import VISION, count_layers, get_act_name, resolve_name
 
 
-class ActivationCache(Mapping[str, Images]):
+class ActivationCache(Mapping[str, Any]):
     """A mapping from hook names to the activations of one run.
 
     >>> cache = ActivationCache({"blocks.0.hook_resid_post": torch.zeros(1, 5, 8)})
@@ -39,8 +40,11 @@ class ActivationCache(Mapping[str, Images]):
         self._activations = dict(activations)
         self.n_layers = dict(n_layers or {})
 
-    def __getitem__(self, key: str | tuple) -> Images:
+    def __getitem__(self, key: str | tuple) -> Any:
         """Returns an activation by full name, short name, or `(short name, layer[, type])`.
+
+        That is a tensor, or a list of them by image at the vision sites of images of
+        different sizes.
 
         Raises `UnknownHookError`, which names what was cached, when there is none.
         """

@@ -1,6 +1,6 @@
 """Directions in activation space, and pure functions that move activations along them.
 
-A probe's class weights are directions w_k.  The paper amplifies them in two ways (section
+A probe's class weights are directions w_k.  The paper amplifies them in two ways (protocol
 2.6, E7): as it writes, h + alpha w (`add`); as its released experiment ran,
 h + alpha sum_k <h, w_k> w_k / |w_k|^2 (`scale_projections`).
 

@@ -143,7 +143,7 @@ class TokenGrid:
     def strip(self, orientation: str, start: int, stop: int, name: str | None = None) -> Region:
         """Returns a strip across the whole image, of token range `start` to `stop` (half-open).
 
-        A "vertical" strip is every row of those columns (paper.md 2.1, left and right); a
+        A "vertical" strip is every row of those columns (protocol 2.1, left and right); a
         "horizontal" one every column of those rows.
         """
         make = {"vertical": Region.columns, "horizontal": Region.rows_}

@@ -59,7 +59,7 @@ class Run:
     prompt_length: int | None = None
     """With `prefill_only`: the length of the prompt that every uncached pass repeats."""
     steps: int = -1
-    """Forward passes begun since the block was entered, less one."""
+    """Which forward pass of a generation is in progress: 0 is the prefill."""
 
     @property
     def asleep(self) -> bool:
@@ -112,7 +112,11 @@ class _Fired:
     @property
     def asleep(self) -> bool:
         """Whether no function acts in this pass."""
-        return all(run.asleep for _, run in self.fns)
+        return all(self._sleeps(run) for _, run in self.fns)
+
+    def _sleeps(self, run: Run) -> bool:
+        # The vision encoder runs when there are images to encode, which is part of a prefill.
+        return run.asleep and self.site.axes.startswith("batch")
 
     def on_raw(self, raw: Tensor) -> Tensor | None:
         """Returns what must flow on in place of `raw`, or None when nothing changed."""
@@ -125,7 +129,7 @@ class _Fired:
         """Returns the value after all functions, and whether any of them changed it."""
         any_changed = False
         for fn, run in self.fns:
-            if run.asleep:
+            if self._sleeps(run):
                 continue
             self.point.step = max(run.steps, 0)
             window = run.window(self.site.axes)
@@ -234,10 +238,13 @@ def attach(
 
 @contextmanager
 def _count_steps(model: nn.Module, run: Run) -> Iterator[None]:
-    def begin(module: nn.Module, args: tuple) -> None:
-        run.steps += 1
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # An empty key-value cache, or none and none refused, is the first pass of something new.
+        past = kwargs.get("past_key_values")
+        first = kwargs.get("use_cache") is not False if past is None else not past.get_seq_length()
+        run.steps = 0 if first else run.steps + 1
 
-    handle = model.register_forward_pre_hook(begin)
+    handle = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         yield
     finally:
@@ -343,7 +350,12 @@ def _attention_edit(item: _Fired) -> Callable[[Any], Any]:
             value, changed = item.on_value(raw)
             return value if changed else raw
         changed = item.on_raw(raw)
-        return raw if changed is None else changed
+        if changed is None:
+            return raw
+        if item.site.part == "rot_k" and any(run.prefill_only for _, run in item.fns):
+            # The key-value cache holds this tensor, for the steps in which the functions sleep.
+            return raw.copy_(changed)
+        return changed
 
     return edit
 

@@ -144,7 +144,10 @@ class _Intervention:
     def _check_width(self, model: Model, site: Site, width: int) -> None:
         tower = model.cfg.vision if site.name.startswith(VISION) else model.cfg
         axis = site.axes.split()[-1].replace("d_vision", "d_model")
-        expected = getattr(tower, axis, None)
+        self._check_features(site, getattr(tower, axis, None), width)
+
+    def _check_features(self, site: Site, expected: int | None, width: int) -> None:
+        # None: how many features the projector reads is known when they are there.
         if expected is not None and width != expected:
             raise InterventionError(
                 f"{site.name} has {expected} features, and {width} were given: {self}. Take "
@@ -251,7 +254,7 @@ class Ablate(_Intervention):
     the mean over all prompts and positions of `reference_at` (default: the same place) in
     a recorded run.  `to="position_mean"` keeps positions apart: each gets the mean over the
     reference's prompts at its own one.  To write single tokens of reference runs (the
-    paper's recipe, section 2.6 of its protocol) use `Patch` with those runs as sources.
+    paper's recipe, protocol 2.6) use `Patch` with those runs as sources.
     """
 
     to: str | Tensor = "zero"
@@ -298,6 +301,8 @@ class Ablate(_Intervention):
         def edit(activation: Any) -> Any:
             index = index_of(located, self.heads, activation[0].device)
             old = rows_at(activation, index)
+            if value.ndim:
+                self._check_features(site, old.shape[-1], value.shape[-1])
             return with_rows_at(activation, index, value.to(old.device, old.dtype).expand_as(old))
 
         return edit
@@ -320,7 +325,7 @@ class Ablate(_Intervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Steer(_Intervention):
-    """Moves activations along directions (paper, section 5.4; the protocol's 2.6, E7).
+    """Moves activations along directions (paper, section 5.4; protocol 2.6, E7).
 
     `mode="add"` is the formula as written, `h + alpha * w`, for one direction;
     `mode="project"` the one the published experiment ran, `h + alpha * sum_k <h, w_k> w_k /
@@ -350,7 +355,7 @@ class Steer(_Intervention):
     def _rows(self) -> Tensor:
         return self.directions if self.directions.ndim == 2 else self.directions[None]
 
-    def _edit(self, _model: Model, _site: Site, located: Located) -> Callable[[Any], Any]:
+    def _edit(self, _model: Model, site: Site, located: Located) -> Callable[[Any], Any]:
         rows = self._rows
 
         def edit(activation: Any) -> Any:
@@ -358,6 +363,7 @@ class Steer(_Intervention):
                 return activation
             index = index_of(located, self.heads, activation[0].device)
             old = rows_at(activation, index)
+            self._check_features(site, old.shape[-1], rows.shape[-1])
             if self.mode == "add":
                 return with_rows_at(activation, index, add(old, rows[0], self.alpha))
             return with_rows_at(activation, index, scale_projections(old, rows, self.alpha))

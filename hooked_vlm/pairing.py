@@ -12,7 +12,7 @@ says about objects depends on which cell meets which.  Two pairings are offered:
   stay as they are.
 
 Either way the swap is its own inverse.  Regions of unequal size cannot be paired as
-published (paper.md 2.1 has such a case: 96 against 64 tokens), and a pairing that does not
+published (protocol 2.1 has such a case: 96 against 64 tokens), and a pairing that does not
 take object cells to object cells warns.
 """
 
@@ -147,7 +147,7 @@ def swap_pairs(
     pairing: str = "published",
     objects: tuple[Region, Region] | None = None,
 ) -> CellPairs:
-    """Returns pairs that write `a` from `b` and `b` from `a` (paper.md 2.6, E4).
+    """Returns pairs that write `a` from `b` and `b` from `a` (protocol 2.6, E4).
 
     Applying it twice gives back what was there.  Takes and raises what `paired` does, and
     raises `RegionError` when the regions share cells.

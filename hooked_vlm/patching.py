@@ -35,8 +35,8 @@ from hooked_vlm.naming import PROJECTOR, VISION, get_act_name, resolve_name
 from hooked_vlm.sites import Site
 
 
-PatchSetter = Callable[[Tensor, list[int], Tensor], Tensor]
-"""`setter(corrupted_activation, index, clean_activation)`: returns the patched activation."""
+PatchSetter = Callable[[Tensor, list[int], Tensor], Tensor | None]
+"""Returns the patched activation, or None when it wrote into the first one it was given."""
 
 _AXES = {
     "pos": ("pos", "patch", "token"),
@@ -122,6 +122,8 @@ def generic_activation_patch(
     """
     if (index_df is None) == (index_axis_names is None):
         raise InterventionError("Give index_axis_names or index_df: one of the two, and not both.")
+    if index_df is not None and index_df.empty:
+        raise InterventionError("There is no index to patch: index_df has no rows.")
     _check_images(model, corrupted_inputs, clean_cache)
     axes = list(index_df.columns if index_df is not None else index_axis_names or ())
     layers = None if index_df is None or "layer" not in axes else sorted(set(index_df["layer"]))
@@ -143,8 +145,7 @@ def generic_activation_patch(
             values.append(_number(patching_metric(logits)))
             if on_progress is not None:
                 on_progress(done, len(index_df))
-    result = torch.stack(values)
-    result = result if flat else result.reshape(sizes)
+    result = torch.stack(values) if flat else torch.stack(values).reshape(sizes)
     return (result, index_df) if return_index_df else result
 
 
@@ -159,7 +160,9 @@ def _patch(
             "of one length and images of one size."
         )
     # A copy, so that a setter which writes in place never writes into the model's own memory.
-    return setter(activation.clone(), index, clean.to(activation.device, activation.dtype))
+    copy = activation.clone()
+    patched = setter(copy, index, clean.to(activation.device, activation.dtype))
+    return copy if patched is None else patched
 
 
 def _number(value: Any) -> Tensor:
@@ -169,8 +172,7 @@ def _number(value: Any) -> Tensor:
             f"The metric returned shape {tuple(number.shape)}; it must return one number, such "
             "as a mean over the batch. For scores by prompt use Sweep."
         )
-    number = number.reshape(())
-    return number if number.is_floating_point() else number.float()
+    return number.reshape(()) if number.is_floating_point() else number.reshape(()).float()
 
 
 # --- what is checked before anything runs ---------------------------------------------------
@@ -285,8 +287,6 @@ def _sizes(axes: Sequence[str], sites: Mapping[Any, Site], cache: Mapping[str, A
 def _check_indices(
     index_df: pd.DataFrame, sizes: Sequence[int], layers: Sequence[Any] | None
 ) -> None:
-    if not len(index_df):
-        raise InterventionError("There is no index to patch: index_df (or an axis) is empty.")
     for axis, size in zip(index_df.columns, sizes, strict=True):
         column = index_df[axis]
         given_layers = axis == "layer" and layers is not None  # resolved by name already

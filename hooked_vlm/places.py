@@ -22,7 +22,7 @@ from hooked_vlm.sites import Site
 from hooked_vlm.spans import OfImage, PromptRow, Span, Union
 
 
-Located = list[tuple[int, Int[Tensor, " index"]]]
+Located = list[tuple[int, Int[Tensor, " _"]]]
 
 
 def needs_text(place: Any) -> bool:
@@ -59,7 +59,7 @@ def locate_pairs(
 
     Prompts have one image each; a source of one prompt serves all.
     """
-    sources = source_rows * len(rows) if len(source_rows) == 1 else source_rows
+    sources = [*source_rows] * len(rows) if len(source_rows) == 1 else source_rows
     if len(sources) != len(rows):
         raise InterventionError(
             f"{len(rows)} prompts cannot be written from a source of {len(sources)}: give a source "

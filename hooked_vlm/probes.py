@@ -1,6 +1,6 @@
 """Linear probes on activations, and the examples, splits and controls they need.
 
-`LinearProbe` is the paper's probe (section 2.7) with scikit-learn's interface: multinomial
+`LinearProbe` is the paper's probe (protocol 2.7) with scikit-learn's interface: multinomial
 logistic regression, fitted by 200 full-batch AdamW steps from a random start, in torch on
 any device.  It is deliberately not fitted to convergence, and features are not standardised;
 for another protocol any scikit-learn classifier takes the same arrays.
@@ -36,7 +36,7 @@ from hooked_vlm.statistics import Interval, wilson
 
 
 class LinearProbe(ClassifierMixin, BaseEstimator):
-    """Multinomial linear probe, fitted as the paper fits it (section 2.7).
+    """Multinomial linear probe, fitted as the paper fits it (protocol 2.7).
 
     Logits are `X @ weight_.T + bias_`.  The start is `weight_ ~ N(0, 1) / sqrt(d)` from a
     generator seeded with `seed` (drawn on the CPU, so that every device starts alike) and
@@ -174,7 +174,7 @@ def object_examples(
     """Returns the tokens of each slot's object as examples, labelled by slot.
 
     `regions[slot]` lies on the token grid of every image; background tokens are left out.
-    With `pooled`, an object's tokens are averaged to one example (COCO, section 2.7).
+    With `pooled`, an object's tokens are averaged to one example (COCO, protocol 2.7).
 
     Raises:
         RegionError: an empty region.

@@ -18,24 +18,21 @@ def images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     if "video_processor" not in inspect.signature(processor_class.__init__).parameters:
         return processor_class
 
-    # transformers reads a processor's parts off this signature.
-    def __init__(
-        self: Any,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        chat_template: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        processor_class.__init__(
-            self,
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            video_processor=None,
-            chat_template=chat_template,
-            **kwargs,
-        )
-
-    members = {"__init__": __init__, "video_processor": None, "__doc__": processor_class.__doc__}
+    members = {
+        # transformers reads a processor's parts off this function's code: nothing may wrap it.
+        "__init__": lambda self, image_processor=None, tokenizer=None, chat_template=None, **more: (
+            processor_class.__init__(
+                self,
+                image_processor=image_processor,
+                tokenizer=tokenizer,
+                video_processor=None,
+                chat_template=chat_template,
+                **more,
+            )
+        ),
+        "video_processor": None,
+        "__doc__": processor_class.__doc__,
+    }
     made = type(processor_class.__name__, (processor_class,), members)
     made.__module__ = processor_class.__module__
     return made

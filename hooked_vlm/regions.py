@@ -8,7 +8,7 @@ raster order (row by row, left to right), and so does everything derived from th
 Regions are made by a `TokenGrid` from pixels, by a stimulus that knows where its objects
 are, or here from cells; they combine as sets (`|`, `&`, `-`, `~`).  An algebra result may
 be empty, but to use an empty region is an error: an intervention on nothing looks just
-like an intervention without effect.  Geometry and regions: paper.md 2.1.
+like an intervention without effect.  Geometry and regions: protocol 2.1.
 """
 
 import operator

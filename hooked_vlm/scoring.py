@@ -1,4 +1,4 @@
-"""From next-token logits to answers and numbers (paper, section 2.4).
+"""From next-token logits to answers and numbers (protocol 2.4).
 
 A one-token answer can be spelled in several ways: `red`, `Red`, ` red`, ` Red`.  A
 *candidate's* probability is the softmax mass of its spellings, each token id counted once

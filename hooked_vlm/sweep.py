@@ -41,7 +41,7 @@ class Sweep:
     """
 
     inputs: Mapping[str, Any]
-    axes: Mapping[str, Sequence[Any]]
+    axes: Mapping[str, Sequence[Any] | np.ndarray]
     make: Callable[..., Any]
 
     def cells(self) -> Iterator[Cell]:

@@ -31,9 +31,10 @@ the dimensions of a head that are used (2 and up) do not turn within a prompt.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
@@ -47,8 +48,8 @@ from hooked_vlm.zoo.build import RECIPES, build_tokenizer
 
 SIDE, PATCH, WIDTH = 6, 8, 64
 GEOMETRY = geometry_for(SIDE, PATCH)
-BALLAST = {"vision": 1000.0, "language": 60.0}
-CODE = 6.0
+BALLAST = {"vision": 1000.0, "language": 20.0}
+CODE = 3.0
 """The order code's size behind the projector; colours are between -1 and 1."""
 
 V = {  # dimensions of the vision encoder, each mirrored 32 dimensions up
@@ -61,17 +62,19 @@ V = {  # dimensions of the vision encoder, each mirrored 32 dimensions up
     "row_code": range(18, 21),
     "ballast": [31],
 }
+COPIES = 4
+"""Dimensions for each strip of an order code: with one alone, a probe's random start drowns it."""
 L = {  # dimensions of the language model
-    "column_code": range(3),
-    "row_code": range(3, 6),
-    "column_color": range(6, 9),
-    "row_color": range(9, 12),
-    "whiteness": [12],  # the mean of a token's own colour: 1 where white, 0 or less in objects
-    "direction_word": range(13, 17),
-    "is_direction": [17],
-    "sink": [18],
-    "direction": range(20, 24),
-    "answer_color": range(24, 27),
+    "column_code": range(3 * COPIES),
+    "row_code": range(12, 12 + 3 * COPIES),
+    "column_color": range(24, 27),
+    "row_color": range(27, 30),
+    "whiteness": [30],  # the mean of a token's own colour: 1 where white, 0 or less in objects
+    "direction_word": range(31, 35),
+    "is_direction": [35],
+    "sink": [36],
+    "direction": range(40, 44),
+    "answer_color": range(44, 47),
     "ballast": [63],
 }
 
@@ -96,17 +99,18 @@ def planted(coded: str) -> HookedVLM:
         num_additional_image_tokens=1,
     )
     model = LlavaForConditionalGeneration(_config(tokenizer)).eval()
+    parts: Any = model.model
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        _plant_vision(model.model.vision_tower, coded)
-        _plant_projector(model.model.multi_modal_projector)
-        _plant_language(model.model.language_model, tokenizer, reads_white=coded == "background")
+        _plant_vision(parts.vision_tower, coded)
+        _plant_projector(parts.multi_modal_projector)
+        _plant_language(parts.language_model, tokenizer, reads_white=coded == "background")
         _plant_answers(model.lm_head, tokenizer)
     return HookedVLM(model, processor, name=f"planted-{coded}")
 
 
-def _config(tokenizer) -> LlavaConfig:
+def _config(tokenizer: Any) -> LlavaConfig:
     tower = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=16,
@@ -129,10 +133,11 @@ def _config(tokenizer) -> LlavaConfig:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
     )
+    image_token: Any = {"image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>")}
     return LlavaConfig(
         vision_config=tower,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        **image_token,
         vision_feature_layer=-1,
         projector_hidden_act="relu",
         tie_word_embeddings=False,
@@ -144,7 +149,7 @@ def _both_signs(weight: Tensor) -> None:
     weight[WIDTH // 2 :] = -weight[: WIDTH // 2]
 
 
-def _plant_vision(tower: nn.Module, coded: str) -> None:
+def _plant_vision(tower: Any, coded: str) -> None:
     tower = getattr(tower, "vision_model", tower)
     patches = tower.embeddings.patch_embedding.weight
     for channel, dim in enumerate(V["rgb"]):
@@ -188,7 +193,7 @@ def _plant_vision(tower: nn.Module, coded: str) -> None:
     _both_signs(mlp.fc2.weight)
 
 
-def _plant_projector(projector: nn.Module) -> None:
+def _plant_projector(projector: Any) -> None:
     """Copies codes and colours; relu(x) - relu(-x) is x."""
     unit = 0
 
@@ -199,14 +204,17 @@ def _plant_projector(projector: nn.Module) -> None:
             projector.linear_2.weight[target, unit] = sign * size
             unit += 1
 
-    for name in ("column_code", "row_code", "column_color", "row_color"):
+    for name in ("column_code", "row_code"):
+        for i, target in enumerate(L[name]):
+            copy([V[name][i // COPIES]], target, CODE)
+    for name in ("column_color", "row_color"):
         for source, target in zip(V[name], L[name], strict=True):
-            copy([source], target, CODE if name.endswith("code") else 1.0)
+            copy([source], target, 1.0)
     copy(list(V["rgb"]), L["whiteness"][0], 1 / 3)
     projector.linear_2.bias[L["ballast"]] = BALLAST["language"]
 
 
-def _plant_language(lm: nn.Module, tokenizer, reads_white: bool) -> None:
+def _plant_language(lm: Any, tokenizer: Any, reads_white: bool) -> None:
     embed = lm.embed_tokens.weight
     embed[:, L["ballast"]] = BALLAST["language"]
     for i, word in enumerate(DIRECTIONS):
@@ -233,7 +241,7 @@ def _plant_language(lm: nn.Module, tokenizer, reads_white: bool) -> None:
         at = 16 * head
         for i, slot in enumerate((0, 2)):  # left and right, above and below
             look_up.q_proj.weight[at + 2 + i, L["direction"][2 * head + i]] = 60 * scale
-            look_up.k_proj.weight[at + 2 + i, L[f"{name}_code"][slot]] = 1 / CODE
+            look_up.k_proj.weight[at + 2 + i, L[f"{name}_code"][slot * COPIES]] = 1 / CODE
         look_up.q_proj.weight[at + 4] = scale * one
         look_up.k_proj.weight[at + 4, L["whiteness"]] = white
         look_up.k_proj.weight[at + 4, L["sink"]] = white + 30  # less than a code that matches
@@ -244,8 +252,8 @@ def _plant_language(lm: nn.Module, tokenizer, reads_white: bool) -> None:
             look_up.o_proj.weight[answer, at + i] = 1
 
 
-def _plant_answers(head: nn.Module, tokenizer) -> None:
-    """A colour name's logit is 20 * (5 - its squared distance from the answer), up to |answer|^2."""
+def _plant_answers(head: Any, tokenizer: Any) -> None:
+    """A colour name's logit falls with its squared distance d from the answer: 20 * (5 - d) + c."""
     for name, rgb in COLORS.items():
         (token,) = tokenizer.encode(name, add_special_tokens=False)
         color = torch.tensor(rgb) / 127.5 - 1

@@ -41,11 +41,16 @@ def _llava() -> tuple[Any, Any]:
         chat_template=LLAVA_TEMPLATE,
         num_additional_image_tokens=1,
     )
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     tower = CLIPVisionConfig(hidden_size=32, image_size=CANVAS, patch_size=PATCH, **sizes)
     text = LlamaConfig(hidden_size=48, vocab_size=len(tokenizer), pad_token_id=0, **sizes)
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=tower, text_config=text, image_token_id=image_token)
+    options: dict[str, Any] = {"image_token_id": image_token}
+    config = LlavaConfig(vision_config=tower, text_config=text, **options)
     return LlavaForConditionalGeneration(config), processor
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -256,8 +257,9 @@ def test_a_model_of_ones_own_is_read_and_hooked(block):
 
 
 def llama() -> LlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval()
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 50}
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    return LlamaForCausalLM(config).eval()
 
 
 @pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -1,6 +1,7 @@
 """The order of calls, read from source: evaluation order, decorators, and what has no source."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Branching(nn.Module):
         super().__init__()
         self.late = nn.Linear(2, 2)
         self.early = nn.Linear(2, 2)
-        self.inner = nn.ModuleDict({"deep": nn.Linear(2, 2)})
+        self.inner: Any = nn.ModuleDict({"deep": nn.Linear(2, 2)})
 
     def forward(self, x: Tensor, flip: bool = False) -> Tensor:
         if flip:

@@ -29,7 +29,8 @@ def test_one_forward_pass_for_each_cell_in_order(family: str) -> None:
     assert not any(score.requires_grad for score in scores)
     with torch.no_grad():
         for cell, score in zip(cells, scores, strict=True):
-            assert torch.equal(score, model.run_with_hooks(inputs, cell.interventions)[:, -1])
+            logits = model.run_with_hooks(inputs, cell.interventions, logits_to_keep=1)
+            assert torch.equal(score, logits[:, -1])
 
 
 def test_recorded_runs_are_put_in_everywhere() -> None:

@@ -39,7 +39,7 @@ def test_describe_is_one_line_with_the_paper_s_numbers():
     ids=["qwen2-vl", "gemma-3", "pixtral"],
 )
 def test_object_positions_of_the_paper(rows, cell_px, gap, cell, position):
-    """paper.md 2.1: LM position = first + r N + c, and first + r (N + 1) + c for Pixtral."""
+    """paper, section 4: LM position = first + r N + c, and first + r (N + 1) + c for Pixtral."""
     grid = make_grid(rows, rows, cell_px, gap=gap)
     row, col = cell
     square = (col * cell_px, row * cell_px, (col + 1) * cell_px, (row + 1) * cell_px)

@@ -1,5 +1,8 @@
 """Loading by folder and by shipped name; what cannot be loaded, and why."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from prepared_models import prepared
@@ -18,11 +21,16 @@ def no_grad():
         yield
 
 
+def save(model: HookedVLM, folder: Path) -> None:
+    hf_model: Any = model.hf_model
+    hf_model.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_comes_back_as_it_was(family, tmp_path):
     model = prepared(family)
-    model.hf_model.save_pretrained(tmp_path)
-    model.processor.save_pretrained(tmp_path)
+    save(model, tmp_path)
     assert list(tmp_path.glob("*.safetensors"))
     loaded = HookedVLM.from_pretrained(str(tmp_path), device="cpu", attn_implementation="eager")
     assert type(loaded.hf_model) is type(model.hf_model)
@@ -39,15 +47,14 @@ def test_a_folder_comes_back_as_it_was(family, tmp_path):
 
 def test_the_dtype_asked_for(tmp_path):
     model = prepared("qwen2-vl")
-    model.hf_model.save_pretrained(tmp_path)
-    model.processor.save_pretrained(tmp_path)
+    save(model, tmp_path)
     half, _ = load_pretrained(str(tmp_path), dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert load_pretrained(str(tmp_path))[0].dtype == torch.float32
 
 
 def test_only_safetensors_are_loaded(tmp_path):
-    model = tiny("llava").hf_model
+    model: Any = tiny("llava").hf_model
     model.config.save_pretrained(tmp_path)
     prepared("llava").processor.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -62,7 +69,12 @@ def test_what_is_nowhere():
 
 
 def test_a_language_model_is_no_vlm(tmp_path):
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "vocab_size": 50,
+    }
     LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"Could not load .*LlamaConfig"):
         HookedVLM.from_pretrained(str(tmp_path))
@@ -87,8 +99,7 @@ def test_a_near_miss_of_a_shipped_name():
 
 
 def test_inputs_made_elsewhere_run_on_a_loaded_model(tmp_path):
-    tiny("gemma-3").hf_model.save_pretrained(tmp_path)
-    prepared("gemma-3").processor.save_pretrained(tmp_path)
+    save(HookedVLM(tiny("gemma-3").hf_model, prepared("gemma-3").processor), tmp_path)
     loaded = HookedVLM.from_pretrained(str(tmp_path))
     inputs = make_inputs("gemma-3")
     torch.testing.assert_close(loaded(inputs), tiny("gemma-3")(inputs))

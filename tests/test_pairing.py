@@ -49,7 +49,7 @@ def test_qwen_s_strips_are_the_same_either_way():
 
 
 def test_unequal_strips_are_refused_and_can_be_aligned():
-    """What'sUp "table" on Gemma: 96 against 64 tokens (paper.md 2.1, 2.7)."""
+    """What'sUp "table" on Gemma: 96 against 64 tokens (protocol 2.1, 2.7)."""
     strips = Region.columns(GEMMA, 0, 6, "left strip"), Region.columns(GEMMA, 12, 16, "right strip")
     table = Region.rectangle(GEMMA, rows=(10, 15), cols=(2, 4))
     objects = table, table.shifted(cols=10)

@@ -1,5 +1,7 @@
 """With no hook attached the wrapped model is transformers' own, bit for bit; hooked eager too."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import FAMILIES, build, make_inputs, tiny
@@ -76,7 +78,8 @@ def test_residual_slots_are_the_hidden_states_transformers_returns(family):
 def test_the_projector_gives_what_get_image_features_gives(family):
     model, inputs = tiny(family), make_inputs(family, 2)
     images = {n: inputs[n] for n in ("pixel_values", "image_grid_thw") if n in inputs}
-    expected = model.hf_model.get_image_features(**images).pooler_output
+    hf_model: Any = model.hf_model
+    expected = hf_model.get_image_features(**images).pooler_output
     _, cache = model.run_with_cache(inputs, "vision_projector.hook_out")
     found = cache["vision_projector.hook_out"]
     assert len(found) == len(expected) == 2

@@ -69,7 +69,7 @@ def test_residual_family_has_layer_and_pos_in_every_tower(
     corrupted = short_inputs(family, seed=1)
     prefix = f"{tower}." if tower else ""
     cache = cached(model, short_inputs(family, seed=2), f"{prefix}blocks.*.hook_{short}")
-    positions = pd.DataFrame({"layer": [0, 1, 0], "pos": [3, 0, 4]})
+    positions = pd.DataFrame({"layer": [0, 1, 0], "pos": [4, 6, 5]})
     scores = patching.generic_activation_patch(
         model,
         corrupted,
@@ -91,7 +91,8 @@ def test_residual_family_has_layer_and_pos_in_every_tower(
 def test_the_tower_is_patched_by_patch_and_the_projector_by_token(family: str) -> None:
     model = tiny(family)
     corrupted = short_inputs(family, seed=1)
-    cache = cached(model, short_inputs(family, seed=2))
+    names = [f"{TOWER}.blocks.*.hook_resid_pre", "vision_projector.hook_out"]
+    cache = cached(model, short_inputs(family, seed=2), names)
     by_patch = patching.get_act_patch_resid_pre(model, corrupted, cache, metric, tower=TOWER)
     n_patches = 37 if family == "llava" else 36
     n_layers = 2 if family == "llava" else 3  # LLaVA's projector reads vision block 1 of 0..2
@@ -121,7 +122,9 @@ def test_the_tower_is_patched_by_patch_and_the_projector_by_token(family: str) -
 def test_heads_follow_the_activation_and_not_the_config(family: str, tower: str | None) -> None:
     model = tiny(family)
     corrupted = short_inputs(family, seed=1)
-    cache = cached(model, short_inputs(family, seed=2), lambda name: ".attn.hook_" in name)
+    cache = cached(
+        model, short_inputs(family, seed=2), lambda name: name[-2:] in ("_q", "_k", "_v", "_z")
+    )
     counts = {"out": 4, "q": 4, "k": 4 if tower else 2, "v": 4 if tower else 2}
     last = 2 if tower and family == "llava" else 3
     for letter, n_heads in counts.items():
@@ -323,21 +326,15 @@ def test_a_clean_run_that_does_not_fit_is_refused(family: str, forwards: list[st
 def test_images_of_other_sizes_are_refused(forwards: list[str]) -> None:
     model = tiny("qwen2-vl")
     corrupted = short_inputs("qwen2-vl", seed=1)
-    other = wide_image(corrupted)
-    cache = cached(model, other, f"{TOWER}.*")
+    other = {name: value[1:] for name, value in uneven_images().items()}
+    other["pixel_values"] = other["pixel_values"][-24:]
+    cache = cached(model, other, f"{TOWER}.*.hook_resid_pre")
     refused(model, corrupted, cache, "along 'patch'", forwards, tower=TOWER)
     uneven = uneven_images()
-    cache = cached(model, uneven, f"{TOWER}.*")
+    cache = cached(model, uneven, f"{TOWER}.*.hook_resid_pre")
     refused(model, uneven, cache, "a list by image", forwards, tower=TOWER)
-    even = cached(model, make_inputs("qwen2-vl", batch=2, seed=3), f"{TOWER}.*")
+    even = cached(model, make_inputs("qwen2-vl", batch=2, seed=3), f"{TOWER}.*.hook_resid_pre")
     refused(model, uneven, even, "2 different sizes", forwards, tower=TOWER)
-
-
-def wide_image(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same prompt length with an image of 4x9... 2x9 merged cells do not exist: 18x2."""
-    return {**inputs, "image_grid_thw": torch.tensor([[1, 2, 18]])} | {
-        "input_ids": inputs["input_ids"].clone()
-    }
 
 
 def uneven_images() -> dict[str, Tensor]:
@@ -356,7 +353,7 @@ def uneven_images() -> dict[str, Tensor]:
 def test_wrong_requests_are_refused(forwards: list[str]) -> None:
     model = tiny("llava")
     corrupted = short_inputs("llava", seed=1)
-    cache = cached(model, short_inputs("llava", seed=2))
+    cache = cached(model, short_inputs("llava", seed=2), "*.hook_resid_pre")
     axes = {"index_axis_names": None}
     refused(model, corrupted, cache, "one of the two", forwards, **axes)
     both = {"index_df": pd.DataFrame({"layer": [0], "pos": [0]})}
@@ -385,7 +382,7 @@ def test_wrong_requests_are_refused(forwards: list[str]) -> None:
         model, corrupted, cache, "cannot be written", forwards, index_df=dead, tower=TOWER, **axes
     )
     none = pd.DataFrame({"layer": [], "pos": []})
-    refused(model, corrupted, cache, "no index", forwards, index_df=none, **axes)
+    refused(model, corrupted, cache, "no rows", forwards, index_df=none, **axes)
     with pytest.raises(UnknownHookError, match="resid_pre"):
         patching.generic_activation_patch(
             model,

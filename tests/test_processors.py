@@ -1,5 +1,7 @@
 """Processors that want torchvision for videos, made to do without."""
 
+from typing import Any
+
 import pytest
 import torch
 from prepared_models import prepared
@@ -30,7 +32,8 @@ def test_the_same_class_without_its_video_part():
 def test_loading_gives_the_processor_that_was_saved(family, tmp_path):
     saved = prepared(family).processor
     saved.save_pretrained(tmp_path)
-    prepared(family).hf_model.config.save_pretrained(tmp_path)
+    hf_model: Any = prepared(family).hf_model
+    hf_model.config.save_pretrained(tmp_path)
     loaded = load_processor(str(tmp_path))
     assert type(loaded).__name__ == type(saved).__name__
     assert loaded.chat_template == saved.chat_template

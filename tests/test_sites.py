@@ -118,8 +118,10 @@ def test_writing_back_what_was_read_changes_nothing(family, attn):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_edit_in_place_is_the_edit_returned(family):
     model, inputs = tiny(family), make_inputs(family, 2)
+    base = model(inputs)
     for site in representatives(model):
         returned = model.run_with_hooks(inputs, [(site.name, each(perturbed))])
+        assert (returned - base).abs().max() > 1e-5, site.name
         in_place = model.run_with_hooks(inputs, [(site.name, each(perturb_in_place))])
         assert torch.equal(returned, in_place), site.name
     with torch.inference_mode():  # where torch counts no versions

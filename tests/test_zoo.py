@@ -19,6 +19,7 @@ from hooked_vlm.zoo import available, evaluate, folder, load
 from hooked_vlm.zoo.batches import Encoder
 from hooked_vlm.zoo.build import RECIPES, WORDS, build_processor, build_tokenizer
 from hooked_vlm.zoo.tasks import (
+    EXTRA_COLORS,
     canonical_scene,
     conversation,
     held_out_triples,
@@ -41,8 +42,11 @@ def test_held_out_triples_are_never_trained_on():
     assert len(held_out) == 24 and held_out == held_out_triples()
     assert held_out.isdisjoint(trained) and held_out | set(trained) == set(permutations(COLORS, 3))
     rng = random.Random(0)
-    shown = {training_scene(rng, trained, GEOMETRY).triple for _ in range(300)}
-    assert shown.isdisjoint(held_out)
+    plain = {training_scene(rng, trained, GEOMETRY).triple for _ in range(300)}
+    assert plain <= set(trained)
+    extra = {training_scene(rng, trained, GEOMETRY, extra=1.0).triple for _ in range(300)}
+    assert extra.isdisjoint(held_out)
+    assert all(set(triple) & set(EXTRA_COLORS) for triple in extra)
 
 
 def test_no_order_can_be_learned_by_heart():
@@ -174,10 +178,9 @@ def test_training_batches_are_what_the_processor_makes(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_training_batches_are_seeded(name):
     encoder = Encoder(build_processor(name, 192))
-    config = Config(name, batch=4)
+    config, stage = Config(name, batch=4), Stage(6, 1, 0.01, 1e-3, extra_colors=0.5)
     first, second, other = (
-        training_batch(random.Random(seed), encoder, config, geometry_for(6, 16))
-        for seed in (0, 0, 1)
+        training_batch(random.Random(seed), encoder, config, stage) for seed in (0, 0, 1)
     )
     assert torch.equal(first.inputs["pixel_values"], second.inputs["pixel_values"])
     assert torch.equal(first.inputs["input_ids"], second.inputs["input_ids"])

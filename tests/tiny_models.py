@@ -121,7 +121,7 @@ def tokens_of(family: str, rows: int = 6, cols: int = 6) -> int:
 def make_inputs(
     family: str, batch: int = 1, images: int = 1, seed: int = 0, text: int = 5
 ) -> dict[str, torch.Tensor]:
-    """Returns model inputs of `batch` prompts of equal length with 48x48 px images (6x6 patches)."""
+    """Returns inputs of `batch` prompts of equal length with 48x48 px images (6x6 patches)."""
     random = torch.Generator().manual_seed(seed)
     n_images = batch * images
     block = [START, *[IMAGE] * tokens_of(family), END]

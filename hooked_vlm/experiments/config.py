@@ -13,6 +13,6 @@ class Config:
     """What a user may choose; every experiment takes the same and uses what it needs."""
 
     pairs: int = 50
-    """Clean/counterfactual pairs per direction (paper, 2.5)."""
+    """Clean/counterfactual pairs per direction (protocol 2.5)."""
     seed: int = 0
     batch_size: int = 16

@@ -159,4 +159,4 @@ def _verdict(table: pd.DataFrame) -> str:
             f"tokens are assigned to their own strip (control "
             f"{here.loc['background, shuffled', 'value']:.2f}, chance 0.33)"
         )
-    return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
+    return "\n".join(part[0].upper() + part[1:] + "." for part in parts)

@@ -79,7 +79,7 @@ class Squares:
         return [answer == normalise(q.target) for answer, q in zip(answers, questions, strict=True)]
 
     def pairs(self, make: Any, k: int, config: Config) -> dict[str, list[Any]]:
-        """Returns each direction's pairs, drawn and filtered as the paper does (2.5).
+        """Returns each direction's pairs, drawn and filtered as the paper does (protocol 2.5).
 
         A direction of which the model answers no pair rightly is left out (`sample_tuples`
         warns of it); raises `DataError` when that leaves none.
@@ -143,5 +143,5 @@ def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
 
 
 def said(row: pd.Series) -> str:
-    """Returns a number with its interval, as verdicts write it."""
-    return f"{row['value']:.2f} (95 % interval {row['low']:.2f} to {row['high']:.2f})"
+    """Returns a number with its 95 % interval, as verdicts write it."""
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"

@@ -157,13 +157,17 @@ def _verdict(table: pd.DataFrame) -> str:
         ahead = clear[clear["value"] > 0]["slot"].tolist()
         behind = clear[clear["value"] < 0]["slot"].tolist()
         parts.append(
-            f"{direction}: strips flip the answer with probability {said(best['strip'])} at best "
-            f"(slot {best['strip']['slot']}), objects alone {said(best['object'])} (slot "
-            f"{best['object']['slot']}), strips without objects {said(best['background'])} (slot "
-            f"{best['background']['slot']}); strips beat objects at {_listed(ahead)}"
-            + (f", objects beat strips at {_listed(behind)}" if behind else "")
+            f"{direction}: at best, strips flip the answer with probability {_at(best['strip'])}, "
+            f"objects alone {_at(best['object'])}, strips without objects "
+            f"{_at(best['background'])}; strips do more than objects at {_listed(ahead)}"
+            + (f", objects more than strips at {_listed(behind)}" if behind else "")
+            + "."
         )
-    return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
+    return "\n".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _at(row: pd.Series) -> str:
+    return f"{said(row)} (slot {row['slot']})"
 
 
 def _peak(rows: pd.DataFrame) -> pd.Series:

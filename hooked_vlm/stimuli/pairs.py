@@ -1,4 +1,4 @@
-"""Clean / counterfactual pairs, drawn exactly as the paper draws them (section 2.5).
+"""Clean / counterfactual pairs, drawn exactly as the paper draws them (protocol 2.5).
 
 A *tuple* is k entity names without repetition.  `sample_tuples` draws tuples per
 direction with one random stream; `swap_pair` (k = 3) and `final_token_pair` (k = 5) turn
@@ -125,7 +125,7 @@ class FinalTokenPair:
 
 
 def swap_pair(direction: str, names: Sequence[str]) -> SwapPair:
-    """Returns the swap pair of a 3-tuple (t0, t1, t2), paper section 2.5.
+    """Returns the swap pair of a 3-tuple (t0, t1, t2), protocol 2.5.
 
     Raises:
         DataError: an unknown direction, or not three different names.
@@ -140,7 +140,7 @@ def swap_pair(direction: str, names: Sequence[str]) -> SwapPair:
 
 
 def final_token_pair(direction: str, names: Sequence[str]) -> FinalTokenPair:
-    """Returns the final-token pair of a 5-tuple (t0, ..., t4), paper section 2.5.
+    """Returns the final-token pair of a 5-tuple (t0, ..., t4), protocol 2.5.
 
     Raises:
         DataError: an unknown direction, or not five different names.

@@ -6,7 +6,7 @@ Three sets of pictures, each asked in all four directions, the question being th
 turn as in the paper: the paper's layout with every colour triple, the paper's layout with
 the triples that training never showed, and layouts that training never showed with those
 triples.  An answer is right when the most probable next token of the whole vocabulary,
-in lower case and stripped, is the target (paper 2.4).  Intervals are Wilson's, at 95 %.
+in lower case and stripped, is the target (protocol 2.4).  Intervals are Wilson's, at 95 %.
 """
 
 import argparse

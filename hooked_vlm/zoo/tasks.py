@@ -26,6 +26,19 @@ LIST_PROMPT = {
     "vertical": "List the colors from top to bottom.",
 }
 
+EXTRA_COLORS = {
+    "orange": (255, 165, 0),
+    "yellow": (255, 255, 0),
+    "purple": (128, 0, 128),
+    "pink": (255, 105, 180),
+    "cyan": (0, 255, 255),
+    "olive": (128, 128, 0),
+    "navy": (0, 0, 96),
+    "teal": (0, 128, 128),
+}
+"""Colours that only training shows: more of them make it cheaper to read the order off the
+picture than to remember which triples occur."""
+
 Triple = tuple[str, str, str]
 Turn = tuple[str, str]
 """A question and its answer."""
@@ -61,7 +74,7 @@ class Scene:
         """Returns the picture: squares on white."""
         image = np.full((canvas, canvas, 3), 255, dtype=np.uint8)
         for name, (x0, y0, x1, y1) in zip(self.triple, self.boxes, strict=True):
-            image[y0:y1, x0:x1] = COLORS[name]
+            image[y0:y1, x0:x1] = COLORS.get(name) or EXTRA_COLORS[name]
         return image
 
     def relations(self) -> list[Turn]:
@@ -136,9 +149,19 @@ def _boxes(
     return tuple(boxes)
 
 
-def training_scene(rng: random.Random, triples: list[Triple], geometry: Geometry) -> Scene:
-    """Returns a scene to train on: the paper's layout two times in five, else a jittered one."""
+def training_scene(
+    rng: random.Random, triples: list[Triple], geometry: Geometry, extra: float = 0.0
+) -> Scene:
+    """Returns a scene to train on: the paper's layout two times in five, else a jittered one.
+
+    `extra` is the share of scenes with at least one of the extra colours in it.
+    """
     triple, axis = rng.choice(triples), rng.choice(("horizontal", "vertical"))
+    if extra and rng.random() < extra:
+        every = [*COLORS, *EXTRA_COLORS]
+        while all(name in COLORS for name in triple):
+            first, middle, last = rng.sample(every, 3)
+            triple = (first, middle, last)
     if rng.random() < 0.4:
         return canonical_scene(triple, axis, geometry)
     return jittered_scene(rng, triple, axis, geometry.canvas, unseen=False)
