@@ -51,6 +51,7 @@ STAGES = {
 }
 SCORES = {
     "accuracy": Look("held-out object tokens", "#0072B2", "o"),
+    "converged": Look("the same, fitted to convergence", "#009E73", "v"),
     "shuffled": Look("its control, fitted to shuffled labels", "#6B6B6B", "D"),
     "background": Look("background tokens given to their strip", "#D55E00", "s"),
     "background, shuffled": Look("its control", "#6B6B6B", "^"),

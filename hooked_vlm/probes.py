@@ -244,13 +244,17 @@ def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
     return replace(examples, y=dealt[member])
 
 
-def held_out_accuracy(probe: LinearProbe, examples: Examples, *, level: float = 0.95) -> Interval:
+def held_out_accuracy(
+    probe: ClassifierMixin, examples: Examples, *, level: float = 0.95
+) -> Interval:
     """Returns the mean over images of the share of tokens read rightly, Wilson's interval.
+
+    The probe may be any fitted scikit-learn classifier.
 
     Each image counts as one trial, which is conservative (see `statistics.wilson`): the
     tokens of an image are far from independent.
     """
-    right = probe.predict(examples.X) == examples.y
+    right = probe.predict(examples.X) == examples.y  # type: ignore[attr-defined]
     images, member = np.unique(examples.images, return_inverse=True)
     shares = np.bincount(member, weights=right) / np.bincount(member)
     return wilson(float(shares.sum()), len(images), level=level)

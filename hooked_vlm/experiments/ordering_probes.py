@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from sklearn.linear_model import LogisticRegression
 
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Squares, interval_rows, said
 from hooked_vlm.naming import PROJECTOR
 from hooked_vlm.probes import (
+    Examples,
     LinearProbe,
     held_out_accuracy,
     object_examples,
@@ -95,6 +97,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "'background' counts, on held-out pictures, the background tokens that the probe "
             "assigns to the strip they lie in; a probe that sees nothing there gets about 1/3. "
             "The control is fitted and scored on labels dealt anew among each picture's objects.",
+            "'converged' is a logistic regression on the same examples, standardised and fitted to "
+            "convergence: where it reads much more than the paper's recipe (200 AdamW steps of "
+            "1e-3), the recipe is what falls short, not the code. The maps are the recipe's.",
         ),
     )
 
@@ -122,8 +127,13 @@ def _fit(setting: Squares, axis: str, features: torch.Tensor, seed: int) -> dict
     control = LinearProbe(seed=seed)
     part = shuffled.of_images(train)
     control.fit(part.X, part.y)
+    converged = _converged(examples.of_images(train))
     rows = []
-    for quantity, fitted, data in (("accuracy", probe, examples), ("shuffled", control, shuffled)):
+    for quantity, fitted, data in (
+        ("accuracy", probe, examples),
+        ("converged", converged, examples),
+        ("shuffled", control, shuffled),
+    ):
         interval = held_out_accuracy(fitted, data.of_images(test))
         rows += interval_rows(interval, {}, axis=axis, quantity=quantity)
     n = geometry.n_tokens
@@ -133,6 +143,21 @@ def _fit(setting: Squares, axis: str, features: torch.Tensor, seed: int) -> dict
         rows += interval_rows(bootstrap(shares, seed=seed), {}, axis=axis, quantity=quantity)
     maps = probe.probability_map(grids).permute(0, 3, 1, 2).numpy()
     return {"rows": rows, "maps": maps, "test": test, "shown": range(min(SHOWN, len(test)))}
+
+
+def _converged(examples: Examples) -> LogisticRegression:
+    """Returns a logistic regression on standardised features, fitted until it converges.
+
+    It tells a code that is not there from one that the paper's 200 small steps, chosen
+    for thousands of features, do not reach.
+    """
+    X = examples.X.numpy()
+    mean, scale = X.mean(0), X.std(0) + 1e-6
+    fitted = LogisticRegression(max_iter=5000).fit((X - mean) / scale, examples.y)
+    # The standardisation moves into the weights, so that the probe takes raw features.
+    fitted.coef_ = fitted.coef_ / scale
+    fitted.intercept_ = fitted.intercept_ - fitted.coef_ @ mean
+    return fitted
 
 
 def _background_shares(geometry, axis: str, maps: torch.Tensor) -> np.ndarray:
@@ -154,7 +179,8 @@ def _verdict(table: pd.DataFrame) -> str:
     for axis in AXES:
         here = table[table["axis"] == axis].set_index("quantity")
         parts.append(
-            f"{axis}: {said(here.loc['accuracy'])} of held-out object tokens, control "
+            f"{axis}: {said(here.loc['accuracy'])} of held-out object tokens "
+            f"({said(here.loc['converged'])} by a probe fitted to convergence), control "
             f"{here.loc['shuffled', 'value']:.2f}; {said(here.loc['background'])} of background "
             f"tokens are assigned to their own strip (control "
             f"{here.loc['background, shuffled', 'value']:.2f}, chance 0.33)"
