@@ -18,7 +18,7 @@ from hooked_vlm.stimuli.squares import COLORS, draw, prompt
 
 
 model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
-vision = model.cfg.vision
+vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 
 # Eight pairs of a picture and its mirror image, both asked what is left of the middle.
@@ -33,9 +33,11 @@ def ask(questions):
 
 clean, mirrored = ask([p.clean for p in pairs]), ask([p.counterfactual for p in pairs])
 
-objects = [geometry.object_region("horizontal", slot) for slot in (0, 2)]
-strips = [geometry.strip_region("horizontal", slot) for slot in (0, 2)]
-cells = {"object": swap_pairs(*objects), "strip": swap_pairs(*strips)}
+regions = {"object": geometry.object_region, "strip": geometry.strip_region}
+cells = {
+    kind: swap_pairs(region("horizontal", 0), region("horizontal", 2))
+    for kind, region in regions.items()
+}
 
 sweep = Sweep(
     clean,

@@ -216,7 +216,7 @@ class Listener(contextlib.AbstractContextManager):
             self._bars.update(self._task, completed=done, total=total)
         now = time.monotonic()
         if done == 0:  # what came before (drawing pairs, say) tells nothing of what is left
-            self._start = now
+            self._start = self._said = now
         if now - self._said > 10 and done:
             spent = now - self._start
             left = spent * (total - done) / done

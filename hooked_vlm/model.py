@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy import Anatomy, read_anatomy
 from hooked_vlm.attention import implementation
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.config import HookedVLMConfig, read_config
+from hooked_vlm.config import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.describe import describe_sites
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError, UnsupportedModelError
 from hooked_vlm.hooks import HookFunction, HookPoint, Reader, Run, attach
@@ -114,13 +114,14 @@ class HookedVLM:
         """The names of all sites, in the order in which a forward pass meets them."""
         return list(self.sites)
 
-    def require_vision(self) -> None:
-        """Raises `UnsupportedModelError` unless the model has a vision encoder."""
-        if self.anatomy.vision is None:
+    def require_vision(self) -> VisionConfig:
+        """Returns the vision encoder's sizes; raises `UnsupportedModelError` if there is none."""
+        if self.cfg.vision is None:
             raise UnsupportedModelError(
                 f"{self.cfg.model_name} has no vision encoder, so it takes no images and has no "
                 "vision_encoder or vision_projector sites."
             )
+        return self.cfg.vision
 
     def describe(self) -> str:
         """Returns the sites as a tree with their shapes, layers folded together."""

@@ -5,14 +5,16 @@ block, and put back only what leaves the merger.  transformers computes the orde
 function of its own; we ask the same function, so that both always agree.
 """
 
+from typing import Any
+
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_vlm.calls import forward_source
 from hooked_vlm.errors import UnsupportedModelError
 
 
-def window_index(encoder: nn.Module, grid_thw: Int[Tensor, "image 3"]) -> Tensor | None:
+def window_index(encoder: Any, grid_thw: Int[Tensor, "image 3"]) -> Tensor | None:
     """Returns which merged block of patches each place inside the blocks holds (None: as it came).
 
     Raises `UnsupportedModelError` when the encoder reorders patches in a way not known here.

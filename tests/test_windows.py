@@ -55,7 +55,8 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def test_windows_do_reorder_here(model: HookedVLM, inputs: dict) -> None:
-    order = window_index(model.hf_model.model.visual, inputs["image_grid_thw"])
+    encoder = model.hf_model.get_submodule("model.visual")
+    order = window_index(encoder, inputs["image_grid_thw"])
     assert order is not None and not torch.equal(order, torch.arange(18))
 
 

@@ -18,6 +18,7 @@ from hooked_vlm.stimuli.squares import COLORS, draw
 from hooked_vlm.zoo import available, evaluate, folder, load
 from hooked_vlm.zoo.batches import Encoder
 from hooked_vlm.zoo.build import RECIPES, WORDS, build_processor, build_tokenizer
+from hooked_vlm.zoo.evaluate import SETS
 from hooked_vlm.zoo.tasks import (
     EXTRA_COLORS,
     canonical_scene,
@@ -247,17 +248,20 @@ def test_a_loaded_model_is_ready_to_use(shipped):
     assert [normalise(text) for text in answer] == ["blue"]
 
 
-@pytest.mark.parametrize("pictures", evaluate.SETS[1:])
-def test_models_answer_pictures_they_never_saw(shipped, pictures):
+@pytest.mark.parametrize(("pictures", "overall"), [(SETS[1], 0.97), (SETS[2], 0.9)])
+def test_models_answer_pictures_they_never_saw(shipped, pictures, overall):
     model, processor = shipped
-    encoder = Encoder(processor)
-    bar = {"unseen triples": 0.97, "unseen triples and layouts": 0.9}[pictures]
+    encoder, rates = Encoder(processor), []
     for direction in DIRECTIONS:
-        shown = evaluate.scenes(pictures, direction, GEOMETRY)[::2][:24]
+        shown = evaluate.scenes(pictures, direction, GEOMETRY)[:: 1 if pictures == SETS[1] else 5]
+        assert len(shown) == 24
         asked = [evaluate.question(scene, direction) for scene in shown]
         given = evaluate.answers(model, encoder, asked, shown, GEOMETRY.canvas)
         right = [answer == turn[1] for answer, turn in zip(given, asked, strict=True)]
-        assert np.mean(right) >= bar, f"{pictures}, {direction}"
+        rates.append(np.mean(right))
+        # One wrong answer in 24 is 0.958, three are 0.875: chance, between neighbours, is 0.5.
+        assert rates[-1] >= 0.87, f"{pictures}, {direction}"
+    assert np.mean(rates) >= overall
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

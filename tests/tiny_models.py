@@ -69,9 +69,12 @@ def _qwen2_vl() -> Qwen2VLConfig:
 
 def _gemma_3() -> Gemma3Config:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    text = Gemma3TextConfig(**_TEXT, head_dim=16, sliding_window=10, layer_types=layers)
-    return Gemma3Config(
-        vision_config=SiglipVisionConfig(**_TOWER).to_dict(),
+    text_config: Any = Gemma3TextConfig
+    text = text_config(**_TEXT, head_dim=16, sliding_window=10, layer_types=layers)
+    config: Any = Gemma3Config
+    tower: Any = SiglipVisionConfig
+    return config(
+        vision_config=tower(**_TOWER).to_dict(),
         text_config=text.to_dict(),
         mm_tokens_per_image=9,
         image_token_id=IMAGE,
@@ -79,8 +82,10 @@ def _gemma_3() -> Gemma3Config:
 
 
 def _llava(vision_feature_layer: int | list[int] = -2) -> LlavaConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**_TOWER),
+    config: Any = LlavaConfig
+    tower: Any = CLIPVisionConfig
+    return config(
+        vision_config=tower(**_TOWER),
         text_config=LlamaConfig(**_TEXT),
         image_token_id=IMAGE,
         vision_feature_layer=vision_feature_layer,

@@ -60,7 +60,7 @@ def _row(direction: str, verdicts: list[bool]) -> dict:
 def _verdict(table: pd.DataFrame) -> str:
     every = table[table["direction"] == "all"].iloc[0]
     by = table[table["direction"] != "all"]
-    worst = by.loc[by["value"].idxmin()]
+    worst = by.sort_values("value").iloc[0]
     return (
         f"Of {every['n']} items the model answers {said(every)} rightly; its worst direction is "
         f"{worst['direction']!r}, with {said(worst)}."

@@ -108,7 +108,7 @@ def _verdict(table: pd.DataFrame) -> str:
         if (winner == q).any()
     ]
     ordering = select(every, quantity="ordering")
-    peak = ordering.loc[ordering["value"].idxmax()]
+    peak = ordering.sort_values("value").iloc[-1]
     staged = list(dict.fromkeys(winner)) == list(QUANTITIES)
     return (
         f"By the most probable of the three answers, {'; '.join(spans)}. The ordering answer peaks "

@@ -59,10 +59,10 @@ class Squares:
             system=SYSTEM_PROMPT,
         )
 
-    def batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    def batches(self, items: Sequence[Any]) -> Iterator[list[Any]]:
         """Yields items in runs of at most the batch size."""
         for start in range(0, len(items), self.batch_size):
-            yield items[start : start + self.batch_size]
+            yield list(items[start : start + self.batch_size])
 
     def logits(self, questions: Sequence[Question]) -> Float[Tensor, "question d_vocab"]:
         """Returns the final position's logits of each question."""
@@ -142,6 +142,6 @@ def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     return table
 
 
-def said(row: pd.Series) -> str:
+def said(row: Any) -> str:
     """Returns a number with its 95 % interval, as verdicts write it."""
     return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"

@@ -88,13 +88,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 
 def cell_pairs(geometry: Geometry, axis: str, kind: str) -> CellPairs:
     """Returns the cells that one kind of swap exchanges, in the published pairing."""
-    objects = tuple(geometry.object_region(axis, slot) for slot in (0, 2))
-    strips = tuple(geometry.strip_region(axis, slot) for slot in (0, 2))
+    left, right = (geometry.object_region(axis, slot) for slot in (0, 2))
     if kind == "object":
-        return swap_pairs(*objects)
+        return swap_pairs(left, right)
+    first, last = (geometry.strip_region(axis, slot) for slot in (0, 2))
     if kind == "strip":
-        return swap_pairs(*strips, objects=objects)
-    return swap_pairs(*(strip - inside for strip, inside in zip(strips, objects, strict=True)))
+        return swap_pairs(first, last, objects=(left, right))
+    return swap_pairs(first - left, last - right)
 
 
 def _sweep(
@@ -171,7 +171,7 @@ def _at(row: pd.Series) -> str:
 
 
 def _peak(rows: pd.DataFrame) -> pd.Series:
-    return rows.loc[rows["value"].idxmax()]
+    return rows.sort_values("value").iloc[-1]
 
 
 def _listed(slots: list[int]) -> str:

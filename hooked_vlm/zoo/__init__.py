@@ -41,7 +41,7 @@ def load(
     Keyword arguments go to transformers' `from_pretrained` (`attn_implementation`, …).
     """
     path = str(folder(name))
-    model = AutoModelForImageTextToText.from_pretrained(
+    model: Any = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype, use_safetensors=True, local_files_only=True, **kwargs
     )
     return model.eval().to(device), load_processor(path, local_files_only=True)
