@@ -248,8 +248,12 @@ def test_a_loaded_model_is_ready_to_use(shipped):
     assert [normalise(text) for text in answer] == ["blue"]
 
 
-@pytest.mark.parametrize(("pictures", "overall"), [(SETS[1], 0.97), (SETS[2], 0.9)])
-def test_models_answer_pictures_they_never_saw(shipped, pictures, overall):
+@pytest.mark.parametrize(("pictures", "least"), [(SETS[1], 0.97), (SETS[2], 0.87)])
+def test_models_answer_pictures_they_never_saw(shipped, pictures, least):
+    """At least 0.97 in every direction; on every fifth unseen layout, 0.9 in all together.
+
+    One wrong answer in 24 is 0.958, three are 0.875: chance, between neighbours, is 0.5.
+    """
     model, processor = shipped
     encoder, rates = Encoder(processor), []
     for direction in DIRECTIONS:
@@ -259,9 +263,8 @@ def test_models_answer_pictures_they_never_saw(shipped, pictures, overall):
         given = evaluate.answers(model, encoder, asked, shown, GEOMETRY.canvas)
         right = [answer == turn[1] for answer, turn in zip(given, asked, strict=True)]
         rates.append(np.mean(right))
-        # One wrong answer in 24 is 0.958, three are 0.875: chance, between neighbours, is 0.5.
-        assert rates[-1] >= 0.87, f"{pictures}, {direction}"
-    assert np.mean(rates) >= overall
+        assert rates[-1] >= least, f"{pictures}, {direction}"
+    assert np.mean(rates) >= 0.9
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
