@@ -3,10 +3,8 @@
 `read_anatomy` walks any transformers image-text-to-text model (or a module that
 follows its `get_encoder(modality="image")` / `get_decoder()` interface) and returns a
 frozen description made of module paths and sizes.  Nothing here asks which family a
-model belongs to: a part is recognised by what it is (a list of blocks, a linear map),
-by when its parent's `forward` calls it (see `calls`), and by the handful of names that
-transformers uses throughout (`q_proj`, `qkv`, `position_embedding`).  The description
-holds no weights and no modules, so it can be read off a model on the `meta` device.
+model belongs to (see `blocks` for how a part is recognised).  The description holds no
+weights and no modules, so it can be read off a model on the `meta` device.
 """
 
 import re
@@ -16,53 +14,18 @@ from typing import Any
 
 from torch import nn
 
-from hooked_vlm.calls import called_children, forward_parameters, forward_source, self_calls
+from hooked_vlm.blocks import (
+    Attention,
+    Block,
+    block_lists,
+    first_of,
+    has_weights,
+    is_linear,
+    is_norm,
+    read_block,
+)
+from hooked_vlm.calls import called_children, forward_parameters, self_calls
 from hooked_vlm.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention module: its projections, its head counts, and how it computes."""
-
-    path: str
-    q: str | None
-    k: str | None
-    v: str | None
-    qkv: str | None
-    """Path of a fused projection whose output is `(3 head d_head)`; then q, k, v are None."""
-    out: str
-    n_heads: int
-    n_key_value_heads: int
-    d_head: int
-    dispatched: bool
-    """Whether it goes through transformers' attention interface (else no scores, pattern)."""
-    rotary: bool
-    packed: bool
-    """Whether all images' patches come as one sequence, delimited by `cu_seqlens`."""
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """One feed-forward module; `linear` is the ungated half of a gated one."""
-
-    path: str
-    pre: str
-    linear: str | None
-    down: str
-    d_mlp: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block; `attn_out` and `mlp_out` are what is added to the residual."""
-
-    path: str
-    ln1: str | None
-    attn: Attention
-    attn_out: str
-    ln2: str | None
-    mlp: Mlp | None
-    mlp_out: str
 
 
 @dataclass(frozen=True)
@@ -74,12 +37,19 @@ class Stack:
     d_model: int
     final_norm: str | None
 
+    @property
+    def attention(self) -> Attention | None:
+        """The first block's attention that has one; sizes of a stack are taken from it."""
+        return next((block.attn for block in self.blocks if block.attn), None)
+
 
 @dataclass(frozen=True)
 class Vision(Stack):
     """The vision encoder, and what the projector reads of it."""
 
-    patch_embed: str
+    patch_embed: str | None
+    """The module whose output is the patches; a convolution's has the grid as its last axes."""
+    patch_conv: bool
     pos_embed: str | None
     merge: int
     """Side of the square of patches that become one visual token inside the encoder (1: none)."""
@@ -89,6 +59,10 @@ class Vision(Stack):
     patch_size: int
     image_size: int | None
     """Side in pixels of the only image size accepted; None when any size is."""
+    grid_owner: str | None
+    """The module that is told each image's grid of patches, where images come packed."""
+    deepstack: tuple[str, ...] = ()
+    """Further projectors, whose outputs are added to the language model's first layers."""
 
     @property
     def last_read(self) -> int:
@@ -96,6 +70,11 @@ class Vision(Stack):
         if self.read_layers is None:
             return len(self.blocks) - 1
         return max(self.read_layers) - 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether the patches of all images come as one sequence."""
+        return self.grid_owner is not None
 
 
 @dataclass(frozen=True)
@@ -119,7 +98,8 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     """
     paths = {id(module): path for path, module in model.named_modules()}
     decoder = _ask(model, "get_decoder") or model
-    embed, unembed = _ask(model, "get_input_embeddings"), _ask(model, "get_output_embeddings")
+    embed = _ask(decoder, "get_input_embeddings") or _ask(model, "get_input_embeddings")
+    unembed = _ask(model, "get_output_embeddings") or _ask(decoder, "get_output_embeddings")
     if embed is None or unembed is None:
         missing = "get_input_embeddings()" if embed is None else "get_output_embeddings()"
         raise UnsupportedModelError(
@@ -131,250 +111,222 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     if encoder is None or id(encoder) not in paths or encoder in (model, decoder, _base(model)):
         encoder = None
     config = getattr(model, "config", None)
+    lm = read_stack(decoder, paths)
+    if not lm.blocks:
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} has no list of blocks with attention in it, so there is no "
+            "residual stream to hook."
+        )
     return Anatomy(
-        lm=_read_stack(decoder, paths),
+        lm=lm,
         embed=paths[id(embed)],
         unembed=paths[id(unembed)],
-        vision=_read_vision(encoder, paths, config) if encoder is not None else None,
-        projector=_find_projector(model, encoder, paths) if encoder is not None else None,
-        image_token_id=_first(config, "image_token_id", "image_token_index"),
+        vision=read_vision(encoder, paths, config, model) if encoder is not None else None,
+        projector=_find_projector(model, encoder, decoder, paths) if encoder is not None else None,
+        image_token_id=first_of(config, "image_token_id", "image_token_index"),
     )
 
 
 def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
     """Returns what a model answers to one of transformers' `get_…` methods, if it has it."""
     found: Any = getattr(model, method, None)
-    return None if found is None else found(**kwargs)
+    try:
+        return None if found is None else found(**kwargs)
+    except NotImplementedError:
+        return None
 
 
 def _base(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
-def _first(owner: Any, *names: str) -> Any:
-    """Returns the first of these attributes that is set, else None."""
-    return next((v for n in names if (v := getattr(owner, n, None)) is not None), None)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map, quantised or not: it says its in and out sizes."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def _linears(module: nn.Module) -> dict[str, Any]:
-    """Returns the linear children of a module in the order they are called."""
-    children = dict(module.named_children())
-    return {n: children[n] for n in called_children(module) if is_linear(children[n])}
-
-
-def _is_attention(name: str, module: nn.Module) -> bool:
-    """Whether a block's child is self-attention: so named, and with projections of its own."""
-    named = re.search(r"attn|attention", name, re.I) or "Attention" in type(module).__name__
-    return bool(named) and bool(_linears(module))
-
-
-def _block_lists(stack: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    for path, module in stack.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        if any(_is_attention(*child) for child in module[0].named_children()):
-            yield path, module
-
-
-def _read_stack(stack: nn.Module, paths: dict[int, str]) -> Stack:
-    lists = sorted(_block_lists(stack), key=lambda item: -len(item[1]))
-    if not lists:
-        raise UnsupportedModelError(
-            f"{type(stack).__name__} has no list of blocks with attention in it, so there is no "
-            "residual stream to hook."
-        )
-    blocks = tuple(_read_block(block, paths[id(block)], stack) for block in lists[0][1])
+def read_stack(stack: nn.Module, paths: dict[int, str]) -> Stack:
+    """Returns the longest run of blocks in a module; none where no block has attention."""
     config = getattr(stack, "config", None)
-    d_model = blocks[0].attn.n_heads * blocks[0].attn.d_head
+    lists = sorted(block_lists(stack), key=lambda item: -len(item[1]))
+    blocks: tuple[Block, ...] = ()
+    norm = None
+    if lists:
+        inner, found = lists[0]
+        blocks = tuple(read_block(block, paths[id(block)], config) for block in found)
+        norm = _final_norm(stack, inner, paths)
+    attn = next((block.attn for block in blocks if block.attn), None)
+    d_model = attn.n_heads * attn.d_head if attn else 0
     if config is not None:
-        d_model = _first(config, "embed_dim", "hidden_size", "d_model") or d_model
-    return Stack(paths[id(stack)], blocks, d_model, _final_norm(stack, paths))
+        d_model = first_of(config, "embed_dim", "hidden_size", "d_model") or d_model
+    return Stack(paths[id(stack)], blocks, d_model, norm)
 
 
-def _final_norm(stack: nn.Module, paths: dict[int, str]) -> str | None:
-    """Returns the path of the last norm that the stack itself calls."""
-    children = dict(stack.named_children())
-    norms = [n for n in called_children(stack) if re.search("norm", type(children[n]).__name__)]
-    norms = norms or [n for n in called_children(stack) if "norm" in n]
-    return paths[id(children[norms[-1]])] if norms else None
+def _final_norm(stack: nn.Module, list_path: str, paths: dict[int, str]) -> str | None:
+    """Returns the path of the norm behind the blocks, called by one of their owners."""
+    parts = list_path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        owner, inner = stack.get_submodule(".".join(parts[:depth])), parts[depth]
+        children = dict(owner.named_children())
+        order = called_children(owner)
+        behind = order[order.index(inner) + 1 :] if inner in order else []
+        norms = [n for n in behind if is_norm(n, children[n])]
+        if norms:
+            return paths[id(children[norms[0]])]
+    return None
 
 
-def _read_block(block: nn.Module, path: str, stack: nn.Module) -> Block:
-    children = dict(block.named_children())
-    order = called_children(block)
-    attn = next(name for name in order if _is_attention(name, children[name]))
-    rest = [name for name in order if name != attn]
-    mlps = [name for name in rest if _linear_count(children[name]) and not _is_norm(name)]
-    mlp = next((n for n in mlps if re.search("mlp|feed_forward|ffn", n)), None)
-    mlp = mlp or (mlps[-1] if mlps else None)
-    before, between, after = _norms_around(order, attn, mlp)
-    # One norm between the two belongs to the MLP; of two, the first still belongs to attention.
-    # With none in front of attention the block is post-norm, and neither reads the residual.
-    pre_norm = bool(before)
-    ln2 = between[-1] if between and pre_norm else None
-    attn_out = between[0] if len(between) > 1 or (between and not pre_norm) else attn
-    return Block(
-        path=path,
-        ln1=f"{path}.{before[-1]}" if before else None,
-        attn=_read_attention(children[attn], f"{path}.{attn}", stack),
-        attn_out=f"{path}.{attn_out}",
-        ln2=f"{path}.{ln2}" if ln2 else None,
-        mlp=_read_mlp(children[mlp], f"{path}.{mlp}") if mlp else None,
-        mlp_out=f"{path}.{after[0] if after else mlp}",
-    )
+# --- the vision encoder -------------------------------------------------------------------
 
 
-def _is_norm(name: str) -> bool:
-    return re.search(r"norm|ln", name) is not None
-
-
-def _linear_count(module: nn.Module) -> int:
-    return sum(is_linear(m) for m in module.modules())
-
-
-def _norms_around(order: list[str], attn: str, mlp: str | None) -> tuple[list[str], ...]:
-    """Returns the norms called before attention, between it and the MLP, and after the MLP."""
-    norms = [name for name in order if _is_norm(name)]
-    start, end = order.index(attn), order.index(mlp) if mlp else len(order)
-    before = [n for n in norms if order.index(n) < start]
-    between = [n for n in norms if start < order.index(n) < end]
-    return before, between, [n for n in norms if order.index(n) > end]
-
-
-def _read_attention(attn: nn.Module, path: str, stack: nn.Module) -> Attention:
-    linears = _linears(attn)
-    fused = next((name for name in linears if "qkv" in name), None)
-    q, k, v = (_projection(linears, letter) for letter in "qkv") if not fused else (None,) * 3
-    out = list(linears)[-1]
-    config = getattr(attn, "config", None) or getattr(stack, "config", None)
-    n_heads = _first(config, "num_attention_heads", "num_heads") or _first(attn, "num_heads")
-    if n_heads is None:
-        raise UnsupportedModelError(f"{path} ({type(attn).__name__}) does not say how many heads.")
-    inner = linears[fused].out_features // 3 if fused else linears[out].in_features
-    d_head = inner // n_heads
-    n_kv = linears[k].out_features // d_head if k else n_heads
-    source = forward_source(type(attn).forward)
-    parameters = forward_parameters(attn)
-
-    def full(name: str | None) -> str | None:
-        return f"{path}.{name}" if name else None
-
-    return Attention(
-        path=path,
-        q=full(q),
-        k=full(k),
-        v=full(v),
-        qkv=full(fused),
-        out=f"{path}.{out}",
-        n_heads=n_heads,
-        n_key_value_heads=n_kv,
-        d_head=d_head,
-        dispatched="_attn_implementation" in source,
-        rotary="position_embeddings" in parameters,
-        packed="cu_seqlens" in parameters,
-    )
-
-
-def _projection(linears: dict[str, nn.Module], letter: str) -> str | None:
-    """Returns the name of the q, k or v projection: `q_proj`, `query`, `wq` or `q`."""
-    words = {"q": "query", "k": "key", "v": "value"}
-    pattern = rf"^({letter}_proj|{letter}|w{letter}|{words[letter]}.*|{letter}_.*)$"
-    return next((name for name in linears if re.match(pattern, name)), None)
-
-
-def _read_mlp(mlp: nn.Module, path: str) -> Mlp | None:
-    """Returns the MLP's maps, or None where its linear maps are not direct children (experts)."""
-    linears = _linears(mlp)
-    if len(linears) < 2:
-        return None
-    *ups, down = linears
-    gate = next((name for name in ups if "gate" in name), ups[0])
-    linear = next((name for name in ups if name != gate), None)
-    return Mlp(
-        path=path,
-        pre=f"{path}.{gate}",
-        linear=f"{path}.{linear}" if linear else None,
-        down=f"{path}.{down}",
-        d_mlp=linears[gate].out_features,
-    )
-
-
-def _read_vision(encoder: nn.Module, paths: dict[int, str], config: Any) -> Vision:
-    stack = _read_stack(encoder, paths)
-    convs = [(p, m) for p, m in encoder.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
-    if not convs:
+def read_vision(
+    encoder: nn.Module, paths: dict[int, str], config: Any, model: nn.Module | None = None
+) -> Vision:
+    """Returns the parts of a vision encoder; `config` is that of the whole model."""
+    stack = read_stack(encoder, paths)
+    embed = _patch_embed(encoder)
+    if embed is None:
         raise UnsupportedModelError(
-            f"{type(encoder).__name__} has no convolution that cuts the image into patches."
+            f"{type(encoder).__name__} has no map that cuts the image into patches."
         )
-    embedding = next(
-        (
-            m
-            for p, m in encoder.named_modules()
-            if re.search(r"pos\w*_embed\w*$", p) and _learned(m)
-        ),
-        None,
+    named = dict(encoder.named_modules())
+    position = next(
+        (m for p, m in named.items() if re.search(r"pos\w*_emb\w*$", p) and has_weights(m)), None
     )
     own = getattr(encoder, "config", None)
-    patch_size = convs[0][1].kernel_size[-1]
-    packed = stack.blocks[0].attn.packed
-    side = _first(own, "image_size")
-    side = None if packed or not isinstance(side, int) else side
+    conv = isinstance(embed, nn.Conv2d | nn.Conv3d)
+    patch_size = embed.kernel_size[-1] if conv else _side(first_of(own, "patch_size"))
+    owner = _grid_owner(encoder)
+    packed = owner is not None
+    side = _side(first_of(own, "image_size"))
+    side = None if packed or not side else side
     n_prefix = 0
-    if side is not None and isinstance(embedding, nn.Embedding):
-        n_prefix = embedding.num_embeddings - (side // patch_size) ** 2
+    if side and patch_size and isinstance(position, nn.Embedding):
+        n_prefix = max(position.num_embeddings - (side // patch_size) ** 2, 0)
+        n_prefix = n_prefix if n_prefix <= _MOST_PREFIX else 0
+    elif any(re.search(r"(^|\.)(cls_token|class_embedding)$", n) for n, _ in _parameters(encoder)):
+        n_prefix = 1 + (first_of(own, "num_register_tokens") or 0)
+    merge = first_of(encoder, "spatial_merge_size")
     return Vision(
         path=stack.path,
         blocks=stack.blocks,
         d_model=stack.d_model,
         final_norm=stack.final_norm,
-        patch_embed=paths[id(convs[0][1])],
-        pos_embed=paths[id(embedding)] if embedding is not None else None,
-        merge=int(_first(encoder, "spatial_merge_size") or 1),
+        patch_embed=paths[id(embed)],
+        patch_conv=conv,
+        pos_embed=paths[id(position)] if position is not None else None,
+        merge=merge if isinstance(merge, int) else 1,
         read_layers=_read_layers(config, len(stack.blocks)),
         n_prefix=n_prefix,
-        patch_size=patch_size,
+        patch_size=patch_size or 0,
         image_size=side,
+        grid_owner=paths[id(owner)] if owner is not None else None,
+        deepstack=tuple(_deepstack(model or encoder, paths)),
     )
 
 
-def _learned(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+_MOST_PREFIX = 16  # class and register tokens; more than that is a table for other image sizes
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters()
+
+
+def _side(size: Any) -> int | None:
+    """Returns an image or patch size as one number, where it is a square's."""
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) else None
+
+
+def _patch_embed(encoder: nn.Module) -> Any:
+    """Returns the first convolution that cuts patches, or the first linear map named for it."""
+    modules = list(encoder.named_modules())
+    convs = [m for _, m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    cutting = [m for m in convs if m.stride == m.kernel_size and m.kernel_size[-1] > 1]
+    if cutting:
+        return cutting[0]
+    maps = [
+        m
+        for p, m in modules
+        if re.search(r"patch|embed", p) and is_linear(m) and not re.search(r"pos|block|layers\.", p)
+    ]
+    return maps[0] if maps else (convs[0] if convs else None)
+
+
+GRID_ARGUMENTS = ("grid_thw", "image_grid_thw", "grid_hws", "target_sizes", "image_sizes")
+"""What transformers calls the argument that tells a packed encoder its images' sizes."""
+
+
+def _grid_owner(encoder: nn.Module) -> nn.Module | None:
+    """Returns the encoder where it is told the grids of images whose patches come packed."""
+    if any(name in forward_parameters(encoder) for name in GRID_ARGUMENTS):
+        return encoder
+    return None
+
+
+def _deepstack(model: nn.Module, paths: dict[int, str]) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and re.search("deepstack", path):
+            yield from (paths[id(child)] for child in module if id(child) in paths)
 
 
 def _read_layers(config: Any, n_blocks: int) -> tuple[int, ...] | None:
     """Returns the residual slots named by `vision_feature_layer`, counted from the front."""
     layers = getattr(config, "vision_feature_layer", None)
-    if layers is None:
+    if layers is None or not n_blocks:
         return None
     layers = [layers] if isinstance(layers, int) else list(layers)
     return tuple(layer % (n_blocks + 1) for layer in layers)
 
 
-def _find_projector(model: nn.Module, encoder: nn.Module, paths: dict[int, str]) -> str | None:
+# --- the projector ------------------------------------------------------------------------
+
+
+def _find_projector(
+    model: nn.Module, encoder: nn.Module, decoder: nn.Module, paths: dict[int, str]
+) -> str | None:
     """Returns the path of the module that maps encoder features into the language model.
 
     That is the last child that `get_image_features` calls after the encoder; where it
     calls none (the Qwen-VL layout), the last child that the encoder calls after its blocks.
     """
-    base = _base(model)
-    children = dict(base.named_children())
-    calls = self_calls(getattr(type(base), "get_image_features", None) or type(base).forward)
-    after = [
-        n for n in calls if n in children and children[n] is not encoder and _maps(children[n])
-    ]
-    if after:
-        return paths[id(children[after[-1]])]
+    for owner in dict.fromkeys((_base(model), model)):
+        function = getattr(type(owner), "get_image_features", None)
+        calls = self_calls(function or type(owner).forward)
+        children = {n: owner.get_submodule(n) for n in calls if _has_submodule(owner, n)}
+        names = [n for n in calls if n in children]
+        if function is None:
+            names = _between(names, children, encoder, decoder)
+        after = [
+            n
+            for n in names
+            if children[n] not in (encoder, decoder)
+            and has_weights(children[n])
+            and not is_norm(n, children[n])
+            and not (encoder in children[n].modules() or children[n] in encoder.modules())
+        ]
+        if after:
+            return paths[id(children[after[-1]])]
     inner = dict(encoder.named_children())
-    last = [n for n in self_calls(type(encoder).forward) if n in inner and not _is_norm(n)]
-    last = [n for n in last if _linear_count(inner[n])]
+    last = [n for n in self_calls(type(encoder).forward) if n in inner and not is_norm(n, inner[n])]
+    last = [n for n in last if _linear_count(inner[n]) and not any(block_lists(inner[n]))]
     return paths[id(inner[last[-1]])] if last else None
 
 
-def _maps(module: nn.Module) -> bool:
-    """Whether a module has weights of its own and is no stack of blocks."""
-    return _learned(module) and not any(True for _ in _block_lists(module))
+def _between(
+    names: list[str], children: dict[str, nn.Module], encoder: nn.Module, decoder: nn.Module
+) -> list[str]:
+    """Returns what a forward that encodes images by itself calls between encoder and decoder."""
+    start = next((i for i, n in enumerate(names) if children[n] is encoder), None)
+    if start is None:
+        return []
+    stop = next((i for i, n in enumerate(names) if children[n] is decoder), len(names))
+    return [n for n in names[start + 1 : stop] if not re.search("embed_tokens|head", n)]
+
+
+def _has_submodule(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _linear_count(module: nn.Module) -> int:
+    return sum(is_linear(m) for m in module.modules())

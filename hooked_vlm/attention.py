@@ -105,6 +105,7 @@ def hooked_attention(
     config: Any = module.config
     tap: AttentionTap = config.hooked_vlm_tap
     query, key = tap.apply("rot_q", query), tap.apply("rot_k", key)
+    value = tap.apply("v", value)
     bounds = kwargs.get("cu_seq_lens_q")
     if not tap.eager:
         function = _base_function(tap.base, module)

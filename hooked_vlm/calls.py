@@ -26,7 +26,10 @@ def forward_source(function: Callable) -> str:
 
 
 class _SelfCalls(ast.NodeVisitor):
-    """Collects `name` of every `self.name(...)` and `self.a.name(...)` in evaluation order."""
+    """Collects `name` of every `self.name(...)` and `self.a.name(...)` in evaluation order.
+
+    A loop over `self.name` counts as a call of it, before what the loop's body calls.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -39,6 +42,13 @@ class _SelfCalls(ast.NodeVisitor):
             self.visit(node.func)
         elif name:
             self.names.append(name)
+
+    def visit_For(self, node: ast.For) -> None:
+        looped = (
+            _self_path(part) for part in ast.walk(node.iter) if isinstance(part, ast.Attribute)
+        )
+        self.names += [name for name in looped if name and not name.startswith("config")]
+        self.generic_visit(node)
 
 
 def _self_path(node: ast.expr) -> str | None:
@@ -78,7 +88,8 @@ def called_children(module: nn.Module) -> list[str]:
     the order in which they were declared.
     """
     children = dict(module.named_children())
-    called = [name for name in self_calls(type(module).forward) if name in children]
+    calls = (name.split(".")[0] for name in self_calls(type(module).forward))
+    called = [name for name in dict.fromkeys(calls) if name in children]
     return called + [name for name in children if name not in called]
 
 

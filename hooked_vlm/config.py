@@ -71,13 +71,14 @@ def _config(model: nn.Module) -> Any:
 
 
 def _stack(stack: Stack) -> dict[str, Any]:
-    attn, mlp = stack.blocks[0].attn, stack.blocks[0].mlp
+    attn = stack.attention
+    mlp = next((block.mlp for block in stack.blocks if block.mlp), None)
     return {
         "n_layers": len(stack.blocks),
         "d_model": stack.d_model,
-        "n_heads": attn.n_heads,
-        "n_key_value_heads": attn.n_key_value_heads,
-        "d_head": attn.d_head,
+        "n_heads": attn.n_heads if attn else 0,
+        "n_key_value_heads": attn.n_key_value_heads if attn else 0,
+        "d_head": attn.d_head if attn else 0,
         "d_mlp": mlp.d_mlp if mlp else None,
     }
 

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hooked_vlm.anatomy import Vision
 from hooked_vlm.attention import tapped_config
 from hooked_vlm.calls import forward_parameters
 from hooked_vlm.errors import HookError
-from hooked_vlm.layout import Images, PackedLayout, packed_layout
+from hooked_vlm.layout import Images, PackedLayout
 from hooked_vlm.sites import Site, read, write
-from hooked_vlm.windows import window_index
+from hooked_vlm.windows import layout_of_call
 
 
 HookFunction = Callable[..., Any]
@@ -79,7 +80,6 @@ class Run:
 class Packing:
     """The order of patches in the packed encoder's call in progress."""
 
-    merge: int = 1
     layout: PackedLayout | None = None
 
 
@@ -206,7 +206,7 @@ def attach(
     sites: dict[str, Site],
     points: dict[str, HookPoint],
     layers: Sequence[tuple[Sequence[tuple[str, HookFunction]], Run]],
-    merge: int = 1,
+    vision: Vision | None = None,
 ) -> Iterator[None]:
     """Attaches functions to sites of a model for the length of a `with` block.
 
@@ -217,13 +217,13 @@ def attach(
     for pairs, run in layers:
         for name, fn in pairs:
             by_site.setdefault(name, []).append((fn, run))
-    packing = Packing(merge)
+    packing = Packing()
     fired = [_Fired(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
     with ExitStack() as stack:
         for _, run in layers:
             stack.enter_context(_count_steps(model, run))
-        for path in {f.site.module for f in fired if f.site.order}:
-            _note_layout(model, path, packing, stack)
+        if vision is not None and any(f.site.order for f in fired):
+            _note_layout(model, vision, packing, stack)
         # Prepending reverses the order, and at one module the model's order is the right one.
         for item in reversed([f for f in fired if f.site.tap != "attention"]):
             stack.callback(_attach_one(model.get_submodule(item.site.module), item).remove)
@@ -251,34 +251,17 @@ def _count_steps(model: nn.Module, run: Run) -> Iterator[None]:
         handle.remove()
 
 
-def _note_layout(model: nn.Module, path: str, packing: Packing, stack: ExitStack) -> None:
-    """Notes the grid of every call of the packed encoder that a site is part of."""
-    owner = next(
-        (
-            module
-            for prefix in _prefixes(path)
-            if "grid_thw" in forward_parameters(module := model.get_submodule(prefix))
-        ),
-        None,
-    )
-    if owner is None:
-        raise HookError(
-            f"No module above {path} takes grid_thw, so its images cannot be told apart."
-        )
+def _note_layout(model: nn.Module, vision: Vision, packing: Packing, stack: ExitStack) -> None:
+    """Notes the grids of every call of the packed encoder, before anything in it runs."""
+    assert vision.grid_owner is not None
+    owner = model.get_submodule(vision.grid_owner)
+    signature = inspect.signature(inspect.unwrap(type(owner).forward))
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        bound = inspect.signature(inspect.unwrap(type(module).forward)).bind(
-            module, *args, **kwargs
-        )
-        grid_thw = bound.arguments["grid_thw"]
-        packing.layout = packed_layout(grid_thw, packing.merge, window_index(module, grid_thw))
+        arguments = signature.bind(module, *args, **kwargs).arguments
+        packing.layout = layout_of_call(module, arguments, vision)
 
     stack.callback(owner.register_forward_pre_hook(note, with_kwargs=True, prepend=True).remove)
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _attach_one(module: nn.Module, item: _Fired) -> torch.utils.hooks.RemovableHandle:
@@ -352,7 +335,7 @@ def _attention_edit(item: _Fired) -> Callable[[Any], Any]:
         changed = item.on_raw(raw)
         if changed is None:
             return raw
-        if item.site.part == "rot_k" and any(run.prefill_only for _, run in item.fns):
+        if item.site.part in ("rot_k", "v") and any(run.prefill_only for _, run in item.fns):
             # The key-value cache holds this tensor, for the steps in which the functions sleep.
             return raw.copy_(changed)
         return changed

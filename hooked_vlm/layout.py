@@ -8,6 +8,7 @@ changed one back exactly.  Images of different sizes come as a list by image, ne
 padded into one tensor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ class PackedOrder:
 class PackedLayout:
     """Orders of the rows of one call of a packed encoder, at each of its stages."""
 
+    shapes: tuple[tuple[int, int, int], ...]
+    """Frames, patch rows and patch columns of each image."""
     patches: PackedOrder
     """Patches as they come in."""
     blocks: PackedOrder
@@ -49,38 +52,59 @@ class PackedLayout:
     tokens: PackedOrder
     """Merged tokens, in the order of the blocks."""
 
+    def order(self, stage: str, n_rows: int) -> PackedOrder:
+        """Returns the order of the rows at a stage of the encoder.
+
+        `"patches"`, `"blocks"` and `"tokens"` are as above.  At `"features"` the number of
+        rows tells: patches, or what an encoder has merged of them.  Tokens that a projector
+        merges from an encoder in raster order follow each other in raster order as well.
+        """
+        if stage == "features":
+            stage = "blocks" if n_rows == self.blocks.total else "tokens"
+        found: PackedOrder = getattr(self, stage)
+        if stage == "tokens" and n_rows != found.total and not self.blocks.total % max(n_rows, 1):
+            return self._merged(self.blocks.total // n_rows)
+        return found
+
+    def _merged(self, factor: int) -> PackedOrder:
+        counts = [len(rows) // factor for rows in self.blocks.rows]
+        return PackedOrder(tuple(torch.arange(sum(counts)).split(counts)))
+
 
 def packed_layout(
     grid_thw: Int[Tensor, "image 3"],
-    merge: int,
+    merge: int | Sequence[int],
     window_index: Int[Tensor, " token"] | None = None,
 ) -> PackedLayout:
     """Returns the layout of an encoder that packs images in blocks of `merge` x `merge` patches.
 
     `grid_thw` counts frames, patch rows and patch columns of each image; frames of one
-    image follow each other in its raster order.  `window_index` says, for an encoder with
-    window attention, which merged block of patches each place inside the blocks holds.
+    image follow each other in its raster order.  `merge` may differ by image.
+    `window_index` says, for an encoder with window attention, which merged block of
+    patches each place inside the blocks holds.
     """
     patches, tokens, start, first = [], [], 0, 0
-    for frames, height, width in grid_thw.tolist():
-        if height % merge or width % merge:
+    shapes = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
+    merges = [merge] * len(shapes) if isinstance(merge, int) else list(merge)
+    for (frames, height, width), side in zip(shapes, merges, strict=True):
+        if height % side or width % side:
             raise GridError(
                 f"An image of {height}x{width} patches cannot be merged in squares of "
-                f"{merge}x{merge}."
+                f"{side}x{side}."
             )
         n_patches = frames * height * width
-        blocks = torch.arange(n_patches).view(frames, height // merge, width // merge, merge, merge)
+        blocks = torch.arange(n_patches).view(frames, height // side, width // side, side, side)
         patches.append(start + blocks.permute(0, 1, 3, 2, 4).reshape(-1))
-        n_tokens = n_patches // merge**2
+        n_tokens = n_patches // side**2
         tokens.append(first + torch.arange(n_tokens))
         start, first = start + n_patches, first + n_tokens
+    order = PackedOrder(tuple(patches))
     if window_index is None:
-        order = PackedOrder(tuple(patches))
-        return PackedLayout(order, order, PackedOrder(tuple(tokens)))
-    place = torch.argsort(window_index.cpu())
-    inside = tuple(place[rows // merge**2] * merge**2 + rows % merge**2 for rows in patches)
+        return PackedLayout(tuple(shapes), order, order, PackedOrder(tuple(tokens)))
+    place, side = torch.argsort(window_index.cpu()), merges[0]
+    inside = tuple(place[rows // side**2] * side**2 + rows % side**2 for rows in patches)
     moved = tuple(place[rows] for rows in tokens)
-    return PackedLayout(PackedOrder(tuple(patches)), PackedOrder(inside), PackedOrder(moved))
+    return PackedLayout(tuple(shapes), order, PackedOrder(inside), PackedOrder(moved))
 
 
 def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> Images:
@@ -99,3 +123,22 @@ def from_images(images: Images, order: PackedOrder) -> Shaped[Tensor, "row ..."]
     rows = torch.cat(list(images))
     inverse = torch.argsort(torch.cat(order.rows)).to(rows.device)
     return rows.index_select(0, inverse)
+
+
+def cropped(grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout) -> Images:
+    """Returns convolved images, padded to one size, as `[image, patch, channel]` of their own."""
+    images = [
+        grid[:, :height, :width].flatten(1).T
+        for grid, (_, height, width) in zip(grids, layout.shapes, strict=True)
+    ]
+    return torch.stack(images) if layout.patches.even else images
+
+
+def uncropped(
+    images: Images, grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout
+) -> Shaped[Tensor, "image channel row col"]:
+    """Returns `grids` with images written into them: the inverse of `cropped`."""
+    whole = grids.clone()
+    for grid, image, (_, height, width) in zip(whole, images, layout.shapes, strict=True):
+        grid[:, :height, :width] = image.T.unflatten(1, (height, width))
+    return whole

@@ -214,9 +214,9 @@ class HookedVLM:
         """Attaches the functions of all open blocks anew, so that the outer ones run first."""
         self._attached.close()
         if self._open:
-            merge = self.anatomy.vision.merge if self.anatomy.vision else 1
+            vision = self.anatomy.vision
             self._attached.enter_context(
-                attach(self.hf_model, self.sites, self.hook_dict, self._open, merge)
+                attach(self.hf_model, self.sites, self.hook_dict, self._open, vision)
             )
 
     def run_with_hooks(

@@ -10,11 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hooked_vlm.anatomy import Anatomy, Attention, Block, Mlp, Vision
-from hooked_vlm.layout import Images, PackedLayout, PackedOrder, from_images, to_images
+from hooked_vlm.anatomy import Anatomy, Vision
+from hooked_vlm.blocks import Attention, Block, Mlp, Projection
+from hooked_vlm.layout import (
+    Images,
+    PackedLayout,
+    cropped,
+    from_images,
+    to_images,
+    uncropped,
+)
 from hooked_vlm.naming import PROJECTOR, VISION
 
 
@@ -32,7 +39,11 @@ class Site:
     module: str
     tap: str
     part: str = ""
-    """Which of q, k, v of a fused projection, or which quantity of the attention."""
+    """Which quantity of the attention, at an `"attention"` tap."""
+    layout: str = ""
+    """How a projection's output holds several things (see `blocks.Projection`)."""
+    index: int = 0
+    """Which of them this is."""
     heads: int = 0
     """Number of heads to split the last axis into; 0 leaves it."""
     order: str = ""
@@ -62,17 +73,17 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
 
 
 def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
-    packed = vision.blocks[0].attn.packed
-    inside = "blocks" if packed else ""
+    inside = "blocks" if vision.packed else ""
     axes = "image patch d_vision"
-    yield Site(
-        f"{VISION}.hook_patch_embed",
-        axes,
-        vision.patch_embed,
-        "output",
-        order="patches" if packed else "",
-        conv=True,
-    )
+    if vision.patch_embed:
+        yield Site(
+            f"{VISION}.hook_patch_embed",
+            axes,
+            vision.patch_embed,
+            "output",
+            order="patches" if vision.packed else "",
+            conv=vision.patch_conv,
+        )
     if vision.pos_embed:
         yield Site(f"{VISION}.hook_pos_embed", "1 patch d_vision", vision.pos_embed, "output")
     for layer, block in enumerate(vision.blocks):
@@ -85,14 +96,18 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
         yield from _block_sites(
             block, f"{VISION}.blocks.{layer}.", "image patch", inside, reason, "d_vision"
         )
+    tokens = "tokens" if vision.packed else ""
     if projector:
-        tokens = "tokens" if packed else ""
         features = "image patch d_features"
-        yield Site(f"{VISION}.hook_out", features, projector, "input", order=inside)
-        yield Site(f"{PROJECTOR}.hook_in", features, projector, "input", order=inside)
+        order = "features" if vision.packed else ""
+        yield Site(f"{VISION}.hook_out", features, projector, "input", order=order)
+        yield Site(f"{PROJECTOR}.hook_in", features, projector, "input", order=order)
         yield Site(
             f"{PROJECTOR}.hook_out", "image token d_model", projector, "output", order=tokens
         )
+    for i, path in enumerate(vision.deepstack):
+        name = f"{PROJECTOR}.deepstack.{i}.hook_out"
+        yield Site(name, "image token d_model", path, "output", order=tokens)
 
 
 def _block_sites(
@@ -103,31 +118,54 @@ def _block_sites(
     yield Site(f"{prefix}hook_resid_pre", axes, block.path, "input", **common)
     if block.ln1:
         yield Site(f"{prefix}ln1.hook_normalized", axes, block.ln1, "output", **common)
-    yield from _attention_sites(block.attn, f"{prefix}attn.", rows, common)
-    yield Site(f"{prefix}hook_attn_out", axes, block.attn_out, "output", **common)
+    if block.attn:
+        yield from _attention_sites(block.attn, f"{prefix}attn.", rows, common)
+    if block.attn_out:
+        yield Site(f"{prefix}hook_attn_out", axes, block.attn_out, "output", **common)
     if block.ln2:
         yield Site(f"{prefix}hook_resid_mid", axes, block.ln2, "residual", **common)
         yield Site(f"{prefix}ln2.hook_normalized", axes, block.ln2, "output", **common)
+    if block.cross:
+        yield from _attention_sites(block.cross, f"{prefix}cross_attn.", rows, common)
+    if block.cross_out:
+        yield Site(f"{prefix}hook_cross_attn_out", axes, block.cross_out, "output", **common)
     if block.mlp:
         yield from _mlp_sites(block.mlp, f"{prefix}mlp.", f"{rows} d_mlp", common)
-    yield Site(f"{prefix}hook_mlp_out", axes, block.mlp_out, "output", **common)
+    if block.mlp_out:
+        yield Site(f"{prefix}hook_mlp_out", axes, block.mlp_out, "output", **common)
     yield Site(f"{prefix}hook_resid_post", axes, block.path, "output", **common)
 
 
 def _attention_sites(attn: Attention, prefix: str, rows: str, common: dict) -> Iterator[Site]:
     q_axes = f"{rows} head d_head"
-    kv_axes = q_axes if attn.n_key_value_heads == attn.n_heads else f"{rows} kv_head d_head"
-    for letter, axes in (("q", q_axes), ("k", kv_axes), ("v", kv_axes)):
-        heads = attn.n_heads if letter == "q" else attn.n_key_value_heads
-        path, part = (attn.qkv, letter) if attn.qkv else (getattr(attn, letter), "")
-        if path:
+    # Across to an encoder's output, keys stand at its positions and not at the prompt's.
+    kv_rows = f"{rows.split()[0]} source" if attn.cross else rows
+    kv_head = "head" if attn.n_key_value_heads == attn.n_heads else "kv_head"
+    kv_axes = f"{kv_rows} {kv_head} d_head"
+    shapes = {"q": (q_axes, attn.n_heads), "k": (kv_axes, attn.n_key_value_heads)}
+    shapes["v"] = shapes["k"]
+    for letter, (axes, heads) in shapes.items():
+        found: Projection | None = getattr(attn, letter)
+        if found:
             yield Site(
-                f"{prefix}hook_{letter}", axes, path, "output", part=part, heads=heads, **common
+                f"{prefix}hook_{letter}",
+                axes,
+                found.path,
+                "output",
+                layout=found.layout,
+                index=found.index,
+                heads=heads,
+                **common,
             )
     if attn.dispatched:
-        if attn.rotary:
-            yield Site(f"{prefix}hook_rot_q", q_axes, attn.path, "attention", "rot_q", **common)
-            yield Site(f"{prefix}hook_rot_k", kv_axes, attn.path, "attention", "rot_k", **common)
+        for letter in "qk":
+            if attn.rotary or not getattr(attn, letter):
+                name = f"{prefix}hook_{'rot_' if attn.rotary else ''}{letter}"
+                yield Site(
+                    name, shapes[letter][0], attn.path, "attention", f"rot_{letter}", **common
+                )
+        if not attn.v:
+            yield Site(f"{prefix}hook_v", kv_axes, attn.path, "attention", "v", **common)
         square = f"{rows.split()[0]} head query key"
         for part in ("attn_scores", "pattern"):
             yield Site(f"{prefix}hook_{part}", square, attn.path, "attention", part, **common)
@@ -135,43 +173,47 @@ def _attention_sites(attn: Attention, prefix: str, rows: str, common: dict) -> I
 
 
 def _mlp_sites(mlp: Mlp, prefix: str, axes: str, common: dict) -> Iterator[Site]:
-    yield Site(f"{prefix}hook_pre", axes, mlp.pre, "output", **common)
-    if mlp.linear:
-        yield Site(f"{prefix}hook_pre_linear", axes, mlp.linear, "output", **common)
+    for name, found in (("pre", mlp.pre), ("pre_linear", mlp.linear)):
+        if found:
+            layout = found.layout
+            yield Site(f"{prefix}hook_{name}", axes, found.path, "output", layout=layout, **common)
     yield Site(f"{prefix}hook_post", axes, mlp.down, "input", **common)
-
-
-_FUSED = {"q": 0, "k": 1, "v": 2}
 
 
 def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> Images:
     """Returns what flows at a site in the shape users see; a view where that is possible."""
+    if _padded(site, raw):
+        return cropped(raw, _known(layout))
     x = raw
     if site.conv:
         x = x.flatten(1) if site.order else x.flatten(2).transpose(1, 2)
     if site.tap == "attention":
         x = x.transpose(1, 2)[0] if site.order else x.transpose(1, 2)
-    elif site.part:
-        x = x.unflatten(-1, (3, site.heads, -1)).select(-3, _FUSED[site.part])
-    elif site.heads:
-        x = x.unflatten(-1, (site.heads, -1))
-    return x if not site.order else to_images(_rows(x, site), _order(site, layout))
+    else:
+        x = _part(site, x)
+    if site.order:
+        rows = _rows(x, site)
+        return to_images(rows, _known(layout).order(site.order, len(rows)))
+    return _grid_flat(x, site)
 
 
 def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -> Tensor:
     """Returns a value in the users' shape as it must flow at a site: the inverse of `read`."""
+    if _padded(site, raw):
+        return uncropped(value, raw, _known(layout))
     if site.order:
-        x = from_images(value, _order(site, layout))
+        x = from_images(value, _known(layout).order(site.order, sum(map(len, value))))
     else:
         assert isinstance(value, Tensor), "only packed encoders have lists by image"
         x = value
     if site.tap == "attention":
         x = x[None] if site.order else x
         return x.transpose(1, 2)
-    if site.part:
-        parts = list(raw.unflatten(-1, (3, site.heads, -1)).unbind(-3))
-        parts[_FUSED[site.part]] = x.reshape(parts[0].shape)
-        return torch.stack(parts, dim=-3).flatten(-3)
+    if site.layout:
+        whole = raw.clone()
+        part = _part(site, whole)
+        part.copy_(x.reshape(part.shape))
+        return whole
     if site.heads:
         x = x.flatten(-2)
     if site.conv:
@@ -179,12 +221,39 @@ def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -
     return x.reshape(raw.shape)
 
 
+def _padded(site: Site, raw: Tensor) -> bool:
+    """Whether images of different sizes pass here as one padded batch, to be packed behind."""
+    return bool(site.order) and site.conv and raw.ndim == 4 and raw.shape[-1] * raw.shape[-2] > 1
+
+
+def _known(layout: PackedLayout | None) -> PackedLayout:
+    assert layout is not None, "a packed encoder ran without its layout having been noted"
+    return layout
+
+
+def _part(site: Site, x: Tensor) -> Tensor:
+    """Returns the view of a projection's output that a site is, heads split off."""
+    if ":" in site.layout:
+        start, stop = map(int, site.layout.split(":"))
+        x = x[..., start:stop]
+    elif site.layout == "3hd":
+        return x.unflatten(-1, (3, site.heads, -1)).select(-3, site.index)
+    elif site.layout == "h3d":
+        return x.unflatten(-1, (site.heads, 3, -1)).select(-2, site.index)
+    elif site.layout == "h2d":
+        return x.unflatten(-1, (site.heads, 2, -1)).select(-2, 0)
+    return x.unflatten(-1, (site.heads, -1)) if site.heads else x
+
+
+def _grid_flat(x: Tensor, site: Site) -> Tensor:
+    """Returns patches as one axis where an encoder keeps them as rows and columns."""
+    wanted = len(site.axes.split())
+    if site.axes.startswith("image") and x.ndim > wanted:
+        return x.flatten(1, x.ndim - wanted + 1)
+    return x
+
+
 def _rows(x: Tensor, site: Site) -> Tensor:
     """Drops the leading axis of one that some packed encoders keep."""
     inner = 2 if site.heads or site.tap == "attention" else 1
     return x.flatten(0, x.ndim - inner - 1)
-
-
-def _order(site: Site, layout: PackedLayout | None) -> PackedOrder:
-    assert layout is not None, "a packed encoder ran without its layout having been noted"
-    return getattr(layout, site.order)

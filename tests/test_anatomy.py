@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from hooked_vlm.anatomy import read_anatomy
+from hooked_vlm.blocks import Projection
 from hooked_vlm.errors import UnknownHookError, UnsupportedModelError
 from hooked_vlm.model import HookedVLM
 
@@ -25,7 +26,7 @@ def no_grad():
 def paths_in(value) -> list[str]:
     """Every module path that an anatomy names."""
     if is_dataclass(value):
-        names = [f.name for f in fields(value)]
+        names = [f.name for f in fields(value) if f.name != "layout"]
         return [path for name in names for path in paths_in(getattr(value, name))]
     if isinstance(value, tuple):
         return [path for item in value for path in paths_in(item)]
@@ -50,14 +51,20 @@ def test_qwen2_vl():
     assert (vision.merge, vision.n_prefix, vision.patch_size) == (2, 0, 8)
     assert (vision.image_size, vision.read_layers, vision.pos_embed) == (None, None, None)
     assert (vision.d_model, anatomy.lm.d_model, anatomy.image_token_id) == (32, 48, 299)
-    assert vision.blocks[0].attn.packed
-    assert vision.blocks[0].attn.qkv == "model.visual.blocks.0.attn.qkv"
+    assert vision.packed
+    assert vision.grid_owner == "model.visual"
+    attn = vision.blocks[0].attn
+    assert attn is not None
+    assert attn.packed
+    assert attn.k == Projection("model.visual.blocks.0.attn.qkv", "3hd", 1)
+    assert lm.attn is not None
     assert (lm.attn.n_heads, lm.attn.n_key_value_heads, lm.attn.d_head) == (4, 2, 12)
     assert lm.ln2 == "model.language_model.layers.1.post_attention_layernorm"
     assert lm.attn_out == "model.language_model.layers.1.self_attn"
     assert lm.mlp is not None
-    assert lm.mlp.pre.endswith("gate_proj")
-    assert str(lm.mlp.linear).endswith("up_proj")
+    assert lm.mlp.pre.path.endswith("gate_proj")
+    assert lm.mlp.linear is not None
+    assert lm.mlp.linear.path.endswith("up_proj")
 
 
 def test_gemma_3():
@@ -70,8 +77,11 @@ def test_gemma_3():
     assert lm.mlp_out == "model.language_model.layers.1.post_feedforward_layernorm"
     assert anatomy.projector == "model.multi_modal_projector"
     assert (vision.image_size, vision.n_prefix, vision.merge) == (48, 0, 1)
-    assert vision.blocks[0].attn.q is not None
-    assert not vision.blocks[0].attn.rotary
+    attn = vision.attention
+    assert attn is not None
+    assert attn.q is not None
+    assert not attn.rotary
+    assert lm.attn is not None
     assert lm.attn.d_head == 16
 
 
@@ -227,13 +237,16 @@ def test_a_model_of_ones_own_is_read_and_hooked(block):
     assert (anatomy.lm.path, anatomy.embed, anatomy.unembed) == ("mouth", "mouth.words", "speak")
     assert anatomy.vision is not None
     assert (anatomy.vision.path, anatomy.projector) == ("eyes", "bridge")
-    assert (lm.ln1, lm.attn.q) == ("mouth.steps.2.first_norm", "mouth.steps.2.mixing_attention.wq")
+    assert lm.attn is not None
+    assert lm.ln1 == "mouth.steps.2.first_norm"
+    assert lm.attn.q == Projection("mouth.steps.2.mixing_attention.wq")
     assert lm.attn.out == "mouth.steps.2.mixing_attention.wo"
     assert lm.ln2 == f"mouth.steps.2.{'third' if sandwich else 'second'}_norm"
     assert lm.attn_out == f"mouth.steps.2.{'second_norm' if sandwich else 'mixing_attention'}"
     assert lm.mlp_out == f"mouth.steps.2.{'fourth_norm' if sandwich else 'ffn'}"
     assert lm.mlp is not None
-    assert (lm.mlp.pre, lm.mlp.down) == ("mouth.steps.2.ffn.grow", "mouth.steps.2.ffn.shrink")
+    assert lm.mlp.pre == Projection("mouth.steps.2.ffn.grow")
+    assert lm.mlp.down == "mouth.steps.2.ffn.shrink"
     assert (model.cfg.d_model, model.cfg.vision.d_model) == (16, 24)  # type: ignore[union-attr]
     assert not any("pattern" in name for name in model.hook_dict)  # it computes attention itself
 
@@ -295,5 +308,5 @@ def test_models_without_the_parts_are_refused():
 
     blind = Stranger()
     blind.eyes.cutter = nn.Linear(1, 1)  # type: ignore[assignment]
-    with pytest.raises(UnsupportedModelError, match="Tower has no convolution"):
+    with pytest.raises(UnsupportedModelError, match="Tower has no map that cuts"):
         HookedVLM(blind)

@@ -1,0 +1,315 @@
+"""Reading transformer blocks off a module tree: attention, feed-forward, and what is added.
+
+A part is recognised by what it is (a linear map, a list of blocks), by when its parent's
+`forward` calls it (see `calls`), and by the handful of names that transformers uses
+throughout (`q_proj`, `qkv`, `…norm…`).  What cannot be told is left out rather than
+guessed: a block whose attention computes in a way of its own still has its residual
+stream, and a mixture of experts still has its output.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hooked_vlm.calls import called_children, forward_parameters, forward_source
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where queries, keys or values come out, and which part of that output they are."""
+
+    path: str
+    layout: str = ""
+    """`""`: all of it; `"3hd"`, `"h3d"`: a fused output of these axes; `"h2d"`: with a gate
+    behind each head's queries; `"a:b"`: these columns."""
+    index: int = 0
+    """Which of the three in a fused output: q, k, v."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module: its projections, its head counts, and how it computes."""
+
+    path: str
+    q: Projection | None
+    k: Projection | None
+    v: Projection | None
+    out: str
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    dispatched: bool
+    """Whether it goes through transformers' attention interface (else no scores, pattern)."""
+    rotary: bool
+    packed: bool
+    """Whether all images' patches come as one sequence, delimited by `cu_seqlens`."""
+    cross: bool = False
+    """Whether keys and values come from elsewhere than the queries."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One feed-forward module; `linear` is the ungated half of a gated one."""
+
+    path: str
+    pre: Projection
+    linear: Projection | None
+    down: str
+    d_mlp: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block; `attn_out` and `mlp_out` are what is added to the residual.
+
+    `attn` is None where a block mixes tokens by other means (a convolution, a recurrence);
+    `attn_out` is then what that part adds.
+    """
+
+    path: str
+    ln1: str | None
+    attn: Attention | None
+    attn_out: str | None
+    ln2: str | None
+    mlp: Mlp | None
+    mlp_out: str | None
+    cross: Attention | None = None
+    cross_out: str | None = None
+
+
+def first_of(owner: Any, *names: str) -> Any:
+    """Returns the first of these attributes that is set, else None."""
+    for name in names:
+        try:
+            value = getattr(owner, name, None)
+        except ValueError:  # a config whose layers differ refuses to give one value for all
+            continue
+        if value is not None:
+            return value
+    return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map, quantised or not: it says its in and out sizes."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_norm(name: str, module: nn.Module | None = None) -> bool:
+    """Whether a child is a normalisation, by its name or its class."""
+    named = re.search(r"norm|(^|_)ln", name) is not None
+    return named or (module is not None and "Norm" in type(module).__name__)
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module has parameters anywhere in it."""
+    return any(True for _ in module.parameters())
+
+
+def linears_of(module: nn.Module) -> dict[str, Any]:
+    """Returns the linear children of a module in the order they are called."""
+    children = dict(module.named_children())
+    return {n: children[n] for n in called_children(module) if is_linear(children[n])}
+
+
+def is_attention(name: str, module: nn.Module) -> bool:
+    """Whether a block's child is attention: so named, and with projections of its own."""
+    named = re.search(r"attn|attention", name, re.I) or "Attention" in type(module).__name__
+    return bool(named) and not is_norm(name, module) and bool(linears_of(module))
+
+
+def block_lists(stack: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Yields the lists of blocks in a module: lists in which some block has attention."""
+    for path, module in stack.named_modules():
+        if isinstance(module, nn.ModuleList) and any(
+            is_attention(*child) for block in module for child in block.named_children()
+        ):
+            yield path, module
+
+
+def read_block(block: nn.Module, path: str, config: Any) -> Block:
+    """Returns the parts of one block; `config` is that of its stack."""
+    children = dict(block.named_children())
+    order = called_children(block)
+    norms = [name for name in order if is_norm(name, children[name])]
+    working = [n for n in order if n not in norms and has_weights(children[n])]
+    attentions = [n for n in working if is_attention(n, children[n])]
+    attn, cross = _self_and_cross(attentions)
+    mixer = attn or next((n for n in working if not _is_feed_forward(n, children[n])), None)
+    rest = [n for n in working if n not in attentions and n != mixer]
+    last = next((n for n in rest if re.search("mlp|feed_forward|ffn|moe", n)), None)
+    last = last or (rest[-1] if rest else None)
+    maps = [n for n in rest if is_linear(children[n])]
+    direct = last in maps and len(maps) > 1  # fc1 and fc2 are the block's own
+
+    def full(name: str | None) -> str | None:
+        return f"{path}.{name}" if name else None
+
+    def attention(name: str | None) -> Attention | None:
+        return read_attention(children[name], f"{path}.{name}", config) if name else None
+
+    if last is None:
+        mlp = None
+    elif direct:
+        mlp = _mlp({n: children[n] for n in maps}, path)
+    else:
+        mlp = _mlp(linears_of(children[last]), f"{path}.{last}")
+    before, between, after = _norms_around(order, norms, mixer, maps[0] if direct else last)
+    # One norm between the two belongs to the MLP; of two, the first still belongs to attention.
+    # With none in front of attention the block is post-norm, and neither reads the residual.
+    pre_norm = bool(before)
+    ln2 = between[-1] if between and pre_norm else None
+    attn_out = between[0] if len(between) > 1 or (between and not pre_norm) else mixer
+    if cross is not None:  # three parts, whose norms cannot be told apart by counting
+        attn_out, ln2, after = (mixer, None, after if pre_norm else [])
+    return Block(
+        path=path,
+        ln1=full(before[-1] if before else None),
+        attn=attention(attn),
+        attn_out=full(attn_out if mixer else None),
+        ln2=full(ln2),
+        mlp=mlp,
+        mlp_out=full(after[0] if after and last else last),
+        cross=attention(cross),
+        cross_out=full(cross),
+    )
+
+
+def _self_and_cross(names: list[str]) -> tuple[str | None, str | None]:
+    """Returns a block's own attention, and a second one onto an encoder's output."""
+    own = next((n for n in names if not _is_cross(n)), None)
+    other = next((n for n in names if _is_cross(n)), None)
+    return (own, other) if own else (other, None)
+
+
+def _is_cross(name: str) -> bool:
+    return re.search(r"cross|encoder_attn|enc_dec", name.lower()) is not None
+
+
+def _is_feed_forward(name: str, module: nn.Module) -> bool:
+    words = r"mlp|feed_?forward|ffn|moe|^fc\d"
+    return re.search(words, f"{name} {type(module).__name__}", re.I) is not None
+
+
+def _norms_around(
+    order: list[str], norms: list[str], attn: str | None, mlp: str | None
+) -> tuple[list[str], list[str], list[str]]:
+    """Returns the norms called before attention, between it and the MLP, and after the MLP."""
+    start = order.index(attn) if attn else -1
+    end = order.index(mlp) if mlp else len(order)
+    before = [n for n in norms if order.index(n) < start]
+    between = [n for n in norms if start < order.index(n) < end]
+    if attn is None:
+        before, between = between, []
+    return before, between, [n for n in norms if order.index(n) > end]
+
+
+def _mlp(linears: dict[str, Any], path: str) -> Mlp | None:
+    """Returns the MLP's maps, or None where its linear maps are not direct children (experts)."""
+    names = [n for n in linears if linears[n].out_features > 1 and "router" not in n]
+    down = next((n for n in reversed(names) if re.search(r"down|fc2|w2|out|4h_to_h", n)), None)
+    down = down or (names[-1] if names else None)
+    ups = [n for n in names if n != down]
+    if down is None or not ups or len(names) > 3:
+        return None
+    d_mlp = linears[down].in_features
+    gate = next((name for name in ups if "gate" in name), ups[0])
+    linear = next((name for name in ups if name != gate), None)
+    if linear is None and linears[gate].out_features == 2 * d_mlp:  # both halves in one map
+        pre = Projection(f"{path}.{gate}", f"0:{d_mlp}")
+        other = Projection(f"{path}.{gate}", f"{d_mlp}:{2 * d_mlp}")
+    else:
+        pre = Projection(f"{path}.{gate}")
+        other = Projection(f"{path}.{linear}") if linear else None
+        if any(linears[n].out_features != d_mlp for n in ups):
+            return None
+    return Mlp(path=path, pre=pre, linear=other, down=f"{path}.{down}", d_mlp=d_mlp)
+
+
+def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
+    """Returns an attention's parts, or None where it is of another kind (linear, recurrent)."""
+    linears = linears_of(attn)
+    own = getattr(attn, "config", None) or config
+    source = forward_source(type(attn).forward)
+    out = next((n for n in reversed(list(linears)) if re.search(_OUT, n)), list(linears)[-1])
+    n_heads, d_head = _heads(attn, own, linears[out].in_features)
+    if n_heads is None or linears[out].in_features % n_heads or "linear" in path.split(".")[-1]:
+        return None
+    d_out = linears[out].in_features // n_heads
+    d_head = d_head or d_out
+    found = {letter: _projection(attn, linears, letter, n_heads, d_head) for letter in "qkv"}
+    if found["v"] is not None and linears[found["v"].path].out_features % d_out:
+        found["v"] = None
+    key = found["k"]
+    n_kv = first_of(attn, "num_key_value_heads", "num_kv_heads") or first_of(
+        own, "num_key_value_heads"
+    )
+    if key is not None and not key.layout:
+        n_kv = linears[key.path].out_features // d_head
+    parts = {
+        letter: Projection(f"{path}.{p.path}", p.layout, p.index) if p else None
+        for letter, p in found.items()
+    }
+    parameters = forward_parameters(attn)
+    dispatched = "_attn_implementation" in source and hasattr(attn, "config")
+    return Attention(
+        path=path,
+        **parts,
+        out=f"{path}.{out}",
+        n_heads=n_heads,
+        n_key_value_heads=n_kv if isinstance(n_kv, int) else n_heads,
+        d_head=d_head,
+        dispatched=dispatched,
+        rotary=re.search(r"rotary|rope|freqs_c|position_embeddings", source) is not None,
+        packed="cu_seqlens" in parameters,
+        cross=_is_cross(path.split(".")[-1]),
+    )
+
+
+_OUT = r"^(o|out|wo|proj|c_proj|dense|projection)$|o_proj|out_proj|output_proj|projection_layer"
+
+
+def _heads(attn: nn.Module, config: Any, width: int) -> tuple[int | None, int | None]:
+    """Returns the number of heads and the width of one, as far as the module or config says."""
+    d_value = first_of(attn, "v_head_dim", "head_dim", "attention_head_size")
+    d_head = first_of(attn, "qk_head_dim", "head_dim", "attention_head_size")
+    n_heads = first_of(attn, "num_heads", "num_attention_heads", "n_heads")
+    if not isinstance(n_heads, int):
+        fits = isinstance(d_value, int) and width % d_value == 0
+        told = first_of(config, "num_attention_heads", "num_heads", "n_heads")
+        n_heads = width // d_value if fits else told
+    return (n_heads if isinstance(n_heads, int) else None), (
+        d_head if isinstance(d_head, int) else None
+    )
+
+
+def _projection(
+    attn: nn.Module, linears: dict[str, Any], letter: str, n_heads: int, d_head: int
+) -> Projection | None:
+    """Returns where q, k or v comes out: of `q_proj`, `query`, `wq`, or of a fused map."""
+    words = {"q": "query", "k": "key", "v": "value"}
+    pattern = rf"^({letter}_proj|{letter}|w{letter}|{words[letter]}|{letter}_linear)$"
+    name = next((name for name in linears if re.match(pattern, name)), None)
+    if name is not None:
+        size = linears[name].out_features
+        gated = letter == "q" and size == 2 * n_heads * d_head
+        if size % d_head:
+            return None
+        return Projection(name, "h2d" if gated else "")
+    fused = next((n for n in linears if re.search(r"qkv|query_key_value|att_proj", n)), None)
+    if fused is None:
+        return None
+    index, size = "qkv".index(letter), linears[fused].out_features
+    if size == 3 * n_heads * d_head:
+        source = forward_source(type(attn).forward) + forward_source(
+            getattr(attn, "_split_heads", None) or (lambda: None)
+        )
+        heads_first = re.search(r"heads, 3", source) is not None
+        return Projection(fused, "h3d" if heads_first else "3hd", index)
+    n_kv, rest = divmod(size - n_heads * d_head, 2 * d_head)
+    if rest or n_kv < 1:
+        return None
+    edges = [0, n_heads * d_head, (n_heads + n_kv) * d_head, size]
+    return Projection(fused, f"{edges[index]}:{edges[index + 1]}", index)
