@@ -25,6 +25,11 @@ from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError, did_you_
 from hooked_vlm.regions import Cell, Region, union_of
 
 
+EncoderRows = Int[Tensor, "row col _ 2"]
+"""For each cell the (image, row) pairs of what it is made of, at a site of the encoder or
+projector; images (tiles) are counted from the first that the encoder makes of this one."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenGrid:
     """One image's visual tokens, in the prompt, over the patches and over the pixels."""
@@ -45,7 +50,13 @@ class TokenGrid:
     prompt: int = 0
     """Row of the batch."""
     image: int = 0
-    """Index among all images of the batch, in the encoder's order."""
+    """Index among all images of the batch, in the encoder's order: of the first tile, if cut."""
+    patches: EncoderRows | None = None
+    """The encoder's rows of each cell, class tokens counted; None: one image's, in raster order."""
+    projected: EncoderRows | None = None
+    """The projector's rows of each cell; None: one image's, in raster order."""
+    overview: "TokenGrid | None" = None
+    """The thumbnail that goes with an image cut into tiles: the same picture, coarser cells."""
 
     def __post_init__(self) -> None:
         flat = self.positions.flatten()
@@ -53,7 +64,10 @@ class TokenGrid:
             raise GridError(
                 f"Positions of shape {tuple(self.positions.shape)} are not a grid. Give [row, col]."
             )
-        if flat[0] < 0 or (flat.diff() <= 0).any():
+        ascending = bool((flat.diff() > 0).all())
+        if self.patches is not None:  # tiles follow each other, so rows of the whole do not
+            ascending = len(flat.unique()) == len(flat)
+        if flat.min() < 0 or not ascending:
             raise GridError(
                 "Positions must ascend in raster order, row by row: they are those of visual "
                 f"tokens in a prompt. The first row given is {self.positions[0].tolist()}."
@@ -208,6 +222,15 @@ class TokenGrid:
 
     def cell_of_patch(self, patch: int) -> Cell:
         """Returns the cell over an encoder token (`n_prefix` counted): `Region.patches` back."""
+        if self.patches is not None:
+            found = (self.patches[..., 1] == patch).any(-1) & (self.patches[..., 0] == 0).any(-1)
+            if found.sum() == 1:
+                row, col = found.nonzero()[0].tolist()
+                return row, col
+            raise GridError(
+                f"Encoder token {patch} is a patch of {int(found.sum())} cells of this image, "
+                "which the encoder sees in tiles. See grid.patches."
+            )
         index = patch - self.n_prefix
         if not 0 <= index < self.patch_rows * self.patch_cols:
             raise GridError(

@@ -6,7 +6,6 @@ away: which position of which prompt shows which part of which image.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isqrt
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,11 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy import Anatomy
 from hooked_vlm.errors import DataError, GridError, UnsupportedModelError
 from hooked_vlm.grid import TokenGrid, warn_if_resized
-from hooked_vlm.image_tokens import ImageLayout, token_grids
-from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.image_grids import GridFinder, Wrapped
 from hooked_vlm.spans import PromptRow, token_pieces
 
 
@@ -29,15 +26,10 @@ Texts = str | Sequence[str]
 
 
 @runtime_checkable
-class Wrapped(Protocol):
+class Prepares(Wrapped, Protocol):
     """The parts of a HookedVLM that preparing inputs needs."""
 
-    hf_model: nn.Module
-    processor: Any
-    anatomy: Anatomy
-
-    @property
-    def device(self) -> torch.device: ...
+    grid_finder: GridFinder
 
 
 class Inputs(Mapping[str, Any]):
@@ -92,7 +84,7 @@ class Inputs(Mapping[str, Any]):
 
 
 def prepare_inputs(
-    model: Wrapped,
+    model: Prepares,
     images: Images,
     texts: Texts,
     *,
@@ -109,33 +101,47 @@ def prepare_inputs(
             f"Images were given, and {type(processor).__name__} has no image processor. Wrap the "
             "model with its AutoProcessor, not with its tokenizer."
         )
-    tokenizer = getattr(processor, "tokenizer", processor)
     chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
-    if chat:
-        prompts = [
-            _chat(processor, text, len(i), system) for text, i in zip(texts, by_prompt, strict=True)
-        ]
-    else:
-        prompts = [
-            _plain(processor, text, len(i)) for text, i in zip(texts, by_prompt, strict=True)
-        ]
-    _check_placeholders(processor, prompts, by_prompt)
-    bos = getattr(tokenizer, "bos_token", None)
-    if bos and prompts[0].startswith(bos):
-        processor_kwargs.setdefault("add_special_tokens", False)
-    if len(prompts) > 1:
-        processor_kwargs.setdefault("padding", True)
-        processor_kwargs.setdefault("padding_side", "left")
+    made, prompts = _processed(model, by_prompt, texts, system, chat, processor_kwargs)
+    grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
     if any(by_prompt):
-        processor_kwargs["images"] = by_prompt
-    made = dict(processor(text=prompts, return_tensors="pt", **processor_kwargs))
-    made |= _positions(model.hf_model, made)
-    made = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}
-    sizes = [image.size for row in by_prompt for image in row]
-    grids = grids_of(model, made, sizes, [len(row) for row in by_prompt]) if sizes else None
-    if grids is not None:
+        sizes = [[image.size for image in row] for row in by_prompt]
+
+        def process(image: Image.Image) -> dict[str, Any]:
+            return _processed(model, [[image]], ["."], None, chat, processor_kwargs)[0]
+
+        key = repr(sorted(processor_kwargs.items(), key=lambda item: item[0]))
+        grids = model.grid_finder.find(made, sizes, process, key)
         warn_if_resized((grid for row in grids for grid in row), stacklevel=4)
-    return Inputs(made, grids or ((),) * len(texts), prompts, tokenizer)
+    return Inputs(made, grids, prompts, getattr(processor, "tokenizer", processor))
+
+
+def _processed(
+    model: Prepares,
+    by_prompt: Sequence[Sequence[Image.Image]],
+    texts: Sequence[str],
+    system: str | None,
+    chat: bool,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns what the model's own processor makes, on the model's device, and the prompts."""
+    processor, options = model.processor, dict(options)
+    prompts = [
+        _chat(processor, text, len(i), system) if chat else _plain(processor, text, len(i))
+        for text, i in zip(texts, by_prompt, strict=True)
+    ]
+    _check_placeholders(processor, prompts, by_prompt)
+    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    if bos and prompts[0].startswith(bos):
+        options.setdefault("add_special_tokens", False)
+    if len(prompts) > 1:
+        options.setdefault("padding", True)
+        options.setdefault("padding_side", "left")
+    if any(by_prompt):
+        options["images"] = [list(row) for row in by_prompt]
+    made = dict(processor(text=prompts, return_tensors="pt", **options))
+    made |= _positions(model.hf_model, made)
+    return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
 
 
 def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
@@ -243,41 +249,6 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 
-def grids_of(
-    model: Wrapped,
-    inputs: Mapping[str, Any],
-    image_sizes: Sequence[tuple[int, int]] | None = None,
-    images_per_prompt: Sequence[int] | None = None,
-) -> tuple[tuple[TokenGrid, ...], ...]:
-    """Returns the grids of the images in some model inputs, a tuple for each prompt.
-
-    `image_sizes` are (width, height) of the images as the user gave them; without them,
-    pixels are those that the encoder sees.
-    """
-    ids, vision = inputs["input_ids"], model.anatomy.vision
-    if vision is None or inputs.get("pixel_values") is None:
-        return ((),) * len(ids)
-    image_token = model.anatomy.image_token_id
-    if image_token is None:
-        raise GridError("The model's config names no image token, so no image can be found.")
-    patch_grids = _patch_grids(inputs, vision.patch_size)
-    n_tokens = int((ids == image_token).sum())
-    pool = vision.merge if vision.merge > 1 else _pool(n_tokens, patch_grids)
-    processor = getattr(model.processor, "image_processor", None)
-    layouts = []
-    for i, (rows, cols) in enumerate(patch_grids):
-        seen = (cols * vision.patch_size, rows * vision.patch_size)
-        given = image_sizes[i] if image_sizes is not None else seen
-        scale, offset = pixel_transform(processor if image_sizes else None, given, seen)
-        layouts.append(
-            ImageLayout(
-                rows // pool, cols // pool, rows, cols, given, seen, scale, offset, vision.n_prefix
-            )
-        )
-    found = token_grids(ids, image_token, layouts, images_per_prompt)
-    return tuple(tuple(g for g in found if g.prompt == row) for row in range(len(ids)))
-
-
 def rows_of(
     inputs: Mapping[str, Any], grids: Sequence[Sequence[TokenGrid]], text: bool
 ) -> list[PromptRow]:
@@ -292,29 +263,3 @@ def rows_of(
         )
         for b in range(len(ids))
     ]
-
-
-def _patch_grids(inputs: Mapping[str, Any], patch: int) -> list[tuple[int, int]]:
-    """Returns (rows, cols) of encoder patches for each image."""
-    if "image_grid_thw" in inputs:
-        return [(t * h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
-    pixels = inputs["pixel_values"]
-    if pixels.ndim != 4:
-        raise GridError(
-            f"pixel_values of shape {tuple(pixels.shape)} are no [image, 3, height, width]: this "
-            "model cuts images into tiles, which grids do not cover yet."
-        )
-    return [(pixels.shape[2] // patch, pixels.shape[3] // patch)] * len(pixels)
-
-
-def _pool(n_tokens: int, patch_grids: Sequence[tuple[int, int]]) -> int:
-    """Returns the side of the squares of patches pooled into one token behind the encoder."""
-    n_patches = sum(rows * cols for rows, cols in patch_grids)
-    side = isqrt(n_patches // n_tokens) if n_tokens else 0
-    if not side or side**2 * n_tokens != n_patches:
-        raise GridError(
-            f"The prompts hold {n_tokens} image tokens for {len(patch_grids)} images of "
-            f"{n_patches} patches in all; expected one token for every patch, or for every square "
-            "of patches. Expand the image placeholders with the model's own processor."
-        )
-    return side

@@ -24,12 +24,14 @@ from hooked_vlm.attention import implementation
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.config import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.describe import describe_sites
-from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError, UnsupportedModelError
+from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError
 from hooked_vlm.hooks import HookFunction, HookPoint, Reader, Run, attach
-from hooked_vlm.inputs import Images, Inputs, Texts, grids_of, prepare_inputs
+from hooked_vlm.image_grids import GridFinder
+from hooked_vlm.inputs import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.layout import Images as VisionActivation
 from hooked_vlm.loading import load_pretrained
 from hooked_vlm.naming import VISION, NamesFilter, count_layers, select_names
+from hooked_vlm.partial import layer_index, returns_tuples, run_until, skipping
 from hooked_vlm.sites import Site, list_sites
 
 
@@ -38,13 +40,6 @@ ModelInputs = Mapping[str, Any]
 
 FwdHook = Any
 """`(name, function)`, the name a string, a pattern or a function of names; or an intervention."""
-
-
-class _Stopped(Exception):  # noqa: N818 - it is no error
-    """Carries the residual stream out of a forward pass that `stop_at_layer` ends."""
-
-    def __init__(self, residual: Tensor) -> None:
-        self.residual = residual
 
 
 class HookedVLM:
@@ -73,6 +68,8 @@ class HookedVLM:
         self._open: list[tuple[list[tuple[str, HookFunction]], Run]] = []
         self._attached = ExitStack()
         self._said_eager = False
+        self._tuples: list[bool] | None = None
+        self.grid_finder = GridFinder(self)
 
     @classmethod
     def from_pretrained(
@@ -174,7 +171,7 @@ class HookedVLM:
 
         For inputs that `prepare` did not make, pixels are those the encoder sees.
         """
-        return inputs.grids if isinstance(inputs, Inputs) else grids_of(self, inputs)
+        return inputs.grids if isinstance(inputs, Inputs) else self.grid_finder.by_rule(inputs)
 
     # --- running --------------------------------------------------------------------------
 
@@ -266,7 +263,15 @@ class HookedVLM:
 
         reader = Reader(store)
         with self.hooks([*pairs, *((name, reader) for name in names)]):
-            output = self._run_until(stop_at_layer, inputs, kwargs)
+            if stop_at_layer is None:
+                output = self.forward(inputs, **kwargs)
+            else:
+                output = run_until(
+                    self.hf_model,
+                    self.anatomy.lm,
+                    stop_at_layer,
+                    lambda: self.forward(inputs, **kwargs),
+                )
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
         kept = {name: found[name] for name in names if name in found}
@@ -296,33 +301,30 @@ class HookedVLM:
         self._warn_unran({name for name, _ in pairs} - ran)
         return ids
 
-    def _run_until(self, layer: int | None, inputs: ModelInputs, kwargs: dict[str, Any]) -> Tensor:
-        if layer is None:
-            return self.forward(inputs, **kwargs)
-        blocks = self.anatomy.lm.blocks
-        if not -len(blocks) <= layer <= len(blocks):
-            raise UnknownHookError(
-                f"stop_at_layer={layer} is out of range: this model has LM layers 0 to "
-                f"{len(blocks) - 1} (and {len(blocks)} to stop behind the last)."
-            )
-        layer = layer + len(blocks) if layer < 0 else layer
-        behind = self.anatomy.lm.final_norm if layer == len(blocks) else blocks[layer].path
-        if behind is None:
-            raise UnsupportedModelError("This model has no final norm to stop in front of.")
+    def run_from_layer(
+        self,
+        inputs: ModelInputs,
+        residual: Float[Tensor, "batch pos d_model"],
+        layer: int,
+        fwd_hooks: Sequence[FwdHook] = (),
+        **kwargs: Any,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Runs LM blocks `layer` and above on a residual stream, and returns the logits.
 
-        def stop(module: nn.Module, args: tuple, hf_kwargs: dict) -> None:
-            raise _Stopped(args[0] if args else hf_kwargs["hidden_states"])
-
-        handle = self.hf_model.get_submodule(behind).register_forward_pre_hook(
-            stop, with_kwargs=True
-        )
-        try:
-            self.forward(inputs, **kwargs)
-        except _Stopped as stopped:
-            return stopped.residual
-        finally:
-            handle.remove()
-        raise HookError(f"The forward pass ended before it reached LM layer {layer}.")
+        `inputs` are those of the whole prompt: positions and masks come from them.  Blocks
+        below `layer` are skipped; there is no key-value cache.  With the residual stream
+        that `run_with_cache(inputs, stop_at_layer=layer)` returned, the logits are those of
+        the full run.  TransformerLens's `start_at_layer`.
+        """
+        blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
+        layer = layer_index(layer, len(blocks) - 1, "layer")
+        kwargs = {"use_cache": False, **kwargs}
+        if self._tuples is None:
+            with torch.no_grad():
+                self._tuples = returns_tuples(blocks, lambda: self.forward(inputs, **kwargs))
+        start = (f"blocks.{layer}.hook_resid_pre", lambda _value, hook: residual)
+        with skipping(blocks[:layer], self._tuples[:layer]):
+            return self.run_with_hooks(inputs, [start, *fwd_hooks], **kwargs)
 
     # --- names ----------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
     located = []
     for row in rows:
         for grid, region in _images(place, row, site):
-            located.append((grid.image, _indices(site, region, grid)))
+            located += _in_encoder(site, region, grid)
     return located
 
 
@@ -123,11 +123,23 @@ def _pair_indices(
     if axes[:2] == ["batch", "pos"]:
         return pairs.positions(target, source)
     if axes[:2] == ["image", "token"]:
+        _refuse_tiles(site, target, source)
         return pairs.tokens()
     if axes[:2] != ["image", "patch"]:
         raise _no_positions(site)
+    _refuse_tiles(site, target, source)
     written, taken = pairs.patches(target, source)
     return written - _prefix_gone(site, target), taken - _prefix_gone(site, source)
+
+
+def _refuse_tiles(site: Site, *grids: TokenGrid) -> None:
+    for grid in grids:
+        if grid.patches is not None and len(grid.patches[..., 0].unique()) > 1:
+            raise InterventionError(
+                f"Paired cells at {site.name}: the encoder sees this image in tiles, and a pair "
+                "may cross from one to another. Pair cells at a site of the language model, or "
+                "use at=region, source_at=region."
+            )
 
 
 def _only_grid(row: PromptRow) -> TokenGrid:
@@ -163,10 +175,21 @@ def _images(place: Any, row: PromptRow, site: Site) -> list[tuple[TokenGrid, Reg
     return [(row.grids[0], place)]  # type: ignore[list-item]
 
 
-def _indices(site: Site, region: Region, grid: TokenGrid) -> Int[Tensor, " index"]:
-    if "token" in site.axes.split():
-        return region.tokens
-    return region.patches(grid) - _prefix_gone(site, grid)
+def _in_encoder(site: Site, region: Region, grid: TokenGrid) -> Located:
+    """Returns a region's rows at a vision or projector site, tile by tile."""
+    token_site = "token" in site.axes.split()
+    rows = grid.projected if token_site else grid.patches
+    if rows is None:
+        index = region.tokens if token_site else region.patches(grid) - _prefix_gone(site, grid)
+        return [(grid.image, index)]
+    region.positions(grid)  # checks that the region fits
+    row, col = torch.tensor(region.cells).T
+    tile, index = rows[row, col].flatten(0, 1).unbind(-1)
+    shift = 0 if token_site else _prefix_gone(site, grid)
+    return [
+        (grid.image + int(t), index[tile == t].sort().values - shift)
+        for t in tile.unique().tolist()
+    ]
 
 
 def _prefix_gone(site: Site, grid: TokenGrid) -> int:

@@ -201,6 +201,8 @@ class Region:
         """
         self._check_fits(grid)
         self.check_not_empty("patch of it")
+        if grid.patches is not None:
+            return self._measured_patches(grid.patches)
         tall, odd_rows = divmod(grid.patch_rows, grid.rows)
         wide, odd_cols = divmod(grid.patch_cols, grid.cols)
         if odd_rows or odd_cols or not tall or not wide:
@@ -213,6 +215,17 @@ class Region:
         patch_row = row * tall + torch.arange(tall)[:, None]
         patch_col = col * wide + torch.arange(wide)
         return (grid.n_prefix + patch_row * grid.patch_cols + patch_col).flatten(1)
+
+    def _measured_patches(self, patches: Int[Tensor, "row col k 2"]) -> Int[Tensor, "cell k"]:
+        row, col = torch.tensor(self.cells).T
+        image, index = patches[row, col].unbind(-1)
+        if len(image.unique()) > 1:
+            raise GridError(
+                f"{self.name!r} lies in {len(image.unique())} tiles, which the vision encoder sees "
+                "as images of their own, so its patches are not those of one image. An "
+                "intervention at a vision site finds them; grid.patches has them by cell."
+            )
+        return index
 
     def patches(self, grid: ImageCells) -> Int[Tensor, " patch"]:
         """Returns the vision encoder's token indices of all patches of the region, in raster

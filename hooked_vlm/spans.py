@@ -42,6 +42,9 @@ class ImageCells(Protocol):
     def n_prefix(self) -> int: ...
 
     @property
+    def patches(self) -> Tensor | None: ...
+
+    @property
     def positions(self) -> Tensor: ...
 
 

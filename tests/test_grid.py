@@ -249,6 +249,12 @@ def test_an_image_that_was_not_resized_does_not_warn():
 
 def test_a_region_takes_anything_that_looks_like_a_grid():
     plain: Any = SimpleNamespace(
-        rows=2, cols=2, patch_rows=2, patch_cols=2, n_prefix=1, positions=torch.arange(4).view(2, 2)
+        rows=2,
+        cols=2,
+        patch_rows=2,
+        patch_cols=2,
+        n_prefix=1,
+        patches=None,
+        positions=torch.arange(4).view(2, 2),
     )
     assert Region((2, 2), ((1, 0),)).patches(plain).tolist() == [3]

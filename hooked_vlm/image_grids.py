@@ -1,0 +1,282 @@
+"""The grids of the images in some inputs: by rule where the inputs tell, else by measurement.
+
+Two layouts are so common that a rule serves them: images packed with their grids of
+patches beside them, and one picture of fixed size for each image.  The rule is not
+believed on its word: the first time a model is given an image, its answer for a small one
+is compared with a measurement (`routing`), and a model for which they differ is measured
+from then on.  All other layouts (tiles, thumbnails, separators between rows) are measured,
+once for each size of image.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from math import isqrt
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hooked_vlm.anatomy import Anatomy, Vision
+from hooked_vlm.errors import GridError, HookedVLMWarning
+from hooked_vlm.grid import TokenGrid
+from hooked_vlm.image_tokens import ImageLayout, token_grids
+from hooked_vlm.measured import Template, View, make_template, places_of
+from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.routing import measure_routes, pixel_name
+from hooked_vlm.sites import Site
+
+
+Size = tuple[int, int]
+Grids = tuple[tuple[TokenGrid, ...], ...]
+Process = Callable[[Image.Image], dict[str, Any]]
+"""From an image to the model's inputs for a short prompt with that image alone."""
+
+
+@runtime_checkable
+class Wrapped(Protocol):
+    """The parts of a HookedVLM that finding images needs."""
+
+    hf_model: nn.Module
+    processor: Any
+    anatomy: Anatomy
+    sites: dict[str, Site]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run_with_cache(
+        self, inputs: Mapping[str, Any], names_filter: Any, **kwargs: Any
+    ) -> Any: ...
+
+
+class GridFinder:
+    """Finds the images of one model's inputs, and keeps what it has measured."""
+
+    def __init__(self, model: Wrapped) -> None:
+        self.model = model
+        self.templates: dict[Any, Template] = {}
+        self.trusts_rule: bool | None = None
+        """Whether the rule was found to agree with a measurement; None: not compared yet."""
+
+    def by_rule(
+        self,
+        inputs: Mapping[str, Any],
+        image_sizes: Sequence[Size] | None = None,
+        images_per_prompt: Sequence[int] | None = None,
+    ) -> Grids:
+        """Returns the grids that the inputs' own tensors tell; raises `GridError` if they do not.
+
+        `image_sizes` are (width, height) of the images as the user gave them; without them,
+        pixels are those that the encoder sees.
+        """
+        ids, vision = inputs["input_ids"], self.model.anatomy.vision
+        if vision is None or inputs.get("pixel_values") is None:
+            return ((),) * len(ids)
+        image_token = self.model.anatomy.image_token_id
+        if image_token is None:
+            raise GridError("The model's config names no image token, so no image can be found.")
+        patch_grids = _patch_grids(inputs, vision)
+        if image_sizes is not None and len(image_sizes) != len(patch_grids):
+            raise GridError(
+                f"{len(image_sizes)} images became {len(patch_grids)} pictures for the encoder: "
+                "this model cuts images into tiles."
+            )
+        n_tokens = int((ids == image_token).sum())
+        pool = vision.merge if vision.merge > 1 else _pool(n_tokens, patch_grids)
+        processor = getattr(self.model.processor, "image_processor", None)
+        layouts = []
+        for i, (rows, cols) in enumerate(patch_grids):
+            seen = (cols * vision.patch_size, rows * vision.patch_size)
+            given = image_sizes[i] if image_sizes is not None else seen
+            scale, offset = pixel_transform(processor if image_sizes else None, given, seen)
+            shape = rows // pool, cols // pool, rows, cols
+            layouts.append(ImageLayout(*shape, given, seen, scale, offset, vision.n_prefix))
+        found = token_grids(ids, image_token, layouts, images_per_prompt)
+        return tuple(tuple(g for g in found if g.prompt == row) for row in range(len(ids)))
+
+    def find(
+        self,
+        inputs: Mapping[str, Any],
+        sizes_by_prompt: Sequence[Sequence[Size]],
+        process: Process,
+        key: Any = None,
+    ) -> Grids:
+        """Returns the grids of the images of prepared inputs, a tuple for each prompt.
+
+        `process` makes inputs of one image, in the way these were made (`key` names that
+        way).  Raises `GridError` when neither the rule nor a measurement finds them.
+        """
+        try:
+            sizes = [size for row in sizes_by_prompt for size in row]
+            grids = self.by_rule(inputs, sizes, [len(row) for row in sizes_by_prompt])
+        except GridError as error:
+            return self._measured(inputs, sizes_by_prompt, process, key, error)
+        if self.trusts_rule is None:
+            self.trusts_rule = self._agrees(sizes[0], process)
+        if self.trusts_rule:
+            return grids
+        return self._measured(inputs, sizes_by_prompt, process, key, None)
+
+    def _agrees(self, size: Size, process: Process) -> bool:
+        """Whether the rule's grid for a small image is the measured one (if it can be)."""
+        vision = self.model.anatomy.vision
+        assert vision is not None
+        if vision.packed:  # any size will do, and one that is not square shows a transposition
+            side = vision.patch_size * max(vision.merge, 2)
+            size = 4 * side, 3 * side
+        inputs = process(_noise(size))
+        try:
+            template = self._template(size, process)
+        except GridError:
+            return True  # nothing to compare with
+        rule = self.by_rule(inputs, [size], [1])[0][0]
+        measured = _grids(template, _image_positions(inputs, self.model.anatomy), size, 0, 0)
+        if torch.equal(rule.positions, measured.positions) and rule.shape == measured.shape:
+            return True
+        warnings.warn(
+            f"The visual tokens of {type(self.model.hf_model).__name__} do not stand where the "
+            "usual layout has them; its grids are measured instead.",
+            HookedVLMWarning,
+            stacklevel=7,
+        )
+        return False
+
+    def _measured(
+        self,
+        inputs: Mapping[str, Any],
+        sizes_by_prompt: Sequence[Sequence[Size]],
+        process: Process,
+        key: Any,
+        reason: GridError | None,
+    ) -> Grids:
+        first, rows = 0, []
+        for prompt, sizes in enumerate(sizes_by_prompt):
+            rest = _image_positions(inputs, self.model.anatomy)[prompt]
+            grids = []
+            for size in sizes:
+                try:
+                    template = self.templates.get((size, key)) or self._template(size, process)
+                except GridError as error:
+                    raise GridError(f"{error} {reason or ''}".strip()) from None
+                self.templates[size, key] = template
+                found, rest = rest[: template.n_tokens], rest[template.n_tokens :]
+                if len(found) != template.n_tokens:
+                    raise GridError(
+                        f"Prompt {prompt} has too few image tokens for its {len(sizes)} images: an "
+                        f"image of {size[0]}x{size[1]} px has {template.n_tokens}."
+                    )
+                grids.append(_grids(template, [found], size, prompt, first))
+                first += template.n_encoder_images
+            if len(rest):
+                raise GridError(
+                    f"Prompt {prompt} has {len(rest)} image tokens more than its {len(sizes)} "
+                    "images have."
+                )
+            rows.append(tuple(grids))
+        return tuple(rows)
+
+    def _template(self, size: Size, process: Process) -> Template:
+        """Returns the measured template of images of one size."""
+        vision = self.model.anatomy.vision
+        assert vision is not None
+        inputs = process(_noise(size))
+        routes = measure_routes(self.model, inputs)
+        name = pixel_name(inputs)
+        shape = inputs[name].shape
+
+        def pixels(image: Image.Image) -> Tensor:
+            made = process(image)[name]
+            if made.shape != shape:
+                raise GridError("The processor cuts images of one size in different ways.")
+            return made
+
+        (positions,) = _image_positions(inputs, self.model.anatomy, routes.pixels)
+        patch = vision.patch_size or 1
+        return make_template(
+            routes, places_of(pixels, size), size, positions, lambda k: patch * max(isqrt(k), 1)
+        )
+
+
+def _noise(size: Size) -> Image.Image:
+    width, height = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _image_positions(
+    inputs: Mapping[str, Any], anatomy: Anatomy, reached: Tensor | None = None
+) -> list[Tensor]:
+    """Returns the positions of image tokens, prompt by prompt.
+
+    Where the config names no image token, it is the one that all positions `reached` by
+    pixels of a single prompt hold.
+    """
+    ids, token = inputs["input_ids"], anatomy.image_token_id
+    if token is None and reached is not None:
+        return [reached[reached >= 0].unique()]
+    if token is None:
+        raise GridError("The model's config names no image token, so no image can be found.")
+    return [(row == token).nonzero().flatten() for row in ids]
+
+
+def _grids(
+    template: Template, positions: Sequence[Tensor], size: Size, prompt: int, first: int
+) -> TokenGrid:
+    """Returns the grid of an image, with its thumbnail if there is one."""
+    (tokens,) = positions
+    overview = None
+    for view in reversed(template.views):
+        overview = _grid(view, tokens, size, prompt, first, overview)
+    assert overview is not None
+    return overview
+
+
+def _grid(
+    view: View, tokens: Tensor, size: Size, prompt: int, first: int, overview: TokenGrid | None
+) -> TokenGrid:
+    rows, cols = view.tokens.shape
+    side = isqrt(view.patches.shape[2]) if view.patches is not None else 1
+    return TokenGrid(
+        positions=tokens[torch.from_numpy(view.tokens).to(tokens.device)],
+        patch_rows=rows * side,
+        patch_cols=cols * side,
+        n_prefix=int(view.patches[..., 1].min()) if view.patches is not None else 0,
+        image_size=size,
+        scale=view.scale,
+        offset=view.offset,
+        processed_size=view.processed_size,
+        prompt=prompt,
+        image=first,
+        patches=view.patches,
+        projected=view.rows,
+        overview=overview,
+    )
+
+
+def _patch_grids(inputs: Mapping[str, Any], vision: Vision) -> list[tuple[int, int]]:
+    """Returns (rows, cols) of encoder patches for each image."""
+    if "image_grid_thw" in inputs:
+        return [(t * h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
+    pixels, patch = inputs["pixel_values"], vision.patch_size
+    if pixels.ndim != 4 or not patch or vision.packed:
+        raise GridError(
+            f"pixel_values of shape {tuple(pixels.shape)} are no [image, 3, height, width] of one "
+            "size: where this model's visual tokens are must be measured, and that takes the "
+            "model's processor. Use prepare(images, texts)."
+        )
+    return [(pixels.shape[2] // patch, pixels.shape[3] // patch)] * len(pixels)
+
+
+def _pool(n_tokens: int, patch_grids: Sequence[tuple[int, int]]) -> int:
+    """Returns the side of the squares of patches pooled into one token behind the encoder."""
+    n_patches = sum(rows * cols for rows, cols in patch_grids)
+    side = isqrt(n_patches // n_tokens) if n_tokens else 0
+    if not side or side**2 * n_tokens != n_patches:
+        raise GridError(
+            f"The prompts hold {n_tokens} image tokens for {len(patch_grids)} images of "
+            f"{n_patches} patches in all; expected one token for every patch, or for every square "
+            "of patches. Expand the image placeholders with the model's own processor."
+        )
+    return side

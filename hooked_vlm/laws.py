@@ -1,0 +1,313 @@
+"""Laws that every wrapped model must keep, each checked by running the model.
+
+A tool that opens up models is believed as far as it was checked on the model at hand.
+Each law here takes a `HookedVLM` and some of its inputs and says what holds: that a site
+that fires can be written and the logits notice, or refuses; that writing back what was
+read changes nothing; that the residual stream adds up; that patterns are patterns.
+`hooked-vlm check MODEL` runs them on a user's model, and the conformance suite on every
+architecture that transformers knows.  Nothing is trained and no weight is touched.
+"""
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.naming import PROJECTOR, VISION
+
+
+Inputs = Mapping[str, Any]
+YES, NO, NONE = "yes", "no", "n/a"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one law found on one model."""
+
+    law: str
+    verdict: str
+    """`"yes"`, `"no"`, or `"n/a"` where the model has nothing that the law is about."""
+    note: str = ""
+
+
+def _finding(law: str, problems: Sequence[str], found: bool = True, note: str = "") -> Finding:
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return Finding(law, NO, f"{problems[0]}{more}")
+    return Finding(law, YES if found else NONE, note)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Runs without gradients, and without the warning that patterns cost eager attention."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attention scores or patterns", HookedVLMWarning)
+        yield
+
+
+SITE_GROUPS: dict[str, tuple[str, ...]] = {
+    "embeddings": ("hook_embed", "hook_merged_embed", "ln_final.*", "hook_logits"),
+    "LM residual": ("blocks.*.hook_resid_*", "blocks.*.ln?.hook_normalized"),
+    "LM attention": ("blocks.*attn*",),
+    "LM MLP": ("blocks.*.mlp.*", "blocks.*.hook_mlp_out"),
+    "vision embeddings": (f"{VISION}.hook_*embed",),
+    "vision residual": (f"{VISION}.blocks.*.hook_resid_*", f"{VISION}.blocks.*.ln?.*"),
+    "vision attention": (f"{VISION}.blocks.*attn*",),
+    "vision MLP": (f"{VISION}.blocks.*.mlp.*", f"{VISION}.blocks.*.hook_mlp_out"),
+    "projector": (f"{VISION}.hook_out", f"{PROJECTOR}.*"),
+}
+"""The columns of sites: which names belong to each."""
+
+
+def group_of(model: HookedVLM, group: str) -> list[str]:
+    """Returns the names of a model's sites that belong to a column."""
+    patterns = SITE_GROUPS[group]
+    return [n for n in model.hook_names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def each(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Returns a hook function that does the same to a tensor and to each tensor of a list."""
+
+    def hook_function(value: Any, hook: Any) -> Any:
+        return [function(v) for v in value] if isinstance(value, list) else function(value)
+
+    return hook_function
+
+
+def perturbed(tensor: Tensor) -> Tensor:
+    """Returns a tensor that differs from the given one everywhere, by about half its size."""
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    scale = tensor.float().clamp(-1e3, 1e3).std(correction=0).clamp(min=0.1)
+    return (tensor.float() * 1.5 + scale * noise.to(tensor.device)).to(tensor.dtype)
+
+
+def check_parity(model: HookedVLM, inputs: Inputs) -> Finding:
+    """No hook, or hooks that only read: logits equal to transformers', bit for bit."""
+    with quiet():
+        base = model.hf_model(**inputs).logits
+        problems = [] if torch.equal(model(inputs), base) else ["forward changes the logits"]
+        fused = [n for n in model.hook_names if not n.endswith(("hook_pattern", "attn_scores"))]
+        logits, _ = model.run_with_cache(inputs, fused)
+        if not torch.equal(logits, base):
+            problems.append(f"reading moves logits by {_gap(logits, base):.1e}")
+    return _finding("parity", problems)
+
+
+def check_fires(model: HookedVLM, inputs: Inputs) -> Finding:
+    """Every name in `hook_dict` fires on a run with an image."""
+    ran: dict[str, int] = {}
+
+    def note(_value: Any, hook: Any) -> None:
+        ran[hook.name] = ran.get(hook.name, 0) + 1
+
+    with quiet():
+        warnings.filterwarnings("ignore", ".*never ran.*", HookedVLMWarning)
+        model.run_with_hooks(inputs, [("*", note)])
+    dead = [f"{name} never fires" for name in model.hook_names if name not in ran]
+    return _finding("fires", dead)
+
+
+def check_sites(model: HookedVLM, inputs: Inputs, group: str) -> Finding:
+    """Each site of a group: a write changes the logits or is refused; the identity does not."""
+    names = group_of(model, group)
+    problems = []
+    with quiet():
+        for name in names:
+            problems += _check_site(model, inputs, name)
+    return _finding(group, problems, bool(names))
+
+
+def _check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
+    """Yields what is wrong with one site."""
+    warnings.filterwarnings("ignore", ".*never ran.*", HookedVLMWarning)
+    try:
+        base = model.run_with_hooks(inputs, [(name, lambda _value, hook: None)])
+        if model.sites[name].read_only:
+            yield from _refuses(model, inputs, name)
+            return
+        same = model.run_with_hooks(inputs, [(name, each(torch.clone))])
+        if not torch.equal(same, base):
+            yield f"{name}: writing back what was read moves logits by {_gap(same, base):.1e}"
+        changed = model.run_with_hooks(inputs, [(name, each(perturbed))])
+    except Exception as error:  # noqa: BLE001 - whatever a model raises is the finding
+        yield f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return
+    if torch.equal(changed, base):
+        yield f"{name}: a write changes nothing"
+    elif not changed.isfinite().any():
+        yield f"{name}: a write makes every logit NaN"
+
+
+def _refuses(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
+    try:
+        model.run_with_hooks(inputs, [(name, each(perturbed))])
+    except HookError:
+        return
+    yield f"{name}: is read-only, and a write was not refused"
+
+
+def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
+    """The residual stream adds up: `pre + attn_out == mid`, `mid + mlp_out == post`, `post` is
+    the next block's `pre`.
+
+    Where a block scales what it adds, or adds something of its own between two blocks, the
+    note says so.
+    """
+    problems, notes = [], set()
+    with quiet():
+        cache = dict(model.run_with_cache(inputs, "*blocks.*.hook_*")[1].items())
+        for prefix in ("", f"{VISION}."):
+            n_blocks = len({n for n in cache if n.startswith(f"{prefix}blocks.") and "_post" in n})
+            for i in range(n_blocks):
+                part = _Parts(cache, f"{prefix}blocks.{i}.hook_")
+                for found in part.sums():
+                    (notes.add if found.startswith("scaled") else problems.append)(found)
+                following = cache.get(f"{prefix}blocks.{i + 1}.hook_resid_pre")
+                if following is not None and not _same(part.get("resid_post"), following):
+                    notes.add(f"{prefix}: something is added between blocks".lstrip(".: "))
+    return _finding("residual", problems, note="; ".join(sorted(notes)))
+
+
+class _Parts:
+    """The activations of one block, and whether they sum."""
+
+    def __init__(self, cache: Mapping[str, Any], prefix: str) -> None:
+        self.cache, self.prefix = cache, prefix
+
+    def get(self, name: str) -> Any:
+        return self.cache.get(f"{self.prefix}{name}")
+
+    def sums(self) -> Iterator[str]:
+        """Yields each sum of a block that does not come out, or `"scaled …"`."""
+        pre, mid, post = (self.get(f"resid_{place}") for place in ("pre", "mid", "post"))
+        attn, cross, mlp = (self.get(f"{part}_out") for part in ("attn", "cross_attn", "mlp"))
+        if cross is not None or pre is None or post is None:
+            return
+        if mid is not None and attn is not None:
+            yield from self._sum("attn_out", mid, pre, attn)
+            pre, attn = mid, None
+        if attn is not None and mlp is not None:
+            if not _close(_add(_add(pre, attn), mlp), post):
+                yield from self._sum("mlp_out", post, _add(pre, attn), mlp)
+        elif mlp is not None or attn is not None:
+            yield from self._sum("mlp_out", post, pre, mlp if attn is None else attn)
+
+    def _sum(self, part: str, whole: Any, start: Any, added: Any) -> Iterator[str]:
+        if _close(_add(start, added), whole):
+            return
+        block = self.prefix.removesuffix(".hook_")
+        if _proportional(whole, start, added):
+            stack = "vision" if block.startswith(VISION) else "LM"
+            yield f"scaled on the way into the {stack}'s residual"
+        else:
+            yield f"{block}: {part} is not what the residual gains"
+
+
+def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
+    """Rows of patterns sum to one, and zeroing columns equals masking their scores."""
+    names = [n for n in model.hook_names if n.endswith("attn.hook_pattern")]
+    problems = []
+    with quiet():
+        cache = model.run_with_cache(inputs, names)[1] if names else {}
+        for name, value in cache.items():
+            rows = [v.sum(-1) for v in (value if isinstance(value, list) else [value])]
+            if not all(torch.allclose(r, torch.ones_like(r), atol=1e-3) for r in rows):
+                problems.append(f"{name}: rows do not sum to one")
+        for prefix in ("", f"{VISION}."):
+            own = [n for n in names if n.startswith(f"{prefix}blocks.") and n in cache]
+            own = [n for n in own if not model.sites[n].read_only]
+            if own:
+                problems += _zeroing_is_masking(model, inputs, own[0])
+    return _finding("patterns", problems, bool(names))
+
+
+def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
+    """Yields what is wrong when one key is cut out of a pattern and, alike, of its scores."""
+
+    def cut(weights: Tensor) -> Tensor:
+        weights = weights.clone()
+        weights[..., 1:, 0] = 0
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+
+    def mask(weights: Tensor) -> Tensor:
+        weights = weights.clone()
+        weights[..., 1:, 0] = torch.finfo(weights.dtype).min
+        return weights
+
+    scores = name.replace("hook_pattern", "hook_attn_scores")
+    one = model.run_with_hooks(inputs, [(name, each(cut))])
+    two = model.run_with_hooks(inputs, [(scores, each(mask))])
+    if not torch.allclose(one, two, atol=1e-3, rtol=1e-3):
+        yield f"{name}: zeroing a key is off by {_gap(one, two):.1e} from masking it"
+
+
+def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
+    """Greedy generation under hooks equals transformers' own, with and without the cache."""
+    greedy: dict[str, Any] = {"max_new_tokens": steps, "do_sample": False}
+    watch = [("blocks.*.hook_resid_post", lambda _value, hook: None)]
+    problems = []
+    with quiet():
+        expected = model.hf_model.generate(**inputs, **greedy)  # type: ignore[operator]
+        if not torch.equal(model.generate(inputs, fwd_hooks=watch, **greedy), expected):
+            problems.append("hooked generation differs")
+        try:
+            uncached = model.hf_model.generate(**inputs, use_cache=False, **greedy)  # type: ignore[operator]
+        except Exception:  # noqa: BLE001 - some architectures cannot generate without a cache
+            return _finding("generate", problems, note="needs its cache")
+        found = model.generate(inputs, fwd_hooks=watch, use_cache=False, **greedy)
+        if not torch.equal(found, uncached):
+            problems.append("hooked generation without a cache differs")
+    return _finding("generate", problems)
+
+
+def check_start_layer(model: HookedVLM, inputs: Inputs) -> Finding:
+    """Starting from a layer with its own residual gives the full run's logits."""
+    with quiet():
+        base = model(inputs, use_cache=False)
+        layer = model.cfg.n_layers - 1
+        residual, _ = model.run_with_cache(inputs, "hook_embed", stop_at_layer=layer)
+        found = model.run_from_layer(inputs, residual, layer)
+    problems = [] if torch.equal(found, base) else [f"off by {_gap(found, base):.1e}"]
+    return _finding("start layer", problems)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("nan")
+    return float((a.float() - b.float()).abs().max())
+
+
+def _listed(value: Any) -> list[Tensor]:
+    return value if isinstance(value, list) else [value]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(_listed(a), _listed(b), strict=True))
+
+
+def _add(a: Any, b: Any) -> list[Tensor]:
+    return [x + y for x, y in zip(_listed(a), _listed(b), strict=True)]
+
+
+def _close(a: Any, b: Any) -> bool:
+    pairs = list(zip(_listed(a), _listed(b), strict=True))
+    return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-5, rtol=1e-5) for x, y in pairs)
+
+
+def _proportional(whole: Any, start: Any, added: Any) -> bool:
+    """Whether what was gained is `added` times one factor for every feature."""
+    for w, s, a in zip(_listed(whole), _listed(start), _listed(added), strict=True):
+        if w.shape != s.shape or w.shape != a.shape:
+            return False
+        gained, a = (w - s).flatten(0, -2), a.flatten(0, -2)
+        factor = (gained * a).sum(0) / (a * a).sum(0).clamp(min=1e-20)
+        if not torch.allclose(gained, factor * a, atol=1e-3, rtol=1e-2):
+            return False
+    return True

@@ -1,0 +1,99 @@
+"""Running part of a model: up to a layer of the language model, or from one on.
+
+Both run the wrapped model's own forward, so positions (M-RoPE among them), masks and
+whatever else it makes in front of its layers are its own.  `run_until` ends the pass by
+an exception in front of a layer; `skipping` lets the layers below one pass their input on
+unchanged, which costs nothing, and the caller puts the residual stream in there.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hooked_vlm.anatomy import Stack
+from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
+
+
+class _Stopped(Exception):  # noqa: N818 - it is no error
+    """Carries the residual stream out of a forward pass that `run_until` ends."""
+
+    def __init__(self, residual: Tensor) -> None:
+        self.residual = residual
+
+
+def layer_index(layer: int, n_layers: int, word: str) -> int:
+    """Returns a layer counted from the front; `n_layers` itself means behind the last."""
+    if not -n_layers <= layer <= n_layers:
+        raise UnknownHookError(
+            f"{word}={layer} is out of range: this model has LM layers 0 to {n_layers - 1} "
+            f"(and {n_layers} for behind the last)."
+        )
+    return layer + n_layers if layer < 0 else layer
+
+
+def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -> Tensor:
+    """Returns the residual stream in front of an LM block, ending the pass of `run` there."""
+    layer = layer_index(layer, len(lm.blocks), "stop_at_layer")
+    behind = lm.final_norm if layer == len(lm.blocks) else lm.blocks[layer].path
+    if behind is None:
+        raise UnsupportedModelError("This model has no final norm to stop in front of.")
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Stopped(args[0] if args else kwargs["hidden_states"])
+
+    handle = model.get_submodule(behind).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _Stopped as stopped:
+        return stopped.residual
+    finally:
+        handle.remove()
+    raise HookError(f"The forward pass ended before it reached LM layer {layer}.")
+
+
+@contextmanager
+def skipping(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator[None]:
+    """Lets blocks return their input, for the length of a `with` block.
+
+    `tuples` says which of them return their hidden state as the first of a tuple.
+    """
+
+    def passed(as_tuple: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, None) if as_tuple else hidden
+
+        return forward
+
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for block, as_tuple in zip(blocks, tuples, strict=True):
+            block.forward = passed(as_tuple)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward
+
+
+def returns_tuples(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[bool]:
+    """Returns which blocks return tuples, as one pass of `run` shows."""
+    found = [False] * len(blocks)
+
+    def note(i: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            found[i] = isinstance(output, tuple)
+
+        return hook
+
+    handles = [block.register_forward_hook(note(i)) for i, block in enumerate(blocks)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

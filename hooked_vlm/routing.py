@@ -1,0 +1,175 @@
+"""Where in the prompt each pixel goes: measured on the model itself, for any layout.
+
+Processors tile, pad, pool, interleave separators and append thumbnails, each in a way of
+its own.  Instead of a rule for every family, the way of a pixel can be measured.  With
+the vision encoder's attention switched off (`attn_out` written to zero in every block)
+nothing moves between patches, so a visual token depends on its own pixels and no others.
+Give position p of the prompt the weight 1 where bit b of p is set, and else 0: the gradient
+of that weighted sum, over the gradient of the unweighted one, is bit b of the position that
+a pixel reaches.  One forward pass and log2(positions) backward passes tell it for all pixels
+at once, exactly, in any dtype.  A pixel that reaches several positions (a Q-former, a
+resampler) gives a ratio that is neither 0 nor 1, and is reported as such.
+
+The same works for the encoder's rows and the projector's: they are functions of nothing
+but the image too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_vlm.errors import GridError
+from hooked_vlm.naming import PROJECTOR, VISION
+from hooked_vlm.sites import Site
+
+
+NOWHERE, SEVERAL = -1, -2
+_SURE = 0.05
+"""How far from 0 and 1 a ratio of gradients may be: rounding, not a mixture."""
+
+
+@runtime_checkable
+class Runnable(Protocol):
+    """The parts of a HookedVLM that measuring needs."""
+
+    sites: dict[str, Site]
+
+    def run_with_cache(
+        self, inputs: Mapping[str, Any], names_filter: Any, **kwargs: Any
+    ) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """For each element of the pixel tensor, and each row of a site, the position it reaches.
+
+    Positions count through the whole batch (prompt times length plus position); `NOWHERE`
+    marks what reaches none (padding, or class tokens), `SEVERAL` what reaches more than one.
+    """
+
+    pixels: Int[Tensor, "..."]
+    rows: dict[str, list[Int[Tensor, " row"]]]
+    """By site, and by image as the encoder counts them."""
+
+
+@dataclass(eq=False)
+class _Capture:
+    """Keeps what passes a site as part of the graph, call by call."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, value: Any, hook: Any) -> Any:
+        kept = [v.clone() for v in value]  # image by image, a tensor or a list
+        self.tensors += kept
+        return kept if isinstance(value, list) else torch.stack(kept)
+
+
+def pixel_name(inputs: Mapping[str, Any]) -> str:
+    """Returns the name of the tensor that holds the pixels; raises `GridError` without one."""
+    named = [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+    ]
+    found = sorted(named, key=lambda name: ("pixel" not in name, "image" not in name, name))
+    if not found:
+        raise GridError("These inputs hold no pixels, so there is no image to find in the prompt.")
+    return found[0]
+
+
+def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
+    """Returns where pixels, encoder rows and projected tokens end up in the prompt.
+
+    Raises `GridError` when the encoder's attention cannot be switched off, or when no
+    position of the prompt depends on a pixel (cross-attention).
+    """
+    attention = [
+        name
+        for name, site in model.sites.items()
+        if name.startswith(f"{VISION}.blocks.")
+        and name.endswith(("hook_attn_out", "hook_cross_attn_out"))
+        and not site.read_only
+    ]
+    if not attention:
+        raise GridError(
+            "The vision encoder has no attention that can be switched off (it is convolutional, or "
+            "of an unknown kind), so the way of a pixel cannot be measured."
+        )
+    captures = {
+        name: _Capture()
+        for name in (f"{VISION}.blocks.0.hook_resid_pre", f"{PROJECTOR}.hook_out")
+        if name in model.sites
+    }
+    off = [(name, _zero) for name in attention]
+    key = pixel_name(inputs)
+    with torch.enable_grad():
+        pixels = inputs[key].detach().clone().requires_grad_(True)
+        residual, _ = model.run_with_cache(
+            {**inputs, key: pixels},
+            "hook_embed",
+            stop_at_layer=0,
+            fwd_hooks=[*off, *captures.items()],
+        )
+        sources = [pixels, *(t for c in captures.values() for t in c.tensors)]
+        found = _positions(residual, sources)
+    sites, start = {}, 1
+    for name, capture in captures.items():
+        rows = found[start : start + len(capture.tensors)]
+        sites[name] = [_of_rows(row) for row in rows]
+        start += len(capture.tensors)
+    return Routes(found[0], sites)
+
+
+def _zero(value: Any, hook: Any) -> Any:
+    if isinstance(value, list):
+        return [torch.zeros_like(v) for v in value]
+    return torch.zeros_like(value)
+
+
+def _positions(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:
+    """Returns, element by element, the flat position that each source reaches."""
+    weights = torch.randn(residual.shape[-1], generator=torch.Generator().manual_seed(0))
+    per_position = (residual.float() * weights.to(residual.device)).sum(-1).flatten()
+    index = torch.arange(len(per_position), device=residual.device)
+
+    def gradients(total: Tensor) -> list[Tensor]:
+        if not total.requires_grad:
+            raise GridError("No position of the prompt depends on a pixel of the image.")
+        found = torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
+        return [
+            torch.zeros_like(s) if g is None else g.detach()
+            for s, g in zip(sources, found, strict=True)
+        ]
+
+    whole = gradients(per_position.sum())
+    if all(not g.any() for g in whole):
+        raise GridError(
+            "No position of the prompt depends on a pixel of the image: the language model reaches "
+            "it by cross-attention. Use sites of the vision encoder."
+        )
+    positions = [torch.zeros_like(g, dtype=torch.long) for g in whole]
+    several = [torch.zeros_like(g, dtype=torch.bool) for g in whole]
+    for bit in range(max(len(per_position) - 1, 1).bit_length()):
+        part = gradients((per_position * ((index >> bit) & 1)).sum())
+        for i, (g, p) in enumerate(zip(whole, part, strict=True)):
+            ratio = p.double() / g.double()
+            one = ratio > 0.5
+            several[i] |= (ratio - one.double()).abs() > _SURE
+            positions[i] += one.long() << bit
+    return [
+        p.masked_fill(s, SEVERAL).masked_fill(g == 0, NOWHERE)
+        for p, s, g in zip(positions, several, whole, strict=True)
+    ]
+
+
+def _of_rows(elements: Int[Tensor, "row ..."]) -> Int[Tensor, " row"]:
+    """Returns the position that each row reaches: what all its features that matter agree on."""
+    rows = elements.flatten(1)
+    high = rows.max(dim=1).values
+    low = rows.masked_fill(rows == NOWHERE, torch.iinfo(torch.long).max).min(dim=1).values
+    agreed = (low == high) | (high == NOWHERE)
+    return torch.where(agreed, high, SEVERAL)
