@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.grid import TokenGrid
 from hooked_vlm.naming import PROJECTOR, VISION
+from hooked_vlm.regions import Region
+from hooked_vlm.routing import Routes, measure_routes, pixel_name
 
 
 Inputs = Mapping[str, Any]
@@ -37,7 +40,7 @@ class Finding:
     note: str = ""
 
 
-def _finding(law: str, problems: Sequence[str], found: bool = True, note: str = "") -> Finding:
+def finding(law: str, problems: Sequence[str], found: bool = True, note: str = "") -> Finding:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         return Finding(law, NO, f"{problems[0]}{more}")
@@ -97,7 +100,7 @@ def check_parity(model: HookedVLM, inputs: Inputs) -> Finding:
         logits, _ = model.run_with_cache(inputs, fused)
         if not torch.equal(logits, base):
             problems.append(f"reading moves logits by {_gap(logits, base):.1e}")
-    return _finding("parity", problems)
+    return finding("parity", problems)
 
 
 def check_fires(model: HookedVLM, inputs: Inputs) -> Finding:
@@ -111,7 +114,7 @@ def check_fires(model: HookedVLM, inputs: Inputs) -> Finding:
         warnings.filterwarnings("ignore", ".*never ran.*", HookedVLMWarning)
         model.run_with_hooks(inputs, [("*", note)])
     dead = [f"{name} never fires" for name in model.hook_names if name not in ran]
-    return _finding("fires", dead)
+    return finding("fires", dead)
 
 
 def check_sites(model: HookedVLM, inputs: Inputs, group: str) -> Finding:
@@ -120,11 +123,11 @@ def check_sites(model: HookedVLM, inputs: Inputs, group: str) -> Finding:
     problems = []
     with quiet():
         for name in names:
-            problems += _check_site(model, inputs, name)
-    return _finding(group, problems, bool(names))
+            problems += check_site(model, inputs, name)
+    return finding(group, problems, bool(names))
 
 
-def _check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
+def check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
     """Yields what is wrong with one site."""
     warnings.filterwarnings("ignore", ".*never ran.*", HookedVLMWarning)
     try:
@@ -172,7 +175,7 @@ def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
                 following = cache.get(f"{prefix}blocks.{i + 1}.hook_resid_pre")
                 if following is not None and not _same(part.get("resid_post"), following):
                     notes.add(f"{prefix}: something is added between blocks".lstrip(".: "))
-    return _finding("residual", problems, note="; ".join(sorted(notes)))
+    return finding("residual", problems, note="; ".join(sorted(notes)))
 
 
 class _Parts:
@@ -225,7 +228,7 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
             own = [n for n in own if not model.sites[n].read_only]
             if own:
                 problems += _zeroing_is_masking(model, inputs, own[0])
-    return _finding("patterns", problems, bool(names))
+    return finding("patterns", problems, bool(names))
 
 
 def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
@@ -248,6 +251,58 @@ def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator
         yield f"{name}: zeroing a key is off by {_gap(one, two):.1e} from masking it"
 
 
+def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
+    """Each cell of each image's grid is where its pixels go, in the encoder as in the prompt.
+
+    Compared with a measurement: with attention between patches off, a position of the prompt
+    depends on its own patches alone (see `routing`).
+    """
+    grids = model.grids(inputs)
+    if not any(grids):
+        return Finding("grid", NONE, "no image in these inputs")
+    try:
+        routes = measure_routes(model, inputs)
+    except GridError as error:
+        return Finding("grid", NONE, str(error))
+    length, problems = inputs["input_ids"].shape[-1], []
+    for row in grids:
+        for grid in row:
+            views = [grid] if grid.overview is None else [grid, grid.overview]
+            for view in views:
+                problems += _misplaced(view, routes, length)
+    reached = {int(p) for p in routes.pixels.unique() if p >= 0}
+    shown = {
+        view.prompt * length + int(p)
+        for row in grids
+        for grid in row
+        for view in (grid, grid.overview or grid)
+        for p in view.positions.flatten()
+    }
+    if reached - shown:
+        problems.append(f"{len(reached - shown)} visual tokens are in no grid")
+    shape = "; ".join(sorted({f"{g.rows}x{g.cols}" for row in grids for g in row}))
+    return finding("grid", problems, note=shape)
+
+
+def _misplaced(grid: TokenGrid, routes: Routes, length: int) -> Iterator[str]:
+    """Yields what does not stand where a grid says, at the encoder and at the projector."""
+    for site, measured in routes.rows.items():
+        token_site = site.startswith(PROJECTOR)
+        given = grid.projected if token_site else grid.patches
+        for cell in ((0, 0), (0, grid.cols - 1), (grid.rows - 1, 0), (grid.rows // 2, 0)):
+            region = Region(grid.shape, (cell,))
+            if given is not None:
+                pairs = given[cell].tolist()
+            elif token_site:
+                pairs = [(0, int(t)) for t in region.tokens]
+            else:
+                pairs = [(0, int(p)) for p in region.patches(grid)]
+            wanted = grid.prompt * length + int(grid.positions[cell])
+            found = {int(measured[grid.image + i][r]) for i, r in pairs}
+            if found != {wanted}:
+                yield f"{site}: cell {cell} reaches {sorted(found)}, not position {wanted}"
+
+
 def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
     """Greedy generation under hooks equals transformers' own, with and without the cache."""
     greedy: dict[str, Any] = {"max_new_tokens": steps, "do_sample": False}
@@ -260,11 +315,11 @@ def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
         try:
             uncached = model.hf_model.generate(**inputs, use_cache=False, **greedy)  # type: ignore[operator]
         except Exception:  # noqa: BLE001 - some architectures cannot generate without a cache
-            return _finding("generate", problems, note="needs its cache")
+            return finding("generate", problems, note="needs its cache")
         found = model.generate(inputs, fwd_hooks=watch, use_cache=False, **greedy)
         if not torch.equal(found, uncached):
             problems.append("hooked generation without a cache differs")
-    return _finding("generate", problems)
+    return finding("generate", problems)
 
 
 def check_start_layer(model: HookedVLM, inputs: Inputs) -> Finding:
@@ -275,7 +330,7 @@ def check_start_layer(model: HookedVLM, inputs: Inputs) -> Finding:
         residual, _ = model.run_with_cache(inputs, "hook_embed", stop_at_layer=layer)
         found = model.run_from_layer(inputs, residual, layer)
     problems = [] if torch.equal(found, base) else [f"off by {_gap(found, base):.1e}"]
-    return _finding("start layer", problems)
+    return finding("start layer", problems)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

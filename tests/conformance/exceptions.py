@@ -1,0 +1,3 @@
+"""What cannot be served, and why: the only place where architectures are named."""
+
+NOT_SERVED: dict[str, str] = {}

@@ -1,0 +1,226 @@
+"""Every architecture against every law, one architecture at a time.
+
+For each model type a tiny random model is built with its own processor, wrapped, and held
+to the laws of `hooked_vlm.laws`, on inputs that `prepare` made: one prompt with one image,
+two prompts of different lengths, two images in a prompt, an image in one prompt of two, and
+no image at all.  What an architecture cannot have is said as such, with the reason.
+"""
+
+import copy
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from conformance import exceptions
+from conformance.processors import tiny_processor
+from conformance.tiny import tiny_config, tiny_model
+from hooked_vlm import laws
+from hooked_vlm.errors import GridError
+from hooked_vlm.laws import NO, YES, Finding
+from hooked_vlm.model import HookedVLM
+
+
+LAWS = (
+    "wraps",
+    "parity",
+    "fires",
+    *laws.SITE_GROUPS,
+    "residual",
+    "patterns",
+    "grid",
+    "pixels",
+    "generate",
+    "start layer",
+    "padding",
+    "images",
+    "bf16",
+)
+"""The columns of the table, in order."""
+
+
+@dataclass
+class Row:
+    """What was found on one architecture."""
+
+    model_type: str
+    findings: dict[str, Finding] = field(default_factory=dict)
+    reason: str = ""
+    """Why it is no vision-language model of the kind that can be wrapped, if it is none."""
+    seconds: float = 0.0
+
+    @property
+    def served(self) -> bool:
+        """Whether every law that applies holds."""
+        found = {f.verdict for f in self.findings.values()}
+        return not self.reason and NO not in found and YES in found
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Returns a picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def build(model_type: str, attn: str = "sdpa") -> HookedVLM:
+    """Returns a wrapped tiny model of an architecture, with its processor."""
+    config = tiny_config(model_type)
+    processor = tiny_processor(model_type, config)
+    return HookedVLM(tiny_model(model_type, config, attn), processor, name=f"tiny {model_type}")
+
+
+def image_size(model: HookedVLM) -> tuple[int, int]:
+    """Returns the width and height of pictures that the model's processor need not resize."""
+    vision = model.cfg.vision
+    assert vision is not None
+    side = vision.image_size or 4 * (vision.patch_size or 14) * max(vision.merge, 2)
+    return side, side
+
+
+def check(model_type: str) -> Row:
+    """Returns what holds for one architecture."""
+    row, start = Row(model_type), time.perf_counter()
+    row.reason = exceptions.NOT_SERVED.get(model_type, "")
+    if not row.reason:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            _fill(row)
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def _fill(row: Row) -> None:
+    try:
+        model = build(row.model_type)
+        if model.anatomy.vision is None:
+            row.reason = "has no image encoder of its own"
+            return
+        size = image_size(model)
+        inputs = model.prepare([picture(*size)], "What is this?")
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding
+        row.findings["wraps"] = Finding("wraps", NO, _short(error))
+        return
+    row.findings["wraps"] = Finding("wraps", YES, f"{len(model.sites)} sites")
+    checks: dict[str, Callable[[], Finding]] = {
+        "parity": partial(laws.check_parity, model, inputs),
+        "fires": partial(laws.check_fires, model, inputs),
+        **{g: partial(laws.check_sites, model, inputs, g) for g in laws.SITE_GROUPS},
+        "residual": partial(laws.check_residual, model, inputs),
+        "patterns": partial(laws.check_patterns, model, inputs),
+        "grid": partial(laws.check_grid, model, inputs),
+        "pixels": partial(check_pixels, model, size),
+        "generate": partial(laws.check_generate, model, inputs),
+        "start layer": partial(laws.check_start_layer, model, inputs),
+        "padding": partial(check_padding, model, size),
+        "images": partial(check_images, model, size),
+        "bf16": partial(check_bf16, model, inputs),
+    }
+    for name, run in checks.items():
+        row.findings[name] = _run(name, run)
+
+
+def _run(name: str, run: Callable[[], Finding]) -> Finding:
+    try:
+        return run()
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding
+        return Finding(name, NO, _short(error))
+
+
+def _short(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:200]} ({place.name}:{place.lineno})"
+
+
+def check_pixels(model: HookedVLM, size: tuple[int, int]) -> Finding:
+    """Changing the pixels of one cell changes what its own visual token is made of, most of all."""
+    image = picture(*size)
+    inputs = model.prepare([image], "What is this?")
+    grid = inputs.grids[0][0]
+    routes = laws.measure_routes(model, inputs)
+    name = laws.pixel_name(inputs)
+    problems = []
+    for row, col in {(0, 0), (0, grid.cols - 1), (grid.rows - 1, 0), (grid.rows // 2, 0)}:
+        x0, y0, x1, y1 = (round(v) for v in grid.cell_box((row, col)))
+        pixels = np.array(image)
+        pixels[y0:y1, x0:x1] ^= 255
+        changed = model.prepare([Image.fromarray(pixels)], "What is this?")[name]
+        moved = (changed.double() - inputs[name].double()).abs()
+        reached = routes.pixels.clamp(min=0)
+        totals = torch.zeros(inputs["input_ids"].numel(), dtype=torch.float64)
+        totals.index_add_(0, reached.flatten(), moved.flatten() * (routes.pixels >= 0).flatten())
+        only = [int(grid.positions[row, col])]
+        if grid.overview is not None:  # the thumbnail shows it too
+            region = grid.overview.box(x0, y0, x1, y1)
+            totals[region.positions(grid.overview)] = 0
+        if [int(totals.argmax())] != only:
+            problems.append(f"cell {(row, col)} moves position {int(totals.argmax())}, not {only}")
+    return laws.finding("pixels", problems)
+
+
+def check_padding(model: HookedVLM, size: tuple[int, int]) -> Finding:
+    """Two prompts of different lengths in one batch give the logits that each gives alone."""
+    images = [picture(*size, seed=1), picture(*size, seed=2)]
+    texts = ["Hi", "What is this, and what is it for?"]
+    both = model.prepare(images, texts)
+    logits = model(both)
+    problems = []
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        alone = model(model.prepare([image], text))[0, -1]
+        gap = float((logits[i, -1] - alone).abs().max())
+        if gap > 2e-3 * max(1.0, float(alone.abs().max())):
+            problems.append(f"prompt {i} is off by {gap:.1e}")
+    return laws.finding("padding", problems)
+
+
+def check_images(model: HookedVLM, size: tuple[int, int]) -> Finding:
+    """Two images in a prompt, an image in one prompt of two, one repeated, and none at all."""
+    one, two = picture(*size, seed=1), picture(*size, seed=2)
+    cases: dict[str, Callable[[], Any]] = {
+        "text only": lambda: model.prepare(None, "What is this?"),
+        "two images": lambda: model.prepare([[one, two]], ["Which is larger?"]),
+        "an image repeated": lambda: model.prepare([one, one], ["Here", "And here"]),
+        "an image in one of two": lambda: model.prepare([one, None], ["Here", "Nothing here"]),
+    }
+    problems, notes = [], []
+    for name, make in cases.items():
+        try:
+            inputs = make()
+            model.hf_model(**inputs)
+        except Exception as error:  # noqa: BLE001 - many processors refuse some of these
+            notes.append(f"no {name}: {type(error).__name__}")
+            if isinstance(error, GridError):
+                problems.append(f"{name}: {_short(error)}")
+            continue
+        problems += [f"{name}: {f.note}" for f in _few_laws(model, inputs) if f.verdict == NO]
+    return laws.finding("images", problems, note="; ".join(notes))
+
+
+def _few_laws(model: HookedVLM, inputs: Any) -> list[Finding]:
+    found = [laws.check_parity(model, inputs)]
+    if any(inputs.grids):
+        found.append(laws.check_grid(model, inputs))
+    return found
+
+
+def check_bf16(model: HookedVLM, inputs: Any) -> Finding:
+    """In bfloat16 the laws of reading and writing hold as well, and nothing changes its dtype."""
+    half = HookedVLM(copy.deepcopy(model.hf_model).to(torch.bfloat16), model.processor)
+    cast = {
+        n: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for n, v in inputs.items()
+    }
+    problems = [f.note for f in [laws.check_parity(half, cast)] if f.verdict == NO]
+    for name in ("blocks.0.hook_resid_post", "vision_encoder.blocks.0.hook_resid_post"):
+        if name in half.sites:
+            problems += list(laws.check_site(half, cast, name))
+    return laws.finding("bf16", problems)
+
+
