@@ -10,9 +10,7 @@ each activation (`hook_dict`), and running under functions attached to those nam
     cache["resid_post", 3], cache["pattern", 0, "vision_encoder"]
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,29 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy import Anatomy, read_anatomy
-from hooked_vlm.attention import implementation
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.config import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.describe import describe_sites
-from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError
-from hooked_vlm.hooks import HookFunction, HookPoint, Reader, Run, attach
+from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.image_grids import GridFinder
 from hooked_vlm.inputs import Images, Inputs, Texts, prepare_inputs
-from hooked_vlm.layout import Images as VisionActivation
 from hooked_vlm.loading import load_pretrained
-from hooked_vlm.naming import VISION, NamesFilter, count_layers, select_names
+from hooked_vlm.naming import NamesFilter
 from hooked_vlm.partial import layer_index, returns_tuples, run_until, skipping
-from hooked_vlm.sites import Site, list_sites
+from hooked_vlm.sites import list_sites
 
 
-ModelInputs = Mapping[str, Any]
-"""What `prepare` returns, or any mapping of the tensors the wrapped model's forward takes."""
-
-FwdHook = Any
-"""`(name, function)`, the name a string, a pattern or a function of names; or an intervention."""
-
-
-class HookedVLM:
+class HookedVLM(HookedModel):
     """A vision-language model whose activations can be read, replaced and steered by name."""
 
     def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
@@ -51,23 +40,13 @@ class HookedVLM:
         Raises `UnsupportedModelError` when the module tree has no decoder with
         attention blocks or no language-modelling head.
         """
-        self.hf_model = hf_model
-        self.processor = processor
         self.anatomy: Anatomy = read_anatomy(hf_model)
-        self.sites: dict[str, Site] = list_sites(self.anatomy)
-        self.hook_dict: dict[str, HookPoint] = {
-            site.name: HookPoint(site.name, site.axes, site.read_only)
-            for site in self.sites.values()
-        }
+        super().__init__(hf_model, list_sites(self.anatomy), self.anatomy.vision)
+        self.processor = processor
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
         self.cfg: HookedVLMConfig = read_config(
             hf_model, self.anatomy, name or type(hf_model).__name__
         )
-        stacks = ("blocks", f"{VISION}.blocks")
-        self._n_layers = {stack: count_layers(stack, self.sites) for stack in stacks}
-        self._open: list[tuple[list[tuple[str, HookFunction]], Run]] = []
-        self._attached = ExitStack()
-        self._said_eager = False
         self._tuples: list[bool] | None = None
         self.grid_finder = GridFinder(self)
 
@@ -105,11 +84,6 @@ class HookedVLM:
                 "This HookedVLM was made without a processor: pass one to it."
             )
         return getattr(self.processor, "tokenizer", self.processor)
-
-    @property
-    def hook_names(self) -> list[str]:
-        """The names of all sites, in the order in which a forward pass meets them."""
-        return list(self.sites)
 
     def require_vision(self) -> VisionConfig:
         """Returns the vision encoder's sizes; raises `UnsupportedModelError` if there is none."""
@@ -181,41 +155,6 @@ class HookedVLM:
 
     __call__ = forward
 
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[FwdHook] = (),
-        inputs: ModelInputs | None = None,
-        prefill_only: bool = False,
-    ) -> Iterator["HookedVLM"]:
-        """Attaches hook functions for the length of a `with` block.
-
-        Blocks nest: outer functions run first.  Interventions among `fwd_hooks` need the
-        `inputs` they will act on.  Raises `UnknownHookError` for a name of no site before
-        anything is attached; whatever happens inside, nothing stays attached after.
-        """
-        pairs = self._pairs(fwd_hooks, inputs)
-        self._say_eager(pairs)
-        prompt = None
-        if prefill_only and inputs is not None:
-            prompt = int(inputs["input_ids"].shape[-1])
-        self._open.append((pairs, Run(prefill_only, prompt)))
-        try:
-            self._reattach()
-            yield self
-        finally:
-            self._open.pop()
-            self._reattach()
-
-    def _reattach(self) -> None:
-        """Attaches the functions of all open blocks anew, so that the outer ones run first."""
-        self._attached.close()
-        if self._open:
-            vision = self.anatomy.vision
-            self._attached.enter_context(
-                attach(self.hf_model, self.sites, self.hook_dict, self._open, vision)
-            )
-
     def run_with_hooks(
         self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -223,12 +162,7 @@ class HookedVLM:
 
         Warns when a named site never ran, such as a vision site on a prompt with no image.
         """
-        pairs = self._pairs(fwd_hooks, inputs)
-        ran: set[str] = set()
-        with self.hooks([*pairs, *_watchers(pairs, ran)]):
-            logits = self.forward(inputs, **kwargs)
-        self._warn_unran({name for name, _ in pairs} - ran)
-        return logits
+        return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
     def run_with_cache(
         self,
@@ -248,34 +182,18 @@ class HookedVLM:
         Values are cached as they are after `fwd_hooks`, which may edit them.  `device`
         moves the cached tensors as they are taken.
         """
-        names = select_names(names_filter, self.hook_names)
-        pairs = self._pairs(fwd_hooks, inputs)
-        found: dict[str, VisionActivation] = {}
-        # A later hook may edit, in place, memory that an earlier site shares.
-        copy = bool(pairs) or bool(self._open)
 
-        def keep(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach().clone() if copy else tensor.detach()
-            return tensor if device is None else tensor.to(device)
+        def run() -> Tensor:
+            return self.forward(inputs, **kwargs)
 
-        def store(value: VisionActivation, hook: HookPoint) -> None:
-            found[hook.name] = [keep(v) for v in value] if isinstance(value, list) else keep(value)
+        def run_part() -> Tensor:
+            assert stop_at_layer is not None
+            return run_until(self.hf_model, self.anatomy.lm, stop_at_layer, run)
 
-        reader = Reader(store)
-        with self.hooks([*pairs, *((name, reader) for name in names)]):
-            if stop_at_layer is None:
-                output = self.forward(inputs, **kwargs)
-            else:
-                output = run_until(
-                    self.hf_model,
-                    self.anatomy.lm,
-                    stop_at_layer,
-                    lambda: self.forward(inputs, **kwargs),
-                )
-        if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
-            self._warn_unran(set(names) - set(found))
-        kept = {name: found[name] for name in names if name in found}
-        return output, ActivationCache(kept, self._n_layers)
+        whole = stop_at_layer is None
+        return self._run_cached(
+            run if whole else run_part, inputs, names_filter, fwd_hooks, device, whole
+        )
 
     def generate(
         self,
@@ -292,14 +210,12 @@ class HookedVLM:
         given that part of it each time, so both ways generate the same.  Otherwise they
         run at every step; `hook.step` counts.
         """
-        cached = kwargs.get("use_cache", True)
-        pairs = self._pairs(fwd_hooks, inputs)
-        ran: set[str] = set()
-        watched = [*pairs, *_watchers(pairs, ran)]
-        with self.hooks(watched, None if cached else inputs, prefill_only):
-            ids = self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
-        self._warn_unran({name for name, _ in pairs} - ran)
-        return ids
+        repeated = None if kwargs.get("use_cache", True) else inputs
+
+        def run() -> Tensor:
+            return self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+
+        return self._run_hooked(run, fwd_hooks, inputs, repeated, prefill_only)
 
     def run_from_layer(
         self,
@@ -325,60 +241,3 @@ class HookedVLM:
         start = (f"blocks.{layer}.hook_resid_pre", lambda _value, hook: residual)
         with skipping(blocks[:layer], self._tuples[:layer]):
             return self.run_with_hooks(inputs, [start, *fwd_hooks], **kwargs)
-
-    # --- names ----------------------------------------------------------------------------
-
-    def _pairs(
-        self, fwd_hooks: Iterable[FwdHook], inputs: ModelInputs | None
-    ) -> list[tuple[str, HookFunction]]:
-        """Returns (site name, function) pairs for hooks given by name, filter or intervention."""
-        pairs: list[tuple[str, HookFunction]] = []
-        for item in fwd_hooks:
-            if hasattr(item, "hooks_for"):
-                if inputs is None:
-                    raise HookError(f"{item} needs the inputs it acts on: hooks(…, inputs=inputs).")
-                pairs += item.hooks_for(self, inputs)
-            elif isinstance(item, tuple) and len(item) == 2 and callable(item[1]):
-                pairs += [(name, item[1]) for name in select_names(item[0], self.hook_names)]
-            else:
-                raise HookError(
-                    f"{item!r} is not a hook: give (name, function), the name a string, a pattern "
-                    "or a function of names, or an intervention such as Patch(…)."
-                )
-        return pairs
-
-    def _say_eager(self, pairs: list[tuple[str, Callable]]) -> None:
-        """Warns, once, that scores and patterns come from eager attention in their layers."""
-        wanted = {
-            self.sites[name].module
-            for name, _ in pairs
-            if self.sites[name].part in ("attn_scores", "pattern")
-        }
-        bases = {implementation(self.hf_model.get_submodule(path)) for path in wanted} - {"eager"}
-        if not bases or self._said_eager:
-            return
-        self._said_eager = True
-        warnings.warn(
-            f"Attention scores or patterns were asked for in {len(wanted)} layers: those layers "
-            f"run eager attention in place of {' and '.join(sorted(bases))}, which costs memory "
-            "and can change outputs in the last bits. Leave these sites out with names_filter, or "
-            "load with attn_implementation='eager' to have every run alike. (Said once per model.)",
-            HookedVLMWarning,
-            stacklevel=5,
-        )
-
-    def _warn_unran(self, names: set[str]) -> None:
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
-            warnings.warn(
-                f"{len(names)} of the sites asked for never ran, so nothing was read or written "
-                f"there: {shown}. Vision sites run only when the inputs hold an image.",
-                HookedVLMWarning,
-                stacklevel=3,
-            )
-
-
-def _watchers(pairs: list[tuple[str, HookFunction]], ran: set[str]) -> list[tuple[str, Reader]]:
-    """Returns a function for each named site that notes in `ran` that it ran."""
-    note = Reader(lambda _, hook: ran.add(hook.name))
-    return [(name, note) for name in {name for name, _ in pairs}]

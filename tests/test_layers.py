@@ -17,7 +17,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("numbers", "statistics directions probes scoring plots provenance"),
     ("tree", "naming blocks anatomy attention layout windows"),
     ("sites", "sites config hooks cache routing measured image_grids inputs describe"),
-    ("model", "partial zoo loading model laws"),
+    ("model", "partial zoo loading hooked model laws"),
     ("interventions", "places interventions kernels engine sweep patching"),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),

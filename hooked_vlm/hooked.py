@@ -1,0 +1,206 @@
+"""What every wrapped model has, with a language model or without: sites by name, and running.
+
+A `HookedModel` holds a transformers model, its sites and their hook points; it attaches
+functions to them, keeps what flows there, and says what never ran.  It is abstract: what a
+model is made of (`forward`, `prepare`, `run_with_cache`) is said by the final classes,
+`model.HookedVLM` and `encoder.HookedVisionEncoder`.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hooked_vlm.anatomy import Vision
+from hooked_vlm.attention import implementation
+from hooked_vlm.cache import ActivationCache
+from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.hooks import HookFunction, HookPoint, Reader, Run, attach
+from hooked_vlm.layout import Images as VisionActivation
+from hooked_vlm.naming import VISION, NamesFilter, count_layers, select_names
+from hooked_vlm.sites import Site
+
+
+ModelInputs = Mapping[str, Any]
+"""What `prepare` returns, or any mapping of the tensors the wrapped model's forward takes."""
+
+FwdHook = Any
+"""`(name, function)`, the name a string, a pattern or a function of names; or an intervention."""
+
+Wrapped = TypeVar("Wrapped", bound="HookedModel")
+
+
+class HookedModel:
+    """A model whose activations can be read and replaced by name; abstract."""
+
+    def __init__(self, hf_model: nn.Module, sites: dict[str, Site], vision: Vision | None) -> None:
+        """Holds a model, its sites in the order in which a pass meets them, and its encoder."""
+        self.hf_model = hf_model
+        self.sites: dict[str, Site] = sites
+        self.hook_dict: dict[str, HookPoint] = {
+            site.name: HookPoint(site.name, site.axes, site.read_only) for site in sites.values()
+        }
+        stacks = ("blocks", f"{VISION}.blocks")
+        self._n_layers = {stack: count_layers(stack, sites) for stack in stacks}
+        self._vision = vision
+        self._open: list[tuple[list[tuple[str, HookFunction]], Run]] = []
+        self._attached = ExitStack()
+        self._said_eager = False
+
+    @property
+    def hook_names(self) -> list[str]:
+        """The names of all sites, in the order in which a forward pass meets them."""
+        return list(self.sites)
+
+    @contextmanager
+    def hooks(
+        self: Wrapped,
+        fwd_hooks: Sequence[FwdHook] = (),
+        inputs: ModelInputs | None = None,
+        prefill_only: bool = False,
+    ) -> Iterator[Wrapped]:
+        """Attaches hook functions for the length of a `with` block.
+
+        Blocks nest: outer functions run first.  Interventions among `fwd_hooks` need the
+        `inputs` they will act on.  Raises `UnknownHookError` for a name of no site before
+        anything is attached; whatever happens inside, nothing stays attached after.
+        """
+        pairs = self._pairs(fwd_hooks, inputs)
+        self._say_eager(pairs)
+        prompt = None
+        if prefill_only and inputs is not None:
+            prompt = int(inputs["input_ids"].shape[-1])
+        self._open.append((pairs, Run(prefill_only, prompt)))
+        try:
+            self._reattach()
+            yield self
+        finally:
+            self._open.pop()
+            self._reattach()
+
+    # --- for the final classes ------------------------------------------------------------
+
+    def _run_hooked(
+        self,
+        run: Callable[[], Any],
+        fwd_hooks: Sequence[FwdHook],
+        inputs: ModelInputs,
+        during: ModelInputs | None = None,
+        prefill_only: bool = False,
+    ) -> Any:
+        """Returns what `run` returns under hook functions; warns when a named site never ran.
+
+        `during` are the inputs that every pass of an uncached generation repeats.
+        """
+        pairs = self._pairs(fwd_hooks, inputs)
+        ran: set[str] = set()
+        note = Reader(lambda _, hook: ran.add(hook.name))
+        named = {name for name, _ in pairs}
+        with self.hooks([*pairs, *((name, note) for name in named)], during, prefill_only):
+            output = run()
+        self._warn_unran(named - ran)
+        return output
+
+    def _run_cached(
+        self,
+        run: Callable[[], Any],
+        inputs: ModelInputs,
+        names_filter: NamesFilter,
+        fwd_hooks: Sequence[FwdHook],
+        device: str | torch.device | None,
+        whole: bool = True,
+    ) -> tuple[Any, ActivationCache]:
+        """Returns what `run` returns, and the cache of the sites that a filter selects.
+
+        A pass that is not `whole` need not reach them all.
+        """
+        names = select_names(names_filter, self.hook_names)
+        pairs = self._pairs(fwd_hooks, inputs)
+        found: dict[str, VisionActivation] = {}
+        # A later hook may edit, in place, memory that an earlier site shares.
+        copy = bool(pairs) or bool(self._open)
+
+        def keep(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach().clone() if copy else tensor.detach()
+            return tensor if device is None else tensor.to(device)
+
+        def store(value: VisionActivation, hook: HookPoint) -> None:
+            found[hook.name] = [keep(v) for v in value] if isinstance(value, list) else keep(value)
+
+        reader = Reader(store)
+        with self.hooks([*pairs, *((name, reader) for name in names)]):
+            output = run()
+        if names_filter is not None and not callable(names_filter) and whole:
+            self._warn_unran(set(names) - set(found))
+        kept = {name: found[name] for name in names if name in found}
+        return output, ActivationCache(kept, self._n_layers)
+
+    def _reattach(self) -> None:
+        """Attaches the functions of all open blocks anew, so that the outer ones run first."""
+        self._attached.close()
+        if self._open:
+            self._attached.enter_context(
+                attach(self.hf_model, self.sites, self.hook_dict, self._open, self._vision)
+            )
+
+    def _pairs(
+        self, fwd_hooks: Iterable[FwdHook], inputs: ModelInputs | None
+    ) -> list[tuple[str, HookFunction]]:
+        """Returns (site name, function) pairs for hooks given by name, filter or intervention."""
+        pairs: list[tuple[str, HookFunction]] = []
+        for item in fwd_hooks:
+            if hasattr(item, "hooks_for"):
+                if inputs is None:
+                    raise HookError(f"{item} needs the inputs it acts on: hooks(…, inputs=inputs).")
+                pairs += item.hooks_for(self, inputs)
+            elif isinstance(item, tuple) and len(item) == 2 and callable(item[1]):
+                pairs += [(name, item[1]) for name in select_names(item[0], self.hook_names)]
+            else:
+                raise HookError(
+                    f"{item!r} is not a hook: give (name, function), the name a string, a pattern "
+                    "or a function of names, or an intervention such as Patch(…)."
+                )
+        return pairs
+
+    def _say_eager(self, pairs: list[tuple[str, Callable]]) -> None:
+        """Warns, once, that scores and patterns come from eager attention in their layers."""
+        wanted = {
+            self.sites[name].module
+            for name, _ in pairs
+            if self.sites[name].part in ("attn_scores", "pattern")
+        }
+        bases = {implementation(self.hf_model.get_submodule(path)) for path in wanted} - {"eager"}
+        if not bases or self._said_eager:
+            return
+        self._said_eager = True
+        warnings.warn(
+            f"Attention scores or patterns were asked for in {len(wanted)} layers: those layers "
+            f"run eager attention in place of {' and '.join(sorted(bases))}, which costs memory "
+            "and can change outputs in the last bits. Leave these sites out with names_filter, or "
+            "load with attn_implementation='eager' to have every run alike. (Said once per model.)",
+            HookedVLMWarning,
+            stacklevel=_callers_level(),
+        )
+
+    def _warn_unran(self, names: set[str]) -> None:
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            warnings.warn(
+                f"{len(names)} of the sites asked for never ran, so nothing was read or written "
+                f"there: {shown}. Vision sites run only when the inputs hold an image.",
+                HookedVLMWarning,
+                stacklevel=_callers_level(),
+            )
+
+
+def _callers_level() -> int:
+    """Returns the `stacklevel` at which a warning names the line that called these classes."""
+    own = (__name__, "hooked_vlm.model", "hooked_vlm.encoder", "contextlib")
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__") in own:
+        frame, level = frame.f_back, level + 1
+    return level
