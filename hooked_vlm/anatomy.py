@@ -24,7 +24,7 @@ from hooked_vlm.blocks import (
     is_norm,
     read_block,
 )
-from hooked_vlm.calls import called_children, forward_parameters, self_calls
+from hooked_vlm.calls import called_children, forward_parameters, keywords_of, self_calls
 from hooked_vlm.errors import UnsupportedModelError
 
 
@@ -59,8 +59,8 @@ class Vision(Stack):
     patch_size: int
     image_size: int | None
     """Side in pixels of the only image size accepted; None when any size is."""
-    grid_owner: str | None
-    """The module that is told each image's grid of patches, where images come packed."""
+    packed: bool
+    """Whether the patches of all images come as one sequence, with their grids beside it."""
     deepstack: tuple[str, ...] = ()
     """Further projectors, whose outputs are added to the language model's first layers."""
 
@@ -71,11 +71,6 @@ class Vision(Stack):
             return len(self.blocks) - 1
         return max(self.read_layers) - 1
 
-    @property
-    def packed(self) -> bool:
-        """Whether the patches of all images come as one sequence."""
-        return self.grid_owner is not None
-
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -84,6 +79,8 @@ class Anatomy:
     lm: Stack
     embed: str
     unembed: str
+    merges: bool
+    """Whether the decoder is given embeddings into which the image was merged."""
     vision: Vision | None
     projector: str | None
     image_token_id: int | None
@@ -106,10 +103,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
             f"{type(model).__name__}.{missing} returned nothing; HookedVLM needs a model with a "
             "language-modelling head, such as an AutoModelForImageTextToText."
         )
-    encoder = _ask(model, "get_encoder", modality="image")
-    # Where there is none, transformers answers with the model itself, or with its base.
-    if encoder is None or id(encoder) not in paths or encoder in (model, decoder, _base(model)):
-        encoder = None
+    encoder = image_encoder(model, decoder)
     config = getattr(model, "config", None)
     lm = read_stack(decoder, paths)
     if not lm.blocks:
@@ -121,10 +115,49 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         lm=lm,
         embed=paths[id(embed)],
         unembed=paths[id(unembed)],
+        merges=encoder is not None and _is_given_embeddings(model, encoder, decoder),
         vision=read_vision(encoder, paths, config, model) if encoder is not None else None,
         projector=_find_projector(model, encoder, decoder, paths) if encoder is not None else None,
         image_token_id=first_of(config, "image_token_id", "image_token_index"),
     )
+
+
+def image_encoder(model: nn.Module, decoder: nn.Module | None = None) -> nn.Module | None:
+    """Returns a model's image encoder, or None where it has none of its own.
+
+    Where transformers knows none by name it answers with the model itself, or with its base;
+    then the encoder of a model whose main input are pixels is it, or a child that says so.
+    """
+    asked = [_ask(model, "get_encoder", modality="image")]
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        asked.append(_ask(model, "get_encoder"))
+    named = (n for n, _ in _base(model).named_children())
+    asked += [_base(model).get_submodule(n) for n in named if re.match("(image|vision)_", n)]
+    inside = list(model.modules())
+    return next(
+        (
+            found
+            for found in asked
+            if found is not None
+            and any(found is module for module in inside)
+            and not any(found is other for other in (model, decoder, _base(model)))
+            and has_weights(found)
+            and _patch_embed(found) is not None
+        ),
+        None,
+    )
+
+
+def _is_given_embeddings(model: nn.Module, encoder: nn.Module, decoder: nn.Module) -> bool:
+    """Whether the decoder is called with embeddings, rather than with ids that it embeds itself."""
+    if any(encoder is module for module in decoder.modules()):
+        return False
+    for owner in (_base(model), model):
+        name = next((n for n, child in owner.named_modules() if child is decoder), "")
+        given = keywords_of(type(owner).forward, name)
+        if given is not None:
+            return "input_ids" not in given
+    return True
 
 
 def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
@@ -188,11 +221,11 @@ def read_vision(
     position = next(
         (m for p, m in named.items() if re.search(r"pos\w*_emb\w*$", p) and has_weights(m)), None
     )
+    called = position is not None and _is_called(encoder, paths[id(position)], paths[id(encoder)])
     own = getattr(encoder, "config", None)
     conv = isinstance(embed, nn.Conv2d | nn.Conv3d)
     patch_size = embed.kernel_size[-1] if conv else _side(first_of(own, "patch_size"))
-    owner = _grid_owner(encoder)
-    packed = owner is not None
+    packed = grid_argument(encoder) is not None
     side = _side(first_of(own, "image_size"))
     side = None if packed or not side else side
     n_prefix = 0
@@ -209,13 +242,13 @@ def read_vision(
         final_norm=stack.final_norm,
         patch_embed=paths[id(embed)],
         patch_conv=conv,
-        pos_embed=paths[id(position)] if position is not None else None,
+        pos_embed=paths[id(position)] if position is not None and called else None,
         merge=merge if isinstance(merge, int) else 1,
         read_layers=_read_layers(config, len(stack.blocks)),
         n_prefix=n_prefix,
         patch_size=patch_size or 0,
         image_size=side,
-        grid_owner=paths[id(owner)] if owner is not None else None,
+        packed=packed,
         deepstack=tuple(_deepstack(model or encoder, paths)),
     )
 
@@ -225,6 +258,14 @@ _MOST_PREFIX = 16  # class and register tokens; more than that is a table for ot
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return module.named_parameters()
+
+
+def _is_called(encoder: nn.Module, path: str, root: str) -> bool:
+    """Whether a module's parent calls it (rather than reading its weight)."""
+    inner = path.removeprefix(root).lstrip(".").rpartition(".")
+    parent = encoder.get_submodule(inner[0])
+    calls = self_calls(type(parent).forward)
+    return not calls or inner[2] in calls
 
 
 def _side(size: Any) -> int | None:
@@ -249,15 +290,13 @@ def _patch_embed(encoder: nn.Module) -> Any:
     return maps[0] if maps else (convs[0] if convs else None)
 
 
-GRID_ARGUMENTS = ("grid_thw", "image_grid_thw", "grid_hws", "target_sizes", "image_sizes")
-"""What transformers calls the argument that tells a packed encoder its images' sizes."""
+_GRID_ARGUMENT = r"grid_t?hws?$|target_sizes$|image_sizes$"
 
 
-def _grid_owner(encoder: nn.Module) -> nn.Module | None:
-    """Returns the encoder where it is told the grids of images whose patches come packed."""
-    if any(name in forward_parameters(encoder) for name in GRID_ARGUMENTS):
-        return encoder
-    return None
+def grid_argument(encoder: nn.Module) -> str | None:
+    """Returns the parameter by which a packed encoder is told its images' sizes, if it is one."""
+    names = forward_parameters(encoder)
+    return next((name for name in names if re.search(_GRID_ARGUMENT, name)), None)
 
 
 def _deepstack(model: nn.Module, paths: dict[int, str]) -> Iterator[str]:
@@ -299,6 +338,7 @@ def _find_projector(
             if children[n] not in (encoder, decoder)
             and has_weights(children[n])
             and not is_norm(n, children[n])
+            and "router" not in n
             and not (encoder in children[n].modules() or children[n] in encoder.modules())
         ]
         if after:

@@ -119,8 +119,9 @@ def hooked_attention(
     options = {"scaling": scaling, "softcap": kwargs.get("softcap")}
     if bounds is None:
         mask = additive_mask(module, query, key, attention_mask, tap.base, **_mask_options(kwargs))
-        weights = tap.apply("attn_scores", scores(query, key, mask, **options))
-        weights = tap.apply("pattern", pattern(weights, query.dtype))
+        weights = scores(query, key, mask, **options, bias=kwargs.get("position_bias"))
+        weights = tap.apply("attn_scores", weights)
+        weights = tap.apply("pattern", pattern(weights, query.dtype, kwargs.get("sinks")))
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         return attend(weights, value), weights
     chunks = _chunks(bounds, query, key, value)
@@ -152,7 +153,7 @@ def _mask_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_arithmetic(kwargs: dict[str, Any]) -> None:
-    extra = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
+    extra = [name for name in ("s_aux", "cache") if kwargs.get(name) is not None]
     if extra:
         raise UnsupportedModelError(
             f"This attention uses {', '.join(extra)}, which the scores and pattern sites do not "
@@ -173,20 +174,30 @@ def scores(
     mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """Returns the pre-softmax attention scores, the additive mask included."""
+    """Returns the pre-softmax attention scores, position bias and additive mask included."""
     key = repeat_heads(key, query.shape[1])
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = torch.matmul(query, key.transpose(2, 3)) * factor
     if softcap is not None:
         weights = torch.tanh(weights / softcap) * softcap
+    weights = weights if bias is None else weights + bias
     return weights if mask is None else weights + mask
 
 
 def pattern(
-    weights: Float[Tensor, "batch head query key"], dtype: torch.dtype
+    weights: Float[Tensor, "batch head query key"],
+    dtype: torch.dtype,
+    sinks: Tensor | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """Returns the attention pattern: a softmax over keys, taken in fp32."""
+    """Returns the attention pattern: a softmax over keys, taken in fp32.
+
+    With `sinks`, one more score for each query takes its share, and rows sum to less than one.
+    """
+    if sinks is not None:
+        all_scores = torch.cat([weights, sinks], dim=-1).float()
+        return nn.functional.softmax(all_scores, dim=-1)[..., :-1].to(dtype)
     return nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(dtype)
 
 

@@ -103,6 +103,12 @@ def is_norm(name: str, module: nn.Module | None = None) -> bool:
     return named or (module is not None and "Norm" in type(module).__name__)
 
 
+def is_scale(module: nn.Module) -> bool:
+    """Whether a module is a layer scale: nothing but one factor for each feature."""
+    own = list(module.parameters(recurse=False))
+    return len(own) == 1 and own[0].ndim == 1 and not any(True for _ in module.children())
+
+
 def has_weights(module: nn.Module) -> bool:
     """Whether a module has parameters anywhere in it."""
     return any(True for _ in module.parameters())
@@ -114,10 +120,28 @@ def linears_of(module: nn.Module) -> dict[str, Any]:
     return {n: children[n] for n in called_children(module) if is_linear(children[n])}
 
 
+def attention_maps(attn: nn.Module) -> dict[str, Any]:
+    """Returns an attention's linear maps; of its parts (`self.query`) where it has none itself."""
+    own = linears_of(attn)
+    if own:
+        return own
+    parts = dict(attn.named_children())
+    return {
+        f"{part}.{name}": linear
+        for part in called_children(attn)
+        for name, linear in linears_of(parts[part]).items()
+    }
+
+
 def is_attention(name: str, module: nn.Module) -> bool:
     """Whether a block's child is attention: so named, and with projections of its own."""
     named = re.search(r"attn|attention", name, re.I) or "Attention" in type(module).__name__
-    return bool(named) and not is_norm(name, module) and bool(linears_of(module))
+    return bool(named) and not is_norm(name, module) and bool(attention_maps(module))
+
+
+def _adds_inside(module: nn.Module) -> bool:
+    """Whether a part adds the residual itself, and normalises the sum (as BERT's do)."""
+    return "input_tensor" in forward_parameters(module) and bool(linears_of(module))
 
 
 def block_lists(stack: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -134,7 +158,8 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
     children = dict(block.named_children())
     order = called_children(block)
     norms = [name for name in order if is_norm(name, children[name])]
-    working = [n for n in order if n not in norms and has_weights(children[n])]
+    scales = [name for name in order if name not in norms and is_scale(children[name])]
+    working = [n for n in order if n not in norms + scales and has_weights(children[n])]
     attentions = [n for n in working if is_attention(n, children[n])]
     attn, cross = _self_and_cross(attentions)
     mixer = attn or next((n for n in working if not _is_feed_forward(n, children[n])), None)
@@ -150,8 +175,14 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
     def attention(name: str | None) -> Attention | None:
         return read_attention(children[name], f"{path}.{name}", config) if name else None
 
+    attn_out, ln2 = None, None
+    post_norm = last is not None and _adds_inside(children[last])
     if last is None:
         mlp = None
+    elif post_norm:
+        both = [n for n in rest if linears_of(children[n])][-2:]
+        named = {f"{n}.{m}": x for n in both for m, x in linears_of(children[n]).items()}
+        mlp = _mlp(named, path)
     elif direct:
         mlp = _mlp({n: children[n] for n in maps}, path)
     else:
@@ -164,17 +195,32 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
     attn_out = between[0] if len(between) > 1 or (between and not pre_norm) else mixer
     if cross is not None:  # three parts, whose norms cannot be told apart by counting
         attn_out, ln2, after = (mixer, None, after if pre_norm else [])
+    if post_norm and attn is not None:
+        attn_out, ln2, after = f"{attn}.output.dense", None, []
+        last = f"{last}.{next(iter(linears_of(children[str(last)])))}"
+    scaled = _scale_between(order, scales, mixer, maps[0] if direct else last)
+    mlp_out = _scale_between(order, scales, last) or (after[0] if after and last else last)
     return Block(
         path=path,
         ln1=full(before[-1] if before else None),
         attn=attention(attn),
-        attn_out=full(attn_out if mixer else None),
+        attn_out=full(scaled or attn_out if mixer else None),
         ln2=full(ln2),
         mlp=mlp,
-        mlp_out=full(after[0] if after and last else last),
+        mlp_out=full(mlp_out),
         cross=attention(cross),
         cross_out=full(cross),
     )
+
+
+def _scale_between(
+    order: list[str], scales: list[str], start: str | None, stop: str | None = None
+) -> str | None:
+    """Returns the layer scale that a block calls on what one of its parts adds, if it does."""
+    if start not in order:
+        return None
+    behind = order[order.index(start) + 1 : order.index(stop) if stop in order else None]
+    return next((name for name in behind if name in scales), None)
 
 
 def _self_and_cross(names: list[str]) -> tuple[str | None, str | None]:
@@ -230,20 +276,21 @@ def _mlp(linears: dict[str, Any], path: str) -> Mlp | None:
 
 def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
     """Returns an attention's parts, or None where it is of another kind (linear, recurrent)."""
-    linears = linears_of(attn)
-    own = getattr(attn, "config", None) or config
-    source = forward_source(type(attn).forward)
+    linears = attention_maps(attn)
+    core, core_path = _core(attn, path)
+    own = getattr(core, "config", None) or config
+    source = forward_source(type(core).forward)
     out = next((n for n in reversed(list(linears)) if re.search(_OUT, n)), list(linears)[-1])
-    n_heads, d_head = _heads(attn, own, linears[out].in_features)
+    n_heads, d_head = _heads(core, own, linears[out].in_features)
     if n_heads is None or linears[out].in_features % n_heads or "linear" in path.split(".")[-1]:
         return None
     d_out = linears[out].in_features // n_heads
     d_head = d_head or d_out
-    found = {letter: _projection(attn, linears, letter, n_heads, d_head) for letter in "qkv"}
+    found = {letter: _projection(core, linears, letter, n_heads, d_head) for letter in "qkv"}
     if found["v"] is not None and linears[found["v"].path].out_features % d_out:
         found["v"] = None
     key = found["k"]
-    n_kv = first_of(attn, "num_key_value_heads", "num_kv_heads") or first_of(
+    n_kv = first_of(core, "num_key_value_heads", "num_kv_heads") or first_of(
         own, "num_key_value_heads"
     )
     if key is not None and not key.layout:
@@ -252,10 +299,10 @@ def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
         letter: Projection(f"{path}.{p.path}", p.layout, p.index) if p else None
         for letter, p in found.items()
     }
-    parameters = forward_parameters(attn)
-    dispatched = "_attn_implementation" in source and hasattr(attn, "config")
+    parameters = forward_parameters(core)
+    dispatched = "_attn_implementation" in source and hasattr(core, "config")
     return Attention(
-        path=path,
+        path=core_path,
         **parts,
         out=f"{path}.{out}",
         n_heads=n_heads,
@@ -268,7 +315,14 @@ def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
     )
 
 
-_OUT = r"^(o|out|wo|proj|c_proj|dense|projection)$|o_proj|out_proj|output_proj|projection_layer"
+def _core(attn: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Returns the module in which attention is computed: itself, or its part that is called so."""
+    if "self" in dict(attn.named_children()) and not linears_of(attn):
+        return attn.get_submodule("self"), f"{path}.self"
+    return attn, path
+
+
+_OUT = r"(^|\.)(o|out|wo|proj|c_proj|dense|projection)$|(o|out|output)_proj|projection_layer"
 
 
 def _heads(attn: nn.Module, config: Any, width: int) -> tuple[int | None, int | None]:
@@ -290,7 +344,8 @@ def _projection(
 ) -> Projection | None:
     """Returns where q, k or v comes out: of `q_proj`, `query`, `wq`, or of a fused map."""
     words = {"q": "query", "k": "key", "v": "value"}
-    pattern = rf"^({letter}_proj|{letter}|w{letter}|{words[letter]}|{letter}_linear)$"
+    names = (f"{letter}_proj", letter, f"w{letter}", words[letter], f"{letter}_linear")
+    pattern = rf"^(self\.|attention\.)?({'|'.join(names)})$"
     name = next((name for name in linears if re.match(pattern, name)), None)
     if name is not None:
         size = linears[name].out_features

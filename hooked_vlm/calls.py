@@ -81,6 +81,24 @@ def self_calls(function: Callable) -> list[str]:
     return list(dict.fromkeys(collector.names))
 
 
+def keywords_of(function: Callable, path: str) -> set[str] | None:
+    """Returns the keywords (not None) with which a function calls `self.path`; None if never."""
+    source = forward_source(function)
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source) if source else ast.Module([], []))
+        if isinstance(node, ast.Call) and _self_path(node.func) == path
+    ]
+    if not calls:
+        return None
+    return {
+        keyword.arg
+        for call in calls
+        for keyword in call.keywords
+        if keyword.arg and not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
+    }
+
+
 def called_children(module: nn.Module) -> list[str]:
     """Returns the names of a module's children in the order its `forward` calls them.
 

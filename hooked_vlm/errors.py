@@ -30,6 +30,10 @@ class GridError(HookedVLMError):
     """Images, visual tokens and positions that do not fit together."""
 
 
+class NoGridError(GridError):
+    """An image whose visual tokens make no grid over it, or none that can be found."""
+
+
 class RegionError(GridError):
     """A region that is empty, off the grid, or of the wrong size for its use."""
 

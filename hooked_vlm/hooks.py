@@ -43,6 +43,8 @@ class HookPoint:
     """Room for a user's functions to keep things between calls."""
     step: int = 0
     """Which forward pass of a generation this is: 0 is the prefill."""
+    call: int = -1
+    """Which call of its module in this pass: some projectors run once for each image."""
 
     def layer(self) -> int:
         """Returns the block this point is in; raises `HookError` when it is in none."""
@@ -78,9 +80,14 @@ class Run:
 
 @dataclass(eq=False)
 class Packing:
-    """The order of patches in the packed encoder's call in progress."""
+    """What is known of the vision encoder's call in progress."""
 
     layout: PackedLayout | None = None
+    """The order of patches, where the encoder packs them."""
+    n_images: int = 1
+    """How many images it was given, where it takes them one by one."""
+    n_prompts: int = 0
+    """How many prompts the language model was given; 0 before that is known."""
 
 
 class Reader:
@@ -118,16 +125,26 @@ class _Fired:
         # The vision encoder runs when there are images to encode, which is part of a prefill.
         return run.asleep and self.site.axes.startswith("batch")
 
-    def on_raw(self, raw: Tensor) -> Tensor | None:
+    def on_raw(self, raw: Any) -> Any:
         """Returns what must flow on in place of `raw`, or None when nothing changed."""
         if self.asleep:
             return None
+        if isinstance(raw, list):  # by image already
+            even = len({tensor.shape for tensor in raw}) == 1
+            value, changed = self.on_value(torch.stack(raw) if even else raw)
+            return list(value) if changed else None
+        shape = raw.shape
+        if not self.site.order:
+            images = self.site.axes.startswith("image ")
+            n_rows = self.packing.n_images if images else self.packing.n_prompts
+            raw = _unfolded(raw, self.site, n_rows)
         value, changed = self.on_value(read(self.site, raw, self.packing.layout))
-        return write(self.site, value, raw, self.packing.layout) if changed else None
+        return write(self.site, value, raw, self.packing.layout).reshape(shape) if changed else None
 
     def on_value(self, value: Images) -> tuple[Images, bool]:
         """Returns the value after all functions, and whether any of them changed it."""
         any_changed = False
+        self.point.call += 1
         for fn, run in self.fns:
             if self._sleeps(run):
                 continue
@@ -177,6 +194,14 @@ class _Fired:
         )
 
 
+def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
+    """Returns an activation with the axis of images or prompts that a module folded away."""
+    n_axes = len(site.axes.split()) - (1 if site.heads else 0)
+    if raw.ndim != n_axes - 1 or site.tap == "attention" or not n_rows or len(raw) % n_rows:
+        return raw
+    return raw.unflatten(0, (n_rows, -1))
+
+
 class _Snapshot:
     """Tells whether a value was edited in place, by version where torch counts them."""
 
@@ -222,8 +247,10 @@ def attach(
     with ExitStack() as stack:
         for _, run in layers:
             stack.enter_context(_count_steps(model, run))
-        if vision is not None and any(f.site.order for f in fired):
-            _note_layout(model, vision, packing, stack)
+        if vision is not None and any(f.site.axes.startswith("image") for f in fired):
+            _note_call(model, vision, packing, stack)
+        restart = _restart(fired, packing)
+        stack.callback(model.register_forward_pre_hook(restart, with_kwargs=True).remove)
         # Prepending reverses the order, and at one module the model's order is the right one.
         for item in reversed([f for f in fired if f.site.tap != "attention"]):
             stack.callback(_attach_one(model.get_submodule(item.site.module), item).remove)
@@ -251,17 +278,33 @@ def _count_steps(model: nn.Module, run: Run) -> Iterator[None]:
         handle.remove()
 
 
-def _note_layout(model: nn.Module, vision: Vision, packing: Packing, stack: ExitStack) -> None:
-    """Notes the grids of every call of the packed encoder, before anything in it runs."""
-    assert vision.grid_owner is not None
-    owner = model.get_submodule(vision.grid_owner)
+def _note_call(model: nn.Module, vision: Vision, packing: Packing, stack: ExitStack) -> None:
+    """Notes what every call of the encoder was given, before anything in it runs."""
+    owner = model.get_submodule(vision.path)
     signature = inspect.signature(inspect.unwrap(type(owner).forward))
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = signature.bind(module, *args, **kwargs).arguments
-        packing.layout = layout_of_call(module, arguments, vision)
+        if vision.packed:
+            packing.layout = layout_of_call(module, arguments, vision)
+            return
+        tensors = (v for v in arguments.values() if isinstance(v, Tensor))
+        packing.n_images = next((len(t) for t in tensors if t.is_floating_point()), 1)
 
     stack.callback(owner.register_forward_pre_hook(note, with_kwargs=True, prepend=True).remove)
+
+
+def _restart(fired: Sequence[_Fired], packing: Packing) -> Callable[..., None]:
+    """Returns a hook that counts calls, and prompts, anew in every forward pass."""
+
+    def restart(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        for item in fired:
+            item.point.call = -1
+        names = ("decoder_input_ids", "input_ids", "inputs_embeds")
+        given = [*(kwargs.get(name) for name in names), *args]
+        packing.n_prompts = next((len(t) for t in given if isinstance(t, Tensor)), 0)
+
+    return restart
 
 
 def _attach_one(module: nn.Module, item: _Fired) -> torch.utils.hooks.RemovableHandle:
@@ -272,7 +315,11 @@ def _attach_one(module: nn.Module, item: _Fired) -> torch.utils.hooks.RemovableH
 
 
 def _output_hook(item: _Fired) -> Callable:
+    on_image = item.site.axes.startswith("image")
+
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        if on_image and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
+            return None  # a table looked up for something else than the image
         if not isinstance(output, tuple):
             return item.on_raw(output)
         changed = item.on_raw(output[0])
@@ -284,6 +331,7 @@ def _output_hook(item: _Fired) -> Callable:
 def _input_hook(item: _Fired, key: str) -> Callable:
     """Returns a hook on the first positional input, or on the keyword argument that carries it."""
     in_place = item.site.tap == "residual"
+    on_image = item.site.axes.startswith("image")
 
     def carrier(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
         if kwargs.get(key) is not None:
@@ -293,6 +341,8 @@ def _input_hook(item: _Fired, key: str) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         name = carrier(module, args, kwargs)
         raw = args[0] if name is None else kwargs[name]
+        if on_image and isinstance(raw, Tensor) and not raw.is_floating_point():
+            return None  # a table looked up for something else than the image
         changed = item.on_raw(raw)
         if changed is None:
             return None

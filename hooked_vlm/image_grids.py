@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy import Anatomy, Vision
-from hooked_vlm.errors import GridError, HookedVLMWarning
+from hooked_vlm.errors import GridError, HookedVLMWarning, NoGridError
 from hooked_vlm.grid import TokenGrid
 from hooked_vlm.image_tokens import ImageLayout, token_grids
 from hooked_vlm.measured import Template, View, make_template, places_of
 from hooked_vlm.pixels import pixel_transform
-from hooked_vlm.routing import measure_routes, pixel_name
+from hooked_vlm.routing import attention_sites, measure_routes, pixel_name
 from hooked_vlm.sites import Site
 
 
@@ -106,7 +106,8 @@ class GridFinder:
         """Returns the grids of the images of prepared inputs, a tuple for each prompt.
 
         `process` makes inputs of one image, in the way these were made (`key` names that
-        way).  Raises `GridError` when neither the rule nor a measurement finds them.
+        way).  Raises `NoGridError` when neither the rule nor a measurement finds them, and
+        `GridError` for images and placeholders that do not go together.
         """
         try:
             sizes = [size for row in sizes_by_prompt for size in row]
@@ -127,10 +128,12 @@ class GridFinder:
             side = vision.patch_size * max(vision.merge, 2)
             size = 4 * side, 3 * side
         inputs = process(_noise(size))
+        if not attention_sites(self.model):
+            return True  # nothing to compare with
         try:
             template = self._template(size, process)
         except GridError:
-            return True  # nothing to compare with
+            return False  # a measurement says that there is no grid, or none of this kind
         rule = self.by_rule(inputs, [size], [1])[0][0]
         measured = _grids(template, _image_positions(inputs, self.model.anatomy), size, 0, 0)
         if torch.equal(rule.positions, measured.positions) and rule.shape == measured.shape:
@@ -159,7 +162,10 @@ class GridFinder:
                 try:
                     template = self.templates.get((size, key)) or self._template(size, process)
                 except GridError as error:
-                    raise GridError(f"{error} {reason or ''}".strip()) from None
+                    why = f" ({reason})" if reason else ""
+                    raise NoGridError(
+                        f"An image of {size[0]}x{size[1]} px has no grid here. {error}{why}"
+                    ) from None
                 self.templates[size, key] = template
                 found, rest = rest[: template.n_tokens], rest[template.n_tokens :]
                 if len(found) != template.n_tokens:
@@ -192,6 +198,8 @@ class GridFinder:
                 raise GridError("The processor cuts images of one size in different ways.")
             return made
 
+        if len(inputs["input_ids"]) != 1:
+            raise GridError("The processor makes several prompts of one.")
         (positions,) = _image_positions(inputs, self.model.anatomy, routes.pixels)
         patch = vision.patch_size or 1
         return make_template(
@@ -217,7 +225,7 @@ def _image_positions(
     if token is None and reached is not None:
         return [reached[reached >= 0].unique()]
     if token is None:
-        raise GridError("The model's config names no image token, so no image can be found.")
+        raise NoGridError("The model's config names no image token, so no image can be found.")
     return [(row == token).nonzero().flatten() for row in ids]
 
 

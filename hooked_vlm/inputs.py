@@ -5,6 +5,7 @@ everything the processor made through verbatim, and keeps what the processor thr
 away: which position of which prompt shows which part of which image.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hooked_vlm.errors import DataError, GridError, UnsupportedModelError
+from hooked_vlm.blocks import first_of
+from hooked_vlm.errors import (
+    DataError,
+    GridError,
+    HookedVLMWarning,
+    NoGridError,
+    UnsupportedModelError,
+)
 from hooked_vlm.grid import TokenGrid, warn_if_resized
 from hooked_vlm.image_grids import GridFinder, Wrapped
 from hooked_vlm.spans import PromptRow, token_pieces
@@ -45,6 +53,7 @@ class Inputs(Mapping[str, Any]):
         grids: Sequence[Sequence[TokenGrid]],
         texts: Sequence[str] = (),
         tokenizer: Any = None,
+        no_grid: str = "",
     ) -> None:
         self.tensors = dict(tensors)
         self.grids = tuple(tuple(row) for row in grids)
@@ -52,6 +61,8 @@ class Inputs(Mapping[str, Any]):
         self.texts = tuple(texts)
         """The prompts as the processor got them, chat template applied."""
         self.tokenizer = tokenizer
+        self.no_grid = no_grid
+        """Why the images have no grid, where they have none."""
 
     def __getitem__(self, name: str) -> Any:
         return self.tensors[name]
@@ -69,6 +80,8 @@ class Inputs(Mapping[str, Any]):
     @property
     def grid(self) -> TokenGrid:
         """The grid of the only image; raises `GridError` when there is more than one, or none."""
+        if self.no_grid:
+            raise NoGridError(self.no_grid)
         found = [grid for row in self.grids for grid in row]
         if len(found) != 1:
             raise GridError(
@@ -80,7 +93,7 @@ class Inputs(Mapping[str, Any]):
     def to(self, device: str | torch.device) -> "Inputs":
         """Returns the inputs with every tensor on a device."""
         moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.items()}
-        return Inputs(moved, self.grids, self.texts, self.tokenizer)
+        return Inputs(moved, self.grids, self.texts, self.tokenizer, self.no_grid)
 
 
 def prepare_inputs(
@@ -104,6 +117,7 @@ def prepare_inputs(
     chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
     made, prompts = _processed(model, by_prompt, texts, system, chat, processor_kwargs)
     grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
+    no_grid = ""
     if any(by_prompt):
         sizes = [[image.size for image in row] for row in by_prompt]
 
@@ -111,9 +125,14 @@ def prepare_inputs(
             return _processed(model, [[image]], ["."], None, chat, processor_kwargs)[0]
 
         key = repr(sorted(processor_kwargs.items(), key=lambda item: item[0]))
-        grids = model.grid_finder.find(made, sizes, process, key)
+        try:
+            grids = model.grid_finder.find(made, sizes, process, key)
+        except NoGridError as error:
+            no_grid = str(error)
+            warnings.warn(no_grid, HookedVLMWarning, stacklevel=3)
         warn_if_resized((grid for row in grids for grid in row), stacklevel=4)
-    return Inputs(made, grids, prompts, getattr(processor, "tokenizer", processor))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return Inputs(made, grids, prompts, tokenizer, no_grid)
 
 
 def _processed(
@@ -140,7 +159,9 @@ def _processed(
     if any(by_prompt):
         options["images"] = [list(row) for row in by_prompt]
     made = dict(processor(text=prompts, return_tensors="pt", **options))
-    made |= _positions(model.hf_model, made)
+    made |= _positions(model.hf_model, made, _is_rotary(model)) | _decoder_start(
+        model.hf_model, made
+    )
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
 
 
@@ -160,7 +181,8 @@ def _plain(processor: Any, text: str, n_images: int) -> str:
 
 def _placeholder(processor: Any) -> str:
     """Returns the text that stands for an image in a prompt, `""` where none is known."""
-    return getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or ""
+    # Some keep the token itself, which str() turns into its text.
+    return str(first_of(processor, "boi_token", "image_token") or "")
 
 
 def _check_placeholders(
@@ -236,15 +258,29 @@ def to_pil(image: OneImage) -> Image.Image:
     return Image.fromarray(image.astype(np.uint8)).convert("RGB")
 
 
-def _positions(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor]:
+def _decoder_start(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the token that an encoder-decoder's answer starts from, one for each prompt."""
+    config = getattr(hf_model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in made:
+        return {}
+    start = first_of(config, "decoder_start_token_id", "bos_token_id", "pad_token_id") or 0
+    return {"decoder_input_ids": torch.full((len(made["input_ids"]), 1), start)}
+
+
+def _is_rotary(model: Prepares) -> bool:
+    attention = model.anatomy.lm.attention
+    return attention is None or attention.rotary
+
+
+def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> dict[str, Tensor]:
     """Returns position ids that count from each prompt's own first token, where padding needs them.
 
     transformers counts positions from the start of the padding unless it is told (its
-    M-RoPE models count from the mask themselves).
+    M-RoPE models count from the mask themselves, and so do those with a table of positions).
     """
     mask = made.get("attention_mask")
     base = getattr(hf_model, "base_model", hf_model)
-    if mask is None or bool(mask.all()) or hasattr(base, "get_rope_index"):
+    if mask is None or bool(mask.all()) or not rotary or hasattr(base, "get_rope_index"):
         return {}
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
@@ -252,8 +288,13 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor
 def rows_of(
     inputs: Mapping[str, Any], grids: Sequence[Sequence[TokenGrid]], text: bool
 ) -> list[PromptRow]:
-    """Returns each prompt of some inputs as places see it, with its tokens' text if asked for."""
-    ids = inputs["input_ids"]
+    """Returns each prompt of some inputs as places see it, with its tokens' text if asked for.
+
+    Where there is no text at all, each image stands for a prompt of no tokens.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None:
+        ids = torch.zeros(len(grids), 0, dtype=torch.long)
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     tokenizer = getattr(inputs, "tokenizer", None) if text else None

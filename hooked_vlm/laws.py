@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
-from hooked_vlm.model import HookedVLM
 from hooked_vlm.grid import TokenGrid
+from hooked_vlm.model import HookedVLM
 from hooked_vlm.naming import PROJECTOR, VISION
 from hooked_vlm.regions import Region
-from hooked_vlm.routing import Routes, measure_routes, pixel_name
+from hooked_vlm.routing import Routes, measure_routes
 
 
 Inputs = Mapping[str, Any]
@@ -216,19 +216,26 @@ class _Parts:
 def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
     """Rows of patterns sum to one, and zeroing columns equals masking their scores."""
     names = [n for n in model.hook_names if n.endswith("attn.hook_pattern")]
-    problems = []
+    problems, notes = [], set[str]()
     with quiet():
-        cache = model.run_with_cache(inputs, names)[1] if names else {}
+        base = model(inputs)
+        logits, cache = model.run_with_cache(inputs, names) if names else (base, {})
+        if not torch.allclose(logits, base, atol=1e-3, rtol=1e-3):
+            problems.append(f"reading patterns moves logits by {_gap(logits, base):.1e}")
         for name, value in cache.items():
             rows = [v.sum(-1) for v in (value if isinstance(value, list) else [value])]
-            if not all(torch.allclose(r, torch.ones_like(r), atol=1e-3) for r in rows):
+            if all(torch.allclose(r, torch.ones_like(r), atol=1e-3) for r in rows):
+                continue
+            if all((r < 1).any() and (r < 1.001).all() and (r > 0).all() for r in rows):
+                notes.add("attention sinks: rows sum to less than one")
+            else:
                 problems.append(f"{name}: rows do not sum to one")
         for prefix in ("", f"{VISION}."):
             own = [n for n in names if n.startswith(f"{prefix}blocks.") and n in cache]
             own = [n for n in own if not model.sites[n].read_only]
             if own:
                 problems += _zeroing_is_masking(model, inputs, own[0])
-    return finding("patterns", problems, bool(names))
+    return finding("patterns", problems, bool(names), "; ".join(notes))
 
 
 def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
@@ -257,9 +264,10 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
     Compared with a measurement: with attention between patches off, a position of the prompt
     depends on its own patches alone (see `routing`).
     """
+    no_grid = getattr(inputs, "no_grid", "")
     grids = model.grids(inputs)
-    if not any(grids):
-        return Finding("grid", NONE, "no image in these inputs")
+    if no_grid or not any(grids):
+        return Finding("grid", NONE, no_grid or "no image in these inputs")
     try:
         routes = measure_routes(model, inputs)
     except GridError as error:

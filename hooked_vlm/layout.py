@@ -55,20 +55,36 @@ class PackedLayout:
     def order(self, stage: str, n_rows: int) -> PackedOrder:
         """Returns the order of the rows at a stage of the encoder.
 
-        `"patches"`, `"blocks"` and `"tokens"` are as above.  At `"features"` the number of
-        rows tells: patches, or what an encoder has merged of them.  Tokens that a projector
-        merges from an encoder in raster order follow each other in raster order as well.
+        `"patches"`, `"blocks"` and `"tokens"` are as above, class tokens in front of each image
+        included.  At `"features"` the number of
+        rows tells: patches, or what an encoder has merged of them.  What an encoder or a
+        projector merges in raster order follows in raster order as well.
         """
         if stage == "features":
             stage = "blocks" if n_rows == self.blocks.total else "tokens"
         found: PackedOrder = getattr(self, stage)
-        if stage == "tokens" and n_rows != found.total and not self.blocks.total % max(n_rows, 1):
+        extra, rest = divmod(n_rows - found.total, len(self.shapes))
+        if extra > 0 and not rest and extra <= _MOST_PREFIX:
+            return _behind_prefix(found, extra)
+        if n_rows != found.total and n_rows and not self.blocks.total % n_rows:
             return self._merged(self.blocks.total // n_rows)
         return found
 
     def _merged(self, factor: int) -> PackedOrder:
         counts = [len(rows) // factor for rows in self.blocks.rows]
         return PackedOrder(tuple(torch.arange(sum(counts)).split(counts)))
+
+
+_MOST_PREFIX = 16
+
+
+def _behind_prefix(order: PackedOrder, prefix: int) -> PackedOrder:
+    """Returns the order of rows with class tokens in front of each image's, which stay there."""
+    images = []
+    for i, rows in enumerate(order.rows):
+        start = int(rows.min()) + i * prefix
+        images.append(torch.cat([start + torch.arange(prefix), rows + (i + 1) * prefix]))
+    return PackedOrder(tuple(images))
 
 
 def packed_layout(

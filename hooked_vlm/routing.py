@@ -68,6 +68,17 @@ class _Capture:
         return kept if isinstance(value, list) else torch.stack(kept)
 
 
+def attention_sites(model: Runnable) -> list[str]:
+    """Returns the sites through which patches of the vision encoder see each other."""
+    return [
+        name
+        for name, site in model.sites.items()
+        if name.startswith(f"{VISION}.blocks.")
+        and name.endswith(("hook_attn_out", "hook_cross_attn_out"))
+        and not site.read_only
+    ]
+
+
 def pixel_name(inputs: Mapping[str, Any]) -> str:
     """Returns the name of the tensor that holds the pixels; raises `GridError` without one."""
     named = [
@@ -87,13 +98,7 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
     Raises `GridError` when the encoder's attention cannot be switched off, or when no
     position of the prompt depends on a pixel (cross-attention).
     """
-    attention = [
-        name
-        for name, site in model.sites.items()
-        if name.startswith(f"{VISION}.blocks.")
-        and name.endswith(("hook_attn_out", "hook_cross_attn_out"))
-        and not site.read_only
-    ]
+    attention = attention_sites(model)
     if not attention:
         raise GridError(
             "The vision encoder has no attention that can be switched off (it is convolutional, or "
@@ -115,7 +120,7 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
             fwd_hooks=[*off, *captures.items()],
         )
         sources = [pixels, *(t for c in captures.values() for t in c.tensors)]
-        found = _positions(residual, sources)
+        found = positions_reached(residual, sources)
     sites, start = {}, 1
     for name, capture in captures.items():
         rows = found[start : start + len(capture.tensors)]
@@ -130,7 +135,7 @@ def _zero(value: Any, hook: Any) -> Any:
     return torch.zeros_like(value)
 
 
-def _positions(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:
+def positions_reached(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:
     """Returns, element by element, the flat position that each source reaches."""
     weights = torch.randn(residual.shape[-1], generator=torch.Generator().manual_seed(0))
     per_position = (residual.float() * weights.to(residual.device)).sum(-1).flatten()

@@ -59,6 +59,7 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
     sites = [Site("hook_embed", "batch pos d_model", anatomy.embed, "output")]
     if anatomy.vision is not None:
         sites += _vision_sites(anatomy.vision, anatomy.projector)
+    if anatomy.merges:
         # A language model alone makes its embeddings inside: hook_embed is all there is.
         merged = ("hook_merged_embed", "batch pos d_model", anatomy.lm.path, "inputs_embeds")
         sites.append(Site(*merged))
@@ -69,6 +70,16 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
         sites.append(Site("ln_final.hook_in", "batch pos d_model", lm.final_norm, "input"))
         sites.append(Site("ln_final.hook_normalized", "batch pos d_model", lm.final_norm, "output"))
     sites.append(Site("hook_logits", "batch pos d_vocab", anatomy.unembed, "output"))
+    return {site.name: site for site in sites}
+
+
+def list_encoder_sites(vision: Vision, out: str | None) -> dict[str, Site]:
+    """Returns every site of a vision encoder by itself; `out` is what its output comes from."""
+    sites = list(_vision_sites(vision, None))
+    if out is not None:
+        order = "blocks" if vision.packed else ""
+        axes = "image patch d_vision"
+        sites.append(Site(f"{VISION}.hook_out", axes, out, "output", order=order))
     return {site.name: site for site in sites}
 
 
@@ -182,11 +193,9 @@ def _mlp_sites(mlp: Mlp, prefix: str, axes: str, common: dict) -> Iterator[Site]
 
 def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> Images:
     """Returns what flows at a site in the shape users see; a view where that is possible."""
-    if _padded(site, raw):
+    if _padded(site, raw, layout):
         return cropped(raw, _known(layout))
-    x = raw
-    if site.conv:
-        x = x.flatten(1) if site.order else x.flatten(2).transpose(1, 2)
+    x = raw.flatten(2).transpose(1, 2) if site.conv else raw
     if site.tap == "attention":
         x = x.transpose(1, 2)[0] if site.order else x.transpose(1, 2)
     else:
@@ -199,7 +208,7 @@ def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> Images:
 
 def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -> Tensor:
     """Returns a value in the users' shape as it must flow at a site: the inverse of `read`."""
-    if _padded(site, raw):
+    if _padded(site, raw, layout):
         return uncropped(value, raw, _known(layout))
     if site.order:
         x = from_images(value, _known(layout).order(site.order, sum(map(len, value))))
@@ -217,13 +226,16 @@ def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -
     if site.heads:
         x = x.flatten(-2)
     if site.conv:
-        x = x if site.order else x.transpose(1, 2)
+        x = x.reshape(len(raw), -1, x.shape[-1]).transpose(1, 2)
     return x.reshape(raw.shape)
 
 
-def _padded(site: Site, raw: Tensor) -> bool:
+def _padded(site: Site, raw: Tensor, layout: PackedLayout | None) -> bool:
     """Whether images of different sizes pass here as one padded batch, to be packed behind."""
-    return bool(site.order) and site.conv and raw.ndim == 4 and raw.shape[-1] * raw.shape[-2] > 1
+    if not (site.order and site.conv) or raw.ndim != 4 or layout is None:
+        return False
+    height, width = (max(shape[i] for shape in layout.shapes) for i in (1, 2))
+    return len(raw) == len(layout.shapes) and tuple(raw.shape[2:]) == (height, width)
 
 
 def _known(layout: PackedLayout | None) -> PackedLayout:

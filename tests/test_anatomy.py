@@ -52,7 +52,6 @@ def test_qwen2_vl():
     assert (vision.image_size, vision.read_layers, vision.pos_embed) == (None, None, None)
     assert (vision.d_model, anatomy.lm.d_model, anatomy.image_token_id) == (32, 48, 299)
     assert vision.packed
-    assert vision.grid_owner == "model.visual"
     attn = vision.blocks[0].attn
     assert attn is not None
     assert attn.packed

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-
 from conformance import exceptions
 from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
+from PIL import Image
+
 from hooked_vlm import laws
 from hooked_vlm.errors import GridError
-from hooked_vlm.laws import NO, YES, Finding
+from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.routing import measure_routes, pixel_name
 
 
 LAWS = (
@@ -143,9 +144,14 @@ def check_pixels(model: HookedVLM, size: tuple[int, int]) -> Finding:
     """Changing the pixels of one cell changes what its own visual token is made of, most of all."""
     image = picture(*size)
     inputs = model.prepare([image], "What is this?")
-    grid = inputs.grids[0][0]
-    routes = laws.measure_routes(model, inputs)
-    name = laws.pixel_name(inputs)
+    if inputs.no_grid:
+        return Finding("pixels", NONE, "no grid")
+    grid = inputs.grid
+    try:
+        routes = measure_routes(model, inputs)
+    except GridError as error:
+        return Finding("pixels", NONE, str(error))
+    name = pixel_name(inputs)
     problems = []
     for row, col in {(0, 0), (0, grid.cols - 1), (grid.rows - 1, 0), (grid.rows // 2, 0)}:
         x0, y0, x1, y1 = (round(v) for v in grid.cell_box((row, col)))
@@ -217,10 +223,12 @@ def check_bf16(model: HookedVLM, inputs: Any) -> Finding:
         n: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for n, v in inputs.items()
     }
+    try:
+        half.hf_model(**cast)
+    except Exception as error:  # noqa: BLE001 - then there is nothing to compare with
+        return Finding("bf16", NONE, f"transformers' own forward raises {type(error).__name__}")
     problems = [f.note for f in [laws.check_parity(half, cast)] if f.verdict == NO]
     for name in ("blocks.0.hook_resid_post", "vision_encoder.blocks.0.hook_resid_post"):
         if name in half.sites:
             problems += list(laws.check_site(half, cast, name))
     return laws.finding("bf16", problems)
-
-
