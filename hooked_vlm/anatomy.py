@@ -24,7 +24,13 @@ from hooked_vlm.blocks import (
     is_norm,
     read_block,
 )
-from hooked_vlm.calls import called_children, forward_parameters, keywords_of, self_calls
+from hooked_vlm.calls import (
+    called_children,
+    forward_parameters,
+    forward_source,
+    keywords_of,
+    self_calls,
+)
 from hooked_vlm.errors import UnsupportedModelError
 
 
@@ -105,7 +111,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         )
     encoder = image_encoder(model, decoder)
     config = getattr(model, "config", None)
-    lm = read_stack(decoder, paths)
+    lm = read_stack(decoder, paths, without=encoder)
     if not lm.blocks:
         raise UnsupportedModelError(
             f"{type(decoder).__name__} has no list of blocks with attention in it, so there is no "
@@ -128,19 +134,21 @@ def image_encoder(model: nn.Module, decoder: nn.Module | None = None) -> nn.Modu
     Where transformers knows none by name it answers with the model itself, or with its base;
     then the encoder of a model whose main input are pixels is it, or a child that says so.
     """
-    asked = [_ask(model, "get_encoder", modality="image")]
+    named = _ask(model, "get_encoder", modality="image")
+    others = (model, decoder, _base(model))
+    if named is not None and not any(named is other for other in others):
+        return named if any(named is module for module in model.modules()) else None
+    asked = []
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         asked.append(_ask(model, "get_encoder"))
-    named = (n for n, _ in _base(model).named_children())
-    asked += [_base(model).get_submodule(n) for n in named if re.match("(image|vision)_", n)]
-    inside = list(model.modules())
+    children = _base(model).named_children()
+    asked += [child for name, child in children if re.match("(image|vision)_", name)]
     return next(
         (
             found
             for found in asked
             if found is not None
-            and any(found is module for module in inside)
-            and not any(found is other for other in (model, decoder, _base(model)))
+            and not any(found is other for other in others)
             and has_weights(found)
             and _patch_embed(found) is not None
         ),
@@ -173,10 +181,15 @@ def _base(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
-def read_stack(stack: nn.Module, paths: dict[int, str]) -> Stack:
-    """Returns the longest run of blocks in a module; none where no block has attention."""
+def read_stack(stack: nn.Module, paths: dict[int, str], without: nn.Module | None = None) -> Stack:
+    """Returns the longest run of blocks in a module; none where no block has attention.
+
+    `without` is a part of it that does not count: an image encoder inside a decoder.
+    """
     config = getattr(stack, "config", None)
-    lists = sorted(block_lists(stack), key=lambda item: -len(item[1]))
+    other = set() if without is None else {id(module) for module in without.modules()}
+    lists = [item for item in block_lists(stack) if id(item[1]) not in other]
+    lists.sort(key=lambda item: -len(item[1]))
     blocks: tuple[Block, ...] = ()
     norm = None
     if lists:
@@ -232,9 +245,11 @@ def read_vision(
     if side and patch_size and isinstance(position, nn.Embedding):
         n_prefix = max(position.num_embeddings - (side // patch_size) ** 2, 0)
         n_prefix = n_prefix if n_prefix <= _MOST_PREFIX else 0
-    elif any(re.search(r"(^|\.)(cls_token|class_embedding)$", n) for n, _ in _parameters(encoder)):
-        n_prefix = 1 + (first_of(own, "num_register_tokens") or 0)
+    elif heads := [n for n, _ in _parameters(encoder) if re.search(_LEADING, n)]:
+        n_prefix = len(heads) + (first_of(own, "num_register_tokens") or 0)
     merge = first_of(encoder, "spatial_merge_size")
+    if merge is None and "spatial_merge_size" in forward_source(type(encoder).forward):
+        merge = first_of(own, "spatial_merge_size")
     return Vision(
         path=stack.path,
         blocks=stack.blocks,
@@ -253,6 +268,7 @@ def read_vision(
     )
 
 
+_LEADING = r"(^|\.)(cls_token|class_embedding|distillation_token)$"
 _MOST_PREFIX = 16  # class and register tokens; more than that is a table for other image sizes
 
 
@@ -336,6 +352,7 @@ def _find_projector(
             n
             for n in names
             if children[n] not in (encoder, decoder)
+            and not isinstance(children[n], nn.ModuleList)
             and has_weights(children[n])
             and not is_norm(n, children[n])
             and "router" not in n

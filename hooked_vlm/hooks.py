@@ -411,5 +411,5 @@ def _edit_chunks(item: _Fired, chunks: list[Tensor]) -> list[Tensor]:
 
 def _chunk_orders(layout: PackedLayout, lengths: list[int], device: Any) -> list[Tensor]:
     """Returns, for each run of packed rows, its rows in raster order."""
-    rank = torch.argsort(torch.cat(layout.blocks.rows))
+    rank = torch.argsort(torch.cat(layout.order("blocks", sum(lengths)).rows))
     return [torch.argsort(part).to(device) for part in rank.split(lengths)]

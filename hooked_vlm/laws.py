@@ -243,8 +243,10 @@ def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator
 
     def cut(weights: Tensor) -> Tensor:
         weights = weights.clone()
+        rest = 1 - weights[..., 1:, :1]  # what a softmax without the key would divide by
         weights[..., 1:, 0] = 0
-        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        weights[..., 1:, :] /= rest.clamp(min=1e-20)
+        return weights
 
     def mask(weights: Tensor) -> Tensor:
         weights = weights.clone()

@@ -9,7 +9,7 @@ padded into one tensor.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int, Shaped
@@ -51,6 +51,8 @@ class PackedLayout:
     """Patches inside the blocks, where an encoder with window attention has reordered them."""
     tokens: PackedOrder
     """Merged tokens, in the order of the blocks."""
+    merge: int = 1
+    """Side of the square of patches merged into a token, where it is one for all images."""
 
     def order(self, stage: str, n_rows: int) -> PackedOrder:
         """Returns the order of the rows at a stage of the encoder.
@@ -63,12 +65,25 @@ class PackedLayout:
         if stage == "features":
             stage = "blocks" if n_rows == self.blocks.total else "tokens"
         found: PackedOrder = getattr(self, stage)
+        finer = self.finer
+        if finer is not None and finer.blocks.total <= n_rows:
+            return finer.order(stage, n_rows)
         extra, rest = divmod(n_rows - found.total, len(self.shapes))
         if extra > 0 and not rest and extra <= _MOST_PREFIX:
             return _behind_prefix(found, extra)
         if n_rows != found.total and n_rows and not self.blocks.total % n_rows:
             return self._merged(self.blocks.total // n_rows)
         return found
+
+    @property
+    def finer(self) -> "PackedLayout | None":
+        """The layout of an encoder that is told its grids in merged blocks, not in patches."""
+        if self.merge < 2:
+            return None
+        side = self.merge
+        grid = torch.tensor([(t, h * side, w * side) for t, h, w in self.shapes])
+        layout = packed_layout(grid, side)
+        return replace(layout, merge=1)
 
     def _merged(self, factor: int) -> PackedOrder:
         counts = [len(rows) // factor for rows in self.blocks.rows]
@@ -116,7 +131,7 @@ def packed_layout(
         start, first = start + n_patches, first + n_tokens
     order = PackedOrder(tuple(patches))
     if window_index is None:
-        return PackedLayout(tuple(shapes), order, order, PackedOrder(tuple(tokens)))
+        return PackedLayout(tuple(shapes), order, order, PackedOrder(tuple(tokens)), max(merges))
     place, side = torch.argsort(window_index.cpu()), merges[0]
     inside = tuple(place[rows // side**2] * side**2 + rows % side**2 for rows in patches)
     moved = tuple(place[rows] for rows in tokens)

@@ -41,8 +41,7 @@ def _grid_thw(
         grid = grid.expand(len(arguments["pixel_values"]), 2)
     else:
         grid = torch.as_tensor(arguments[name]).cpu().long().reshape(len(arguments[name]), -1)
-    if name == "image_sizes":
-        grid = grid // patch_size
+        grid = grid // patch_size if name == "image_sizes" else grid
     return grid if grid.shape[1] == 3 else torch.cat([torch.ones_like(grid[:, :1]), grid], dim=1)
 
 
