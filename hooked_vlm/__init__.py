@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOME` is what runs
     from hooked_vlm.cache import ActivationCache as ActivationCache
     from hooked_vlm.directions import orthonormalise as orthonormalise
     from hooked_vlm.drawing import draw_regions as draw_regions
+    from hooked_vlm.encoder import HookedVisionEncoder as HookedVisionEncoder
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
     from hooked_vlm.grid import TokenGrid as TokenGrid
@@ -41,6 +42,7 @@ _HOME = {
     "ActivationCache": "cache",
     "orthonormalise": "directions",
     "draw_regions": "drawing",
+    "HookedVisionEncoder": "encoder",
     "HookedVLMError": "errors",
     "HookedVLMWarning": "errors",
     "TokenGrid": "grid",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hooked_vlm.anatomy import Anatomy, Stack
+from hooked_vlm.anatomy import Anatomy, Stack, Vision
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class HookedVLMConfig(StackConfig):
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class EncoderConfig(VisionConfig):
+    """Sizes of a vision encoder that is wrapped by itself."""
+
+    model_name: str
+    attn_implementation: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def vision(self) -> "EncoderConfig":
+        """These sizes themselves, where code that serves both asks for the vision encoder's."""
+        return self
+
+
 def read_config(model: nn.Module, anatomy: Anatomy, name: str) -> HookedVLMConfig:
     """Returns the sizes of a model with a given anatomy."""
     weight: Any = model.get_submodule(anatomy.unembed).weight
@@ -63,6 +78,18 @@ def read_config(model: nn.Module, anatomy: Anatomy, name: str) -> HookedVLMConfi
         vision=_vision(anatomy),
         device=embedding.device,
         dtype=embedding.dtype,
+    )
+
+
+def read_encoder_config(model: nn.Module, vision: Vision, name: str) -> EncoderConfig:
+    """Returns the sizes of a vision encoder with a given anatomy."""
+    weight = next(model.get_submodule(vision.blocks[0].path).parameters())
+    return EncoderConfig(
+        **_vision_sizes(vision),
+        model_name=name,
+        attn_implementation=str(getattr(_config(model), "_attn_implementation", "eager")),
+        device=weight.device,
+        dtype=weight.dtype,
     )
 
 
@@ -87,11 +114,15 @@ def _vision(anatomy: Anatomy) -> VisionConfig | None:
     vision = anatomy.vision
     if vision is None:
         return None
-    return VisionConfig(
+    return VisionConfig(**_vision_sizes(vision))
+
+
+def _vision_sizes(vision: Vision) -> dict[str, Any]:
+    return {
         **_stack(vision),
-        patch_size=vision.patch_size,
-        merge=vision.merge,
-        n_prefix=vision.n_prefix,
-        image_size=vision.image_size,
-        last_read=vision.last_read,
-    )
+        "patch_size": vision.patch_size,
+        "merge": vision.merge,
+        "n_prefix": vision.n_prefix,
+        "image_size": vision.image_size,
+        "last_read": vision.last_read,
+    }

@@ -2,19 +2,14 @@
 
 import re
 
-from hooked_vlm.config import HookedVLMConfig, StackConfig
+from hooked_vlm.config import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.naming import VISION
 from hooked_vlm.sites import Site
 
 
-def describe_sites(cfg: HookedVLMConfig, sites: dict[str, Site]) -> str:
+def describe_sites(cfg: HookedVLMConfig | EncoderConfig, sites: dict[str, Site]) -> str:
     """Returns one line a site: its name, its axes with the sizes that are fixed, its limits."""
-    lines = [f"{cfg.model_name}: {_sizes(cfg)}, d_vocab={cfg.d_vocab}"]
-    if cfg.vision:
-        v = cfg.vision
-        lines.append(
-            f"vision encoder: {_sizes(v)}, patch={v.patch_size}px, merge={v.merge}x{v.merge}"
-        )
+    lines = _headers(cfg)
     lines.append(f"attention: {cfg.attn_implementation}, {cfg.dtype} on {cfg.device}")
     folded: dict[str, list[Site]] = {}
     for site in sites.values():
@@ -33,6 +28,15 @@ def describe_sites(cfg: HookedVLMConfig, sites: dict[str, Site]) -> str:
     return "\n".join(lines)
 
 
+def _headers(cfg: HookedVLMConfig | EncoderConfig) -> list[str]:
+    v = cfg.vision
+    encoder = f"{_sizes(v)}, patch={v.patch_size}px, merge={v.merge}x{v.merge}" if v else ""
+    if isinstance(cfg, EncoderConfig):
+        return [f"{cfg.model_name}: {encoder}, {cfg.n_prefix} tokens in front of the patches"]
+    lines = [f"{cfg.model_name}: {_sizes(cfg)}, d_vocab={cfg.d_vocab}"]
+    return [*lines, f"vision encoder: {encoder}"] if v else lines
+
+
 def _sizes(cfg: StackConfig) -> str:
     heads = f"{cfg.n_heads} heads"
     if cfg.n_key_value_heads != cfg.n_heads:
@@ -46,13 +50,13 @@ def _parent(parent: str, group: list[Site]) -> str:
     return f"l = 0..{len(group) - 1}" if parent == "{l}" else parent
 
 
-def _shape(site: Site, cfg: HookedVLMConfig) -> str:
+def _shape(site: Site, cfg: HookedVLMConfig | EncoderConfig) -> str:
     tower: StackConfig | None = cfg.vision if site.name.startswith(VISION) else cfg
     assert tower is not None
     sizes = {
         "d_model": cfg.d_model,
         "d_vision": cfg.vision.d_model if cfg.vision else None,
-        "d_vocab": cfg.d_vocab,
+        "d_vocab": getattr(cfg, "d_vocab", None),
         "d_mlp": tower.d_mlp,
         "d_head": tower.d_head,
         "head": tower.n_heads,

@@ -72,7 +72,7 @@ class HookedModel:
         pairs = self._pairs(fwd_hooks, inputs)
         self._say_eager(pairs)
         prompt = None
-        if prefill_only and inputs is not None:
+        if prefill_only and inputs is not None and "input_ids" in inputs:
             prompt = int(inputs["input_ids"].shape[-1])
         self._open.append((pairs, Run(prefill_only, prompt)))
         try:

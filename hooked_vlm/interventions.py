@@ -161,15 +161,15 @@ def _rows(model: Model, inputs: Mapping[str, Any], place: Any) -> list[PromptRow
 
 def _kept_for_batch(edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site) -> Callable:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
+    if not site.axes.startswith("batch pos"):
+        return lambda activation, hook: edit(activation)
     batch, length = inputs["input_ids"].shape
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        by_prompt = site.axes.startswith("batch pos")
-        if by_prompt and tuple(activation.shape[:2]) != (batch, length):
-            n_prompts, n_pos = activation.shape[:2]
+        if (ran := tuple(activation.shape[:2])) != (batch, length):
             raise InterventionError(
                 f"An intervention at {hook.name} was made for {batch} prompts of {length} "
-                f"positions and ran on {n_prompts} of {n_pos}. Give hooks(…, inputs=…) the inputs "
+                f"positions and ran on {ran[0]} of {ran[1]}. Give hooks(…, inputs=…) the inputs "
                 "that you run; in a generation, interventions act on the prompt: prefill_only=True."
             )
         return edit(activation)

@@ -80,6 +80,8 @@ def _resized(processor: Any, size: Size) -> Size | None:
         TorchvisionBackend.resize,
     ):
         return None
+    if processor.size is None:
+        return None
     width, height = size
     rule = _as_dict(processor.size)
     short, long = rule.get("shortest_edge"), rule.get("longest_edge")

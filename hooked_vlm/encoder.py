@@ -1,0 +1,145 @@
+"""`HookedVisionEncoder`: a vision encoder by itself, with the sites it has inside a VLM.
+
+    model = HookedVisionEncoder.from_pretrained("facebook/dinov2-base")
+    inputs = model.prepare([image, other])
+    output, cache = model.run_with_cache(inputs)
+    cache["resid_post", 3, "vision_encoder"], output.last_hidden_state
+
+`inputs.grids[0][0]` is the grid of the first image: its cells are patches, so that regions
+made from pixels say what to patch, ablate or steer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hooked_vlm.anatomy import Vision
+from hooked_vlm.cache import ActivationCache
+from hooked_vlm.config import EncoderConfig, read_encoder_config
+from hooked_vlm.describe import describe_sites
+from hooked_vlm.encoder_inputs import find_grids, prepare_images
+from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.inputs import Images, Inputs
+from hooked_vlm.loading import load_image_model
+from hooked_vlm.naming import NamesFilter
+from hooked_vlm.sites import list_encoder_sites
+from hooked_vlm.towers import find_tower, read_tower
+
+
+class HookedVisionEncoder(HookedModel):
+    """A vision encoder whose activations can be read, replaced and steered by name."""
+
+    def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
+        """Wraps a loaded encoder; `processor` is only needed for `prepare`.
+
+        Of a model that takes text as well (CLIP, SigLIP, a VLM), the image encoder is wrapped.
+
+        Raises `UnsupportedModelError` for a model without one residual stream of patches:
+        convolutional, in stages, or with attention in windows.
+        """
+        tower = read_tower(find_tower(hf_model))
+        vision = tower.vision
+        super().__init__(find_tower(hf_model), list_encoder_sites(vision, tower.out), vision)
+        self.processor = processor
+        self.vision: Vision = vision
+        name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
+        self.cfg: EncoderConfig = read_encoder_config(
+            self.hf_model, vision, name or type(hf_model).__name__
+        )
+        self.prefixes: dict[Any, int] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> "HookedVisionEncoder":
+        """Loads what `AutoModel` makes of a local folder or hub name; safetensors only.
+
+        Other keyword arguments go to transformers' `from_pretrained`
+        (`attn_implementation`, `revision`, …).  Remote code runs only when
+        `trust_remote_code=True` is among them.
+        """
+        model, processor = load_image_model(
+            name, dtype=dtype, device=device, device_map=device_map, **kwargs
+        )
+        return cls(model, processor, name=name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is, and so where inputs belong."""
+        return next(self.hf_model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the encoder computes in, and so what pixels belong in."""
+        return self.cfg.dtype
+
+    def describe(self) -> str:
+        """Returns the sites as a tree with their shapes, layers folded together."""
+        return describe_sites(self.cfg, self.sites)
+
+    def __repr__(self) -> str:
+        return (
+            f"HookedVisionEncoder({self.cfg.model_name!r}, {self.cfg.n_layers} layers, "
+            f"{len(self.sites)} sites)"
+        )
+
+    def prepare(self, images: Images, **processor_kwargs: Any) -> Inputs:
+        """Turns an image, or a list of them, into the encoder's inputs, each with a grid.
+
+        Images are PIL, numpy `[height, width, 3]` or tensors `[3, height, width]`, with
+        values in 0..255 (integers) or 0..1 (floats).  Cells of a grid are patches, and its
+        positions the encoder's rows, class and register tokens counted.
+
+        Raises `GridError` when the patches cannot be placed on the image.  Warns when the
+        processor resizes an image, because cells move.
+        """
+        return prepare_images(self, images, processor_kwargs)
+
+    def grids(self, inputs: ModelInputs) -> tuple:
+        """Returns the `TokenGrid` of each image of any inputs, each in a tuple of its own.
+
+        For inputs that `prepare` did not make, pixels are those the encoder sees.
+        """
+        return inputs.grids if isinstance(inputs, Inputs) else find_grids(self, inputs)
+
+    def forward(self, inputs: ModelInputs, **kwargs: Any) -> Any:
+        """Runs the wrapped encoder and returns its own output; keyword arguments go to it."""
+        return self.hf_model(**inputs, **kwargs)
+
+    __call__ = forward
+
+    def run_with_hooks(
+        self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
+    ) -> Any:
+        """Runs once under hook functions or interventions, and returns the encoder's own output.
+
+        Warns when a named site never ran.
+        """
+        return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
+
+    def run_with_cache(
+        self,
+        inputs: ModelInputs,
+        names_filter: NamesFilter = None,
+        *,
+        fwd_hooks: Sequence[FwdHook] = (),
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """Runs once and returns `(output, cache)`; cached tensors are detached.
+
+        `names_filter` selects sites by name, pattern, a sequence of these, or a function.
+        Values are cached as they are after `fwd_hooks`, which may edit them.  `device`
+        moves the cached tensors as they are taken.
+        """
+        return self._run_cached(
+            lambda: self.forward(inputs, **kwargs), inputs, names_filter, fwd_hooks, device
+        )

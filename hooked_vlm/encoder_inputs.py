@@ -1,0 +1,194 @@
+"""From images to what a vision encoder takes by itself, with a grid for every image.
+
+A cell of such a grid is a patch, and its position the row of the encoder's sequence that
+holds it, class and register tokens counted.  Where that is follows from a rule (leading
+tokens, then patches in raster order), and the rule is not believed on its word: once for
+each size of image it is measured, by the gradient of the rows that go into the first
+block over the pixels.  That says how many tokens lead, and finds encoders that drop or
+shuffle patches.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from hooked_vlm.anatomy import Vision, grid_argument
+from hooked_vlm.calls import forward_parameters
+from hooked_vlm.errors import DataError, GridError, UnsupportedModelError
+from hooked_vlm.grid import TokenGrid, warn_if_resized
+from hooked_vlm.inputs import Images, Inputs, to_pil
+from hooked_vlm.partial import run_until
+from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.routing import NOWHERE, SEVERAL, pixel_name, positions_reached
+
+
+Size = tuple[int, int]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """The parts of a HookedVisionEncoder that preparing inputs needs."""
+
+    hf_model: nn.Module
+    processor: Any
+    vision: Vision
+    prefixes: dict[Any, int]
+    """How many tokens were measured to lead, by what tells the layout: shapes, masks."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def prepare_images(model: Encoder, images: Images, options: Mapping[str, Any]) -> Inputs:
+    """Returns the inputs for some images; see `HookedVisionEncoder.prepare`."""
+    processor = getattr(model.processor, "image_processor", model.processor)
+    if processor is None:
+        raise UnsupportedModelError(
+            "This HookedVisionEncoder was made without an image processor, so it cannot prepare "
+            "images: pass one, HookedVisionEncoder(hf_model, processor), or give forward() the "
+            "tensors that the wrapped model takes."
+        )
+    given = list(images) if isinstance(images, list | tuple) else [images]
+    if not given or any(image is None for image in given):
+        raise DataError("No image was given: give one, or a list with one or more.")
+    pictures = [to_pil(image) for image in given]
+    made = _named(model, dict(processor(images=pictures, return_tensors="pt", **options)))
+    grids = find_grids(model, made, [picture.size for picture in pictures])
+    warn_if_resized((grid for (grid,) in grids), stacklevel=4)
+    return Inputs(made, grids)
+
+
+def find_grids(
+    model: Encoder, inputs: Mapping[str, Any], image_sizes: Sequence[Size] | None = None
+) -> tuple[tuple[TokenGrid, ...], ...]:
+    """Returns the grid of each image of some inputs, each in a tuple of its own.
+
+    `image_sizes` are (width, height) of the images as the user gave them; without them,
+    pixels are those that the encoder sees.  Raises `GridError` when the inputs do not tell,
+    and when the patches do not stand in raster order behind the leading tokens.
+    """
+    pixels, patch = inputs[pixel_name(inputs)], model.vision.patch_size
+    if not patch:
+        raise GridError("This encoder's patches have no one size, so they make no grid of pixels.")
+    shapes = _patch_grids(model, inputs)
+    if image_sizes is not None and len(image_sizes) != len(shapes):
+        raise GridError(
+            f"{len(image_sizes)} images became {len(shapes)} pictures for the encoder: this "
+            "processor cuts images into tiles, and an encoder alone has no grid over those."
+        )
+    processor = getattr(model.processor, "image_processor", model.processor)
+    grids = []
+    for i, (rows, cols) in enumerate(shapes):
+        n_prefix = _prefix(model, inputs, i, (rows, cols))
+        seen = cols * patch, rows * patch
+        one_size = pixels.ndim == 4 and not model.vision.packed
+        whole = (pixels.shape[3], pixels.shape[2]) if one_size else seen
+        size = image_sizes[i] if image_sizes is not None else whole
+        scale, offset = pixel_transform(processor if image_sizes else None, size, whole)
+        positions = n_prefix + torch.arange(rows * cols).view(rows, cols)
+        grids.append(
+            TokenGrid(positions, rows, cols, n_prefix, size, scale, offset, seen, prompt=i, image=i)
+        )
+    return tuple((grid,) for grid in grids)
+
+
+def _named(model: Encoder, made: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a processor made under the names by which the encoder takes it, and ready."""
+    parameters = [name for name in forward_parameters(model.hf_model) if name != "self"]
+    pixels = made.pop("pixel_values")
+    if not isinstance(pixels, Tensor):
+        raise GridError("The processor made pictures of several sizes. Prepare them one by one.")
+    name = "pixel_values" if "pixel_values" in parameters else parameters[0]
+    pixels = pixels.to(model.dtype)
+    packed = grid_argument(model.hf_model)
+    if packed is not None and "image_grid_thw" in made:
+        made[packed] = made.pop("image_grid_thw")
+    inputs = {name: pixels} | {n: v for n, v in made.items() if n in parameters}
+    vision = model.vision
+    other_size = pixels.ndim == 4 and set(pixels.shape[2:]) != {vision.image_size}
+    if other_size and "interpolate_pos_encoding" in parameters:
+        inputs["interpolate_pos_encoding"] = True
+    if "noise" in parameters and pixels.ndim == 4:  # patches are shuffled by it: ascending is not
+        n_patches = pixels[0, 0].numel() // vision.patch_size**2
+        inputs["noise"] = torch.arange(n_patches).expand(len(pixels), -1).float()
+    return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+
+
+def _patch_grids(model: Encoder, inputs: Mapping[str, Any]) -> list[Size]:
+    """Returns (rows, cols) of the patches of each image."""
+    name, patch = grid_argument(model.hf_model), model.vision.patch_size
+    told = inputs.get(name or "spatial_shapes")
+    if told is not None:
+        sizes = torch.as_tensor(told).tolist()
+        if name == "image_sizes":
+            return [(height // patch, width // patch) for height, width in sizes]
+        return [(_product(frames) * rows, cols) for *frames, rows, cols in sizes]
+    pixels = inputs[pixel_name(inputs)]
+    if pixels.ndim != 4:
+        raise GridError(
+            f"Pixels of shape {tuple(pixels.shape)} are no [image, channel, height, width], and "
+            "nothing beside them says how many patches an image has."
+        )
+    return [(pixels.shape[2] // patch, pixels.shape[3] // patch)] * len(pixels)
+
+
+def _product(numbers: Sequence[int]) -> int:
+    return numbers[0] if numbers else 1
+
+
+def _prefix(model: Encoder, inputs: Mapping[str, Any], image: int, shape: Size) -> int:
+    """Returns how many tokens lead an image's patches, measured once for each shape of input."""
+    if model.vision.packed:  # sites of packed encoders are put into raster order as they are read
+        return model.vision.n_prefix
+    name = pixel_name(inputs)
+    pixels = inputs[name]
+    one = {
+        n: v[image : image + 1] if isinstance(v, Tensor) and len(v) == len(pixels) else v
+        for n, v in inputs.items()
+    }
+    beside = [(n, v.flatten().tolist()) for n, v in one.items() if n != name and torch.is_tensor(v)]
+    key = tuple(pixels.shape[1:]), shape, repr(beside)
+    if key not in model.prefixes:
+        model.prefixes[key] = _leading(_measured(model, one, name), shape, model.vision.patch_size)
+    return model.prefixes[key]
+
+
+def _measured(model: Encoder, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
+    """Returns, for each element of one image's pixels, the row of block 0's input it reaches."""
+    with torch.inference_mode(False), torch.enable_grad():
+        copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        pixels = copies[name].requires_grad_(True)
+        rows = run_until(model.hf_model, model.vision, 0, lambda: model.hf_model(**copies))
+        return positions_reached(rows, [pixels])[0][0]
+
+
+def _leading(reached: Int[Tensor, "..."], shape: Size, patch: int) -> int:
+    """Returns how many rows lead the patches, which must then follow in raster order."""
+    rows, cols = shape
+    if reached.ndim == 3:
+        cut = reached[:, : rows * patch, : cols * patch]
+        by_patch = cut.unflatten(2, (cols, patch)).unflatten(1, (rows, patch))
+        by_patch = by_patch.permute(1, 3, 0, 2, 4).reshape(rows * cols, -1)
+    else:
+        by_patch = reached[: rows * cols].flatten(1)
+    if bool((by_patch == SEVERAL).any()):
+        raise GridError("The encoder's patches overlap, so its rows are not cells of a grid.")
+    found = by_patch.max(1).values
+    lost = found == NOWHERE
+    if bool(lost.any()):
+        raise GridError(
+            f"{int(lost.sum())} of {rows}x{cols} patches reach no row of the encoder, which drops "
+            "them (masked pre-training: load it with mask_ratio=0.0), so the rest make no grid."
+        )
+    agree = (by_patch == found[:, None]) | (by_patch == NOWHERE)
+    leading = int(found[0])
+    raster = leading + torch.arange(rows * cols, device=found.device)
+    if not bool(agree.all()) or not torch.equal(found, raster):
+        raise GridError("The encoder does not keep its patches in raster order, row by row.")
+    return leading
