@@ -2,49 +2,197 @@
 
 transformers' video processors need torchvision, and a processor that can take videos
 will not load without one even when only images are wanted.  `images_only` makes the
-same processor class without that part; image processors fall back to PIL by themselves.
+same processor class without the parts that are not for images and text; image
+processors fall back to PIL by themselves.
+
+transformers reads the parts of a processor off the signature of its class's `__init__`,
+and the options it may be given off that function's code, so nothing may wrap it.  An
+object is therefore made by a class that differs in letting parts be missing, and then
+becomes one of a class that names only the parts it has.
 """
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers import AutoConfig, AutoProcessor, ImageProcessingMixin, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
+from hooked_vlm.errors import MissingExtraError, UnsupportedModelError
 
+
+_READ_BY = {
+    "videos": ("video_processor",),
+    **dict.fromkeys(("audio", "audios"), ("audio_processor", "feature_extractor")),
+}
+"""The parts that read what a processor is given, by the names of its arguments."""
+
+
+class _Absent:
+    """Stands for a part that is missing while a processor reads defaults off it."""
+
+    def __init__(self, default: str | None = None) -> None:
+        self._default = default
+
+    def __getattr__(self, name: str) -> str | None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._default
+
+
+class _Construction(type):
+    """Makes an object whose missing parts are None, then gives it its class."""
+
+    full: type[ProcessorMixin]
+    parts: tuple[str, ...]
+    absent: tuple[str, ...]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        names = cls.parts
+        if len(args) < len(names):  # only the parts that there are
+            names = [name for name in names if name not in cls.absent]
+        given = dict(zip(names, args, strict=False))
+        doubled = sorted(given.keys() & kwargs.keys())
+        if doubled:
+            raise TypeError(f"{cls.__name__} got several values for {', '.join(doubled)}.")
+        given |= {name: kwargs.pop(name) for name in cls.parts if name in kwargs}
+        for name in cls.absent:
+            if given.get(name) is not None:
+                raise UnsupportedModelError(
+                    f"A {name} was given to a {cls.__name__} that is for images alone; give none, "
+                    "or use the class that it was made from."
+                )
+        parts = [_Absent() if name in cls.absent else given.get(name) for name in cls.parts]
+        made = cls.full(*parts, *args[len(names) :], **kwargs)
+        for name in cls.absent:
+            setattr(made, name, None)
+        made.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+
+@cache
 def images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """Returns a processor class of the same name and behaviour that has no video processor."""
-    if "video_processor" not in inspect.signature(processor_class.__init__).parameters:
-        return processor_class
+    """Returns a processor class of the same name and behaviour that takes images and text alone.
 
-    members = {
-        # transformers reads a processor's parts off this function's code: nothing may wrap it.
-        "__init__": lambda self, image_processor=None, tokenizer=None, chat_template=None, **more: (
-            processor_class.__init__(
-                self,
-                image_processor=image_processor,
-                tokenizer=tokenizer,
-                video_processor=None,
-                chat_template=chat_template,
-                **more,
-            )
-        ),
-        "video_processor": None,
-        "__doc__": processor_class.__doc__,
-    }
-    made = type(processor_class.__name__, (processor_class,), members)
-    made.__module__ = processor_class.__module__
+    Its `image_processor` and tokenizers are those of the class, the other parts None.
+    Constructed with keywords, or with positions: all parts, or all but the missing ones.
+    """
+    parts = tuple(processor_class.get_attributes())
+    absent = tuple(n for n in parts if n != "image_processor" and "tokenizer" not in n)
+    if not absent:
+        return processor_class
+    common = {"__module__": processor_class.__module__, "__doc__": processor_class.__doc__}
+
+    def check(self: Any, argument_name: str, argument: Any) -> Any:
+        if argument_name in absent:
+            return None
+        return processor_class.check_argument_for_proper_class(self, argument_name, argument)
+
+    name = processor_class.__name__
+    full = type(name, (processor_class,), common | {"check_argument_for_proper_class": check})
+    members = common | _members(processor_class, parts, absent)
+    made = _Construction(name, (processor_class,), members)
+    made.full, made.parts, made.absent = full, parts, absent
     return made
 
 
+def _members(base: Any, parts: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:
+    """Returns what a class for images alone does in another way than the class it is made from."""
+    kept = [name for name in parts if name not in absent]
+
+    def loaded(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        found = base._get_arguments_from_pretrained.__func__(cls, *args, **kwargs)
+        by_name = dict(zip(kept, found, strict=True))
+        return [by_name.get(name) for name in parts]
+
+    def processor_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        saved, rest = base.get_processor_dict.__func__(cls, *args, **kwargs)
+        return _without(saved, absent), rest
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        return _without(base.to_dict(self), absent)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_absent(base, absent, [self, *args], kwargs)
+        return base.__call__(self, *args, **kwargs)
+
+    def apply_chat_template(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _standing_in(self, absent):
+            return base.apply_chat_template(self, *args, **kwargs)
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _standing_in(self, absent, ""):  # one looks whether a file of that name is there
+            return base.save_pretrained(self, *args, **kwargs)
+
+    return {
+        "get_attributes": classmethod(lambda _cls: list(kept)),
+        "_get_arguments_from_pretrained": classmethod(loaded),
+        "get_processor_dict": classmethod(processor_dict),
+        "to_dict": to_dict,
+        "__call__": call,
+        "apply_chat_template": apply_chat_template,
+        "save_pretrained": save_pretrained,
+    }
+
+
+def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def _refuse_absent(
+    base: Any, absent: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Raises where a processor is given what a part that is missing would have to read."""
+    given = inspect.signature(base.__call__).bind_partial(*args).arguments | kwargs
+    for name, parts in _READ_BY.items():
+        missing = [part for part in parts if part in absent]
+        if missing and given.get(name) is not None:
+            raise MissingExtraError(
+                f"{name} was given to a {base.__name__} without a {missing[0]}: it was made for "
+                "images alone, as is done where torchvision is missing. Install torchvision and "
+                "load the processor anew, or give images alone."
+            )
+
+
+@contextmanager
+def _standing_in(
+    processor: Any, absent: Sequence[str], default: str | None = None
+) -> Iterator[None]:
+    """Lets some code read defaults off missing parts, as a chat template does for videos."""
+    before = {name: getattr(processor, name) for name in absent}
+    for name, value in before.items():
+        setattr(processor, name, _Absent(default) if value is None else value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(processor, name, value)
+
+
 def load_processor(name: str, **kwargs: Any) -> Any:
-    """Returns the processor of a folder or hub name, without its video part if that cannot load."""
-    if is_torchvision_available():
+    """Returns the processor of a folder or hub name, for images alone if it could not load whole.
+
+    That is, if it has a part for videos and torchvision is missing.
+    """
+    if is_torchvision_available() or kwargs.get("trust_remote_code"):
         return AutoProcessor.from_pretrained(name, **kwargs)
-    config = AutoConfig.from_pretrained(name, **kwargs)
-    known = type(config) in PROCESSOR_MAPPING
-    if not known or kwargs.get("trust_remote_code"):
+    processor_class = _processor_class(name, kwargs)
+    if processor_class is None or "video_processor" not in processor_class.get_attributes():
         return AutoProcessor.from_pretrained(name, **kwargs)
-    processor_class: Any = PROCESSOR_MAPPING[type(config)]
     return images_only(processor_class).from_pretrained(name, **kwargs)
+
+
+def _processor_class(name: str, kwargs: dict[str, Any]) -> Any:
+    """Returns the class that a processor was saved as, or the usual one of the model, or None."""
+    for read in (ProcessorMixin.get_processor_dict, ImageProcessingMixin.get_image_processor_dict):
+        try:
+            saved, _ = read(name, **kwargs)
+        except OSError:
+            continue
+        if isinstance(saved.get("processor_class"), str):
+            return processor_class_from_name(saved["processor_class"])
+    config = type(AutoConfig.from_pretrained(name, **kwargs))
+    return PROCESSOR_MAPPING.get(config, None)

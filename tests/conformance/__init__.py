@@ -1,0 +1,1 @@
+"""The conformance suite: every architecture, law by law."""
