@@ -226,7 +226,7 @@ def read_vision(
     """Returns the parts of a vision encoder; `config` is that of the whole model."""
     stack = read_stack(encoder, paths)
     embed = _patch_embed(encoder)
-    if embed is None:
+    if embed is None and stack.blocks:
         raise UnsupportedModelError(
             f"{type(encoder).__name__} has no map that cuts the image into patches."
         )
@@ -255,7 +255,7 @@ def read_vision(
         blocks=stack.blocks,
         d_model=stack.d_model,
         final_norm=stack.final_norm,
-        patch_embed=paths[id(embed)],
+        patch_embed=paths[id(embed)] if embed is not None else None,
         patch_conv=conv,
         pos_embed=paths[id(position)] if position is not None and called else None,
         merge=merge if isinstance(merge, int) else 1,
@@ -281,6 +281,8 @@ def _is_called(encoder: nn.Module, path: str, root: str) -> bool:
     inner = path.removeprefix(root).lstrip(".").rpartition(".")
     parent = encoder.get_submodule(inner[0])
     calls = self_calls(type(parent).forward)
+    if "interpolate_pos_encoding=True" in forward_source(type(encoder).forward):
+        return False  # it reads the table at other places instead
     return not calls or inner[2] in calls
 
 
@@ -348,6 +350,7 @@ def _find_projector(
         names = [n for n in calls if n in children]
         if function is None:
             names = _between(names, children, encoder, decoder)
+            names = [n for n in names if not any(block_lists(children[n]))]
         after = [
             n
             for n in names

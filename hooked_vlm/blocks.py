@@ -78,6 +78,8 @@ class Block:
     mlp_out: str | None
     cross: Attention | None = None
     cross_out: str | None = None
+    post_norm: bool = False
+    """Whether the residual itself is normalised after each addition (as in BERT)."""
 
 
 def first_of(owner: Any, *names: str) -> Any:
@@ -158,7 +160,8 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
     children = dict(block.named_children())
     order = called_children(block)
     norms = [name for name in order if is_norm(name, children[name])]
-    scales = [name for name in order if name not in norms and is_scale(children[name])]
+    # What acts on an addend alone: a scale, or a short convolution behind attention and MLP.
+    scales = [n for n in order if n not in norms and (is_scale(children[n]) or "sconv" in n)]
     working = [n for n in order if n not in norms + scales and has_weights(children[n])]
     attentions = [n for n in working if is_attention(n, children[n])]
     attn, cross = _self_and_cross(attentions)
@@ -208,6 +211,7 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
         ln2=full(ln2),
         mlp=mlp,
         mlp_out=full(mlp_out),
+        post_norm=post_norm,
         cross=attention(cross),
         cross_out=full(cross),
     )
@@ -300,7 +304,9 @@ def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
         for letter, p in found.items()
     }
     parameters = forward_parameters(core)
-    dispatched = "_attn_implementation" in source and hasattr(core, "config")
+    # Some look the implementation up in a way that finds none but their own.
+    looked_up = re.search(r"ALL_ATTENTION_FUNCTIONS(\.get_interface|\[)", source)
+    dispatched = bool(looked_up) and hasattr(core, "config")
     return Attention(
         path=core_path,
         **parts,

@@ -11,83 +11,24 @@ states: behind them, an edit of the layer that a projector reads would be lost.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from hooked_vlm.anatomy import Vision
 from hooked_vlm.attention import tapped_config
 from hooked_vlm.calls import forward_parameters
 from hooked_vlm.errors import HookError
 from hooked_vlm.layout import Images, PackedLayout
+from hooked_vlm.points import HookPoint, Packing, Run
 from hooked_vlm.sites import Site, read, write
 from hooked_vlm.windows import layout_of_call
 
 
 HookFunction = Callable[..., Any]
 """`fn(activation, hook)`, returning a replacement or None."""
-
-
-@dataclass(eq=False)
-class HookPoint:
-    """What a hook function is told about where it runs."""
-
-    name: str
-    axes: str
-    """The names of the activation's axes, in order, separated by blanks."""
-    read_only: str = ""
-    """Why a write here is refused; empty when it is allowed."""
-    ctx: dict = field(default_factory=dict)
-    """Room for a user's functions to keep things between calls."""
-    step: int = 0
-    """Which forward pass of a generation this is: 0 is the prefill."""
-    call: int = -1
-    """Which call of its module in this pass: some projectors run once for each image."""
-
-    def layer(self) -> int:
-        """Returns the block this point is in; raises `HookError` when it is in none."""
-        parts = self.name.split(".")
-        if "blocks" not in parts:
-            raise HookError(f"{self.name} is not inside a block, so it has no layer.")
-        return int(parts[parts.index("blocks") + 1])
-
-
-@dataclass(eq=False)
-class Run:
-    """When the functions of one `with` block act during a generation."""
-
-    prefill_only: bool = False
-    prompt_length: int | None = None
-    """With `prefill_only`: the length of the prompt that every uncached pass repeats."""
-    steps: int = -1
-    """Which forward pass of a generation is in progress: 0 is the prefill."""
-
-    @property
-    def asleep(self) -> bool:
-        """Whether this pass is past the prefill, and holds no prompt to act on again."""
-        return self.prefill_only and self.steps > 0 and self.prompt_length is None
-
-    def window(self, axes: str) -> tuple[slice, ...] | None:
-        """Returns the slice of a repeated, uncached pass that is the prompt (None: all of it)."""
-        names = axes.split()
-        if not self.prefill_only or self.steps <= 0 or names[0] != "batch":
-            return None
-        prompt = slice(0, self.prompt_length)
-        return tuple(prompt if axis in ("pos", "query", "key") else slice(None) for axis in names)
-
-
-@dataclass(eq=False)
-class Packing:
-    """What is known of the vision encoder's call in progress."""
-
-    layout: PackedLayout | None = None
-    """The order of patches, where the encoder packs them."""
-    n_images: int = 1
-    """How many images it was given, where it takes them one by one."""
-    n_prompts: int = 0
-    """How many prompts the language model was given; 0 before that is known."""
 
 
 class Reader:
@@ -320,6 +261,11 @@ def _output_hook(item: _Fired) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         if on_image and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             return None  # a table looked up for something else than the image
+        if isinstance(output, ModelOutput):
+            changed = item.on_raw(output[0])
+            if changed is not None:
+                output[next(iter(output))] = changed
+            return output
         if not isinstance(output, tuple):
             return item.on_raw(output)
         changed = item.on_raw(output[0])

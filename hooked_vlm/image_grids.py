@@ -24,7 +24,7 @@ from hooked_vlm.grid import TokenGrid
 from hooked_vlm.image_tokens import ImageLayout, token_grids
 from hooked_vlm.measured import Template, View, make_template, places_of
 from hooked_vlm.pixels import pixel_transform
-from hooked_vlm.routing import attention_sites, measure_routes, pixel_name
+from hooked_vlm.routing import attention_sites, holds_pixels, measure_routes, pixel_name
 from hooked_vlm.sites import Site
 
 
@@ -72,7 +72,7 @@ class GridFinder:
         pixels are those that the encoder sees.
         """
         ids, vision = inputs["input_ids"], self.model.anatomy.vision
-        if vision is None or inputs.get("pixel_values") is None:
+        if vision is None or not holds_pixels(inputs):
             return ((),) * len(ids)
         image_token = self.model.anatomy.image_token_id
         if image_token is None:
@@ -267,10 +267,10 @@ def _patch_grids(inputs: Mapping[str, Any], vision: Vision) -> list[tuple[int, i
     """Returns (rows, cols) of encoder patches for each image."""
     if "image_grid_thw" in inputs:
         return [(t * h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
-    pixels, patch = inputs["pixel_values"], vision.patch_size
+    pixels, patch = inputs[pixel_name(inputs)], vision.patch_size
     if pixels.ndim != 4 or not patch or vision.packed:
         raise GridError(
-            f"pixel_values of shape {tuple(pixels.shape)} are no [image, 3, height, width] of one "
+            f"Pixels of shape {tuple(pixels.shape)} are no [image, 3, height, width] of one "
             "size: where this model's visual tokens are must be measured, and that takes the "
             "model's processor. Use prepare(images, texts)."
         )

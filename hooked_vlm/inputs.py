@@ -5,6 +5,7 @@ everything the processor made through verbatim, and keeps what the processor thr
 away: which position of which prompt shows which part of which image.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.blocks import first_of
+from hooked_vlm.calls import forward_source
 from hooked_vlm.errors import (
     DataError,
     GridError,
@@ -159,9 +161,9 @@ def _processed(
     if any(by_prompt):
         options["images"] = [list(row) for row in by_prompt]
     made = dict(processor(text=prompts, return_tensors="pt", **options))
-    made |= _positions(model.hf_model, made, _is_rotary(model)) | _decoder_start(
-        model.hf_model, made
-    )
+    made |= _positions(model.hf_model, made, _is_rotary(model))
+    made |= _decoder_start(model.hf_model, made)
+    _say_padded(model, made)
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
 
 
@@ -265,6 +267,28 @@ def _decoder_start(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Te
         return {}
     start = first_of(config, "decoder_start_token_id", "bos_token_id", "pad_token_id") or 0
     return {"decoder_input_ids": torch.full((len(made["input_ids"]), 1), start)}
+
+
+def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
+    """Warns where padding changes a model's results: its positions are counted from the start."""
+    mask = made.get("attention_mask")
+    if mask is None or bool(mask.all()) or _is_rotary(model):
+        return
+    tables = [
+        module
+        for name, module in model.hf_model.named_modules()
+        if re.search("pos", name.rpartition(".")[2]) and isinstance(module, nn.Embedding)
+    ]
+    knows = r"attention_mask|padding_idx"
+    if tables and any(re.search(knows, forward_source(type(t).forward)) for t in tables):
+        return
+    warnings.warn(
+        f"{type(model.hf_model).__name__} counts positions from the start of the padding, so "
+        "prompts of different lengths in one batch change each other's results. Give prompts of "
+        "one length, or one at a time.",
+        HookedVLMWarning,
+        stacklevel=5,
+    )
 
 
 def _is_rotary(model: Prepares) -> bool:

@@ -166,7 +166,10 @@ def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
     problems, notes = [], set()
     with quiet():
         cache = dict(model.run_with_cache(inputs, "*blocks.*.hook_*")[1].items())
-        for prefix in ("", f"{VISION}."):
+        for prefix, stack in (("", model.anatomy.lm), (f"{VISION}.", model.anatomy.vision)):
+            if stack is not None and any(block.post_norm for block in stack.blocks):
+                notes.add("the residual is normalised after each addition")
+                continue
             n_blocks = len({n for n in cache if n.startswith(f"{prefix}blocks.") and "_post" in n})
             for i in range(n_blocks):
                 part = _Parts(cache, f"{prefix}blocks.{i}.hook_")

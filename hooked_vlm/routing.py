@@ -79,14 +79,27 @@ def attention_sites(model: Runnable) -> list[str]:
     ]
 
 
-def pixel_name(inputs: Mapping[str, Any]) -> str:
-    """Returns the name of the tensor that holds the pixels; raises `GridError` without one."""
+def holds_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether some inputs hold an image."""
+    return bool(_pixel_names(inputs))
+
+
+def _pixel_names(inputs: Mapping[str, Any]) -> list[str]:
     named = [
         name
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.ndim > 1
+        and ("pixel" in name or "patch" in name or "image" in name)
+        and "embeds" not in name
     ]
-    found = sorted(named, key=lambda name: ("pixel" not in name, "image" not in name, name))
+    return sorted(named, key=lambda name: ("pixel" not in name, "image" not in name, name))
+
+
+def pixel_name(inputs: Mapping[str, Any]) -> str:
+    """Returns the name of the tensor that holds the pixels; raises `GridError` without one."""
+    found = _pixel_names(inputs)
     if not found:
         raise GridError("These inputs hold no pixels, so there is no image to find in the prompt.")
     return found[0]

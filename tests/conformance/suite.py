@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+
 from conformance import exceptions
 from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
-from PIL import Image
-
 from hooked_vlm import laws
 from hooked_vlm.errors import GridError
 from hooked_vlm.laws import NO, NONE, YES, Finding
@@ -175,7 +175,11 @@ def check_padding(model: HookedVLM, size: tuple[int, int]) -> Finding:
     """Two prompts of different lengths in one batch give the logits that each gives alone."""
     images = [picture(*size, seed=1), picture(*size, seed=2)]
     texts = ["Hi", "What is this, and what is it for?"]
-    both = model.prepare(images, texts)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        both = model.prepare(images, texts)
+    if any("from the start of the padding" in str(warning.message) for warning in said):
+        return Finding("padding", NONE, "positions count from the padding: prepare warns")
     logits = model(both)
     problems = []
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
