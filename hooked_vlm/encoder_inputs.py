@@ -22,7 +22,7 @@ from hooked_vlm.grid import TokenGrid, warn_if_resized
 from hooked_vlm.inputs import Images, Inputs, to_pil
 from hooked_vlm.partial import run_until
 from hooked_vlm.pixels import pixel_transform
-from hooked_vlm.routing import NOWHERE, SEVERAL, pixel_name, positions_reached
+from hooked_vlm.routing import NOWHERE, SEVERAL, positions_reached
 
 
 Size = tuple[int, int]
@@ -73,7 +73,7 @@ def find_grids(
     pixels are those that the encoder sees.  Raises `GridError` when the inputs do not tell,
     and when the patches do not stand in raster order behind the leading tokens.
     """
-    pixels, patch = inputs[pixel_name(inputs)], model.vision.patch_size
+    pixels, patch = inputs[pixel_name(model)], model.vision.patch_size
     if not patch:
         raise GridError("This encoder's patches have no one size, so they make no grid of pixels.")
     shapes = _patch_grids(model, inputs)
@@ -98,18 +98,23 @@ def find_grids(
     return tuple((grid,) for grid in grids)
 
 
+def pixel_name(model: Encoder) -> str:
+    """Returns the name by which an encoder takes its pixels: its first parameter, if no other."""
+    parameters = [name for name in forward_parameters(model.hf_model) if name != "self"]
+    return "pixel_values" if "pixel_values" in parameters else parameters[0]
+
+
 def _named(model: Encoder, made: dict[str, Any]) -> dict[str, Any]:
     """Returns what a processor made under the names by which the encoder takes it, and ready."""
-    parameters = [name for name in forward_parameters(model.hf_model) if name != "self"]
+    parameters = forward_parameters(model.hf_model)
     pixels = made.pop("pixel_values")
     if not isinstance(pixels, Tensor):
         raise GridError("The processor made pictures of several sizes. Prepare them one by one.")
-    name = "pixel_values" if "pixel_values" in parameters else parameters[0]
     pixels = pixels.to(model.dtype)
     packed = grid_argument(model.hf_model)
     if packed is not None and "image_grid_thw" in made:
         made[packed] = made.pop("image_grid_thw")
-    inputs = {name: pixels} | {n: v for n, v in made.items() if n in parameters}
+    inputs = {pixel_name(model): pixels} | {n: v for n, v in made.items() if n in parameters}
     vision = model.vision
     other_size = pixels.ndim == 4 and set(pixels.shape[2:]) != {vision.image_size}
     if other_size and "interpolate_pos_encoding" in parameters:
@@ -129,7 +134,7 @@ def _patch_grids(model: Encoder, inputs: Mapping[str, Any]) -> list[Size]:
         if name == "image_sizes":
             return [(height // patch, width // patch) for height, width in sizes]
         return [(_product(frames) * rows, cols) for *frames, rows, cols in sizes]
-    pixels = inputs[pixel_name(inputs)]
+    pixels = inputs[pixel_name(model)]
     if pixels.ndim != 4:
         raise GridError(
             f"Pixels of shape {tuple(pixels.shape)} are no [image, channel, height, width], and "
@@ -146,7 +151,7 @@ def _prefix(model: Encoder, inputs: Mapping[str, Any], image: int, shape: Size) 
     """Returns how many tokens lead an image's patches, measured once for each shape of input."""
     if model.vision.packed:  # sites of packed encoders are put into raster order as they are read
         return model.vision.n_prefix
-    name = pixel_name(inputs)
+    name = pixel_name(model)
     pixels = inputs[name]
     one = {
         n: v[image : image + 1] if isinstance(v, Tensor) and len(v) == len(pixels) else v
