@@ -25,6 +25,7 @@ from hooked_vlm.blocks import (
     read_block,
 )
 from hooked_vlm.calls import (
+    POSITIONAL,
     called_children,
     forward_parameters,
     forward_source,
@@ -164,7 +165,7 @@ def _is_given_embeddings(model: nn.Module, encoder: nn.Module, decoder: nn.Modul
         name = next((n for n, child in owner.named_modules() if child is decoder), "")
         given = keywords_of(type(owner).forward, name)
         if given is not None:
-            return "input_ids" not in given
+            return "input_ids" not in given and bool(given & {"inputs_embeds", POSITIONAL})
     return True
 
 
@@ -283,7 +284,7 @@ def _is_called(encoder: nn.Module, path: str, root: str) -> bool:
     calls = self_calls(type(parent).forward)
     if "interpolate_pos_encoding=True" in forward_source(type(encoder).forward):
         return False  # it reads the table at other places instead
-    return not calls or inner[2] in calls
+    return not forward_source(type(parent).forward) or inner[2] in calls
 
 
 def _side(size: Any) -> int | None:

@@ -54,12 +54,31 @@ class AttentionTap:
         return value if edit is None else edit(value)
 
 
+class _Name(str):
+    """The name that our function is looked up by, which passes for the model's own as well.
+
+    Some attentions ask for it before they dispatch ("is it eager or sdpa?") and compute
+    something else when it is neither.
+    """
+
+    base: str
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or self.base == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 class TappedConfig:
     """A module's config with another attention implementation, and the tap, in front of it."""
 
     def __init__(self, config: Any, name: str, tap: AttentionTap) -> None:
         self._config = config
-        self._attn_implementation = name
+        self._attn_implementation = _Name(name)
+        self._attn_implementation.base = tap.base
         self.hooked_vlm_tap = tap
 
     def __getattr__(self, name: str) -> Any:

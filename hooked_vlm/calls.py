@@ -81,8 +81,14 @@ def self_calls(function: Callable) -> list[str]:
     return list(dict.fromkeys(collector.names))
 
 
+POSITIONAL = "*"
+
+
 def keywords_of(function: Callable, path: str) -> set[str] | None:
-    """Returns the keywords (not None) with which a function calls `self.path`; None if never."""
+    """Returns the keywords (not None) with which a function calls `self.path`; None if never.
+
+    `POSITIONAL` stands for arguments without a keyword, and for keywords that are unpacked.
+    """
     source = forward_source(function)
     calls = [
         node
@@ -91,12 +97,13 @@ def keywords_of(function: Callable, path: str) -> set[str] | None:
     ]
     if not calls:
         return None
-    return {
+    named = {
         keyword.arg
         for call in calls
         for keyword in call.keywords
         if keyword.arg and not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
     }
+    return named | {POSITIONAL for call in calls if call.args}
 
 
 def called_children(module: nn.Module) -> list[str]:

@@ -223,7 +223,8 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
     with quiet():
         base = model(inputs)
         logits, cache = model.run_with_cache(inputs, names) if names else (base, {})
-        if not torch.allclose(logits, base, atol=1e-3, rtol=1e-3):
+        real = _real_rows(inputs, base)
+        if not torch.allclose(logits[real], base[real], atol=1e-3, rtol=1e-3):
             problems.append(f"reading patterns moves logits by {_gap(logits, base):.1e}")
         for name, value in cache.items():
             rows = [v.sum(-1) for v in (value if isinstance(value, list) else [value])]
@@ -239,6 +240,14 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
             if own:
                 problems += _zeroing_is_masking(model, inputs, own[0])
     return finding("patterns", problems, bool(names), "; ".join(notes))
+
+
+def _real_rows(inputs: Inputs, logits: Tensor) -> Tensor:
+    """Returns which positions hold a token: what padding computes means nothing."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != logits.shape[:2]:
+        return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    return mask.bool()
 
 
 def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
@@ -259,6 +268,8 @@ def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator
     scores = name.replace("hook_pattern", "hook_attn_scores")
     one = model.run_with_hooks(inputs, [(name, each(cut))])
     two = model.run_with_hooks(inputs, [(scores, each(mask))])
+    real = _real_rows(inputs, one)
+    one, two = one[real], two[real]
     if not torch.allclose(one, two, atol=1e-3, rtol=1e-3):
         yield f"{name}: zeroing a key is off by {_gap(one, two):.1e} from masking it"
 

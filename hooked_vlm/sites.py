@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy import Anatomy, Vision
@@ -227,7 +228,9 @@ def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -
         x = x.flatten(-2)
     if site.conv:
         x = x.reshape(len(raw), -1, x.shape[-1]).transpose(1, 2)
-    return x.reshape(raw.shape)
+    x = x.reshape(raw.shape)
+    # In the memory layout that was there: another one can move the last bits of what follows.
+    return x if raw.is_contiguous() else torch.empty_like(raw).copy_(x)
 
 
 def _padded(site: Site, raw: Tensor, layout: PackedLayout | None) -> bool:
