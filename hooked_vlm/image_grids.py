@@ -59,6 +59,8 @@ class GridFinder:
         self.templates: dict[Any, Template] = {}
         self.trusts_rule: bool | None = None
         """Whether the rule was found to agree with a measurement; None: not compared yet."""
+        self.placeholder: str | None = None
+        """What stands for an image in front of a prompt that is no chat; None: not tried yet."""
 
     def by_rule(
         self,
@@ -71,7 +73,7 @@ class GridFinder:
         `image_sizes` are (width, height) of the images as the user gave them; without them,
         pixels are those that the encoder sees.
         """
-        ids, vision = inputs["input_ids"], self.model.anatomy.vision
+        ids, vision = _prompt_ids(inputs), self.model.anatomy.vision
         if vision is None or not holds_pixels(inputs):
             return ((),) * len(ids)
         image_token = self.model.anatomy.image_token_id
@@ -198,7 +200,7 @@ class GridFinder:
                 raise GridError("The processor cuts images of one size in different ways.")
             return made
 
-        if len(inputs["input_ids"]) != 1:
+        if len(_prompt_ids(inputs)) != 1:
             raise GridError("The processor makes several prompts of one.")
         (positions,) = _image_positions(inputs, self.model.anatomy, routes.pixels)
         patch = vision.patch_size or 1
@@ -213,6 +215,16 @@ def _noise(size: Size) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def _prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise NoGridError(
+            "These inputs have no input_ids: the image does not stand among the tokens of a "
+            "prompt, so no position shows a part of it."
+        )
+    return ids
+
+
 def _image_positions(
     inputs: Mapping[str, Any], anatomy: Anatomy, reached: Tensor | None = None
 ) -> list[Tensor]:
@@ -221,7 +233,7 @@ def _image_positions(
     Where the config names no image token, it is the one that all positions `reached` by
     pixels of a single prompt hold.
     """
-    ids, token = inputs["input_ids"], anatomy.image_token_id
+    ids, token = _prompt_ids(inputs), anatomy.image_token_id
     if token is None and reached is not None:
         return [reached[reached >= 0].unique()]
     if token is None:

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hooked_vlm.blocks import first_of
 from hooked_vlm.calls import forward_source
 from hooked_vlm.errors import (
     DataError,
@@ -26,6 +25,7 @@ from hooked_vlm.errors import (
 )
 from hooked_vlm.grid import TokenGrid, warn_if_resized
 from hooked_vlm.image_grids import GridFinder, Wrapped
+from hooked_vlm.processing import model_inputs, placeholder, placeholders
 from hooked_vlm.spans import PromptRow, token_pieces
 
 
@@ -148,7 +148,7 @@ def _processed(
     """Returns what the model's own processor makes, on the model's device, and the prompts."""
     processor, options = model.processor, dict(options)
     prompts = [
-        _chat(processor, text, len(i), system) if chat else _plain(processor, text, len(i))
+        _chat(processor, text, len(i), system) if chat else _plain(model, text, len(i))
         for text, i in zip(texts, by_prompt, strict=True)
     ]
     _check_placeholders(processor, prompts, by_prompt)
@@ -158,11 +158,8 @@ def _processed(
     if len(prompts) > 1:
         options.setdefault("padding", True)
         options.setdefault("padding_side", "left")
-    if any(by_prompt):
-        options["images"] = [list(row) for row in by_prompt]
-    made = dict(processor(text=prompts, return_tensors="pt", **options))
+    made = model_inputs(model, prompts, by_prompt, options)
     made |= _positions(model.hf_model, made, _is_rotary(model))
-    made |= _decoder_start(model.hf_model, made)
     _say_padded(model, made)
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
 
@@ -175,29 +172,26 @@ def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _plain(processor: Any, text: str, n_images: int) -> str:
+def _plain(model: Prepares, text: str, n_images: int) -> str:
     """Returns the text with the image placeholders that it lacks in front of it."""
-    token = _placeholder(processor)
+    finder = model.grid_finder
+    if n_images and finder.placeholder is None:
+        finder.placeholder = placeholder(model)
+    token = finder.placeholder
     return token * max(n_images - text.count(token), 0) + text if token else text
-
-
-def _placeholder(processor: Any) -> str:
-    """Returns the text that stands for an image in a prompt, `""` where none is known."""
-    # Some keep the token itself, which str() turns into its text.
-    return str(first_of(processor, "boi_token", "image_token") or "")
 
 
 def _check_placeholders(
     processor: Any, prompts: Sequence[str], by_prompt: Sequence[Sequence[Image.Image]]
 ) -> None:
-    token = _placeholder(processor)
     for i, (prompt, images) in enumerate(zip(prompts, by_prompt, strict=True)):
-        if token and prompt.count(token) > len(images):
-            raise DataError(
-                f"Prompt {i} has {prompt.count(token)} image placeholders ({token}) and "
-                f"{len(images)} images were given for it; give as many images, or write the "
-                "text without placeholders: they are put in front of it."
-            )
+        for token in placeholders(processor):
+            if prompt.count(token) > len(images):
+                raise DataError(
+                    f"Prompt {i} has {prompt.count(token)} image placeholders ({token}) and "
+                    f"{len(images)} images were given for it; give as many images, or write the "
+                    "text without placeholders: they are put in front of it."
+                )
 
 
 def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]:
@@ -260,18 +254,9 @@ def to_pil(image: OneImage) -> Image.Image:
     return Image.fromarray(image.astype(np.uint8)).convert("RGB")
 
 
-def _decoder_start(hf_model: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the token that an encoder-decoder's answer starts from, one for each prompt."""
-    config = getattr(hf_model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in made:
-        return {}
-    start = first_of(config, "decoder_start_token_id", "bos_token_id", "pad_token_id") or 0
-    return {"decoder_input_ids": torch.full((len(made["input_ids"]), 1), start)}
-
-
 def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
     """Warns where padding changes a model's results: its positions are counted from the start."""
-    mask = made.get("attention_mask")
+    mask = made.get("attention_mask" if "input_ids" in made else "decoder_attention_mask")
     if mask is None or bool(mask.all()) or _is_rotary(model):
         return
     tables = [
@@ -302,7 +287,7 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> di
     transformers counts positions from the start of the padding unless it is told (its
     M-RoPE models count from the mask themselves, and so do those with a table of positions).
     """
-    mask = made.get("attention_mask")
+    mask = made.get("attention_mask") if "input_ids" in made else None  # else of patches
     base = getattr(hf_model, "base_model", hf_model)
     if mask is None or bool(mask.all()) or not rotary or hasattr(base, "get_rope_index"):
         return {}
@@ -316,10 +301,10 @@ def rows_of(
 
     Where there is no text at all, each image stands for a prompt of no tokens.
     """
-    ids = inputs.get("input_ids")
+    part = "" if "input_ids" in inputs else "decoder_"
+    ids, mask = inputs.get(f"{part}input_ids"), inputs.get(f"{part}attention_mask")
     if ids is None:
         ids = torch.zeros(len(grids), 0, dtype=torch.long)
-    mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     tokenizer = getattr(inputs, "tokenizer", None) if text else None
     return [

@@ -16,7 +16,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),
     ("numbers", "statistics directions probes scoring plots provenance"),
     ("tree", "naming blocks anatomy attention layout windows points towers"),
-    ("sites", "sites config hooks cache routing measured image_grids inputs describe"),
+    ("sites", "sites config hooks cache routing measured image_grids processing inputs describe"),
     ("model", "partial zoo loading hooked encoder_inputs encoder model laws"),
     ("interventions", "places interventions kernels engine sweep patching"),
     ("experiments", "experiments"),
