@@ -1,6 +1,7 @@
 # make demo   the main analysis on both shipped models, into ./demo
 # make test   linter, formatter, type checker, tests
 # make lint   the first three alone
+# make conformance   every architecture of transformers against every law (under half an hour)
 #
 # Everything runs in .venv, made from python3 (or PYTHON=python3.12 make …).  A machine
 # without an NVIDIA GPU can spare itself the CUDA build of torch:
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 ARGS   ?=
 
-.PHONY: demo test lint format typecheck docs clean help
+.PHONY: demo test lint format conformance docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(VENV)/.installed
@@ -26,6 +27,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+conformance: $(VENV)/.installed-test
+	$(BIN)/python tests/conformance/run.py --write docs/conformance.md $(ARGS)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -10,6 +10,7 @@ once for each size of image.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import isqrt
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,8 +31,8 @@ from hooked_vlm.sites import Site
 
 Size = tuple[int, int]
 Grids = tuple[tuple[TokenGrid, ...], ...]
-Process = Callable[[Image.Image], dict[str, Any]]
-"""From an image to the model's inputs for a short prompt with that image alone."""
+Process = Callable[[list[Image.Image]], dict[str, Any]]
+"""From images to the model's inputs for a short prompt with these images."""
 
 
 @runtime_checkable
@@ -129,7 +130,7 @@ class GridFinder:
         if vision.packed:  # any size will do, and one that is not square shows a transposition
             side = vision.patch_size * max(vision.merge, 2)
             size = 4 * side, 3 * side
-        inputs = process(_noise(size))
+        inputs = process([_noise(size)])
         if not attention_sites(self.model):
             return True  # nothing to compare with
         try:
@@ -160,15 +161,9 @@ class GridFinder:
         for prompt, sizes in enumerate(sizes_by_prompt):
             rest = _image_positions(inputs, self.model.anatomy)[prompt]
             grids = []
-            for size in sizes:
-                try:
-                    template = self.templates.get((size, key)) or self._template(size, process)
-                except GridError as error:
-                    why = f" ({reason})" if reason else ""
-                    raise NoGridError(
-                        f"An image of {size[0]}x{size[1]} px has no grid here. {error}{why}"
-                    ) from None
-                self.templates[size, key] = template
+            for size, template in zip(
+                sizes, self._templates(sizes, len(rest), process, key, reason), strict=True
+            ):
                 found, rest = rest[: template.n_tokens], rest[template.n_tokens :]
                 if len(found) != template.n_tokens:
                     raise GridError(
@@ -185,17 +180,47 @@ class GridFinder:
             rows.append(tuple(grids))
         return tuple(rows)
 
-    def _template(self, size: Size, process: Process) -> Template:
-        """Returns the measured template of images of one size."""
+    def _templates(
+        self,
+        sizes: Sequence[Size],
+        n_tokens: int,
+        process: Process,
+        key: Any,
+        reason: GridError | None,
+    ) -> list[Template]:
+        """Returns the templates of the images of one prompt, measured where they are new.
+
+        Some processors cut an image into fewer tiles where a prompt has several: if those of
+        single images do not make up the prompt's tokens, as many images are measured together.
+        """
+        for company in dict.fromkeys((1, len(sizes))):
+            found = []
+            for size in sizes:
+                name = size, key, company
+                try:
+                    if name not in self.templates:
+                        self.templates[name] = self._template(size, process, company)
+                except GridError as error:
+                    why = f" ({reason})" if reason else ""
+                    raise NoGridError(
+                        f"An image of {size[0]}x{size[1]} px has no grid here. {error}{why}"
+                    ) from None
+                found.append(self.templates[name])
+            if sum(template.n_tokens for template in found) == n_tokens:
+                break
+        return found
+
+    def _template(self, size: Size, process: Process, company: int = 1) -> Template:
+        """Returns the measured template of images of one size, as many as that in a prompt."""
         vision = self.model.anatomy.vision
         assert vision is not None
-        inputs = process(_noise(size))
+        inputs = process([_noise(size)] * company)
         routes = measure_routes(self.model, inputs)
         name = pixel_name(inputs)
         shape = inputs[name].shape
 
         def pixels(image: Image.Image) -> Tensor:
-            made = process(image)[name]
+            made = process([image] * company)[name]
             if made.shape != shape:
                 raise GridError("The processor cuts images of one size in different ways.")
             return made
@@ -204,9 +229,14 @@ class GridFinder:
             raise GridError("The processor makes several prompts of one.")
         (positions,) = _image_positions(inputs, self.model.anatomy, routes.pixels)
         patch = vision.patch_size or 1
-        return make_template(
-            routes, places_of(pixels, size), size, positions, lambda k: patch * max(isqrt(k), 1)
+        template = make_template(
+            routes,
+            places_of(pixels, size),
+            size,
+            positions[: len(positions) // company],
+            lambda k: patch * max(isqrt(k), 1),
         )
+        return replace(template, n_encoder_images=template.n_encoder_images // company)
 
 
 def _noise(size: Size) -> Image.Image:

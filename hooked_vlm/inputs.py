@@ -123,8 +123,8 @@ def prepare_inputs(
     if any(by_prompt):
         sizes = [[image.size for image in row] for row in by_prompt]
 
-        def process(image: Image.Image) -> dict[str, Any]:
-            return _processed(model, [[image]], ["."], None, chat, processor_kwargs)[0]
+        def process(together: list[Image.Image]) -> dict[str, Any]:
+            return _processed(model, [together], ["."], None, chat, processor_kwargs)[0]
 
         key = repr(sorted(processor_kwargs.items(), key=lambda item: item[0]))
         try:
@@ -265,7 +265,8 @@ def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
         if re.search("pos", name.rpartition(".")[2]) and isinstance(module, nn.Embedding)
     ]
     knows = r"attention_mask|padding_idx"
-    if tables and any(re.search(knows, forward_source(type(t).forward)) for t in tables):
+    own = [type(table).forward for table in tables if type(table) is not nn.Embedding]
+    if any(re.search(knows, forward_source(function)) for function in own):
         return
     warnings.warn(
         f"{type(model.hf_model).__name__} counts positions from the start of the padding, so "

@@ -176,8 +176,12 @@ def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
                 for found in part.sums():
                     (notes.add if found.startswith("scaled") else problems.append)(found)
                 following = cache.get(f"{prefix}blocks.{i + 1}.hook_resid_pre")
-                if following is not None and not _same(part.get("resid_post"), following):
-                    notes.add(f"{prefix}: something is added between blocks".lstrip(".: "))
+                if following is None or _same(part.get("resid_post"), following):
+                    continue
+                if any(".deepstack." in name for name in model.sites):
+                    notes.add("DeepStack adds between blocks; it has sites of its own")
+                else:
+                    problems.append(f"{prefix}blocks.{i}: something is added behind it, unnamed")
     return finding("residual", problems, note="; ".join(sorted(notes)))
 
 
@@ -372,7 +376,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _add(a: Any, b: Any) -> list[Tensor]:
-    return [x + y for x, y in zip(_listed(a), _listed(b), strict=True)]
+    """Returns sums; what does not have one shape gives an empty tensor, which equals nothing."""
+    pairs = zip(_listed(a), _listed(b), strict=True)
+    return [x + y if x.shape == y.shape else x.new_zeros(0) for x, y in pairs]
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -1,3 +1,39 @@
-"""What cannot be served, and why: the only place where architectures are named."""
+"""What does not hold, and why: the one place where the suite names architectures.
 
-NOT_SERVED: dict[str, str] = {}
+`NOT_SERVED` are architectures that cannot be wrapped as vision-language models, `EXCEPT` the
+laws that one of the others breaks for a reason of its own.  A row here is no excuse for a
+wrong number: each says what a user meets instead.
+"""
+
+NOT_SERVED: dict[str, str] = {
+    # no image encoder whose features reach a decoder
+    "chameleon": "images become tokens of a codebook; no encoder's features reach the decoder",
+    "emu3": "images become tokens of a codebook; no encoder's features reach the decoder",
+    "evolla": "reads proteins, not images",
+    "fuyu": "no image encoder: patches go through one linear map into the decoder",
+    "gemma4_unified": "no image encoder: patches go through one linear map into the decoder",
+    "mistral4": "text only, although transformers lists it",
+    "udop": "one encoder for text and patches together; no image encoder of its own",
+    # no next-token logits
+    "diffusion_gemma": "block diffusion: its forward draws noise, and no token follows another",
+    "pi0": "gives robot actions, not text",
+    # not to be had in this environment
+    "fast_vlm": "its tower is timm's, which needs torchvision; not tried",
+    "gemma3n": "its tower is timm's, which needs torchvision; not tried",
+    "instructblipvideo": "its processor takes videos only; not tried",
+}
+
+_PADDED = "transformers' own results change with padding here"
+
+EXCEPT: dict[tuple[str, str], str] = {
+    ("gemma4", "residual"): "per-layer inputs are added, and the sum scaled, behind the MLP",
+    ("inkling2", "residual"): "a short convolution mixes the residual itself",
+    ("glm5_next", "residual"): "several residual streams, mixed around each block",
+    ("idefics", "residual"): "gated cross-attention blocks stand between the blocks, unnamed",
+    ("mllama", "residual"): "cross-attention blocks drop what they add where a row sees no image",
+    ("mistral_large4", "padding"): f"{_PADDED} (which keys its index picks)",
+    ("glm5_next", "padding"): f"{_PADDED} (which keys its index picks)",
+    ("instructblip", "padding"): f"{_PADDED} (its Q-former reads the padded question)",
+    ("kosmos-2.5", "padding"): _PADDED,
+    ("shieldgemma2", "padding"): "a classifier whose processor makes three prompts of one",
+}

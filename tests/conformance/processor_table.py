@@ -183,6 +183,7 @@ IDS: dict[str, dict[str, Any]] = {
             "<IMG_END>",
         ),
     },
+    "llama4": {"image_token_index": "<|patch|>"},
     "molmo2": {"image_patch_id": "<im_patch>"},
     "pp_chart2table": {"image_token_id": "<imgpad>"},
     # read by the model, set by its checkpoints, and not a default of its configuration
