@@ -9,7 +9,7 @@ weights and no modules, so it can be read off a model on the `meta` device.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -33,6 +33,7 @@ from hooked_vlm.calls import (
     self_calls,
 )
 from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.projector import base_of, find_projector, takes_maps
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Vision(Stack):
     """Side in pixels of the only image size accepted; None when any size is."""
     packed: bool
     """Whether the patches of all images come as one sequence, with their grids beside it."""
+    feature_maps: bool = False
+    """Whether the projector gets maps, channels first, rather than rows of features."""
     deepstack: tuple[str, ...] = ()
     """Further projectors, whose outputs are added to the language model's first layers."""
 
@@ -102,6 +105,9 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     """
     paths = {id(module): path for path, module in model.named_modules()}
     decoder = _ask(model, "get_decoder") or model
+    if getattr(getattr(decoder, "config", None), "is_encoder_decoder", False):
+        inner = _ask(decoder, "get_decoder")  # a whole text model: its own encoder apart
+        decoder = inner if inner is not None and any(block_lists(inner)) else decoder
     embed = _ask(decoder, "get_input_embeddings") or _ask(model, "get_input_embeddings")
     unembed = _ask(model, "get_output_embeddings") or _ask(decoder, "get_output_embeddings")
     if embed is None or unembed is None:
@@ -118,13 +124,18 @@ def read_anatomy(model: nn.Module) -> Anatomy:
             f"{type(decoder).__name__} has no list of blocks with attention in it, so there is no "
             "residual stream to hook."
         )
+    projector, vision = None, None
+    if encoder is not None:
+        projector = find_projector(model, encoder, decoder, paths)
+        maps = projector is not None and takes_maps(model.get_submodule(projector))
+        vision = replace(read_vision(encoder, paths, config, model), feature_maps=maps)
     return Anatomy(
         lm=lm,
         embed=paths[id(embed)],
         unembed=paths[id(unembed)],
         merges=encoder is not None and _is_given_embeddings(model, encoder, decoder),
-        vision=read_vision(encoder, paths, config, model) if encoder is not None else None,
-        projector=_find_projector(model, encoder, decoder, paths) if encoder is not None else None,
+        vision=vision,
+        projector=projector,
         image_token_id=first_of(config, "image_token_id", "image_token_index"),
     )
 
@@ -136,13 +147,13 @@ def image_encoder(model: nn.Module, decoder: nn.Module | None = None) -> nn.Modu
     then the encoder of a model whose main input are pixels is it, or a child that says so.
     """
     named = _ask(model, "get_encoder", modality="image")
-    others = (model, decoder, _base(model))
+    others = (model, decoder, base_of(model))
     if named is not None and not any(named is other for other in others):
         return named if any(named is module for module in model.modules()) else None
     asked = []
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         asked.append(_ask(model, "get_encoder"))
-    children = _base(model).named_children()
+    children = base_of(model).named_children()
     asked += [child for name, child in children if re.match("(image|vision)_", name)]
     return next(
         (
@@ -161,7 +172,8 @@ def _is_given_embeddings(model: nn.Module, encoder: nn.Module, decoder: nn.Modul
     """Whether the decoder is called with embeddings, rather than with ids that it embeds itself."""
     if any(encoder is module for module in decoder.modules()):
         return False
-    for owner in (_base(model), model):
+    owners = [m for m in model.modules() if any(decoder is inner for inner in m.modules())]
+    for owner in reversed([m for m in owners if m is not decoder]):
         name = next((n for n, child in owner.named_modules() if child is decoder), "")
         given = keywords_of(type(owner).forward, name)
         if given is not None:
@@ -176,10 +188,6 @@ def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
         return None if found is None else found(**kwargs)
     except NotImplementedError:
         return None
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return getattr(model, "base_model", model)
 
 
 def read_stack(stack: nn.Module, paths: dict[int, str], without: nn.Module | None = None) -> Stack:
@@ -200,7 +208,8 @@ def read_stack(stack: nn.Module, paths: dict[int, str], without: nn.Module | Non
     attn = next((block.attn for block in blocks if block.attn), None)
     d_model = attn.n_heads * attn.d_head if attn else 0
     if config is not None:
-        d_model = first_of(config, "embed_dim", "hidden_size", "d_model") or d_model
+        told = (first_of(config, name) for name in ("embed_dim", "hidden_size", "d_model"))
+        d_model = next((size for size in told if isinstance(size, int)), d_model)
     return Stack(paths[id(stack)], blocks, d_model, norm)
 
 
@@ -319,9 +328,17 @@ def grid_argument(encoder: nn.Module) -> str | None:
 
 
 def _deepstack(model: nn.Module, paths: dict[int, str]) -> Iterator[str]:
+    seen = set()
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and re.search("deepstack", path):
+        leaf = path.rpartition(".")[2]
+        if not isinstance(module, nn.ModuleList) or not re.search(_DEEPSTACK, leaf):
+            continue
+        if leaf not in seen:  # of the same name elsewhere: another route, taken on request only
             yield from (paths[id(child)] for child in module if id(child) in paths)
+        seen.add(leaf)
+
+
+_DEEPSTACK = "deepstack|layerwise_projectors|spatial_projectors"
 
 
 def _read_layers(config: Any, n_blocks: int) -> tuple[int, ...] | None:
@@ -331,63 +348,3 @@ def _read_layers(config: Any, n_blocks: int) -> tuple[int, ...] | None:
         return None
     layers = [layers] if isinstance(layers, int) else list(layers)
     return tuple(layer % (n_blocks + 1) for layer in layers)
-
-
-# --- the projector ------------------------------------------------------------------------
-
-
-def _find_projector(
-    model: nn.Module, encoder: nn.Module, decoder: nn.Module, paths: dict[int, str]
-) -> str | None:
-    """Returns the path of the module that maps encoder features into the language model.
-
-    That is the last child that `get_image_features` calls after the encoder; where it
-    calls none (the Qwen-VL layout), the last child that the encoder calls after its blocks.
-    """
-    for owner in dict.fromkeys((_base(model), model)):
-        function = getattr(type(owner), "get_image_features", None)
-        calls = self_calls(function or type(owner).forward)
-        children = {n: owner.get_submodule(n) for n in calls if _has_submodule(owner, n)}
-        names = [n for n in calls if n in children]
-        if function is None:
-            names = _between(names, children, encoder, decoder)
-            names = [n for n in names if not any(block_lists(children[n]))]
-        after = [
-            n
-            for n in names
-            if children[n] not in (encoder, decoder)
-            and not isinstance(children[n], nn.ModuleList)
-            and has_weights(children[n])
-            and not is_norm(n, children[n])
-            and "router" not in n
-            and not (encoder in children[n].modules() or children[n] in encoder.modules())
-        ]
-        if after:
-            return paths[id(children[after[-1]])]
-    inner = dict(encoder.named_children())
-    last = [n for n in self_calls(type(encoder).forward) if n in inner and not is_norm(n, inner[n])]
-    last = [n for n in last if _linear_count(inner[n]) and not any(block_lists(inner[n]))]
-    return paths[id(inner[last[-1]])] if last else None
-
-
-def _between(
-    names: list[str], children: dict[str, nn.Module], encoder: nn.Module, decoder: nn.Module
-) -> list[str]:
-    """Returns what a forward that encodes images by itself calls between encoder and decoder."""
-    start = next((i for i, n in enumerate(names) if children[n] is encoder), None)
-    if start is None:
-        return []
-    stop = next((i for i, n in enumerate(names) if children[n] is decoder), len(names))
-    return [n for n in names[start + 1 : stop] if not re.search("embed_tokens|head", n)]
-
-
-def _has_submodule(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _linear_count(module: nn.Module) -> int:
-    return sum(is_linear(m) for m in module.modules())

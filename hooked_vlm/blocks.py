@@ -80,6 +80,8 @@ class Block:
     cross_out: str | None = None
     post_norm: bool = False
     """Whether the residual itself is normalised after each addition (as in BERT)."""
+    windowed: bool = False
+    """Whether attention gets the image cut into windows, each a row of its own (as in SAM)."""
 
 
 def first_of(owner: Any, *names: str) -> Any:
@@ -108,12 +110,14 @@ def is_norm(name: str, module: nn.Module | None = None) -> bool:
 def is_scale(module: nn.Module) -> bool:
     """Whether a module is a layer scale: nothing but one factor for each feature."""
     own = list(module.parameters(recurse=False))
-    return len(own) == 1 and own[0].ndim == 1 and not any(True for _ in module.children())
+    alone = len(own) == 1 and not is_linear(module) and not any(True for _ in module.children())
+    return alone and own[0].ndim == 1
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Whether a module has parameters anywhere in it."""
-    return any(True for _ in module.parameters())
+    """Whether a module has parameters anywhere in it, or linear maps that keep theirs packed."""
+    parameters = any(True for _ in module.parameters())
+    return parameters or any(is_linear(part) for part in module.modules())
 
 
 def linears_of(module: nn.Module) -> dict[str, Any]:
@@ -212,6 +216,8 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
         mlp=mlp,
         mlp_out=full(mlp_out),
         post_norm=post_norm,
+        windowed="window_partition" in forward_source(type(block).forward)
+        and bool(first_of(block, "window_size")),
         cross=attention(cross),
         cross_out=full(cross),
     )

@@ -25,6 +25,7 @@ from hooked_vlm.grid import TokenGrid
 from hooked_vlm.image_tokens import ImageLayout, token_grids
 from hooked_vlm.measured import Template, View, make_template, places_of
 from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.regions import Region
 from hooked_vlm.routing import attention_sites, holds_pixels, measure_routes, pixel_name
 from hooked_vlm.sites import Site
 
@@ -139,7 +140,8 @@ class GridFinder:
             return False  # a measurement says that there is no grid, or none of this kind
         rule = self.by_rule(inputs, [size], [1])[0][0]
         measured = _grids(template, _image_positions(inputs, self.model.anatomy), size, 0, 0)
-        if torch.equal(rule.positions, measured.positions) and rule.shape == measured.shape:
+        same = rule.shape == measured.shape and torch.equal(rule.positions, measured.positions)
+        if same and _same_patches(rule, measured):
             return True
         warnings.warn(
             f"The visual tokens of {type(self.model.hf_model).__name__} do not stand where the "
@@ -237,6 +239,18 @@ class GridFinder:
             lambda k: patch * max(isqrt(k), 1),
         )
         return replace(template, n_encoder_images=template.n_encoder_images // company)
+
+
+def _same_patches(rule: TokenGrid, measured: TokenGrid) -> bool:
+    """Whether a rule finds the encoder's rows of each cell where a measurement does."""
+    if measured.patches is None:
+        return True
+    try:
+        found = Region.everything(rule.shape).patches_by_cell(rule)
+    except GridError:
+        return False
+    tiles, rows = measured.patches.flatten(0, 1).unbind(-1)
+    return not tiles.any() and torch.equal(found.sort(-1).values, rows.sort(-1).values)
 
 
 def _noise(size: Size) -> Image.Image:

@@ -23,6 +23,7 @@ from hooked_vlm.grid import TokenGrid
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.naming import PROJECTOR, VISION
 from hooked_vlm.regions import Region
+from hooked_vlm.residual_sums import BlockSums, same
 from hooked_vlm.routing import Routes, measure_routes
 
 
@@ -172,52 +173,17 @@ def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
                 continue
             n_blocks = len({n for n in cache if n.startswith(f"{prefix}blocks.") and "_post" in n})
             for i in range(n_blocks):
-                part = _Parts(cache, f"{prefix}blocks.{i}.hook_")
+                part = BlockSums(cache, f"{prefix}blocks.{i}.hook_")
                 for found in part.sums():
                     (notes.add if found.startswith("scaled") else problems.append)(found)
                 following = cache.get(f"{prefix}blocks.{i + 1}.hook_resid_pre")
-                if following is None or _same(part.get("resid_post"), following):
+                if following is None or same(part.get("resid_post"), following):
                     continue
                 if any(".deepstack." in name for name in model.sites):
                     notes.add("DeepStack adds between blocks; it has sites of its own")
                 else:
                     problems.append(f"{prefix}blocks.{i}: something is added behind it, unnamed")
     return finding("residual", problems, note="; ".join(sorted(notes)))
-
-
-class _Parts:
-    """The activations of one block, and whether they sum."""
-
-    def __init__(self, cache: Mapping[str, Any], prefix: str) -> None:
-        self.cache, self.prefix = cache, prefix
-
-    def get(self, name: str) -> Any:
-        return self.cache.get(f"{self.prefix}{name}")
-
-    def sums(self) -> Iterator[str]:
-        """Yields each sum of a block that does not come out, or `"scaled …"`."""
-        pre, mid, post = (self.get(f"resid_{place}") for place in ("pre", "mid", "post"))
-        attn, cross, mlp = (self.get(f"{part}_out") for part in ("attn", "cross_attn", "mlp"))
-        if cross is not None or pre is None or post is None:
-            return
-        if mid is not None and attn is not None:
-            yield from self._sum("attn_out", mid, pre, attn)
-            pre, attn = mid, None
-        if attn is not None and mlp is not None:
-            if not _close(_add(_add(pre, attn), mlp), post):
-                yield from self._sum("mlp_out", post, _add(pre, attn), mlp)
-        elif mlp is not None or attn is not None:
-            yield from self._sum("mlp_out", post, pre, mlp if attn is None else attn)
-
-    def _sum(self, part: str, whole: Any, start: Any, added: Any) -> Iterator[str]:
-        if _close(_add(start, added), whole):
-            return
-        block = self.prefix.removesuffix(".hook_")
-        if _proportional(whole, start, added):
-            stack = "vision" if block.startswith(VISION) else "LM"
-            yield f"scaled on the way into the {stack}'s residual"
-        else:
-            yield f"{block}: {part} is not what the residual gains"
 
 
 def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
@@ -365,34 +331,3 @@ def _gap(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("nan")
     return float((a.float() - b.float()).abs().max())
-
-
-def _listed(value: Any) -> list[Tensor]:
-    return value if isinstance(value, list) else [value]
-
-
-def _same(a: Any, b: Any) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(_listed(a), _listed(b), strict=True))
-
-
-def _add(a: Any, b: Any) -> list[Tensor]:
-    """Returns sums; what does not have one shape gives an empty tensor, which equals nothing."""
-    pairs = zip(_listed(a), _listed(b), strict=True)
-    return [x + y if x.shape == y.shape else x.new_zeros(0) for x, y in pairs]
-
-
-def _close(a: Any, b: Any) -> bool:
-    pairs = list(zip(_listed(a), _listed(b), strict=True))
-    return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-5, rtol=1e-5) for x, y in pairs)
-
-
-def _proportional(whole: Any, start: Any, added: Any) -> bool:
-    """Whether what was gained is `added` times one factor for every feature."""
-    for w, s, a in zip(_listed(whole), _listed(start), _listed(added), strict=True):
-        if w.shape != s.shape or w.shape != a.shape:
-            return False
-        gained, a = (w - s).flatten(0, -2), a.flatten(0, -2)
-        factor = (gained * a).sum(0) / (a * a).sum(0).clamp(min=1e-20)
-        if not torch.allclose(gained, factor * a, atol=1e-3, rtol=1e-2):
-            return False
-    return True

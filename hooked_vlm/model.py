@@ -21,6 +21,7 @@ from hooked_vlm.anatomy import Anatomy, read_anatomy
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.config import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.describe import describe_sites
+from hooked_vlm.devices import execution_device
 from hooked_vlm.errors import UnsupportedModelError
 from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.image_grids import GridFinder
@@ -47,7 +48,7 @@ class HookedVLM(HookedModel):
         self.cfg: HookedVLMConfig = read_config(
             hf_model, self.anatomy, name or type(hf_model).__name__
         )
-        self._tuples: list[bool] | None = None
+        self._tuples: list[int] | None = None
         self.grid_finder = GridFinder(self)
 
     @classmethod
@@ -73,8 +74,8 @@ class HookedVLM(HookedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the text embedding is, and so where inputs belong."""
-        return self.hf_model.get_submodule(self.anatomy.embed).weight.device  # type: ignore[return-value]
+        """Where the text embedding computes, and so where inputs belong."""
+        return execution_device(self.hf_model.get_submodule(self.anatomy.embed)) or self.cfg.device
 
     @property
     def tokenizer(self) -> Any:
@@ -238,6 +239,6 @@ class HookedVLM(HookedModel):
         if self._tuples is None:
             with torch.no_grad():
                 self._tuples = returns_tuples(blocks, lambda: self.forward(inputs, **kwargs))
-        start = (f"blocks.{layer}.hook_resid_pre", lambda _value, hook: residual)
+        start = (f"blocks.{layer}.hook_resid_pre", lambda here, hook: residual.to(here.device))
         with skipping(blocks[:layer], self._tuples[:layer]):
             return self.run_with_hooks(inputs, [start, *fwd_hooks], **kwargs)

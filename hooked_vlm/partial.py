@@ -54,23 +54,24 @@ def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -
 
 
 @contextmanager
-def skipping(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator[None]:
+def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[None]:
     """Lets blocks return their input, for the length of a `with` block.
 
-    `tuples` says which of them return their hidden state as the first of a tuple.
+    `tuples` says which of them return their hidden state as the first of a tuple, by the
+    length of that tuple (0: they return it alone).
     """
 
-    def passed(as_tuple: bool) -> Callable[..., Any]:
+    def passed(length: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden, None) if as_tuple else hidden
+            return (hidden, *[None] * (length - 1)) if length else hidden
 
         return forward
 
     own = [vars(block).get("forward") for block in blocks]
     try:
-        for block, as_tuple in zip(blocks, tuples, strict=True):
-            block.forward = passed(as_tuple)
+        for block, length in zip(blocks, tuples, strict=True):
+            block.forward = passed(length)
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
@@ -80,13 +81,13 @@ def skipping(blocks: Sequence[nn.Module], tuples: Sequence[bool]) -> Iterator[No
                 block.forward = forward
 
 
-def returns_tuples(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[bool]:
-    """Returns which blocks return tuples, as one pass of `run` shows."""
-    found = [False] * len(blocks)
+def returns_tuples(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[int]:
+    """Returns how long a tuple each block returns (0: none), as one pass of `run` shows."""
+    found = [0] * len(blocks)
 
     def note(i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            found[i] = isinstance(output, tuple)
+            found[i] = len(output) if isinstance(output, tuple) else 0
 
         return hook
 

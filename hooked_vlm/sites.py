@@ -112,8 +112,10 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
     if projector:
         features = "image patch d_features"
         order = "features" if vision.packed else ""
-        yield Site(f"{VISION}.hook_out", features, projector, "input", order=order)
-        yield Site(f"{PROJECTOR}.hook_in", features, projector, "input", order=order)
+        read_by = (features, projector, "input")
+        conv = vision.feature_maps
+        yield Site(f"{VISION}.hook_out", *read_by, order=order, conv=conv)
+        yield Site(f"{PROJECTOR}.hook_in", *read_by, order=order, conv=conv)
         yield Site(
             f"{PROJECTOR}.hook_out", "image token d_model", projector, "output", order=tokens
         )
@@ -130,10 +132,12 @@ def _block_sites(
     yield Site(f"{prefix}hook_resid_pre", axes, block.path, "input", **common)
     if block.ln1:
         yield Site(f"{prefix}ln1.hook_normalized", axes, block.ln1, "output", **common)
+    inside = rows.replace("image", "window") if block.windowed else rows
     if block.attn:
-        yield from _attention_sites(block.attn, f"{prefix}attn.", rows, common)
+        yield from _attention_sites(block.attn, f"{prefix}attn.", inside, common)
     if block.attn_out:
-        yield Site(f"{prefix}hook_attn_out", axes, block.attn_out, "output", **common)
+        added = f"{inside} {width}"
+        yield Site(f"{prefix}hook_attn_out", added, block.attn_out, "output", **common)
     if block.ln2:
         yield Site(f"{prefix}hook_resid_mid", axes, block.ln2, "residual", **common)
         yield Site(f"{prefix}ln2.hook_normalized", axes, block.ln2, "output", **common)
@@ -230,7 +234,12 @@ def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -
         x = x.reshape(len(raw), -1, x.shape[-1]).transpose(1, 2)
     x = x.reshape(raw.shape)
     # In the memory layout that was there: another one can move the last bits of what follows.
-    return x if raw.is_contiguous() else torch.empty_like(raw).copy_(x)
+    if x.stride() == raw.stride():
+        return x
+    reach = 1 + sum((n - 1) * step for n, step in zip(raw.shape, raw.stride(), strict=True))
+    dense = reach == raw.numel()
+    like = {"dtype": raw.dtype, "device": raw.device}
+    return torch.empty_strided(raw.shape, raw.stride(), **like).copy_(x) if dense else x
 
 
 def _padded(site: Site, raw: Tensor, layout: PackedLayout | None) -> bool:
@@ -263,7 +272,7 @@ def _part(site: Site, x: Tensor) -> Tensor:
 def _grid_flat(x: Tensor, site: Site) -> Tensor:
     """Returns patches as one axis where an encoder keeps them as rows and columns."""
     wanted = len(site.axes.split())
-    if site.axes.startswith("image") and x.ndim > wanted:
+    if site.axes.startswith(("image", "window")) and x.ndim > wanted:
         return x.flatten(1, x.ndim - wanted + 1)
     return x
 

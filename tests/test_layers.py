@@ -12,12 +12,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hooked_vlm"
 ROOMS = (  # from the ground up; a name stands for itself and for everything inside it
-    ("ground", "errors calls shapes processors experiments.result"),
+    ("ground", "errors calls shapes devices processors experiments.result"),
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),
     ("numbers", "statistics directions probes scoring plots provenance"),
-    ("tree", "naming blocks anatomy attention layout windows points towers"),
+    ("tree", "naming blocks projector anatomy attention layout windows points towers"),
     ("sites", "sites config hooks cache routing measured image_grids processing inputs describe"),
-    ("model", "partial zoo loading hooked encoder_inputs encoder model laws"),
+    ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws"),
     ("interventions", "places interventions kernels engine sweep patching"),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),
