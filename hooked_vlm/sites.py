@@ -234,7 +234,7 @@ def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -
         x = x.reshape(len(raw), -1, x.shape[-1]).transpose(1, 2)
     x = x.reshape(raw.shape)
     # In the memory layout that was there: another one can move the last bits of what follows.
-    if x.stride() == raw.stride():
+    if x.stride() == raw.stride() and not site.conv:
         return x
     reach = 1 + sum((n - 1) * step for n, step in zip(raw.shape, raw.stride(), strict=True))
     dense = reach == raw.numel()
