@@ -80,7 +80,11 @@ class _Fired:
             n_rows = self.packing.n_images if images else self.packing.n_prompts
             raw = _unfolded(raw, self.site, n_rows)
         value, changed = self.on_value(read(self.site, raw, self.packing.layout))
-        return write(self.site, value, raw, self.packing.layout).reshape(shape) if changed else None
+        if not changed:
+            return None
+        written = write(self.site, value, raw, self.packing.layout)
+        # Not reshaped where it need not be: a view forgets the memory layout of axes of one.
+        return written if written.shape == shape else written.reshape(shape)
 
     def on_value(self, value: Images) -> tuple[Images, bool]:
         """Returns the value after all functions, and whether any of them changed it."""
