@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hooked_vlm.anatomy import Anatomy, Stack, Vision
+from hooked_vlm.devices import compute_dtype, execution_device
 
 
 @dataclass(frozen=True)
@@ -67,29 +68,31 @@ class EncoderConfig(VisionConfig):
 
 def read_config(model: nn.Module, anatomy: Anatomy, name: str) -> HookedVLMConfig:
     """Returns the sizes of a model with a given anatomy."""
-    weight: Any = model.get_submodule(anatomy.unembed).weight
-    embedding: Any = model.get_submodule(anatomy.embed).weight
+    unembed: Any = model.get_submodule(anatomy.unembed)
+    embed = model.get_submodule(anatomy.embed)
+    # A packed weight has another shape than the map that it stands for.
+    d_vocab = getattr(unembed, "out_features", None) or unembed.weight.shape[0]
     return HookedVLMConfig(
         **_stack(anatomy.lm),
-        d_vocab=weight.shape[0],
+        d_vocab=d_vocab,
         model_name=name,
         attn_implementation=str(getattr(_config(model), "_attn_implementation", "eager")),
         image_token_id=anatomy.image_token_id,
         vision=_vision(anatomy),
-        device=embedding.device,
-        dtype=embedding.dtype,
+        device=execution_device(embed) or torch.device("cpu"),
+        dtype=compute_dtype(embed, model),
     )
 
 
 def read_encoder_config(model: nn.Module, vision: Vision, name: str) -> EncoderConfig:
     """Returns the sizes of a vision encoder with a given anatomy."""
-    weight = next(model.get_submodule(vision.blocks[0].path).parameters())
+    block = model.get_submodule(vision.blocks[0].path)
     return EncoderConfig(
         **_vision_sizes(vision),
         model_name=name,
         attn_implementation=str(getattr(_config(model), "_attn_implementation", "eager")),
-        device=weight.device,
-        dtype=weight.dtype,
+        device=execution_device(block) or torch.device("cpu"),
+        dtype=compute_dtype(block, model),
     )
 
 

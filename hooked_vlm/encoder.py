@@ -19,6 +19,7 @@ from hooked_vlm.anatomy import Vision
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.config import EncoderConfig, read_encoder_config
 from hooked_vlm.describe import describe_sites
+from hooked_vlm.devices import execution_device
 from hooked_vlm.encoder_inputs import find_grids, prepare_images
 from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.inputs import Images, Inputs
@@ -73,8 +74,8 @@ class HookedVisionEncoder(HookedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder is, and so where inputs belong."""
-        return next(self.hf_model.parameters()).device
+        """Where the encoder computes, and so where inputs belong."""
+        return execution_device(self.hf_model) or self.cfg.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -34,6 +34,10 @@ class NoGridError(GridError):
     """An image whose visual tokens make no grid over it, or none that can be found."""
 
 
+class NoGradientError(GridError):
+    """A measurement that needs a gradient, through layers that have none."""
+
+
 class RegionError(GridError):
     """A region that is empty, off the grid, or of the wrong size for its use."""
 
@@ -48,6 +52,10 @@ class DataError(HookedVLMError):
 
 class ScoringError(HookedVLMError):
     """An answer that cannot be scored, such as one that is not a single token."""
+
+
+class CacheMemoryError(HookedVLMError):
+    """A cache that will not fit in the memory where it is to be kept."""
 
 
 class MissingExtraError(HookedVLMError, ImportError):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy import Anatomy, Vision
-from hooked_vlm.errors import GridError, HookedVLMWarning, NoGridError
+from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
 from hooked_vlm.grid import TokenGrid
 from hooked_vlm.image_tokens import ImageLayout, token_grids
 from hooked_vlm.measured import Template, View, make_template, places_of
@@ -136,6 +136,13 @@ class GridFinder:
             return True  # nothing to compare with
         try:
             template = self._template(size, process)
+        except NoGradientError as error:
+            warnings.warn(
+                f"{error} Grids follow the usual layout's rule, which was not compared.",
+                HookedVLMWarning,
+                stacklevel=5,
+            )
+            return True
         except GridError:
             return False  # a measurement says that there is no grid, or none of this kind
         rule = self.by_rule(inputs, [size], [1])[0][0]

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hooked_vlm.devices import compute_dtype, execution_device
+
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn", "pandas", "xarray")
 
@@ -120,7 +122,7 @@ def record(
 
     `model_sha256` is what `parameter_hash` gives; hashing a large model twice is a waste.
     """
-    parameter = next(model.parameters())
+    device = execution_device(model) or torch.device("cpu")
     return Provenance(
         model=name,
         model_class=type(model).__name__,
@@ -129,9 +131,9 @@ def record(
         experiment=experiment,
         config=dict(config),
         seed=seed,
-        device=str(parameter.device),
-        device_name=_device_name(parameter.device),
-        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=str(device),
+        device_name=_device_name(device),
+        dtype=str(compute_dtype(model)).removeprefix("torch."),
         threads=torch.get_num_threads(),
         hooked_vlm=_version("hooked-vlm"),
         git_commit=source_commit(),

@@ -20,9 +20,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from hooked_vlm.errors import GridError
+from hooked_vlm.blocks import is_linear
+from hooked_vlm.errors import GridError, NoGradientError
 from hooked_vlm.naming import PROJECTOR, VISION
 from hooked_vlm.sites import Site
 
@@ -36,6 +37,7 @@ _SURE = 0.05
 class Runnable(Protocol):
     """The parts of a HookedVLM that measuring needs."""
 
+    hf_model: nn.Module
     sites: dict[str, Site]
 
     def run_with_cache(
@@ -109,7 +111,8 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
     """Returns where pixels, encoder rows and projected tokens end up in the prompt.
 
     Raises `GridError` when the encoder's attention cannot be switched off, or when no
-    position of the prompt depends on a pixel (cross-attention).
+    position of the prompt depends on a pixel (cross-attention), and `NoGradientError` when
+    layers on the way have no gradient (quantised ones).
     """
     attention = attention_sites(model)
     if not attention:
@@ -122,8 +125,29 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
         for name in (f"{VISION}.blocks.0.hook_resid_pre", f"{PROJECTOR}.hook_out")
         if name in model.sites
     }
-    off = [(name, _zero) for name in attention]
+    try:
+        found = _reached(model, inputs, attention, captures)
+    except RuntimeError as error:  # torch's, where an operation has no derivative
+        raise NoGradientError(
+            f"The way of a pixel could not be measured by its gradient: {error}"
+        ) from error
+    sites, start = {}, 1
+    for name, capture in captures.items():
+        rows = found[start : start + len(capture.tensors)]
+        sites[name] = [_of_rows(row) for row in rows]
+        start += len(capture.tensors)
+    return Routes(found[0], sites)
+
+
+def _reached(
+    model: Runnable,
+    inputs: Mapping[str, Any],
+    attention: list[str],
+    captures: Mapping[str, _Capture],
+) -> list[Tensor]:
+    """Returns the positions that the pixels, and then what is captured, reach."""
     key = pixel_name(inputs)
+    off = [(name, _zero) for name in attention]
     with torch.enable_grad():
         pixels = inputs[key].detach().clone().requires_grad_(True)
         residual, _ = model.run_with_cache(
@@ -132,14 +156,22 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
             stop_at_layer=0,
             fwd_hooks=[*off, *captures.items()],
         )
-        sources = [pixels, *(t for c in captures.values() for t in c.tensors)]
-        found = positions_reached(residual, sources)
-    sites, start = {}, 1
-    for name, capture in captures.items():
-        rows = found[start : start + len(capture.tensors)]
-        sites[name] = [_of_rows(row) for row in rows]
-        start += len(capture.tensors)
-    return Routes(found[0], sites)
+        found = positions_reached(
+            residual, [pixels, *(t for c in captures.values() for t in c.tensors)]
+        )
+    if bool((found[0] == NOWHERE).all()) and _packed(model.hf_model):
+        raise NoGradientError(
+            "The way of a pixel cannot be measured, because quantised layers pass no gradient on."
+        )
+    return found
+
+
+def _packed(model: nn.Module) -> bool:
+    """Whether some linear map of a model keeps its weight in a form that has no gradient."""
+    return any(
+        is_linear(part) and not any(p.is_floating_point() for p in part.parameters())
+        for part in model.modules()
+    )
 
 
 def _zero(value: Any, hook: Any) -> Any:
