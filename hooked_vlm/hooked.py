@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy import Vision
 from hooked_vlm.attention import implementation
 from hooked_vlm.cache import ActivationCache
+from hooked_vlm.config import EncoderConfig, HookedVLMConfig
 from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.footprint import Footprint
 from hooked_vlm.hooks import HookFunction, HookPoint, Reader, Run, attach
 from hooked_vlm.layout import Images as VisionActivation
+from hooked_vlm.layout import joined
+from hooked_vlm.memory import require_memory
 from hooked_vlm.naming import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.sites import Site
 
@@ -37,6 +41,8 @@ Wrapped = TypeVar("Wrapped", bound="HookedModel")
 class HookedModel:
     """A model whose activations can be read and replaced by name; abstract."""
 
+    cfg: HookedVLMConfig | EncoderConfig
+
     def __init__(self, hf_model: nn.Module, sites: dict[str, Site], vision: Vision | None) -> None:
         """Holds a model, its sites in the order in which a pass meets them, and its encoder."""
         self.hf_model = hf_model
@@ -50,11 +56,19 @@ class HookedModel:
         self._open: list[tuple[list[tuple[str, HookFunction]], Run]] = []
         self._attached = ExitStack()
         self._said_eager = False
+        self._footprint: Footprint | None = None
 
     @property
     def hook_names(self) -> list[str]:
         """The names of all sites, in the order in which a forward pass meets them."""
         return list(self.sites)
+
+    @property
+    def footprint(self) -> Footprint:
+        """How wide each site is, for estimates of memory (see `memory.estimate_cache`)."""
+        if self._footprint is None:
+            self._footprint = Footprint(self.hf_model, self.sites, self.cfg, self._vision)
+        return self._footprint
 
     @contextmanager
     def hooks(
@@ -112,13 +126,16 @@ class HookedModel:
         names_filter: NamesFilter,
         fwd_hooks: Sequence[FwdHook],
         device: str | torch.device | None,
-        whole: bool = True,
+        check_memory: bool,
+        stop_at_layer: int | None = None,
     ) -> tuple[Any, ActivationCache]:
         """Returns what `run` returns, and the cache of the sites that a filter selects.
 
-        A pass that is not `whole` need not reach them all.
+        With `stop_at_layer` it need not reach them all.
         """
         names = select_names(names_filter, self.hook_names)
+        if check_memory:
+            require_memory(self, inputs, names, stop_at_layer, device, _callers_level())
         pairs = self._pairs(fwd_hooks, inputs)
         found: dict[str, VisionActivation] = {}
         # A later hook may edit, in place, memory that an earlier site shares.
@@ -129,12 +146,15 @@ class HookedModel:
             return tensor if device is None else tensor.to(device)
 
         def store(value: VisionActivation, hook: HookPoint) -> None:
-            found[hook.name] = [keep(v) for v in value] if isinstance(value, list) else keep(value)
+            kept = [keep(v) for v in value] if isinstance(value, list) else keep(value)
+            if hook.call > 0 and hook.axes.startswith("image") and hook.name in found:
+                kept = joined(found[hook.name], kept)  # its module runs once for each image
+            found[hook.name] = kept
 
         reader = Reader(store)
         with self.hooks([*pairs, *((name, reader) for name in names)]):
             output = run()
-        if names_filter is not None and not callable(names_filter) and whole:
+        if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
         kept = {name: found[name] for name in names if name in found}
         return output, ActivationCache(kept, self._n_layers)

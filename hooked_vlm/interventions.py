@@ -22,7 +22,7 @@ from torch import Tensor
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.guarded import guarded
 from hooked_vlm.inputs import rows_of
 from hooked_vlm.naming import VISION, resolve_name, slot_name
 from hooked_vlm.pairing import CellPairs
@@ -109,7 +109,7 @@ class _Intervention:
         A source that is not recorded yet is run here.
         """
         site, places = self._site_and_places(model, inputs)
-        return [(site.name, _kept_for_batch(self._edit(model, site, *places), inputs, site))]
+        return [(site.name, guarded(self._edit(model, site, *places), inputs, site))]
 
     def _site_and_places(self, model: Model, inputs: Mapping[str, Any]) -> tuple[Site, tuple]:
         site = site_of(model, self.site)
@@ -157,24 +157,6 @@ class _Intervention:
 
 def _rows(model: Model, inputs: Mapping[str, Any], place: Any) -> list[PromptRow]:
     return rows_of(inputs, model.grids(inputs), needs_text(place))
-
-
-def _kept_for_batch(edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site) -> Callable:
-    """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
-    if not site.axes.startswith("batch pos"):
-        return lambda activation, hook: edit(activation)
-    batch, length = inputs["input_ids"].shape
-
-    def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        if (ran := tuple(activation.shape[:2])) != (batch, length):
-            raise InterventionError(
-                f"An intervention at {hook.name} was made for {batch} prompts of {length} "
-                f"positions and ran on {ran[0]} of {ran[1]}. Give hooks(…, inputs=…) the inputs "
-                "that you run; in a generation, interventions act on the prompt: prefill_only=True."
-            )
-        return edit(activation)
-
-    return hook_fn
 
 
 def _recorded(model: Model, source: "Source", site: Site) -> ActivationCache:

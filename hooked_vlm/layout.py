@@ -156,6 +156,12 @@ def from_images(images: Images, order: PackedOrder) -> Shaped[Tensor, "row ..."]
     return rows.index_select(0, inverse)
 
 
+def joined(first: Images, second: Images) -> Images:
+    """Returns the images of two calls of one module as one: a tensor where all are of one shape."""
+    images = [*first, *second]
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
 def cropped(grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout) -> Images:
     """Returns convolved images, padded to one size, as `[image, patch, channel]` of their own."""
     images = [

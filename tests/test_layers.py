@@ -16,9 +16,13 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),
     ("numbers", "statistics directions probes scoring plots provenance"),
     ("tree", "naming blocks projector anatomy attention layout windows points towers"),
-    ("sites", "sites config hooks cache routing measured image_grids processing inputs describe"),
+    (
+        "sites",
+        "sites config footprint memory hooks cache routing measured image_grids processing "
+        "inputs describe",
+    ),
     ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws"),
-    ("interventions", "places interventions kernels engine sweep patching"),
+    ("interventions", "places guarded interventions kernels engine sweep patching"),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),
     ("door", "cli __init__"),
