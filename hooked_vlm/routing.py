@@ -54,7 +54,7 @@ class Routes:
     """
 
     pixels: Int[Tensor, "..."]
-    rows: dict[str, list[Int[Tensor, " row"]]]
+    rows: dict[str, list[Int[Tensor, " _"]]]
     """By site, and by image as the encoder counts them."""
 
 

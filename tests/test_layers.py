@@ -18,7 +18,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("tree", "naming blocks projector anatomy attention layout windows points towers"),
     (
         "sites",
-        "sites config footprint memory hooks cache routing measured image_grids processing "
+        "sites config footprint memory hooks cache routing measured image_grids videos processing "
         "inputs describe",
     ),
     ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws"),

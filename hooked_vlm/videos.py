@@ -1,0 +1,100 @@
+"""Videos: one grid of visual tokens for every frame.
+
+Models that take videos as packed patches (the Qwen-VL layout) are given frames, rows and
+columns of patches for each, and hold the place of every merged patch with the video token.
+A frame here is what the encoder makes of it: two pictures in time where it folds two into
+one patch.  Regions, boxes and interventions work on a frame's grid as on an image's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.anatomy import Vision
+from hooked_vlm.blocks import first_of
+from hooked_vlm.errors import GridError
+from hooked_vlm.grid import TokenGrid
+from hooked_vlm.image_grids import Wrapped
+
+
+Frames = tuple[tuple[tuple[TokenGrid, ...], ...], ...]
+"""For each prompt, for each of its videos, the grid of every frame."""
+
+
+def frame_grids(model: Wrapped, inputs: Mapping[str, Any]) -> Frames:
+    """Returns the grids of the frames of the videos in some inputs.
+
+    Pixels are those that the encoder sees.  `grid.patches` and `grid.projected` are rows of
+    the whole video, frames one after the other.
+
+    Raises `GridError` where the inputs do not say how many patches a video has, or where the
+    prompts do not hold as many video tokens.
+    """
+    vision, ids = model.anatomy.vision, inputs["input_ids"]
+    sizes = inputs.get("video_grid_thw")
+    if vision is None or sizes is None:
+        raise GridError(
+            "These inputs hold no video_grid_thw, which says how many frames, rows and columns of "
+            "patches each video has."
+        )
+    token = first_of(model.hf_model.config, "video_token_id", "video_token_index")
+    if token is None:
+        raise GridError("The model's config names no video token, so no video can be found.")
+    rest = [tuple(row) for row in sizes.tolist()]
+    found, video = [], 0
+    for prompt, row in enumerate(ids):
+        positions = (row == token).nonzero().flatten()
+        videos = []
+        while len(positions):
+            if not rest:
+                raise GridError(f"Prompt {prompt} has more video tokens than its videos have.")
+            frames, height, width = rest.pop(0)
+            count = frames * height * width // vision.merge**2
+            if len(positions) < count:
+                raise GridError(
+                    f"Prompt {prompt} has {len(positions)} video tokens left for a video of "
+                    f"{frames} frames of {height}x{width} patches, which makes {count}."
+                )
+            shape = frames, height, width
+            videos.append(_frames(positions[:count], shape, vision, prompt, video))
+            positions, video = positions[count:], video + 1
+        found.append(tuple(videos))
+    if rest:
+        raise GridError(f"{len(rest)} videos have no video tokens in the prompts.")
+    return tuple(found)
+
+
+def _frames(
+    positions: Tensor, shape: tuple[int, int, int], vision: Vision, prompt: int, video: int
+) -> tuple[TokenGrid, ...]:
+    frames, height, width = shape
+    side = vision.merge
+    rows, cols = height // side, width // side
+    pixels = width * vision.patch_size, height * vision.patch_size
+    patch = torch.arange(frames * height * width).view(frames, rows, side, cols, side)
+    patch = patch.permute(0, 1, 3, 2, 4).reshape(frames, rows, cols, -1, 1)
+    token = torch.arange(frames * rows * cols).view(frames, rows, cols, 1, 1)
+    return tuple(
+        TokenGrid(
+            positions=positions.view(frames, rows, cols)[frame],
+            patch_rows=height,
+            patch_cols=width,
+            n_prefix=0,
+            image_size=pixels,
+            scale=(1.0, 1.0),
+            offset=(0.0, 0.0),
+            processed_size=pixels,
+            prompt=prompt,
+            image=video,
+            patches=_paired(patch[frame]),
+            projected=_paired(token[frame]),
+        )
+        for frame in range(frames)
+    )
+
+
+def _paired(rows: Tensor) -> Tensor:
+    """Returns `[row, col, k, 2]` of (image, row) within one video."""
+    return torch.cat([torch.zeros_like(rows), rows], dim=-1)
