@@ -133,14 +133,18 @@ class HookedVisionEncoder(HookedModel):
         *,
         fwd_hooks: Sequence[FwdHook] = (),
         device: str | torch.device | None = None,
+        check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
         """Runs once and returns `(output, cache)`; cached tensors are detached.
 
         `names_filter` selects sites by name, pattern, a sequence of these, or a function.
         Values are cached as they are after `fwd_hooks`, which may edit them.  `device`
-        moves the cached tensors as they are taken.
+        moves the cached tensors as they are taken.  Raises `CacheMemoryError` before
+        anything runs when the cache will not fit, unless `check_memory=False`.
         """
-        return self._run_cached(
-            lambda: self.forward(inputs, **kwargs), inputs, names_filter, fwd_hooks, device
-        )
+
+        def run() -> Any:
+            return self.forward(inputs, **kwargs)
+
+        return self._run_cached(run, inputs, names_filter, fwd_hooks, device, check_memory)

@@ -173,6 +173,7 @@ class HookedVLM(HookedModel):
         stop_at_layer: int | None = None,
         fwd_hooks: Sequence[FwdHook] = (),
         device: str | torch.device | None = None,
+        check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """Runs once and returns `(logits, cache)`; cached tensors are detached.
@@ -182,6 +183,10 @@ class HookedVLM(HookedModel):
         of LM block l and the residual stream there is returned in place of logits.
         Values are cached as they are after `fwd_hooks`, which may edit them.  `device`
         moves the cached tensors as they are taken.
+
+        Raises `CacheMemoryError` before anything runs when the cache will not fit in the
+        free memory of where it is kept, unless `check_memory=False`; warns above half of it
+        (see `memory.estimate_cache`).
         """
 
         def run() -> Tensor:
@@ -191,9 +196,9 @@ class HookedVLM(HookedModel):
             assert stop_at_layer is not None
             return run_until(self.hf_model, self.anatomy.lm, stop_at_layer, run)
 
-        whole = stop_at_layer is None
+        runs = run if stop_at_layer is None else run_part
         return self._run_cached(
-            run if whole else run_part, inputs, names_filter, fwd_hooks, device, whole
+            runs, inputs, names_filter, fwd_hooks, device, check_memory, stop_at_layer
         )
 
     def generate(

@@ -1,0 +1,241 @@
+"""What a cache will need, said before anything runs, and refused where it cannot fit.
+
+    print(estimate_cache(model, inputs))
+    The cache needs about 31 GB: blocks.*.attn.hook_pattern 12 GB, …
+    names_filter="blocks.*.hook_resid_post" needs 0.4 GB, …
+
+Sizes are `footprint`'s, so nothing runs.  Bytes are those of `ActivationCache.nbytes`:
+sites that share memory (a block's output is the next one's input) count twice.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from hooked_vlm.devices import compute_dtype, execution_device, free_bytes
+from hooked_vlm.errors import CacheMemoryError, HookedVLMWarning
+from hooked_vlm.footprint import Counts, Footprint
+from hooked_vlm.naming import NamesFilter, select_names
+
+
+_NOT_WORTH_ASKING = 2**26
+"""Bytes below which nobody's memory is asked after."""
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """The parts of a wrapped model that estimating needs."""
+
+    hf_model: nn.Module
+
+    @property
+    def hook_names(self) -> list[str]: ...
+
+    @property
+    def footprint(self) -> Footprint: ...
+
+
+@dataclass(frozen=True)
+class CacheEstimate:
+    """The memory that one cache will need; `print` it."""
+
+    nbytes: int
+    by_group: Mapping[str, int]
+    """Bytes by site, its layers together under a pattern that `names_filter` takes."""
+    cheaper: Mapping[str, int]
+    """Filters that keep less, as they are written, and their bytes."""
+    unknown: tuple[str, ...] = ()
+    """Sites, likewise, that are not counted, because the inputs do not tell their size."""
+
+    def __str__(self) -> str:
+        largest = sorted(self.by_group.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {size_text(n)}" for name, n in largest[:3])
+        more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
+        text = f"The cache needs about {size_text(self.nbytes)}: {shown}{more}."
+        if self.cheaper:
+            text += f" {self.advice}."
+        if self.unknown:
+            text += f" Not counted, as the inputs do not tell: {', '.join(self.unknown)}."
+        return text
+
+    @property
+    def advice(self) -> str:
+        """The cheaper filters and what they need, in a line."""
+        return ", ".join(f"{text} needs {size_text(n)}" for text, n in self.cheaper.items())
+
+
+def estimate_cache(
+    model: Sized,
+    inputs: Mapping[str, Any],
+    names_filter: NamesFilter = None,
+    stop_at_layer: int | None = None,
+) -> CacheEstimate:
+    """Returns what `model.run_with_cache` with these arguments will cache, without running it.
+
+    Exact for sites whose size the inputs tell, which is all of them in models of the
+    Qwen-VL, Gemma 3 and LLaVA kind.  Raises `UnknownHookError` for a filter that selects
+    nothing.
+    """
+    names = select_names(names_filter, model.hook_names)
+    return _estimate(model, inputs, _reached(model, names, stop_at_layer))
+
+
+def _reached(model: Sized, names: Sequence[str], layer: int | None) -> Sequence[str]:
+    """Returns those of some sites that a pass reaches which ends in front of an LM block."""
+    if layer is None:
+        return names
+    n_layers, known = model.footprint.cfg.n_layers, model.hook_names
+    layer = layer + n_layers if layer < 0 else layer
+    last = "ln_final.hook_in" if layer >= n_layers else f"blocks.{layer}.hook_resid_pre"
+    beyond = set(known[known.index(last) + 1 :]) if last in known else set()
+    return [name for name in names if name not in beyond]
+
+
+def require_memory(
+    model: Sized,
+    inputs: Mapping[str, Any],
+    names: Sequence[str],
+    stop_at_layer: int | None,
+    device: str | torch.device | None,
+    stacklevel: int,
+) -> None:
+    """Raises `CacheMemoryError` for a cache that will not fit where it is to be kept.
+
+    Warns of one that takes more than half of what is free.  Asks for the free memory only
+    when the cache is not small, and for its size only when the inputs are not.
+    """
+    itemsize = max(_itemsizes(model))
+    if model.footprint.at_most(inputs) * itemsize < _NOT_WORTH_ASKING:
+        return
+    names = _reached(model, names, stop_at_layer)
+    if _total(model, inputs, names) < _NOT_WORTH_ASKING:
+        return
+    for place, needed in _by_device(model, inputs, names, device).items():
+        free = free_bytes(place)
+        if free is None or needed <= free / 2:
+            continue
+        have = f"{size_text(needed)} and {size_text(free)} are free on {place}"
+        advice = _estimate(model, inputs, names).advice or "cache fewer sites, by names_filter"
+        if needed > free:
+            elsewhere = "" if place.type == "cpu" else "; or keep it elsewhere: device='cpu'"
+            raise CacheMemoryError(
+                f"This cache needs about {have}: {advice}{elsewhere}; "
+                "pass check_memory=False to try anyway."
+            )
+        warnings.warn(
+            f"This cache takes more than half of the free memory, about {have}: {advice}.",
+            HookedVLMWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def size_text(nbytes: int) -> str:
+    """Returns a number of bytes as people say it.
+
+    >>> size_text(31_400_000_000), size_text(410_000_000), size_text(1_500)
+    ('31 GB', '0.4 GB', '2 kB')
+    """
+    for unit, word in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit * (0.1 if word == "GB" else 1):
+            number = nbytes / unit
+            return (
+                f"{number:.1f} {word}" if number < 10 and word == "GB" else f"{number:.0f} {word}"
+            )
+    return f"{nbytes} bytes"
+
+
+def _estimate(model: Sized, inputs: Mapping[str, Any], names: Sequence[str]) -> CacheEstimate:
+    sizes = _by_name(model, inputs, names)
+    groups: dict[str, int] = {}
+    unknown: dict[str, None] = {}
+    for name, n in sizes.items():
+        group = re.sub(r"blocks\.\d+\.", "blocks.*.", name)
+        if n is None:
+            unknown[group] = None
+        elif n:
+            groups[group] = groups.get(group, 0) + n
+    total = sum(groups.values())
+    cheaper = {
+        text: needed
+        for text, kept in _filters(model, names)
+        if kept and (needed := sum(n or 0 for n in _by_name(model, inputs, kept).values())) < total
+    }
+    return CacheEstimate(total, groups, cheaper, tuple(unknown))
+
+
+def _filters(model: Sized, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Returns filters that are worth a thought, as they are written, and what they select."""
+    square = ("attn_scores", "pattern")
+    residual = "blocks.*.hook_resid_post"
+    every = model.hook_names
+    found = [
+        (
+            f'names_filter="{residual}"',
+            [n for n in every if re.match(r"blocks\.\d+\.hook_resid_post", n)],
+        )
+    ]
+    if len(names) == len(every):
+        text = 'names_filter=lambda name: not name.endswith(("attn_scores", "pattern"))'
+        found.append((text, [n for n in every if not n.endswith(square)]))
+    return found
+
+
+def _by_name(
+    model: Sized, inputs: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, int | None]:
+    """Returns the bytes of each of some sites; None where the inputs do not tell."""
+    footprint, (text, vision) = model.footprint, _itemsizes(model)
+    counts = Counts(footprint, inputs)
+    rows: dict[str, int | None] = {}
+    sizes: dict[str, int | None] = {}
+    for name in names:
+        width = footprint.widths[name]
+        if width.per not in rows:
+            rows[width.per] = counts[width.per]
+        n = rows[width.per]
+        sizes[name] = None if n is None else n * width.numbers * (vision if width.inside else text)
+    return sizes
+
+
+def _total(model: Sized, inputs: Mapping[str, Any], names: Sequence[str]) -> int:
+    """Returns the bytes of some sites together, those of unknown size left out; in no time."""
+    text, vision = _itemsizes(model)
+    counts = Counts(model.footprint, inputs)
+    return sum(
+        (counts[per] or 0) * (text * outside + vision * inside)
+        for per, (outside, inside) in model.footprint.summed(names).items()
+    )
+
+
+def _itemsizes(model: Sized) -> tuple[int, int]:
+    """Returns the bytes of one number in the language model, and in the vision encoder."""
+    whole, vision = model.hf_model, model.footprint.vision
+    inside = whole.get_submodule(vision.path) if vision else whole
+    embed = next((s.module for s in model.footprint.sites.values() if s.name == "hook_embed"), None)
+    text = whole.get_submodule(embed) if embed is not None else inside
+    return compute_dtype(text, whole).itemsize, compute_dtype(inside, whole).itemsize
+
+
+def _by_device(
+    model: Sized,
+    inputs: Mapping[str, Any],
+    names: Sequence[str],
+    device: str | torch.device | None,
+) -> dict[torch.device, int]:
+    """Returns the bytes that will lie on each device; `device` is where all are moved to."""
+    spread = getattr(model.hf_model, "hf_device_map", None) or {}
+    if device is None and len(set(spread.values())) < 2:
+        device = execution_device(model.hf_model)
+    if device is not None:
+        return {torch.device(device): _total(model, inputs, names)}
+    found: dict[torch.device, int] = {}
+    for name, n in _by_name(model, inputs, names).items():
+        module = model.hf_model.get_submodule(model.footprint.sites[name].module)
+        place = execution_device(module) or torch.device("cpu")
+        found[place] = found.get(place, 0) + (n or 0)
+    return found
