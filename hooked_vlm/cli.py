@@ -133,6 +133,33 @@ def sites(
         print(HookedVLM.from_pretrained(model).describe())
 
 
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
+    every_layer: Annotated[
+        bool,
+        typer.Option("--every-layer", help="Write at every layer, not at three."),
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Check hooks, grids and generation on a model: a `no` is a number not to be trusted."""
+    from hooked_vlm.checkup import check_model
+    from hooked_vlm.laws import NO
+    from hooked_vlm.model import HookedVLM
+    from hooked_vlm.runner import device_of, dtype_of
+
+    with _quiet():
+        wrapped = HookedVLM.from_pretrained(model, dtype=dtype_of(dtype), device=device_of(device))
+        broken = 0
+        for finding in check_model(wrapped, every_layer):
+            print(f"{finding.law:<18} {finding.verdict:<4} {finding.note}".rstrip())
+            broken += finding.verdict == NO
+    if broken:
+        print(f"{broken} laws do not hold on {model}.")
+        raise typer.Exit(1)
+
+
 @app.command("list")
 def list_() -> None:
     """Print the suites, the experiments and the shipped models."""

@@ -118,9 +118,14 @@ def check_fires(model: HookedVLM, inputs: Inputs) -> Finding:
     return finding("fires", dead)
 
 
-def check_sites(model: HookedVLM, inputs: Inputs, group: str) -> Finding:
-    """Each site of a group: a write changes the logits or is refused; the identity does not."""
-    names = group_of(model, group)
+def check_sites(
+    model: HookedVLM, inputs: Inputs, group: str, names: Sequence[str] | None = None
+) -> Finding:
+    """Each site of a group: a write changes the logits or is refused; the identity does not.
+
+    `names` are those to check; all of the group without.
+    """
+    names = group_of(model, group) if names is None else names
     problems = []
     with quiet():
         for name in names:

@@ -77,7 +77,7 @@ def check(job: Job) -> list[Experiment]:
             f"There is no dtype {job.dtype!r}.{did_you_mean(job.dtype, DTYPES)} "
             f"Known are: {', '.join(DTYPES)}."
         )
-    _device(job.device)
+    device_of(job.device)
     writable_folder(job.out)
     return experiments
 
@@ -90,8 +90,8 @@ def run(job: Job, listener: Listener) -> Report:
     and the same job finds them there.
     """
     experiments = check(job)
-    device = _device(job.device)
-    model = HookedVLM.from_pretrained(job.model, dtype=_dtype(job.dtype), device=device)
+    device = device_of(job.device)
+    model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
     sha256 = parameter_hash(model.hf_model)
     config = {**asdict(job.config), "device": device, "dtype": job.dtype}
     results, seconds, reused = [], {}, []
@@ -127,7 +127,8 @@ def run(job: Job, listener: Listener) -> Report:
     return Report(results=results, provenance=provenance, page=page)
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """Returns a device that is there (`"auto"`: the GPU if there is one), or raises `DataError`."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -145,5 +146,6 @@ def _device(name: str) -> str:
     return name
 
 
-def _dtype(name: str) -> Any:
+def dtype_of(name: str) -> Any:
+    """Returns torch's dtype of a name; `"auto"` stays, for transformers to choose."""
     return name if name == "auto" else getattr(torch, name)

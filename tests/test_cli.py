@@ -83,7 +83,7 @@ def test_run_writes_a_report(
         "pairs": 7,
         "seed": 3,
         "batch_size": 16,
-        "device": runner._device("auto"),
+        "device": runner.device_of("auto"),
         "dtype": "auto",
     }
     assert record["reused"] == []

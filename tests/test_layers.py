@@ -21,7 +21,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
         "sites config footprint memory hooks cache routing measured image_grids videos processing "
         "inputs describe",
     ),
-    ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws"),
+    ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws checkup"),
     ("interventions", "places guarded interventions kernels engine sweep patching"),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),

@@ -1,0 +1,63 @@
+"""A check of one model, as its user has it: `hooked-vlm check MODEL`.
+
+The laws of `laws`, on a picture of noise and a short prompt made by the model's own
+processor.  By default sites are written in the first, the middle and the last block of
+each tower, which is where an anatomy that was misread shows; `every_layer` takes them all.
+"""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from hooked_vlm import laws
+from hooked_vlm.laws import NO, Finding
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.naming import VISION
+
+
+QUESTION = "What is this?"
+
+
+def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding]:
+    """Yields what holds of a model, law by law, as each is checked.
+
+    Raises `UnsupportedModelError` for a model without a vision encoder or a processor.
+    """
+    vision = model.require_vision()
+    side = vision.image_size or 4 * (vision.patch_size or 14) * max(vision.merge, 2)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    inputs = model.prepare([Image.fromarray(pixels)], QUESTION)
+    yield _safely(laws.check_parity, "parity", model, inputs)
+    yield _safely(laws.check_fires, "fires", model, inputs)
+    for group in laws.SITE_GROUPS:
+        names = laws.group_of(model, group)
+        names = names if every_layer else [n for n in names if _is_representative(model, n)]
+        yield laws.check_sites(model, inputs, group, names)
+    for name, law in (
+        ("residual", laws.check_residual),
+        ("patterns", laws.check_patterns),
+        ("grid", laws.check_grid),
+        ("generate", laws.check_generate),
+        ("start layer", laws.check_start_layer),
+    ):
+        yield _safely(law, name, model, inputs)
+
+
+def _safely(law, name: str, model: HookedVLM, inputs) -> Finding:
+    """Returns what a law finds; what it raises is a finding too, and ends no check-up."""
+    try:
+        return law(model, inputs)
+    except Exception as error:  # noqa: BLE001 - whatever a model raises is the finding
+        return Finding(name, NO, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
+def _is_representative(model: HookedVLM, name: str) -> bool:
+    found = re.search(r"blocks\.(\d+)\.", name)
+    if not found:
+        return True
+    sizes = model.cfg.vision if name.startswith(VISION) else model.cfg
+    assert sizes is not None
+    last = sizes.n_layers - 1
+    return int(found[1]) in {0, last // 2, last}

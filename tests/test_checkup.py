@@ -1,0 +1,74 @@
+"""`hooked-vlm check`: the laws on a user's model, and an answer that a script can act on."""
+
+import pytest
+from prepared_models import prepared
+from test_anatomy import llama
+
+from hooked_vlm import checkup, cli, laws
+from hooked_vlm.checkup import check_model
+from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.laws import NO, YES, Finding
+from hooked_vlm.model import HookedVLM
+
+
+def test_a_model_that_keeps_every_law() -> None:
+    found = list(check_model(prepared("llava")))
+    assert [finding.verdict for finding in found] == [YES] * len(found)
+    assert {"parity", "grid", "LM attention", "generate"} <= {finding.law for finding in found}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sites that are checked, while nothing really is."""
+    names: list[str] = []
+
+    def check_sites(model, inputs, group, wanted=None) -> Finding:
+        names.extend(wanted)
+        return Finding(group, YES)
+
+    monkeypatch.setattr(laws, "check_sites", check_sites)
+    for law in ("parity", "fires", "residual", "grid", "generate", "start_layer"):
+        monkeypatch.setattr(laws, f"check_{law}", lambda *_, law=law: Finding(law, YES))
+    return names
+
+
+def test_what_a_law_raises_is_a_finding(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model, inputs) -> Finding:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(laws, "check_patterns", broken)
+    found = {finding.law: finding for finding in check_model(prepared("llava"))}
+    assert found["patterns"].verdict == NO
+    assert "planted" in found["patterns"].note
+    assert found["start_layer"].verdict == YES  # the others are checked all the same
+
+
+def test_every_layer_checks_every_site(asked: list[str]) -> None:
+    model = prepared("gemma-3")
+    list(check_model(model))
+    few = list(asked)
+    asked.clear()
+    list(check_model(model, every_layer=True))
+    assert set(few) < set(asked) == set(model.hook_names)
+    middle = [name for name in few if name.startswith("blocks.")]
+    assert {name.split(".")[1] for name in middle} == {"0", "2", "5"}
+
+
+def test_a_language_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="has no vision encoder"):
+        next(check_model(HookedVLM(llama(), processor=object())))
+
+
+@pytest.mark.parametrize(("verdict", "code"), [(YES, 0), (NO, 1)])
+def test_the_command_says_so_with_its_exit_code(
+    verdict: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [Finding("parity", YES), Finding("grid", verdict, "4x4")]
+    monkeypatch.setattr(checkup, "check_model", lambda *_: found)
+    monkeypatch.setattr("sys.argv", ["hooked-vlm", "check", "tiny-gemma-3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    said = capsys.readouterr().out
+    assert f"grid               {verdict:<4} 4x4" in said
+    assert ("1 laws do not hold on tiny-gemma-3." in said) == bool(code)
