@@ -243,7 +243,8 @@ class Counts:
         vision = self._of.vision
         if vision is None or not vision.packed:
             return None
-        found = next((n for n in self._inputs if _is_grid(n)), None)
+        video = holds_pixels(self._inputs) and "video" in pixel_name(self._inputs)
+        found = next((n for n in self._inputs if _GRID.search(n) and ("video" in n) == video), None)
         if found is None or not len(self._inputs[found]):
             return None
         grid = torch.as_tensor(self._inputs[found]).cpu().long()
@@ -295,10 +296,6 @@ def _pixels(inputs: Mapping[str, Any], vision: Vision | None) -> tuple[int, int]
 
 
 _GRID = re.compile(r"grid_t?hws?$|target_sizes$|image_sizes$")
-
-
-def _is_grid(name: str) -> bool:
-    return bool(_GRID.search(name)) and "video" not in name
 
 
 def _full_layers(hf_model: nn.Module, vision: Vision | None) -> frozenset[int] | None:

@@ -135,7 +135,9 @@ class HookedModel:
         """
         names = select_names(names_filter, self.hook_names)
         if check_memory:
-            require_memory(self, inputs, names, stop_at_layer, device, _callers_level())
+            warning = require_memory(self, inputs, names, stop_at_layer, device)
+            if warning:
+                warnings.warn(warning, HookedVLMWarning, stacklevel=_callers_level())
         pairs = self._pairs(fwd_hooks, inputs)
         found: dict[str, VisionActivation] = {}
         # A later hook may edit, in place, memory that an earlier site shares.

@@ -9,7 +9,6 @@ sites that share memory (a block's output is the next one's input) count twice.
 """
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from hooked_vlm.devices import compute_dtype, execution_device, free_bytes
-from hooked_vlm.errors import CacheMemoryError, HookedVLMWarning
+from hooked_vlm.errors import CacheMemoryError
 from hooked_vlm.footprint import Counts, Footprint
 from hooked_vlm.naming import NamesFilter, select_names
 
@@ -102,19 +101,20 @@ def require_memory(
     names: Sequence[str],
     stop_at_layer: int | None,
     device: str | torch.device | None,
-    stacklevel: int,
-) -> None:
+) -> str | None:
     """Raises `CacheMemoryError` for a cache that will not fit where it is to be kept.
 
-    Warns of one that takes more than half of what is free.  Asks for the free memory only
-    when the cache is not small, and for its size only when the inputs are not.
+    Returns a warning about one that takes more than half of what is free.  Asks for the
+    free memory only when the cache is not small, and for its size only when the inputs are
+    not.
     """
     itemsize = max(_itemsizes(model))
     if model.footprint.at_most(inputs) * itemsize < _NOT_WORTH_ASKING:
-        return
+        return None
     names = _reached(model, names, stop_at_layer)
     if _total(model, inputs, names) < _NOT_WORTH_ASKING:
-        return
+        return None
+    warning = None
     for place, needed in _by_device(model, inputs, names, device).items():
         free = free_bytes(place)
         if free is None or needed <= free / 2:
@@ -127,11 +127,8 @@ def require_memory(
                 f"This cache needs about {have}: {advice}{elsewhere}; "
                 "pass check_memory=False to try anyway."
             )
-        warnings.warn(
-            f"This cache takes more than half of the free memory, about {have}: {advice}.",
-            HookedVLMWarning,
-            stacklevel=stacklevel,
-        )
+        warning = f"This cache takes more than half of the free memory, about {have}: {advice}."
+    return warning
 
 
 def size_text(nbytes: int) -> str:
