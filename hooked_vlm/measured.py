@@ -202,17 +202,18 @@ def _view(
             f"{n_rows} rows and {n_cols} columns."
         )
     counts = {len(patches.get(int(t), ())) for t in tokens.ravel()}
-    side = cell_px(counts.pop() if len(counts) == 1 else 1)
+    px = cell_px(counts.pop() if len(counts) == 1 else 1)
     scale, offset = [], []
-    for centres, length in ((x, size[0]), (y, size[1])):
-        start, step = _edges(centres, length)
-        scale.append(side / step)
-        offset.append(start * side / step)
+    widths, heights = ([getattr(cell, side) for cell in cells] for side in ("width", "height"))
+    for centres, sides, length in ((x, widths, size[0]), (y, heights, size[1])):
+        start, step = _edges(centres, float(np.median(sides)), length)
+        scale.append(px / step)
+        offset.append(start * px / step)
     return View(
         tokens=tokens,
         scale=(scale[0], scale[1]),
         offset=(offset[0], offset[1]),
-        processed_size=(n_cols * side, n_rows * side),
+        processed_size=(n_cols * px, n_rows * px),
         patches=_by_cell(tokens, patches),
         rows=_by_cell(tokens, rows),
     )
@@ -230,14 +231,15 @@ def _lattice(centres: Sequence[float], sizes: Sequence[float]) -> tuple[np.ndarr
     return means, index.tolist()
 
 
-def _edges(centres: np.ndarray, length: int) -> tuple[float, float]:
-    """Returns where the first cell begins and how long a cell is, in image pixels.
+def _edges(centres: np.ndarray, side: float, length: int) -> tuple[float, float]:
+    """Returns where the first cell begins and how long a cell is, in image pixels; of one cell
+    alone that is its own `side`.
 
     Grey levels are 256, so a long axis is known to a pixel or two only: cells that end at
     the image's borders within that are taken to end there.
     """
     n = len(centres)
-    step, first = np.polyfit(np.arange(n), centres, 1) if n > 1 else (length, centres[0])
+    step, first = np.polyfit(np.arange(n), centres, 1) if n > 1 else (side, centres[0])
     start = first - step / 2
     slack = 2.5 * length / 255 + step / 8
     if abs(start) < slack and abs(start + n * step - length) < slack:

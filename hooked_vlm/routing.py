@@ -156,14 +156,20 @@ def _reached(
             stop_at_layer=0,
             fwd_hooks=[*off, *captures.items()],
         )
+        if not residual.requires_grad and _packed(model.hf_model):
+            raise _no_gradient()
         found = positions_reached(
             residual, [pixels, *(t for c in captures.values() for t in c.tensors)]
         )
     if bool((found[0] == NOWHERE).all()) and _packed(model.hf_model):
-        raise NoGradientError(
-            "The way of a pixel cannot be measured, because quantised layers pass no gradient on."
-        )
+        raise _no_gradient()
     return found
+
+
+def _no_gradient() -> NoGradientError:
+    return NoGradientError(
+        "The way of a pixel cannot be measured, because quantised layers pass no gradient on."
+    )
 
 
 def _packed(model: nn.Module) -> bool:
