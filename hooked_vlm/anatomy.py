@@ -338,7 +338,7 @@ def _deepstack(model: nn.Module, paths: dict[int, str]) -> Iterator[str]:
         seen.add(leaf)
 
 
-_DEEPSTACK = "deepstack|layerwise_projectors|spatial_projectors"
+_DEEPSTACK = "deepstack|^merger_list$|layerwise_projectors|spatial_projectors"
 
 
 def _read_layers(config: Any, n_blocks: int) -> tuple[int, ...] | None:

@@ -59,6 +59,7 @@ class GridFinder:
     def __init__(self, model: Wrapped) -> None:
         self.model = model
         self.templates: dict[Any, Template] = {}
+        self.shown: dict[Any, bool] = {}
         self.trusts_rule: bool | None = None
         """Whether the rule was found to agree with a measurement; None: not compared yet."""
         self.placeholder: str | None = None
@@ -120,9 +121,35 @@ class GridFinder:
             return self._measured(inputs, sizes_by_prompt, process, key, error)
         if self.trusts_rule is None:
             self.trusts_rule = self._agrees(sizes[0], process)
-        if self.trusts_rule:
+        if self.trusts_rule and all(self._shows(g, process, key) for row in grids for g in row):
             return grids
         return self._measured(inputs, sizes_by_prompt, process, key, None)
+
+    def _shows(self, grid: TokenGrid, process: Process, key: Any) -> bool:
+        """Whether a grid's cells show what its rule says, as the processor's own ramps tell.
+
+        Asked once for each size of image, of models that take one picture for each image.
+        """
+        name = grid.image_size, key, "rule"
+        if name not in self.shown:
+            self.shown[name] = self._compare(grid, process)
+        return self.shown[name]
+
+    def _compare(self, grid: TokenGrid, process: Process) -> bool:
+        inputs = process([_noise(grid.image_size)])
+        pixels = pixel_name(inputs)
+        if inputs[pixels].ndim != 4 or len(inputs[pixels]) != 1:
+            return True  # packed patches, whose images are scaled as wholes
+        places = places_of(lambda image: process([image])[pixels], grid.image_size)
+        for axis, place in enumerate(places):
+            along = np.ma.masked_invalid(place[0, 0]).mean(axis=axis)  # x by column, y by row
+            seen = np.ma.filled(along, np.nan)
+            given = (np.arange(len(seen)) + 0.5 + grid.offset[axis]) / grid.scale[axis]
+            known = np.isfinite(seen) & (given > 0) & (given < grid.image_size[axis])
+            slack = 4 * grid.image_size[axis] / 255 + 1 / grid.scale[axis]
+            if known.any() and np.abs(seen - given)[known].max() > slack:
+                return False
+        return True
 
     def _agrees(self, size: Size, process: Process) -> bool:
         """Whether the rule's grid for a small image is the measured one (if it can be)."""

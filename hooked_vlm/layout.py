@@ -60,8 +60,11 @@ class PackedLayout:
         `"patches"`, `"blocks"` and `"tokens"` are as above, class tokens in front of each image
         included.  At `"features"` the number of
         rows tells: patches, or what an encoder has merged of them.  What an encoder or a
-        projector merges in raster order follows in raster order as well.
+        projector merges in raster order follows in raster order as well.  `"outside"` is a
+        projector that is no part of the encoder.
         """
+        if stage == "outside":  # the encoder has put back what it reordered
+            return self.patches if n_rows == self.patches.total else self._raster(n_rows)
         if stage == "features":
             stage = "blocks" if n_rows == self.blocks.total else "tokens"
         found: PackedOrder = getattr(self, stage)
@@ -73,7 +76,19 @@ class PackedLayout:
             return _behind_prefix(found, extra)
         if n_rows != found.total and n_rows and not self.blocks.total % n_rows:
             return self._merged(self.blocks.total // n_rows)
+        if stage == "tokens" and n_rows != found.total:
+            return self._raster(n_rows)
         return found
+
+    def _raster(self, n_rows: int) -> PackedOrder:
+        """Returns rows as they come: each image's share of them, in raster order."""
+        if n_rows and not self.patches.total % n_rows:
+            return self._merged(self.patches.total // n_rows)
+        if n_rows % len(self.shapes) or not self.patches.even:
+            return self.tokens  # which says that it does not fit
+        # Separators among the tokens: as many for each image, where all are of one size.
+        each = n_rows // len(self.shapes)
+        return PackedOrder(tuple(torch.arange(n_rows).split(each)))
 
     @property
     def finer(self) -> "PackedLayout | None":

@@ -46,6 +46,7 @@ def find_projector(
             return paths[id(children[after[-1]])]
     inner = dict(encoder.named_children())
     last = [n for n in self_calls(type(encoder).forward) if n in inner and not is_norm(n, inner[n])]
+    last = [n for n in last if not isinstance(inner[n], nn.ModuleList)]
     last = [n for n in last if _linear_count(inner[n]) and not any(block_lists(inner[n]))]
     return paths[id(inner[last[-1]])] if last else None
 

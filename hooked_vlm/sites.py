@@ -112,6 +112,8 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
     if projector:
         features = "image patch d_features"
         order = "features" if vision.packed else ""
+        if vision.packed and not projector.startswith(f"{vision.path}."):
+            order = tokens = "outside"
         read_by = (features, projector, "input")
         conv = vision.feature_maps
         yield Site(f"{VISION}.hook_out", *read_by, order=order, conv=conv)
@@ -119,6 +121,7 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
         yield Site(
             f"{PROJECTOR}.hook_out", "image token d_model", projector, "output", order=tokens
         )
+    tokens = "tokens" if vision.packed else ""
     for i, path in enumerate(vision.deepstack):
         name = f"{PROJECTOR}.deepstack.{i}.hook_out"
         yield Site(name, "image token d_model", path, "output", order=tokens)
