@@ -147,7 +147,15 @@ def _reached(
 ) -> list[Tensor]:
     """Returns the positions that the pixels, and then what is captured, reach."""
     key = pixel_name(inputs)
-    off = [(name, _zero) for name in attention]
+    # MLPs mix no patches, but without them there is little left to differentiate.
+    mlps = [
+        name
+        for name, site in model.sites.items()
+        if name.startswith(f"{VISION}.blocks.")
+        and name.endswith("hook_mlp_out")
+        and not site.read_only
+    ]
+    off = [(name, _zero) for name in [*attention, *mlps]]
     with torch.enable_grad():
         pixels = inputs[key].detach().clone().requires_grad_(True)
         residual, _ = model.run_with_cache(
