@@ -237,13 +237,20 @@ class HookedVLM(HookedModel):
         below `layer` are skipped; there is no key-value cache.  With the residual stream
         that `run_with_cache(inputs, stop_at_layer=layer)` returned, the logits are those of
         the full run.  TransformerLens's `start_at_layer`.
+
+        Warns of hooks in skipped blocks, which do not run.
         """
         blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-        layer = layer_index(layer, len(blocks) - 1, "layer")
+        layer = layer_index(layer, len(blocks), "layer", behind=False)
         kwargs = {"use_cache": False, **kwargs}
         if self._tuples is None:
             with torch.no_grad():
                 self._tuples = returns_tuples(blocks, lambda: self.forward(inputs, **kwargs))
         start = (f"blocks.{layer}.hook_resid_pre", lambda here, hook: residual.to(here.device))
+        skipped = tuple(f"blocks.{i}." for i in range(layer))
+        pairs = self._pairs(fwd_hooks, inputs)
+        run = [(name, fn) for name, fn in pairs if not name.startswith(skipped)]
         with skipping(blocks[:layer], self._tuples[:layer]):
-            return self.run_with_hooks(inputs, [start, *fwd_hooks], **kwargs)
+            logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
+        self._warn_unran({name for name, _ in pairs if name.startswith(skipped)})
+        return logits

@@ -23,12 +23,12 @@ class _Stopped(Exception):  # noqa: N818 - it is no error
         self.residual = residual
 
 
-def layer_index(layer: int, n_layers: int, word: str) -> int:
-    """Returns a layer counted from the front; `n_layers` itself means behind the last."""
-    if not -n_layers <= layer <= n_layers:
+def layer_index(layer: int, n_layers: int, word: str, behind: bool = True) -> int:
+    """Returns a layer counted from the front; `n_layers` means `behind` the last, if allowed."""
+    if not -n_layers <= layer < n_layers + behind:
+        more = f" (and {n_layers} for behind the last)" if behind else ""
         raise UnknownHookError(
-            f"{word}={layer} is out of range: this model has LM layers 0 to {n_layers - 1} "
-            f"(and {n_layers} for behind the last)."
+            f"{word}={layer} is out of range: this model has LM layers 0 to {n_layers - 1}{more}."
         )
     return layer + n_layers if layer < 0 else layer
 

@@ -177,8 +177,12 @@ def with_features(order: Tensor) -> HookedVLM:
 
 @pytest.mark.parametrize(
     ("order", "where"),
-    [("flipped", "projector"), ("flipped", "features"), ("by columns", "features")]
-    + [("shuffled", "projector")],
+    [
+        ("flipped", "projector"),
+        ("flipped", "features"),
+        ("by columns", "features"),
+        ("shuffled", "projector"),
+    ],
 )
 def test_a_wrong_rule_is_found_out_and_the_order_followed(order: str, where: str) -> None:
     order_ = ORDERS[order]
