@@ -164,11 +164,11 @@ def _reached(
             stop_at_layer=0,
             fwd_hooks=[*off, *captures.items()],
         )
-        if not residual.requires_grad and _packed(model.hf_model):
+        captured = [t for capture in captures.values() for t in capture.tensors]
+        lost = not all(tensor.requires_grad for tensor in (residual, *captured))
+        if lost and _packed(model.hf_model):
             raise _no_gradient()
-        found = positions_reached(
-            residual, [pixels, *(t for c in captures.values() for t in c.tensors)]
-        )
+        found = positions_reached(residual, [pixels, *captured])
     if bool((found[0] == NOWHERE).all()) and _packed(model.hf_model):
         raise _no_gradient()
     return found
