@@ -3,6 +3,7 @@
 import re
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from prepared_models import prepared
 from tiny_encoders import ENCODERS, encoder, pictures
 from tiny_models import FAMILIES, build, make_inputs, tiny
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import devices, memory
 from hooked_vlm.encoder import HookedVisionEncoder
@@ -130,6 +132,32 @@ def test_what_the_inputs_do_not_tell_is_said():
     estimate = estimate_cache(model, {"pixel_values": torch.zeros(36, 384)})
     assert "blocks.*.attn.hook_q" in estimate.unknown
     assert "Not counted" in str(estimate)
+
+
+def test_a_large_model_without_weights():
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rope_parameters": rope,
+    }
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        hf_model = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    grid = torch.tensor([[1, 72, 72], [1, 40, 64]])
+    n_patches = int(grid.prod(1).sum())
+    ids = torch.full((1, 200 + n_patches // 4), 5)
+    ids[0, 10 : 10 + n_patches // 4] = config.image_token_id
+    pixels = torch.empty(n_patches, 1176, device="meta")
+    inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid}
+    said = str(estimate_cache(HookedVLM(hf_model), inputs))
+    page = Path(__file__).parent.parent / "docs" / "large-models.md"
+    assert said in " ".join(page.read_text().split())
 
 
 @pytest.mark.parametrize("alone", [False, True])
