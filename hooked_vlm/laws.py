@@ -22,6 +22,7 @@ from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
 from hooked_vlm.grid import TokenGrid
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.naming import PROJECTOR, VISION
+from hooked_vlm.partial import uncached
 from hooked_vlm.regions import Region
 from hooked_vlm.residual_sums import BlockSums, same
 from hooked_vlm.routing import Routes, measure_routes
@@ -305,6 +306,8 @@ def _misplaced(grid: TokenGrid, routes: Routes, length: int) -> Iterator[str]:
 def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
     """Greedy generation under hooks equals transformers' own, with and without the cache."""
     greedy: dict[str, Any] = {"max_new_tokens": steps, "do_sample": False}
+    if model.anatomy.image_token_id is not None:  # said, it would stand for an image that is not
+        greedy["suppress_tokens"] = [model.anatomy.image_token_id]
     watch = [("blocks.*.hook_resid_post", lambda _value, hook: None)]
     problems = []
     with quiet():
@@ -324,7 +327,7 @@ def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
 def check_start_layer(model: HookedVLM, inputs: Inputs) -> Finding:
     """Starting from a layer with its own residual gives the full run's logits."""
     with quiet():
-        base = model(inputs, use_cache=False)
+        base = model(inputs, **uncached(model.hf_model))
         layer = model.cfg.n_layers - 1
         residual, _ = model.run_with_cache(inputs, "hook_embed", stop_at_layer=layer)
         found = model.run_from_layer(inputs, residual, layer)

@@ -28,7 +28,7 @@ from hooked_vlm.image_grids import GridFinder
 from hooked_vlm.inputs import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.loading import load_pretrained
 from hooked_vlm.naming import NamesFilter
-from hooked_vlm.partial import layer_index, returns_tuples, run_until, skipping
+from hooked_vlm.partial import layer_index, returns_tuples, run_until, skipping, uncached
 from hooked_vlm.sites import list_sites
 
 
@@ -242,7 +242,7 @@ class HookedVLM(HookedModel):
         """
         blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
         layer = layer_index(layer, len(blocks), "layer", behind=False)
-        kwargs = {"use_cache": False, **kwargs}
+        kwargs = {**uncached(self.hf_model), **kwargs}
         if self._tuples is None:
             with torch.no_grad():
                 self._tuples = returns_tuples(blocks, lambda: self.forward(inputs, **kwargs))

@@ -6,6 +6,7 @@ an exception in front of a layer; `skipping` lets the layers below one pass thei
 unchanged, which costs nothing, and the caller puts the residual stream in there.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,13 @@ def layer_index(layer: int, n_layers: int, word: str, behind: bool = True) -> in
             f"{word}={layer} is out of range: this model has LM layers 0 to {n_layers - 1}{more}."
         )
     return layer + n_layers if layer < 0 else layer
+
+
+def uncached(model: nn.Module) -> dict[str, bool]:
+    """Returns the keyword that keeps a model from making a key-value cache, if it takes that."""
+    own = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    known = "use_cache" in own or any(p.kind is p.VAR_KEYWORD for p in own.values())
+    return {"use_cache": False} if known else {}
 
 
 def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -> Tensor:
