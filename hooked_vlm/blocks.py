@@ -370,9 +370,8 @@ def _projection(
         return None
     index, size = "qkv".index(letter), linears[fused].out_features
     if size == 3 * n_heads * d_head:
-        source = forward_source(type(attn).forward) + forward_source(
-            getattr(attn, "_split_heads", None) or (lambda: None)
-        )
+        split = getattr(attn, "_split_heads", None)
+        source = forward_source(type(attn).forward) + (forward_source(split) if split else "")
         heads_first = re.search(r"heads, 3", source) is not None
         return Projection(fused, "h3d" if heads_first else "3hd", index)
     n_kv, rest = divmod(size - n_heads * d_head, 2 * d_head)

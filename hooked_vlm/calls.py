@@ -7,16 +7,44 @@ name, after it.  The source of `forward` says so without a forward pass, for mod
 the `meta` device and for a user's own modules alike.  Expressions are read in the
 order Python evaluates them, so `self.down(self.act(self.gate(x)) * self.up(x))` gives
 `act`'s argument first: gate, act, up, down.
+
+All blocks of a model share one `forward`, so what is read of a function is kept for as
+long as that function lives.  A class that is defined anew has another function.
 """
 
 import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 
+Read = TypeVar("Read")
+
+
+def _kept(read: Callable[[Callable], Read]) -> Callable[[Callable], Read]:
+    """Makes `read` read each function once, and forget it when the function goes."""
+    known: WeakKeyDictionary[Callable, Read] = WeakKeyDictionary()
+
+    @wraps(read)
+    def kept(function: Callable) -> Read:
+        plain = getattr(function, "__func__", function)  # a bound method would hold its module
+        try:
+            return known[plain]
+        except KeyError:
+            known[plain] = found = read(plain)
+            return found
+        except TypeError:  # a callable that cannot be referred to weakly, or hashed
+            return read(function)
+
+    return kept
+
+
+@_kept
 def forward_source(function: Callable) -> str:
     """Returns the source of a function under all its decorators, or `""` if there is none."""
     try:
@@ -62,7 +90,8 @@ def _self_path(node: ast.expr) -> str | None:
     return None
 
 
-def self_calls(function: Callable) -> list[str]:
+@_kept
+def self_calls(function: Callable) -> tuple[str, ...]:
     """Returns the dotted names called on `self` in a function, in evaluation order, once each.
 
     >>> import torch
@@ -70,15 +99,15 @@ def self_calls(function: Callable) -> list[str]:
     ...     def forward(self, x):
     ...         return self.down(self.act(self.gate(x)) * self.up(x))
     >>> self_calls(Gated.forward)  # doctest: +SKIP
-    ['gate', 'act', 'up', 'down']
+    ('gate', 'act', 'up', 'down')
     """
     source = forward_source(function)
     if not source:
-        return []
+        return ()
     collector = _SelfCalls()
     for statement in ast.parse(source).body:
         collector.visit(statement)
-    return list(dict.fromkeys(collector.names))
+    return tuple(dict.fromkeys(collector.names))
 
 
 POSITIONAL = "*"
@@ -118,6 +147,12 @@ def called_children(module: nn.Module) -> list[str]:
     return called + [name for name in children if name not in called]
 
 
+@_kept
+def signature_of(function: Callable) -> inspect.Signature:
+    """Returns the signature of a function under its decorators."""
+    return inspect.signature(inspect.unwrap(function))
+
+
 def forward_parameters(module: nn.Module) -> list[str]:
     """Returns the names of the parameters of a module's `forward`, under its decorators."""
-    return list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+    return list(signature_of(type(module).forward).parameters)

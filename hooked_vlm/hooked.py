@@ -83,7 +83,19 @@ class HookedModel:
         `inputs` they will act on.  Raises `UnknownHookError` for a name of no site before
         anything is attached; whatever happens inside, nothing stays attached after.
         """
-        pairs = self._pairs(fwd_hooks, inputs)
+        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), inputs, prefill_only):
+            yield self
+
+    # --- for the final classes ------------------------------------------------------------
+
+    @contextmanager
+    def _attached_to_sites(
+        self,
+        pairs: list[tuple[str, HookFunction]],
+        inputs: ModelInputs | None = None,
+        prefill_only: bool = False,
+    ) -> Iterator[None]:
+        """Attaches functions to sites by their own names; see `hooks`."""
         self._say_eager(pairs)
         prompt = None
         if prefill_only and inputs is not None and "input_ids" in inputs:
@@ -91,12 +103,10 @@ class HookedModel:
         self._open.append((pairs, Run(prefill_only, prompt)))
         try:
             self._reattach()
-            yield self
+            yield
         finally:
             self._open.pop()
             self._reattach()
-
-    # --- for the final classes ------------------------------------------------------------
 
     def _run_hooked(
         self,
@@ -114,7 +124,8 @@ class HookedModel:
         ran: set[str] = set()
         note = Reader(lambda _, hook: ran.add(hook.name))
         named = {name for name, _ in pairs}
-        with self.hooks([*pairs, *((name, note) for name in named)], during, prefill_only):
+        pairs += [(name, note) for name in named]
+        with self._attached_to_sites(pairs, during, prefill_only):
             output = run()
         self._warn_unran(named - ran)
         return output
@@ -154,7 +165,7 @@ class HookedModel:
             found[hook.name] = kept
 
         reader = Reader(store)
-        with self.hooks([*pairs, *((name, reader) for name in names)]):
+        with self._attached_to_sites([*pairs, *((name, reader) for name in names)]):
             output = run()
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
@@ -178,14 +189,25 @@ class HookedModel:
             if hasattr(item, "hooks_for"):
                 if inputs is None:
                     raise HookError(f"{item} needs the inputs it acts on: hooks(…, inputs=inputs).")
-                pairs += item.hooks_for(self, inputs)
+                pairs += self._resolved(item.hooks_for(self, inputs))
             elif isinstance(item, tuple) and len(item) == 2 and callable(item[1]):
-                pairs += [(name, item[1]) for name in select_names(item[0], self.hook_names)]
+                pairs += self._resolved([item])
             else:
                 raise HookError(
                     f"{item!r} is not a hook: give (name, function), the name a string, a pattern "
                     "or a function of names, or an intervention such as Patch(…)."
                 )
+        return pairs
+
+    def _resolved(
+        self, hooks: Iterable[tuple[Any, HookFunction]]
+    ) -> list[tuple[str, HookFunction]]:
+        """Returns (site name, function) pairs for functions under names, patterns or filters."""
+        pairs: list[tuple[str, HookFunction]] = []
+        for name, fn in hooks:
+            known = isinstance(name, str) and name in self.sites
+            names = [name] if known else select_names(name, self.hook_names)
+            pairs += [(site, fn) for site in names]
         return pairs
 
     def _say_eager(self, pairs: list[tuple[str, Callable]]) -> None:

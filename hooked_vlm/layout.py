@@ -10,6 +10,7 @@ padded into one tensor.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Int, Shaped
@@ -28,15 +29,25 @@ class PackedOrder:
 
     rows: tuple[Int[Tensor, " _"], ...]  # images differ in size
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Number of packed rows."""
         return sum(len(rows) for rows in self.rows)
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether all images have the same number of rows."""
         return len({len(rows) for rows in self.rows}) == 1
+
+    @cached_property
+    def flat(self) -> Int[Tensor, " row"]:
+        """The packed rows of all images, one behind the other."""
+        return torch.cat(self.rows)
+
+    @cached_property
+    def places(self) -> Int[Tensor, " row"]:
+        """Where each packed row stands in `flat`."""
+        return torch.argsort(self.flat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +101,7 @@ class PackedLayout:
         each = n_rows // len(self.shapes)
         return PackedOrder(tuple(torch.arange(n_rows).split(each)))
 
-    @property
+    @cached_property
     def finer(self) -> "PackedLayout | None":
         """The layout of an encoder that is told its grids in merged blocks, not in patches."""
         if self.merge < 2:
@@ -160,15 +171,16 @@ def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> Images:
             f"The encoder packed {packed.shape[0]} rows where its grid_thw makes {order.total}; "
             "this model's layout is not the one read from its module tree."
         )
-    images = [packed.index_select(0, rows.to(packed.device)) for rows in order.rows]
-    return torch.stack(images) if order.even else images
+    if order.even:
+        raster = packed.index_select(0, order.flat.to(packed.device))
+        return raster.unflatten(0, (len(order.rows), -1))
+    return [packed.index_select(0, rows.to(packed.device)) for rows in order.rows]
 
 
 def from_images(images: Images, order: PackedOrder) -> Shaped[Tensor, "row ..."]:
     """Returns images in raster order as packed rows: the inverse of `to_images`."""
-    rows = torch.cat(list(images))
-    inverse = torch.argsort(torch.cat(order.rows)).to(rows.device)
-    return rows.index_select(0, inverse)
+    rows = images.flatten(0, 1) if isinstance(images, Tensor) else torch.cat(images)
+    return rows.index_select(0, order.places.to(rows.device))
 
 
 def joined(first: Images, second: Images) -> Images:

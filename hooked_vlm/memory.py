@@ -24,6 +24,8 @@ from hooked_vlm.naming import NamesFilter, select_names
 
 _NOT_WORTH_ASKING = 2**26
 """Bytes below which nobody's memory is asked after."""
+_LARGEST_NUMBER = 8
+"""Bytes of a number in the widest dtype."""
 
 
 @runtime_checkable
@@ -108,8 +110,7 @@ def require_memory(
     free memory only when the cache is not small, and for its size only when the inputs are
     not.
     """
-    itemsize = max(_itemsizes(model))
-    if model.footprint.at_most(inputs) * itemsize < _NOT_WORTH_ASKING:
+    if model.footprint.at_most(inputs) * _LARGEST_NUMBER < _NOT_WORTH_ASKING:
         return None
     names = _reached(model, names, stop_at_layer)
     if _total(model, inputs, names) < _NOT_WORTH_ASKING:

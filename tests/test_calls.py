@@ -1,6 +1,7 @@
 """The order of calls, read from source: evaluation order, decorators, and what has no source."""
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Branching(nn.Module):
 
 
 def test_arguments_come_before_the_call_that_takes_them():
-    assert self_calls(Gated.forward) == ["gate", "act", "up", "down"]
+    assert self_calls(Gated.forward) == ("gate", "act", "up", "down")
 
 
 def test_called_order_is_the_order_that_runs():
@@ -68,7 +69,7 @@ def test_children_that_are_never_called_come_last():
 
 
 def test_branches_loops_keywords_and_nested_attributes():
-    assert self_calls(Branching.forward) == ["early", "late", "helper", "inner.deep"]
+    assert self_calls(Branching.forward) == ("early", "late", "helper", "inner.deep")
 
 
 def test_parameters_are_those_under_the_decorators():
@@ -80,3 +81,44 @@ def test_no_source_leaves_the_order_of_declaration():
     made = type("Made", (Gated,), {"forward": eval("lambda self, x: self.up(x)")})
     assert forward_source(made.forward) == ""
     assert called_children(made()) == ["down", "unused", "up", "act", "gate"]
+
+
+def test_what_was_read_of_a_function_is_not_taken_for_anothers():
+    class Pair(nn.Module):
+        def forward(self: Any, x):
+            return self.b(self.a(x))
+
+    assert self_calls(Pair.forward) == ("a", "b")
+
+    def forward(self, x, late=None):
+        return self.a(self.b(x))
+
+    Pair.forward = forward  # as a user's patch does
+    assert self_calls(Pair.forward) == ("b", "a")
+    assert forward_parameters(Pair()) == ["self", "x", "late"]
+
+
+def test_what_was_read_is_forgotten_with_its_function_and_holds_no_module():
+    module = Branching()
+    gone = weakref.ref(module)
+    assert "return x" in forward_source(module.helper)
+    del module
+    assert gone() is None
+
+    def short_lived(self):
+        return self.a(1)
+
+    assert self_calls(short_lived) == ("a",)
+    gone = weakref.ref(short_lived)
+    del short_lived
+    assert gone() is None
+
+
+def test_a_callable_that_cannot_be_kept_is_read_each_time():
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x):
+            return x
+
+    assert forward_source(Unhashable()) == ""

@@ -1,8 +1,11 @@
 """Running: filters, stopping early, inputs of every kind, and what the wrapper says of itself."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import FAMILIES, build, make_inputs, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
 from hooked_vlm.inputs import Inputs
@@ -160,3 +163,62 @@ def test_run_with_cache_of_an_open_block_sees_its_edits():
     assert not cache[name].any()
     _, cache = model.run_with_cache(inputs, name)
     assert cache[name].all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrapping_touches_no_weight_and_computes_nothing(family):
+    hf_model = build(family)
+    tensors = [*hf_model.named_parameters(), *hf_model.named_buffers()]
+    before = [(name, id(t), t.data_ptr(), t._version) for name, t in tensors]
+    ran = []
+
+    class Notes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Notes():
+        model = HookedVLM(hf_model)
+    assert ran == []  # a copy would be an operation
+    assert model.hf_model is hf_model
+    model.run_with_cache(make_inputs(family), "blocks.*.hook_resid_post")
+    tensors = [*hf_model.named_parameters(), *hf_model.named_buffers()]
+    assert [(name, id(t), t.data_ptr(), t._version) for name, t in tensors] == before
+
+
+def test_a_module_that_is_replaced_after_wrapping_is_the_one_that_is_hooked():
+    model, inputs = HookedVLM(build("llava")), make_inputs("llava")
+    block: Any = model.hf_model.get_submodule("model.language_model.layers.1")
+    names = ["blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out", "blocks.*.hook_resid_post"]
+    _, old = model.run_with_cache(inputs, names)
+
+    class Doubled(type(block.mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    new: Any = Doubled(block.mlp.config)
+    new.load_state_dict(block.mlp.state_dict())
+    removed, block.mlp = block.mlp, new
+    logits, cache = model.run_with_cache(inputs, names)
+    assert torch.equal(cache["mlp_out", 1], 2 * old["mlp_out", 1])
+    assert torch.equal(logits, model(inputs))
+    again, same = HookedVLM(model.hf_model).run_with_cache(inputs, names)
+    assert torch.equal(again, logits)
+    assert all(torch.equal(same[name], cache[name]) for name in cache)
+    zero = [("blocks.1.hook_mlp_out", lambda x, hook: x * 0)]
+    _, without = model.run_with_cache(inputs, names, fwd_hooks=zero)
+    assert not without["mlp_out", 1].any()
+    assert not any(m._forward_hooks for m in (new, removed))
+
+
+def test_an_intervention_of_ones_own_may_name_sites_by_pattern():
+    class Doubling:
+        def hooks_for(self, _model, _inputs):
+            return [("blocks.*.hook_mlp_out", lambda x, hook: x * 2)]
+
+    model, inputs = tiny("llava"), make_inputs("llava")
+    plain = [("blocks.*.hook_mlp_out", lambda x, hook: x * 2)]
+    expected = model.run_with_hooks(inputs, plain)
+    assert torch.equal(model.run_with_hooks(inputs, [Doubling()]), expected)
+    with model.hooks([Doubling()], inputs):
+        assert torch.equal(model(inputs), expected)
