@@ -289,6 +289,18 @@ def test_a_pattern_that_does_not_sum_to_one_is_found(stack: str) -> None:
     assert_broken(found, f"{name}: rows do not sum to one")
 
 
+def test_less_than_one_is_excused_only_where_there_are_sinks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, inputs = tiny("llava"), inputs_for("llava")
+    with model.hooks([("blocks.*.attn.hook_pattern", lambda x, hook: x * 0.9995)]):
+        assert laws.check_patterns(model, inputs).verdict == YES  # rounding
+    with model.hooks([("blocks.1.attn.hook_pattern", lambda x, hook: x * 0.99)]):
+        assert_broken(laws.check_patterns(model, inputs), "rows do not sum to one")
+        monkeypatch.setattr(laws, "_has_sinks", lambda *_: True)
+        assert "sinks" in laws.check_patterns(model, inputs).note
+
+
 def test_a_pattern_that_is_not_the_one_used_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     own = attention.pattern
     monkeypatch.setattr(attention, "pattern", lambda weights, *rest: own(weights * 1.2, *rest))
