@@ -293,8 +293,6 @@ def test_less_than_one_is_excused_only_where_there_are_sinks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, inputs = tiny("llava"), inputs_for("llava")
-    with laws.quiet(), model.hooks([("blocks.*.attn.hook_pattern", lambda x, hook: x * 0.9995)]):
-        assert laws.check_patterns(model, inputs).verdict == YES  # rounding
     with laws.quiet(), model.hooks([("blocks.1.attn.hook_pattern", lambda x, hook: x * 0.99)]):
         assert_broken(laws.check_patterns(model, inputs), "rows do not sum to one")
         monkeypatch.setattr(laws, "_has_sinks", lambda *_: True)
