@@ -95,11 +95,9 @@ class PackedLayout:
         """Returns rows as they come: each image's share of them, in raster order."""
         if n_rows and not self.patches.total % n_rows:
             return self._merged(self.patches.total // n_rows)
-        if n_rows % len(self.shapes) or not self.patches.even:
-            return self.tokens  # which says that it does not fit
-        # Separators among the tokens: as many for each image, where all are of one size.
-        each = n_rows // len(self.shapes)
-        return PackedOrder(tuple(torch.arange(n_rows).split(each)))
+        if len(self.shapes) > 1:
+            return self.tokens  # which says that it does not fit: whose are they?
+        return PackedOrder((torch.arange(n_rows),))  # separators among the tokens of one image
 
     @cached_property
     def finer(self) -> "PackedLayout | None":

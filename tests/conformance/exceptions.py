@@ -29,6 +29,10 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("gemma4", "residual"): "per-layer inputs are added, and the sum scaled, behind the MLP",
     ("inkling2", "residual"): "a short convolution mixes the residual itself",
     ("glm5_next", "residual"): "several residual streams, mixed around each block",
+    (
+        "hunyuan_vl",
+        "images",
+    ): "projected rows of several images, with separators, are refused",
     ("qwen4_exp", "residual"): "several residual streams, mixed around each block",
     ("muse_spark", "residual"): "a learned gate mixes what is added into the residual",
     ("idefics", "residual"): "gated cross-attention blocks stand between the blocks, unnamed",
