@@ -22,7 +22,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sites that are checked, while nothing really is."""
     names: list[str] = []
 
-    def check_sites(model, inputs, group, wanted=None) -> Finding:
+    def check_sites(model, inputs, group, wanted=()) -> Finding:
         names.extend(wanted)
         return Finding(group, YES)
 

@@ -50,7 +50,11 @@ def tiny_config(model_type: str, vocab_size: int = VOCAB, **overrides: Any) -> P
     values = merged(_shrink(full, ""), table.OVERRIDES.get(model_type, {}))
     _fit_feature_layers(values, _depth_of_tower(values))
     _fit_vocabulary(values, vocab_size, {})
-    return config_class(**merged(values, overrides))
+    config = config_class(**merged(values, overrides))
+    if model_type in table.STAND_INS:
+        name, inner, own = table.STAND_INS[model_type]
+        vars(config)[name] = CONFIG_MAPPING[inner](**own)  # past the check of its class
+    return config
 
 
 def tiny_model(

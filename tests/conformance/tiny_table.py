@@ -187,8 +187,23 @@ def _code(number: int) -> str:
     return f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(number))}Z"
 
 
-NOT_BUILDABLE: dict[str, str] = {
-    "gemma3n": "its tower can only be timm's MobileNet-V5, and timm needs torchvision",
+_CONVOLUTIONS = {
+    "num_stages": 1,
+    "out_features": ["stage1"],
+    "out_indices": [1],
+    "depths": [3],
+    "hidden_sizes": [32],
+    "hidden_size": 32,
+    "image_size": 32,
+}
+
+STAND_INS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # in place of timm's MobileNet-V5, where the class of the configuration allows no other
+    "gemma3n": (
+        "vision_config",
+        "convnext",
+        {**_CONVOLUTIONS, "vocab_size": 32, "vocab_offset": 448, "rms_norm_eps": 1e-6},
+    ),
 }
 
 SUB_CONFIGS: dict[str, dict[str, str]] = {
@@ -298,16 +313,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # its tower folds pixels into ever wider channels
     "inkling_mm_model": {"vision_config": {"patch_size": 8}},
     # in place of timm's towers
-    "fast_vlm": {
-        "vision_config": {
-            "num_stages": 1,
-            "out_features": ["stage1"],
-            "out_indices": [1],
-            "depths": [3],
-            "hidden_sizes": [32],
-            "hidden_size": 32,
-            "image_size": 32,
-        }
+    "fast_vlm": {"vision_config": _CONVOLUTIONS},
+    "gemma3n": {
+        "vision_soft_tokens_per_image": 64,
+        "audio_config": {"vocab_size": 32, "vocab_offset": 480},
     },
     "perception_lm": {
         "projector_pooling_ratio": 2,
