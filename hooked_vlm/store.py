@@ -2,8 +2,8 @@
 
 A long run that is interrupted should cost what is left of it, not what was done.  So each
 finished experiment is written to a folder of its own, under a key that hashes everything
-its numbers depend on: the experiment, its configuration, the model's weights and the
-version of this package.  The next run reads back what has the same key and computes the
+its numbers depend on: the experiment, its configuration, the model's weights and this
+package's source.  The next run reads back what has the same key and computes the
 rest.  Nothing is pickled: a table is CSV, an array safetensors, a picture PNG, and the
 rest JSON, so a folder can be read without this package and opened from a stranger.
 
@@ -17,9 +17,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 from PIL import Image
@@ -29,14 +31,25 @@ from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.result import Result
 
 
-FORMAT = 1  # raised when the files below change, so that old folders are computed again
+FORMAT = 2  # raised when the files below change, so that old folders are computed again
 
 
 def run_key(experiment: str, config: Mapping[str, Any], model_sha256: str, version: str) -> str:
-    """Returns the hash of all that an experiment's numbers depend on."""
-    everything = [FORMAT, experiment, dict(config), model_sha256, version]
+    """Returns the hash of all that an experiment's numbers and words depend on.
+
+    A version stands for its source only once it is released, so the source counts too.
+    """
+    everything = [FORMAT, experiment, dict(config), model_sha256, version, _source_sha256()]
     text = json.dumps(everything, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _source_sha256() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def writable_folder(path: Path) -> Path:
@@ -104,7 +117,8 @@ def load_result(folder: Path, name: str, key: str) -> Saved | None:
 def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
     arrays, labels = {}, {}
     for name, array in result.arrays.items():
-        arrays[name] = array.values
+        # safetensors writes memory as it lies: a transposed array would come back scrambled.
+        arrays[name] = np.ascontiguousarray(array.values)
         labels[name] = {
             "dims": list(array.dims),
             "coords": {

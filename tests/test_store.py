@@ -34,6 +34,15 @@ def test_round_trip_is_exact(result: Result, tmp_path: Path) -> None:
         assert getattr(back, word) == getattr(result, word)
 
 
+def test_an_array_that_lies_transposed_in_memory_comes_back_as_it_was(tmp_path: Path) -> None:
+    maps = xr.DataArray(np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1), dims=("a", "b", "c"))
+    assert not maps.values.flags.c_contiguous
+    save_result(dataclasses.replace(synthetic.e3(), arrays={"maps": maps}), tmp_path, "key")
+    saved = load_result(tmp_path, "ordering-probes", "key")
+    assert saved is not None
+    xr.testing.assert_identical(saved.result.arrays["maps"], maps)
+
+
 def test_missing_values_in_text_and_number_columns(tmp_path: Path) -> None:
     table = synthetic.e2().table
     table.loc[3, ["low", "high"]] = np.nan
@@ -52,7 +61,7 @@ def test_another_key_finds_nothing(tmp_path: Path) -> None:
     assert load_result(tmp_path, "never-saved", "one key") is None
 
 
-def test_key_sees_everything_numbers_depend_on() -> None:
+def test_key_sees_everything_numbers_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     base = ("strip-swap", {"pairs": 50, "seed": 0}, "abc", "0.1.0")
     keys = {
         run_key(*base),
@@ -63,6 +72,8 @@ def test_key_sees_everything_numbers_depend_on() -> None:
     }
     assert len(keys) == 5
     assert run_key(base[0], {"seed": 0, "pairs": 50}, *base[2:]) == run_key(*base)
+    monkeypatch.setattr(store, "_source_sha256", lambda: "other code of the same version")
+    assert run_key(*base) not in keys
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path: Path) -> None:
