@@ -19,7 +19,13 @@ from torch import Tensor
 
 from hooked_vlm.errors import DataError, UnknownHookError, did_you_mean
 from hooked_vlm.layout import Images
-from hooked_vlm.naming import VISION, count_layers, get_act_name, resolve_name
+from hooked_vlm.naming import (
+    VISION,
+    count_layers,
+    get_act_name,
+    layer_out_of_range,
+    resolve_name,
+)
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -56,6 +62,8 @@ class ActivationCache(Mapping[str, Any]):
                 return self._activations[resolve_name(spelling, self._activations, self.n_layers)]
             except UnknownHookError:
                 continue
+        if wrong := layer_out_of_range(get_act_name(name), self.n_layers):
+            raise UnknownHookError(f"The cache holds no {name!r}: {wrong}")
         raise UnknownHookError(
             f"The cache holds no {name!r}: {len(self)} sites were cached."
             f"{did_you_mean(get_act_name(name), self._activations)} "

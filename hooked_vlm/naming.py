@@ -143,13 +143,22 @@ def _from_the_end(name: str, known: list[str], n_layers: Mapping[str, int]) -> s
     return name if layer < 0 else name.replace(f".{match[2]}.", f".{layer}.", 1)
 
 
+def layer_out_of_range(name: str, n_layers: Mapping[str, int]) -> str:
+    """Returns what to say of a name whose layer no stack of so many layers has, else `""`."""
+    match = _layer_pattern(name)
+    n = n_layers.get(match[1], 0) if match else 0
+    if not match or not n or -n <= int(match[2]) < n:
+        return ""
+    return (
+        f"layer {match[2]} is out of range, {match[1]} has layers 0 to {n - 1} "
+        f"(or -1 to -{n} from the end)."
+    )
+
+
 def _unknown(name: str, canonical: str, known: list[str]) -> str:
-    match = _layer_pattern(canonical)
-    if match and (n_layers := count_layers(match[1], known)) and not 0 <= int(match[2]) < n_layers:
-        return (
-            f"No hook named {name!r}: layer {match[2]} is out of range, {match[1]} has layers "
-            f"0 to {n_layers - 1} (or -1 to -{n_layers} from the end)."
-        )
+    stacks = {prefix: count_layers(prefix, known) for prefix in ("blocks", f"{VISION}.blocks")}
+    if wrong := layer_out_of_range(canonical, stacks):
+        return f"No hook named {name!r}: {wrong}"
     tower = [n for n in known if n.startswith((VISION, PROJECTOR))]
     if canonical.startswith((VISION, PROJECTOR)) and not tower:
         return f"No hook named {name!r}: this model has no vision encoder."

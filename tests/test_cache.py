@@ -58,6 +58,9 @@ def test_what_was_not_cached_is_said():
         cache["resid_post", 0, "vision_encoder"]
     with pytest.raises(UnknownHookError, match=r"Did you mean 'blocks\.0\.hook_resid_post'"):
         cache["resid_pots", 0]
+    for layer in (3, -4):
+        with pytest.raises(UnknownHookError, match=rf"layer {layer} is out of range, .* 0 to 2"):
+            cache["resid_post", layer]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
