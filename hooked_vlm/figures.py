@@ -68,7 +68,8 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
         "A linear probe reads an object's place in the order (first, middle, last) from single "
         "visual tokens at the projector's output. Accuracy on the object tokens of held-out "
         "images, and the share of background tokens that the probe gives to the strip they lie "
-        "in; each beside a probe fitted in the same way to shuffled labels.",
+        "in; each beside a probe fitted in the same way to shuffled labels. Green: a logistic "
+        "regression on the same tokens, fitted to convergence. n counts held-out images.",
     )
     arrays = result.arrays
     if "mean_maps" in arrays:

@@ -37,10 +37,11 @@ class Look:
     color: str
     marker: str
     dashes: str | tuple[int, tuple[int, int]] = "-"
+    width: float = 1.8  # more where another line often runs just over it
 
 
 KINDS = {
-    "strip": Look("strips through the whole image", "#D55E00", "s"),
+    "strip": Look("strips through the whole image", "#D55E00", "s", width=4.0),
     "object": Look("object cells alone", "#0072B2", "o"),
     "background": Look("strips without their object cells", "#6B6B6B", "^", (0, (4, 2))),
 }
@@ -115,7 +116,7 @@ def accuracy(table: pd.DataFrame, *, by: str = "direction", chance: float | None
     looks = _complete(SCORES, table["quantity"])
     with mpl.rc_context(STYLE):
         height = 0.7 + 0.25 * len(looks) + 0.27 * len(names) * (1 + len(looks))
-        figure = Figure(figsize=(7.6, height), layout="constrained")
+        figure = Figure(figsize=(6.6, height), layout="constrained")
         axes = figure.subplots()
         for line, (quantity, look) in enumerate(looks.items()):
             rows = table[table["quantity"] == quantity].set_index(by)
@@ -189,7 +190,7 @@ def mean_maps(maps: xr.DataArray, object_cells: xr.DataArray) -> Figure:
     _need_dims(maps, "axis", "class", "row", "col")
     with mpl.rc_context(STYLE):
         axis_names = [str(name) for name in maps["axis"].values]
-        figure = Figure(figsize=(7.4, 0.5 + 2.4 * len(axis_names)), layout="constrained")
+        figure = Figure(figsize=(6.4, 0.3 + 2.1 * len(axis_names)), layout="constrained")
         panels = figure.subplots(len(axis_names), maps.sizes["class"], squeeze=False)
         for row, axis_name in enumerate(axis_names):
             cells = object_cells.isel(axis=row)
@@ -260,9 +261,13 @@ def _by_slot(
 
 def _handles(looks: Mapping[str, Look]) -> list[Line2D]:
     return [
-        Line2D([], [], color=look.color, marker=look.marker, ls=look.dashes, label=look.label)
-        for look in looks.values()
+        Line2D([], [], label=look.label, **{**_drawn(look), "ms": 6}) for look in looks.values()
     ]
+
+
+def _drawn(look: Look) -> dict[str, Any]:
+    line = {"color": look.color, "ls": look.dashes, "lw": look.width}
+    return {**line, "marker": look.marker, "ms": 3.0 + 0.8 * look.width}
 
 
 def _line(panel: Axes, rows: pd.DataFrame, look: Look) -> None:
@@ -271,9 +276,7 @@ def _line(panel: Axes, rows: pd.DataFrame, look: Look) -> None:
         return
     slots = rows["slot"].astype(int)
     panel.fill_between(slots, rows["low"], rows["high"], color=look.color, alpha=0.18, lw=0)
-    panel.plot(
-        slots, rows["value"], color=look.color, marker=look.marker, ls=look.dashes, ms=4.5, lw=1.8
-    )
+    panel.plot(slots, rows["value"], **_drawn(look))
 
 
 def _slot_axis(panel: Axes, slots: pd.Series) -> None:

@@ -198,7 +198,9 @@ def _table(table: pd.DataFrame) -> str:
         bounds = zip(table["low"], table["high"], strict=True)
         place = list(shown.columns).index("value") + 1
         shown.insert(place, "95 % interval", [_interval(low, high) for low, high in bounds])
-    head = "".join(f"<th scope=col>{html.escape(str(name))}</th>" for name in shown.columns)
+    head = "".join(
+        f"<th scope=col{_kind(shown[name])}>{html.escape(str(name))}</th>" for name in shown
+    )
     rows = "\n".join(
         "<tr>" + "".join(_cell(value) for value in row) + "</tr>"
         for row in shown.itertuples(index=False, name=None)
@@ -207,14 +209,23 @@ def _table(table: pd.DataFrame) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    return "" if pd.isna(low) or pd.isna(high) else f"{low:.3f} to {high:.3f}"
+    return "" if pd.isna(low) or pd.isna(high) else f"{_three(low)} to {_three(high)}"
+
+
+def _three(value: float) -> str:
+    """Three places, and no sign on a zero."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
+def _kind(column: pd.Series) -> str:
+    return " class=number" if pd.api.types.is_numeric_dtype(column) else ""
 
 
 def _cell(value: object) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and value != value):
         return "<td></td>"
     if isinstance(value, float):
-        return f"<td class=number>{value:.3f}</td>"
+        return f"<td class=number>{_three(value)}</td>"
     kind = "" if isinstance(value, str) else " class=number"
     return f"<td{kind}>{html.escape(str(value))}</td>"
 

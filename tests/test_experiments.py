@@ -14,6 +14,7 @@ from planted_models import planted
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hooked_vlm.errors import DataError, HookedVLMWarning, ScoringError, UnsupportedModelError
+from hooked_vlm.experiments import final_token, ordering_probes, strip_swap
 from hooked_vlm.experiments.config import Config
 from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, select
 from hooked_vlm.experiments.result import Result
@@ -75,6 +76,7 @@ def test_e1_counts_every_item_once() -> None:
     assert (result.table["value"] == 1).all()
     assert "Of 480 items" in result.verdict
     assert "1.00" in result.verdict
+    assert "no direction is worse than another" in result.verdict
 
 
 def test_e2_finds_the_three_stages_that_were_planted() -> None:
@@ -95,6 +97,19 @@ def test_e2_finds_the_three_stages_that_were_planted() -> None:
     assert result.arrays["pairs_left"].sizes == {"slot": 3, "pair": 2, "quantity": 3}
 
 
+@pytest.mark.parametrize(
+    ("winners", "says"),
+    [
+        (["clean", "ordering", "attribute", "attribute"], "follow each other as in the paper"),
+        (["clean", "attribute"], "Unlike in the paper, there is no ordering stage."),
+        (["clean"], "no ordering and no attribute stage"),
+        (["clean", "ordering", "clean", "attribute"], "do not follow each other"),
+    ],
+)
+def test_e2_says_which_stage_is_not_there(winners: list[str], says: str) -> None:
+    assert says in final_token._against_the_paper(pd.Series(winners))
+
+
 @pytest.mark.parametrize("coded", ["background", "object"])
 def test_e3_finds_the_order_in_the_background_where_it_is(coded: str) -> None:
     result, _ = run("ordering-probes", coded)
@@ -112,6 +127,26 @@ def test_e3_finds_the_order_in_the_background_where_it_is(coded: str) -> None:
     cells = result.arrays["object_cells"]
     assert cells.sum().item() == 6  # one cell for each of three objects on two axes
     assert set(result.images) == set(result.arrays["item_maps"]["item"].values.tolist())
+    where = "and from" if coded == "background" else "and not from"
+    assert result.verdict.count(f"is read from the objects {where} the background") == 2
+
+
+@pytest.mark.parametrize(
+    ("low", "says"),
+    [
+        ({"accuracy": 0.9, "background": 0.6}, "from the objects and from the background, as in"),
+        ({"accuracy": 0.9}, "and not from the background, unlike in the paper"),
+        ({"background": 0.6}, "from the background and not from the objects"),
+        ({"converged": 0.44}, "its recipe reads no order; only a probe fitted to convergence"),
+        ({"background": 0.36}, "no order is read"),
+        ({}, "no order is read"),
+    ],
+)
+def test_e3_says_in_words_what_its_intervals_say(low: dict[str, float], says: str) -> None:
+    names = ["accuracy", "converged", "shuffled", "background", "background, shuffled"]
+    lows = pd.Series(0.3, index=names)
+    lows.update(pd.Series(low, dtype=float))
+    assert says in ordering_probes._found(pd.DataFrame({"low": lows, "high": lows + 0.05}))
 
 
 @pytest.mark.parametrize("coded", ["background", "object"])
@@ -137,6 +172,30 @@ def test_e4_tells_the_two_mechanisms_apart(coded: str) -> None:
     assert set(result.images) == {"horizontal regions", "vertical regions"}
     other = "strips without objects" if coded == "object" else "objects alone"
     assert f"{other} 0.00" in result.verdict
+    first = result.verdict.splitlines()[0]
+    found = "alone do not, as in" if coded == "background" else "flip the answer too"
+    assert first.startswith("Left, right, above and below: ")
+    assert found in first
+    clear = "strips do more than objects at slots 0-1, by up to 1.00 [1.00, 1.00] (slot 0)"
+    unclear = "strips and objects do not differ clearly at any slot"
+    # Two pairs are too few for a sign-flip test, however large their difference is.
+    assert result.verdict.count(unclear) == 4
+    many = rows(result, direction="left", kind="strip - object").assign(p_holm=0.001)
+    assert strip_swap._compared(many).startswith(clear if coded == "background" else unclear)
+
+
+def test_e4_speaks_of_no_difference_that_is_only_significant() -> None:
+    table = pd.DataFrame(
+        {
+            "slot": [0, 1, 2],
+            "value": [0.0001, -0.2, -0.3],
+            "low": [0.00005, -0.3, -0.5],
+            "high": [0.0002, -0.1, 0.1],
+            "p_holm": [0.0007, 0.0007, 0.2],
+        }
+    )
+    said = strip_swap._compared(table)
+    assert said == "objects do more than strips at slot 1, by 0.20 [0.10, 0.30]"
 
 
 def test_the_controls_of_e4_have_the_cells_they_say() -> None:

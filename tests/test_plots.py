@@ -56,6 +56,15 @@ def test_bands_are_the_intervals() -> None:
     assert np.asarray(band)[:, 1].max() == pytest.approx(rows["high"].max())
 
 
+def test_strips_show_where_objects_do_just_the_same() -> None:
+    table = synthetic.e4().table
+    strips = table[table["kind"] == "strip"]
+    pixels = render(plots.swap(pd.concat([strips, strips.assign(kind="object")])))[..., :3]
+    legend = len(pixels) // 8
+    orange = np.abs(pixels[legend:].astype(int) - (0xD5, 0x5E, 0x00)).max(-1) < 8
+    assert orange.sum() > 500
+
+
 def test_an_unknown_kind_is_drawn_too() -> None:
     table = synthetic.e4().table
     extra = table[table["kind"] == "strip"].assign(kind="ring")

@@ -61,7 +61,9 @@ def _verdict(table: pd.DataFrame) -> str:
     every = table[table["direction"] == "all"].iloc[0]
     by = table[table["direction"] != "all"]
     worst = by.sort_values("value").iloc[0]
-    return (
-        f"Of {every['n']} items the model answers {said(every)} rightly; its worst direction is "
-        f"{worst['direction']!r}, with {said(worst)}."
+    alike = by["value"].nunique() == 1
+    return f"Of {every['n']} items the model answers {said(every)} rightly; " + (
+        f"no direction is worse than another (each {said(worst)})."
+        if alike
+        else f"its worst direction is {worst['direction']!r}, with {said(worst)}."
     )

@@ -6,13 +6,18 @@ carried over: the clean one (nothing yet), the clean image's colour at the place
 counterfactual asks for (the place), and the counterfactual's own colour (the answer).
 """
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Squares, interval_rows, said, select
+from hooked_vlm.experiments.setting import (
+    Squares,
+    interval_rows,
+    said,
+    said_slots,
+    select,
+)
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
 from hooked_vlm.spans import LastToken
@@ -103,22 +108,25 @@ def _verdict(table: pd.DataFrame) -> str:
     wide = every.pivot(index="slot", columns="quantity", values="value")
     winner = wide[list(QUANTITIES)].idxmax(axis=1)
     spans = [
-        f"{_slots(winner.index[winner == q])} {_WORDS[q]}"
+        f"{said_slots(winner.index[winner == q])} {_WORDS[q]}"
         for q in QUANTITIES
         if (winner == q).any()
     ]
     ordering = select(every, quantity="ordering")
     peak = ordering.sort_values("value").iloc[-1]
-    staged = list(dict.fromkeys(winner)) == list(QUANTITIES)
     return (
         f"By the most probable of the three answers, {'; '.join(spans)}. The ordering answer peaks "
-        f"at slot {peak['slot']} with {said(peak)}. "
-        + (
-            "The three stages follow each other as in the paper."
-            if staged
-            else "The paper's three stages do not all appear in this order."
-        )
+        f"at slot {peak['slot']} with {said(peak)}. {_against_the_paper(winner)}"
     )
+
+
+def _against_the_paper(winner: pd.Series) -> str:
+    missing = [q for q in QUANTITIES if not (winner == q).any()]
+    if missing:
+        return f"Unlike in the paper, there is no {' and no '.join(missing)} stage."
+    if winner.tolist() == sorted(winner, key=QUANTITIES.index):
+        return "The three stages follow each other as in the paper."
+    return "The three stages all appear, but do not follow each other as in the paper."
 
 
 _WORDS = {
@@ -126,10 +134,3 @@ _WORDS = {
     "ordering": "transfer the ordering",
     "attribute": "transfer the attribute",
 }
-
-
-def _slots(index: pd.Index) -> str:
-    slots = np.asarray(index, dtype=int)
-    runs = np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)
-    names = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
-    return f"slot{'s' if len(slots) > 1 else ''} {', '.join(names)}"

@@ -5,7 +5,7 @@ the one the paper uses for the model's kind of encoder: its own size where that 
 12x12 visual tokens where any size goes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,4 +144,28 @@ def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
 
 def said(row: Any) -> str:
     """Returns a number with its 95 % interval, as verdicts write it."""
-    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    value, low, high = (f"{round(row[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def said_slots(slots: Iterable[int]) -> str:
+    """Returns slots as verdicts write them, runs folded.
+
+    >>> said_slots([0, 2, 3, 4])
+    'slots 0, 2-4'
+    """
+    array = np.asarray(sorted(slots), dtype=int)
+    if not len(array):
+        return "no slot"
+    runs = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
+    names = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"slot{'s' if len(array) > 1 else ''} {', '.join(names)}"
+
+
+def said_names(names: Sequence[str]) -> str:
+    """Returns words as a sentence lists them.
+
+    >>> said_names(["left", "right", "above"])
+    'left, right and above'
+    """
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -12,7 +12,14 @@ import xarray as xr
 from hooked_vlm.drawing import draw_regions
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Squares, interval_rows, said, select
+from hooked_vlm.experiments.setting import (
+    Squares,
+    interval_rows,
+    said,
+    said_names,
+    said_slots,
+    select,
+)
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
 from hooked_vlm.pairing import CellPairs, swap_pairs
@@ -31,6 +38,10 @@ CLAIM = (
 )
 KINDS = ("strip", "object", "background")
 QUANTITIES = ("swapped", "clean")
+FLIPPED = 0.5
+"""The mean probability of the swapped answer from which the verdict says that it flipped."""
+SMALLEST = 0.01
+"""The smallest difference that the verdict speaks of: with 50 pairs, 0.0001 can be significant."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -82,6 +93,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Intervals are 95 % bootstrap intervals over pairs. 'strip - object' is the paired "
             "difference in the swapped answer's probability; its p-values (column p_holm) are "
             "sign-flip tests over pairs, adjusted by Holm over the slots of a direction.",
+            f"The verdict's first sentence calls an answer flipped where the mean probability of "
+            f"the swapped answer reaches {FLIPPED} at the best slot. Its differences are those "
+            f"with p_holm of at most 0.05 and a size of at least {SMALLEST}.",
         ),
     )
 
@@ -148,22 +162,47 @@ def _pictures(setting: Squares, pairs: dict[str, list[SwapPair]]) -> dict:
 
 
 def _verdict(table: pd.DataFrame) -> str:
+    found: dict[str, list[str]] = {}
     parts = []
     for direction in [d for d in DIRECTIONS if d in set(table["direction"])]:
         here = select(table, direction=direction, quantity="swapped")
         best = {kind: _peak(select(here, kind=kind)) for kind in KINDS}
-        difference = select(table, direction=direction, kind="strip - object")
-        clear = difference[difference["p_holm"] <= 0.05]
-        ahead = clear[clear["value"] > 0]["slot"].tolist()
-        behind = clear[clear["value"] < 0]["slot"].tolist()
+        flips = {kind: bool(best[kind]["value"] >= FLIPPED) for kind in KINDS}
+        found.setdefault(_FINDINGS[flips["strip"], flips["object"]], []).append(direction)
         parts.append(
             f"{direction}: at best, strips flip the answer with probability {_at(best['strip'])}, "
             f"objects alone {_at(best['object'])}, strips without objects "
-            f"{_at(best['background'])}; strips do more than objects at {_listed(ahead)}"
-            + (f", objects more than strips at {_listed(behind)}" if behind else "")
-            + "."
+            f"{_at(best['background'])}; "
+            f"{_compared(select(table, direction=direction, kind='strip - object'))}."
         )
-    return "\n".join(part[0].upper() + part[1:] for part in parts)
+    first = "; ".join(f"{said_names(where)}: {finding}" for finding, where in found.items())
+    return "\n".join(part[0].upper() + part[1:] for part in (f"{first}.", *parts))
+
+
+_FINDINGS = {  # by whether strips flip the answer, and whether object cells alone do
+    (True, False): "strips flip the answer and object cells alone do not, as in the paper",
+    (True, True): "object cells alone flip the answer too, unlike in the paper",
+    (False, True): "object cells alone flip the answer and strips do not, unlike in the paper",
+    (False, False): "neither strips nor object cells flip the answer, unlike in the paper",
+}
+
+
+def _compared(difference: pd.DataFrame) -> str:
+    """Says at which slots strips and objects differ, and by how much at most."""
+    clear = difference[(difference["p_holm"] <= 0.05) & (difference["value"].abs() >= SMALLEST)]
+    parts = []
+    for words, sign in (("strips do more than objects", 1), ("objects do more than strips", -1)):
+        rows = clear[clear["value"] * sign > 0]
+        if len(rows):
+            most = rows.loc[rows["value"].abs().idxmax()]
+            size = said(most if sign > 0 else _negated(most))
+            size = size if len(rows) == 1 else f"up to {size} (slot {most['slot']})"
+            parts.append(f"{words} at {said_slots(rows['slot'])}, by {size}")
+    return "; ".join(parts) or "strips and objects do not differ clearly at any slot"
+
+
+def _negated(row: pd.Series) -> pd.Series:
+    return pd.Series({"value": -row["value"], "low": -row["high"], "high": -row["low"]})
 
 
 def _at(row: pd.Series) -> str:
@@ -172,7 +211,3 @@ def _at(row: pd.Series) -> str:
 
 def _peak(rows: pd.DataFrame) -> pd.Series:
     return rows.sort_values("value").iloc[-1]
-
-
-def _listed(slots: list[int]) -> str:
-    return f"slots {', '.join(map(str, slots))}" if slots else "no slot"
