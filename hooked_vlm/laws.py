@@ -240,7 +240,11 @@ def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator
 
     def cut(weights: Tensor) -> Tensor:
         weights = weights.clone()
-        rest = 1 - weights[..., 1:, :1]  # what a softmax without the key would divide by
+        # What a softmax without the key would divide by: the other keys and the sinks.  As
+        # 1 - weight it would be rounding where the key has nearly all of it.
+        rest = weights[..., 1:, 1:].sum(-1, keepdim=True)
+        sinks = 1 - rest - weights[..., 1:, :1]
+        rest = rest + sinks.where(sinks > 1e-5, torch.zeros_like(sinks))
         weights[..., 1:, 0] = 0
         weights[..., 1:, :] /= rest.clamp(min=1e-20)
         return weights

@@ -18,14 +18,14 @@ NOT_SERVED: dict[str, str] = {
     "diffusion_gemma": "block diffusion: its forward draws noise, and no token follows another",
     "pi0": "gives robot actions, not text",
     # not to be had in this environment
-    "fast_vlm": "its tower is timm's, which needs torchvision; not tried",
-    "gemma3n": "its tower is timm's, which needs torchvision; not tried",
     "instructblipvideo": "its processor takes videos only; not tried",
 }
 
 _PADDED = "transformers' own results change with padding here"
 
 EXCEPT: dict[tuple[str, str], str] = {
+    ("gemma3n", "residual"): "several residual streams, mixed around each block",
+    ("gemma3n", "start layer"): "the last blocks use keys and values of earlier ones",
     ("gemma4", "residual"): "per-layer inputs are added, and the sum scaled, behind the MLP",
     ("inkling2", "residual"): "a short convolution mixes the residual itself",
     ("glm5_next", "residual"): "several residual streams, mixed around each block",
@@ -40,7 +40,6 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("pix2struct", "residual"): "attention and MLP add to the residual inside themselves",
     ("minicpmv4_6", "residual"): "patches are merged in the middle of the encoder",
     ("minicpmv4_7", "residual"): "patches are merged in the middle of the encoder",
-    ("minicpm_ocr", "residual"): "patches are merged in the middle of the encoder",
     ("mllama", "residual"): "cross-attention blocks drop what they add where a row sees no image",
     ("mistral_large4", "padding"): f"{_PADDED} (which keys its index picks)",
     ("minimax_m3_vl", "padding"): f"{_PADDED} (which keys its index picks)",

@@ -210,10 +210,13 @@ SUB_CONFIGS: dict[str, dict[str, str]] = {
     # configurations that are None by default: a model without a tower
     "gemma4": {"vision_config": "gemma4_vision"},
     "gemma4_unified": {"vision_config": "gemma4_unified_vision"},
-    # towers of the timm package, in whose place stands one of the same kind
+    # towers of the timm package, in whose place stands one of transformers (OTHER_TOWERS)
     "fast_vlm": {"vision_config": "convnext"},
     "perception_lm": {"vision_config": "clip_vision_model"},
 }
+
+OTHER_TOWERS = ("fast_vlm", "gemma3n", "perception_lm")
+"""Architectures built with a tower that their checkpoints do not have; the page says so."""
 
 ADDED: dict[str, dict[str, Any]] = {
     # kinds of layers that checkpoints have and the default configuration has not

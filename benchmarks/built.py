@@ -1,0 +1,183 @@
+"""Models to time, made from configs: two of a size whose arithmetic counts, and real ones.
+
+`build` gives a seeded random model with 12 blocks of width 512 (about 50 million
+parameters in them) and `make_inputs` prompts of about 160 tokens for it, one image each.
+`REAL` are the configs of published models; on the `meta` device they take no memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+
+VOCAB, IMAGE, START, END = 4000, 3999, 3998, 3997
+SIDE, PATCH = 16, 14
+LENGTH = 160
+LAYERS = {"qwen2-vl": (12, 6), "gemma-3": (12, 6)}
+"""The families that `build` knows, and their numbers of blocks: language model, encoder."""
+
+
+def _rotary(*section: int) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(section)}
+
+
+def _text(n_layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+
+
+def _qwen2_vl(n_layers: int, n_vision: int) -> tuple[type, Any]:
+    vision = {"depth": n_vision, "embed_dim": 256, "hidden_size": 512, "num_heads": 8}
+    text = {**_text(n_layers), "rope_parameters": _rotary(8, 12, 12)}
+    del text["head_dim"]
+    config = Qwen2VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return Qwen2VLForConditionalGeneration, config
+
+
+def _gemma_3(n_layers: int, n_vision: int) -> tuple[type, Any]:
+    config: Any = Gemma3Config
+    text: Any = Gemma3TextConfig
+    vision: Any = SiglipVisionConfig
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8}
+    made = config(
+        text_config=text(**_text(n_layers)).to_dict(),
+        vision_config=vision(
+            **sizes, num_hidden_layers=n_vision, image_size=SIDE * PATCH, patch_size=PATCH
+        ).to_dict(),
+        mm_tokens_per_image=(SIDE // 2) ** 2,
+        image_token_id=IMAGE,
+    )
+    return Gemma3ForConditionalGeneration, made
+
+
+def build(family: str, layers: tuple[int, int] | None = None) -> Any:
+    """Returns a new random transformers model of a family, seeded, in eval mode."""
+    make = {"qwen2-vl": _qwen2_vl, "gemma-3": _gemma_3}[family]
+    model_class, config = make(*(layers or LAYERS[family]))
+    torch.manual_seed(0)
+    return model_class._from_config(config, attn_implementation="sdpa").eval()  # type: ignore[attr-defined]
+
+
+def make_inputs(family: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
+    """Returns inputs of `batch` prompts, each with one image of 16x16 patches (64 tokens)."""
+    random = torch.Generator().manual_seed(seed)
+    n_tokens = (SIDE // 2) ** 2
+    ids = torch.randint(2, 3000, (batch, LENGTH), generator=random)
+    ids[:, 3], ids[:, 4 : 4 + n_tokens], ids[:, 4 + n_tokens] = START, IMAGE, END
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family == "qwen2-vl":
+        inputs["pixel_values"] = torch.randn(batch * SIDE**2, 3 * 2 * PATCH**2, generator=random)
+        inputs["image_grid_thw"] = torch.tensor([[1, SIDE, SIDE]] * batch)
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    else:
+        inputs["pixel_values"] = torch.randn(batch, 3, SIDE * PATCH, SIDE * PATCH, generator=random)
+        inputs["token_type_ids"] = (ids == IMAGE).int()
+    return inputs
+
+
+# --- sizes of published models ------------------------------------------------------------
+
+
+def _real_qwen(d: int, d_mlp: int, layers: int, heads: int, kv: int, vocab: int) -> Callable:
+    def make() -> tuple[type, Any]:
+        text = {
+            "hidden_size": d,
+            "intermediate_size": d_mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "vocab_size": vocab,
+            "rope_parameters": _rotary(16, 24, 24),
+        }
+        vision = {"depth": 32, "embed_dim": 1280, "hidden_size": d, "num_heads": 16}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision)
+        return Qwen2VLForConditionalGeneration, config
+
+    return make
+
+
+def _real_gemma() -> tuple[type, Any]:
+    config: Any = Gemma3Config
+    text: Any = Gemma3TextConfig
+    vision: Any = SiglipVisionConfig
+    inner = text(
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=262208,
+    )
+    tower = vision(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=896,
+        patch_size=14,
+    )
+    return Gemma3ForConditionalGeneration, config(
+        text_config=inner.to_dict(), vision_config=tower.to_dict(), mm_tokens_per_image=256
+    )
+
+
+def _real_llava() -> tuple[type, Any]:
+    config: Any = LlavaConfig
+    vision: Any = CLIPVisionConfig
+    tower = vision(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    return LlavaForConditionalGeneration, config(
+        vision_config=tower, text_config=LlamaConfig(vocab_size=32064)
+    )
+
+
+REAL: dict[str, Callable[[], tuple[type, Any]]] = {
+    "Qwen2-VL-7B": _real_qwen(3584, 18944, 28, 28, 4, 152064),
+    "Qwen2-VL-72B": _real_qwen(8192, 29568, 80, 64, 8, 152064),
+    "Gemma-3-4b": _real_gemma,
+    "LLaVA-1.5-7B": _real_llava,
+}
+
+
+def on_meta(name: str) -> Any:
+    """Returns a published model without its weights."""
+    model_class, config = REAL[name]()
+    with torch.device("meta"):
+        return model_class(config)
