@@ -52,6 +52,21 @@ Out = Annotated[Path, typer.Option(help="Folder for the report; made if it is no
 Pairs = Annotated[int, typer.Option(help="Image pairs per direction.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
+Setting = Annotated[
+    str, typer.Option(help="Stimuli: squares, shapes, objects, or one of them with -photos.")
+]
+Cutouts = Annotated[
+    Path | None, typer.Option(help="Your own cut-outs for objects: a folder of <name>.png.")
+]
+Backgrounds = Annotated[
+    Path | None, typer.Option(help="Your own photographs for the -photos settings: a folder.")
+]
+Data = Annotated[Path | None, typer.Option(help="The folder of What'sUp or COCO-spatial.")]
+OtherWords = Annotated[bool, typer.Option("--other-words", help="Ask in a second phrasing.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An experiment's own option, NAME=VALUE; may be repeated."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier run left.")]
@@ -62,9 +77,15 @@ def run(
     experiment: Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")],
     model: Model,
     out: Out,
+    setting: Setting = "squares",
     pairs: Pairs = 50,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
+    cutouts: Cutouts = None,
+    backgrounds: Backgrounds = None,
+    data: Data = None,
+    other_words: OtherWords = False,
+    options: Options = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     fresh: Fresh = False,
@@ -77,7 +98,17 @@ def run(
         experiment=experiment,
         model=model,
         out=out,
-        config=Config(pairs=pairs, seed=seed, batch_size=batch_size),
+        config=Config(
+            pairs=pairs,
+            seed=seed,
+            batch_size=batch_size,
+            setting=setting,
+            cutouts=cutouts,
+            backgrounds=backgrounds,
+            data=data,
+            other_words=other_words,
+        ),
+        options=_options(options or []),
         device=device,
         dtype=dtype,
         fresh=fresh,
@@ -171,7 +202,8 @@ def list_() -> None:
         print(f"  {name:<18} {', '.join(members)}")
     print("experiments")
     for name, experiment in EXPERIMENTS.items():
-        print(f"  {name:<18} {experiment.id}: {experiment.title} (paper, {experiment.section})")
+        print(f"  {experiment.id:<3} {name:<22} paper, {experiment.section}: {experiment.title}")
+        print(f"      {experiment.claim}")
     print("shipped models")
     for name in zoo.available():
         print(f"  {name}")
@@ -184,6 +216,18 @@ def main() -> None:
     except HookedVLMError as error:
         print(f"hooked-vlm: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    from hooked_vlm.errors import DataError
+
+    options = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise DataError(f"--set {text!r} is not NAME=VALUE, as in --set alphas=0,4,8.")
+        options[name.strip().replace("-", "_")] = value
+    return options
 
 
 def _run(job: "Job") -> "Report":

@@ -8,7 +8,7 @@ so that an interruption costs one experiment at most.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments import registry
+from hooked_vlm.experiments.config import check_options, specialise
 from hooked_vlm.experiments.registry import Config, Experiment
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model import HookedVLM
@@ -40,6 +41,8 @@ class Job:
     """A shipped model, a local folder or a hub name."""
     out: Path
     config: Config = field(default_factory=Config)
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Fields of single experiments' own configurations, as text: `{"alphas": "0,4,8"}`."""
     device: str = "auto"
     dtype: str = "auto"
     fresh: bool = False
@@ -72,6 +75,9 @@ def check(job: Job) -> list[Experiment]:
             f"pairs={job.config.pairs} and batch_size={job.config.batch_size} were given; "
             "both must be at least 1."
         )
+    check_options([experiment.config for experiment in experiments], job.options)
+    for experiment in experiments:
+        specialise(experiment.config, job.config, job.options)
     if job.dtype not in DTYPES:
         raise DataError(
             f"There is no dtype {job.dtype!r}.{did_you_mean(job.dtype, DTYPES)} "
@@ -93,17 +99,19 @@ def run(job: Job, listener: Listener) -> Report:
     device = device_of(job.device)
     model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
     sha256 = parameter_hash(model.hf_model)
-    config = {**asdict(job.config), "device": device, "dtype": job.dtype}
+    config = {**asdict(job.config), **job.options, "device": device, "dtype": job.dtype}
     results, seconds, reused = [], {}, []
     with Stopwatch() as watch:
         for place, experiment in enumerate(experiments, start=1):
             listener.begin(experiment, place, len(experiments))
-            key = run_key(experiment.name, config, sha256, metadata.version("hooked-vlm"))
+            own = specialise(experiment.config, job.config, job.options)
+            chosen = {**asdict(own), "device": device, "dtype": job.dtype}
+            key = run_key(experiment.name, chosen, sha256, metadata.version("hooked-vlm"))
             folder = job.out / RESULTS
             saved = None if job.fresh else load_result(folder, experiment.name, key)
             if saved is None:
                 start = time.perf_counter()
-                result = experiment.run(model, job.config, listener.step)
+                result = experiment.run(model, own, listener.step)
                 took = time.perf_counter() - start
                 save_result(result, folder, key, seconds=took)
             else:

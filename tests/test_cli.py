@@ -32,7 +32,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return made
 
         return Experiment(
-            id=made.id, name=made.name, title=made.title, section=made.section, run=run
+            id=made.id,
+            name=made.name,
+            title=made.title,
+            section=made.section,
+            claim=made.claim,
+            run=run,
+            config=Config,
         )
 
     class Loader:
@@ -83,6 +89,11 @@ def test_run_writes_a_report(
         "pairs": 7,
         "seed": 3,
         "batch_size": 16,
+        "setting": "squares",
+        "cutouts": None,
+        "backgrounds": None,
+        "data": None,
+        "other_words": False,
         "device": runner.device_of("auto"),
         "dtype": "auto",
     }
@@ -246,7 +257,13 @@ def test_log_lines_carry_an_estimate(
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     listener = cli.Listener(cli.Console(stderr=True, force_terminal=False), "m")
     experiment = Experiment(
-        id="E4", name="swap", title="", section="", run=lambda *_: synthetic.e1()
+        id="E4",
+        name="swap",
+        title="",
+        section="",
+        claim="",
+        run=lambda *_: synthetic.e1(),
+        config=Config,
     )
     listener.begin(experiment, 1, 4)
     for second in range(0, 31, 5):

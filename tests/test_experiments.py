@@ -18,7 +18,7 @@ from hooked_vlm.experiments import final_token, ordering_probes, strip_swap
 from hooked_vlm.experiments.config import Config
 from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, select
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Squares
+from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.strip_swap import cell_pairs
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY
@@ -276,7 +276,7 @@ def test_a_tokenizer_that_splits_a_colour_is_refused(name: str) -> None:
 def test_a_model_that_answers_nothing_rightly_is_told_so(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Squares, "is_right", lambda self, questions: [False] * len(questions))
+    monkeypatch.setattr(Setting, "is_right", lambda self, questions: [False] * len(questions))
     with (
         pytest.warns(HookedVLMWarning, match="Too few tuples"),
         pytest.raises(DataError, match="nothing to intervene on"),

@@ -10,7 +10,7 @@ import torch
 from planted_models import GEOMETRY, planted
 from torch import Tensor
 
-from hooked_vlm.experiments.setting import Squares
+from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.strip_swap import cell_pairs
 from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.probes import (
@@ -25,6 +25,7 @@ from hooked_vlm.scoring import top_answer
 from hooked_vlm.spans import LastToken
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
+from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.stimuli.squares import COLORS, items
 from hooked_vlm.sweep import Sweep, final_logits
 
@@ -46,7 +47,7 @@ def answers(model, logits: Tensor) -> list[str]:
 
 @pytest.mark.parametrize("coded", KINDS)
 def test_it_answers_every_kind_of_question(coded: str) -> None:
-    setting = Squares(planted(coded), batch_size=64)
+    setting = Setting(planted(coded), stimulus_set("squares"), batch_size=64)
     assert setting.geometry == GEOMETRY
     questions = items()[::7]
     assert {q.direction for q in questions} == set(DIRECTIONS)
@@ -59,7 +60,7 @@ def test_the_answer_flips_exactly_when_the_tokens_that_are_read_are_swapped(
     coded: str, direction: str
 ) -> None:
     model = planted(coded)
-    setting = Squares(model, batch_size=8)
+    setting = Setting(model, stimulus_set("squares"), batch_size=8)
     pairs = [swap_pair(direction, triple) for triple in TRIPLES]
     clean, source = (
         setting.inputs([getattr(pair, name) for pair in pairs])
@@ -94,7 +95,7 @@ def test_the_answer_flips_exactly_when_the_tokens_that_are_read_are_swapped(
 def test_swaps_in_the_vision_encoder_and_projector_agree(coded: str) -> None:
     """What flips the answer in the language model flips it where the code was made, too."""
     model = planted(coded)
-    setting = Squares(model, batch_size=8)
+    setting = Setting(model, stimulus_set("squares"), batch_size=8)
     pair = swap_pair("left", TRIPLES[0])
     clean, source = setting.inputs([pair.clean]), setting.inputs([pair.counterfactual])
     for site in ("vision_encoder.blocks.0.hook_resid_post", "vision_encoder.hook_out", PROJECTED):
@@ -111,7 +112,7 @@ def test_what_is_not_read_may_be_removed() -> None:
     question = swap_pair("right", TRIPLES[0]).clean  # not gray: that is what no colour at all is
     for coded, needed in (("background", ~inside), ("object", inside)):
         model = planted(coded)
-        inputs = Squares(model, batch_size=8).inputs([question])
+        inputs = Setting(model, stimulus_set("squares"), batch_size=8).inputs([question])
         for region in (inside, ~inside):
             logits = model.run_with_hooks(inputs, [Ablate(1, at=region)])
             assert (answers(model, logits) == [question.target]) == (region != needed)
@@ -120,7 +121,7 @@ def test_what_is_not_read_may_be_removed() -> None:
 @pytest.mark.parametrize("coded", KINDS)
 def test_the_final_token_holds_the_direction_and_then_the_answer(coded: str) -> None:
     model = planted(coded)
-    setting = Squares(model, batch_size=8)
+    setting = Setting(model, stimulus_set("squares"), batch_size=8)
     left, right = (swap_pair(d, TRIPLES[0]).clean for d in ("left", "right"))
     other = swap_pair("right", TRIPLES[1]).clean
     inputs, source = setting.inputs([left]), setting.inputs([other])
@@ -136,7 +137,7 @@ def test_the_final_token_holds_the_direction_and_then_the_answer(coded: str) -> 
 def features(coded: str) -> Tensor:
     """The projector's output of all pictures of an axis: `[image, token, d_model]`."""
     model = planted(coded)
-    setting = Squares(model, batch_size=60)
+    setting = Setting(model, stimulus_set("squares"), batch_size=60)
     parts = []
     for batch in setting.batches(items(("left",))):
         _, cache = model.run_with_cache(setting.inputs(batch), PROJECTED, stop_at_layer=0)

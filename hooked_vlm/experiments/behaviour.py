@@ -4,23 +4,24 @@ import pandas as pd
 
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Squares, interval_rows, said
+from hooked_vlm.experiments.setting import Setting, interval_rows, said
 from hooked_vlm.statistics import wilson
-from hooked_vlm.stimuli.prompts import DIRECTIONS
-from hooked_vlm.stimuli.squares import items
 
 
 ID, NAME, SECTION = "E1", "behaviour", "Table 1"
 TITLE = "Does the model answer at all?"
-CLAIM = "Accuracy on Squares is 1.00 for Qwen2-VL-7B and 0.98 for Gemma-3-4b."
+CLAIM = (
+    "Qwen2-VL-7B and Gemma-3-4b answer 0.98 to 1.00 of Squares, Shapes and Objects rightly, and "
+    "0.73 and 0.62 of What'sUp."
+)
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Asks all 480 Squares items and counts right top-1 answers, by direction."""
-    setting = Squares(model, config.batch_size)
-    questions = items()
+    """Asks all items of the setting and counts right top-1 answers, by direction."""
+    setting = Setting.of(model, config)
+    questions = setting.stimuli.items()
     on_progress(0, len(questions))
-    right: dict[str, list[bool]] = {direction: [] for direction in DIRECTIONS}
+    right: dict[str, list[bool]] = {direction: [] for direction in setting.directions}
     done = 0
     for batch in setting.batches(questions):
         for question, verdict in zip(batch, setting.is_right(batch), strict=True):
@@ -30,10 +31,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     rows = [_row(direction, verdicts) for direction, verdicts in right.items()]
     every = [verdict for verdicts in right.values() for verdict in verdicts]
     table = pd.DataFrame([*rows, _row("all", every)])
-    examples = {
-        direction: next(q for q in questions if q.direction == direction)
-        for direction in ("left", "above")
-    }
+    examples = {axis: next(q for q in questions if q.axis == axis) for axis in setting.axes}
     return Result(
         id=ID,
         name=NAME,
@@ -41,13 +39,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         claim=CLAIM,
         section=SECTION,
         table=table,
-        images={direction: setting.picture(q) for direction, q in examples.items()},
+        images={axis: setting.picture(q) for axis, q in examples.items()},
         verdict=_verdict(table),
-        config={"items": len(questions), "geometry": vars(setting.geometry)},
+        config={"items": len(questions), "geometry": repr(setting.geometry)},
         notes=(
-            "All 120 ordered colour triples in each of the four directions, in the paper's layout "
-            "and prompt. An answer is right when the most probable next token, lower-cased and "
-            "stripped of all but letters and digits, is the target colour.",
+            "All ordered triples of the setting's names in each direction, in the paper's layout. "
+            "An answer is right when the most probable next token, lower-cased and stripped of "
+            "all but letters and digits, is the target.",
         ),
     )
 

@@ -12,7 +12,7 @@ import xarray as xr
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import (
-    Squares,
+    Setting,
     interval_rows,
     said,
     said_slots,
@@ -37,7 +37,7 @@ QUANTITIES = ("clean", "ordering", "attribute")
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Patches the final token at every slot, in up to `config.pairs` pairs per direction."""
-    setting = Squares(model, config.batch_size)
+    setting = Setting.of(model, config)
     pairs = setting.pairs(final_token_pair, 5, config)
     slots = range(model.cfg.n_layers + 1)
     batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
@@ -81,7 +81,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
-def _sweep(setting: Squares, pairs: list[FinalTokenPair], slots: range) -> Sweep:
+def _sweep(setting: Setting, pairs: list[FinalTokenPair], slots: range) -> Sweep:
     source = setting.inputs([pair.counterfactual for pair in pairs])
     return Sweep(
         setting.inputs([pair.clean for pair in pairs]),

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Squares, interval_rows, said
+from hooked_vlm.experiments.setting import Setting, interval_rows, said
 from hooked_vlm.naming import PROJECTOR
 from hooked_vlm.probes import (
     Examples,
@@ -24,9 +24,7 @@ from hooked_vlm.probes import (
     split_by_image,
 )
 from hooked_vlm.statistics import bootstrap
-from hooked_vlm.stimuli.geometry import AXES
 from hooked_vlm.stimuli.pairs import Question
-from hooked_vlm.stimuli.squares import items
 
 
 ID, NAME, SECTION = "E3", "ordering-probes", "5.2.1, Fig. 4"
@@ -44,13 +42,13 @@ SHOWN = 3
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Fits one probe for each axis, with its control, and maps it over held-out pictures."""
-    setting = Squares(model, config.batch_size)
-    total = sum(len(list(setting.batches(_questions(axis)))) for axis in AXES)
+    setting = Setting.of(model, config)
+    total = sum(len(list(setting.batches(_questions(setting, axis)))) for axis in setting.axes)
     rows, means, cells, maps, pictures = [], [], [], {}, {}
     done = 0
-    for axis in AXES:
+    for axis in setting.axes:
         features = []
-        for batch in setting.batches(_questions(axis)):
+        for batch in setting.batches(_questions(setting, axis)):
             features.append(_features(setting, batch))
             done += 1
             on_progress(done, total)
@@ -61,12 +59,12 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         for i in found["shown"]:
             name = f"{axis} {i + 1}"
             maps[name] = found["maps"][i]
-            pictures[name] = setting.picture(_questions(axis)[found["test"][i]])
+            pictures[name] = setting.picture(_questions(setting, axis)[found["test"][i]])
     table = pd.DataFrame(rows)
     mean_maps = xr.DataArray(
         np.stack(means),
         dims=("axis", "class", "row", "col"),
-        coords={"axis": list(AXES), "class": [0, 1, 2]},
+        coords={"axis": list(setting.axes), "class": [0, 1, 2]},
     )
     item_axes = [name.split()[0] for name in maps]
     item_coords = {"item": list(maps), "axis": ("item", item_axes)}
@@ -86,7 +84,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                 coords=item_coords,
             ),
             "item_cells": xr.DataArray(
-                np.stack([cells[AXES.index(axis)] for axis in item_axes]),
+                np.stack([cells[setting.axes.index(axis)] for axis in item_axes]),
                 dims=("item", "class", "row", "col"),
                 coords=item_coords,
             ),
@@ -95,7 +93,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         verdict=_verdict(table),
         config={"seed": config.seed, "probe": LinearProbe(seed=config.seed).get_params()},
         notes=(
-            "Features are the projector's output. All 120 pictures of an axis are split 75/25 by "
+            "Features are the projector's output. All pictures of an axis are split 75/25 by "
             "picture; every object token is an example labelled by its slot.",
             "'background' counts, on held-out pictures, the background tokens that the probe "
             "assigns to the strip they lie in; a probe that sees nothing there gets about 1/3. "
@@ -109,11 +107,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
-def _questions(axis: str) -> list[Question]:
-    return items(("left",) if axis == "horizontal" else ("above",))
+def _questions(setting: Setting, axis: str) -> list[Question]:
+    return setting.stimuli.items(("left",) if axis == "horizontal" else ("above",))
 
 
-def _features(setting: Squares, batch: list[Question]) -> torch.Tensor:
+def _features(setting: Setting, batch: list[Question]) -> torch.Tensor:
     """Returns the projector's output `[image, token, d_model]`; the LM does not run."""
     site = f"{PROJECTOR}.hook_out"
     with torch.no_grad():
@@ -121,7 +119,7 @@ def _features(setting: Squares, batch: list[Question]) -> torch.Tensor:
     return cache[site].float().cpu()
 
 
-def _fit(setting: Squares, axis: str, features: torch.Tensor, seed: int) -> dict:
+def _fit(setting: Setting, axis: str, features: torch.Tensor, seed: int) -> dict:
     geometry = setting.geometry
     examples = object_examples(features, [geometry.object_region(axis, slot) for slot in range(3)])
     train, test = split_by_image(len(features), seed=seed)
@@ -141,7 +139,7 @@ def _fit(setting: Squares, axis: str, features: torch.Tensor, seed: int) -> dict
     ):
         interval = held_out_accuracy(fitted, data.of_images(test))
         rows += interval_rows(interval, {}, axis=axis, quantity=quantity)
-    n = geometry.n_tokens
+    n = geometry.shape[0]
     grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
     for quantity, fitted in (("background", probe), ("background, shuffled", control)):
         shares = _background_shares(geometry, axis, fitted.probability_map(grids))
@@ -175,13 +173,13 @@ def _background_shares(geometry, axis: str, maps: torch.Tensor) -> np.ndarray:
     return (given == strip)[:, background].mean(1)
 
 
-def _object_cells(setting: Squares, axis: str) -> np.ndarray:
+def _object_cells(setting: Setting, axis: str) -> np.ndarray:
     return np.stack([setting.geometry.object_region(axis, slot).mask for slot in range(3)])
 
 
 def _verdict(table: pd.DataFrame) -> str:
     parts = []
-    for axis in AXES:
+    for axis in dict.fromkeys(table["axis"]):
         here = table[table["axis"] == axis].set_index("quantity")
         parts.append(
             f"{axis}: {_found(here)}. The probe is right on {said(here.loc['accuracy'])} of "

@@ -1,8 +1,8 @@
-"""The Squares setting bound to a model: pictures that fill whole tokens, prompts, answers.
+"""A setting bound to a model: pictures that fill whole tokens, prompts, answers.
 
-A setting turns questions into model inputs and final logits into scores.  The canvas is
-the one the paper uses for the model's kind of encoder: its own size where that is fixed,
-12x12 visual tokens where any size goes.
+It turns questions into model inputs and final logits into scores.  The canvas is the one
+the paper uses for the model's kind of encoder: its own size where that is fixed, 12x12
+visual tokens where any size goes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,43 +20,68 @@ from hooked_vlm.experiments.config import Config
 from hooked_vlm.inputs import Inputs
 from hooked_vlm.scoring import answer_ids, candidate_probability, normalise, top_answer
 from hooked_vlm.statistics import Interval
-from hooked_vlm.stimuli.geometry import Geometry, geometry_for
-from hooked_vlm.stimuli.pairs import Question, right_on_both, sample_tuples
+from hooked_vlm.stimuli.geometry import Layout
+from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
-from hooked_vlm.stimuli.squares import COLORS, draw, prompt
+from hooked_vlm.stimuli.settings import StimulusSet, stimulus_set
 
 
 PAPER_TOKENS = 12
 """Visual tokens a side where the encoder takes any size (the paper's Qwen2-VL canvas)."""
 
 
-class Squares:
-    """Squares for one model: `inputs`, `logits` and `is_right` of lists of questions."""
+class Setting:
+    """Stimuli for one model: `inputs`, `logits` and `is_right` of lists of questions."""
 
-    def __init__(self, model: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, stimuli: StimulusSet, batch_size: int) -> None:
         """Checks that the model can be asked: raises before any long work starts.
 
         `UnsupportedModelError` for a model without a vision encoder or processor,
-        `ScoringError` for a colour that its tokenizer splits, `DataError` for an encoder
+        `ScoringError` for an answer that its tokenizer splits, `DataError` for an encoder
         whose visual tokens do not make a square grid.
         """
         model.require_vision()
-        self.model, self.batch_size = model, batch_size
-        self.names = tuple(COLORS)
+        self.model, self.stimuli, self.batch_size = model, stimuli, batch_size
+        self.names = stimuli.names
         for name in self.names:
             answer_ids(model.tokenizer, name)
-        self.geometry: Geometry = _geometry(model)
+        self.geometry: Layout = stimuli.layout(*token_grid(model))
+
+    @classmethod
+    def of(cls, model: Any, config: Config) -> "Setting":
+        """Returns the setting that a configuration names, for a model."""
+        stimuli = stimulus_set(
+            config.setting,
+            cutouts=config.cutouts,
+            backgrounds=config.backgrounds,
+            other_words=config.other_words,
+        )
+        return cls(model, stimuli, config.batch_size)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The directions that can be asked for."""
+        return self.stimuli.directions
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that they lie on."""
+        return self.stimuli.axes
 
     def picture(self, question: Question) -> Image.Image:
         """Returns the picture a question is about."""
-        return draw(question.entities, question.axis, self.geometry)
+        return self.stimuli.picture(question, self.geometry)
 
     def inputs(self, questions: Sequence[Question]) -> Inputs:
         """Returns the model's inputs for some questions, in the paper's prompt."""
+        return self.inputs_of([self.picture(q) for q in questions], questions)
+
+    def inputs_of(self, pictures: Sequence[Image.Image], questions: Sequence[Question]) -> Inputs:
+        """Returns the model's inputs for questions put to other pictures than their own."""
         return self.model.prepare(
-            [self.picture(q) for q in questions],
-            [prompt(q) for q in questions],
-            system=SYSTEM_PROMPT,
+            list(pictures),
+            [self.stimuli.prompt(q) for q in questions],
+            system=self.stimuli.system,
         )
 
     def batches(self, items: Sequence[Any]) -> Iterator[list[Any]]:
@@ -85,10 +110,24 @@ class Squares:
         warns of it); raises `DataError` when that leaves none.
         """
         accept = right_on_both(make, self.is_right)
+        return self.pairs_accepted(make, k, config, accept)
+
+    def pairs_accepted(
+        self, make: Any, k: int, config: Config, accept: BatchFilter
+    ) -> dict[str, list[Any]]:
+        """Returns each direction's pairs that a filter of one's own lets pass, as `pairs` does."""
+        middle = self.stimuli.with_middle
         tuples = sample_tuples(
-            self.names, k, per_direction=config.pairs, seed=config.seed, accept_batch=accept
+            self.names,
+            k - (self.stimuli.middle is not None),
+            per_direction=config.pairs,
+            seed=config.seed,
+            accept_batch=lambda d, drawn: accept(d, [middle(names) for names in drawn]),
+            directions=self.directions,
         )
-        pairs = {d: [make(d, names) for names in found] for d, found in tuples.items() if found}
+        pairs = {
+            d: [make(d, middle(names)) for names in found] for d, found in tuples.items() if found
+        }
         if not pairs:
             raise DataError(
                 "The model answers no pair of a clean and a counterfactual picture rightly, in any "
@@ -106,7 +145,8 @@ class Squares:
         return every.gather(-1, columns.to(every.device))
 
 
-def _geometry(model: Any) -> Geometry:
+def token_grid(model: Any) -> tuple[int, int]:
+    """Returns the visual tokens a side of the canvas that stimuli have, and pixels of one."""
     vision = model.cfg.vision
     side = vision.image_size or PAPER_TOKENS * vision.patch_size * vision.merge
     blank = Image.new("RGB", (side, side), "white")
@@ -116,7 +156,7 @@ def _geometry(model: Any) -> Geometry:
             f"A picture of {side}x{side} px becomes {rows}x{cols} visual tokens in this model; the "
             "stimuli need a square grid of whole pixels."
         )
-    return geometry_for(rows, side // rows)
+    return rows, side // rows
 
 
 def interval_rows(interval: Interval, axes: dict[str, Sequence[Any]], **columns: Any) -> list[dict]:

@@ -13,7 +13,7 @@ from hooked_vlm.drawing import draw_regions
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import (
-    Squares,
+    Setting,
     interval_rows,
     said,
     said_names,
@@ -24,7 +24,7 @@ from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
 from hooked_vlm.pairing import CellPairs, swap_pairs
 from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test
-from hooked_vlm.stimuli.geometry import Geometry
+from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
 from hooked_vlm.sweep import Sweep, final_logits
@@ -46,10 +46,10 @@ SMALLEST = 0.01
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Swaps each kind of region at every slot, in up to `config.pairs` pairs per direction."""
-    setting = Squares(model, config.batch_size)
+    setting = Setting.of(model, config)
     regions = {
         axis: {kind: cell_pairs(setting.geometry, axis, kind) for kind in KINDS}
-        for axis in sorted(set(AXIS_OF.values()))
+        for axis in setting.axes
     }
     pairs = setting.pairs(swap_pair, 3, config)
     slots = list(range(model.cfg.n_layers + 1))
@@ -100,7 +100,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
-def cell_pairs(geometry: Geometry, axis: str, kind: str) -> CellPairs:
+def cell_pairs(geometry: Layout, axis: str, kind: str) -> CellPairs:
     """Returns the cells that one kind of swap exchanges, in the published pairing."""
     left, right = (geometry.object_region(axis, slot) for slot in (0, 2))
     if kind == "object":
@@ -112,7 +112,7 @@ def cell_pairs(geometry: Geometry, axis: str, kind: str) -> CellPairs:
 
 
 def _sweep(
-    setting: Squares, pairs: list[SwapPair], regions: dict[str, CellPairs], slots: list[int]
+    setting: Setting, pairs: list[SwapPair], regions: dict[str, CellPairs], slots: list[int]
 ) -> Sweep:
     source = setting.inputs([pair.counterfactual for pair in pairs])
     return Sweep(
@@ -146,7 +146,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     return table
 
 
-def _pictures(setting: Squares, pairs: dict[str, list[SwapPair]]) -> dict:
+def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:
     """Returns one clean picture of each axis with the swapped regions drawn over it."""
     pictures = {}
     for found in pairs.values():

@@ -8,6 +8,7 @@ every token of the columns (or rows) around an object.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.regions import Region
@@ -17,6 +18,25 @@ Axis = str
 """`"horizontal"` (slots from left to right) or `"vertical"` (from top to bottom)."""
 
 AXES = ("horizontal", "vertical")
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """Where three slots and their strips are, on a square grid of visual tokens."""
+
+    @property
+    def canvas(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def slot_box(self, axis: Axis, slot: int) -> tuple[int, int, int, int]: ...
+
+    def object_region(self, axis: Axis, slot: int) -> Region: ...
+
+    def strip_region(self, axis: Axis, slot: int) -> Region: ...
+
+    def background(self, axis: Axis) -> Region: ...
 
 
 @dataclass(frozen=True)

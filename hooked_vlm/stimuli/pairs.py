@@ -168,10 +168,12 @@ def sample_tuples(
     max_attempts: int = 2000,
     *,
     accept_batch: BatchFilter | None = None,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> dict[str, list[tuple[str, ...]]]:
     """Returns direction -> accepted k-tuples of `names`, the paper's draws exactly.
 
-    One `random.Random(seed)` runs through left, right, above, below; a draw is
+    One `random.Random(seed)` runs through left, right, above, below (or the `directions`
+    given, in their order); a draw is
     `rng.sample(names, k)`.  Every draw is one of the direction's `max_attempts`, also one
     that repeats a tuple already seen in this direction and is skipped (the paper does not
     say; a loop that counts its rounds does this).  A tuple once rejected counts as seen.
@@ -195,7 +197,7 @@ def sample_tuples(
     rng = random.Random(seed)
     chosen: dict[str, list[tuple[str, ...]]] = {}
     tried: dict[str, int] = {}
-    for direction in DIRECTIONS:
+    for direction in directions:
         draws = _unseen_draws(rng, names, k, max_attempts)
         chosen[direction], tried[direction] = _collect(direction, draws, per_direction, judge)
     _warn_if_short(chosen, tried, per_direction, max_attempts)

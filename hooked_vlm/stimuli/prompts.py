@@ -16,6 +16,47 @@ SQUARES = "The color of the square {preposition} the {reference} square is "
 SHAPES = "The color of the shape {preposition} the {reference} is "
 OBJECTS = "The object {preposition} the {reference} is a(n) "
 
+WHATSUP = "The object on the floor {preposition} the {reference} is a(n) "
+SIDES = {
+    "reference": {
+        "horizontal": "Using the {reference} as the reference point, which side is the {subject} "
+        "on? Answer with one word: {first} or {second}.",
+        "vertical": "Using the {reference} as the reference point, where is the {subject} located? "
+        "Answer with one word: {first} or {second}.",
+    },
+    "choice": {
+        "horizontal": "Is the {subject} to the {first} or to the {second} of the {reference}? "
+        "Answer with one word.",
+        "vertical": "Is the {subject} {first} or {second} the {reference}? Answer with one word.",
+    },
+}
+"""How COCO-spatial is asked, without a system message: of Qwen2-VL by "reference", of Gemma 3
+by "choice"; each item twice, with the options in both orders."""
+
+OPTIONS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
+OTHER_WORDS = {
+    "squares": "What color is the square {preposition} the {reference} square?",
+    "shapes": "What color is the shape {preposition} the {reference}?",
+    "objects": "Which object is {preposition} the {reference}?",
+}
+"""A second phrasing of each setting's question, ours, to tell an effect from its wording."""
+
+
+def side_prompt(
+    subject: str, reference: str, axis: str, style: str = "reference", swapped: bool = False
+) -> str:
+    """Returns the question on which side of a reference a subject is (COCO-spatial).
+
+    `swapped` names the second option first.
+
+    >>> side_prompt("cat", "dog", "horizontal", "choice")
+    'Is the cat to the left or to the right of the dog? Answer with one word.'
+    """
+    first, second = OPTIONS[axis][::-1] if swapped else OPTIONS[axis]
+    return SIDES[style][axis].format(
+        subject=subject, reference=reference, first=first, second=second
+    )
+
 
 def squares_prompt(direction: str, reference: str) -> str:
     """Returns the question of the Squares setting, its trailing space included.

@@ -8,7 +8,7 @@ question always names the middle square; its answer is the first square for "lef
 from collections.abc import Sequence
 from itertools import permutations
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Geometry
@@ -37,14 +37,30 @@ def prompt(question: Question) -> str:
     return squares_prompt(question.direction, question.reference)
 
 
-def draw(entities: Sequence[str | None], axis: str, geometry: Geometry) -> Image.Image:
-    """Returns a white canvas with a square of each colour in its slot; None leaves a slot empty.
+def canvas(
+    entities: Sequence[str | None], geometry: Geometry, background: Image.Image | None
+) -> Image.Image:
+    """Returns what entities are drawn on: white, or a copy of a background scaled to fit.
 
-    Raises `DataError` for an unknown colour or other than three slots.
+    Raises `DataError` for other than three slots.
     """
     if len(entities) != 3:
         raise DataError(f"{len(entities)} entities were given for three slots: {list(entities)}.")
-    image = Image.new("RGB", (geometry.canvas, geometry.canvas), "white")
+    size = (geometry.canvas, geometry.canvas)
+    return Image.new("RGB", size, "white") if background is None else ImageOps.fit(background, size)
+
+
+def draw(
+    entities: Sequence[str | None],
+    axis: str,
+    geometry: Geometry,
+    background: Image.Image | None = None,
+) -> Image.Image:
+    """Returns a canvas with a square of each colour in its slot; None leaves a slot empty.
+
+    Raises `DataError` for an unknown colour or other than three slots.
+    """
+    image = canvas(entities, geometry, background)
     pen = ImageDraw.Draw(image)
     for slot, name in enumerate(entities):
         if name is None:

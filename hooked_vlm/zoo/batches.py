@@ -42,8 +42,11 @@ class Encoder:
         self._first = cache(self._first_turn)
         self._later = cache(self._later_turn)
 
-    def _render(self, turns: Sequence[tuple[str, str]], generate: bool, image: bool) -> str:
-        messages: list[dict] = [{"role": "system", "content": SYSTEM_PROMPT}] if image else []
+    def _render(
+        self, turns: Sequence[tuple[str, str]], generate: bool, image: bool, system: bool = True
+    ) -> str:
+        first = [{"role": "system", "content": SYSTEM_PROMPT}]
+        messages: list[dict] = first if image and system else []
         for i, (role, text) in enumerate(turns):
             content = [{"type": "image"}] if image and i == 0 else []
             messages.append({"role": role, "content": [*content, {"type": "text", "text": text}]})
@@ -54,15 +57,18 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _split(self, turn: Turn, before: Sequence[tuple[str, str]], image: bool) -> tuple[str, str]:
+    def _split(
+        self, turn: Turn, before: Sequence[tuple[str, str]], image: bool, system: bool = True
+    ) -> tuple[str, str]:
         """Returns the text of a turn up to the answer, and the answer with its end."""
-        start = self._render(before, False, image) if before else ""
-        asked = self._render([*before, ("user", turn[0])], True, image)
-        told = self._render([*before, ("user", turn[0]), ("assistant", turn[1])], False, image)
+        how = (image, system)
+        start = self._render(before, False, *how) if before else ""
+        asked = self._render([*before, ("user", turn[0])], True, *how)
+        told = self._render([*before, ("user", turn[0]), ("assistant", turn[1])], False, *how)
         return asked[len(start) :], told[len(asked) :]
 
-    def _first_turn(self, turn: Turn, n_tokens: int) -> tuple[list[int], list[int]]:
-        asked, answer = self._split(turn, [], image=True)
+    def _first_turn(self, turn: Turn, n_tokens: int, system: bool) -> tuple[list[int], list[int]]:
+        asked, answer = self._split(turn, [], image=True, system=system)
         if self.is_gemma:
             t = self.tokenizer
             expanded = f"\n\n{t.boi_token}{t.image_token * n_tokens}{t.eoi_token}\n\n"
@@ -75,12 +81,14 @@ class Encoder:
         # A stand-in for what went before: its text is cut off again.
         return tuple(map(self._ids, self._split(turn, [("user", "x"), ("assistant", "y")], False)))  # type: ignore[return-value]
 
-    def conversation(self, turns: Sequence[Turn], n_tokens: int) -> tuple[list[int], list[bool]]:
+    def conversation(
+        self, turns: Sequence[Turn], n_tokens: int, system: bool = True
+    ) -> tuple[list[int], list[bool]]:
         """Returns the ids of a conversation about one picture, and which of them are answers."""
         ids: list[int] = []
         marks: list[bool] = []
         for i, turn in enumerate(turns):
-            asked, answer = self._later(turn) if i else self._first(turn, n_tokens)
+            asked, answer = self._later(turn) if i else self._first(turn, n_tokens, system)
             # The last token of an answer is the line break behind it, which nobody has to learn.
             ids += [*asked, *answer]
             marks += [False] * len(asked) + [True] * (len(answer) - 1) + [False]
@@ -90,10 +98,18 @@ class Encoder:
         self,
         conversations: Sequence[Sequence[Turn]],
         images: UInt8[np.ndarray, "batch height width 3"],
+        system: Sequence[bool] | None = None,
     ) -> Batch:
-        """Returns a batch of conversations, one picture each, padded on the right."""
+        """Returns a batch of conversations, one picture each, padded on the right.
+
+        `system` says which of them begin with the system message; by default all.
+        """
         side = images.shape[1] // PATCH // MERGE
-        made = [self.conversation(turns, side * side) for turns in conversations]
+        system = [True] * len(conversations) if system is None else system
+        made = [
+            self.conversation(turns, side * side, with_system)
+            for turns, with_system in zip(conversations, system, strict=True)
+        ]
         length = max(len(ids) for ids, _ in made)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (length - len(row)) for row, _ in made])

@@ -1,0 +1,102 @@
+"""Objects: cut-outs of everyday things in a row or in a column (paper, 4).
+
+The package ships thirteen (MIT licence, see `assets/NOTICE.md`), among them the paper's
+eight names; a user's own folder of `<name>.png` files with an alpha channel does as well.
+The eight give P(8,3) = 336 ordered triples and 1344 items.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.stimuli.geometry import Geometry
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import OBJECTS, PREPOSITION
+from hooked_vlm.stimuli.squares import canvas
+
+
+NAMES = ("orange", "apple", "pot", "bell", "hat", "rose", "key", "bomb")
+"""The paper's objects, in its order."""
+
+_SHIPPED = Path(__file__).parent / "assets" / "cutouts"
+
+Cutouts = Mapping[str, Image.Image]
+"""Pictures with an alpha channel, by name."""
+
+
+def prompt(question: Question) -> str:
+    """Returns what is asked: the object in a direction from the middle one.
+
+    >>> prompt(Question(("orange", "apple", "pot"), "above"))
+    'The object above the apple is a(n) '
+    """
+    return OBJECTS.format(preposition=PREPOSITION[question.direction], reference=question.reference)
+
+
+@cache
+def shipped() -> Cutouts:
+    """Returns the cut-outs that come with the package, the paper's eight first."""
+    return load_cutouts(_SHIPPED)
+
+
+def load_cutouts(folder: Path) -> Cutouts:
+    """Returns the cut-outs of a folder of `<name>.png`, the paper's names first, then by name.
+
+    Raises `DataError` for a folder that is missing or without PNG files, for a file that is
+    no picture, and for one without transparent pixels, which would paint a box.
+    """
+    files = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    if not files:
+        raise DataError(
+            f"There are no <name>.png files in '{folder}'; Objects needs three or more."
+        )
+    order = [*(n for n in NAMES if n in files), *(n for n in files if n not in NAMES)]
+    return {name: _load(files[name]) for name in order}
+
+
+def _load(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGBA")
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read as a picture: {error}") from None
+    lowest, _ = image.getchannel("A").getextrema()
+    if lowest == 255:
+        raise DataError(
+            f"'{path}' has no transparent pixel. A cut-out needs an alpha channel; otherwise a "
+            "box of its own background is pasted."
+        )
+    return image
+
+
+def draw(
+    entities: Sequence[str | None],
+    axis: str,
+    geometry: Geometry,
+    background: Image.Image | None = None,
+    cutouts: Cutouts | None = None,
+) -> Image.Image:
+    """Returns a canvas with each object in its slot; None leaves a slot empty.
+
+    Raises `DataError` for an unknown object or other than three slots.
+    """
+    cutouts = shipped() if cutouts is None else cutouts
+    image = canvas(entities, geometry, background)
+    for slot, name in enumerate(entities):
+        if name is not None:
+            paste(image, name, geometry.slot_box(axis, slot), cutouts)
+    return image
+
+
+def paste(image: Image.Image, name: str, box: tuple[int, int, int, int], cutouts: Cutouts) -> None:
+    """Pastes a cut-out, scaled to fill a pixel box; raises `DataError` for an unknown name."""
+    if name not in cutouts:
+        raise DataError(
+            f"No object {name!r} among {', '.join(cutouts)}.{did_you_mean(name, cutouts)}"
+        )
+    x0, y0, x1, y1 = box
+    scaled = cutouts[name].resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS)
+    image.paste(scaled, (x0, y0), scaled)

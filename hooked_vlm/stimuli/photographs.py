@@ -1,0 +1,59 @@
+"""Photographs behind the stimuli: the same layouts on natural images (paper, App. C.8).
+
+The paper does not say where its photographs are from.  The package ships nine that are in
+the public domain or under CC0 (`assets/NOTICE.md`): six `SCENES` to measure on and three
+`TEXTURES`.  The shipped models were trained on the textures and never on the scenes.  A
+user's own folder of pictures does as well.
+"""
+
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from hooked_vlm.errors import DataError, did_you_mean
+
+
+SCENES = ("coffee", "chelsea", "rocket", "camera", "astronaut", "hubble")
+TEXTURES = ("brick", "grass", "gravel")
+
+_SHIPPED = Path(__file__).parent / "assets" / "photographs"
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@cache
+def shipped(name: str) -> Image.Image:
+    """Returns a photograph that comes with the package, 336x336 px.
+
+    Raises `DataError` for an unknown name.
+    """
+    known = (*SCENES, *TEXTURES)
+    if name not in known:
+        raise DataError(
+            f"No photograph {name!r} among {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+    with Image.open(_SHIPPED / f"{name}.jpg") as opened:
+        return opened.convert("RGB")
+
+
+def load_photographs(folder: Path) -> dict[str, Image.Image]:
+    """Returns a folder's pictures by file name, in order; raises `DataError` without any."""
+    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in _ENDINGS]
+    if not files:
+        raise DataError(
+            f"There are no pictures ({', '.join(_ENDINGS)}) in '{folder}' to use as backgrounds."
+        )
+    return {path.stem: _load(path) for path in files}
+
+
+def _load(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read as a picture: {error}") from None
+
+
+def fitted(photograph: Image.Image, side: int) -> Image.Image:
+    """Returns a photograph as a square canvas: its middle, scaled."""
+    return ImageOps.fit(photograph, (side, side), Image.Resampling.LANCZOS)
