@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures import Drawing, drawings
+from hooked_vlm.figures import HEADLINES, Drawing, drawings
 from hooked_vlm.plots import to_png
 from hooked_vlm.provenance import Provenance
 from hooked_vlm.store import write_file
@@ -118,20 +118,6 @@ def key_numbers(results: Sequence[Result]) -> list[Tile]:
             if len(rows):
                 tiles.append(Tile(_range(rows), label))
     return tiles
-
-
-HEADLINES: dict[str, tuple[tuple[dict[str, str], str], ...]] = {
-    "E1": (({"quantity": "accuracy"}, "accuracy, lowest to highest of the directions"),),
-    "E2": (({"quantity": "ordering"}, "ordering carried by the final token, at its best slot"),),
-    "E3": (
-        ({"quantity": "accuracy"}, "held-out accuracy of the ordering probes"),
-        ({"quantity": "background"}, "background tokens that the probes give to their strip"),
-    ),
-    "E4": (
-        ({"quantity": "swapped", "kind": "strip"}, "answers flipped by strips, at the best slot"),
-        ({"quantity": "swapped", "kind": "object"}, "… by object cells alone, at the best slot"),
-    ),
-}
 
 
 def _range(rows: pd.DataFrame) -> str:

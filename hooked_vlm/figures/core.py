@@ -1,41 +1,16 @@
-"""Which figures tell which result: the joint between what was computed and how it is drawn.
+"""Figures of E1 to E4."""
 
-An experiment does not know how it will be drawn, and `plots` does not know the
-experiments.  This table says, for each of the paper's claims, which arrays and rows go
-into which figure, what the figure is called on disk, and the caption that a reader needs
-to read it without the paper at hand.  A result without a row here has its table alone.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import pandas as pd
 import xarray as xr
 
 from hooked_vlm import plots
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.plots import Figure
+from hooked_vlm.figures.drawing import CHANCE, Drawing, Draws, Headlines
 
 
-CHANCE = 1 / 3  # three entities in every stimulus
 ITEMS_PER_AXIS = 2
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure, the name of its file, and its caption."""
-
-    name: str
-    figure: Figure
-    caption: str
-    headline: bool = False
-    """Whether this is the one that stands for the result where there is room for one."""
-
-
-def drawings(result: Result) -> list[Drawing]:
-    """Returns the figures of a result, in the order of its argument; none if it has no row."""
-    draw = DRAW.get(result.id)
-    return [] if draw is None else list(draw(result))
 
 
 def _behaviour(result: Result) -> Iterator[Drawing]:
@@ -116,9 +91,22 @@ def _some(maps: xr.DataArray) -> list[int]:
     return [i for i, axis in enumerate(axes) if axes[:i].count(axis) < ITEMS_PER_AXIS]
 
 
-DRAW: dict[str, Callable[[Result], Iterator[Drawing]]] = {
+DRAW: Draws = {
     "E1": _behaviour,
     "E2": _final_token,
     "E3": _ordering_probes,
     "E4": _swap,
+}
+
+HEADLINES: Headlines = {
+    "E1": (({"quantity": "accuracy"}, "accuracy, lowest to highest of the directions"),),
+    "E2": (({"quantity": "ordering"}, "ordering carried by the final token, at its best slot"),),
+    "E3": (
+        ({"quantity": "accuracy"}, "held-out accuracy of the ordering probes"),
+        ({"quantity": "background"}, "background tokens that the probes give to their strip"),
+    ),
+    "E4": (
+        ({"quantity": "swapped", "kind": "strip"}, "answers flipped by strips, at the best slot"),
+        ({"quantity": "swapped", "kind": "object"}, "… by object cells alone, at the best slot"),
+    ),
 }

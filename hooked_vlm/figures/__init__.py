@@ -1,0 +1,23 @@
+"""Which figures tell which result: the joint between what was computed and how it is drawn.
+
+An experiment does not know how it will be drawn, and `plots` does not know the
+experiments.  These tables say, for each claim, which arrays and rows go into which figure,
+what the figure is called on disk, and the caption that a reader needs to read it without
+the paper at hand.  A result without a row here has its table alone.
+"""
+
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.figures import core
+from hooked_vlm.figures.drawing import Drawing as Drawing
+from hooked_vlm.figures.drawing import Draws, Headlines
+
+
+DRAW: Draws = {**core.DRAW}
+HEADLINES: Headlines = {**core.HEADLINES}
+"""Which few numbers of a result stand on top of a report."""
+
+
+def drawings(result: Result) -> list[Drawing]:
+    """Returns the figures of a result, in the order of its argument; none if it has no row."""
+    draw = DRAW.get(result.id)
+    return [] if draw is None else list(draw(result))

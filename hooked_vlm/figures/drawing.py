@@ -1,0 +1,28 @@
+"""What a figure is on a page: drawn, named, and explained."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.plots import Figure
+
+
+CHANCE = 1 / 3  # three entities in every stimulus
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, the name of its file, and its caption."""
+
+    name: str
+    figure: Figure
+    caption: str
+    headline: bool = False
+    """Whether this is the one that stands for the result where there is room for one."""
+
+
+Draws = Mapping[str, Callable[[Result], Iterator[Drawing]]]
+"""An experiment's id -> what draws its result."""
+
+Headlines = Mapping[str, tuple[tuple[dict[str, str], str], ...]]
+"""An experiment's id -> (columns and values that select rows, what to call them)."""
