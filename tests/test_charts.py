@@ -40,7 +40,7 @@ def test_dots_draw_a_mark_for_every_row() -> None:
     given = table().query("alpha == 5.0")
     look = Look("the probe's directions", "#000000", "s")
     figure = charts.dots(given, by="direction", line="kind", looks={"probe": look})
-    drawn = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() in "so"]
+    drawn = [line.get_xdata() for line in figure.axes[0].lines if str(line.get_marker()) in "so"]
     marks = np.concatenate([np.asarray(x, dtype=float) for x in drawn])
     assert sorted(marks) == sorted(given["value"])
     assert figure.legends[0].get_texts()[0].get_text() == "the probe's directions"

@@ -83,13 +83,13 @@ def _frame(box: Box) -> tuple[float, float, int]:
 
 def _square(pen: ImageDraw.ImageDraw, box: Box, color: Color) -> None:
     x, y, side = _frame(box)
-    half = 0.8 * side / 2
+    half = (0.8 * side - 1) / 2  # PIL paints the last pixel too
     pen.rectangle((x - half, y - half, x + half, y + half), fill=color)
 
 
 def _circle(pen: ImageDraw.ImageDraw, box: Box, color: Color) -> None:
     x, y, side = _frame(box)
-    half = 0.9 * side / 2
+    half = (0.9 * side - 1) / 2
     pen.ellipse((x - half, y - half, x + half, y + half), fill=color)
 
 
@@ -113,7 +113,7 @@ def _star(pen: ImageDraw.ImageDraw, box: Box, color: Color) -> None:
 
 def _cross(pen: ImageDraw.ImageDraw, box: Box, color: Color) -> None:
     x, y, side = _frame(box)
-    half, bar = 0.9 * side / 2, side // 3 / 2
+    half, bar = (0.9 * side - 1) / 2, (side // 3 - 1) / 2
     pen.rectangle((x - half, y - bar, x + half, y + bar), fill=color)
     pen.rectangle((x - bar, y - half, x + bar, y + half), fill=color)
 
