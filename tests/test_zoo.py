@@ -12,13 +12,23 @@ from PIL import Image
 
 from hooked_vlm.errors import UnsupportedModelError
 from hooked_vlm.scoring import normalise, spellings
+from hooked_vlm.stimuli import photographs
 from hooked_vlm.stimuli.geometry import geometry_for
-from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, SYSTEM_PROMPT, squares_prompt
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPTIONS, SYSTEM_PROMPT, squares_prompt
+from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.stimuli.squares import COLORS, draw
 from hooked_vlm.zoo import available, evaluate, folder, load
 from hooked_vlm.zoo.batches import Encoder
 from hooked_vlm.zoo.build import RECIPES, WORDS, build_processor, build_tokenizer
 from hooked_vlm.zoo.evaluate import SETS
+from hooked_vlm.zoo.scenes import (
+    KINDS,
+    PHRASINGS,
+    MixedScene,
+    held_out_objects,
+    mixed_scene,
+)
 from hooked_vlm.zoo.tasks import (
     EXTRA_COLORS,
     canonical_scene,
@@ -202,6 +212,72 @@ def test_weights_carry_over_to_larger_pictures(name):
             torch.testing.assert_close(value.mean(0), old[key].mean(0), atol=5e-3, rtol=0)
         else:
             assert torch.equal(value, old[key])
+
+
+def test_mixed_scenes_never_show_what_is_held_out():
+    rng = random.Random(3)
+    seen = {kind: set() for kind in KINDS}
+    grounds = set()
+    for _ in range(600):
+        scene = mixed_scene(rng, GEOMETRY)
+        seen[scene.kind].add(scene.names)
+        grounds.add(scene.ground.split(":")[0])
+        assert len(set(scene.names)) == 3
+    assert grounds == {"white", "noise", *photographs.TEXTURES}
+    assert not grounds & set(photographs.SCENES)
+    assert not seen["objects"] & held_out_objects()
+    assert not (seen["squares"] | seen["shapes"]) & held_out_triples()
+    assert {t[::-1] for t in held_out_objects()} == held_out_objects()
+    assert len(held_out_objects()) == 66
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_about_a_mixed_scene_follow_from_where_things_stand(kind):
+    rng = random.Random(4)
+    for _ in range(40):
+        scene = mixed_scene(rng, GEOMETRY, kind=kind)
+        along = 0 if scene.axis == "horizontal" else 1
+        starts = [box[along] for box in scene.boxes]
+        assert starts == sorted(starts)
+        before, after = OPTIONS[scene.axis]
+        for phrasing in range(len(PHRASINGS[kind])):
+            answers = [answer for _, answer in scene.relations(phrasing)]
+            first, middle, last = scene.names
+            assert answers == [first, last, middle, middle]
+        text, answer = scene.side(rng)
+        places = [text.rfind(f"the {scene.label(slot)}") for slot in range(3)]
+        named = [slot for slot in range(3) if places[slot] >= 0]
+        assert len(named) == 2 and answer in (before, after)
+        subject = max(named, key=lambda s: places[s])
+        if "reference point" not in text:  # there the reference comes first
+            subject = min(named, key=lambda s: places[s])
+        other = next(slot for slot in named if slot != subject)
+        assert answer == (before if subject < other else after)
+        assert scene.listing()[1].split() == list(scene.names)
+
+
+def test_a_mixed_scene_is_what_the_setting_shows():
+    triple, axis = ("orange", "key", "rose"), "vertical"
+    boxes = tuple(GEOMETRY.slot_box(axis, slot) for slot in range(3))
+    forms = ("square", "circle", "triangle")  # which objects do not use
+    for kind in ("objects", "shapes"):
+        names = triple if kind == "objects" else ("red", "green", "blue")
+        scene = MixedScene(kind, names, forms, axis, boxes, "white")
+        question = Question(names, "below")
+        stimuli = stimulus_set(kind)
+        assert np.array_equal(scene.render(192), np.asarray(stimuli.picture(question, GEOMETRY)))
+        assert scene.relations()[1] == (stimuli.prompt(question), question.target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversation_without_a_system_message_is_the_processor_s(name):
+    processor = build_processor(name, 192)
+    image = np.full((1, 192, 192, 3), 255, dtype=np.uint8)
+    batch = Encoder(processor).batch([[("What? ", "red")]], image, [False])
+    text = processor.apply_chat_template(_messages("What? ")[1:], add_generation_prompt=True)
+    made = processor(images=[[Image.fromarray(image[0])]], text=[text], return_tensors="pt")
+    n = made["input_ids"].shape[1]
+    assert torch.equal(batch.inputs["input_ids"][0, :n], made["input_ids"][0])
 
 
 # What ships

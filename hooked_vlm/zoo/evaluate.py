@@ -1,4 +1,4 @@
-"""Measures how often a shipped model answers Squares right.
+"""Measures how often a shipped model answers right.
 
     python -m hooked_vlm.zoo.evaluate tiny-qwen2-vl
 
@@ -7,6 +7,11 @@ turn as in the paper: the paper's layout with every colour triple, the paper's l
 the triples that training never showed, and layouts that training never showed with those
 triples.  An answer is right when the most probable next token of the whole vocabulary,
 in lower case and stripped, is the target (protocol 2.4).  Intervals are Wilson's, at 95 %.
+
+Then the other settings, always on triples that training never showed: squares, shapes and
+objects, on white and on photographs (which training never showed either), in the paper's
+words and in a second phrasing; and on which side of one object another is, in the words
+of COCO-spatial, without a system message.
 """
 
 import argparse
@@ -19,17 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from hooked_vlm.processors import load_processor
 from hooked_vlm.scoring import normalise, top_answer
 from hooked_vlm.statistics import Interval, wilson
 from hooked_vlm.stimuli.geometry import Geometry, geometry_for
-from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPTIONS, SIDES, side_prompt
+from hooked_vlm.stimuli.settings import SETTINGS, stimulus_set
 from hooked_vlm.stimuli.squares import COLORS
 from hooked_vlm.zoo import available, load
 from hooked_vlm.zoo.batches import Batch, Encoder
 from hooked_vlm.zoo.build import MERGE, PATCH
+from hooked_vlm.zoo.scenes import held_out_objects
 from hooked_vlm.zoo.tasks import (
     Scene,
     Turn,
@@ -103,6 +112,64 @@ def evaluate(model: Any, processor: Any, batch: int = 40, seed: int = 0) -> list
     return rows
 
 
+def held_out(name: str, direction: str) -> list[Question]:
+    """Returns a setting's items of a direction whose triples training never showed."""
+    reserved = held_out_objects() if name.startswith("objects") else held_out_triples()
+    return [q for q in stimulus_set(name).items((direction,)) if q.entities in reserved]
+
+
+def evaluate_settings(model: Any, processor: Any, batch: int = 40) -> list[Row]:
+    """Returns the accuracies of every setting and wording, by direction, on unseen triples."""
+    geometry, encoder = geometry_for(N_TOKENS, PATCH * MERGE), Encoder(processor)
+    rows = []
+    for name in SETTINGS:
+        for other_words in (False, True):
+            stimuli = stimulus_set(name, other_words=other_words)
+            label = stimuli.title + (", other words" if other_words else "")
+            for direction in DIRECTIONS:
+                asked = [
+                    (stimuli.picture(q, geometry), stimuli.prompt(q), q.target)
+                    for q in held_out(name, direction)
+                ]
+                rows.append(_asked(model, encoder, label, direction, asked, batch, system=True))
+    for style in SIDES:
+        for axis, direction in (("horizontal", "left"), ("vertical", "above")):
+            asked = []
+            stimuli = stimulus_set("objects")
+            for q in held_out("objects", direction)[::2]:
+                one, other = (0, 1) if len(asked) % 4 < 2 else (2, 1)
+                picture = stimuli.picture(q, geometry)
+                for swapped in (False, True):
+                    text = side_prompt(q.entities[one], q.entities[other], axis, style, swapped)
+                    asked.append((picture, text, OPTIONS[axis][int(one > other)]))
+            label = f"Objects, side by {style}"
+            words = " or ".join(OPTIONS[axis])
+            rows.append(_asked(model, encoder, label, words, asked, batch, system=False))
+    return rows
+
+
+def _asked(
+    model: Any,
+    encoder: Encoder,
+    label: str,
+    direction: str,
+    asked: Sequence[tuple[Image.Image, str, str]],
+    batch: int,
+    system: bool,
+) -> Row:
+    right = 0
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        images = np.stack([np.asarray(picture) for picture, _, _ in part])
+        turns = [[(text, answer)] for _, text, answer in part]
+        made = encoder.batch(turns, images, [system] * len(part))
+        with torch.no_grad():
+            logits, _ = answer_logits(model, Batch(made.inputs, first_answers(made)))
+        given = top_answer(logits, encoder.tokenizer)
+        right += sum(a == normalise(t) for a, (_, _, t) in zip(given, part, strict=True))
+    return Row(label, direction, wilson(right, len(asked)))
+
+
 def table(rows: Sequence[Row]) -> str:
     """Returns accuracies as a Markdown table."""
     lines = ["| pictures | direction | n | accuracy [95 %] |", "|---|---|---|---|"]
@@ -128,6 +195,8 @@ def main() -> None:
     else:
         model, processor = load(arguments.model)
     print(table(evaluate(model, processor, seed=arguments.seed)))  # noqa: T201
+    print()  # noqa: T201
+    print(table(evaluate_settings(model, processor)))  # noqa: T201
 
 
 if __name__ == "__main__":
