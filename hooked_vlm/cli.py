@@ -6,33 +6,22 @@ torch and transformers take seconds to import, so each command imports what it n
 it runs, and `--help` answers at once.
 """
 
-import contextlib
-import logging
 import os
+import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.progress import Listener, quiet
 
 
 if TYPE_CHECKING:
-    from hooked_vlm.experiments.registry import Experiment
     from hooked_vlm.runner import Job, Report
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -53,7 +42,11 @@ Pairs = Annotated[int, typer.Option(help="Image pairs per direction.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
 Setting = Annotated[
-    str, typer.Option(help="Stimuli: squares, shapes, objects, or one of them with -photos.")
+    str | None,
+    typer.Option(
+        help="Stimuli: squares, shapes, objects, or one of them with -photos. By default the "
+        "experiment's own."
+    ),
 ]
 Cutouts = Annotated[
     Path | None, typer.Option(help="Your own cut-outs for objects: a folder of <name>.png.")
@@ -69,6 +62,9 @@ Options = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")]
+Jobs = Annotated[
+    int, typer.Option(help="Models at a time; 0: all on a CPU with a core for each, else one.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier run left.")]
 
 
@@ -77,7 +73,7 @@ def run(
     experiment: Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")],
     model: Model,
     out: Out,
-    setting: Setting = "squares",
+    setting: Setting = None,
     pairs: Pairs = 50,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -102,12 +98,12 @@ def run(
             pairs=pairs,
             seed=seed,
             batch_size=batch_size,
-            setting=setting,
             cutouts=cutouts,
             backgrounds=backgrounds,
             data=data,
             other_words=other_words,
         ),
+        setting=setting,
         options=_options(options or []),
         device=device,
         dtype=dtype,
@@ -125,32 +121,67 @@ def demo(
     batch_size: BatchSize = 16,
     device: Device = "auto",
     fresh: Fresh = False,
+    jobs: Jobs = 0,
 ) -> None:
     """Run the dual-mechanisms suite on every shipped model, side by side."""
-    from hooked_vlm import report, runner, zoo
+    from hooked_vlm import zoo
     from hooked_vlm.experiments.registry import Config
+    from hooked_vlm.runner import Job
 
     config = Config(pairs=pairs, seed=seed, batch_size=batch_size)
-    jobs = [
-        runner.Job(
-            experiment="dual-mechanisms",
-            model=name,
-            out=out / name,
-            config=config,
-            device=device,
-            fresh=fresh,
-        )
+    made = [
+        Job("dual-mechanisms", name, out / name, config=config, device=device, fresh=fresh)
         for name in zoo.available()
     ]
-    for job in jobs:  # all of them before the first one runs
-        runner.check(job)
-    done = {job.model: _run(job) for job in jobs}
-    page = report.write_index(
-        {name: (one.results, one.provenance) for name, one in done.items()},
-        out,
-        title="The dual mechanisms of spatial reasoning, on two small models",
+    _side_by_side(made, out, "The dual mechanisms of spatial reasoning, on two small models", jobs)
+
+
+@app.command()
+def reproduce(
+    out: Out,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated; by default every shipped model."),
+    ] = None,
+    pairs: Pairs = 50,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    cutouts: Cutouts = None,
+    backgrounds: Backgrounds = None,
+    data: Data = None,
+    options: Options = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    fresh: Fresh = False,
+    jobs: Jobs = 0,
+) -> None:
+    """Run every experiment on every setting; run it again to go on after an interruption."""
+    from hooked_vlm import zoo
+    from hooked_vlm.experiments.registry import Config
+    from hooked_vlm.runner import Job
+
+    config = Config(
+        pairs=pairs,
+        seed=seed,
+        batch_size=batch_size,
+        cutouts=cutouts,
+        backgrounds=backgrounds,
+        data=data,
     )
-    print(f"report: {page}")
+    made = [
+        Job(
+            "reproduce",
+            name,
+            out / Path(name).name,
+            config=config,
+            options=_options(options or []),
+            device=device,
+            dtype=dtype,
+            fresh=fresh,
+        )
+        for name in model or zoo.available()
+    ]
+    _side_by_side(made, out, "The dual mechanisms of spatial reasoning, and what is open", jobs)
 
 
 @app.command()
@@ -160,7 +191,7 @@ def sites(
     """Print the sites of a model, with their shapes."""
     from hooked_vlm.model import HookedVLM
 
-    with _quiet():
+    with quiet():
         print(HookedVLM.from_pretrained(model).describe())
 
 
@@ -180,7 +211,7 @@ def check(
     from hooked_vlm.model import HookedVLM
     from hooked_vlm.runner import device_of, dtype_of
 
-    with _quiet():
+    with quiet():
         wrapped = HookedVLM.from_pretrained(model, dtype=dtype_of(dtype), device=device_of(device))
         broken = 0
         for finding in check_model(wrapped, every_layer):
@@ -230,13 +261,75 @@ def _options(given: list[str]) -> dict[str, str]:
     return options
 
 
+def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> None:
+    """Runs jobs, several at a time where that is faster, and writes their index."""
+    from hooked_vlm import report, runner
+
+    for job in made:  # all of them before the first one runs
+        runner.check(job)
+    if not jobs:
+        apart = runner.device_of(made[0].device) == "cpu" and (os.cpu_count() or 1) >= len(made)
+        jobs = len(made) if apart else 1
+    if jobs > 1 and len(made) > 1:
+        _run_apart(made, jobs)
+        done = [runner.read(job) for job in made]
+    else:
+        done = [_run(job) for job in made]
+    reports = {
+        str(job.out.relative_to(out)): (one.results, one.provenance)
+        for job, one in zip(made, done, strict=True)
+    }
+    print(f"report: {report.write_index(reports, out, title=title)}")
+
+
+def _run_apart(made: Sequence["Job"], jobs: int) -> None:
+    """Runs each job in a process of its own, with an even share of the processor's cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    waiting, failed = list(made), []
+    running: list[tuple[Job, subprocess.Popen]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                job = waiting.pop(0)
+                words = [sys.executable, "-m", "hooked_vlm.cli", *_words(job)]
+                process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+                running.append((job, process))
+            job, process = running.pop(0)
+            if process.wait():
+                failed.append(job.model)
+    except KeyboardInterrupt:  # which the other processes get as well
+        for _, process in running:
+            process.wait()
+        sys.exit(INTERRUPTED)
+    if failed:
+        print(f"hooked-vlm: {', '.join(failed)} failed, see above.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _words(job: "Job") -> list[str]:
+    """Returns the command line that runs a job."""
+    words = ["run", job.experiment, "--model", job.model, "--out", str(job.out)]
+    words += ["--device", job.device, "--dtype", job.dtype, *(["--fresh"] * job.fresh)]
+    words += ["--setting", job.setting] if job.setting else []
+    defaults = type(job.config)()
+    for field in fields(job.config):
+        value = getattr(job.config, field.name)
+        if field.name != "setting" and value != getattr(defaults, field.name):
+            words += [f"--{field.name.replace('_', '-')}"]
+            words += [] if value is True else [str(value)]
+    for name, value in job.options.items():
+        words += ["--set", f"{name}={value}"]
+    return words
+
+
 def _run(job: "Job") -> "Report":
     from hooked_vlm import runner
 
     runner.check(job)
     listener = Listener(Console(stderr=True), job.model)
     try:
-        with _quiet(), listener:
+        with quiet(), listener:
             return runner.run(job, listener)
     except KeyboardInterrupt:
         print(
@@ -248,77 +341,5 @@ def _run(job: "Job") -> "Report":
         sys.exit(INTERRUPTED)
 
 
-class Listener(contextlib.AbstractContextManager):
-    """Shows how a job gets on: bars on a terminal, a line now and then in a log."""
-
-    def __init__(self, console: Console, model: str) -> None:
-        self.finished, self.of = 0, 0
-        self._console, self._model = console, model
-        self._start = self._said = 0.0
-        self._task: TaskID | None = None
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> "Listener":
-        self._say(f"{self._model}: loading")
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def begin(self, experiment: "Experiment", place: int, of: int) -> None:
-        self.of = of
-        self._name = f"{self._model} {place}/{of} {experiment.id} {experiment.name}"
-        self._start = self._said = time.monotonic()
-        self._task = self._bars.add_task(self._name, total=None)
-        self._say(self._name)
-
-    def step(self, done: int, total: int) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, completed=done, total=total)
-        now = time.monotonic()
-        if done == 0:  # what came before (drawing pairs, say) tells nothing of what is left
-            self._start = self._said = now
-        if now - self._said > 10 and done:
-            spent = now - self._start
-            left = spent * (total - done) / done
-            self._said = now
-            self._say(f"{self._name}: {done / total:.0%} after {spent:.0f} s, {left:.0f} s left")
-
-    def end(self, seconds: float, reused: bool) -> None:
-        self.finished += 1
-        how = "reused from an earlier run" if reused else f"{seconds:.1f} s"
-        if self._task is not None:
-            self._bars.update(self._task, completed=1, total=1, description=f"{self._name}: {how}")
-        self._say(f"{self._name}: {how}")
-
-    def _say(self, line: str) -> None:
-        if not self._console.is_terminal:
-            print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves stderr to progress and warnings of one line each."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        yield
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    if issubclass(category, UserWarning):
-        print(f"warning: {message}", file=sys.stderr)
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,7 @@ def write_index(
     by_id: dict[str, dict[str, Any]] = {}
     for folder, (results, _) in reports.items():
         for result in results:
-            row = by_id.setdefault(result.id, {"result": result, "cells": {}, "widest": 0})
+            row = by_id.setdefault(result.anchor, {"result": result, "cells": {}, "widest": 0})
             figures = [_shown(d, to_png(d.figure)) for d in drawings(result) if d.headline]
             row["widest"] = max(row["widest"], *(figure["width"] for figure in figures), 0)
             row["cells"][folder] = {"verdict": result.verdict, "figures": figures}
@@ -94,13 +94,15 @@ def write_index(
 def numbers(results: Sequence[Result], model: str) -> pd.DataFrame:
     """Returns every number of every result as one tidy table, a row each."""
     tables = [
-        result.table.assign(model=model, experiment=result.id, name=result.name)
+        result.table.assign(
+            model=model, experiment=result.id, name=result.name, setting=result.setting
+        )
         for result in results
     ]
     if not tables:
-        return pd.DataFrame(columns=["model", "experiment", "name", *COLUMNS])
+        return pd.DataFrame(columns=["model", "experiment", "name", "setting", *COLUMNS])
     table = pd.concat(tables, ignore_index=True)
-    first = ["model", "experiment", "name", *(c for c in COLUMNS if c in table)]
+    first = ["model", "experiment", "name", "setting", *(c for c in COLUMNS if c in table)]
     table = table[[*first, *(c for c in table if c not in first)]]
     if "slot" in table:  # concatenation with a table without slots makes them floats
         table = table.assign(slot=table["slot"].astype("Int64"))
@@ -108,9 +110,13 @@ def numbers(results: Sequence[Result], model: str) -> pd.DataFrame:
 
 
 def key_numbers(results: Sequence[Result]) -> list[Tile]:
-    """Returns the few numbers that stand on top: each a range over directions or axes."""
+    """Returns the few numbers that stand on top: each a range over directions or axes.
+
+    Of an experiment on several settings, those of the first.
+    """
     tiles = []
-    for result in results:
+    first = {result.id: result for result in reversed(results)}
+    for result in reversed(first.values()):
         for where, label in HEADLINES.get(result.id, ()):
             rows = result.table
             for column, wanted in where.items():
@@ -133,7 +139,7 @@ def _section(result: Result, out: Path) -> dict[str, Any]:
     figures = []
     for drawing in drawings(result):
         png = to_png(drawing.figure)
-        name = f"{result.id}-{drawing.name}.png"
+        name = f"{result.anchor}-{drawing.name}.png"
         write_file(out / "figures" / name, png)
         figures.append(_shown(drawing, png))
     return {

@@ -9,7 +9,7 @@ so that an interruption costs one experiment at most.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,11 +19,11 @@ import torch
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.config import check_options, specialise
-from hooked_vlm.experiments.registry import Config, Experiment
+from hooked_vlm.experiments.registry import Config, Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.provenance import Provenance, Stopwatch, parameter_hash, record
-from hooked_vlm.report import write_report
+from hooked_vlm.report import PAGE, write_report
 from hooked_vlm.store import load_result, run_key, save_result, writable_folder
 
 
@@ -31,7 +31,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 RESULTS = "results"  # the folder, inside the output folder, that holds finished experiments
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Job:
     """What to run, on what, into which folder."""
 
@@ -40,7 +40,10 @@ class Job:
     model: str
     """A shipped model, a local folder or a hub name."""
     out: Path
+    _: KW_ONLY
     config: Config = field(default_factory=Config)
+    setting: str | None = None
+    """What to run on, where a suite does not say; None: each experiment's own default."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Fields of single experiments' own configurations, as text: `{"alphas": "0,4,8"}`."""
     device: str = "auto"
@@ -62,22 +65,22 @@ class Report:
 class Listener(Protocol):
     """Is told how a job gets on."""
 
-    def begin(self, experiment: Experiment, place: int, of: int) -> None: ...
+    def begin(self, step: Step, place: int, of: int) -> None: ...
     def step(self, done: int, total: int) -> None: ...
     def end(self, seconds: float, reused: bool) -> None: ...
 
 
-def check(job: Job) -> list[Experiment]:
-    """Returns a job's experiments, or raises `DataError` for what is wrong without any model."""
-    experiments = registry.select(job.experiment)
+def check(job: Job) -> list[Step]:
+    """Returns a job's steps, or raises `DataError` for what is wrong without any model."""
+    steps = registry.steps(job.experiment, job.setting)
     if job.config.pairs < 1 or job.config.batch_size < 1:
         raise DataError(
             f"pairs={job.config.pairs} and batch_size={job.config.batch_size} were given; "
             "both must be at least 1."
         )
-    check_options([experiment.config for experiment in experiments], job.options)
-    for experiment in experiments:
-        specialise(experiment.config, job.config, job.options)
+    check_options([step.experiment.config for step in steps], job.options)
+    for step in steps:
+        own(job, step)
     if job.dtype not in DTYPES:
         raise DataError(
             f"There is no dtype {job.dtype!r}.{did_you_mean(job.dtype, DTYPES)} "
@@ -85,7 +88,12 @@ def check(job: Job) -> list[Experiment]:
         )
     device_of(job.device)
     writable_folder(job.out)
-    return experiments
+    return steps
+
+
+def own(job: Job, step: Step) -> Config:
+    """Returns the configuration that a step of a job runs with."""
+    return specialise(step.experiment.config, job.config, job.options, step.setting)
 
 
 def run(job: Job, listener: Listener) -> Report:
@@ -95,31 +103,32 @@ def run(job: Job, listener: Listener) -> Report:
     raised later, `KeyboardInterrupt` too, finished experiments stay in `job.out/results`,
     and the same job finds them there.
     """
-    experiments = check(job)
+    steps = check(job)
     device = device_of(job.device)
     model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
     sha256 = parameter_hash(model.hf_model)
-    config = {**asdict(job.config), **job.options, "device": device, "dtype": job.dtype}
+    how = {"device": device, "dtype": job.dtype}
     results, seconds, reused = [], {}, []
     with Stopwatch() as watch:
-        for place, experiment in enumerate(experiments, start=1):
-            listener.begin(experiment, place, len(experiments))
-            own = specialise(experiment.config, job.config, job.options)
-            chosen = {**asdict(own), "device": device, "dtype": job.dtype}
-            key = run_key(experiment.name, chosen, sha256, metadata.version("hooked-vlm"))
+        for place, step in enumerate(steps, start=1):
+            listener.begin(step, place, len(steps))
+            config = own(job, step)
+            key = _key(job, step, sha256)
             folder = job.out / RESULTS
-            saved = None if job.fresh else load_result(folder, experiment.name, key)
+            saved = None if job.fresh else load_result(folder, step.key, key)
             if saved is None:
                 start = time.perf_counter()
-                result = experiment.run(model, own, listener.step)
+                found = step.experiment.run(model, config, listener.step)
+                result = replace(found, setting=step.setting)
                 took = time.perf_counter() - start
                 save_result(result, folder, key, seconds=took)
             else:
                 result, took = saved.result, saved.seconds
-                reused.append(experiment.name)
+                reused.append(step.name)
             results.append(result)
-            seconds[experiment.name] = took
+            seconds[step.name] = took
             listener.end(took, saved is not None)
+    config = {**asdict(job.config), **job.options, **how}
     provenance = record(
         model.hf_model,
         job.model,
@@ -133,6 +142,31 @@ def run(job: Job, listener: Listener) -> Report:
     )
     page = write_report(results, provenance, job.out)
     return Report(results=results, provenance=provenance, page=page)
+
+
+def read(job: Job) -> Report:
+    """Returns what a finished job left behind, from its folder.
+
+    Raises `DataError` where it is not finished, or was another job.
+    """
+    record_file = job.out / "provenance.json"
+    if not record_file.exists():
+        raise DataError(f"There is no finished run in '{job.out}'.")
+    provenance = Provenance.from_json(record_file.read_text())
+    results = []
+    for step in check(job):
+        key = _key(job, step, provenance.model_sha256)
+        saved = load_result(job.out / RESULTS, step.key, key)
+        if saved is None:
+            raise DataError(f"{step.name} in '{job.out}' is missing, or is of another run.")
+        results.append(saved.result)
+    return Report(results=results, provenance=provenance, page=job.out / PAGE)
+
+
+def _key(job: Job, step: Step, sha256: str) -> str:
+    """Returns the hash of all that a step's numbers depend on."""
+    chosen = {**asdict(own(job, step)), "device": device_of(job.device), "dtype": job.dtype}
+    return run_key(step.experiment.name, chosen, sha256, metadata.version("hooked-vlm"))
 
 
 def device_of(name: str) -> str:

@@ -31,7 +31,7 @@ from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.result import Result
 
 
-FORMAT = 2  # raised when the files below change, so that old folders are computed again
+FORMAT = 3  # raised when the files below change, so that old folders are computed again
 
 
 def run_key(experiment: str, config: Mapping[str, Any], model_sha256: str, version: str) -> str:
@@ -88,10 +88,10 @@ class Saved:
 
 
 def save_result(result: Result, folder: Path, key: str, seconds: float = 0.0) -> Path:
-    """Writes a result under `folder/<its name>`, in place of an older one; returns that folder."""
-    target = folder / result.name
+    """Writes a result under `folder/<its key>`, in place of an older one; returns that folder."""
+    target = folder / result.key
     folder.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{result.name}-", dir=folder))
+    building = Path(tempfile.mkdtemp(prefix=f".{result.key}-", dir=folder))
     try:
         _write(result, building, {"key": key, "seconds": seconds})
         if target.exists():
@@ -103,7 +103,7 @@ def save_result(result: Result, folder: Path, key: str, seconds: float = 0.0) ->
 
 
 def load_result(folder: Path, name: str, key: str) -> Saved | None:
-    """Returns the result that was saved under `name` with this key, or `None`."""
+    """Returns the result saved under `name` (its `Result.key`) with this hash, or `None`."""
     source = folder / name
     try:
         about = json.loads((source / "result.json").read_text())
@@ -132,7 +132,7 @@ def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
     files = {name: f"images/{index:03}.png" for index, name in enumerate(result.images)}
     for name, file in files.items():
         result.images[name].save(folder / file)
-    words = ("id", "name", "title", "claim", "section", "verdict", "config", "notes")
+    words = ("id", "name", "title", "claim", "section", "setting", "verdict", "config", "notes")
     about = {
         **stamp,
         **{word: getattr(result, word) for word in words},

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from hooked_vlm import cli, runner
-from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.errors import DataError, UnsupportedModelError
 from hooked_vlm.experiments import registry
-from hooked_vlm.experiments.registry import Config, Experiment, OnProgress
+from hooked_vlm.experiments.registry import Config, Experiment, OnProgress, Step
 from hooked_vlm.experiments.result import Result
 
 
@@ -98,7 +98,7 @@ def test_run_writes_a_report(
         "dtype": "auto",
     }
     assert record["reused"] == []
-    assert set(record["seconds"]) == {"behaviour", "strip-swap"}
+    assert set(record["seconds"]) == {"behaviour on squares", "strip-swap on squares"}
     assert set(pd.read_csv(tmp_path / "out" / "numbers.csv")["experiment"]) == {"E1", "E4"}
 
 
@@ -110,7 +110,7 @@ def test_run_again_reuses_what_matches(
     assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 0
     assert calls == ["load tiny-one"]
     record = json.loads((tmp_path / "provenance.json").read_text())
-    assert record["reused"] == ["behaviour", "strip-swap"]
+    assert record["reused"] == ["behaviour on squares", "strip-swap on squares"]
 
     for words in (("--pairs", "5"), ("--fresh",), ("--model", "tiny-two-other-weights")):
         calls.clear()
@@ -214,7 +214,7 @@ def test_an_experiment_that_fails_is_not_a_mistake_of_the_users(
     monkeypatch.setattr(sys, "argv", ["hooked-vlm", *RUN, str(tmp_path)])
     with pytest.raises(ZeroDivisionError):  # its traceback is wanted
         cli.main()
-    assert (tmp_path / "results" / "behaviour" / "result.json").exists()
+    assert (tmp_path / "results" / "behaviour-squares" / "result.json").exists()
 
 
 def test_demo_runs_every_shipped_model(
@@ -223,11 +223,67 @@ def test_demo_runs_every_shipped_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert hooked_vlm(monkeypatch, "demo", "--out", str(tmp_path), "--pairs", "4") == 0
+    words = ("demo", "--out", str(tmp_path), "--pairs", "4", "--jobs", "1")
+    assert hooked_vlm(monkeypatch, *words) == 0
     assert [call for call in calls if call.startswith("load")] == ["load tiny-one", "load tiny-two"]
     assert capsys.readouterr().out == f"report: {tmp_path / 'index.html'}\n"
     assert (tmp_path / "tiny-one" / "report.html").exists()
     assert (tmp_path / "tiny-two" / "report.html").exists()
+
+
+def test_a_process_of_its_own_is_told_the_whole_job(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = runner.Job(
+        "dual-mechanisms",
+        "tiny-two",
+        tmp_path / "some where",
+        config=Config(pairs=3, seed=2, cutouts=tmp_path, other_words=True),
+        setting="shapes",
+        options={"alphas": "0,1", "items": "4"},
+        device="cpu",
+        dtype="float32",
+        fresh=True,
+    )
+    ran: list[runner.Job] = []
+
+    def note(job: runner.Job) -> types.SimpleNamespace:
+        ran.append(job)
+        return types.SimpleNamespace(page="")
+
+    monkeypatch.setattr(cli, "_run", note)
+    assert hooked_vlm(monkeypatch, *cli._words(job)) == 0
+    assert ran == [job]
+
+
+def test_a_finished_run_is_read_back_and_another_one_refused(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hooked_vlm(monkeypatch, *RUN, str(tmp_path))
+    job = runner.Job("dual-mechanisms", "tiny-one", tmp_path)
+    assert [result.key for result in runner.read(job).results] == [
+        "behaviour-squares",
+        "strip-swap-squares",
+    ]
+    with pytest.raises(DataError, match="another run"):
+        runner.read(dataclasses.replace(job, config=Config(pairs=3)))
+    with pytest.raises(DataError, match="no finished run"):
+        runner.read(dataclasses.replace(job, out=tmp_path / "elsewhere"))
+
+
+def test_reproduce_needs_no_model(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(registry.SUITES, "reproduce", ("behaviour:shapes", "behaviour:objects"))
+    words = ("reproduce", "--out", str(tmp_path), "--jobs", "1")
+    assert hooked_vlm(monkeypatch, *words) == 0
+    assert calls.count("behaviour with 50 pairs") == 4
+    assert set(pd.read_csv(tmp_path / "tiny-two" / "numbers.csv")["setting"]) == {
+        "shapes",
+        "objects",
+    }
+    page = (tmp_path / "index.html").read_text()
+    assert 'id="E1-shapes"' in page and 'id="E1-objects"' in page
 
 
 def test_sites_and_list(
@@ -265,13 +321,13 @@ def test_log_lines_carry_an_estimate(
         run=lambda *_: synthetic.e1(),
         config=Config,
     )
-    listener.begin(experiment, 1, 4)
+    listener.begin(Step(experiment, "shapes"), 1, 4)
     for second in range(0, 31, 5):
         now[0] = 100.0 + second  # it drew pairs for 100 seconds, then counted
         listener.step(second, 60)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "m 1/4 E4 swap",
-        "m 1/4 E4 swap: 25% after 15 s, 45 s left",
-        "m 1/4 E4 swap: 50% after 30 s, 30 s left",
+        "m 1/4 E4 swap on shapes",
+        "m 1/4 E4 swap on shapes: 25% after 15 s, 45 s left",
+        "m 1/4 E4 swap on shapes: 50% after 30 s, 30 s left",
     ]

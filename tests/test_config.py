@@ -17,10 +17,12 @@ class Own(Config):
 
 
 def test_an_experiment_gets_the_common_fields_and_its_own():
-    base = Config(pairs=7, setting="shapes")
-    own = specialise(Own, base, {"alphas": "0, 2.5,4", "formula": "project", "unknown": "1"})
+    base = Config(pairs=7)
+    own = specialise(
+        Own, base, {"alphas": "0, 2.5,4", "formula": "project", "unknown": "1"}, "shapes"
+    )
     assert own == Own(pairs=7, setting="shapes", alphas=(0.0, 2.5, 4.0), formula="project")
-    assert specialise(Config, base, {"alphas": "3"}) == base
+    assert specialise(Config, base, {"alphas": "3"}, "squares") == base
 
 
 @pytest.mark.parametrize(

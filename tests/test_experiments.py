@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hooked_vlm.errors import DataError, HookedVLMWarning, ScoringError, UnsupportedModelError
 from hooked_vlm.experiments import final_token, ordering_probes, strip_swap
 from hooked_vlm.experiments.config import Config
-from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, select
+from hooked_vlm.experiments.registry import EXPERIMENTS, steps
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.strip_swap import cell_pairs
@@ -285,11 +285,21 @@ def test_a_model_that_answers_nothing_rightly_is_told_so(
 
 
 def test_names_of_experiments_and_suites() -> None:
-    assert [e.id for e in select("dual-mechanisms")] == ["E1", "E2", "E3", "E4"]
-    assert [e.name for e in select("strip-swap")] == ["strip-swap"]
-    assert {name for members in SUITES.values() for name in members} <= set(EXPERIMENTS)
+    found = steps("dual-mechanisms", "shapes")
+    assert [step.experiment.id for step in found] == ["E1", "E2", "E3", "E4"]
+    assert {step.setting for step in found} == {"shapes"}
+    for name in ("strip-swap", "E4", "e4"):
+        assert [(s.experiment.name, s.setting) for s in steps(name)] == [("strip-swap", "squares")]
     with pytest.raises(DataError, match="Did you mean 'strip-swap'"):
-        select("strip-swop")
+        steps("strip-swop")
+
+
+def test_reproduce_runs_everything_and_every_step_once() -> None:
+    found = steps("reproduce", "shapes")
+    assert {step.experiment.name for step in found} == set(EXPERIMENTS)
+    assert len({step.key for step in found}) == len(found)
+    swaps = [step.setting for step in found if step.experiment.id == "E4"]
+    assert swaps == ["squares", "shapes", "objects"]
 
 
 @pytest.mark.slow

@@ -25,10 +25,10 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("interventions", "places guarded interventions kernels engine sweep patching"),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),
-    ("door", "cli __init__"),
+    ("door", "progress cli __init__"),
 )
 LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
-ALONE = {"matplotlib": "plots charts", "typer": "cli", "rich": "cli", "jinja2": "report"}
+ALONE = {"matplotlib": "plots charts", "typer": "cli", "rich": "cli progress", "jinja2": "report"}
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 80
 

@@ -34,8 +34,8 @@ class Config:
     """Whether to ask in a second phrasing instead of the paper's."""
 
 
-def specialise(kind: type[C], base: Config, options: Mapping[str, str]) -> C:
-    """Returns an experiment's own configuration: the common fields, and options from text.
+def specialise(kind: type[C], base: Config, options: Mapping[str, str], setting: str) -> C:
+    """Returns an experiment's own configuration: common fields, options from text, a setting.
 
     Options that the experiment has no field for are left out.  Tuples are given with commas.
 
@@ -45,7 +45,7 @@ def specialise(kind: type[C], base: Config, options: Mapping[str, str]) -> C:
     types = get_type_hints(kind)
     own = {name: parse(name, text, types[name]) for name, text in options.items() if name in known}
     common = {name: value for name, value in asdict(base).items() if name in known}
-    return kind(**{**common, **own})
+    return kind(**{**common, "setting": setting, **own})
 
 
 def check_options(kinds: list[type[Config]], options: Mapping[str, str]) -> None:

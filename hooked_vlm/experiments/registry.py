@@ -19,6 +19,7 @@ from hooked_vlm.experiments import (
 from hooked_vlm.experiments.config import Config as Config
 from hooked_vlm.experiments.config import OnProgress as OnProgress
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.stimuli.settings import SETTINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +55,69 @@ MODULES = (
     ordering_probes,
     strip_swap,
 )
+PAPER = tuple(
+    name
+    for name in (
+        "final-token",
+        "ordering-probes",
+        "strip-swap",
+        "ordering-ablation",
+        "swap-under-ablation",
+    )
+    if name in {module.NAME for module in MODULES}
+)
+"""What the paper does on each of its synthetic settings."""
 EXPERIMENTS: dict[str, Experiment] = {module.NAME: _experiment(module) for module in MODULES}
 SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),
+    "reproduce": (
+        *(f"behaviour:{setting}" for setting in SETTINGS),
+        *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
+        *(m.NAME for m in MODULES if m.NAME not in ("behaviour", *PAPER)),
+    ),
 }
+"""Lists of experiments, each with a setting behind a colon where that is fixed."""
 
 
-def select(name: str) -> list[Experiment]:
-    """Returns the experiments of a suite, or the one of that name or id, in the order to run them.
+@dataclass(frozen=True)
+class Step:
+    """An experiment on a setting."""
 
-    Raises `DataError` with the nearest names for a name that is neither.
+    experiment: Experiment
+    setting: str
+
+    @property
+    def name(self) -> str:
+        """What it is called in a record: `"strip-swap on shapes"`."""
+        return f"{self.experiment.name} on {self.setting}"
+
+    @property
+    def key(self) -> str:
+        """The `Result.key` of what it finds."""
+        return f"{self.experiment.name}-{self.setting}"
+
+
+def steps(name: str, setting: str | None = None) -> list[Step]:
+    """Returns what a suite, or the experiment of a name or id, runs, in order.
+
+    Where neither the suite nor `setting` says on what, it is the experiment's own default.
     """
-    if name in SUITES:
-        return [EXPERIMENTS[member] for member in SUITES[name]]
+    found = []
+    for member in SUITES.get(name, (name,)):
+        experiment_name, _, fixed = member.partition(":")
+        experiment = select(experiment_name)
+        found.append(Step(experiment, fixed or setting or experiment.config().setting))
+    return found
+
+
+def select(name: str) -> Experiment:
+    """Returns the experiment of a name or id.
+
+    Raises `DataError` with the nearest names for a name that is neither that nor a suite.
+    """
     for experiment in EXPERIMENTS.values():
         if name in (experiment.name, experiment.id, experiment.id.lower()):
-            return [experiment]
+            return experiment
     known = [*SUITES, *EXPERIMENTS]
     raise DataError(
         f"There is no experiment {name!r}.{did_you_mean(name, known)} "

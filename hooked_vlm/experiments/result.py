@@ -34,8 +34,20 @@ class Result:
     """Labelled arrays too large for a table, such as probe maps by item, row and column."""
     images: dict[str, Image.Image] = field(default_factory=dict)
     """Stimuli, with the regions drawn over them where they matter."""
+    setting: str = ""
+    """The stimuli it ran on: `"shapes"`; empty where there is no choice."""
     verdict: str
     """What was found on this model, computed from `table`, with intervals."""
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """How it was computed, and what a reader should know before using the numbers."""
+
+    @property
+    def key(self) -> str:
+        """A name that no other result of a run has: `"strip-swap-shapes"`."""
+        return f"{self.name}-{self.setting}" if self.setting else self.name
+
+    @property
+    def anchor(self) -> str:
+        """Where it stands on a page: `"E4-shapes"`."""
+        return f"{self.id}-{self.setting}" if self.setting else self.id

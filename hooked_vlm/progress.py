@@ -1,0 +1,98 @@
+"""How far a job is: bars on a terminal, a line now and then in a log."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Listener(contextlib.AbstractContextManager):
+    """Shows how a job gets on: bars on a terminal, a line now and then in a log."""
+
+    def __init__(self, console: Console, model: str) -> None:
+        self.finished, self.of = 0, 0
+        self._console, self._model = console, model
+        self._start = self._said = 0.0
+        self._task: TaskID | None = None
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "Listener":
+        self._say(f"{self._model}: loading")
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def begin(self, step: Any, place: int, of: int) -> None:
+        """Is told of a `registry.Step`."""
+        self.of = of
+        self._name = f"{self._model} {place}/{of} {step.experiment.id} {step.name}"
+        self._start = self._said = time.monotonic()
+        self._task = self._bars.add_task(self._name, total=None)
+        self._say(self._name)
+
+    def step(self, done: int, total: int) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, total=total)
+        now = time.monotonic()
+        if done == 0:  # what came before (drawing pairs, say) tells nothing of what is left
+            self._start = self._said = now
+        if now - self._said > 10 and done:
+            spent = now - self._start
+            left = spent * (total - done) / done
+            self._said = now
+            self._say(f"{self._name}: {done / total:.0%} after {spent:.0f} s, {left:.0f} s left")
+
+    def end(self, seconds: float, reused: bool) -> None:
+        self.finished += 1
+        how = "reused from an earlier run" if reused else f"{seconds:.1f} s"
+        if self._task is not None:
+            self._bars.update(self._task, completed=1, total=1, description=f"{self._name}: {how}")
+        self._say(f"{self._name}: {how}")
+
+    def _say(self, line: str) -> None:
+        if not self._console.is_terminal:
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves stderr to progress and warnings of one line each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        yield
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
