@@ -117,7 +117,7 @@ def key_numbers(results: Sequence[Result]) -> list[Tile]:
     tiles = []
     first = {result.id: result for result in reversed(results)}
     for result in reversed(first.values()):
-        for where, label in HEADLINES.get(result.id, ()):
+        for where, label in () if result.table.empty else HEADLINES.get(result.id, ()):
             rows = result.table
             for column, wanted in where.items():
                 rows = rows[rows[column] == wanted]

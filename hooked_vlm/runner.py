@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import pandas as pd
 import torch
 
-from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.errors import DataError, ScoringError, did_you_mean
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.config import check_options, specialise
 from hooked_vlm.experiments.registry import Config, Step
@@ -108,7 +109,7 @@ def run(job: Job, listener: Listener) -> Report:
     model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
     sha256 = parameter_hash(model.hf_model)
     how = {"device": device, "dtype": job.dtype}
-    results, seconds, reused = [], {}, []
+    results, seconds, reused, errors = [], {}, [], []
     with Stopwatch() as watch:
         for place, step in enumerate(steps, start=1):
             listener.begin(step, place, len(steps))
@@ -118,7 +119,13 @@ def run(job: Job, listener: Listener) -> Report:
             saved = None if job.fresh else load_result(folder, step.key, key)
             if saved is None:
                 start = time.perf_counter()
-                found = step.experiment.run(model, config, listener.step)
+                try:
+                    found = step.experiment.run(model, config, listener.step)
+                except (DataError, ScoringError) as error:
+                    if len(steps) == 1:
+                        raise
+                    found = _not_run(step, error)
+                    errors.append(error)
                 result = replace(found, setting=step.setting)
                 took = time.perf_counter() - start
                 save_result(result, folder, key, seconds=took)
@@ -128,6 +135,8 @@ def run(job: Job, listener: Listener) -> Report:
             results.append(result)
             seconds[step.name] = took
             listener.end(took, saved is not None)
+    if len(errors) == len(steps):
+        raise errors[0]
     config = {**asdict(job.config), **job.options, **how}
     provenance = record(
         model.hf_model,
@@ -142,6 +151,20 @@ def run(job: Job, listener: Listener) -> Report:
     )
     page = write_report(results, provenance, job.out)
     return Report(results=results, provenance=provenance, page=page)
+
+
+def _not_run(step: Step, error: Exception) -> Result:
+    """Returns what stands for an experiment that a model cannot be given; the others go on."""
+    experiment = step.experiment
+    return Result(
+        id=experiment.id,
+        name=experiment.name,
+        title=experiment.title,
+        claim=experiment.claim,
+        section=experiment.section,
+        table=pd.DataFrame(),
+        verdict=f"Could not be run on this model. {error}",
+    )
 
 
 def read(job: Job) -> Report:

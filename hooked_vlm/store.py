@@ -114,6 +114,18 @@ def load_result(folder: Path, name: str, key: str) -> Saved | None:
     return Saved(_read(source, about), about["seconds"])
 
 
+def read_result(folder: Path) -> Result:
+    """Returns the result in one folder, whatever run or version it is of.
+
+    Raises `DataError` where there is none.
+    """
+    try:
+        about = json.loads((folder / "result.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise DataError(f"There is no result in '{folder}'.") from None
+    return _read(folder, about)
+
+
 def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
     arrays, labels = {}, {}
     for name, array in result.arrays.items():
@@ -146,14 +158,15 @@ def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
 def _read(folder: Path, about: dict[str, Any]) -> Result:
     arrays = load_file(folder / "arrays.safetensors")
     # Read as text and then converted, which is exact; read_csv's own parsing rounds.
-    table = pd.read_csv(folder / "table.csv", dtype=str).astype(about["columns"])
+    columns = about["columns"]  # none where an experiment could not be run: no file to parse
+    table = pd.read_csv(folder / "table.csv", dtype=str).astype(columns) if columns else None
     fields = {field.name for field in dataclasses.fields(Result)}
     words = {word: value for word, value in about.items() if word in fields}
     return Result(
         **{
             **words,
             "notes": tuple(about["notes"]),
-            "table": table,
+            "table": pd.DataFrame() if table is None else table,
             "arrays": {
                 name: xr.DataArray(
                     arrays[name],

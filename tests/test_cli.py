@@ -331,3 +331,24 @@ def test_log_lines_carry_an_estimate(
         "m 1/4 E4 swap on shapes: 25% after 15 s, 45 s left",
         "m 1/4 E4 swap on shapes: 50% after 30 s, 30 s left",
     ]
+
+
+def test_one_experiment_that_cannot_be_run_does_not_stop_the_others(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> Result:
+        calls.append("refused")
+        raise DataError("There is no pair.")
+
+    cut = dataclasses.replace(registry.EXPERIMENTS["behaviour"], run=refuse)
+    monkeypatch.setitem(registry.EXPERIMENTS, "behaviour", cut)
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Could not be run on this model. There is no pair." in page
+    assert set(pd.read_csv(tmp_path / "numbers.csv")["experiment"]) == {"E4"}
+    calls.clear()
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 0
+    assert calls == ["load tiny-one"]
+
+    alone = ("run", "behaviour", "--model", "tiny-one", "--out", str(tmp_path))
+    assert hooked_vlm(monkeypatch, *alone, "--fresh") == 2

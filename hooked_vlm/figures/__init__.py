@@ -20,4 +20,4 @@ HEADLINES: Headlines = {**core.HEADLINES}
 def drawings(result: Result) -> list[Drawing]:
     """Returns the figures of a result, in the order of its argument; none if it has no row."""
     draw = DRAW.get(result.id)
-    return [] if draw is None else list(draw(result))
+    return [] if draw is None or result.table.empty else list(draw(result))
