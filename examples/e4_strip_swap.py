@@ -1,6 +1,6 @@
 """Swap two strips of visual tokens, slot by slot, and see when the answer flips.
 
-    python examples/02_strip_swap.py [MODEL]
+    python examples/e4_strip_swap.py [MODEL]
 
 The paper's central intervention (5.2.2) on a handful of pairs, with nothing hidden: a
 `Patch` says what is written where, a `Sweep` varies it over slots and kinds of region.

@@ -1,0 +1,35 @@
+"""How often does a model answer right? (paper, Table 1)
+
+    python examples/e1_behaviour.py [MODEL [SETTING]]
+
+Every item of a setting, in batches: the top token behind the prompt against the target.
+"""
+
+import sys
+
+import torch
+
+from hooked_vlm import HookedVLM
+from hooked_vlm.scoring import normalise, top_answer
+from hooked_vlm.statistics import wilson
+from hooked_vlm.stimuli import geometry_for
+from hooked_vlm.stimuli.settings import stimulus_set
+
+
+torch.set_grad_enabled(False)
+model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+stimuli = stimulus_set(sys.argv[2] if len(sys.argv) > 2 else "squares")
+vision = model.require_vision()
+geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
+
+for direction in stimuli.directions:
+    questions = stimuli.items((direction,))
+    right = 0
+    for start in range(0, len(questions), 30):
+        batch = questions[start : start + 30]
+        pictures = [stimuli.picture(q, geometry) for q in batch]
+        texts = [stimuli.prompt(q) for q in batch]
+        logits = model(model.prepare(pictures, texts, system=stimuli.system))[:, -1]
+        answers = top_answer(logits, model.tokenizer)
+        right += sum(a == normalise(q.target) for a, q in zip(answers, batch, strict=True))
+    print(f"{direction:<6} {wilson(right, len(questions))} of {len(questions)}")

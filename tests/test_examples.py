@@ -1,0 +1,34 @@
+"""Every example runs from top to bottom, on a shipped model, and prints what it says."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+QUICK = {"01_read_and_write", "e3_ordering_probes", "e4_strip_swap"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
+def test_example_runs(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [path.name])
+    enabled = torch.is_grad_enabled()
+    try:
+        runpy.run_path(str(path))
+    finally:
+        torch.set_grad_enabled(enabled)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) > 3
+    assert not any("nan" in line for line in said)
+
+
+def test_every_example_says_how_to_run_it() -> None:
+    for path in EXAMPLES:
+        assert f"python examples/{path.name}" in path.read_text(), path.name
