@@ -10,6 +10,7 @@ each activation (`hook_dict`), and running under functions attached to those nam
     cache["resid_post", 3], cache["pattern", 0, "vision_encoder"]
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +23,21 @@ from hooked_vlm.cache import ActivationCache
 from hooked_vlm.config import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.describe import describe_sites
 from hooked_vlm.devices import execution_device
-from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.image_grids import GridFinder
 from hooked_vlm.inputs import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.loading import load_pretrained
 from hooked_vlm.naming import NamesFilter
-from hooked_vlm.partial import layer_index, returns_tuples, run_until, skipping, uncached
+from hooked_vlm.partial import (
+    EMBEDDINGS,
+    layer_index,
+    noting,
+    returns_tuples,
+    run_until,
+    skipping,
+    uncached,
+)
 from hooked_vlm.sites import list_sites
 
 
@@ -238,7 +247,9 @@ class HookedVLM(HookedModel):
         that `run_with_cache(inputs, stop_at_layer=layer)` returned, the logits are those of
         the full run.  TransformerLens's `start_at_layer`.
 
-        Warns of hooks in skipped blocks, which do not run.
+        Warns of hooks in skipped blocks, which do not run, and of writes to embeddings, which
+        `residual` replaces.  The vision encoder runs as ever: where it feeds later blocks too
+        (cross-attention, DeepStack) they read it, elsewhere nothing does.
         """
         blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
         layer = layer_index(layer, len(blocks), "layer", behind=False)
@@ -249,8 +260,21 @@ class HookedVLM(HookedModel):
         start = (f"blocks.{layer}.hook_resid_pre", lambda here, hook: residual.to(here.device))
         skipped = tuple(f"blocks.{i}." for i in range(layer))
         pairs = self._pairs(fwd_hooks, inputs)
-        run = [(name, fn) for name, fn in pairs if not name.startswith(skipped)]
+        lost: set[str] = set()
+        run = [
+            (name, noting(fn, name, lost) if name in EMBEDDINGS else fn)
+            for name, fn in pairs
+            if not name.startswith(skipped)
+        ]
         with skipping(blocks[:layer], self._tuples[:layer]):
             logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
         self._warn_unran({name for name, _ in pairs if name.startswith(skipped)})
+        if lost:
+            warnings.warn(
+                f"What was written to {', '.join(sorted(lost))} has no effect: the run starts "
+                f"from the residual stream that was given for layer {layer}. Write to "
+                f"blocks.{layer}.hook_resid_pre, or change `residual`.",
+                HookedVLMWarning,
+                stacklevel=2,
+            )
         return logits

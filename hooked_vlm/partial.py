@@ -89,6 +89,22 @@ def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[Non
                 block.forward = forward
 
 
+EMBEDDINGS = ("hook_embed", "hook_merged_embed")
+"""Sites in front of the first block."""
+
+
+def noting(own: Callable[..., Any], name: str, written: set[str]) -> Callable[..., Any]:
+    """Returns a hook function that adds its site's name to `written` when it changes something."""
+
+    def noted(activation: Any, hook: Any) -> Any:
+        changed = own(activation, hook=hook)
+        if changed is not None:
+            written.add(name)
+        return changed
+
+    return noted
+
+
 def returns_tuples(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[int]:
     """Returns how long a tuple each block returns (0: none), as one pass of `run` shows."""
     found = [0] * len(blocks)

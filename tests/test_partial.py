@@ -105,6 +105,20 @@ def test_hooks_in_skipped_layers_warn_that_they_never_ran(site: str) -> None:
     assert ran == [f"blocks.0.{site}"]
 
 
+@pytest.mark.parametrize("site", ["hook_embed", "hook_merged_embed"])
+def test_writes_to_embeddings_that_the_given_residual_replaces_warn(site: str) -> None:
+    model, inputs = setting("qwen2-vl")
+    residual, read = residual_at(model, inputs, 1), []
+    base = model.run_from_layer(inputs, residual, 1)
+    with pytest.warns(HookedVLMWarning, match=rf"{site} has no effect.*blocks\.1\.hook_resid_pre"):
+        logits = model.run_from_layer(inputs, residual, 1, [(site, lambda x, hook: x * 2)])
+    assert torch.equal(logits, base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.run_from_layer(inputs, residual, 1, [(site, lambda x, hook: read.append(x.shape))])
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("layer", [-4, 3, 7])
 def test_layers_out_of_range_are_refused(layer: int) -> None:
     model, inputs = setting("llava")
