@@ -3,7 +3,7 @@
 This is the definition that any faster way of executing a sweep is tested against.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,18 @@ class Cell:
     def with_sources(self, recorded: Mapping[int, Recording]) -> "Cell":
         """Returns the cell with its interventions reading recorded runs (by `id` of the inputs)."""
         return replace(self, interventions=tuple(_sourced(i, recorded) for i in self.interventions))
+
+
+def parts_of(interventions: Sequence[Any]) -> Iterator[Any]:
+    """Yields every single intervention, those inside chains too."""
+    pending = list(interventions)
+    while pending:
+        part = pending.pop()
+        inner = getattr(part, "parts", None)
+        if inner is None:
+            yield part
+        else:
+            pending += inner
 
 
 def source_of(intervention: Any) -> tuple[str, Any]:

@@ -172,6 +172,11 @@ class HookedModel:
         kept = {name: found[name] for name in names if name in found}
         return output, ActivationCache(kept, self._n_layers)
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks are open, by `with model.hooks(...)`."""
+        return bool(self._open)
+
     def _reattach(self) -> None:
         """Attaches the functions of all open blocks anew, so that the outer ones run first."""
         self._attached.close()

@@ -20,9 +20,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_vlm.engine import Cell, run_plain, source_of
+from hooked_vlm.engine import Cell, parts_of, run_plain, source_of
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.interventions import Recording, record, site_of
+from hooked_vlm.restart import run_cells
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -65,7 +66,7 @@ class Sweep:
             for intervention in cell.interventions:
                 intervention.check(model, self.inputs)
         wanted: dict[int, tuple[Any, set[str]]] = {}
-        for part in _parts(cells):
+        for part in (part for cell in cells for part in parts_of(cell.interventions)):
             _, source = source_of(part)
             if source is not None and not isinstance(source, Recording):
                 wanted.setdefault(id(source), (source, set()))[1].add(
@@ -82,12 +83,16 @@ class Sweep:
         dims: Sequence[str] = ("batch",),
         coords: Mapping[str, Sequence[Any]] | None = None,
         on_progress: OnProgress | None = None,
+        plain: bool = False,
         **forward_kwargs: Any,
     ) -> xr.DataArray:
         """Returns the metric at every cell, with dimensions `(*axes, *dims)`.
 
         `dims` names the axes of what the metric returns, batch first; `coords` labels them.
         Forward keyword arguments (such as `logits_to_keep=1`) go to the wrapped model.
+
+        Each cell runs from the first block that it changes, where that gives the same bits
+        (see `restart`); `plain` runs one whole hooked forward pass for each.
         """
         taken = sorted(set(self.axes) & set(dims))
         if taken:
@@ -102,7 +107,8 @@ class Sweep:
             return score
 
         cells = self.plan(model)
-        scores = run_plain(model, self.inputs, cells, checked, on_progress, forward_kwargs)
+        execute = run_plain if plain else run_cells
+        scores = execute(model, self.inputs, cells, checked, on_progress, forward_kwargs)
         values = np.stack([score.float().cpu().numpy() for score in scores])
         sizes = [len(values) for values in self.axes.values()]
         values = values.reshape(*sizes, *values.shape[1:])
@@ -129,18 +135,6 @@ def _check_score(score: Tensor, dims: Sequence[str], coords: Mapping[str, Sequen
 def _label(value: Any) -> Any:
     """Returns a coordinate as xarray can hold it: numbers and text as they are, all else named."""
     return value if isinstance(value, str | int | float | np.generic) else str(value)
-
-
-def _parts(cells: Sequence[Cell]) -> Iterator[Any]:
-    """Yields every single intervention of the cells, those inside chains too."""
-    pending = [part for cell in cells for part in cell.interventions]
-    while pending:
-        part = pending.pop()
-        inner = getattr(part, "parts", None)
-        if inner is None:
-            yield part
-        else:
-            pending += inner
 
 
 def final_logits(logits: Tensor) -> Tensor:

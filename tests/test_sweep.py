@@ -71,7 +71,7 @@ def test_sources_run_once_each() -> None:
         cells = sweep.plan(model)
         assert len(forwards) == 2  # the source and the reference, whatever number of cells
         forwards.clear()
-        sweep.run(model, some_scores, dims=("batch", "token"))
+        sweep.run(model, some_scores, dims=("batch", "token"), plain=True)
     assert len(forwards) == 2 + len(cells)
     recorded = record(model, make_inputs("gemma-3", seed=2), ["blocks.0.hook_resid_pre"])
     again = Sweep(make_inputs("gemma-3", seed=1), {"x": [1]}, lambda x: Patch(0, source=recorded))

@@ -1,0 +1,221 @@
+"""Cells of a sweep run from where they first differ from the clean run.
+
+An intervention at block l of the language model leaves the vision encoder and all blocks
+below l as they were.  So the clean pass runs once, its residual stream in front of the
+blocks in question and the encoder's output are kept, and every cell runs from its first
+changed block on.  The numbers are those of `engine.run_plain`, bit for bit: before a model
+is trusted with it, clean passes run both ways and must agree exactly, and whatever cannot
+be started this way (an edit in the vision encoder, hooks that are open, a model whose
+blocks depend on more than their input) runs plainly.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hooked_vlm.engine import Cell, parts_of, run_plain
+from hooked_vlm.errors import HookedVLMError, HookError
+from hooked_vlm.interventions import site_of
+
+
+FEWEST = 4
+"""Cells from which on it pays to run the clean passes that prove it right."""
+BUDGET = 2**30
+"""Bytes of residual streams that may be kept."""
+
+Metric = Callable[[Tensor], Tensor]
+OnProgress = Callable[[int, int], None]
+
+
+def run_cells(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    metric: Metric,
+    on_progress: OnProgress | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """Returns the metric of every cell, as `run_plain` does, by the shortest way that is safe."""
+    arguments = dict(forward_kwargs or {})
+    with torch.no_grad():
+        start = Restart.of(model, inputs, cells, arguments)
+        if start is None:
+            return run_plain(model, inputs, cells, metric, on_progress, forward_kwargs)
+        scores = []
+        for done, cell in enumerate(cells, start=1):
+            scores.append(metric(start.run(cell)))
+            if on_progress is not None:
+                on_progress(done, len(cells))
+    return scores
+
+
+@dataclass(frozen=True, eq=False)
+class Restart:
+    """A clean pass, kept where cells start from."""
+
+    model: Any
+    inputs: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    residuals: Mapping[int, Tensor]
+    """The residual stream in front of a block, by its index."""
+    encoded: Sequence[Any] | None
+    """What each call of the vision encoder returned; None where it was not called."""
+    plain: Tensor
+    """The logits of the clean pass."""
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        inputs: Mapping[str, Any],
+        cells: Sequence[Cell],
+        arguments: Mapping[str, Any],
+    ) -> "Restart | None":
+        """Returns a start that was proved exact on these inputs, or None where there is none."""
+        layers = [first_layer(model, cell) for cell in cells]
+        if len(cells) < FEWEST or None in layers or model.is_hooked or model.hf_model.training:
+            return None
+        starts = {layer for layer in layers if layer}
+        try:
+            made = cls._recorded(model, inputs, arguments, starts)
+            return made if made._is_exact() else None
+        except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
+            return None  # this model cannot be cut here: what is wrong, if it is, shows plainly
+
+    @classmethod
+    def _recorded(
+        cls, model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any], starts: set[int]
+    ) -> "Restart":
+        with recording(_encoder(model)) as encoded:
+            sites = [_site(layer) for layer in sorted(starts)]
+            plain, cache = model.run_with_cache(inputs, sites, **arguments)
+        each = max((cache[_site(layer)].nbytes for layer in starts), default=1)
+        kept = spread(sorted(starts), max(1, BUDGET // each))
+        residuals = {layer: cache[_site(layer)] for layer in kept}
+        return cls(model, inputs, arguments, residuals, encoded or None, plain)
+
+    def run(self, cell: Cell) -> Tensor:
+        """Returns the logits of a cell."""
+        layer = first_layer(self.model, cell)
+        below = [start for start in self.residuals if layer is not None and start <= layer]
+        with replaying(_encoder(self.model), self.encoded):
+            if not below:
+                return self.model.run_with_hooks(self.inputs, cell.interventions, **self.arguments)
+            start = max(below)
+            return self.model.run_from_layer(
+                self.inputs, self.residuals[start], start, cell.interventions, **self.arguments
+            )
+
+    def _is_exact(self) -> bool:
+        """Whether clean passes from the first and the last start give the plain one's logits.
+
+        The first one runs twice: what it is given must not wear out.
+        """
+        first, last = min(self.residuals, default=0), max(self.residuals, default=0)
+        for layer in (first, last, first):
+            with replaying(_encoder(self.model), self.encoded):
+                if layer:
+                    residual = self.residuals[layer]
+                    again = self.model.run_from_layer(
+                        self.inputs, residual, layer, **self.arguments
+                    )
+                else:
+                    again = self.model(self.inputs, **self.arguments)
+            if not torch.equal(again, self.plain):
+                return False
+        return True
+
+
+def first_layer(model: Any, cell: Cell) -> int | None:
+    """Returns the first LM block that a cell changes something of, or None in front of them.
+
+    0 stands for the embeddings too: all blocks run.  The clean cell starts at the last block.
+    """
+    layers = [model.cfg.n_layers - 1]
+    for part in parts_of(cell.interventions):
+        if not hasattr(part, "site"):
+            return None  # a hook function of one's own, or an intervention unknown here
+        name = site_of(model, part.site).name
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block is not None:
+            layers.append(int(block[1]))
+        elif name in ("hook_embed", "hook_merged_embed"):
+            layers.append(0)
+        elif not name.startswith(("ln_final", "hook_logits")):
+            return None
+    return min(layers)
+
+
+def spread(layers: Sequence[int], most: int) -> list[int]:
+    """Returns at most so many of some layers, evenly spread, the first among them.
+
+    >>> spread([1, 2, 3, 4, 5], 2)
+    [1, 4]
+    """
+    step = -(-len(layers) // most) if layers else 1
+    return list(layers[::step])
+
+
+@contextmanager
+def recording(module: nn.Module | None) -> Iterator[list[Any]]:
+    """Collects what a module returns, call by call, for the length of a `with` block."""
+    found: list[Any] = []
+    if module is None:
+        yield found
+        return
+    handle = module.register_forward_hook(lambda _, args, output: found.append(_copied(output)))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaying(module: nn.Module | None, outputs: Sequence[Any] | None) -> Iterator[None]:
+    """Lets a module return recorded outputs, call by call, for the length of a `with` block.
+
+    Raises `HookError` where it is called more often than was recorded.
+    """
+    if module is None or outputs is None:
+        yield
+        return
+    waiting = iter(outputs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return _copied(next(waiting))
+        except StopIteration:
+            raise HookError(
+                f"{type(module).__name__} was called more often than the {len(outputs)} times "
+                "that were recorded."
+            ) from None
+
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own
+
+
+def _copied(output: Any) -> Any:
+    """A copy, so that what a model does to an encoder's output in place is not kept."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, output)
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    vision = model.anatomy.vision
+    return None if vision is None else model.hf_model.get_submodule(vision.path)
+
+
+def _site(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_pre"

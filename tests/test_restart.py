@@ -1,0 +1,187 @@
+"""Cells that start where they differ give the bits of whole hooked passes, or run as those."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import FAMILIES, make_inputs, tiny
+from torch import Tensor
+
+from hooked_vlm import restart
+from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
+from hooked_vlm.pairing import swap_pairs
+from hooked_vlm.regions import Region
+from hooked_vlm.restart import Restart, first_layer, spread
+from hooked_vlm.spans import LastToken
+from hooked_vlm.sweep import Sweep
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def logits(found: Tensor) -> Tensor:
+    return found.flatten(1)
+
+
+def grid_side(family: str) -> int:
+    return 6 if family == "llava" else 3
+
+
+def make(family: str, kind: str, site: Any) -> Any:
+    source, n = make_inputs(family, 2, seed=2), grid_side(family)
+    left, right = Region.columns((n, n), 0, 1), Region.columns((n, n), n - 1, n)
+    return {
+        "clean": lambda: None,
+        "swap": lambda: Patch(site, at=swap_pairs(left, right), source=source),
+        "last": lambda: Patch(site, at=LastToken(), source=source),
+        "zero": lambda: Ablate(site, at=left),
+        "steer": lambda: Steer(site, at=right, directions=torch.ones(48), alpha=2.0),
+        "chain": lambda: Chain(Ablate(0, at=left), Patch(site, at=LastToken(), source=source)),
+    }[kind]()
+
+
+def sweep_of(family: str, kinds: list[str], sites: list[Any]) -> Sweep:
+    return Sweep(
+        make_inputs(family, 2, seed=1),
+        {"kind": kinds, "site": sites},
+        make=lambda kind, site: make(family, kind, site),
+    )
+
+
+def both(sweep: Sweep, family: str, **kwargs: Any) -> tuple[Any, Any]:
+    model = tiny(family)
+    dims = ("batch", "logit")
+    fast = sweep.run(model, logits, dims=dims, **kwargs)
+    return fast, sweep.run(model, logits, dims=dims, plain=True, **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_sweep_gives_the_same_bits(family: str, data: st.DataObject) -> None:
+    kinds = data.draw(
+        st.lists(
+            st.sampled_from(["clean", "swap", "last", "zero", "steer", "chain"]),
+            min_size=1,
+            max_size=3,
+            unique=True,
+        )
+    )
+    sites: list[Any] = data.draw(
+        st.lists(
+            st.sampled_from(
+                [0, 1, 2, 3, "hook_merged_embed", "blocks.1.hook_attn_out", "blocks.2.hook_mlp_out"]
+            ),
+            min_size=2,
+            max_size=4,
+            unique=True,
+        )
+    )
+    keep = data.draw(st.sampled_from([{}, {"logits_to_keep": 1}]))
+    fast, plain = both(sweep_of(family, kinds, sites), family, **keep)
+    assert fast.identical(plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_encoder_runs_once_and_skipped_blocks_do_not_run(family: str) -> None:
+    model, sweep = tiny(family), sweep_of(family, ["zero", "steer"], [2, 3])
+    encoder = model.hf_model.get_submodule(str(model.anatomy.vision and model.anatomy.vision.path))
+    lowest = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
+    calls = {"encoder": 0, "lowest": 0}
+    inner = next(m for m in encoder.modules() if isinstance(m, torch.nn.Linear))
+    own = next(m for m in lowest.modules() if isinstance(m, torch.nn.Linear))
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    handles = [
+        inner.register_forward_hook(count("encoder")),
+        own.register_forward_hook(count("lowest")),
+    ]
+    try:
+        sweep.run(model, lambda x: x[:, -1, 0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The recorded pass and the plain one that proves it; one more finds what blocks return.
+    assert calls["encoder"] <= 3
+    assert calls["lowest"] <= 3
+
+
+def start_of(family: str, *cells: Any, **arguments: Any) -> Restart | None:
+    sweep = Sweep(make_inputs(family, 2, seed=1), {"i": range(len(cells))}, make=lambda i: cells[i])
+    model = tiny(family)
+    return Restart.of(model, sweep.inputs, sweep.plan(model), arguments)
+
+
+def test_edits_in_the_encoder_or_projector_run_plainly() -> None:
+    within = [Ablate(f"vision_encoder.blocks.{i % 2}.hook_resid_post") for i in range(5)]
+    assert start_of("llava", *within) is None
+    assert start_of("llava", *[Ablate("vision_projector.hook_out")] * 5) is None
+    assert start_of("llava", *[Ablate(slot) for slot in (0, 1, 2, 3)]) is not None
+
+
+def test_few_cells_and_open_hooks_run_plainly() -> None:
+    assert start_of("llava", *[Ablate(2)] * 3) is None
+    with tiny("llava").hooks([("blocks.0.hook_mlp_out", lambda x, hook: x * 2)]):
+        assert start_of("llava", *[Ablate(2)] * 5) is None
+        fast, plain = both(sweep_of("llava", ["zero"], [0, 1, 2, 3]), "llava")
+        assert fast.identical(plain)
+
+
+def test_a_model_that_cannot_be_cut_exactly_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen2-vl")
+    true = type(model).run_from_layer
+
+    def off(self: Any, inputs: Any, residual: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return true(self, inputs, residual * (1 + 1e-4), *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "run_from_layer", off)
+    assert start_of("qwen2-vl", *[Ablate(slot) for slot in (1, 2, 3, 3)]) is None
+    fast, plain = both(sweep_of("qwen2-vl", ["zero"], [0, 1, 2, 3]), "qwen2-vl")
+    assert fast.identical(plain)
+
+
+def test_first_layers() -> None:
+    model = tiny("llava")
+    cells = {
+        0: Ablate(0),
+        1: Ablate("blocks.1.attn.hook_z"),
+        2: Chain(Ablate("blocks.2.hook_mlp_out"), Ablate("hook_logits")),
+    }
+    for layer, cell in cells.items():
+        sweep = Sweep(make_inputs("llava"), {"i": [0]}, make=lambda i, cell=cell: cell)
+        assert first_layer(model, next(sweep.cells())) == layer
+
+
+def test_residuals_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spread([], 3) == []
+    assert spread(list(range(10)), 3) == [0, 4, 8]
+    monkeypatch.setattr(restart, "BUDGET", 1)
+    start = start_of("llava", *[Ablate(slot) for slot in (1, 2, 3, 3)])
+    assert start is not None and len(start.residuals) == 1
+    fast, plain = both(sweep_of("llava", ["zero", "last"], [0, 1, 2, 3]), "llava")
+    assert fast.identical(plain)
+
+
+def test_no_trace_is_left_in_the_model() -> None:
+    model = tiny("gemma-3")
+    with pytest.raises(RuntimeError, match="planted"):
+        sweep_of("gemma-3", ["zero"], [0, 1, 2, 3]).run(model, lambda _: _fails())
+    assert not any("forward" in vars(m) for m in model.hf_model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf_model.modules())
+
+
+def _fails() -> Tensor:
+    raise RuntimeError("planted")
