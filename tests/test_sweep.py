@@ -116,9 +116,10 @@ def test_a_metric_of_other_axes_is_refused_at_the_first_cell() -> None:
     sweep = Sweep(inputs, {"slot": range(4)}, make=lambda slot: Ablate(slot, at=LastToken()))
     with count_forwards(model) as forwards:
         with pytest.raises(InterventionError, match="returned 2 axes, of shape"):
-            sweep.run(model, some_scores)
+            sweep.run(model, some_scores, plain=True)
+        labels = {"token": ["a", "b"]}
         with pytest.raises(InterventionError, match="coords gives 2 labels"):
-            sweep.run(model, some_scores, dims=("batch", "token"), coords={"token": ["a", "b"]})
+            sweep.run(model, some_scores, dims=("batch", "token"), coords=labels, plain=True)
     assert len(forwards) == 2
 
 
