@@ -19,6 +19,18 @@ class Cell:
 
     coords: tuple[Any, ...]
     interventions: tuple[Any, ...]
+    n_base: int = 0
+    """How many of the interventions, from the first on, all cells have in common."""
+
+    @property
+    def base(self) -> tuple[Any, ...]:
+        """The interventions that all cells begin with."""
+        return self.interventions[: self.n_base]
+
+    @property
+    def own(self) -> tuple[Any, ...]:
+        """The interventions of this cell alone."""
+        return self.interventions[self.n_base :]
 
     def with_sources(self, recorded: Mapping[int, Recording]) -> "Cell":
         """Returns the cell with its interventions reading recorded runs (by `id` of the inputs)."""

@@ -62,12 +62,14 @@ class Restart:
     model: Any
     inputs: Mapping[str, Any]
     arguments: Mapping[str, Any]
+    base: Sequence[Any]
+    """Interventions that every cell begins with."""
     residuals: Mapping[int, Tensor]
-    """The residual stream in front of a block, by its index."""
+    """The residual stream in front of a block, by its index, under `base`."""
     encoded: Sequence[Any] | None
     """What each call of the vision encoder returned; None where it was not called."""
     plain: Tensor
-    """The logits of the clean pass."""
+    """The logits of the clean pass (under `base`)."""
 
     @classmethod
     def of(
@@ -78,27 +80,38 @@ class Restart:
         arguments: Mapping[str, Any],
     ) -> "Restart | None":
         """Returns a start that was proved exact on these inputs, or None where there is none."""
-        layers = [first_layer(model, cell) for cell in cells]
-        if len(cells) < FEWEST or None in layers or model.is_hooked or model.hf_model.training:
+        if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
             return None
-        starts = {layer for layer in layers if layer}
+        base = cells[0].base
+        touched = layers_of(model, base)
+        layers = [first_layer(model, cell) for cell in cells]
+        if touched is None or None in layers:
+            return None
+        # What the base does at a block must be behind the start.
+        lowest = max(touched, default=-1)
+        starts = {layer for layer in layers if layer is not None and layer > max(lowest, 0)}
         try:
-            made = cls._recorded(model, inputs, arguments, starts)
+            made = cls._recorded(model, inputs, arguments, base, starts)
             return made if made._is_exact() else None
         except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
             return None  # this model cannot be cut here: what is wrong, if it is, shows plainly
 
     @classmethod
     def _recorded(
-        cls, model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any], starts: set[int]
+        cls,
+        model: Any,
+        inputs: Mapping[str, Any],
+        arguments: Mapping[str, Any],
+        base: Sequence[Any],
+        starts: set[int],
     ) -> "Restart":
         with recording(_encoder(model)) as encoded:
             sites = [_site(layer) for layer in sorted(starts)]
-            plain, cache = model.run_with_cache(inputs, sites, **arguments)
+            plain, cache = model.run_with_cache(inputs, sites, fwd_hooks=base, **arguments)
         each = max((cache[_site(layer)].nbytes for layer in starts), default=1)
         kept = spread(sorted(starts), max(1, BUDGET // each))
         residuals = {layer: cache[_site(layer)] for layer in kept}
-        return cls(model, inputs, arguments, residuals, encoded or None, plain)
+        return cls(model, inputs, arguments, base, residuals, encoded or None, plain)
 
     def run(self, cell: Cell) -> Tensor:
         """Returns the logits of a cell."""
@@ -109,7 +122,7 @@ class Restart:
                 return self.model.run_with_hooks(self.inputs, cell.interventions, **self.arguments)
             start = max(below)
             return self.model.run_from_layer(
-                self.inputs, self.residuals[start], start, cell.interventions, **self.arguments
+                self.inputs, self.residuals[start], start, cell.own, **self.arguments
             )
 
     def _is_exact(self) -> bool:
@@ -126,7 +139,7 @@ class Restart:
                         self.inputs, residual, layer, **self.arguments
                     )
                 else:
-                    again = self.model(self.inputs, **self.arguments)
+                    again = self.model.run_with_hooks(self.inputs, self.base, **self.arguments)
             if not torch.equal(again, self.plain):
                 return False
         return True
@@ -135,10 +148,20 @@ class Restart:
 def first_layer(model: Any, cell: Cell) -> int | None:
     """Returns the first LM block that a cell changes something of, or None in front of them.
 
-    0 stands for the embeddings too: all blocks run.  The clean cell starts at the last block.
+    0 stands for the embeddings too: all blocks run.  A cell without interventions of its own
+    starts at the last block.
     """
-    layers = [model.cfg.n_layers - 1]
-    for part in parts_of(cell.interventions):
+    layers = layers_of(model, cell.own)
+    return None if layers is None else min([*layers, model.cfg.n_layers - 1])
+
+
+def layers_of(model: Any, interventions: Sequence[Any]) -> list[int] | None:
+    """Returns the LM blocks that interventions change something of, or None for any other place.
+
+    What is behind the last block counts as that block.
+    """
+    layers = []
+    for part in parts_of(interventions):
         if not hasattr(part, "site"):
             return None  # a hook function of one's own, or an intervention unknown here
         name = site_of(model, part.site).name
@@ -147,9 +170,11 @@ def first_layer(model: Any, cell: Cell) -> int | None:
             layers.append(int(block[1]))
         elif name in ("hook_embed", "hook_merged_embed"):
             layers.append(0)
-        elif not name.startswith(("ln_final", "hook_logits")):
+        elif name.startswith(("ln_final", "hook_logits")):
+            layers.append(model.cfg.n_layers - 1)
+        else:
             return None
-    return min(layers)
+    return layers
 
 
 def spread(layers: Sequence[int], most: int) -> list[int]:

@@ -38,12 +38,14 @@ class Sweep:
     """Interventions over named axes, all on the same inputs.
 
     `make` is called with one value of every axis, by name, and returns an intervention
-    (or a list of them, or None for the clean run).
+    (or a list of them, or None for the clean run).  `base` is what every cell begins with,
+    in front of its own (a swap *under* an ablation).
     """
 
     inputs: Mapping[str, Any]
     axes: Mapping[str, Sequence[Any] | np.ndarray]
     make: Callable[..., Any]
+    base: Sequence[Any] = ()
 
     def cells(self) -> Iterator[Cell]:
         """Yields the coordinates and interventions of every cell, the last axis fastest."""
@@ -51,7 +53,8 @@ class Sweep:
             made = self.make(**dict(zip(self.axes, values, strict=True)))
             if made is None:
                 made = []
-            yield Cell(values, tuple(made) if isinstance(made, list | tuple) else (made,))
+            own = tuple(made) if isinstance(made, list | tuple) else (made,)
+            yield Cell(values, (*self.base, *own), len(self.base))
 
     def plan(self, model: Any) -> list[Cell]:
         """Returns every cell with everything checked and its sources recorded.

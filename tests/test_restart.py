@@ -119,6 +119,21 @@ def test_the_encoder_runs_once_and_skipped_blocks_do_not_run(family: str) -> Non
     assert calls["lowest"] <= 3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", [0, 1, "blocks.1.hook_attn_out", "hook_logits"])
+def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
+    base = [make(family, "zero", site) if site != "hook_logits" else Ablate(site, at=LastToken())]
+    kinds = ["clean", "swap", "zero"]
+    sweep = sweep_of(family, kinds, [0, 1, 2, 3])
+    under = Sweep(sweep.inputs, sweep.axes, sweep.make, base)
+    fast, plain = both(under, family)
+    assert fast.identical(plain)
+    free, _ = both(sweep, family)
+    assert not fast.identical(free)
+    by_hand = tiny(family).run_with_hooks(sweep.inputs, [*base, make(family, "zero", 2)])
+    assert (fast.sel(kind="zero", site=2).values == by_hand.flatten(1).numpy()).all()
+
+
 def start_of(family: str, *cells: Any, **arguments: Any) -> Restart | None:
     sweep = Sweep(make_inputs(family, 2, seed=1), {"i": range(len(cells))}, make=lambda i: cells[i])
     model = tiny(family)
