@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hooked_vlm.errors import DataError, HookedVLMWarning, ScoringError, UnsupportedModelError
 from hooked_vlm.experiments import final_token, ordering_probes, strip_swap
 from hooked_vlm.experiments.config import Config
-from hooked_vlm.experiments.registry import EXPERIMENTS, steps
+from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.strip_swap import cell_pairs
@@ -25,6 +25,7 @@ from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY
 from hooked_vlm.zoo import available
 
 
+CORE = SUITES["dual-mechanisms"]
 NUMBERS = {"value", "low", "high", "n"}
 QUICK = Config(pairs=2, batch_size=8)
 WIDE = Config(pairs=2, batch_size=80)  # where nothing depends on how questions are batched
@@ -50,7 +51,7 @@ def rows(result: Result, **wanted: Any) -> pd.DataFrame:
     return table
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", CORE)
 def test_results_are_whole_and_progress_reaches_its_total(name: str) -> None:
     result, told = run(name)
     assert set(result.table.columns) >= NUMBERS
@@ -237,7 +238,7 @@ def nothing(done: int, total: int) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", CORE)
 def test_a_model_without_a_vision_encoder_is_refused(name: str) -> None:
     config = LlamaConfig(
         vocab_size=30,
@@ -254,7 +255,7 @@ def test_a_model_without_a_vision_encoder_is_refused(name: str) -> None:
     assert not forwards
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", CORE)
 def test_a_tokenizer_that_splits_a_colour_is_refused(name: str) -> None:
     whole = planted("object")
     tokenizer = copy.deepcopy(whole.tokenizer)
@@ -304,7 +305,7 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_name", available())
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", CORE)
 def test_on_the_shipped_models(name: str, model_name: str) -> None:
     model = HookedVLM.from_pretrained(model_name)
     result = EXPERIMENTS[name].run(model, QUICK, nothing)

@@ -13,8 +13,10 @@ from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments import (
     behaviour,
     final_token,
+    ordering_ablation,
     ordering_probes,
     strip_swap,
+    swap_under_ablation,
 )
 from hooked_vlm.experiments.config import Config as Config
 from hooked_vlm.experiments.config import OnProgress as OnProgress
@@ -54,6 +56,8 @@ MODULES = (
     final_token,
     ordering_probes,
     strip_swap,
+    ordering_ablation,
+    swap_under_ablation,
 )
 PAPER = tuple(
     name

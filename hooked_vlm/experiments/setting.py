@@ -5,7 +5,7 @@ the paper uses for the model's kind of encoder: its own size where that is fixed
 visual tokens where any size goes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,7 +159,9 @@ def token_grid(model: Any) -> tuple[int, int]:
     return rows, side // rows
 
 
-def interval_rows(interval: Interval, axes: dict[str, Sequence[Any]], **columns: Any) -> list[dict]:
+def interval_rows(
+    interval: Interval, axes: Mapping[str, Sequence[Any]], **columns: Any
+) -> list[dict]:
     """Returns tidy rows of an interval whose arrays have the given axes, in order."""
     shape = [len(values) for values in axes.values()]
     numbers = [
