@@ -5,6 +5,8 @@ tokens alone, with the object's slot as its label, and applied to every visual t
 held-out pictures.  Where it answers outside the objects, the background holds the order.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -49,7 +51,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     for axis in setting.axes:
         features = []
         for batch in setting.batches(_questions(setting, axis)):
-            features.append(_features(setting, batch))
+            features.append(projected(setting, batch))
             done += 1
             on_progress(done, total)
         found = _fit(setting, axis, torch.cat(features), config.seed)
@@ -111,7 +113,7 @@ def _questions(setting: Setting, axis: str) -> list[Question]:
     return setting.stimuli.items(("left",) if axis == "horizontal" else ("above",))
 
 
-def _features(setting: Setting, batch: list[Question]) -> torch.Tensor:
+def projected(setting: Setting, batch: Sequence[Question]) -> torch.Tensor:
     """Returns the projector's output `[image, token, d_model]`; the LM does not run."""
     site = f"{PROJECTOR}.hook_out"
     with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any
 
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments import (
+    amplification,
     behaviour,
     final_token,
     ordering_ablation,
@@ -58,6 +59,7 @@ MODULES = (
     strip_swap,
     ordering_ablation,
     swap_under_ablation,
+    amplification,
 )
 PAPER = tuple(
     name

@@ -7,13 +7,13 @@ the paper at hand.  A result without a row here has its table alone.
 """
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures import ablation, core
+from hooked_vlm.figures import ablation, core, steering
 from hooked_vlm.figures.drawing import Drawing as Drawing
 from hooked_vlm.figures.drawing import Draws, Headlines
 
 
-DRAW: Draws = {**core.DRAW, **ablation.DRAW}
-HEADLINES: Headlines = {**core.HEADLINES, **ablation.HEADLINES}
+DRAW: Draws = {**core.DRAW, **ablation.DRAW, **steering.DRAW}
+HEADLINES: Headlines = {**core.HEADLINES, **ablation.HEADLINES, **steering.HEADLINES}
 """Which few numbers of a result stand on top of a report."""
 
 
