@@ -26,6 +26,7 @@ from hooked_vlm.probes import (
     split_by_image,
 )
 from hooked_vlm.statistics import bootstrap
+from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -54,7 +55,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             features.append(projected(setting, batch))
             done += 1
             on_progress(done, total)
-        found = _fit(setting, axis, torch.cat(features), config.seed)
+        found = read_order(setting.geometry, axis, torch.cat(features), config.seed)
         rows += found["rows"]
         means.append(found["maps"].mean(0))
         cells.append(_object_cells(setting, axis))
@@ -121,33 +122,50 @@ def projected(setting: Setting, batch: Sequence[Question]) -> torch.Tensor:
     return cache[site].float().cpu()
 
 
-def _fit(setting: Setting, axis: str, features: torch.Tensor, seed: int) -> dict:
-    geometry = setting.geometry
+def read_order(geometry: Layout, axis: str, features: torch.Tensor, seed: int) -> dict:
+    """Fits the paper's probe and its controls to features `[image, token, d]` of one axis.
+
+    Returns table `rows`, `maps` `[test image, class, row, col]`, and which images are `test`.
+    """
     examples = object_examples(features, [geometry.object_region(axis, slot) for slot in range(3)])
-    train, test = split_by_image(len(features), seed=seed)
-    probe = LinearProbe(seed=seed)
-    part = examples.of_images(train)
-    probe.fit(part.X, part.y)
+    probe, control, test, rows = fit_with_controls(examples, len(features), seed)
+    n = geometry.shape[0]
+    grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
+    strip = np.zeros(geometry.shape, dtype=int)
+    for slot in range(3):
+        strip[geometry.strip_region(axis, slot).mask] = slot
+    background = geometry.background(axis).mask
+    for quantity, fitted in (("background", probe), ("background, shuffled", control)):
+        shares = background_shares(fitted.probability_map(grids), strip, background)
+        rows += interval_rows(bootstrap(shares, seed=seed), {}, quantity=quantity)
+    maps = probe.probability_map(grids).permute(0, 3, 1, 2).numpy()
+    rows = [{**row, "axis": axis} for row in rows]
+    return {"rows": rows, "maps": maps, "test": test, "shown": range(min(SHOWN, len(test)))}
+
+
+def fit_with_controls(
+    examples: Examples, n_images: int, seed: int
+) -> tuple[LinearProbe, LinearProbe, np.ndarray, list[dict]]:
+    """Returns a probe, its control, the held-out images, and rows of what they read there.
+
+    The control is fitted and scored on labels dealt anew within images; `converged` is a
+    logistic regression on the same examples.
+    """
+    train, test = split_by_image(n_images, seed=seed)
     shuffled = shuffled_labels(examples, seed=seed)
-    control = LinearProbe(seed=seed)
-    part = shuffled.of_images(train)
-    control.fit(part.X, part.y)
-    converged = _converged(examples.of_images(train))
+    probe, control = LinearProbe(seed=seed), LinearProbe(seed=seed)
+    for fitted, data in ((probe, examples), (control, shuffled)):
+        part = data.of_images(train)
+        fitted.fit(part.X, part.y)
     rows = []
     for quantity, fitted, data in (
         ("accuracy", probe, examples),
-        ("converged", converged, examples),
+        ("converged", _converged(examples.of_images(train)), examples),
         ("shuffled", control, shuffled),
     ):
         interval = held_out_accuracy(fitted, data.of_images(test))
-        rows += interval_rows(interval, {}, axis=axis, quantity=quantity)
-    n = geometry.shape[0]
-    grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
-    for quantity, fitted in (("background", probe), ("background, shuffled", control)):
-        shares = _background_shares(geometry, axis, fitted.probability_map(grids))
-        rows += interval_rows(bootstrap(shares, seed=seed), {}, axis=axis, quantity=quantity)
-    maps = probe.probability_map(grids).permute(0, 3, 1, 2).numpy()
-    return {"rows": rows, "maps": maps, "test": test, "shown": range(min(SHOWN, len(test)))}
+        rows += interval_rows(interval, {}, quantity=quantity)
+    return probe, control, test, rows
 
 
 def _converged(examples: Examples) -> LogisticRegression:
@@ -165,14 +183,13 @@ def _converged(examples: Examples) -> LogisticRegression:
     return fitted
 
 
-def _background_shares(geometry, axis: str, maps: torch.Tensor) -> np.ndarray:
-    """Returns, by picture, the share of background tokens given to the strip they lie in."""
-    strip = np.zeros(geometry.shape, dtype=int)
-    for slot in range(3):
-        strip[geometry.strip_region(axis, slot).mask] = slot
-    background = geometry.background(axis).mask
-    given = maps.argmax(-1).numpy()
-    return (given == strip)[:, background].mean(1)
+def background_shares(maps: torch.Tensor, own: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Returns, by picture, the share of background tokens given to the class they lie in.
+
+    `maps` are probabilities `[image, row, col, class]`, `own` the class of each cell.
+    """
+    given = maps.argmax(-1).cpu().numpy()
+    return (given == own)[:, background].mean(1)
 
 
 def _object_cells(setting: Setting, axis: str) -> np.ndarray:

@@ -14,8 +14,10 @@ from hooked_vlm.experiments import (
     amplification,
     behaviour,
     final_token,
+    grid_probes,
     ordering_ablation,
     ordering_probes,
+    photographs,
     strip_swap,
     swap_under_ablation,
 )
@@ -60,6 +62,8 @@ MODULES = (
     ordering_ablation,
     swap_under_ablation,
     amplification,
+    grid_probes,
+    photographs,
 )
 PAPER = tuple(
     name

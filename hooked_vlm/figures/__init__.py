@@ -7,13 +7,14 @@ the paper at hand.  A result without a row here has its table alone.
 """
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures import ablation, core, steering
+from hooked_vlm.figures import ablation, backgrounds, core, steering
 from hooked_vlm.figures.drawing import Drawing as Drawing
 from hooked_vlm.figures.drawing import Draws, Headlines
 
 
-DRAW: Draws = {**core.DRAW, **ablation.DRAW, **steering.DRAW}
-HEADLINES: Headlines = {**core.HEADLINES, **ablation.HEADLINES, **steering.HEADLINES}
+TOPICS = (core, ablation, steering, backgrounds)
+DRAW: Draws = {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
+HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.HEADLINES.items()}
 """Which few numbers of a result stand on top of a report."""
 
 

@@ -1,0 +1,139 @@
+"""E8, grid probes: are column and row of a k x k grid in the visual tokens? (paper, App. C.6)
+
+The ordering probes of E3 on two axes at once: k x k shapes of random form and colour, and
+from each object's tokens at the projector's output a probe reads its column, another its
+row.  Both are then applied to the background.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from PIL import Image
+
+from hooked_vlm.experiments import config as common
+from hooked_vlm.experiments.config import OnProgress
+from hooked_vlm.experiments.ordering_probes import background_shares, fit_with_controls
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.setting import interval_rows, said, select, token_grid
+from hooked_vlm.naming import PROJECTOR
+from hooked_vlm.probes import object_examples
+from hooked_vlm.statistics import bootstrap
+from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
+from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
+
+
+ID, NAME, SECTION = "E8", "grid-probes", "App. C.6"
+TITLE = "Are column and row of a grid in the visual tokens?"
+CLAIM = "On grids of 2x2 and 3x3 shapes, both the column and the row of an object can be read."
+LABELS = ("column", "row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(common.Config):
+    """`images` pictures for each k."""
+
+    setting: str = "grids"  # the only one
+    ks: tuple[int, ...] = (2, 3)
+    images: int = 120
+
+
+def run(model, config: Config, on_progress: OnProgress) -> Result:
+    """Fits a probe of columns and one of rows for each k, and applies both to the background."""
+    model.require_vision()
+    n_tokens, token_px = token_grid(model)
+    total = len(config.ks) * config.images
+    on_progress(0, total)
+    rows, maps, cells, pictures = [], [], [], {}
+    for number, k in enumerate(config.ks):
+        layout = GridLayout(k, n_tokens, token_px)
+        rng = random.Random(f"{config.seed}/{k}")
+        images = [draw(random_cells(k, rng), layout) for _ in range(config.images)]
+        features = []
+        for start in range(0, len(images), config.batch_size):
+            features.append(_projected(model, images[start : start + config.batch_size]))
+            on_progress(number * config.images + min(start + config.batch_size, len(images)), total)
+        pictures[f"{k}x{k}"] = images[0]
+        for label in LABELS:
+            found, mean = _fit(layout, torch.cat(features), label, config.seed)
+            rows += found
+            padded = np.full((max(config.ks), *mean.shape[1:]), np.nan)
+            padded[: len(mean)] = mean
+            maps.append(padded)
+            cells.append(f"{k}x{k} {label}")
+    table = pd.DataFrame(rows)
+    return Result(
+        id=ID,
+        name=NAME,
+        title=TITLE,
+        claim=CLAIM,
+        section=SECTION,
+        table=table,
+        arrays={
+            "mean_maps": xr.DataArray(
+                np.stack(maps),
+                dims=("probe", "class", "row", "col"),
+                coords={"probe": cells, "class": list(range(max(config.ks)))},
+            )
+        },
+        images=pictures,
+        verdict=_verdict(table),
+        config={"ks": list(config.ks), "images": config.images, "seed": config.seed},
+        notes=(
+            "Features are the projector's output; each object token is an example, labelled by its "
+            "object's column (or row). Pictures are split 75/25.",
+            "'background' is the share of background tokens that a probe gives to the column (row) "
+            "of the grid that they lie in; a probe that sees nothing there gets about 1/k. "
+            "'shuffled' is fitted and scored on labels dealt anew among each picture's objects, "
+            "'converged' a logistic regression on the same tokens.",
+            "Shapes and colours are drawn for each cell on its own, so that neither tells a place.",
+        ),
+    )
+
+
+def _projected(model, images: list[Image.Image]) -> torch.Tensor:
+    site = f"{PROJECTOR}.hook_out"
+    inputs = model.prepare(images, [""] * len(images), system=SYSTEM_PROMPT)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs, site, stop_at_layer=0)
+    return cache[site].float().cpu()
+
+
+def _fit(
+    layout: GridLayout, features: torch.Tensor, label: str, seed: int
+) -> tuple[list[dict], np.ndarray]:
+    k, n = layout.k, layout.n_tokens
+    regions = [layout.object_region(row, col) for row in range(k) for col in range(k)]
+    examples = object_examples(features, regions)
+    examples = replace(examples, y=examples.y % k if label == "column" else examples.y // k)
+    probe, control, test, rows = fit_with_controls(examples, len(features), seed)
+    grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
+    band = np.array([layout.band(token) for token in range(n)])
+    own = np.broadcast_to(band[None] if label == "column" else band[:, None], (n, n))
+    background = ~np.any([region.mask for region in regions], axis=0)
+    for quantity, fitted in (("background", probe), ("background, shuffled", control)):
+        shares = background_shares(fitted.probability_map(grids), own, background)
+        rows += interval_rows(bootstrap(shares, seed=seed), {}, quantity=quantity)
+    mean = probe.probability_map(grids).mean(0).permute(2, 0, 1).numpy()
+    return [{**row, "kind": f"{k}x{k}", "axis": label} for row in rows], mean
+
+
+def _verdict(table: pd.DataFrame) -> str:
+    parts = []
+    for kind in dict.fromkeys(table["kind"]):
+        for label in LABELS:
+            here: Any = select(table, kind=kind, axis=label).set_index("quantity")
+            chance = 1 / int(kind.split("x")[0])
+            read = here.loc["accuracy", "low"] > max(chance, here.loc["shuffled", "high"])
+            parts.append(
+                f"{kind}, {label}: {'read' if read else 'not read'}, "
+                f"{said(here.loc['accuracy'])} of held-out object tokens "
+                f"({said(here.loc['converged'])} if fitted to convergence, control "
+                f"{here.loc['shuffled', 'value']:.2f}); background {said(here.loc['background'])} "
+                f"(chance {chance:.2f})."
+            )
+    return "\n".join(parts)

@@ -1,0 +1,96 @@
+"""Figures of E8 and E9: grids, and photographs behind the layouts."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from hooked_vlm import charts, plots
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.figures.drawing import Drawing, Draws, Headlines
+from hooked_vlm.plots import Look
+
+
+def _grids(result: Result) -> Iterator[Drawing]:
+    table = result.table.assign(probe=result.table["kind"] + ", " + result.table["axis"])
+    yield Drawing(
+        "probes",
+        charts.dots(
+            table,
+            by="probe",
+            line="quantity",
+            looks=plots.SCORES,
+            x_label="share of tokens read rightly, 95 % interval",
+        ),
+        "Probes of an object's column and row in grids of 2x2 and 3x3 shapes, fitted to object "
+        "tokens at the projector's output and read on held-out pictures. Chance is 1/2 and 1/3.",
+        headline=True,
+    )
+
+
+def _photographs(result: Result) -> Iterator[Drawing]:
+    table = result.table
+    probes = table[table["part"] == "ordering-probes"]
+    yield Drawing(
+        "probes",
+        charts.dots(
+            probes[~probes["quantity"].str.contains("shuffled")],
+            by="quantity",
+            line="ground",
+            panel="axis",
+            x_label="share of tokens, 95 % interval",
+            chance=1 / 3,
+        ),
+        "What ordering probes read on white and on photographs: object tokens of held-out pictures "
+        "(accuracy; converged: fitted to convergence), and the share of background tokens given to "
+        "their strip.",
+        headline=True,
+    )
+    for ground in dict.fromkeys(probes["ground"]):
+        maps = result.arrays[f"mean_maps_{ground}"]
+        yield Drawing(
+            f"maps-{ground}",
+            plots.mean_maps(maps, result.arrays[f"object_cells_{ground}"]),
+            f"Probe maps, mean over held-out pictures on {ground}; boxes are the objects.",
+        )
+    swaps = table[(table["quantity"] == "swapped") & table["kind"].isin(["strip", "object"])]
+    swaps = swaps[swaps["direction"] != "all"]
+    if len(swaps):
+        yield Drawing(
+            "swaps",
+            charts.curves(
+                _named(swaps),
+                x="slot",
+                line="line",
+                panel="direction",
+                looks=LINES,
+                x_label=plots.SLOTS,
+                y_label="P(swapped answer)",
+            ),
+            "Probability that the answer becomes the mirrored picture's when regions trade places, "
+            "by slot. Bands are 95 % bootstrap intervals over pairs.",
+        )
+
+
+def _named(swaps: pd.DataFrame) -> pd.DataFrame:
+    return swaps.assign(
+        line=swaps["kind"] + " on " + swaps["ground"], slot=swaps["slot"].astype(int)
+    )
+
+
+LINES = {
+    "strip on white": Look("strips, white", "#D55E00", "s", (0, (4, 2))),
+    "object on white": Look("objects, white", "#0072B2", "o", (0, (4, 2))),
+    "strip on photographs": Look("strips, photographs", "#D55E00", "s"),
+    "object on photographs": Look("objects, photographs", "#0072B2", "o"),
+}
+
+DRAW: Draws = {"E8": _grids, "E9": _photographs}
+HEADLINES: Headlines = {
+    "E8": (({"quantity": "accuracy"}, "column and row read from grids"),),
+    "E9": (
+        (
+            {"quantity": "background", "ground": "photographs"},
+            "background tokens given to their strip, on photographs",
+        ),
+    ),
+}
