@@ -11,6 +11,7 @@ from planted_models import GEOMETRY, planted
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import ordering_ablation, swap_under_ablation
 from hooked_vlm.experiments.order_removal import REMOVALS, check_cover, references, removed
+from hooked_vlm.experiments.ordering_ablation import sampled
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.model import HookedVLM
@@ -61,14 +62,10 @@ def test_differences_are_paired_with_intact_runs() -> None:
 
 def test_sampled_items_are_seeded_and_balanced() -> None:
     setting = Setting(planted("object"), stimulus_set("squares"), 8)
-    config = ordering_ablation.Config(items=7)
-    left = ordering_ablation.sampled(setting, "left", config)
+    left = sampled(setting, "left", 7, 0)
     assert len(left) == 7 == len(set(left)) and {q.direction for q in left} == {"left"}
-    assert left == ordering_ablation.sampled(setting, "left", config)
-    other = ordering_ablation.Config(items=7, seed=1)
-    assert left != ordering_ablation.sampled(setting, "left", other)
-    every = ordering_ablation.Config(items=0)
-    assert len(ordering_ablation.sampled(setting, "left", every)) == 120
+    assert left == sampled(setting, "left", 7, 0) != sampled(setting, "left", 7, 1)
+    assert len(sampled(setting, "left", 0, 0)) == len(sampled(setting, "left", 500, 0)) == 120
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-gemma-3"])

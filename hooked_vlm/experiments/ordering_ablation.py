@@ -46,7 +46,7 @@ class Config(common.Config):
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks the setting's questions intact and under each way of removing the order."""
     setting = Setting.of(model, config)
-    asked = {d: sampled(setting, d, config) for d in setting.directions}
+    asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
     batches = [(d, batch) for d, found in asked.items() for batch in setting.batches(found)]
     on_progress(0, len(batches))
     scores: dict[str, list[np.ndarray]] = {direction: [] for direction in asked}
@@ -81,12 +81,12 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
-def sampled(setting: Setting, direction: str, config: Config) -> list[Question]:
-    """Returns the questions of a direction, or a seeded sample of them in the same order."""
+def sampled(setting: Setting, direction: str, n: int, seed: int) -> list[Question]:
+    """Returns `n` questions of a direction, a seeded sample in their order; all of them for 0."""
     questions = setting.stimuli.items((direction,))
-    if not 0 < config.items < len(questions):
+    if not 0 < n < len(questions):
         return questions
-    chosen = random.Random(f"{config.seed}/{direction}").sample(range(len(questions)), config.items)
+    chosen = random.Random(f"{seed}/{direction}").sample(range(len(questions)), n)
     return [questions[i] for i in sorted(chosen)]
 
 

@@ -13,11 +13,13 @@ from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments import (
     amplification,
     behaviour,
+    encoder_depth,
     final_token,
     grid_probes,
     ordering_ablation,
     ordering_probes,
     photographs,
+    redundancy,
     strip_swap,
     swap_under_ablation,
 )
@@ -64,6 +66,8 @@ MODULES = (
     amplification,
     grid_probes,
     photographs,
+    encoder_depth,
+    redundancy,
 )
 PAPER = tuple(
     name

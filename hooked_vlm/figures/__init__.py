@@ -7,12 +7,12 @@ the paper at hand.  A result without a row here has its table alone.
 """
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures import ablation, backgrounds, core, steering
+from hooked_vlm.figures import ablation, backgrounds, core, open_questions, steering
 from hooked_vlm.figures.drawing import Drawing as Drawing
 from hooked_vlm.figures.drawing import Draws, Headlines
 
 
-TOPICS = (core, ablation, steering, backgrounds)
+TOPICS = (core, ablation, steering, backgrounds, open_questions)
 DRAW: Draws = {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
 HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.HEADLINES.items()}
 """Which few numbers of a result stand on top of a report."""

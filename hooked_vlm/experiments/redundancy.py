@@ -1,0 +1,174 @@
+"""Q6, two signals on and off: are the two mechanisms redundant or complementary? (paper, 5.3)
+
+The paper calls the language model's own ordering secondary because accuracy falls little or
+much without vision's.  That is one cell of four.  Here each signal is taken away alone and
+both together, on the same questions: vision's by E5's removal, the language model's by
+cutting the attention of image tokens to one another in all of its blocks, so that they
+cannot be compared there.  The interaction says whether one covers for the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_vlm.experiments import config as common
+from hooked_vlm.experiments.config import OnProgress
+from hooked_vlm.experiments.order_removal import references, removed
+from hooked_vlm.experiments.ordering_ablation import sampled
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
+from hooked_vlm.inputs import Inputs
+from hooked_vlm.scoring import normalise, top_answer
+from hooked_vlm.statistics import bootstrap, wilson
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.sweep import final_logits
+
+
+ID, NAME, SECTION = "Q6", "redundancy", "open question on 5.3"
+TITLE = "Are the two mechanisms redundant or complementary?"
+CLAIM = (
+    "The paper calls the language model's mechanism secondary, from accuracy without vision's "
+    "order alone; how the two go together is left open."
+)
+CELLS = ("both", "vision only", "LM only", "neither")
+ALPHA = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(common.Config):
+    """`items` questions of each direction, drawn with the seed; 0: all."""
+
+    items: int = 60
+
+
+def run(model, config: Config, on_progress: OnProgress) -> Result:
+    """Asks the same questions with each signal on and off, and estimates their interaction."""
+    setting = Setting.of(model, config)
+    asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
+    batches = [(d, batch) for d, found in asked.items() for batch in setting.batches(found)]
+    on_progress(0, len(batches))
+    scores: dict[str, list[np.ndarray]] = {direction: [] for direction in asked}
+    for done, (direction, batch) in enumerate(batches, start=1):
+        scores[direction].append(_scores(setting, batch))
+        on_progress(done, len(batches))
+    table = _table({d: np.concatenate(s, axis=1) for d, s in scores.items()}, config.seed)
+    return Result(
+        id=ID,
+        name=NAME,
+        title=TITLE,
+        claim=CLAIM,
+        section=SECTION,
+        table=table,
+        verdict=_verdict(table),
+        config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},
+        notes=(
+            "'vision off' is E5's removal at slot 0. 'LM off' sets the attention scores of every "
+            "image token to every other image token to the least number, in all blocks and heads "
+            "of the language model; text still reads the image, and each image token itself and "
+            "the text before it. An order that text tokens read off positions directly is not "
+            "taken away by this.",
+            "'interaction' is both - vision only - LM only + neither, item by item, in the right "
+            "answer's probability and in accuracy: below zero, either signal does much of what "
+            "both do (redundant); above zero, each needs the other (complementary). Bootstrap "
+            "intervals over items.",
+        ),
+    )
+
+
+def between_image_tokens(inputs: Inputs) -> Bool[Tensor, "batch 1 pos pos"]:
+    """Returns which scores `[query, key]` are between different image tokens of a prompt."""
+    batch, length = inputs["input_ids"].shape
+    mask = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    for b, grids in enumerate(inputs.grids):
+        image = torch.zeros(length, dtype=torch.bool)
+        for grid in grids:
+            image[grid.positions.flatten()] = True
+        mask[b, 0] = image[:, None] & image[None, :]
+    mask &= ~torch.eye(length, dtype=torch.bool)
+    return mask
+
+
+def knock_out(inputs: Inputs) -> list[Any]:
+    """Returns hooks that cut image tokens off from one another in every block."""
+    mask = between_image_tokens(inputs)
+
+    def cut(scores: Tensor, hook: Any) -> Tensor:
+        least = torch.finfo(scores.dtype).min
+        return scores.masked_fill(mask.to(scores.device), least)
+
+    return [("blocks.*.attn.hook_attn_scores", cut)]
+
+
+def _scores(setting: Setting, batch: Sequence[Question]) -> np.ndarray:
+    """Returns `[cell, item, quantity]`: whether the answer is right, and its probability."""
+    found = references(setting, batch)
+    lm_off, vision_off = knock_out(found.inputs), removed(found)
+    targets = [normalise(question.target) for question in batch]
+    cells = {
+        "both": [],
+        "vision only": lm_off,
+        "LM only": vision_off,
+        "neither": [*vision_off, *lm_off],
+    }
+    scores = []
+    for cell in CELLS:
+        with torch.no_grad():
+            logits = setting.model.run_with_hooks(found.inputs, cells[cell], logits_to_keep=1)
+        last = final_logits(logits)
+        answers = top_answer(last, setting.model.tokenizer)
+        right = [float(a == t) for a, t in zip(answers, targets, strict=True)]
+        probability = setting.probabilities(last, [(q.target,) for q in batch])[:, 0]
+        scores.append(np.stack([right, probability.cpu().numpy()], axis=-1))
+    return np.stack(scores)
+
+
+def _table(by_direction: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
+    rows = []
+    together = np.concatenate(list(by_direction.values()), axis=1)
+    for direction, values in {**by_direction, "all": together}.items():
+        for cell, verdicts in zip(CELLS, values[..., 0], strict=True):
+            interval = wilson(float(verdicts.sum()), len(verdicts))
+            about = {"direction": direction, "kind": cell, "quantity": "accuracy"}
+            rows += interval_rows(interval, {}, **about)
+        probability = bootstrap(values[..., 1].T, seed=seed)
+        rows += interval_rows(
+            probability, {"kind": CELLS}, direction=direction, quantity="probability"
+        )
+        both, vision, language, neither = values
+        interaction = bootstrap(both - vision - language + neither, seed=seed)
+        measures = ("accuracy", "probability")
+        rows += interval_rows(
+            interaction, {"quantity": measures}, direction=direction, kind="interaction"
+        )
+    return pd.DataFrame(rows)
+
+
+def _verdict(table: pd.DataFrame) -> str:
+    parts = []
+    for direction in dict.fromkeys(table["direction"]):
+        here = select(table, direction=direction, quantity="accuracy")
+        rows = {str(row["kind"]): row for _, row in here.iterrows()}
+        cells = ", ".join(f"{cell} {said(rows[cell])}" for cell in CELLS)
+        parts.append(
+            f"{direction}: accuracy with {cells}; interaction {said(rows['interaction'])}: "
+            f"{_kind(rows)}."
+        )
+    parts = [parts[-1], *parts[:-1]]  # all directions together first
+    return "\n".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _kind(rows: dict[str, Any]) -> str:
+    loss = rows["both"]["value"] - rows["neither"]["value"]
+    if loss < ALPHA:
+        return "neither is needed, so the answers rest on something else"
+    if rows["interaction"]["high"] < 0:
+        return "redundant, either signal does much of what both do"
+    if rows["interaction"]["low"] > 0:
+        return "complementary, each needs the other"
+    return "neither redundant nor complementary beyond the interval"

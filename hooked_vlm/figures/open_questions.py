@@ -1,0 +1,104 @@
+"""Figures of the questions that the paper leaves open: depth, and how mechanisms combine."""
+
+from collections.abc import Iterator
+
+from hooked_vlm import charts, plots
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.figures.drawing import Drawing, Draws, Headlines
+
+
+DEPTH = "layer: 0 = encoder input, l = output of block l−1, last = projector"
+
+
+def _depth(result: Result) -> Iterator[Drawing]:
+    table = result.table
+    probes = table[table["quantity"].isin(list(plots.SCORES))]
+    yield Drawing(
+        "probes",
+        charts.curves(
+            probes,
+            x="layer",
+            line="quantity",
+            panel="axis",
+            looks=plots.SCORES,
+            x_label=DEPTH,
+            y_label="share of tokens",
+            chance=1 / 3,
+        ),
+        "What ordering probes, fitted anew at each depth of the vision encoder, read from object "
+        "tokens of held-out pictures and give to the background of each strip. Bands are 95 % "
+        "intervals over pictures.",
+        headline=True,
+    )
+    swaps = table[table["quantity"] == "swapped"]
+    yield Drawing(
+        "swaps",
+        charts.curves(
+            swaps,
+            x="layer",
+            line="kind",
+            panel="direction",
+            looks=plots.KINDS,
+            x_label=DEPTH,
+            y_label="P(swapped answer)",
+        ),
+        "Strips or object cells trade places with those of the mirrored picture at one depth of "
+        "the vision encoder. Bands are 95 % bootstrap intervals over pairs.",
+    )
+    attention = table[table["quantity"] == "attention"]
+    if len(attention):
+        yield Drawing(
+            "attention",
+            charts.curves(
+                attention,
+                x="layer",
+                line="kind",
+                panel="axis",
+                x_label="layer: l = attention of block l−1",
+                y_label="times even attention",
+                limits=None,
+                chance=1.0,
+            ),
+            "How much background patches attend to the object of their own strip and to the other "
+            "two, as a multiple of even attention (dotted). Bands are 95 % intervals.",
+        )
+
+
+def _redundancy(result: Result) -> Iterator[Drawing]:
+    table = result.table[result.table["quantity"] == "accuracy"]
+    yield Drawing(
+        "cells",
+        charts.dots(
+            table[table["kind"] != "interaction"],
+            by="direction",
+            line="kind",
+            x_label="accuracy, 95 % interval",
+            chance=1 / 3,
+        ),
+        "Accuracy with both signals, with vision's order alone (image tokens cut off from one "
+        "another in the language model), with the language model's alone (vision's order removed), "
+        "and with neither. The dotted line is chance.",
+        headline=True,
+    )
+    yield Drawing(
+        "interaction",
+        charts.dots(
+            result.table[result.table["kind"] == "interaction"],
+            by="direction",
+            line="quantity",
+            x_label="both − vision only − LM only + neither",
+            limits=None,
+            chance=0.0,
+        ),
+        "The interaction: below zero either signal does much of what both do, above zero each "
+        "needs the other. 95 % bootstrap intervals over items.",
+    )
+
+
+DRAW: Draws = {"Q5": _depth, "Q6": _redundancy}
+HEADLINES: Headlines = {
+    "Q6": (
+        ({"quantity": "accuracy", "kind": "vision only"}, "accuracy by vision's order alone"),
+        ({"quantity": "accuracy", "kind": "LM only"}, "accuracy by the language model's alone"),
+    ),
+}
