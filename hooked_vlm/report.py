@@ -20,6 +20,7 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
+from hooked_vlm.experiments.paper import targets
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.figures import HEADLINES, Drawing, drawings
 from hooked_vlm.plots import to_png
@@ -146,6 +147,7 @@ def _section(result: Result, out: Path) -> dict[str, Any]:
         "result": result,
         "figures": figures,
         "stimuli": _stimuli(result),
+        "targets": targets(result.id, result.setting),
         "glance": _table(_glance(result.table)),
         "table": _table(result.table),
         "n_rows": len(result.table),
