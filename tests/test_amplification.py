@@ -7,7 +7,7 @@ import pytest
 import torch
 from planted_models import planted
 
-from hooked_vlm.experiments import amplification
+from hooked_vlm.experiments import alpha_transfer, amplification
 from hooked_vlm.experiments.amplification import (
     CONTROLS,
     FORMULAS,
@@ -124,3 +124,26 @@ def test_a_whole_run(setting: Setting) -> None:
     assert "corrected" not in set(table["quantity"])  # nothing was wrong
     assert "0 could be corrected" in result.verdict
     assert np.isfinite(table[["value", "low", "high"]].to_numpy()).all()
+
+
+def test_strength_is_carried_over_from_every_setting_to_every_other() -> None:
+    model = planted("object")
+    config = alpha_transfer.Config(
+        settings=("squares", "squares-photos"), items=2, alphas=(0.0, 4.0), batch_size=12
+    )
+    told: list[tuple[int, int]] = []
+    result = alpha_transfer.run(model, config, lambda *step: told.append(step))
+    assert told[0] == (0, 8) and told[-1] == (8, 8)
+    net = result.table[result.table["quantity"] == "net"]
+    assert sorted(zip(net["source"], net["target"], strict=True)) == [
+        ("squares", "squares"),
+        ("squares", "squares-photos"),
+        ("squares-photos", "squares"),
+        ("squares-photos", "squares-photos"),
+    ]
+    assert set(net[net["source"] == net["target"]]["kind"]) == {"itself"}
+    intact = result.table[result.table["kind"] == "intact"].set_index("target")["value"]
+    assert intact["squares"] == 1
+    transferred = net[net["kind"] == "transferred"]
+    assert set(transferred["alpha"]) <= {0.0, 4.0}
+    assert "of 1 sources help" in result.verdict

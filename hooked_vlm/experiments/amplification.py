@@ -125,13 +125,14 @@ class Plan:
         fitted, tokens = fit_directions(setting, seen, config.seed)
         seeds = range(config.seed, config.seed + config.controls)
         rows, cols = setting.geometry.shape
+        controls = {}
+        if config.controls:
+            controls[CONTROLS[0]] = random_controls(fitted, seeds)
+            controls[CONTROLS[1]] = random_controls(fitted, seeds, match_energy_on=tokens)
         return cls(
             asked,
             fitted,
-            {
-                CONTROLS[0]: random_controls(fitted, seeds),
-                CONTROLS[1]: random_controls(fitted, seeds, match_energy_on=tokens),
-            },
+            controls,
             Region.rectangle(setting.geometry.shape, rows=(0, rows), cols=(0, cols), name="image"),
         )
 
@@ -171,10 +172,14 @@ def fit_directions(
 
 
 def outcomes(
-    setting: Setting, plan: Plan, batch: Sequence[Question], config: Config
+    setting: Setting,
+    plan: Plan,
+    batch: Sequence[Question],
+    config: Config,
+    kinds: Sequence[str] = (*FORMULAS, *CONTROLS),
 ) -> dict[str, Bool[np.ndarray, "seed alpha item"]]:
     """Returns whether each answer is right, for every kind, seed and strength."""
-    made = plan.conditions(config)
+    made = {key: steer for key, steer in plan.conditions(config).items() if key[0] in kinds}
     targets = [normalise(question.target) for question in batch]
 
     def metric(logits: Tensor) -> Tensor:

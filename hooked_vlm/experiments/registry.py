@@ -11,6 +11,7 @@ from typing import Any
 
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments import (
+    alpha_transfer,
     amplification,
     behaviour,
     encoder_depth,
@@ -66,6 +67,7 @@ MODULES = (
     amplification,
     grid_probes,
     photographs,
+    alpha_transfer,
     encoder_depth,
     redundancy,
 )

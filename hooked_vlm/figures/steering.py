@@ -50,7 +50,26 @@ def _amplification(result: Result) -> Iterator[Drawing]:
     )
 
 
-DRAW: Draws = {"E7": _amplification}
+def _transfer(result: Result) -> Iterator[Drawing]:
+    table = result.table[result.table["quantity"] == "net"]
+    yield Drawing(
+        "transfer",
+        charts.dots(
+            table,
+            by="target",
+            line="source",
+            x_label="change in accuracy, 95 % interval",
+            limits=None,
+            chance=0.0,
+        ),
+        "Change in accuracy on each setting (rows) with ordering directions and alpha from each "
+        "setting (marks). From the setting itself, alpha is chosen on the other half of its items. "
+        "95 % bootstrap intervals over items.",
+        headline=True,
+    )
+
+
+DRAW: Draws = {"E7": _amplification, "Q1": _transfer}
 HEADLINES: Headlines = {
     "E7": (
         (
