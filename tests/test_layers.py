@@ -14,7 +14,11 @@ PACKAGE = Path(__file__).parent.parent / "hooked_vlm"
 ROOMS = (  # from the ground up; a name stands for itself and for everything inside it
     ("ground", "errors calls shapes devices processors experiments.result"),
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),
-    ("numbers", "statistics directions probes scoring plots charts provenance"),
+    (
+        "numbers",
+        "statistics directions probes scoring plots charts provenance "
+        "stimuli.whatsup stimuli.coco stimuli.settings",
+    ),
     ("tree", "naming blocks projector anatomy attention layout windows points towers"),
     (
         "sites",

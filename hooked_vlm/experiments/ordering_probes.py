@@ -127,7 +127,9 @@ def read_order(geometry: Layout, axis: str, features: torch.Tensor, seed: int) -
 
     Returns table `rows`, `maps` `[test image, class, row, col]`, and which images are `test`.
     """
-    examples = object_examples(features, [geometry.object_region(axis, slot) for slot in range(3)])
+    # What'sUp's boxes for probes are not those for swaps (protocol 2.7).
+    region = getattr(geometry, "probe_region", geometry.object_region)
+    examples = object_examples(features, [region(axis, slot) for slot in range(3)])
     probe, control, test, rows = fit_with_controls(examples, len(features), seed)
     n = geometry.shape[0]
     grids = features[torch.as_tensor(test)].unflatten(1, (n, n))

@@ -27,6 +27,7 @@ from hooked_vlm.experiments import (
 from hooked_vlm.experiments.config import Config as Config
 from hooked_vlm.experiments.config import OnProgress as OnProgress
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.stimuli import whatsup
 from hooked_vlm.stimuli.settings import SETTINGS
 
 
@@ -90,6 +91,11 @@ SUITES: dict[str, tuple[str, ...]] = {
         *(f"behaviour:{setting}" for setting in SETTINGS),
         *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
         *(m.NAME for m in MODULES if m.NAME not in ("behaviour", *PAPER)),
+    ),
+    "whatsup": tuple(
+        f"{name}:{setting}"
+        for name in ("behaviour", "final-token", "ordering-probes", "strip-swap")
+        for setting in whatsup.SETTINGS
     ),
 }
 """Lists of experiments, each with a setting behind a colon where that is fixed."""

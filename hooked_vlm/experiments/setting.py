@@ -6,6 +6,7 @@ visual tokens where any size goes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,13 @@ from torch import Tensor
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.config import Config
 from hooked_vlm.inputs import Inputs
-from hooked_vlm.scoring import answer_ids, candidate_probability, normalise, top_answer
+from hooked_vlm.scoring import (
+    answer_ids,
+    candidate_probability,
+    is_single_token,
+    normalise,
+    top_answer,
+)
 from hooked_vlm.statistics import Interval
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
@@ -41,6 +48,8 @@ class Setting:
         whose visual tokens do not make a square grid.
         """
         model.require_vision()
+        if stimuli.skip_split_names:
+            stimuli = _whole_names(stimuli, model.tokenizer)
         self.model, self.stimuli, self.batch_size = model, stimuli, batch_size
         self.names = stimuli.names
         for name in self.names:
@@ -54,6 +63,7 @@ class Setting:
             config.setting,
             cutouts=config.cutouts,
             backgrounds=config.backgrounds,
+            data=config.data,
             other_words=config.other_words,
         )
         return cls(model, stimuli, config.batch_size)
@@ -143,6 +153,17 @@ class Setting:
         every = candidate_probability(logits, self.model.tokenizer, list(self.names))
         columns = torch.tensor([[self.names.index(a) for a in row] for row in answers])
         return every.gather(-1, columns.to(every.device))
+
+
+def _whole_names(stimuli: StimulusSet, tokenizer: Any) -> StimulusSet:
+    """Returns a setting without the names that a tokenizer splits (the paper's filter)."""
+    kept = tuple(name for name in stimuli.names if is_single_token(tokenizer, name))
+    if len(kept) < 3:
+        raise DataError(
+            f"Of the {len(stimuli.names)} names of {stimuli.title} this model's tokenizer has "
+            f"{len(kept)} as one token ({', '.join(kept) or 'none'}); at least 3 are needed."
+        )
+    return replace(stimuli, names=kept)
 
 
 def token_grid(model: Any) -> tuple[int, int]:

@@ -1,0 +1,143 @@
+"""COCO-spatial and its like: photographs with one right caption and one wrong (Kamath 2023).
+
+The lists of the What'sUp repository hold `[image id, right caption, wrong caption]`.  A caption
+of two things becomes a question on which side one is of the other, asked in both orders of
+its options (protocol 2.3).  What does not match is listed, not fatal.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.scoring import normalise
+from hooked_vlm.stimuli.prompts import side_prompt
+
+
+LISTS = {
+    "coco_qa_two_obj": "val2017",
+    "coco_qa_one_obj": "val2017",
+    "vg_qa_two_obj": "vg_images",
+    "vg_qa_one_obj": "vg_images",
+}
+"""The lists, and the folders of their pictures."""
+TWO = re.compile(
+    r"^A photo of an? (.+?) (to the left of|to the right of|above|below) an? (.+?)\.?$"
+)
+ONE = re.compile(r"^A photo of an? (.+?) (?:on|at) the (left|right|top|bottom)\.?$")
+SIDE = {"to the left of": "left", "to the right of": "right"}
+
+
+@dataclass(frozen=True)
+class SpatialItem:
+    """One photograph and what is where in it."""
+
+    path: Path
+    image_id: str
+    subject: str
+    side: str
+    """left, right, above or below (of one thing alone: left, right, top or bottom)."""
+    reference: str | None
+    correct: str
+    distractor: str
+
+    @property
+    def axis(self) -> str:
+        """`"horizontal"` or `"vertical"`."""
+        return "horizontal" if self.side in ("left", "right") else "vertical"
+
+    def questions(self, style: str = "reference") -> tuple[str, str]:
+        """Returns the question in both orders of its options.
+
+        Raises `DataError` for an item of one thing.
+        """
+        if self.reference is None:
+            raise DataError(f"{self.correct!r} names one thing; side questions need two.")
+        first, second = (
+            side_prompt(self.subject, self.reference, self.axis, style, swapped)
+            for swapped in (False, True)
+        )
+        return first, second
+
+    def is_right(self, answers: Sequence[str]) -> bool:
+        """Returns whether the answers to both orders are right."""
+        return all(normalise(answer) == self.side for answer in answers)
+
+
+@dataclass(frozen=True)
+class Spatial:
+    """What was found of one list, and what was not as it should be."""
+
+    name: str
+    items: tuple[SpatialItem, ...]
+    problems: tuple[str, ...] = field(default=(), compare=False)
+
+
+def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
+    """Returns a list and its pictures from the folder that holds them, or its `data` folder.
+
+    Missing pictures and captions that cannot be read are listed in `problems`.  Raises
+    `DataError` for an unknown list, and where the list itself is not there.
+    """
+    if name not in LISTS:
+        raise DataError(
+            f"There is no list {name!r} among {', '.join(LISTS)}.{did_you_mean(name, LISTS)}"
+        )
+    file, folder = f"{name}.json", LISTS[name]
+    listing = next((p for p in (root / "data" / file, root / file) if p.is_file()), None)
+    if listing is None:
+        raise DataError(
+            f"There is no 'data/{file}' in '{root}'. Expected is the layout of the What'sUp "
+            f"repository: data/{file} and data/{folder}/; give the folder that holds 'data', or "
+            "'data' itself."
+        )
+    try:
+        entries = json.loads(listing.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"'{listing}' is not JSON: {error}") from None
+    items, problems = [], []
+    for number, entry in enumerate(entries):
+        found = _entry(root, folder, entry)
+        if isinstance(found, str):
+            problems.append(f"entry {number}: {found}")
+        else:
+            items.append(found)
+    return Spatial(name, tuple(items), tuple(problems))
+
+
+def _entry(root: Path, folder: str, entry: object) -> SpatialItem | str:
+    if not isinstance(entry, list) or len(entry) != 3:
+        return f"not [image id, right caption, wrong caption]: {entry!r}"
+    image_id, correct, distractor = (str(part) for part in entry)
+    parsed = parse_caption(correct)
+    if parsed is None:
+        return f"the caption {correct!r} cannot be read"
+    path = find(root, folder, image_id)
+    if path is None:
+        return f"picture {image_id} is not in {folder}/"
+    subject, side, reference = parsed
+    return SpatialItem(path, image_id, subject, side, reference, correct, distractor)
+
+
+def find(root: Path, folder: str, image_id: str) -> Path | None:
+    """Returns a picture's path: twelve digits in COCO, the id itself in Visual Genome."""
+    names = [f"{image_id.zfill(12)}.jpg", f"{image_id}.jpg"]
+    places = (root / "data" / folder, root / folder)
+    return next((p / n for p in places for n in names if (p / n).is_file()), None)
+
+
+def parse_caption(caption: str) -> tuple[str, str, str | None] | None:
+    """Returns subject, side and reference of a caption (no reference: None), or None.
+
+    >>> parse_caption("A photo of a teddy bear to the left of an oven")
+    ('teddy bear', 'left', 'oven')
+    >>> parse_caption("A photo of a cat on the right")
+    ('cat', 'right', None)
+    """
+    two = TWO.match(caption.strip())
+    if two:
+        return two[1], SIDE.get(two[2], two[2]), two[3]
+    one = ONE.match(caption.strip())
+    return (one[1], one[2], None) if one else None

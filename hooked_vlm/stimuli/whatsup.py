@@ -1,0 +1,383 @@
+"""What'sUp: photographs of two things, one left of, right of, on or under the other (Kamath 2023).
+
+The paper joins two of them, the left half of one and the right half of another with the same
+reference in the middle, to a picture of three things (protocol 2.2).  A user's copy of the
+data is read as it lies (`docs/data.md`); what does not match is listed, not fatal.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.regions import Region
+from hooked_vlm.statistics import Interval, wilson
+from hooked_vlm.stimuli.geometry import Layout
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import PREPOSITION, WHATSUP
+from hooked_vlm.stimuli.sets import StimulusSet
+
+
+REFERENCES = ("chair", "table", "armchair")
+SETTINGS = tuple(f"whatsup-{reference}" for reference in REFERENCES)
+PARTS = {"A": "controlled_images", "B": "controlled_clevr"}
+"""The two sets, and the folders of their pictures."""
+PREPOSITIONS = {
+    "A": ("left_of", "right_of", "on", "under"),
+    "B": ("left_of", "right_of", "in-front_of", "behind"),
+}
+ENDING = ".jpeg"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One photograph, and its four captions, of which the first is right."""
+
+    path: Path
+    satellite: str
+    preposition: str
+    reference: str
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WhatsUp:
+    """What was found of one set, and what was not as it should be."""
+
+    part: str
+    items: tuple[Item, ...]
+    problems: tuple[str, ...] = field(default=(), compare=False)
+
+    def photograph(self, satellite: str, preposition: str, reference: str) -> Item | None:
+        """Returns the item of a name, or None where there is none."""
+        wanted = (satellite, preposition, reference)
+        return next(
+            (i for i in self.items if (i.satellite, i.preposition, i.reference) == wanted), None
+        )
+
+    def satellites(self, reference: str) -> tuple[str, ...]:
+        """Returns what stands both left and right of a reference, in the order of the data."""
+        sides = defaultdict(set)
+        for item in self.items:
+            if item.reference == reference:
+                sides[item.satellite].add(item.preposition)
+        return tuple(name for name, found in sides.items() if {"left_of", "right_of"} <= found)
+
+
+def load(root: Path, part: str = "A") -> WhatsUp:
+    """Returns a set of What'sUp from the folder that holds it, or its `data` folder.
+
+    Files that are missing, extra or named otherwise, and entries without captions, are listed in
+    `problems`.  Raises `DataError` where the list itself is not there.
+    """
+    if part not in PARTS:
+        raise DataError(
+            f"There is no set {part!r}; What'sUp has A and B.{did_you_mean(part, PARTS)}"
+        )
+    name = f"{PARTS[part]}_dataset.json"
+    listing = next((p for p in (root / "data" / name, root / name) if p.is_file()), None)
+    if listing is None:
+        raise DataError(
+            f"There is no 'data/{name}' in '{root}'. Expected is the layout of the What'sUp "
+            f"repository: data/{name} and data/{PARTS[part]}/*{ENDING}; give the folder that holds "
+            "'data', or 'data' itself."
+        )
+    try:
+        entries = json.loads(listing.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"'{listing}' is not JSON: {error}") from None
+    items, problems, seen = [], [], set()
+    for number, entry in enumerate(entries):
+        found = _entry(root, entry, part)
+        if isinstance(found, str):
+            problems.append(f"entry {number}: {found}")
+        else:
+            items.append(found)
+            seen.add(found.path.name)
+    folder = next(
+        (p for p in (root / "data" / PARTS[part], root / PARTS[part]) if p.is_dir()), None
+    )
+    if folder is not None:
+        extra = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in seen)
+        problems += [f"'{name}' is in the folder and not in the list" for name in extra]
+    return WhatsUp(part, tuple(items), tuple(problems))
+
+
+def _entry(root: Path, entry: object, part: str) -> Item | str:
+    """Returns an entry of the list, or what is wrong with it."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
+        return "no image_path"
+    path = find(root, entry["image_path"], PARTS[part])
+    if path is None:
+        return f"'{entry['image_path']}' is not there"
+    try:
+        satellite, preposition, reference = parse_name(path.stem, part)
+    except DataError as error:
+        return str(error)
+    captions = entry.get("caption_options")
+    if not isinstance(captions, list) or len(captions) != 4:
+        return f"'{path.name}' has no four captions"
+    return Item(path, satellite, preposition, reference, tuple(map(str, captions)))
+
+
+def find(root: Path, given: str, folder: str) -> Path | None:
+    """Returns a picture's path: as it is given, without `data/`, or by its name alone."""
+    name = Path(given).name
+    bare = given.removeprefix("data/")
+    for candidate in (
+        given,
+        bare,
+        f"data/{bare}",
+        f"data/{folder}/{name}",
+        f"{folder}/{name}",
+        name,
+    ):
+        if (root / candidate).is_file():
+            return root / candidate
+    return None
+
+
+def parse_name(stem: str, part: str = "A") -> tuple[str, str, str]:
+    """Returns satellite, preposition and reference of a file's name.
+
+    Raises `DataError` for a name of another form.
+
+    >>> parse_name("coffee-cup_left_of_armchair")
+    ('coffee-cup', 'left_of', 'armchair')
+    """
+    pieces = stem.split("_")
+    preposition = "_".join(pieces[1:-1])
+    if len(pieces) < 3 or preposition not in PREPOSITIONS[part]:
+        raise DataError(
+            f"'{stem}' is not <satellite>_<preposition>_<reference> with a preposition among "
+            f"{', '.join(PREPOSITIONS[part])}"
+        )
+    return pieces[0], preposition, pieces[-1]
+
+
+def accuracies(data: WhatsUp, right: Sequence[bool]) -> dict[str, Interval]:
+    """Returns What'sUp's three accuracies of one verdict for each item, Wilson intervals.
+
+    `single` counts photographs; `pair` both of left and right, or both of the other two
+    prepositions; `set` all four.  Pairs and sets that are not whole are left out.
+    """
+    if len(right) != len(data.items):
+        raise DataError(f"{len(right)} verdicts were given for {len(data.items)} items.")
+    found: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
+    for item, verdict in zip(data.items, right, strict=True):
+        found[item.satellite, item.reference][item.preposition] = bool(verdict)
+    prepositions = PREPOSITIONS[data.part]
+    groups = {"pair": (prepositions[:2], prepositions[2:]), "set": (prepositions,)}
+    counts = {"single": [bool(verdict) for verdict in right]}
+    for name, wanted in groups.items():
+        counts[name] = [
+            all(verdicts[p] for p in group)
+            for verdicts in found.values()
+            for group in wanted
+            if all(p in verdicts for p in group)
+        ]
+    return {name: wilson(float(sum(v)), len(v)) for name, v in counts.items() if v}
+
+
+# --- composites -----------------------------------------------------------------------------
+
+
+def joined(
+    left: Image.Image, right: Image.Image, side: int, *, shift: int = 0, blend: int = 0
+) -> Image.Image:
+    """Returns the left half of one picture beside the right half of another.
+
+    Both are first resized bilinearly to the canvas.  `shift` moves the seam, in pixels to the
+    right; `blend` is the width over which one becomes the other.
+    """
+    a, b = (np.asarray(_fitted(picture, side), dtype=np.float32) for picture in (left, right))
+    columns = np.arange(side) + 0.5 - (side / 2 + shift)
+    share = (columns > 0).astype(np.float32)
+    if blend:
+        share = np.clip(columns / blend + 0.5, 0, 1).astype(np.float32)
+    share = share[None, :, None]
+    return Image.fromarray(np.round(a * (1 - share) + b * share).astype(np.uint8))
+
+
+def _fitted(picture: Image.Image, side: int) -> Image.Image:
+    return picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+
+
+def composite(data: WhatsUp, left: str, reference: str, right: str, side: int) -> Image.Image:
+    """Returns the picture of three things; raises `DataError` where a photograph is missing."""
+    halves = []
+    for satellite, preposition in ((left, "left_of"), (right, "right_of")):
+        item = data.photograph(satellite, preposition, reference)
+        if item is None:
+            raise DataError(
+                f"There is no photograph {satellite}_{preposition}_{reference}{ENDING}."
+            )
+        with Image.open(item.path) as opened:
+            halves.append(opened.convert("RGB"))
+    return joined(halves[0], halves[1], side)
+
+
+def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
+    """Returns the setting of all composites around one reference: left and right only.
+
+    Raises `DataError` for a reference around which fewer than three things stand on both sides.
+    """
+    names = data.satellites(reference)
+    if len(names) < 3:
+        raise DataError(
+            f"Around {reference!r} {len(names)} things stand both left and right in this copy of "
+            f"What'sUp ({len(data.problems)} problems, the first: "
+            f"{data.problems[0] if data.problems else 'none'}); composites need at least 3."
+        )
+
+    def draw(
+        entities: Sequence[str | None],
+        axis: str,
+        layout: Layout,
+        _background: Image.Image | None = None,
+    ) -> Image.Image:
+        left, middle, right = entities
+        if left is None or right is None or axis != "horizontal":
+            raise DataError(
+                f"What'sUp has composites of three things in a row; {list(entities)}, {axis}, is "
+                "not one. Experiments that show one thing alone need another setting."
+            )
+        return composite(data, left, str(middle), right, layout.canvas)
+
+    return StimulusSet(
+        name=f"whatsup-{reference}",
+        title=f"What'sUp around the {reference}",
+        names=names,
+        draw=draw,
+        prompt=_prompt,
+        directions=("left", "right"),
+        middle=reference,
+        layout=partial(layout_of, reference),
+        skip_split_names=True,
+    )
+
+
+def _prompt(question: Question) -> str:
+    return WHATSUP.format(preposition=PREPOSITION[question.direction], reference=question.reference)
+
+
+# --- where things stand ---------------------------------------------------------------------
+
+
+Box = tuple[int, int, int, int]
+"""Half-open rows and columns: (row0, row1, col0, col1)."""
+
+BOXES: Mapping[str, tuple[Box, Box, Box]] = {
+    "chair": ((48, 60, 12, 24), (16, 60, 24, 40), (48, 60, 40, 52)),
+    "table": ((40, 60, 8, 16), (20, 60, 16, 48), (40, 60, 48, 56)),
+    "armchair": ((52, 60, 8, 20), (24, 60, 20, 44), (52, 60, 44, 56)),
+}
+"""Where the three things are on a 64x64 grid: what probes are fitted to (protocol 2.7)."""
+
+SWAPS: Mapping[tuple[str, int], tuple[Box, Box, tuple[int, int]]] = {
+    ("chair", 12): ((8, 11, 1, 4), (8, 11, 8, 11), (4, 8)),
+    ("table", 12): ((6, 11, 0, 3), (6, 11, 9, 12), (3, 9)),
+    ("armchair", 12): ((9, 11, 1, 4), (9, 11, 8, 11), (4, 8)),
+    ("chair", 16): ((12, 15, 3, 6), (12, 15, 10, 13), (6, 10)),
+    ("table", 16): ((10, 15, 2, 4), (10, 15, 12, 14), (6, 12)),
+    ("armchair", 16): ((13, 15, 2, 5), (13, 15, 11, 14), (5, 11)),
+}
+"""Published regions of swaps: left and right object, and where the left strip ends and the right
+one begins.  Strips of "table" on 16 tokens are unequal as published, and are refused."""
+
+
+@dataclass(frozen=True)
+class CompositeLayout:
+    """Where the things of a composite are, on a grid of visual tokens."""
+
+    reference: str
+    n_tokens: int
+    token_px: int
+    left: Box
+    right: Box
+    seams: tuple[int, int]
+    """Where the left strip ends and the right one begins."""
+
+    @property
+    def canvas(self) -> int:
+        """Side of the picture, in pixels."""
+        return self.n_tokens * self.token_px
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of visual tokens."""
+        return self.n_tokens, self.n_tokens
+
+    def slot_box(self, axis: str, slot: int) -> tuple[int, int, int, int]:
+        """Returns a slot's pixel box `(x0, y0, x1, y1)`."""
+        r0, r1, c0, c1 = self._box(axis, slot)
+        x0, y0, x1, y1 = (token * self.token_px for token in (c0, r0, c1, r1))
+        return x0, y0, x1, y1
+
+    def object_region(self, axis: str, slot: int) -> Region:
+        """Returns the cells that swaps take for a slot's object."""
+        r0, r1, c0, c1 = self._box(axis, slot)
+        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
+
+    def probe_region(self, axis: str, slot: int) -> Region:
+        """Returns the cells that probes are fitted to: those of the 64x64 box."""
+        self._box(axis, slot)
+        r0, r1, c0, c1 = scaled(BOXES[self.reference][slot], self.n_tokens)
+        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
+
+    def strip_region(self, axis: str, slot: int) -> Region:
+        """Returns the columns around a slot."""
+        self._box(axis, slot)
+        edges = (0, *self.seams, self.n_tokens)
+        return Region.columns(self.shape, edges[slot], edges[slot + 1], f"strip {slot}")
+
+    def background(self, axis: str) -> Region:
+        """Returns the cells that hold no object."""
+        objects = [self.object_region(axis, slot) for slot in range(3)]
+        return (~(objects[0] | objects[1] | objects[2])).named("background")
+
+    def _box(self, axis: str, slot: int) -> Box:
+        if axis != "horizontal" or slot not in (0, 1, 2):
+            raise DataError(
+                f"What'sUp composites have slots 0, 1 and 2 in a row; slot {slot}, {axis}, is none."
+            )
+        if slot == 1:
+            return scaled(BOXES[self.reference][1], self.n_tokens)
+        return self.left if slot == 0 else self.right
+
+
+def layout_of(reference: str, n_tokens: int, token_px: int) -> CompositeLayout:
+    """Returns the published regions for 12 and 16 tokens a side, else scaled 64x64 boxes.
+
+    There, strips end in the middle between their object and the reference (our reading).
+    Raises `DataError` for a reference without boxes.
+    """
+    if reference not in BOXES:
+        raise DataError(
+            f"There are no boxes for {reference!r}, only for {', '.join(BOXES)}."
+            f"{did_you_mean(reference, BOXES)}"
+        )
+    published = SWAPS.get((reference, n_tokens))
+    if published is not None:
+        return CompositeLayout(reference, n_tokens, token_px, *published)
+    left, _, right = (scaled(box, n_tokens) for box in BOXES[reference])
+    edge = max(left[3], round(BOXES[reference][1][2] * n_tokens / 64))
+    return CompositeLayout(reference, n_tokens, token_px, left, right, (edge, n_tokens - edge))
+
+
+def scaled(box: Box, n_tokens: int) -> Box:
+    """Returns the cells of another grid that lie at least half inside a 64x64 box.
+
+    >>> scaled((48, 60, 12, 24), 16)
+    (12, 15, 3, 6)
+    """
+    found = [round(edge * n_tokens / 64) for edge in box]
+    for low, high in ((0, 1), (2, 3)):
+        found[high] = max(found[high], found[low] + 1)
+    return found[0], found[1], found[2], found[3]
