@@ -297,7 +297,7 @@ def test_names_of_experiments_and_suites() -> None:
 
 def test_reproduce_runs_everything_and_every_step_once() -> None:
     found = steps("reproduce", "shapes")
-    assert {step.experiment.name for step in found} == set(EXPERIMENTS)
+    assert {step.experiment.name for step in found} == set(EXPERIMENTS) - {"coco-spatial"}
     assert len({step.key for step in found}) == len(found)
     swaps = [step.setting for step in found if step.experiment.id == "E4"]
     assert swaps == ["squares", "shapes", "objects"]

@@ -1,6 +1,7 @@
 """What'sUp and COCO-spatial, read from a small faithful copy of how they lie on disk."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from PIL import Image
 from planted_models import planted
 
-from hooked_vlm.errors import DataError, RegionError
+from hooked_vlm.errors import DataError, HookedVLMWarning, RegionError
+from hooked_vlm.experiments import coco_spatial, composite_artefacts
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.strip_swap import cell_pairs
-from hooked_vlm.stimuli import coco, whatsup
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.stimuli import coco, squares, whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
 
@@ -239,3 +242,68 @@ def test_lists_that_are_not_there(tmp_path: Path) -> None:
         coco.load(tmp_path, "coco_two_obj")
     with pytest.raises(DataError, match=r"data/vg_qa_two_obj\.json.*Expected is"):
         coco.load(tmp_path, "vg_qa_two_obj")
+
+
+# Experiments
+
+
+def test_joined_pictures_differ_from_whole_ones_where_they_should() -> None:
+    plain = stimulus_set("squares")
+    layout = plain.layout(12, 8)
+    question = Question(("red", "green", "blue"), "left")
+    drawn = {
+        variant: np.asarray(
+            composite_artefacts.composites(plain, variant).picture(question, layout), dtype=int
+        )
+        for variant in composite_artefacts.VARIANTS
+    }
+    whole, simple = drawn["whole"], drawn["joined"]
+    assert (abs(whole - simple)[:, :48] <= 1).all()  # the left half is the whole picture's
+    assert (abs(whole - simple)[:, 48:] > 1).any()
+    for slot, color in enumerate(("red", "green", "blue")):
+        x0, y0, x1, y1 = layout.slot_box("horizontal", slot)
+        for image in drawn.values():
+            assert abs(image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] - squares.COLORS[color]).max() <= 2
+    moved = np.any(abs(drawn["seam moved"] - simple) > 1, axis=(0, 2))
+    assert moved[48:60].any() and not moved[60:].any() and not moved[:48].any()
+    assert not (abs(drawn["half mirrored"] - simple) > 1)[:, :48].any()
+    with pytest.raises(DataError, match="no variant"):
+        composite_artefacts.composites(plain, "cut")
+
+
+def test_composites_are_compared_with_whole_pictures() -> None:
+    config = composite_artefacts.Config(pairs=2, batch_size=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HookedVLMWarning)  # the planted model knows white alone
+        result = composite_artefacts.run(planted("object"), config, lambda *_: None)
+    probes = result.table[result.table["part"] == "ordering-probes"]
+    assert set(probes["variant"]) == set(composite_artefacts.VARIANTS)
+    assert set(probes["axis"]) == {"horizontal"}
+    found = probes[probes["quantity"] == "accuracy"].set_index("variant")["value"]
+    assert (found > 0.9).all()
+    assert set(result.images) == set(composite_artefacts.VARIANTS)
+    assert "whole" in result.verdict
+
+
+def test_coco_spatial_counts_items_right_in_both_orders(
+    spatial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"teddy bear": ("left", "left"), "cup": ("above", "below")}
+    monkeypatch.setattr(
+        coco_spatial, "_answers", lambda model, items, style: [answers[i.subject] for i in items]
+    )
+    config = coco_spatial.Config(data=spatial)
+    result = coco_spatial.run(planted("object"), config, lambda *_: None)
+    rows = result.table.set_index(["axis", "quantity"])["value"]
+    assert rows["horizontal", "accuracy"] == 1 and rows["vertical", "accuracy"] == 0
+    assert rows["all", "accuracy"] == 0.5 and rows["all", "single"] == 0.75
+    assert any("3 entries were not usable" in note for note in result.notes)
+    with pytest.raises(DataError, match="--data FOLDER"):
+        coco_spatial.run(planted("object"), coco_spatial.Config(), lambda *_: None)
+
+
+def test_coco_spatial_asks_a_model(spatial: Path) -> None:
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    config = coco_spatial.Config(data=spatial, style="choice")
+    result = coco_spatial.run(model, config, lambda *_: None)
+    assert result.table.set_index(["axis", "quantity"])["n"]["all", "single"] == 4

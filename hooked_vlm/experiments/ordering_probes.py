@@ -45,7 +45,11 @@ SHOWN = 3
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Fits one probe for each axis, with its control, and maps it over held-out pictures."""
-    setting = Setting.of(model, config)
+    return run_on(Setting.of(model, config), config, on_progress)
+
+
+def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
+    """Runs the experiment on a setting of one's own making."""
     total = sum(len(list(setting.batches(_questions(setting, axis)))) for axis in setting.axes)
     rows, means, cells, maps, pictures = [], [], [], {}, {}
     done = 0

@@ -14,6 +14,8 @@ from hooked_vlm.experiments import (
     alpha_transfer,
     amplification,
     behaviour,
+    coco_spatial,
+    composite_artefacts,
     encoder_depth,
     final_token,
     grid_probes,
@@ -69,8 +71,10 @@ MODULES = (
     grid_probes,
     photographs,
     alpha_transfer,
+    composite_artefacts,
     encoder_depth,
     redundancy,
+    coco_spatial,
 )
 PAPER = tuple(
     name
@@ -90,7 +94,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "reproduce": (
         *(f"behaviour:{setting}" for setting in SETTINGS),
         *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
-        *(m.NAME for m in MODULES if m.NAME not in ("behaviour", *PAPER)),
+        *(m.NAME for m in MODULES if m.NAME not in ("behaviour", *PAPER, coco_spatial.NAME)),
     ),
     "whatsup": tuple(
         f"{name}:{setting}"

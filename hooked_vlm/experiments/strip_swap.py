@@ -46,7 +46,12 @@ SMALLEST = 0.01
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Swaps each kind of region at every slot, in up to `config.pairs` pairs per direction."""
-    setting = Setting.of(model, config)
+    return run_on(Setting.of(model, config), config, on_progress)
+
+
+def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
+    """Runs the experiment on a setting of one's own making."""
+    model = setting.model
     regions = {
         axis: {kind: cell_pairs(setting.geometry, axis, kind) for kind in KINDS}
         for axis in setting.axes

@@ -84,7 +84,45 @@ LINES = {
     "object on photographs": Look("objects, photographs", "#0072B2", "o"),
 }
 
-DRAW: Draws = {"E8": _grids, "E9": _photographs}
+
+def _composites(result: Result) -> Iterator[Drawing]:
+    table = result.table
+    probes = table[(table["part"] == "ordering-probes")]
+    probes = probes[~probes["quantity"].str.contains("shuffled")]
+    yield Drawing(
+        "probes",
+        charts.dots(
+            probes,
+            by="variant",
+            line="quantity",
+            looks=plots.SCORES,
+            x_label="share of tokens, 95 % interval",
+            chance=1 / 3,
+        ),
+        "What ordering probes read from whole pictures of three things and from joined ones: "
+        "object tokens of held-out pictures, and the share of background tokens given to their "
+        "strip.",
+        headline=True,
+    )
+    swaps = table[(table["quantity"] == "swapped") & table["kind"].isin(["strip", "object"])]
+    swaps = swaps[swaps["direction"] == "all"]
+    if len(swaps):
+        yield Drawing(
+            "swaps",
+            charts.curves(
+                swaps.assign(slot=swaps["slot"].astype(int)),
+                x="slot",
+                line="variant",
+                panel="kind",
+                x_label=plots.SLOTS,
+                y_label="P(swapped answer)",
+            ),
+            "Strips and object cells trade places with those of the mirrored picture. Bands are "
+            "95 % bootstrap intervals over pairs.",
+        )
+
+
+DRAW: Draws = {"E8": _grids, "E9": _photographs, "Q4": _composites}
 HEADLINES: Headlines = {
     "E8": (({"quantity": "accuracy"}, "column and row read from grids"),),
     "E9": (
