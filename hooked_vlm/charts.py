@@ -49,8 +49,9 @@ def curves(
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
-        size = (max(5.2, 2.9 * columns), 0.8 + 2.4 * rows)
-        figure = Figure(figsize=size, layout="constrained")
+        width = max(6.4, 2.9 * columns)
+        height = 0.6 + 2.4 * rows + _legend_height(chosen, width)
+        figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes, (name, part) in zip(grid.flat, panels, strict=False):
             for key, look in chosen.items():
@@ -67,7 +68,7 @@ def curves(
             first.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.supxlabel(x_label or x, fontsize=10)
         figure.supylabel(y_label, fontsize=10)
-        _legend(figure, chosen, columns)
+        _legend(figure, chosen)
     return figure
 
 
@@ -90,9 +91,9 @@ def dots(
     chosen = _looks(table[line], looks)
     names = list(dict.fromkeys(table[by].astype(str)))
     with mpl.rc_context(STYLE):
-        height = 1.0 + 0.3 * len(chosen) ** 0.5 + len(names) * (0.28 + 0.2 * len(chosen))
-        width = 2.4 + 3.0 * len(panels)
-        figure = Figure(figsize=(min(width, 11), height), layout="constrained")
+        width = min(2.8 + 3.6 * len(panels), 11)
+        height = 0.9 + len(names) * (0.2 + 0.14 * len(chosen)) + _legend_height(chosen, width)
+        figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
         for axes, (name, part) in zip(grid.flat, panels, strict=True):
             for index, (key, look) in enumerate(chosen.items()):
@@ -119,7 +120,7 @@ def dots(
         if limits is not None:
             first.set_xlim(limits[0] - 0.02, limits[1] + 0.02)
         figure.supxlabel(x_label, fontsize=10)
-        _legend(figure, chosen, 2)
+        _legend(figure, chosen)
     return figure
 
 
@@ -163,11 +164,23 @@ def _looks(found: pd.Series, looks: Mapping[str, Look] | None) -> dict[str, Look
     return {name: known.get(name) or Look(name, *next(spare)) for name in ordered}
 
 
-def _legend(figure: Figure, looks: Mapping[str, Look], columns: int) -> None:
+def _legend_columns(looks: Mapping[str, Look], width: float) -> int:
+    """Returns how many columns a legend has in a figure so many inches wide."""
+    inches = 0.6 + 0.078 * max(len(look.label) for look in looks.values())
+    return max(1, min(len(looks), int(width / inches)))
+
+
+def _legend_height(looks: Mapping[str, Look], width: float) -> float:
+    return 0.22 * -(-len(looks) // _legend_columns(looks, width))
+
+
+def _legend(figure: Figure, looks: Mapping[str, Look]) -> None:
+    """Adds a legend above the panels."""
     if len(looks) < 2:
         return
     handles = [
         Line2D([], [], color=k.color, marker=k.marker, ls=k.dashes, lw=k.width, label=k.label)
         for k in looks.values()
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(columns, 3)))
+    columns = _legend_columns(looks, figure.get_figwidth())
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
