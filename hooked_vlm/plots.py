@@ -42,6 +42,7 @@ class Look:
 
 KINDS = {
     "strip": Look("strips through the whole image", "#D55E00", "s", width=4.0),
+    "strip, aligned": Look("strips, object laid on object", "#CC79A7", "D"),
     "object": Look("object cells alone", "#0072B2", "o"),
     "background": Look("strips without their object cells", "#6B6B6B", "^", (0, (4, 2))),
 }
@@ -58,7 +59,6 @@ SCORES = {
     "background, shuffled": Look("its control", "#6B6B6B", "^"),
 }
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for a kind this file has no row for
-
 DIRECTIONS = {
     "left": "to the left of",
     "right": "to the right of",

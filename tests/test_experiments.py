@@ -303,6 +303,32 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
     assert swaps == ["squares", "shapes", "objects"]
 
 
+@pytest.mark.parametrize(("layout", "differ"), [("qwen2-vl", False), ("gemma-3", True)])
+def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
+    layout: str, differ: bool
+) -> None:
+    setting: Any = SimpleNamespace(geometry=PAPER_GEOMETRY[layout], axes=("horizontal",))
+    kinds = strip_swap.kinds_of(setting)
+    assert (strip_swap.ALIGNED in kinds) == differ
+    aligned = cell_pairs(PAPER_GEOMETRY[layout], "horizontal", strip_swap.ALIGNED)
+    left, right = (PAPER_GEOMETRY[layout].object_region("horizontal", slot) for slot in (0, 2))
+    met = dict(zip(aligned.targets, aligned.sources, strict=True))
+    assert {met[cell] for cell in left.cells} == set(right.cells)
+
+
+@pytest.mark.parametrize("coded", ["background", "object"])
+def test_e4_scores_by_probability_agreement_and_log_odds(coded: str) -> None:
+    result, _ = run("strip-swap", coded)
+    for slot in (0, 2):
+        here = rows(result, direction="left", kind="strip", slot=slot).set_index("quantity")[
+            "value"
+        ]
+        flipped = slot == 0
+        assert here["agreement"] == flipped
+        assert (here["swapped"] > 0.9) == flipped == bool(here["log odds"] > 2)
+        assert here["log odds"] < 0 or flipped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_name", available())
 @pytest.mark.parametrize("name", CORE)

@@ -6,10 +6,17 @@ becomes that of the mirrored picture.  Swapped are the object cells alone, the w
 strips, and (as a control for the size of the change) strips without their objects.
 """
 
+import warnings
+from collections.abc import Sequence
+
 import pandas as pd
+import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from hooked_vlm.drawing import draw_regions
+from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import (
@@ -23,6 +30,7 @@ from hooked_vlm.experiments.setting import (
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
 from hooked_vlm.pairing import CellPairs, swap_pairs
+from hooked_vlm.scoring import agreement, logit_difference
 from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
@@ -37,7 +45,11 @@ CLAIM = (
     "object cells alone does not."
 )
 KINDS = ("strip", "object", "background")
-QUANTITIES = ("swapped", "clean")
+ALIGNED = "strip, aligned"
+"""Strips with object laid on object, where the published pairing puts them a column off."""
+QUANTITIES = ("swapped", "clean", "agreement", "log odds")
+"""Probability of the swapped answer (the paper's "IIA") and of the clean one; whether the top
+answer is the swapped one; log odds of the two."""
 FLIPPED = 0.5
 """The mean probability of the swapped answer from which the verdict says that it flipped."""
 SMALLEST = 0.01
@@ -52,14 +64,15 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     """Runs the experiment on a setting of one's own making."""
     model = setting.model
+    kinds = kinds_of(setting)
     regions = {
-        axis: {kind: cell_pairs(setting.geometry, axis, kind) for kind in KINDS}
+        axis: {kind: cell_pairs(setting.geometry, axis, kind) for kind in kinds}
         for axis in setting.axes
     }
     pairs = setting.pairs(swap_pair, 3, config)
     slots = list(range(model.cfg.n_layers + 1))
     batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
-    cells = len(slots) * len(KINDS)
+    cells = len(slots) * len(kinds)
     on_progress(0, len(batches) * cells)
     scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
     for i, (direction, batch) in enumerate(batches):
@@ -67,9 +80,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         scores[direction].append(
             sweep.run(
                 model,
-                lambda logits, batch=batch: setting.probabilities(
-                    final_logits(logits), [(p.swapped_answer, p.clean_answer) for p in batch]
-                ),
+                lambda logits, batch=batch: scored(setting, final_logits(logits), batch),
                 dims=("pair", "quantity"),
                 coords={"quantity": QUANTITIES},
                 on_progress=lambda done, total, i=i: on_progress(
@@ -95,6 +106,10 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             "The write goes into the run on the clean picture; the source is the run on the "
             "mirrored one, under the same prompt. Left and right trade places (top and bottom for "
             "above and below), so that the middle stays.",
+            "'swapped' is the mean probability of the mirrored picture's answer, which the paper "
+            "calls IIA; 'agreement' the share of pairs whose top answer it is; 'log odds' its log "
+            "odds against the clean answer. 'strip, aligned' stands where the published pairing of "
+            "strips puts an object a column off.",
             "Intervals are 95 % bootstrap intervals over pairs. 'strip - object' is the paired "
             "difference in the swapped answer's probability; its p-values (column p_holm) are "
             "sign-flip tests over pairs, adjusted by Holm over the slots of a direction.",
@@ -105,14 +120,41 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+def kinds_of(setting: Setting) -> tuple[str, ...]:
+    """Returns the kinds of swap, with aligned strips where they differ from the published ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HookedVLMWarning)  # said when the pairs are used
+        differ = any(
+            cell_pairs(setting.geometry, axis, "strip")
+            != cell_pairs(setting.geometry, axis, ALIGNED)
+            for axis in setting.axes
+        )
+    return (*KINDS, ALIGNED) if differ else KINDS
+
+
+def scored(
+    setting: Setting, logits: Float[Tensor, "pair d_vocab"], pairs: Sequence[SwapPair]
+) -> Float[Tensor, "pair quantity"]:
+    """Returns each pair's `QUANTITIES` from the final position's logits."""
+    swapped, clean = [p.swapped_answer for p in pairs], [p.clean_answer for p in pairs]
+    both = setting.probabilities(logits, list(zip(swapped, clean, strict=True)))
+    tokenizer = setting.model.tokenizer
+    columns = [
+        agreement(logits, tokenizer, swapped).to(both),
+        logit_difference(logits, tokenizer, swapped, clean).to(both),
+    ]
+    return torch.cat([both, torch.stack(columns, dim=-1)], dim=-1)
+
+
 def cell_pairs(geometry: Layout, axis: str, kind: str) -> CellPairs:
     """Returns the cells that one kind of swap exchanges, in the published pairing."""
     left, right = (geometry.object_region(axis, slot) for slot in (0, 2))
     if kind == "object":
         return swap_pairs(left, right)
     first, last = (geometry.strip_region(axis, slot) for slot in (0, 2))
-    if kind == "strip":
-        return swap_pairs(first, last, objects=(left, right))
+    if kind in ("strip", ALIGNED):
+        pairing = "aligned" if kind == ALIGNED else "published"
+        return swap_pairs(first, last, pairing, objects=(left, right))
     return swap_pairs(first - left, last - right)
 
 
@@ -122,7 +164,7 @@ def _sweep(
     source = setting.inputs([pair.counterfactual for pair in pairs])
     return Sweep(
         setting.inputs([pair.clean for pair in pairs]),
-        {"kind": KINDS, "slot": slots},
+        {"kind": list(regions), "slot": slots},
         make=lambda kind, slot: Patch(slot, at=regions[kind], source=source),
     )
 
@@ -133,7 +175,8 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     for direction, values in {**by_direction, "all": together}.items():
         values = values.transpose("pair", "kind", "slot", "quantity")
         slots = [int(slot) for slot in values["slot"]]
-        axes = {"kind": KINDS, "slot": slots, "quantity": QUANTITIES}
+        kinds = [str(kind) for kind in values["kind"].values]
+        axes = {"kind": kinds, "slot": slots, "quantity": QUANTITIES}
         rows += interval_rows(bootstrap(values.values, seed=seed), axes, direction=direction)
         swapped = values.sel(quantity="swapped")
         strip, inside = (swapped.sel(kind=kind).values for kind in ("strip", "object"))
@@ -179,6 +222,7 @@ def _verdict(table: pd.DataFrame) -> str:
             f"objects alone {_at(best['object'])}, strips without objects "
             f"{_at(best['background'])}; "
             f"{_compared(select(table, direction=direction, kind='strip - object'))}."
+            + _aligned(here, best["strip"])
         )
     first = "; ".join(f"{said_names(where)}: {finding}" for finding, where in found.items())
     return "\n".join(part[0].upper() + part[1:] for part in (f"{first}.", *parts))
@@ -204,6 +248,17 @@ def _compared(difference: pd.DataFrame) -> str:
             size = size if len(rows) == 1 else f"up to {size} (slot {most['slot']})"
             parts.append(f"{words} at {said_slots(rows['slot'])}, by {size}")
     return "; ".join(parts) or "strips and objects do not differ clearly at any slot"
+
+
+def _aligned(here: pd.DataFrame, published: pd.Series) -> str:
+    """Says what object laid on object does, where that is another swap."""
+    aligned = select(here, kind=ALIGNED)
+    if aligned.empty:
+        return ""
+    return (
+        f" With object laid on object strips flip it with {_at(_peak(aligned))}; as published, "
+        f"a column off, with {_at(published)}."
+    )
 
 
 def _negated(row: pd.Series) -> pd.Series:

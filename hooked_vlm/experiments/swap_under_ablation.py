@@ -16,7 +16,13 @@ from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.order_removal import references, removed
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, said_names, select
-from hooked_vlm.experiments.strip_swap import FLIPPED, KINDS, QUANTITIES, cell_pairs
+from hooked_vlm.experiments.strip_swap import (
+    FLIPPED,
+    KINDS,
+    QUANTITIES,
+    cell_pairs,
+    scored,
+)
 from hooked_vlm.interventions import Patch, Recording
 from hooked_vlm.naming import slot_name
 from hooked_vlm.scoring import normalise, top_answer
@@ -50,9 +56,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         scores[direction].append(
             _sweep(setting, batch, slots).run(
                 model,
-                lambda logits, batch=batch: setting.probabilities(
-                    final_logits(logits), [(p.swapped_answer, p.clean_answer) for p in batch]
-                ),
+                lambda logits, batch=batch: scored(setting, final_logits(logits), batch),
                 dims=("pair", "quantity"),
                 coords={"quantity": QUANTITIES},
                 on_progress=lambda done, total, i=i: on_progress(
