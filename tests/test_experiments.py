@@ -307,8 +307,7 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
 def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
     layout: str, differ: bool
 ) -> None:
-    setting: Any = SimpleNamespace(geometry=PAPER_GEOMETRY[layout], axes=("horizontal",))
-    kinds = strip_swap.kinds_of(setting)
+    kinds = strip_swap.kinds_of(PAPER_GEOMETRY[layout], ("horizontal", "vertical"))
     assert (strip_swap.ALIGNED in kinds) == differ
     aligned = cell_pairs(PAPER_GEOMETRY[layout], "horizontal", strip_swap.ALIGNED)
     left, right = (PAPER_GEOMETRY[layout].object_region("horizontal", slot) for slot in (0, 2))

@@ -64,7 +64,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     """Runs the experiment on a setting of one's own making."""
     model = setting.model
-    kinds = kinds_of(setting)
+    kinds = kinds_of(setting.geometry, setting.axes)
     regions = {
         axis: {kind: cell_pairs(setting.geometry, axis, kind) for kind in kinds}
         for axis in setting.axes
@@ -120,14 +120,13 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
-def kinds_of(setting: Setting) -> tuple[str, ...]:
+def kinds_of(geometry: Layout, axes: Sequence[str]) -> tuple[str, ...]:
     """Returns the kinds of swap, with aligned strips where they differ from the published ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HookedVLMWarning)  # said when the pairs are used
         differ = any(
-            cell_pairs(setting.geometry, axis, "strip")
-            != cell_pairs(setting.geometry, axis, ALIGNED)
-            for axis in setting.axes
+            cell_pairs(geometry, axis, "strip") != cell_pairs(geometry, axis, ALIGNED)
+            for axis in axes
         )
     return (*KINDS, ALIGNED) if differ else KINDS
 
