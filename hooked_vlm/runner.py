@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 import torch
 
-from hooked_vlm.errors import DataError, ScoringError, did_you_mean
+from hooked_vlm.errors import DataError, RegionError, ScoringError, did_you_mean
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.config import check_options, specialise
 from hooked_vlm.experiments.registry import Config, Step
@@ -121,7 +121,7 @@ def run(job: Job, listener: Listener) -> Report:
                 start = time.perf_counter()
                 try:
                     found = step.experiment.run(model, config, listener.step)
-                except (DataError, ScoringError) as error:
+                except (DataError, RegionError, ScoringError) as error:
                     if len(steps) == 1:
                         raise
                     found = _not_run(step, error)

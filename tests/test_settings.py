@@ -31,7 +31,8 @@ def painted(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("direction", ["right", "above"])
 def test_entities_stand_inside_their_slots_and_nowhere_else(name, direction):
     stimuli = stimulus_set(name)
-    question = Question(stimuli.names[:3], direction)
+    first, middle, last = stimuli.names[:3]
+    question = Question((first, middle, last), direction)
     axis = question.axis
     empty = stimuli.scene((None, None, None), axis, GEOMETRY, stimuli.ground_of(question))
     changed = (pixels(stimuli.picture(question, GEOMETRY)) != pixels(empty)).any(-1)

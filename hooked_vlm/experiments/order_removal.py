@@ -10,6 +10,7 @@ vision encoder wrote about their order is gone.  It is not a mean ablation.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,63 +34,72 @@ SLOTS = range(3)
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Slot-0 activations of the pictures that a removal reads, prompt by prompt."""
+    """Slot-0 activations of the pictures that a removal reads, prompt by prompt.
 
+    Each is run when it is first asked for: not every removal reads all of them.
+    """
+
+    setting: Setting
     questions: Sequence[Question]
-    layout: Layout
-    inputs: Inputs
-    """Of the questions' own pictures."""
-    itself: Recording
-    in_middle: Sequence[Recording]
-    """By slot: the picture that holds that slot's entity alone, in the middle."""
-    in_place: Sequence[Recording]
-    """By slot: the picture that holds that slot's entity alone, where it stood."""
-    empty: Recording
 
     @property
     def axis(self) -> str:
         """The one axis of all questions."""
         return self.questions[0].axis
 
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Of the questions' own pictures."""
+        return self.setting.inputs(self.questions)
+
+    @cached_property
+    def itself(self) -> Recording:
+        """The questions' own pictures."""
+        return embedded(self.setting.model, self.inputs)
+
+    @cached_property
+    def in_middle(self) -> Sequence[Recording]:
+        """By slot: the picture that holds that slot's entity alone, in the middle."""
+        return [self._shown(lambda q, s=slot: alone(q.entities[s], MIDDLE)) for slot in SLOTS]
+
+    @cached_property
+    def in_place(self) -> Sequence[Recording]:
+        """By slot: the picture that holds that slot's entity alone, where it stood."""
+        return [self._shown(lambda q, s=slot: alone(q.entities[s], s)) for slot in SLOTS]
+
+    @cached_property
+    def empty(self) -> Recording:
+        """The picture that holds nothing."""
+        return self._shown(lambda _: (None, None, None))
+
     def cells(self, slot: int) -> Region:
         """Returns the cells of a slot's object."""
-        return self.layout.object_region(self.axis, slot)
+        return self.setting.geometry.object_region(self.axis, slot)
 
     @property
     def background(self) -> Region:
         """The cells of no object."""
-        return self.layout.background(self.axis)
+        return self.setting.geometry.background(self.axis)
+
+    def _shown(self, entities: Callable[[Question], tuple[str | None, ...]]) -> Recording:
+        stimuli, layout = self.setting.stimuli, self.setting.geometry
+        pictures = [
+            stimuli.scene(entities(q), self.axis, layout, stimuli.ground_of(q))
+            for q in self.questions
+        ]
+        return embedded(self.setting.model, self.setting.inputs_of(pictures, self.questions))
 
 
 def references(setting: Setting, questions: Sequence[Question]) -> References:
-    """Runs what removals read for some questions of one axis.
+    """Returns what removals read for some questions of one axis.
 
     Raises `DataError` for questions of several axes, and where objects and background do
     not cover every cell of the grid exactly once.
     """
     if len({question.axis for question in questions}) != 1:
         raise DataError("A removal takes questions of one axis; objects stand elsewhere in others.")
-    axis = questions[0].axis
-    check_cover(setting.geometry, axis)
-    inputs = setting.inputs(questions)
-
-    def shown(entities: Callable[[Question], tuple[str | None, ...]]) -> Recording:
-        stimuli = setting.stimuli
-        pictures = [
-            stimuli.scene(entities(q), axis, setting.geometry, stimuli.ground_of(q))
-            for q in questions
-        ]
-        return embedded(setting.model, setting.inputs_of(pictures, questions))
-
-    return References(
-        questions=questions,
-        layout=setting.geometry,
-        inputs=inputs,
-        itself=embedded(setting.model, inputs),
-        in_middle=[shown(lambda q, s=slot: alone(q.entities[s], MIDDLE)) for slot in SLOTS],
-        in_place=[shown(lambda q, s=slot: alone(q.entities[s], s)) for slot in SLOTS],
-        empty=shown(lambda _: (None, None, None)),
-    )
+    check_cover(setting.geometry, questions[0].axis)
+    return References(setting, questions)
 
 
 def alone(name: str, slot: int) -> tuple[str | None, ...]:
