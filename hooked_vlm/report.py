@@ -128,10 +128,10 @@ def key_numbers(results: Sequence[Result]) -> list[Tile]:
 
 
 def _range(rows: pd.DataFrame) -> str:
-    if "direction" in rows:
+    if "direction" in rows and (rows["direction"] != "all").any():
         rows = rows[rows["direction"] != "all"]
     groups = [column for column in ("direction", "axis") if column in rows]
-    best = rows.groupby(groups)["value"].max() if groups else rows["value"]
+    best = rows.groupby(groups, dropna=False)["value"].max() if groups else rows["value"]
     low, high = f"{best.min():.2f}", f"{best.max():.2f}"
     return low if low == high else f"{low}–{high}"
 

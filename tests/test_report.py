@@ -205,3 +205,19 @@ def test_index_sets_models_side_by_side(tmp_path: Path) -> None:
     assert page.text.count("Not run.") == 1  # E3 of the second
     assert page.text.count(synthetic.e1().verdict) == 2
     assert {"E1", "E3"} <= page.ids
+
+
+def test_key_numbers_of_results_without_single_directions_or_axes() -> None:
+    table = pd.DataFrame(
+        {
+            "direction": ["all", None],
+            "axis": [None, "horizontal"],
+            "kind": ["released", "released"],
+            "quantity": ["net, held-out alpha", "background"],
+            "ground": [None, "photographs"],
+            "value": [0.25, 0.75],
+        }
+    )
+    for made, value in (("E7", "0.25"), ("E9", "0.75")):
+        result = dataclasses.replace(synthetic.e1(), id=made, table=table)
+        assert value in {tile.value for tile in key_numbers([result])}
