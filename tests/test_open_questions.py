@@ -114,6 +114,7 @@ def test_vision_alone_answers_where_the_order_was_planted() -> None:
         ((1.0, 0.9, 0.9, 0.3), "redundant"),
         ((1.0, 0.3, 0.3, 0.3), "complementary"),
         ((1.0, 0.98, 1.0, 0.98), "rest on something else"),
+        ((1.0, 0.3, 1.0, 0.25), "one signal does nearly all of it (LM only)"),
     ],
 )
 def test_the_verdict_follows_the_interaction(accuracies: tuple, says: str) -> None:

@@ -38,6 +38,9 @@ CLAIM = (
 )
 CELLS = ("both", "vision only", "LM only", "neither")
 ALPHA = 0.05
+"""What accuracy must lose without both signals for the verdict to speak of them."""
+LITTLE = 0.1
+"""What a signal alone must add to neither for the verdict to say that it does something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "'interaction' is both - vision only - LM only + neither, item by item, in the right "
             "answer's probability and in accuracy: below zero, either signal does much of what "
             "both do (redundant); above zero, each needs the other (complementary). Bootstrap "
-            "intervals over items.",
+            "intervals over items. Where both together answer everything, signals that merely add "
+            "up read as redundant too: accuracy has a ceiling.",
         ),
     )
 
@@ -167,6 +171,10 @@ def _kind(rows: dict[str, Any]) -> str:
     loss = rows["both"]["value"] - rows["neither"]["value"]
     if loss < ALPHA:
         return "neither is needed, so the answers rest on something else"
+    gains = {cell: rows[cell]["value"] - rows["neither"]["value"] for cell in CELLS[1:3]}
+    if min(gains.values()) < LITTLE <= max(gains.values()):
+        alone = max(gains, key=lambda cell: gains[cell])
+        return f"one signal does nearly all of it ({alone})"
     if rows["interaction"]["high"] < 0:
         return "redundant, either signal does much of what both do"
     if rows["interaction"]["low"] > 0:
