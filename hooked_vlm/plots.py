@@ -2,10 +2,9 @@
 
 Nothing here computes a number: what a figure shows stands in its table.  Figures are
 built without pyplot, so drawing one leaves no global state and opens no window.  Colours
-are Okabe and Ito's, which stay apart for colour-blind readers, and every line also has
-its own marker, for print without colour.  Intervals are bands, chance is a dotted line,
-and slots are named as the paper has them: 0 is the projector's output merged into the
-text, l is the output of the language model's layer l-1.
+are Okabe and Ito's, which stay apart for colour-blind readers, and every line has its own
+marker, for print without colour.  Intervals are bands, chance is a dotted line, and slots are
+the paper's: 0 is the projector's output merged into the text, l the output of layer l-1.
 """
 
 import io
@@ -199,7 +198,8 @@ def mean_maps(maps: xr.DataArray, object_cells: xr.DataArray) -> Figure:
                 _outline(panel, cells.any("class").values, width=0.7)
                 _outline(panel, cells[index].values, width=2.2)
                 panel.set_title(f"P({_class(axis_name, index)})")
-            panels[row, 0].set_ylabel(f"{axis_name} images", fontsize=10)
+            label = "{} images" if axis_name in CLASSES else "by {}"
+            panels[row, 0].set_ylabel(label.format(axis_name), fontsize=10)
         _colorbar(figure, panels, "mean probability on held-out images")
     return figure
 
@@ -379,7 +379,7 @@ def _direction(name: object) -> str:
 
 def _class(axis: str, index: int) -> str:
     names = CLASSES.get(axis, ())
-    return names[index] if index < len(names) else str(index)
+    return names[index] if index < len(names) else f"{axis} {index + 1}"
 
 
 def _need(table: pd.DataFrame, *columns: str) -> None:

@@ -88,13 +88,13 @@ def test_corrected_and_broken_are_counted_apart() -> None:
     now = np.array([False, True, True, True, False])
     right = {kind: np.stack([base, now])[None] for kind in (*FORMULAS, *CONTROLS)}
     config = Config(alphas=(0.0, 3.0), control_alphas=(0.0, 3.0))
-    table = amplification._table(right, ["left"] * 3 + ["right"] * 2, config)
+    table = amplification.table_of(right, ["left"] * 3 + ["right"] * 2, config)
     rows: Any = table[(table["kind"] == "released") & (table["alpha"] == 3)]
     rows = rows.set_index("quantity")
     assert rows.loc["corrected", ["value", "n"]].tolist() == [0.5, 2]
     assert rows.loc["broken", "value"] == pytest.approx(1 / 3)
     assert rows.loc["net", "value"] == 0
-    verdict = amplification._verdict(table, right)
+    verdict = amplification.verdict_of(table, right)
     assert "2 could be corrected" in verdict
     assert "does not improve answers beyond random directions" in verdict
 

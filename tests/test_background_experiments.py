@@ -95,7 +95,10 @@ def test_white_and_photographs_stand_side_by_side(coded: str) -> None:
     white = by(result.table, ground="white", axis="horizontal", part="ordering-probes")
     assert white["accuracy"] == 1
     assert (white["background"] > 0.7) == (coded == "background")
-    assert set(result.table["ground"]) == {"white", "photographs"}
+    assert set(result.table["ground"]) == {"white", "photographs", photographs.BOTH}
+    less = result.table[result.table["ground"] == photographs.BOTH]
+    assert set(less["quantity"]) == {"difference"}
+    assert set(less["axis"].dropna()) == {"horizontal", "vertical"}
     swaps = result.table[(result.table["part"] == "strip-swap")]
     assert set(swaps[swaps["ground"] == "white"]["kind"]) >= {"strip", "object"}
     assert "on white" in result.verdict

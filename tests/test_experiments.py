@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from hooked_vlm.experiments.config import Config
 from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.strip_swap import cell_pairs
+from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, cell_pairs
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY
 from hooked_vlm.zoo import available
@@ -89,13 +90,23 @@ def test_e2_finds_the_three_stages_that_were_planted() -> None:
         "blocks.1.hook_resid_post",
     ]
     for direction in result.table["direction"].unique():
-        for slot, quantity in enumerate(("clean", "ordering", "attribute")):
+        for slot, quantity in enumerate(final_token.ANSWERS):
             here = rows(result, direction=direction, slot=slot).set_index("quantity")["value"]
-            assert here[quantity] > 0.99
-            assert here.drop(quantity).max() < 0.01
+            for answer in final_token.ANSWERS:
+                assert here[answer] > 0.99 if answer == quantity else here[answer] < 0.01
+                assert here[f"agreement, {answer}"] == (answer == quantity)
+            odds = here[list(final_token.LOG_ODDS)]
+            if quantity == "clean":
+                assert (odds < -4).all()
+            else:
+                assert odds[f"log odds, {quantity}"] > 4
     assert "three stages follow each other as in the paper" in result.verdict
     assert "peaks at slot 1" in result.verdict
-    assert result.arrays["pairs_left"].sizes == {"slot": 3, "pair": 2, "quantity": 3}
+    assert result.arrays["pairs_left"].sizes == {
+        "slot": 3,
+        "pair": 2,
+        "quantity": 8,
+    }
 
 
 @pytest.mark.parametrize(
@@ -297,19 +308,27 @@ def test_names_of_experiments_and_suites() -> None:
 
 def test_reproduce_runs_everything_and_every_step_once() -> None:
     found = steps("reproduce", "shapes")
-    assert {step.experiment.name for step in found} == set(EXPERIMENTS) - {"coco-spatial"}
+    assert {step.experiment.name for step in found} == set(EXPERIMENTS) - {
+        "coco-spatial",
+        "coco-amplification",
+    }
     assert len({step.key for step in found}) == len(found)
     swaps = [step.setting for step in found if step.experiment.id == "E4"]
     assert swaps == ["squares", "shapes", "objects"]
 
 
+@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
 @pytest.mark.parametrize(("layout", "differ"), [("qwen2-vl", False), ("gemma-3", True)])
 def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
     layout: str, differ: bool
 ) -> None:
-    kinds = strip_swap.kinds_of(PAPER_GEOMETRY[layout], ("horizontal", "vertical"))
-    assert (strip_swap.ALIGNED in kinds) == differ
-    aligned = cell_pairs(PAPER_GEOMETRY[layout], "horizontal", strip_swap.ALIGNED)
+    expected = (
+        pytest.warns(HookedVLMWarning, match="puts object on object") if differ else nullcontext()
+    )
+    with expected:
+        regions = SwapRegions.of(PAPER_GEOMETRY[layout], ("horizontal", "vertical"))
+    assert (ALIGNED in regions.kinds) == differ and not regions.notes
+    aligned = cell_pairs(PAPER_GEOMETRY[layout], "horizontal", ALIGNED)
     left, right = (PAPER_GEOMETRY[layout].object_region("horizontal", slot) for slot in (0, 2))
     met = dict(zip(aligned.targets, aligned.sources, strict=True))
     assert {met[cell] for cell in left.cells} == set(right.cells)

@@ -17,7 +17,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     (
         "numbers",
         "statistics directions probes scoring plots charts provenance "
-        "stimuli.whatsup stimuli.coco stimuli.settings",
+        "stimuli.whatsup stimuli.coco stimuli.coco_boxes stimuli.settings",
     ),
     ("tree", "naming blocks projector anatomy attention layout windows points towers"),
     (

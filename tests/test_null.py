@@ -11,7 +11,7 @@ from planted_models import planted
 from scipy.stats import binom
 
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.strip_swap import cell_pairs
+from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.interventions import Patch
 from hooked_vlm.scoring import target_probability
 from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test, wilson

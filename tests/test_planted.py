@@ -11,7 +11,7 @@ from planted_models import GEOMETRY, planted
 from torch import Tensor
 
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.strip_swap import cell_pairs
+from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.probes import (
     LinearProbe,

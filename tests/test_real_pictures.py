@@ -2,19 +2,31 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import synthetic_results
+import torch
+import xarray as xr
 from PIL import Image
 from planted_models import planted
 
 from hooked_vlm.errors import DataError, HookedVLMWarning, RegionError
-from hooked_vlm.experiments import coco_spatial, composite_artefacts
+from hooked_vlm.experiments import (
+    amplification,
+    coco_amplification,
+    coco_spatial,
+    compared,
+    composite_artefacts,
+)
+from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.strip_swap import cell_pairs
+from hooked_vlm.experiments.swap_regions import SwapRegions, cell_pairs, strips_of
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.stimuli import coco, squares, whatsup
+from hooked_vlm.stimuli import coco, coco_boxes, squares, whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
 
@@ -92,6 +104,28 @@ def test_a_list_that_is_not_there_says_what_was_expected(tmp_path: Path) -> None
         whatsup.load(tmp_path, "C")
 
 
+def test_faults_of_a_list_are_said(copy: Path) -> None:
+    listing = copy / "data" / "controlled_images_dataset.json"
+    entries = json.loads(listing.read_text())
+    entries.append(entries[0])
+    entries[1]["caption_options"] = [
+        "A blue thing under a chair",
+        *entries[1]["caption_options"][1:],
+    ]
+    listing.write_text(json.dumps(entries))
+    found = whatsup.load(copy)
+    assert len(found.items) == 2 * 16 - 1  # one listed twice is one
+    said = "\n".join(found.problems)
+    assert "'red_left_of_chair.jpeg' is entry 0 too" in said
+    assert "'red_right_of_chair.jpeg' has the right caption 'A blue thing under a chair'" in said
+    listing.write_text(json.dumps({"items": entries}))
+    with pytest.raises(DataError, match="holds a dict; expected is a list"):
+        whatsup.load(copy)
+    listing.write_text(json.dumps([{"image_path": "data/controlled_images/none_on_chair.jpeg"}]))
+    with pytest.raises(DataError, match=r"None of the 1 entries.*looked for in data/controlled_im"):
+        whatsup.load(copy)
+
+
 def test_pairs_and_sets_count_only_when_whole(copy: Path) -> None:
     found = whatsup.load(copy)
     right = [item.preposition != "under" for item in found.items]
@@ -155,6 +189,7 @@ def test_names_that_a_tokenizer_splits_are_left_out(copy: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Pairing")  # strips as published put objects a column off
+@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
 @pytest.mark.parametrize("reference", whatsup.REFERENCES)
 @pytest.mark.parametrize("n_tokens", [8, 12, 16, 24])
 def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int) -> None:
@@ -170,6 +205,17 @@ def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int)
     else:
         assert cell_pairs(layout, "horizontal", "strip")
     assert cell_pairs(layout, "horizontal", "object")
+    regions = SwapRegions.of(layout, ["horizontal"])
+    pairs = regions.pairs["horizontal"]
+    assert bool(regions.refused) == ((reference, n_tokens) == ("table", 16))
+    strips = pairs[strips_of(regions.kinds)]
+    assert strips.target.mask[layout.object_region("horizontal", 0).mask].all()
+    if regions.refused:
+        assert "96" in regions.notes[0] and "strip" not in pairs
+        assert set(pairs["background"].targets) | set(pairs["object"].targets) == set(
+            strips.targets
+        )
+        assert len(pairs["background"]) + len(pairs["object"]) == len(strips)
     with pytest.raises(DataError, match="slot 0, vertical, is none"):
         layout.object_region("vertical", 0)
 
@@ -285,6 +331,61 @@ def test_composites_are_compared_with_whole_pictures() -> None:
     assert "whole" in result.verdict
 
 
+def test_composites_of_ones_own_photographs_are_compared_with_uncut_ones(copy: Path) -> None:
+    config = composite_artefacts.Config(setting="whatsup-chair", data=copy, pairs=2, batch_size=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HookedVLMWarning)
+        result = composite_artefacts.run(planted("object"), config, lambda *_: None)
+    variants = composite_artefacts.VARIANTS[1:]
+    assert set(result.images) == {*variants, composite_artefacts.UNCUT}
+    probes = result.table[result.table["part"] == "ordering-probes"]
+    assert set(probes["variant"]) == {*variants, composite_artefacts.UNCUT}
+    uncut = probes[probes["variant"] == composite_artefacts.UNCUT].set_index("quantity")["n"]
+    assert uncut["background"] == 2  # of 3 things on 2 sides, a quarter (rounded up) is held out
+    less = probes[probes["quantity"] == "difference"]
+    assert set(less["variant"]) == set(variants[1:])
+    stimuli = stimulus_set("whatsup-chair", data=copy)
+    layout = stimuli.layout(12, 4)
+    drawn = {
+        variant: np.asarray(
+            composite_artefacts.composites(stimuli, variant, copy).picture(
+                Question(("red", "chair", "blue"), "left"), layout
+            ),
+            dtype=int,
+        )
+        for variant in variants
+    }
+    for image in drawn.values():
+        assert abs(image[:, :16] - SHADES["red"]).max() < 12
+        assert abs(image[:, 34:] - SHADES["blue"]).max() < 12
+
+
+def test_pairs_that_two_kinds_of_picture_keep_are_compared() -> None:
+    def of(shift: float, *names: str) -> Result:
+        values = np.array([[[0.2 + 0.01 * i, 0.5]] for i in range(len(names))]) + shift
+        pairs = xr.DataArray(
+            values[..., None],
+            dims=("pair", "kind", "slot", "quantity"),
+            coords={
+                "pair": list(names),
+                "kind": ["strip"],
+                "slot": [0, 1],
+                "quantity": ["swapped"],
+            },
+        )
+        return replace(synthetic_results.e4(), arrays={"pairs_left": pairs})
+
+    rows = compared.swap_rows(of(0.0, *"abcdefgh"), of(0.3, *"hgfedcb"), seed=0)
+    assert [row["n"] for row in rows] == [7, 7]
+    assert rows[1]["value"] == pytest.approx(0.3) and rows[1]["p_holm"] < 0.05
+    said = compared.said_swaps(pd.DataFrame(rows))
+    assert said.startswith("strip up to 0.3") and "n = 7 common pairs" in said
+    assert compared.swap_rows(of(0.0, "a", "b"), of(0.0, "b", "c"), seed=0) == []
+    assert "too few pairs" in compared.said_swaps(
+        pd.DataFrame(columns=["part", "quantity", "kind"])
+    )
+
+
 def test_coco_spatial_counts_items_right_in_both_orders(
     spatial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,3 +408,100 @@ def test_coco_spatial_asks_a_model(spatial: Path) -> None:
     config = coco_spatial.Config(data=spatial, style="choice")
     result = coco_spatial.run(model, config, lambda *_: None)
     assert result.table.set_index(["axis", "quantity"])["n"]["all", "single"] == 4
+
+
+# Boxes, and amplification on COCO-spatial
+
+
+@pytest.fixture
+def boxed(tmp_path: Path) -> Path:
+    """Twelve photographs of two sizes with a cup and a dog, with COCO's annotations of them."""
+    entries, annotations = [], []
+    rng = np.random.default_rng(0)
+    for number in range(1, 13):
+        size = (80, 64) if number % 3 else (64, 80)
+        pixels = rng.integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
+        swapped, upright = bool(number % 2), number > 6
+        cup, dog = ([8, 8, 20, 20], [size[0] - 30, size[1] - 30, 20, 20])
+        if swapped:
+            cup, dog = dog, cup
+        for (x, y, w, h), color in ((cup, (200, 0, 0)), (dog, (0, 0, 200))):
+            pixels[y : y + h, x : x + w] = color
+        path = tmp_path / "data" / "val2017" / f"{number:012d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        side = ("below" if swapped else "above") if upright else f"to the {_side(swapped)} of"
+        entries.append([number, f"A photo of a cup {side} a dog", "…"])
+        for category, box in ((1, cup), (2, dog)):
+            annotations.append({"image_id": number, "category_id": category, "bbox": box})
+    annotations.append({"image_id": 2, "category_id": 1, "bbox": [0, 0, 1, 1]})  # a smaller cup
+    del annotations[23]  # picture 12 has no dog
+    categories = [{"id": 1, "name": "cup"}, {"id": 2, "name": "dog"}]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(
+        json.dumps({"annotations": annotations, "categories": categories})
+    )
+    (tmp_path / "data" / "coco_qa_two_obj.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def _side(swapped: bool) -> str:
+    return "right" if swapped else "left"
+
+
+def test_boxes_are_those_of_the_captions_things(boxed: Path) -> None:
+    found = coco_boxes.with_boxes(coco.load(boxed).items, boxed)
+    assert len(found.items) == 11
+    assert set(found.problems) == {
+        "picture 2: 2 boxes of 'cup'; the largest counts",
+        "picture 12: no box of 'dog'",
+    }
+    for one in found.items:
+        first, second = one.by_class  # left and right, or above and below
+        edge = 0 if one.item.axis == "horizontal" else 1
+        assert first[edge] < second[edge]
+        assert one.subject == (first if one.item.side in ("left", "above") else second)
+    (boxed / "annotations" / "instances_val2017.json").write_text('{"annotations": [{}]}')
+    with pytest.raises(DataError, match=r"is not COCO's: expected are 'categories'"):
+        coco_boxes.with_boxes((), boxed)
+    (boxed / "annotations" / "instances_val2017.json").unlink()
+    with pytest.raises(DataError, match=r"annotations_trainval2017\.zip"):
+        coco_boxes.with_boxes((), boxed)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-gemma-3"])
+def test_amplification_on_photographs_with_boxes(
+    boxed: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = HookedVLM.from_pretrained(name)
+    config = coco_amplification.Config(
+        data=boxed, alphas=(0.0, 2.0), control_alphas=(0.0, 2.0), controls=2
+    )
+    with pytest.raises(DataError, match=r"horizontal: \d of 6 items right, too few"):
+        coco_amplification.run(model, config, lambda *_: None)  # it was not taught such questions
+    observed = coco_amplification.observed
+
+    def all_right(*given):
+        return [replace(told, right=True) for told in observed(*given)]
+
+    monkeypatch.setattr(coco_amplification, "observed", all_right)
+    told: list[tuple[int, int]] = []
+    result = coco_amplification.run(model, config, lambda *step: told.append(step))
+    assert told[-1] == (22, 22)
+    table = result.table
+    assert set(table["kind"].dropna()) == {*amplification.FORMULAS, *amplification.CONTROLS}
+    unchanged = table[(table["alpha"] == 0) & (table["quantity"] == "net")]
+    assert (unchanged["value"] == 0).all() and (unchanged["n"] == 11).all()
+    read = table[table["quantity"] == "probe, held out"]
+    assert list(read["axis"]) == ["horizontal", "vertical"] and (read["n"] == 1).all()
+    assert "Of 11 items" in result.verdict and "horizontal" in result.verdict
+
+
+def test_a_probe_of_photographs_is_given_the_means_of_boxes(boxed: Path) -> None:
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    item = coco_boxes.with_boxes(coco.load(boxed).items, boxed).items[0]
+    (told,) = coco_amplification.observed(model, [item], "reference")
+    grid = coco_amplification.inputs_of(model, [item], "reference").grids[0][0]
+    for box, mean in zip(item.by_class, told.things, strict=True):
+        assert torch.equal(told.tokens[grid.box(*box).tokens].mean(0), mean)
+    assert not torch.allclose(told.things[0], told.things[1])

@@ -184,7 +184,9 @@ def test_residuals_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spread([], 3) == []
     assert spread(list(range(10)), 3) == [0, 4, 8]
     monkeypatch.setattr(restart, "BUDGET", 1)
-    start = start_of("llava", *[Ablate(slot) for slot in (1, 2, 3, 3)])
+    # A proof that fails by chance (sums may depend on where memory lies) only costs time.
+    tries = (start_of("llava", *[Ablate(slot) for slot in (1, 2, 3, 3)]) for _ in range(3))
+    start = next(filter(None, tries), None)
     assert start is not None and len(start.residuals) == 1
     fast, plain = both(sweep_of("llava", ["zero", "last"], [0, 1, 2, 3]), "llava")
     assert fast.identical(plain)

@@ -14,6 +14,7 @@ beside the best alpha on the items themselves.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.ordering_probes import projected
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
+from hooked_vlm.inputs import Inputs
 from hooked_vlm.interventions import Steer
 from hooked_vlm.probes import LinearProbe, class_directions, object_examples
 from hooked_vlm.regions import Region
@@ -50,15 +52,21 @@ Outcomes = Mapping[str, Bool[np.ndarray, "seed alpha item"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(common.Config):
-    """`items` questions of each direction (0: all), none of whose pictures the probe has seen."""
+class Strengths(common.Config):
+    """How strongly directions are amplified, and how many random ones beside them."""
 
-    setting: str = "objects-photos"
-    items: int = 24
     alphas: tuple[float, ...] = tuple(float(a) for a in range(16))
     controls: int = 3
     """Seeds of the random directions."""
     control_alphas: tuple[float, ...] = (0.0, 1.0, 4.0, 8.0, 12.0, 15.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Strengths):
+    """`items` questions of each direction (0: all), none of whose pictures the probe has seen."""
+
+    setting: str = "objects-photos"
+    items: int = 24
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -73,7 +81,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         asked += batch
         on_progress(done, len(batches))
     right = {kind: np.concatenate([part[kind] for part in found], axis=2) for kind in found[0]}
-    table = _table(right, [q.direction for q in asked], config)
+    table = table_of(right, [q.direction for q in asked], config)
     return Result(
         id=ID,
         name=NAME,
@@ -82,7 +90,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         section=SECTION,
         table=table,
         images={"a question's picture": setting.picture(asked[0])},
-        verdict=_verdict(table, right),
+        verdict=verdict_of(table, right),
         config={"items": len(asked), "seed": config.seed, "controls": config.controls},
         notes=(
             "Directions are the class weights of E3's probe, one for each axis, fitted to the "
@@ -125,38 +133,59 @@ class Plan:
         fitted, tokens = fit_directions(setting, seen, config.seed)
         seeds = range(config.seed, config.seed + config.controls)
         rows, cols = setting.geometry.shape
-        controls = {}
-        if config.controls:
-            controls[CONTROLS[0]] = random_controls(fitted, seeds)
-            controls[CONTROLS[1]] = random_controls(fitted, seeds, match_energy_on=tokens)
         return cls(
             asked,
             fitted,
-            controls,
+            matched_controls(fitted, tokens, seeds),
             Region.rectangle(setting.geometry.shape, rows=(0, rows), cols=(0, cols), name="image"),
         )
 
-    def conditions(self, config: Config) -> dict[tuple[str, int, float], Steer]:
-        """Returns (kind, seed, alpha) -> what is done, for every condition."""
-        w = self.directions
-        real = {
-            "written, first": (w[0], "add"),
-            "written, last": (w[-1], "add"),
-            "released": (w, "project"),
-            "orthonormal": (orthonormalise(w), "project"),
-        }
-        made = {
-            (kind, 0, alpha): Steer(0, at=self.region, directions=rows, alpha=alpha, mode=mode)
-            for kind, (rows, mode) in real.items()
-            for alpha in config.alphas
-        }
-        for kind, seeds in self.controls.items():
-            for seed, rows in enumerate(seeds):
-                for alpha in config.control_alphas:
-                    made[kind, seed, alpha] = Steer(
-                        0, at=self.region, directions=rows, alpha=alpha, mode="project"
-                    )
-        return made
+    def conditions(self, config: Config) -> dict["Condition", Steer]:
+        """Returns what is done under every condition."""
+        return conditions(self.directions, self.controls, self.region, config)
+
+
+Condition = tuple[str, int, float]
+"""(kind, seed, alpha)"""
+
+
+def conditions(
+    w: Float[Tensor, "class d_model"],
+    controls: Mapping[str, Float[Tensor, "seed class d_model"]],
+    region: Region,
+    config: Strengths,
+) -> dict[Condition, Steer]:
+    """Returns every formula at every strength, and every control's seeds at some."""
+    real = {
+        "written, first": (w[0], "add"),
+        "written, last": (w[-1], "add"),
+        "released": (w, "project"),
+        "orthonormal": (orthonormalise(w), "project"),
+    }
+    made = {
+        (kind, 0, alpha): Steer(0, at=region, directions=rows, alpha=alpha, mode=mode)
+        for kind, (rows, mode) in real.items()
+        for alpha in config.alphas
+    }
+    for kind, seeds in controls.items():
+        for seed, rows in enumerate(seeds):
+            for alpha in config.control_alphas:
+                made[kind, seed, alpha] = Steer(
+                    0, at=region, directions=rows, alpha=alpha, mode="project"
+                )
+    return made
+
+
+def matched_controls(
+    fitted: Float[Tensor, "class d_model"], tokens: Float[Tensor, "*batch d_model"], seeds: range
+) -> dict[str, Float[Tensor, "seed class d_model"]]:
+    """Returns random directions of the same norms, and of the same energy on tokens too."""
+    if not seeds:
+        return {}
+    return {
+        CONTROLS[0]: random_controls(fitted, seeds),
+        CONTROLS[1]: random_controls(fitted, seeds, match_energy_on=tokens),
+    }
 
 
 def fit_directions(
@@ -181,23 +210,28 @@ def outcomes(
     """Returns whether each answer is right, for every kind, seed and strength."""
     made = {key: steer for key, steer in plan.conditions(config).items() if key[0] in kinds}
     targets = [normalise(question.target) for question in batch]
+    return answered(setting.model, setting.inputs(batch), targets, made)
+
+
+def answered(
+    model: Any, inputs: Inputs, targets: Sequence[str], made: Mapping[Condition, Steer]
+) -> dict[str, Bool[np.ndarray, "seed alpha item"]]:
+    """Returns whether each row's top answer is its target, under every condition."""
 
     def metric(logits: Tensor) -> Tensor:
-        answers = top_answer(final_logits(logits), setting.model.tokenizer)
+        answers = top_answer(final_logits(logits), model.tokenizer)
         return torch.tensor([a == t for a, t in zip(answers, targets, strict=True)])
 
     keys = list(made)
     sweep = Sweep(
-        setting.inputs(batch),
-        {"condition": range(len(keys))},
-        make=lambda condition: made[keys[condition]],
+        inputs, {"condition": range(len(keys))}, make=lambda condition: made[keys[condition]]
     )
-    scores = sweep.run(setting.model, metric, dims=("item",), logits_to_keep=1).values > 0.5
+    scores = sweep.run(model, metric, dims=("item",), logits_to_keep=1).values > 0.5
     found = {}
     for kind in dict.fromkeys(kind for kind, _, _ in keys):
         rows = [score for key, score in zip(keys, scores, strict=True) if key[0] == kind]
-        n_alphas = len(config.control_alphas if kind in CONTROLS else config.alphas)
-        found[kind] = np.stack(rows).reshape(-1, n_alphas, len(batch))
+        n_seeds = len({seed for k, seed, _ in keys if k == kind})
+        found[kind] = np.stack(rows).reshape(n_seeds, -1, len(targets))
     return found
 
 
@@ -208,7 +242,8 @@ def _axis(direction: str) -> str:
 # --- from answers to numbers ----------------------------------------------------------------
 
 
-def _table(right: Outcomes, directions: Sequence[str], config: Config) -> pd.DataFrame:
+def table_of(right: Outcomes, directions: Sequence[str], config: Strengths) -> pd.DataFrame:
+    """Returns each kind's accuracy and changes at every strength, and at the chosen ones."""
     rows = []
     for kind, verdicts in right.items():
         alphas = config.control_alphas if kind in CONTROLS else config.alphas
@@ -268,7 +303,8 @@ def held_out_change(
     return change
 
 
-def _verdict(table: pd.DataFrame, right: Outcomes) -> str:
+def verdict_of(table: pd.DataFrame, right: Outcomes) -> str:
+    """Says how many answers amplification changed, beside random directions."""
     base = right["released"][0, 0]
     parts = [
         f"Of {len(base)} items {base.mean():.2f} are answered rightly as they are, so "

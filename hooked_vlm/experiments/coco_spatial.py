@@ -63,7 +63,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         claim=CLAIM,
         section=SECTION,
         table=table,
-        images={"an item": _opened(found.items[0])},
+        images={"an item": opened(found.items[0])},
         verdict=_verdict(table),
         config={"items": len(found.items), "style": config.style, "list": config.name},
         notes=(
@@ -75,7 +75,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 
 
 def _answers(model, items: Sequence[SpatialItem], style: str) -> list[list[str]]:
-    pictures = [_opened(item) for item in items for _ in range(2)]
+    pictures = [opened(item) for item in items for _ in range(2)]
     texts = [text for item in items for text in item.questions(style)]
     with torch.no_grad():
         logits = model(model.prepare(pictures, texts), logits_to_keep=1)
@@ -83,7 +83,8 @@ def _answers(model, items: Sequence[SpatialItem], style: str) -> list[list[str]]
     return [said[i : i + 2] for i in range(0, len(said), 2)]
 
 
-def _opened(item: SpatialItem) -> Image.Image:
+def opened(item: SpatialItem) -> Image.Image:
+    """Returns an item's photograph."""
     with Image.open(item.path) as opened:
         return opened.convert("RGB")
 

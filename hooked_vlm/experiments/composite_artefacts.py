@@ -5,29 +5,34 @@ pictures of three things stand beside joined ones: with the seam in the middle, 
 published, moved, and blended, and with one half mirrored.  If strips or swaps were an
 artefact of joining, they would follow the seam.
 
-Without What'sUp's data (which has no whole picture of three things) the pictures are made
-of the same material: cut-outs on photographs, each half from a picture of two things on a
-photograph of its own, joined by the code that joins What'sUp's.
+Without What'sUp's data the pictures are made of the same material: cut-outs on photographs,
+each half from a picture of two things on a photograph of its own, joined by the code that
+joins What'sUp's.  With it (`--setting whatsup-chair --data FOLDER`) they are What'sUp's own;
+that data has no whole picture of three things, so its uncut photographs of two stand in for
+those in the probes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 from PIL import Image, ImageOps
 
 from hooked_vlm.errors import DataError
+from hooked_vlm.experiments import compared, ordering_probes, strip_swap
 from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments import ordering_probes, strip_swap
 from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, said, select
-from hooked_vlm.stimuli import photographs
+from hooked_vlm.experiments.swap_regions import strips_of
+from hooked_vlm.stimuli import photographs, whatsup
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import stimulus_set
-from hooked_vlm.stimuli.whatsup import joined
 
 
 ID, NAME, SECTION = "Q4", "composite-artefacts", "open question on What'sUp composites"
@@ -37,12 +42,14 @@ CLAIM = (
     "amplification and swaps on What'sUp rest on such pictures."
 )
 VARIANTS = ("whole", "joined", "seam moved", "seam blended", "half mirrored")
+UNCUT = "uncut, two things"
 APART = 0.1
+"""The difference in the background's share from which the verdict speaks of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
-    """`setting` is one on white; its entities are put on photographs."""
+    """`setting` is one on white, whose entities are put on photographs, or one of What'sUp."""
 
     setting: str = "squares"
     pairs: int = 16
@@ -50,28 +57,36 @@ class Config(common.Config):
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Runs the ordering probes and the strip swap on every way to join pictures."""
-    plain = stimulus_set(config.setting, cutouts=config.cutouts)
-    parts = [
-        (variant, experiment)
-        for variant in VARIANTS
-        for experiment in (ordering_probes, strip_swap)
-    ]
-    on_progress(0, 100 * len(parts))
+    plain = stimulus_set(config.setting, cutouts=config.cutouts, data=config.data)
+    real = config.setting in whatsup.SETTINGS
+    variants = VARIANTS[1:] if real else VARIANTS
+    total = len(variants) * 2 + real
+    on_progress(0, 100 * total)
     tables, images, missing = [], {}, []
-    for place, (variant, experiment) in enumerate(parts):
-        setting = Setting(model, composites(plain, variant), config.batch_size)
-        if experiment is ordering_probes:
-            images[variant] = setting.picture(setting.stimuli.items()[0])
+    results: dict[str, dict[str, Result]] = {variant: {} for variant in variants}
+    place = 0
+    for variant in variants:
+        setting = Setting(model, composites(plain, variant, config.data), config.batch_size)
+        images[variant] = setting.picture(setting.stimuli.items()[0])
+        for experiment in (ordering_probes, strip_swap):
 
-        def told(done: int, total: int, place: int = place) -> None:
-            on_progress(100 * place + round(100 * done / max(total, 1)), 100 * len(parts))
+            def told(done: int, of: int, place: int = place) -> None:
+                on_progress(100 * place + round(100 * done / max(of, 1)), 100 * total)
 
-        try:
-            found = experiment.run_on(setting, replace(config, setting="squares"), told)
-        except DataError as error:  # no pair is answered rightly there
-            missing.append(f"{variant}: {error}")
-            continue
-        tables.append(found.table.assign(variant=variant, part=experiment.NAME))
+            place += 1
+            try:
+                found = experiment.run_on(setting, replace(config, setting="squares"), told)
+            except DataError as error:  # no pair is answered rightly there
+                missing.append(f"{variant}: {error}")
+                continue
+            results[variant][experiment.NAME] = found
+            tables.append(found.table.assign(variant=variant, part=experiment.NAME))
+    if real:
+        setting = Setting(model, composites(plain, variants[0], config.data), config.batch_size)
+        rows, images[UNCUT] = _uncut(setting, whatsup.load(_folder(config)), config.seed)
+        tables.append(pd.DataFrame(rows).assign(variant=UNCUT, part=ordering_probes.NAME))
+        on_progress(100 * total, 100 * total)
+    tables += _differences(results, config.seed)
     table = pd.concat(tables, ignore_index=True)
     return Result(
         id=ID,
@@ -81,89 +96,186 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         section=SECTION,
         table=table,
         images=images,
-        verdict="\n".join([_probes(table), _swaps(table), *missing]),
+        verdict="\n".join([_probes(table), _swaps(table, variants), *missing]),
         config={"setting": plain.name, "pairs": config.pairs, "seed": config.seed},
         notes=(
             "'whole' is one photograph with three things on it. 'joined' is the left half of a "
             "picture with the left and the middle thing beside the right half of one with the "
             "middle and the right thing, each on a photograph of its own; the seam is in the "
             "middle, as published. 'seam moved' shifts it by a visual token and a half, 'seam "
-            "blended' draws it over four, 'half mirrored' mirrors the right half's photograph.",
+            "blended' draws it over four; 'half mirrored' takes the right half from the mirror "
+            "image of a picture with its thing on the left, photograph and things alike.",
             "Left and right only: composites have no other axis. See E3 and E4 for how each number "
             "is computed; probes are fitted anew on each kind of picture.",
-            "With What'sUp's own photographs the same code joins them, and `run behaviour "
-            "--setting whatsup-chair --data FOLDER` and its like run on them; whole pictures of "
-            "three things are not in that data, so this comparison is on shipped material.",
+            f"Rows of the quantity '{compared.DIFFERENCE}' compare a variant with {variants[0]} "
+            "pictures on the same held-out layouts and the pairs that both keep (paired bootstrap "
+            "intervals; sign-flip tests over pairs, Holm's correction over the slots of a kind).",
+            f"'{UNCUT}': probes fitted to What'sUp's own photographs, their things labelled left, "
+            "middle and right by What'sUp's boxes, and read on held-out ones. A swap of an uncut "
+            "photograph has no second answer to flip to, so there is none."
+            if real
+            else "With --setting whatsup-chair (or -table, -armchair) --data FOLDER the same runs "
+            "on What'sUp's own photographs, and the probes on its uncut ones too.",
         ),
     )
 
 
-def composites(plain: StimulusSet, variant: str) -> StimulusSet:
-    """Returns a setting whose pictures are whole or joined, left and right only."""
+def composites(plain: StimulusSet, variant: str, data: Path | None = None) -> StimulusSet:
+    """Returns a setting whose pictures are whole or joined, left and right only.
+
+    With What'sUp's folder, `plain` is one of its settings and the halves are its photographs.
+    """
     if variant not in VARIANTS:
         raise DataError(f"There is no variant {variant!r} among {', '.join(VARIANTS)}.")
+    halves = partial(_drawn_halves, plain)
+    if plain.name in whatsup.SETTINGS:
+        halves = partial(_photographed_halves, whatsup.load(_folder(data)))
     return replace(
         plain,
         name=f"{plain.name}, {variant}",
         directions=("left", "right"),
-        draw=partial(_draw, plain, variant),
+        draw=partial(_draw, plain, halves, variant),
         grounds={},
     )
 
 
+def _folder(given: "Config | Path | None") -> Path:
+    folder = given.data if isinstance(given, Config) else given
+    if folder is None:
+        raise DataError("What'sUp's photographs need --data FOLDER (docs/data.md).")
+    return folder
+
+
+Halves = Callable[[Sequence[str | None], Layout, bool], tuple[Image.Image, Image.Image]]
+"""(entities, layout, mirrored) -> whole pictures, of which the outer halves are taken."""
+
+
 def _draw(
     plain: StimulusSet,
+    halves: Halves,
     variant: str,
     entities: Sequence[str | None],
     axis: str,
     layout: Layout,
     _background: Image.Image | None = None,
 ) -> Image.Image:
-    scenes = list(photographs.SCENES)
-    # The photographs hang on the middle thing alone, as in the other settings on photographs.
-    first = plain.names.index(str(entities[1])) % len(scenes)
-    left, right = (photographs.shipped(scenes[(first + step) % len(scenes)]) for step in (0, 1))
     if variant == "whole":
-        return plain.draw(entities, axis, layout, left)
-    if variant == "half mirrored":
-        right = ImageOps.mirror(right)
+        return plain.draw(entities, axis, layout, _ground(plain, entities, 0))
     token = layout.canvas // layout.shape[1]
     seam = {"seam moved": {"shift": 3 * token // 2}, "seam blended": {"blend": 4 * token}}
-    return joined(
-        plain.draw((entities[0], entities[1], None), axis, layout, left),
-        plain.draw((None, entities[1], entities[2]), axis, layout, right),
-        layout.canvas,
-        **seam.get(variant, {}),
+    left, right = halves(entities, layout, variant == "half mirrored")
+    return whatsup.joined(left, right, layout.canvas, **seam.get(variant, {}))
+
+
+def _ground(plain: StimulusSet, entities: Sequence[str | None], step: int) -> Image.Image:
+    scenes = list(photographs.SCENES)
+    # The photographs hang on the middle thing alone, as in the other settings on photographs.
+    first = plain.names.index(str(entities[1]))
+    return photographs.shipped(scenes[(first + step) % len(scenes)])
+
+
+def _drawn_halves(
+    plain: StimulusSet, entities: Sequence[str | None], layout: Layout, mirrored: bool
+) -> tuple[Image.Image, Image.Image]:
+    left, middle, right = entities
+    grounds = [_ground(plain, entities, step) for step in (0, 1)]
+    first = plain.draw((left, middle, None), "horizontal", layout, grounds[0])
+    if mirrored:
+        facing = plain.draw((right, middle, None), "horizontal", layout, grounds[1])
+        return first, ImageOps.mirror(facing)
+    return first, plain.draw((None, middle, right), "horizontal", layout, grounds[1])
+
+
+def _photographed_halves(
+    data: whatsup.WhatsUp, entities: Sequence[str | None], _layout: Layout, mirrored: bool
+) -> tuple[Image.Image, Image.Image]:
+    left, middle, right = map(str, entities)
+    first = whatsup.opened(data, left, "left_of", middle)
+    if mirrored:
+        return first, ImageOps.mirror(whatsup.opened(data, right, "left_of", middle))
+    return first, whatsup.opened(data, right, "right_of", middle)
+
+
+def _uncut(
+    setting: Setting, data: whatsup.WhatsUp, seed: int
+) -> tuple[list[dict[str, Any]], Image.Image]:
+    """Returns what probes read on uncut photographs of two things, and one of them."""
+    geometry, side = setting.geometry, setting.geometry.canvas
+    reference = str(setting.stimuli.middle)
+    shown = [(n, slot) for n in data.satellites(reference) for slot in (0, 2)]
+    pictures = [
+        whatsup.opened(data, name, "left_of" if slot == 0 else "right_of", reference).resize(
+            (side, side), Image.Resampling.BILINEAR
+        )
+        for name, slot in shown
+    ]
+    question = setting.stimuli.items(("left",))[0]
+    features = torch.cat(
+        [
+            ordering_probes.projected_pictures(setting, batch, [question] * len(batch))
+            for batch in setting.batches(pictures)
+        ]
     )
+    return ordering_probes.read_some(
+        geometry, "horizontal", features, [(slot, 1) for _, slot in shown], seed
+    ), pictures[0]
+
+
+def _differences(results: dict[str, dict[str, Result]], seed: int) -> list[pd.DataFrame]:
+    first, *others = results
+    tables = []
+    for variant in others:
+        for part, rows_of in (
+            (ordering_probes.NAME, compared.probe_rows),
+            (strip_swap.NAME, compared.swap_rows),
+        ):
+            pair = [results[name].get(part) for name in (first, variant)]
+            if pair[0] is not None and pair[1] is not None:
+                rows = rows_of(pair[0], pair[1], seed)
+                tables.append(pd.DataFrame(rows).assign(variant=variant))
+    return tables
 
 
 def _probes(table: pd.DataFrame) -> str:
-    rows = {}
+    words = []
     for variant in dict.fromkeys(table["variant"]):
         here = select(table, variant=variant, part=ordering_probes.NAME)
-        rows[variant] = {str(row["quantity"]): row for _, row in here.iterrows()}
-    whole = rows["whole"]["background"]
-    words = []
-    for variant, found in rows.items():
-        background = found["background"]
-        apart = background["low"] > whole["high"] or background["high"] < whole["low"]
-        clear = apart and abs(background["value"] - whole["value"]) >= APART
+        found = {str(row["quantity"]): row for _, row in here.iterrows()}
+        moved = found.get(compared.DIFFERENCE)
         words.append(
-            f"{variant} {said(found['accuracy'])} and {said(background)}"
-            + (", unlike whole pictures" if clear else "")
+            f"{variant} {said(found['accuracy'])} and {said(found['background'])}"
+            + (f" (by {said(moved)})" if moved is not None and _apart(moved) else "")
         )
-    return "Order read from objects, and background given to its strip: " + "; ".join(words) + "."
+    return (
+        "Order read from objects, and background given to its strip: "
+        + "; ".join(words)
+        + f". In brackets, differences from {table['variant'].iloc[0]} pictures that are clear and "
+        f"at least {APART}."
+    )
 
 
-def _swaps(table: pd.DataFrame) -> str:
-    words = []
-    for variant in dict.fromkeys(table["variant"]):
+def _apart(moved: pd.Series) -> bool:
+    return abs(moved["value"]) >= APART and not moved["low"] <= 0 <= moved["high"]
+
+
+def _swaps(table: pd.DataFrame, variants: Sequence[str]) -> str:
+    words, less = [], []
+    for variant in variants:
         here = select(table, variant=variant, part=strip_swap.NAME, direction="all")
-        if here.empty:
+        swapped = select(here, quantity="swapped")
+        if swapped.empty:
             continue
-        best = {
-            kind: select(here, kind=kind, quantity="swapped").sort_values("value").iloc[-1]
-            for kind in ("strip", "object")
-        }
-        words.append(f"{variant} {said(best['strip'])} / {said(best['object'])}")
-    return "Answers flipped by strips / by objects alone, at best: " + "; ".join(words) + "."
+        kinds = (strips_of(list(swapped["kind"])), "object")
+        best = [select(swapped, kind=kind).sort_values("value").iloc[-1] for kind in kinds]
+        words.append(f"{variant} {said(best[0])} / {said(best[1])}")
+        if variant != variants[0]:
+            less.append(f"{variant}: {compared.said_swaps(here)}")
+    if not words:
+        return "No pair is answered rightly on any kind of picture, so no swap was measured."
+    return (
+        "Answers flipped by strips / by objects alone, at best: "
+        + "; ".join(words)
+        + f".\nLess {variants[0]} pictures, on the same pairs: "
+        + ". ".join(less)
+        + "."
+    )

@@ -6,8 +6,13 @@ carried over: the clean one (nothing yet), the clean image's colour at the place
 counterfactual asks for (the place), and the counterfactual's own colour (the answer).
 """
 
+from collections.abc import Sequence
+
 import pandas as pd
+import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
@@ -20,6 +25,7 @@ from hooked_vlm.experiments.setting import (
 )
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
+from hooked_vlm.scoring import agreement, logit_difference
 from hooked_vlm.spans import LastToken
 from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import FinalTokenPair, final_token_pair
@@ -32,7 +38,13 @@ CLAIM = (
     "In Qwen2-VL-7B (28 layers) on Squares, layers 0-19 keep the clean answer, 20-22 transfer the "
     "ordering and 23-27 the attribute."
 )
-QUANTITIES = ("clean", "ordering", "attribute")
+ANSWERS = ("clean", "ordering", "attribute")
+"""Probability of each of the three answers (the paper's "IIA")."""
+AGREEMENTS = tuple(f"agreement, {answer}" for answer in ANSWERS)
+"""Whether the top answer is each of the three."""
+LOG_ODDS = ("log odds, ordering", "log odds, attribute")
+"""Of each of the others against the clean answer."""
+QUANTITIES = (*ANSWERS, *AGREEMENTS, *LOG_ODDS)
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -47,10 +59,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         scores[direction].append(
             _sweep(setting, batch, slots).run(
                 model,
-                lambda logits, batch=batch: setting.probabilities(
-                    final_logits(logits),
-                    [(p.clean_answer, p.ordering_answer, p.attribute_answer) for p in batch],
-                ),
+                lambda logits, batch=batch: scored(setting, final_logits(logits), batch),
                 dims=("pair", "quantity"),
                 coords={"quantity": QUANTITIES},
                 on_progress=lambda done, total, i=i: on_progress(
@@ -74,11 +83,26 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         notes=(
             "Slot 0 is the input of block 0 (visual tokens merged in), slot l the output of block "
             "l-1; the last input position, generation prompt included, is written at one slot.",
-            "Probabilities sum over the spellings of a colour that are single tokens. Intervals "
+            "Probabilities, which the paper calls IIA, sum over the spellings of a colour that are "
+            "single tokens; 'agreement' is the share of pairs whose top answer it is, 'log odds' "
+            "its log odds against the clean answer. Intervals "
             "are 95 % bootstrap intervals over pairs; a pair counts only if the model answers "
             "both of its images rightly without intervention.",
         ),
     )
+
+
+def scored(
+    setting: Setting, logits: Float[Tensor, "pair d_vocab"], pairs: Sequence[FinalTokenPair]
+) -> Float[Tensor, "pair quantity"]:
+    """Returns each pair's `QUANTITIES` from the final position's logits."""
+    answers = [(p.clean_answer, p.ordering_answer, p.attribute_answer) for p in pairs]
+    found = setting.probabilities(logits, answers)
+    tokenizer = setting.model.tokenizer
+    columns = [[row[i] for row in answers] for i in range(len(ANSWERS))]
+    more = [agreement(logits, tokenizer, column) for column in columns]
+    more += [logit_difference(logits, tokenizer, column, columns[0]) for column in columns[1:]]
+    return torch.cat([found, *(column.to(found)[:, None] for column in more)], dim=-1)
 
 
 def _sweep(setting: Setting, pairs: list[FinalTokenPair], slots: range) -> Sweep:
@@ -106,10 +130,10 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
 def _verdict(table: pd.DataFrame) -> str:
     every = select(table, direction="all")
     wide = every.pivot(index="slot", columns="quantity", values="value")
-    winner = wide[list(QUANTITIES)].idxmax(axis=1)
+    winner = wide[list(ANSWERS)].idxmax(axis=1)
     spans = [
         f"{said_slots(winner.index[winner == q])} {_WORDS[q]}"
-        for q in QUANTITIES
+        for q in ANSWERS
         if (winner == q).any()
     ]
     ordering = select(every, quantity="ordering")
@@ -121,10 +145,10 @@ def _verdict(table: pd.DataFrame) -> str:
 
 
 def _against_the_paper(winner: pd.Series) -> str:
-    missing = [q for q in QUANTITIES if not (winner == q).any()]
+    missing = [q for q in ANSWERS if not (winner == q).any()]
     if missing:
         return f"Unlike in the paper, there is no {' and no '.join(missing)} stage."
-    if winner.tolist() == sorted(winner, key=QUANTITIES.index):
+    if winner.tolist() == sorted(winner, key=ANSWERS.index):
         return "The three stages follow each other as in the paper."
     return "The three stages all appear, but do not follow each other as in the paper."
 

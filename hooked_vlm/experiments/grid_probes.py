@@ -48,7 +48,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     n_tokens, token_px = token_grid(model)
     total = len(config.ks) * config.images
     on_progress(0, total)
-    rows, maps, cells, pictures = [], [], [], {}
+    rows, maps, objects, cells, pictures = [], [], [], [], {}
     for number, k in enumerate(config.ks):
         layout = GridLayout(k, n_tokens, token_px)
         rng = random.Random(f"{config.seed}/{k}")
@@ -61,9 +61,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         for label in LABELS:
             found, mean = _fit(layout, torch.cat(features), label, config.seed)
             rows += found
-            padded = np.full((max(config.ks), *mean.shape[1:]), np.nan)
-            padded[: len(mean)] = mean
-            maps.append(padded)
+            missing = ((0, max(config.ks) - k), (0, 0), (0, 0))
+            maps.append(np.pad(mean, missing, constant_values=np.nan))
+            objects.append(np.pad(_object_cells(layout, label), missing))
             cells.append(f"{k}x{k} {label}")
     table = pd.DataFrame(rows)
     return Result(
@@ -74,11 +74,12 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         section=SECTION,
         table=table,
         arrays={
-            "mean_maps": xr.DataArray(
-                np.stack(maps),
+            name: xr.DataArray(
+                np.stack(values),
                 dims=("probe", "class", "row", "col"),
                 coords={"probe": cells, "class": list(range(max(config.ks)))},
             )
+            for name, values in (("mean_maps", maps), ("object_cells", objects))
         },
         images=pictures,
         verdict=_verdict(table),
@@ -120,6 +121,14 @@ def _fit(
         rows += interval_rows(bootstrap(shares, seed=seed), {}, quantity=quantity)
     mean = probe.probability_map(grids).mean(0).permute(2, 0, 1).numpy()
     return [{**row, "kind": f"{k}x{k}", "axis": label} for row in rows], mean
+
+
+def _object_cells(layout: GridLayout, label: str) -> np.ndarray:
+    """The cells of each column's (row's) objects, `[class, row, col]`."""
+    masks = [
+        [layout.object_region(row, col).mask for col in range(layout.k)] for row in range(layout.k)
+    ]
+    return np.any(masks, axis=0 if label == "column" else 1)
 
 
 def _verdict(table: pd.DataFrame) -> str:

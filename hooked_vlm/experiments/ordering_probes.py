@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from hooked_vlm.experiments.config import Config, OnProgress
@@ -51,7 +52,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     """Runs the experiment on a setting of one's own making."""
     total = sum(len(list(setting.batches(_questions(setting, axis)))) for axis in setting.axes)
-    rows, means, cells, maps, pictures = [], [], [], {}, {}
+    rows, means, shares, cells, maps, pictures = [], [], [], [], {}, {}
     done = 0
     for axis in setting.axes:
         features = []
@@ -62,6 +63,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         found = read_order(setting.geometry, axis, torch.cat(features), config.seed)
         rows += found["rows"]
         means.append(found["maps"].mean(0))
+        shares.append(found["shares"])
         cells.append(_object_cells(setting, axis))
         for i in found["shown"]:
             name = f"{axis} {i + 1}"
@@ -84,6 +86,11 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         table=table,
         arrays={
             "mean_maps": mean_maps,
+            "background_shares": xr.DataArray(
+                np.stack(shares),
+                dims=("axis", "image"),
+                coords={"axis": list(setting.axes)},
+            ),
             "object_cells": mean_maps.copy(data=np.stack(cells)),
             "item_maps": xr.DataArray(
                 np.stack(list(maps.values())),
@@ -120,20 +127,68 @@ def _questions(setting: Setting, axis: str) -> list[Question]:
 
 def projected(setting: Setting, batch: Sequence[Question]) -> torch.Tensor:
     """Returns the projector's output `[image, token, d_model]`; the LM does not run."""
+    return projected_pictures(setting, [setting.picture(q) for q in batch], batch)
+
+
+def projected_pictures(
+    setting: Setting, pictures: Sequence[Image.Image], questions: Sequence[Question]
+) -> torch.Tensor:
+    """Returns the projector's output for questions put to other pictures than their own."""
     site = f"{PROJECTOR}.hook_out"
+    inputs = setting.inputs_of(pictures, questions)
     with torch.no_grad():
-        _, cache = setting.model.run_with_cache(setting.inputs(batch), site, stop_at_layer=0)
+        _, cache = setting.model.run_with_cache(inputs, site, stop_at_layer=0)
     return cache[site].float().cpu()
 
 
 def read_order(geometry: Layout, axis: str, features: torch.Tensor, seed: int) -> dict:
     """Fits the paper's probe and its controls to features `[image, token, d]` of one axis.
 
-    Returns table `rows`, `maps` `[test image, class, row, col]`, and which images are `test`.
+    Returns table `rows`, `maps` `[test image, class, row, col]`, each test image's background
+    `shares`, and which images are `test`.
     """
+    shown = [(0, 1, 2)] * len(features)
+    probe, test, rows, shares = _fit_and_read(geometry, axis, features, shown, seed)
+    n = geometry.shape[0]
+    grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
+    maps = probe.probability_map(grids).permute(0, 3, 1, 2).numpy()
+    return {
+        "rows": rows,
+        "maps": maps,
+        "shares": shares,
+        "test": test,
+        "shown": range(min(SHOWN, len(test))),
+    }
+
+
+def read_some(
+    geometry: Layout,
+    axis: str,
+    features: torch.Tensor,
+    shown: Sequence[Sequence[int]],
+    seed: int,
+) -> list[dict]:
+    """Returns the table rows of `read_order` for pictures in which only some slots are filled."""
+    return _fit_and_read(geometry, axis, features, shown, seed)[2]
+
+
+def _fit_and_read(
+    geometry: Layout,
+    axis: str,
+    features: torch.Tensor,
+    shown: Sequence[Sequence[int]],
+    seed: int,
+) -> tuple[LinearProbe, np.ndarray, list[dict], np.ndarray]:
+    """Returns the probe, which images are held out, table rows, and background shares there."""
     # What'sUp's boxes for probes are not those for swaps (protocol 2.7).
     region = getattr(geometry, "probe_region", geometry.object_region)
     examples = object_examples(features, [region(axis, slot) for slot in range(3)])
+    filled = np.array([y in shown[i] for y, i in zip(examples.y, examples.images, strict=True)])
+    if not filled.all():
+        rows_ = torch.from_numpy(filled).to(examples.X.device)
+        examples = Examples(
+            examples.X[rows_], examples.y[filled], examples.images[filled], examples.objects[filled]
+        )
     probe, control, test, rows = fit_with_controls(examples, len(features), seed)
     n = geometry.shape[0]
     grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
@@ -141,12 +196,11 @@ def read_order(geometry: Layout, axis: str, features: torch.Tensor, seed: int) -
     for slot in range(3):
         strip[geometry.strip_region(axis, slot).mask] = slot
     background = geometry.background(axis).mask
+    shares = {}
     for quantity, fitted in (("background", probe), ("background, shuffled", control)):
-        shares = background_shares(fitted.probability_map(grids), strip, background)
-        rows += interval_rows(bootstrap(shares, seed=seed), {}, quantity=quantity)
-    maps = probe.probability_map(grids).permute(0, 3, 1, 2).numpy()
-    rows = [{**row, "axis": axis} for row in rows]
-    return {"rows": rows, "maps": maps, "test": test, "shown": range(min(SHOWN, len(test)))}
+        shares[quantity] = background_shares(fitted.probability_map(grids), strip, background)
+        rows += interval_rows(bootstrap(shares[quantity], seed=seed), {}, quantity=quantity)
+    return probe, test, [{**row, "axis": axis} for row in rows], shares["background"]
 
 
 def fit_with_controls(

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from hooked_vlm.errors import DataError
+from hooked_vlm.experiments import compared, ordering_probes, strip_swap
 from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments import ordering_probes, strip_swap
 from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import said, select
@@ -21,6 +21,8 @@ ID, NAME, SECTION = "E9", "photographs", "App. C.8"
 TITLE = "Do the strips persist on photographs?"
 CLAIM = "With the same layouts over photographic backgrounds the strips persist."
 GROUNDS = {"white": "", "photographs": "-photos"}
+BOTH = "photographs - white"
+"""The ground of rows that compare the two on the same pictures or pairs."""
 SHIFT = 0.1
 """The change in the background's share from which the verdict speaks of one."""
 
@@ -43,17 +45,20 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     ]
     on_progress(0, 100 * len(parts))
     tables, arrays, images, missing = [], {}, {}, []
+    results: dict[tuple[str, str], Result] = {}
     for place, (ground, experiment, own) in enumerate(parts):
         try:
             found = experiment.run(model, own, _scaled(on_progress, place, len(parts)))
         except DataError as error:  # no pair is answered rightly there
             missing.append(f"{experiment.TITLE} on {ground}: {error}")
             continue
+        results[ground, experiment.NAME] = found
         tables.append(found.table.assign(ground=ground, part=experiment.NAME))
         if experiment is ordering_probes:
             arrays[f"mean_maps_{ground}"] = found.arrays["mean_maps"]
             arrays[f"object_cells_{ground}"] = found.arrays["object_cells"]
             images |= {f"{name} ({ground})": picture for name, picture in found.images.items()}
+    tables.append(pd.DataFrame(_differences(results, config.seed)).assign(ground=BOTH))
     table = pd.concat(tables, ignore_index=True)
     return Result(
         id=ID,
@@ -69,6 +74,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         notes=(
             "Probes are fitted anew on each kind of background; pairs are drawn with one seed and "
             "kept where both pictures are answered rightly on that background, so they differ.",
+            f"Rows of the ground '{BOTH}' compare the two on what they have in common: the same "
+            "layouts held out of the probes, and the pairs that both keep (paired bootstrap "
+            "intervals; sign-flip tests over pairs, Holm's correction over the slots of a kind).",
             "A picture and its mirror image stand on one and the same photograph, which is not "
             "mirrored.",
             "See E3 and E4 for how each number is computed.",
@@ -83,6 +91,18 @@ def _scaled(on_progress: OnProgress, place: int, of: int) -> OnProgress:
     return told
 
 
+def _differences(results: dict[tuple[str, str], Result], seed: int) -> list[dict]:
+    rows = []
+    for experiment, rows_of in (
+        (ordering_probes, compared.probe_rows),
+        (strip_swap, compared.swap_rows),
+    ):
+        pair = [results.get((ground, experiment.NAME)) for ground in GROUNDS]
+        if pair[0] is not None and pair[1] is not None:
+            rows += rows_of(pair[0], pair[1], seed)
+    return rows
+
+
 def _probes(table: pd.DataFrame) -> str:
     parts = []
     for axis in dict.fromkeys(table["axis"].dropna()):
@@ -91,13 +111,14 @@ def _probes(table: pd.DataFrame) -> str:
             for ground in GROUNDS
         }
         background = [here[ground].loc["background"] for ground in GROUNDS]
-        moved = background[1]["value"] - background[0]["value"]
-        finding = "changes little" if abs(moved) < SHIFT else ("rises" if moved > 0 else "falls")
+        moved = select(table, axis=axis, ground=BOTH).iloc[0]
+        rises = "rises" if moved["value"] > 0 else "falls"
+        finding = "changes little" if abs(moved["value"]) < SHIFT else rises
         parts.append(
             f"{axis}: objects are read at {said(here['white'].loc['accuracy'])} on white and "
             f"{said(here['photographs'].loc['accuracy'])} on photographs; the share of background "
             f"tokens given to their strip {finding}, from {said(background[0])} to "
-            f"{said(background[1])}."
+            f"{said(background[1])} (by {said(moved)} on the same layouts)."
         )
     return "\n".join(part[0].upper() + part[1:] for part in parts)
 
@@ -122,5 +143,7 @@ def _swaps(table: pd.DataFrame) -> str:
     return (
         "Answers flipped by strips / by objects alone, at their best slots: "
         + "; ".join(parts)
+        + ".\nPhotographs less white, on the same pairs: "
+        + compared.said_swaps(table)
         + "."
     )

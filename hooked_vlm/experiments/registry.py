@@ -14,6 +14,7 @@ from hooked_vlm.experiments import (
     alpha_transfer,
     amplification,
     behaviour,
+    coco_amplification,
     coco_spatial,
     composite_artefacts,
     encoder_depth,
@@ -75,7 +76,10 @@ MODULES = (
     encoder_depth,
     redundancy,
     coco_spatial,
+    coco_amplification,
 )
+NEED_DATA = (coco_spatial, coco_amplification)
+"""What runs on a user's copy of COCO-spatial alone."""
 PAPER = tuple(
     name
     for name in (
@@ -94,7 +98,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "reproduce": (
         *(f"behaviour:{setting}" for setting in SETTINGS),
         *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
-        *(m.NAME for m in MODULES if m.NAME not in ("behaviour", *PAPER, coco_spatial.NAME)),
+        *(m.NAME for m in MODULES if m.NAME not in ("behaviour", *PAPER) and m not in NEED_DATA),
     ),
     "whatsup": tuple(
         f"{name}:{setting}"

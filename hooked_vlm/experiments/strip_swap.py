@@ -6,8 +6,7 @@ becomes that of the mirrored picture.  Swapped are the object cells alone, the w
 strips, and (as a control for the size of the change) strips without their objects.
 """
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -16,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.drawing import draw_regions
-from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import (
@@ -27,12 +25,12 @@ from hooked_vlm.experiments.setting import (
     said_slots,
     select,
 )
+from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, strips_of
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
-from hooked_vlm.pairing import CellPairs, swap_pairs
+from hooked_vlm.pairing import CellPairs
 from hooked_vlm.scoring import agreement, logit_difference
 from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test
-from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
 from hooked_vlm.sweep import Sweep, final_logits
@@ -44,9 +42,6 @@ CLAIM = (
     "Swapping whole strips flips the answer up to about layer 23-24 of Qwen2-VL-7B; swapping the "
     "object cells alone does not."
 )
-KINDS = ("strip", "object", "background")
-ALIGNED = "strip, aligned"
-"""Strips with object laid on object, where the published pairing puts them a column off."""
 QUANTITIES = ("swapped", "clean", "agreement", "log odds")
 """Probability of the swapped answer (the paper's "IIA") and of the clean one; whether the top
 answer is the swapped one; log odds of the two."""
@@ -64,19 +59,15 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     """Runs the experiment on a setting of one's own making."""
     model = setting.model
-    kinds = kinds_of(setting.geometry, setting.axes)
-    regions = {
-        axis: {kind: cell_pairs(setting.geometry, axis, kind) for kind in kinds}
-        for axis in setting.axes
-    }
+    regions = SwapRegions.of(setting.geometry, setting.axes)
     pairs = setting.pairs(swap_pair, 3, config)
     slots = list(range(model.cfg.n_layers + 1))
     batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
-    cells = len(slots) * len(kinds)
+    cells = len(slots) * len(regions.kinds)
     on_progress(0, len(batches) * cells)
     scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
     for i, (direction, batch) in enumerate(batches):
-        sweep = _sweep(setting, batch, regions[AXIS_OF[direction]], slots)
+        sweep = _sweep(setting, batch, regions.pairs[AXIS_OF[direction]], slots)
         scores[direction].append(
             sweep.run(
                 model,
@@ -89,7 +80,10 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
                 logits_to_keep=1,
             )
         )
-    by_direction = {d: xr.concat(parts, dim="pair") for d, parts in scores.items()}
+    by_direction = {
+        d: xr.concat(parts, dim="pair").assign_coords(pair=[_name(pair) for pair in pairs[d]])
+        for d, parts in scores.items()
+    }
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return Result(
         id=ID,
@@ -116,19 +110,9 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             f"The verdict's first sentence calls an answer flipped where the mean probability of "
             f"the swapped answer reaches {FLIPPED} at the best slot. Its differences are those "
             f"with p_holm of at most 0.05 and a size of at least {SMALLEST}.",
+            *regions.notes,
         ),
     )
-
-
-def kinds_of(geometry: Layout, axes: Sequence[str]) -> tuple[str, ...]:
-    """Returns the kinds of swap, with aligned strips where they differ from the published ones."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HookedVLMWarning)  # said when the pairs are used
-        differ = any(
-            cell_pairs(geometry, axis, "strip") != cell_pairs(geometry, axis, ALIGNED)
-            for axis in axes
-        )
-    return (*KINDS, ALIGNED) if differ else KINDS
 
 
 def scored(
@@ -145,20 +129,12 @@ def scored(
     return torch.cat([both, torch.stack(columns, dim=-1)], dim=-1)
 
 
-def cell_pairs(geometry: Layout, axis: str, kind: str) -> CellPairs:
-    """Returns the cells that one kind of swap exchanges, in the published pairing."""
-    left, right = (geometry.object_region(axis, slot) for slot in (0, 2))
-    if kind == "object":
-        return swap_pairs(left, right)
-    first, last = (geometry.strip_region(axis, slot) for slot in (0, 2))
-    if kind in ("strip", ALIGNED):
-        pairing = "aligned" if kind == ALIGNED else "published"
-        return swap_pairs(first, last, pairing, objects=(left, right))
-    return swap_pairs(first - left, last - right)
+def _name(pair: SwapPair) -> str:
+    return f"{pair.clean.direction}: {', '.join(map(str, pair.clean.entities))}"
 
 
 def _sweep(
-    setting: Setting, pairs: list[SwapPair], regions: dict[str, CellPairs], slots: list[int]
+    setting: Setting, pairs: list[SwapPair], regions: Mapping[str, CellPairs], slots: list[int]
 ) -> Sweep:
     source = setting.inputs([pair.counterfactual for pair in pairs])
     return Sweep(
@@ -178,7 +154,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
         axes = {"kind": kinds, "slot": slots, "quantity": QUANTITIES}
         rows += interval_rows(bootstrap(values.values, seed=seed), axes, direction=direction)
         swapped = values.sel(quantity="swapped")
-        strip, inside = (swapped.sel(kind=kind).values for kind in ("strip", "object"))
+        strip, inside = (swapped.sel(kind=k).values for k in (strips_of(kinds), "object"))
         found = interval_rows(
             paired_difference(strip, inside, seed=seed),
             {"slot": slots},
@@ -213,15 +189,17 @@ def _verdict(table: pd.DataFrame) -> str:
     parts = []
     for direction in [d for d in DIRECTIONS if d in set(table["direction"])]:
         here = select(table, direction=direction, quantity="swapped")
-        best = {kind: _peak(select(here, kind=kind)) for kind in KINDS}
-        flips = {kind: bool(best[kind]["value"] >= FLIPPED) for kind in KINDS}
+        strips = strips_of(list(here["kind"]))
+        shown = {"strip": strips, "object": "object", "background": "background"}
+        best = {kind: _peak(select(here, kind=found)) for kind, found in shown.items()}
+        flips = {kind: bool(best[kind]["value"] >= FLIPPED) for kind in shown}
         found.setdefault(_FINDINGS[flips["strip"], flips["object"]], []).append(direction)
         parts.append(
             f"{direction}: at best, strips flip the answer with probability {_at(best['strip'])}, "
             f"objects alone {_at(best['object'])}, strips without objects "
             f"{_at(best['background'])}; "
             f"{_compared(select(table, direction=direction, kind='strip - object'))}."
-            + _aligned(here, best["strip"])
+            + (_aligned(here, best["strip"]) if strips == "strip" else "")
         )
     first = "; ".join(f"{said_names(where)}: {finding}" for finding, where in found.items())
     return "\n".join(part[0].upper() + part[1:] for part in (f"{first}.", *parts))

@@ -6,7 +6,7 @@ things that carry no order.  Where it flips the answer at a later slot, the bloc
 wrote an order into the objects' tokens: the second of the paper's mechanisms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import xarray as xr
@@ -16,18 +16,15 @@ from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.order_removal import references, removed
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, said_names, select
-from hooked_vlm.experiments.strip_swap import (
-    FLIPPED,
-    KINDS,
-    QUANTITIES,
-    cell_pairs,
-    scored,
-)
+from hooked_vlm.experiments.strip_swap import FLIPPED, QUANTITIES, scored
+from hooked_vlm.experiments.swap_regions import SwapRegions, strips_of
 from hooked_vlm.interventions import Patch, Recording
 from hooked_vlm.naming import slot_name
+from hooked_vlm.pairing import CellPairs
 from hooked_vlm.scoring import normalise, top_answer
 from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import Question, SwapPair, right_on_both, swap_pair
+from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweep import Sweep, final_logits
 
 
@@ -49,12 +46,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         return _nothing_left(config)
     slots = list(range(model.cfg.n_layers + 1))
     batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
-    cells = len(slots) * len(KINDS)
+    regions = SwapRegions.of(setting.geometry, setting.axes)
+    cells = len(slots) * len(regions.kinds)
     on_progress(0, len(batches) * cells)
     scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
     for i, (direction, batch) in enumerate(batches):
         scores[direction].append(
-            _sweep(setting, batch, slots).run(
+            _sweep(setting, batch, regions.pairs[AXIS_OF[direction]], slots).run(
                 model,
                 lambda logits, batch=batch: scored(setting, final_logits(logits), batch),
                 dims=("pair", "quantity"),
@@ -72,6 +70,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         _verdict(table, [d for d in setting.directions if d not in pairs]),
         {"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         {f"pairs_{d}": values for d, values in by_direction.items()},
+        regions.notes,
     )
 
 
@@ -90,7 +89,9 @@ def right_when_removed(setting: Setting, questions: Sequence[Question]) -> list[
     return list(verdicts.values())
 
 
-def _sweep(setting: Setting, pairs: list[SwapPair], slots: list[int]) -> Sweep:
+def _sweep(
+    setting: Setting, pairs: list[SwapPair], regions: Mapping[str, CellPairs], slots: list[int]
+) -> Sweep:
     clean = references(setting, [pair.clean for pair in pairs])
     mirrored = references(setting, [pair.counterfactual for pair in pairs])
     names = [slot_name(slot, setting.model.cfg.n_layers) for slot in slots]
@@ -98,11 +99,9 @@ def _sweep(setting: Setting, pairs: list[SwapPair], slots: list[int]) -> Sweep:
         mirrored.inputs, names, fwd_hooks=removed(mirrored), logits_to_keep=1
     )
     source = Recording(mirrored.inputs, cache)
-    axis = pairs[0].clean.axis
-    regions = {kind: cell_pairs(setting.geometry, axis, kind) for kind in KINDS}
     return Sweep(
         clean.inputs,
-        {"kind": KINDS, "slot": slots},
+        {"kind": list(regions), "slot": slots},
         make=lambda kind, slot: Patch(slot, at=regions[kind], source=source),
         base=removed(clean),
     )
@@ -115,7 +114,8 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
         if values.sizes["pair"] < 2:
             continue  # no interval over one pair
         slots = [int(slot) for slot in values["slot"]]
-        axes = {"kind": KINDS, "slot": slots, "quantity": QUANTITIES}
+        kinds = [str(kind) for kind in values["kind"].values]
+        axes = {"kind": kinds, "slot": slots, "quantity": QUANTITIES}
         rows += interval_rows(bootstrap(values.values, seed=seed), axes, direction=direction)
     table = pd.DataFrame(rows)
     if len(table):
@@ -132,7 +132,11 @@ def _nothing_left(config: Config) -> Result:
 
 
 def _result(
-    table: pd.DataFrame, verdict: str, config: dict, arrays: dict[str, xr.DataArray]
+    table: pd.DataFrame,
+    verdict: str,
+    config: dict,
+    arrays: dict[str, xr.DataArray],
+    notes: tuple[str, ...] = (),
 ) -> Result:
     return Result(
         id=ID,
@@ -153,6 +157,7 @@ def _result(
             "the removal*: they are those that another mechanism answers.",
             "Strips and strips without their objects stand beside, as controls. 95 % bootstrap "
             "intervals over pairs; a direction with fewer than two pairs has no row.",
+            *notes,
         ),
     )
 
@@ -161,13 +166,14 @@ def _verdict(table: pd.DataFrame, missing: Sequence[str]) -> str:
     parts = []
     for direction in dict.fromkeys(table["direction"]) if len(table) else ():
         here = select(table, direction=direction, quantity="swapped")
-        best = {k: select(here, kind=k).sort_values("value").iloc[-1] for k in KINDS}
+        kinds = list(dict.fromkeys(here["kind"]))
+        best = {k: select(here, kind=k).sort_values("value").iloc[-1] for k in kinds}
         first = select(here, kind="object", slot=0).iloc[0]
         own = best["object"]
         finding = "flip the answer" if own["value"] >= FLIPPED else "do not flip the answer"
         parts.append(
             f"{direction}: object swaps {finding} (at best {said(own)}, slot {own['slot']}; at "
-            f"slot 0 {said(first)}), strips {said(best['strip'])}, strips without objects "
+            f"slot 0 {said(first)}), strips {said(best[strips_of(kinds)])}, strips without objects "
             f"{said(best['background'])}, n = {own['n']}."
         )
     if missing:

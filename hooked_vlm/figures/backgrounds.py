@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pandas as pd
+import xarray as xr
 
 from hooked_vlm import charts, plots
 from hooked_vlm.experiments.result import Result
@@ -26,14 +27,35 @@ def _grids(result: Result) -> Iterator[Drawing]:
         headline=True,
     )
 
+    for size in dict.fromkeys(
+        str(name).split()[0] for name in result.arrays["mean_maps"]["probe"].values
+    ):
+        maps, cells = (
+            _of_size(result.arrays[name], size) for name in ("mean_maps", "object_cells")
+        )
+        yield Drawing(
+            f"maps-{size}",
+            plots.mean_maps(maps, cells),
+            f"Probe maps of {size} grids, mean over held-out pictures: the upper row by the "
+            "object's column, the lower by its row. Boxes are the objects, thick for the class "
+            "shown; the probes saw these alone.",
+        )
+
+
+def _of_size(arrays: xr.DataArray, size: str) -> xr.DataArray:
+    """One size of grid, its probes named by what they read."""
+    probes = [str(name) for name in arrays["probe"].values if str(name).startswith(f"{size} ")]
+    found = arrays.sel(probe=probes).isel({"class": slice(int(size.split("x")[0]))})
+    return found.assign_coords(probe=[name.split()[1] for name in probes]).rename(probe="axis")
+
 
 def _photographs(result: Result) -> Iterator[Drawing]:
     table = result.table
-    probes = table[table["part"] == "ordering-probes"]
+    probes = _readings(table)
     yield Drawing(
         "probes",
         charts.dots(
-            probes[~probes["quantity"].str.contains("shuffled")],
+            probes,
             by="quantity",
             line="ground",
             panel="axis",
@@ -71,6 +93,11 @@ def _photographs(result: Result) -> Iterator[Drawing]:
         )
 
 
+def _readings(table: pd.DataFrame) -> pd.DataFrame:
+    probes = table[table["part"] == "ordering-probes"]
+    return probes[~probes["quantity"].str.contains("shuffled|difference")]
+
+
 def _named(swaps: pd.DataFrame) -> pd.DataFrame:
     return swaps.assign(
         line=swaps["kind"] + " on " + swaps["ground"], slot=swaps["slot"].astype(int)
@@ -87,8 +114,7 @@ LINES = {
 
 def _composites(result: Result) -> Iterator[Drawing]:
     table = result.table
-    probes = table[(table["part"] == "ordering-probes")]
-    probes = probes[~probes["quantity"].str.contains("shuffled")]
+    probes = _readings(table)
     yield Drawing(
         "probes",
         charts.dots(

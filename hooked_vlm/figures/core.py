@@ -26,7 +26,7 @@ def _behaviour(result: Result) -> Iterator[Drawing]:
 def _final_token(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "final-token",
-        plots.final_token(_apart(result)),
+        plots.final_token(_answers(result)),
         "The final token's residual vector is replaced, at one slot at a time, by the one of a "
         "counterfactual run with other colours and the opposite question. Grey: the answer stays. "
         "Orange: the answer is the clean image's colour at the place the counterfactual asks for, "
@@ -34,6 +34,11 @@ def _final_token(result: Result) -> Iterator[Drawing]:
         "colour was carried over. Bands are 95 % bootstrap intervals over pairs.",
         headline=True,
     )
+
+
+def _answers(result: Result) -> pd.DataFrame:
+    table = _apart(result)
+    return table[table["quantity"].isin(list(plots.STAGES))]
 
 
 def _ordering_probes(result: Result) -> Iterator[Drawing]:

@@ -69,7 +69,7 @@ def _transfer(result: Result) -> Iterator[Drawing]:
     )
 
 
-DRAW: Draws = {"E7": _amplification, "Q1": _transfer}
+DRAW: Draws = {"E7": _amplification, "R2": _amplification, "Q1": _transfer}
 HEADLINES: Headlines = {
     "E7": (
         (

@@ -7,7 +7,7 @@ data is read as it lies (`docs/data.md`); what does not match is listed, not fat
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.regions import Region
 from hooked_vlm.statistics import Interval, wilson
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import PREPOSITION, WHATSUP
 from hooked_vlm.stimuli.sets import StimulusSet
+from hooked_vlm.stimuli.whatsup_layout import layout_of
 
 
 REFERENCES = ("chair", "table", "armchair")
@@ -92,21 +92,43 @@ def load(root: Path, part: str = "A") -> WhatsUp:
         entries = json.loads(listing.read_text())
     except json.JSONDecodeError as error:
         raise DataError(f"'{listing}' is not JSON: {error}") from None
-    items, problems, seen = [], [], set()
+    if not isinstance(entries, list):
+        raise DataError(f"'{listing}' holds a {type(entries).__name__}; expected is a list.")
+    items, problems, seen = [], [], {}
     for number, entry in enumerate(entries):
         found = _entry(root, entry, part)
         if isinstance(found, str):
             problems.append(f"entry {number}: {found}")
+        elif found.path in seen:
+            problems.append(f"entry {number}: '{found.path.name}' is entry {seen[found.path]} too")
         else:
             items.append(found)
-            seen.add(found.path.name)
+            seen[found.path] = number
+            problems += [f"entry {number}: {what}" for what in _captions_apart(found)]
+    if entries and not items:
+        raise DataError(
+            f"None of the {len(entries)} entries of '{listing}' can be used; the first: "
+            f"{problems[0]}. Pictures are looked for in data/{PARTS[part]}/ of '{root}'."
+        )
     folder = next(
         (p for p in (root / "data" / PARTS[part], root / PARTS[part]) if p.is_dir()), None
     )
     if folder is not None:
-        extra = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in seen)
+        names = {path.name for path in seen}
+        extra = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in names)
         problems += [f"'{name}' is in the folder and not in the list" for name in extra]
     return WhatsUp(part, tuple(items), tuple(problems))
+
+
+def _captions_apart(item: Item) -> list[str]:
+    """Returns what an item's captions say otherwise than its name; the item is kept."""
+    right, *parts = (
+        words.lower().replace("_", " ").replace("-", " ")
+        for words in (item.captions[0], item.satellite, item.preposition, item.reference)
+    )
+    if any(part not in right for part in parts):
+        return [f"'{item.path.name}' has the right caption {item.captions[0]!r}"]
+    return []
 
 
 def _entry(root: Path, entry: object, part: str) -> Item | str:
@@ -185,9 +207,6 @@ def accuracies(data: WhatsUp, right: Sequence[bool]) -> dict[str, Interval]:
     return {name: wilson(float(sum(v)), len(v)) for name, v in counts.items() if v}
 
 
-# --- composites -----------------------------------------------------------------------------
-
-
 def joined(
     left: Image.Image, right: Image.Image, side: int, *, shift: int = 0, blend: int = 0
 ) -> Image.Image:
@@ -211,16 +230,21 @@ def _fitted(picture: Image.Image, side: int) -> Image.Image:
 
 def composite(data: WhatsUp, left: str, reference: str, right: str, side: int) -> Image.Image:
     """Returns the picture of three things; raises `DataError` where a photograph is missing."""
-    halves = []
-    for satellite, preposition in ((left, "left_of"), (right, "right_of")):
-        item = data.photograph(satellite, preposition, reference)
-        if item is None:
-            raise DataError(
-                f"There is no photograph {satellite}_{preposition}_{reference}{ENDING}."
-            )
-        with Image.open(item.path) as opened:
-            halves.append(opened.convert("RGB"))
-    return joined(halves[0], halves[1], side)
+    return joined(
+        opened(data, left, "left_of", reference), opened(data, right, "right_of", reference), side
+    )
+
+
+def opened(data: WhatsUp, satellite: str, preposition: str, reference: str) -> Image.Image:
+    """Returns a photograph by its name; raises `DataError` where it is missing or unreadable."""
+    item = data.photograph(satellite, preposition, reference)
+    if item is None:
+        raise DataError(f"There is no photograph {satellite}_{preposition}_{reference}{ENDING}.")
+    try:
+        with Image.open(item.path) as found:
+            return found.convert("RGB")
+    except OSError as error:
+        raise DataError(f"'{item.path}' cannot be read as a picture: {error}") from None
 
 
 def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
@@ -265,119 +289,3 @@ def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
 
 def _prompt(question: Question) -> str:
     return WHATSUP.format(preposition=PREPOSITION[question.direction], reference=question.reference)
-
-
-# --- where things stand ---------------------------------------------------------------------
-
-
-Box = tuple[int, int, int, int]
-"""Half-open rows and columns: (row0, row1, col0, col1)."""
-
-BOXES: Mapping[str, tuple[Box, Box, Box]] = {
-    "chair": ((48, 60, 12, 24), (16, 60, 24, 40), (48, 60, 40, 52)),
-    "table": ((40, 60, 8, 16), (20, 60, 16, 48), (40, 60, 48, 56)),
-    "armchair": ((52, 60, 8, 20), (24, 60, 20, 44), (52, 60, 44, 56)),
-}
-"""Where the three things are on a 64x64 grid: what probes are fitted to (protocol 2.7)."""
-
-SWAPS: Mapping[tuple[str, int], tuple[Box, Box, tuple[int, int]]] = {
-    ("chair", 12): ((8, 11, 1, 4), (8, 11, 8, 11), (4, 8)),
-    ("table", 12): ((6, 11, 0, 3), (6, 11, 9, 12), (3, 9)),
-    ("armchair", 12): ((9, 11, 1, 4), (9, 11, 8, 11), (4, 8)),
-    ("chair", 16): ((12, 15, 3, 6), (12, 15, 10, 13), (6, 10)),
-    ("table", 16): ((10, 15, 2, 4), (10, 15, 12, 14), (6, 12)),
-    ("armchair", 16): ((13, 15, 2, 5), (13, 15, 11, 14), (5, 11)),
-}
-"""Published regions of swaps: left and right object, and where the left strip ends and the right
-one begins.  Strips of "table" on 16 tokens are unequal as published, and are refused."""
-
-
-@dataclass(frozen=True)
-class CompositeLayout:
-    """Where the things of a composite are, on a grid of visual tokens."""
-
-    reference: str
-    n_tokens: int
-    token_px: int
-    left: Box
-    right: Box
-    seams: tuple[int, int]
-    """Where the left strip ends and the right one begins."""
-
-    @property
-    def canvas(self) -> int:
-        """Side of the picture, in pixels."""
-        return self.n_tokens * self.token_px
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, cols) of visual tokens."""
-        return self.n_tokens, self.n_tokens
-
-    def slot_box(self, axis: str, slot: int) -> tuple[int, int, int, int]:
-        """Returns a slot's pixel box `(x0, y0, x1, y1)`."""
-        r0, r1, c0, c1 = self._box(axis, slot)
-        x0, y0, x1, y1 = (token * self.token_px for token in (c0, r0, c1, r1))
-        return x0, y0, x1, y1
-
-    def object_region(self, axis: str, slot: int) -> Region:
-        """Returns the cells that swaps take for a slot's object."""
-        r0, r1, c0, c1 = self._box(axis, slot)
-        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
-
-    def probe_region(self, axis: str, slot: int) -> Region:
-        """Returns the cells that probes are fitted to: those of the 64x64 box."""
-        self._box(axis, slot)
-        r0, r1, c0, c1 = scaled(BOXES[self.reference][slot], self.n_tokens)
-        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
-
-    def strip_region(self, axis: str, slot: int) -> Region:
-        """Returns the columns around a slot."""
-        self._box(axis, slot)
-        edges = (0, *self.seams, self.n_tokens)
-        return Region.columns(self.shape, edges[slot], edges[slot + 1], f"strip {slot}")
-
-    def background(self, axis: str) -> Region:
-        """Returns the cells that hold no object."""
-        objects = [self.object_region(axis, slot) for slot in range(3)]
-        return (~(objects[0] | objects[1] | objects[2])).named("background")
-
-    def _box(self, axis: str, slot: int) -> Box:
-        if axis != "horizontal" or slot not in (0, 1, 2):
-            raise DataError(
-                f"What'sUp composites have slots 0, 1 and 2 in a row; slot {slot}, {axis}, is none."
-            )
-        if slot == 1:
-            return scaled(BOXES[self.reference][1], self.n_tokens)
-        return self.left if slot == 0 else self.right
-
-
-def layout_of(reference: str, n_tokens: int, token_px: int) -> CompositeLayout:
-    """Returns the published regions for 12 and 16 tokens a side, else scaled 64x64 boxes.
-
-    There, strips end in the middle between their object and the reference (our reading).
-    Raises `DataError` for a reference without boxes.
-    """
-    if reference not in BOXES:
-        raise DataError(
-            f"There are no boxes for {reference!r}, only for {', '.join(BOXES)}."
-            f"{did_you_mean(reference, BOXES)}"
-        )
-    published = SWAPS.get((reference, n_tokens))
-    if published is not None:
-        return CompositeLayout(reference, n_tokens, token_px, *published)
-    left, _, right = (scaled(box, n_tokens) for box in BOXES[reference])
-    edge = max(left[3], round(BOXES[reference][1][2] * n_tokens / 64))
-    return CompositeLayout(reference, n_tokens, token_px, left, right, (edge, n_tokens - edge))
-
-
-def scaled(box: Box, n_tokens: int) -> Box:
-    """Returns the cells of another grid that lie at least half inside a 64x64 box.
-
-    >>> scaled((48, 60, 12, 24), 16)
-    (12, 15, 3, 6)
-    """
-    found = [round(edge * n_tokens / 64) for edge in box]
-    for low, high in ((0, 1), (2, 3)):
-        found[high] = max(found[high], found[low] + 1)
-    return found[0], found[1], found[2], found[3]

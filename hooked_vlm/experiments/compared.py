@@ -1,0 +1,87 @@
+"""One experiment on two kinds of picture, compared where both were measured on the same items."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from hooked_vlm.experiments import ordering_probes, strip_swap
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.setting import interval_rows, said, select
+from hooked_vlm.statistics import holm, paired_difference, sign_flip_test
+
+
+DIFFERENCE = "difference"
+"""The quantity of rows that compare: the other kind of picture minus the one named first."""
+
+
+def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
+    """Returns, by axis, how the background's share differs on the same held-out pictures."""
+    a, b = (found.arrays["background_shares"] for found in (first, other))
+    rows = []
+    for axis in [str(axis) for axis in a["axis"].values if axis in b["axis"].values]:
+        here, there = (shares.sel(axis=axis).values for shares in (a, b))
+        if here.shape == there.shape:
+            found = paired_difference(there, here, seed=seed)
+            rows += interval_rows(
+                found, {}, axis=axis, quantity=DIFFERENCE, part=ordering_probes.NAME
+            )
+    return rows
+
+
+def swap_rows(first: Result, other: Result, seed: int) -> list[dict]:
+    """Returns, by kind and slot, how swaps differ on the pairs that both kinds of picture kept.
+
+    All directions together; p-values are Holm's over the slots of a kind.  No rows where fewer
+    than two pairs are common.
+    """
+    a, b = (_pairs(found.arrays) for found in (first, other))
+    if a is None or b is None:
+        return []
+    common = [str(name) for name in a["pair"].values if name in set(b["pair"].values)]
+    if len(common) < 2:
+        return []
+    rows = []
+    for kind in [str(k) for k in a["kind"].values if k in b["kind"].values]:
+        here, there = (
+            found.sel(pair=common, kind=kind, quantity="swapped").transpose("pair", "slot").values
+            for found in (a, b)
+        )
+        found = interval_rows(
+            paired_difference(there, here, seed=seed),
+            {"slot": [int(slot) for slot in a["slot"]]},
+            direction="all",
+            kind=kind,
+            quantity=DIFFERENCE,
+            part=strip_swap.NAME,
+        )
+        adjusted = holm(sign_flip_test(there, here, seed=seed))
+        rows += [{**row, "p_holm": float(p)} for row, p in zip(found, adjusted, strict=True)]
+    return rows
+
+
+def said_swaps(table: pd.DataFrame) -> str:
+    """Says, by kind, where a swap does clearly more or less on the other kind of picture."""
+    words = []
+    rows = select(table, part=strip_swap.NAME, quantity=DIFFERENCE)
+    for kind in dict.fromkeys(rows["kind"]):
+        here = select(rows, kind=kind)
+        clear = here[(here["p_holm"] <= 0.05) & (here["value"].abs() >= strip_swap.SMALLEST)]
+        if clear.empty:
+            words.append(f"{kind} no clear difference at any slot")
+            continue
+        most = clear.iloc[int(clear["value"].abs().to_numpy().argmax())]
+        words.append(f"{kind} up to {said(most)} (slot {int(most['slot'])})")
+    if not words:
+        return "too few pairs are common to compare swaps"
+    return f"{'; '.join(words)} (n = {int(rows['n'].iloc[0])} common pairs)"
+
+
+def _pairs(arrays: Mapping[str, xr.DataArray]) -> xr.DataArray | None:
+    parts = [values for name, values in arrays.items() if name.startswith("pairs_")]
+    if not parts:
+        return None
+    joined = xr.concat(parts, dim="pair")
+    _, kept = np.unique(joined["pair"].values, return_index=True)
+    return joined.isel(pair=np.sort(kept))

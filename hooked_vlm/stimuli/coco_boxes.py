@@ -1,0 +1,95 @@
+"""Where the two things of a COCO-spatial item are: boxes of COCO's own annotations.
+
+The lists of What'sUp name things and hold no boxes; `instances_val2017.json` of COCO does.
+A caption's thing is a category of COCO; of several boxes of it the largest counts.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hooked_vlm.errors import DataError
+from hooked_vlm.stimuli.coco import SpatialItem
+
+
+FILE = "instances_val2017.json"
+PLACES = ("annotations", "data/annotations", "data", ".", "../annotations")
+Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) in pixels of the photograph."""
+
+
+@dataclass(frozen=True)
+class BoxedItem:
+    """An item with the boxes of its two things."""
+
+    item: SpatialItem
+    subject: Box
+    reference: Box
+
+    @property
+    def by_class(self) -> tuple[Box, Box]:
+        """The boxes of what is left and right, or above and below."""
+        first = self.item.side in ("left", "above")
+        return (self.subject, self.reference) if first else (self.reference, self.subject)
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """The items whose boxes were found, and what was not as it should be."""
+
+    items: tuple[BoxedItem, ...]
+    problems: tuple[str, ...] = ()
+
+
+def find(root: Path) -> Path:
+    """Returns the annotations' path; raises `DataError` where they are not."""
+    for place in PLACES:
+        if (root / place / FILE).is_file():
+            return root / place / FILE
+    raise DataError(
+        f"Boxes of COCO's things are in its annotations, and there is no '{FILE}' in "
+        f"{', '.join(repr(place) for place in PLACES)} of '{root}'. It is part of COCO's "
+        "annotations_trainval2017.zip; put it into DATA/annotations/."
+    )
+
+
+def with_boxes(items: Sequence[SpatialItem], root: Path) -> Boxed:
+    """Returns items with boxes; items without are listed, with what was missing.
+
+    Raises `DataError` where there are no annotations, or they are not COCO's.
+    """
+    path = find(root)
+    try:
+        content = json.loads(path.read_text())
+        names = {int(entry["id"]): str(entry["name"]).lower() for entry in content["categories"]}
+        boxes: dict[tuple[int, str], list[Box]] = defaultdict(list)
+        for entry in content["annotations"]:
+            x, y, width, height = (float(side) for side in entry["bbox"])
+            found = boxes[int(entry["image_id"]), names[int(entry["category_id"])]]
+            found.append((x, y, x + width, y + height))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"'{path}' is not COCO's: expected are 'categories' with id and name, and "
+            f"'annotations' with image_id, category_id and bbox ({type(error).__name__}: {error})."
+        ) from None
+    kept, problems = [], []
+    for item in items:
+        pair = []
+        for name in (item.subject, str(item.reference)):
+            own = boxes.get((int(item.image_id), name.lower()), [])
+            if not own:
+                problems.append(f"picture {item.image_id}: no box of {name!r}")
+            elif len(own) > 1:
+                problems.append(
+                    f"picture {item.image_id}: {len(own)} boxes of {name!r}; the largest counts"
+                )
+            pair += sorted(own, key=_area)[-1:]
+        if len(pair) == 2:
+            kept.append(BoxedItem(item, pair[0], pair[1]))
+    return Boxed(tuple(kept), tuple(problems))
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

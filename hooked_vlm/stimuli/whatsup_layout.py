@@ -1,0 +1,120 @@
+"""Where the things of a What'sUp composite are, on a grid of visual tokens (protocol 2.7)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.regions import Region
+
+
+Box = tuple[int, int, int, int]
+"""Half-open rows and columns: (row0, row1, col0, col1)."""
+
+BOXES: Mapping[str, tuple[Box, Box, Box]] = {
+    "chair": ((48, 60, 12, 24), (16, 60, 24, 40), (48, 60, 40, 52)),
+    "table": ((40, 60, 8, 16), (20, 60, 16, 48), (40, 60, 48, 56)),
+    "armchair": ((52, 60, 8, 20), (24, 60, 20, 44), (52, 60, 44, 56)),
+}
+"""Where the three things are on a 64x64 grid: what probes are fitted to (protocol 2.7)."""
+
+SWAPS: Mapping[tuple[str, int], tuple[Box, Box, tuple[int, int]]] = {
+    ("chair", 12): ((8, 11, 1, 4), (8, 11, 8, 11), (4, 8)),
+    ("table", 12): ((6, 11, 0, 3), (6, 11, 9, 12), (3, 9)),
+    ("armchair", 12): ((9, 11, 1, 4), (9, 11, 8, 11), (4, 8)),
+    ("chair", 16): ((12, 15, 3, 6), (12, 15, 10, 13), (6, 10)),
+    ("table", 16): ((10, 15, 2, 4), (10, 15, 12, 14), (6, 12)),
+    ("armchair", 16): ((13, 15, 2, 5), (13, 15, 11, 14), (5, 11)),
+}
+"""Published regions of swaps: left and right object, and where the left strip ends and the right
+one begins.  Strips of "table" on 16 tokens are unequal as published, and are refused."""
+
+
+@dataclass(frozen=True)
+class CompositeLayout:
+    """Where the things of a composite are, on a grid of visual tokens."""
+
+    reference: str
+    n_tokens: int
+    token_px: int
+    left: Box
+    right: Box
+    seams: tuple[int, int]
+    """Where the left strip ends and the right one begins."""
+
+    @property
+    def canvas(self) -> int:
+        """Side of the picture, in pixels."""
+        return self.n_tokens * self.token_px
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of visual tokens."""
+        return self.n_tokens, self.n_tokens
+
+    def slot_box(self, axis: str, slot: int) -> tuple[int, int, int, int]:
+        """Returns a slot's pixel box `(x0, y0, x1, y1)`."""
+        r0, r1, c0, c1 = self._box(axis, slot)
+        x0, y0, x1, y1 = (token * self.token_px for token in (c0, r0, c1, r1))
+        return x0, y0, x1, y1
+
+    def object_region(self, axis: str, slot: int) -> Region:
+        """Returns the cells that swaps take for a slot's object."""
+        r0, r1, c0, c1 = self._box(axis, slot)
+        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
+
+    def probe_region(self, axis: str, slot: int) -> Region:
+        """Returns the cells that probes are fitted to: those of the 64x64 box."""
+        self._box(axis, slot)
+        r0, r1, c0, c1 = scaled(BOXES[self.reference][slot], self.n_tokens)
+        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
+
+    def strip_region(self, axis: str, slot: int) -> Region:
+        """Returns the columns around a slot."""
+        self._box(axis, slot)
+        edges = (0, *self.seams, self.n_tokens)
+        return Region.columns(self.shape, edges[slot], edges[slot + 1], f"strip {slot}")
+
+    def background(self, axis: str) -> Region:
+        """Returns the cells that hold no object."""
+        objects = [self.object_region(axis, slot) for slot in range(3)]
+        return (~(objects[0] | objects[1] | objects[2])).named("background")
+
+    def _box(self, axis: str, slot: int) -> Box:
+        if axis != "horizontal" or slot not in (0, 1, 2):
+            raise DataError(
+                f"What'sUp composites have slots 0, 1 and 2 in a row; slot {slot}, {axis}, is none."
+            )
+        if slot == 1:
+            return scaled(BOXES[self.reference][1], self.n_tokens)
+        return self.left if slot == 0 else self.right
+
+
+def layout_of(reference: str, n_tokens: int, token_px: int) -> CompositeLayout:
+    """Returns the published regions for 12 and 16 tokens a side, else scaled 64x64 boxes.
+
+    There, strips end in the middle between their object and the reference (our reading).
+    Raises `DataError` for a reference without boxes.
+    """
+    if reference not in BOXES:
+        raise DataError(
+            f"There are no boxes for {reference!r}, only for {', '.join(BOXES)}."
+            f"{did_you_mean(reference, BOXES)}"
+        )
+    published = SWAPS.get((reference, n_tokens))
+    if published is not None:
+        return CompositeLayout(reference, n_tokens, token_px, *published)
+    left, _, right = (scaled(box, n_tokens) for box in BOXES[reference])
+    edge = max(left[3], round(BOXES[reference][1][2] * n_tokens / 64))
+    return CompositeLayout(reference, n_tokens, token_px, left, right, (edge, n_tokens - edge))
+
+
+def scaled(box: Box, n_tokens: int) -> Box:
+    """Returns the cells of another grid that lie at least half inside a 64x64 box.
+
+    >>> scaled((48, 60, 12, 24), 16)
+    (12, 15, 3, 6)
+    """
+    found = [round(edge * n_tokens / 64) for edge in box]
+    for low, high in ((0, 1), (2, 3)):
+        found[high] = max(found[high], found[low] + 1)
+    return found[0], found[1], found[2], found[3]
