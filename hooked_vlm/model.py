@@ -11,7 +11,7 @@ each activation (`hook_dict`), and running under functions attached to those nam
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -232,6 +232,14 @@ class HookedVLM(HookedModel):
 
         return self._run_hooked(run, fwd_hooks, inputs, repeated, prefill_only)
 
+    def block_outputs(self, run: Callable[[], Any]) -> list[int]:
+        """Returns how long a tuple each LM block returns (0: none), watching `run` if need be."""
+        if self._tuples is None:
+            blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
+            with torch.no_grad():
+                self._tuples = returns_tuples(blocks, run)
+        return self._tuples
+
     def run_from_layer(
         self,
         inputs: ModelInputs,
@@ -254,9 +262,7 @@ class HookedVLM(HookedModel):
         blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
         layer = layer_index(layer, len(blocks), "layer", behind=False)
         kwargs = {**uncached(self.hf_model), **kwargs}
-        if self._tuples is None:
-            with torch.no_grad():
-                self._tuples = returns_tuples(blocks, lambda: self.forward(inputs, **kwargs))
+        tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
         start = (f"blocks.{layer}.hook_resid_pre", lambda here, hook: residual.to(here.device))
         skipped = tuple(f"blocks.{i}." for i in range(layer))
         pairs = self._pairs(fwd_hooks, inputs)
@@ -266,7 +272,7 @@ class HookedVLM(HookedModel):
             for name, fn in pairs
             if not name.startswith(skipped)
         ]
-        with skipping(blocks[:layer], self._tuples[:layer]):
+        with skipping(blocks[:layer], tuples[:layer]):
             logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
         self._warn_unran({name for name, _ in pairs if name.startswith(skipped)})
         if lost:

@@ -105,6 +105,8 @@ class Restart:
         base: Sequence[Any],
         starts: set[int],
     ) -> "Restart":
+        # A pass of its own, once a model: while the encoder replays, none may come between.
+        model.block_outputs(lambda: model(inputs, **arguments))
         with recording(_encoder(model)) as encoded:
             sites = [_site(layer) for layer in sorted(starts)]
             plain, cache = model.run_with_cache(inputs, sites, fwd_hooks=base, **arguments)
