@@ -25,7 +25,7 @@ from torch import Tensor
 from hooked_vlm.directions import orthonormalise, random_controls, stack
 from hooked_vlm.experiments import config as common
 from hooked_vlm.experiments.config import OnProgress
-from hooked_vlm.experiments.ordering_probes import projected
+from hooked_vlm.experiments.ordering_probes import probe_regions, projected
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.inputs import Inputs
@@ -194,8 +194,7 @@ def fit_directions(
     """Returns the class weights of an ordering probe of one axis, and the tokens it was given."""
     features = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
     axis = questions[0].axis
-    regions = [setting.geometry.object_region(axis, slot) for slot in range(3)]
-    examples = object_examples(features, regions)
+    examples = object_examples(features, probe_regions(setting.geometry, axis))
     probe = LinearProbe(seed=seed).fit(examples.X, examples.y)
     return stack(class_directions(probe)), features
 

@@ -26,6 +26,7 @@ from hooked_vlm.probes import (
     shuffled_labels,
     split_by_image,
 )
+from hooked_vlm.regions import Region
 from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
@@ -161,6 +162,13 @@ def read_order(geometry: Layout, axis: str, features: torch.Tensor, seed: int) -
     }
 
 
+def probe_regions(geometry: Layout, axis: str) -> list[Region]:
+    """Returns the cells of each slot's object that probes are fitted to."""
+    # What'sUp's boxes for probes are not those for swaps (protocol 2.7).
+    region = getattr(geometry, "probe_region", geometry.object_region)
+    return [region(axis, slot) for slot in range(3)]
+
+
 def read_some(
     geometry: Layout,
     axis: str,
@@ -180,9 +188,7 @@ def _fit_and_read(
     seed: int,
 ) -> tuple[LinearProbe, np.ndarray, list[dict], np.ndarray]:
     """Returns the probe, which images are held out, table rows, and background shares there."""
-    # What'sUp's boxes for probes are not those for swaps (protocol 2.7).
-    region = getattr(geometry, "probe_region", geometry.object_region)
-    examples = object_examples(features, [region(axis, slot) for slot in range(3)])
+    examples = object_examples(features, probe_regions(geometry, axis))
     filled = np.array([y in shown[i] for y, i in zip(examples.y, examples.images, strict=True)])
     if not filled.all():
         rows_ = torch.from_numpy(filled).to(examples.X.device)

@@ -102,7 +102,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "whatsup": tuple(
         f"{name}:{setting}"
-        for name in ("behaviour", "final-token", "ordering-probes", "strip-swap")
+        for name in ("behaviour", "final-token", "ordering-probes", "strip-swap", "amplification")
         for setting in whatsup.SETTINGS
     ),
 }
