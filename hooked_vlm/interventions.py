@@ -103,6 +103,11 @@ class _Intervention:
         """Raises what is wrong with this for a model and some inputs; runs nothing."""
         self._site_and_places(model, inputs)
 
+    def first_position(self, model: Model, inputs: Mapping[str, Any]) -> int:
+        """Returns the first position, padding counted, that this changes in any prompt."""
+        _, (targets, *_) = self._site_and_places(model, inputs)
+        return min((int(inner.min()) for _, inner in targets if len(inner)), default=0)
+
     def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
         """Returns the hook that carries this out on some inputs, all checks made.
 

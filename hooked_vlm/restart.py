@@ -107,7 +107,7 @@ class Restart:
     ) -> "Restart":
         # A pass of its own, once a model: while the encoder replays, none may come between.
         model.block_outputs(lambda: model(inputs, **arguments))
-        with recording(_encoder(model)) as encoded:
+        with recording(encoder_of(model)) as encoded:
             sites = [_site(layer) for layer in sorted(starts)]
             plain, cache = model.run_with_cache(inputs, sites, fwd_hooks=base, **arguments)
         each = max((cache[_site(layer)].nbytes for layer in starts), default=1)
@@ -119,7 +119,7 @@ class Restart:
         """Returns the logits of a cell."""
         layer = first_layer(self.model, cell)
         below = [start for start in self.residuals if layer is not None and start <= layer]
-        with replaying(_encoder(self.model), self.encoded):
+        with replaying(encoder_of(self.model), self.encoded):
             if not below:
                 return self.model.run_with_hooks(self.inputs, cell.interventions, **self.arguments)
             start = max(below)
@@ -134,7 +134,7 @@ class Restart:
         """
         first, last = min(self.residuals, default=0), max(self.residuals, default=0)
         for layer in (first, last, first):
-            with replaying(_encoder(self.model), self.encoded):
+            with replaying(encoder_of(self.model), self.encoded):
                 if layer:
                     residual = self.residuals[layer]
                     again = self.model.run_from_layer(
@@ -239,7 +239,8 @@ def _copied(output: Any) -> Any:
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, output)
 
 
-def _encoder(model: Any) -> nn.Module | None:
+def encoder_of(model: Any) -> nn.Module | None:
+    """Returns the vision encoder's module, if there is one."""
     vision = model.anatomy.vision
     return None if vision is None else model.hf_model.get_submodule(vision.path)
 

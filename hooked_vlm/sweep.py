@@ -21,7 +21,9 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_vlm.engine import Cell, parts_of, run_plain, source_of
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.errors import InterventionError, did_you_mean
+from hooked_vlm.growing.clean import GrowthError
+from hooked_vlm.growing.run import run_growing
 from hooked_vlm.interventions import Recording, record, site_of
 from hooked_vlm.restart import run_cells
 
@@ -30,7 +32,10 @@ Metric = Callable[[Tensor], Tensor]
 """From logits `[batch, pos, d_vocab]` to scores `[batch, ...]`."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of forward passes done and their total."""
+"""Called with the number of cells done and their total."""
+
+ENGINES = ("growing", "restart", "plain")
+"""Ways to execute a sweep, the fastest first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +91,7 @@ class Sweep:
         dims: Sequence[str] = ("batch",),
         coords: Mapping[str, Sequence[Any]] | None = None,
         on_progress: OnProgress | None = None,
-        plain: bool = False,
+        engine: str = "growing",
         **forward_kwargs: Any,
     ) -> xr.DataArray:
         """Returns the metric at every cell, with dimensions `(*axes, *dims)`.
@@ -94,9 +99,19 @@ class Sweep:
         `dims` names the axes of what the metric returns, batch first; `coords` labels them.
         Forward keyword arguments (such as `logits_to_keep=1`) go to the wrapped model.
 
-        Each cell runs from the first block that it changes, where that gives the same bits
-        (see `restart`); `plain` runs one whole hooked forward pass for each.
+        `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
+        grows from block to block, checked in every pass against the clean run within
+        `growing.run.BOUNDS`; `"restart"`, each cell from the first block that it changes, which
+        gives the same bits as `"plain"`, one whole hooked forward pass for each.  Where a model
+        or a cell does not allow one, the next is taken; the result's attributes say which.
+
+        Raises `InterventionError` for an unknown engine, and a metric of other axes than `dims`.
         """
+        if engine not in ENGINES:
+            raise InterventionError(
+                f"There is no engine {engine!r} among {', '.join(ENGINES)}."
+                f"{did_you_mean(engine, ENGINES)}"
+            )
         taken = sorted(set(self.axes) & set(dims))
         if taken:
             raise InterventionError(
@@ -110,14 +125,41 @@ class Sweep:
             return score
 
         cells = self.plan(model)
-        execute = run_plain if plain else run_cells
-        scores = execute(model, self.inputs, cells, checked, on_progress, forward_kwargs)
+        scores, attributes = _executed(
+            engine, model, self.inputs, cells, checked, on_progress, forward_kwargs
+        )
         values = np.stack([score.float().cpu().numpy() for score in scores])
         sizes = [len(values) for values in self.axes.values()]
         values = values.reshape(*sizes, *values.shape[1:])
         labels = {name: list(given) for name, given in self.axes.items()} | dict(coords or {})
         labels = {n: [_label(x) for x in v] for n, v in labels.items() if n in (*self.axes, *dims)}
-        return xr.DataArray(values, dims=(*self.axes, *dims), coords=labels)
+        return xr.DataArray(
+            values, dims=(*self.axes, *dims), coords=labels, attrs={"engine": attributes}
+        )
+
+
+def _executed(
+    engine: str,
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    metric: Metric,
+    on_progress: OnProgress | None,
+    forward_kwargs: Mapping[str, Any],
+) -> tuple[list[Tensor], str]:
+    """Returns every cell's score by the fastest engine that is allowed and possible, and a word."""
+    given = (model, inputs, cells, metric, on_progress, forward_kwargs)
+    if engine == "plain":
+        return run_plain(*given), "plain"
+    why = ""
+    if engine == "growing":
+        try:
+            scores, report = run_growing(*given)
+        except GrowthError as reason:
+            why = f" (no growing batch: {reason})"
+        else:
+            return scores, str(report)
+    return run_cells(*given), f"restart{why}"
 
 
 def _check_score(score: Tensor, dims: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> None:

@@ -26,7 +26,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
         "inputs describe",
     ),
     ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws checkup"),
-    ("interventions", "places guarded interventions kernels engine restart sweep patching"),
+    ("interventions", "places guarded interventions kernels engine restart growing sweep patching"),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),
     ("door", "progress cli __init__"),

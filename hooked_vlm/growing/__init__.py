@@ -1,0 +1,7 @@
+"""Sweeps in one pass: a batch that grows where cells begin to differ from the clean run.
+
+The clean run is made once, and its residual stream kept where cells start.  A second pass
+through the wrapped model's own blocks carries every cell as rows of one batch: a cell's rows
+join in front of the first block that it changes, and carry only the positions from the first
+changed one on, with the clean run's keys and values in front of them.
+"""

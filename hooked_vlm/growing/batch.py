@@ -1,0 +1,175 @@
+"""One pass of a growing batch through the wrapped model's own blocks.
+
+The model's forward runs as ever on the clean prompts; its blocks are stood in for.  Each hands
+its clean input on unchanged, and runs the real block on the rows that have joined so far.  The
+last one hands on the rows instead, so that the model's own norm and head finish them.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.growing.cells import Job, Step
+from hooked_vlm.growing.clean import (
+    Clean,
+    GrowthError,
+    asked,
+    blocks_of,
+    cache_name,
+    hidden_of,
+    with_forwards,
+)
+from hooked_vlm.growing.fitting import MASK, Fit, causal_mask
+from hooked_vlm.growing.prefix import Prefix
+from hooked_vlm.hooks import HookPoint
+from hooked_vlm.restart import encoder_of, replaying
+
+
+class Growing:
+    """Rows of some jobs, on their way through the blocks."""
+
+    def __init__(self, model: Any, clean: Clean, jobs: Sequence[Job], start: int) -> None:
+        """Takes jobs in the order of their stages; rows carry the positions from `start` on."""
+        self.model, self.clean, self.start = model, clean, start
+        self.jobs = list(jobs)
+        self.batch, self.length = clean.shape
+        self.rows: Tensor | None = None
+        self.n_joined = 0
+        self.blocks = blocks_of(model)
+        self.tuples = model.block_outputs(lambda: model(clean.inputs, **clean.arguments))
+        self.points = model.hook_dict
+        # Sources are gathered here, once, for the jobs of this pass alone.
+        self.edits = {id(s): self._edit(s) for job in self.jobs for s in job.steps}
+
+    def run(self) -> Tensor:
+        """Returns the logits `[job, batch, pos, d_vocab]` of every job."""
+        inside = sorted({step.site for job in self.jobs for step in job.inside()})
+        pairs = [(site, self._inside(site)) for site in inside]
+        with ExitStack() as stack:
+            stack.enter_context(replaying(encoder_of(self.model), self.clean.encoded))
+            stack.enter_context(self.model.hooks(pairs))
+            stack.enter_context(with_forwards(self.blocks, self._forward))
+            logits = self.model(asked(self.clean.inputs), **self.clean.arguments)
+        if len(logits) != len(self.jobs) * self.batch:
+            raise GrowthError(f"{len(logits)} rows of logits came of {len(self.jobs)} cells")
+        logits = logits.unflatten(0, (len(self.jobs), self.batch))
+        missing = self.clean.logits.shape[1] - logits.shape[2]
+        if missing > 0:  # all positions were asked for: those in front are the clean run's
+            front = self.clean.logits[:, :missing].expand(len(self.jobs), -1, -1, -1)
+            logits = torch.cat([front, logits], dim=2)
+        return logits
+
+    def _forward(self, i: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        is_last = i == len(self.blocks) - 1
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_of(args, kwargs)
+            self._between(i, hidden)
+            if self.rows is not None:
+                output = own(*self._args(args), **self._kwargs(i, kwargs))
+                self.rows = output[0] if isinstance(output, tuple) else output
+            if is_last:
+                self._between(i + 1, hidden)
+                hidden = self.rows
+            return (hidden, *[None] * (self.tuples[i] - 1)) if self.tuples[i] else hidden
+
+        return forward
+
+    def _between(self, stage: int, like: Tensor) -> None:
+        """Lets jobs join in front of a block, and does what they do there."""
+        for number, job in enumerate(self.jobs[: self.n_joined]):
+            self._edit_rows(number, [step for step in job.between(stage) if step.is_behind])
+        added = self.clean.added.get(stage)
+        if added is not None and self.rows is not None:
+            behind = added[:, self.start :].to(self.rows)
+            self.rows = self.rows + behind.repeat(self.n_joined, 1, 1)
+        for number, job in enumerate(self.jobs[: self.n_joined]):
+            self._edit_rows(number, [step for step in job.between(stage) if not step.is_behind])
+        joining = []
+        while self.n_joined < len(self.jobs) and self.jobs[self.n_joined].stage == stage:
+            joining.append(self._joined(self.jobs[self.n_joined], stage, added)[:, self.start :])
+            self.n_joined += 1
+        if joining:
+            rows = [] if self.rows is None else [self.rows.to(like.device)]
+            self.rows = torch.cat([*rows, *(part.to(like.device) for part in joining)])
+
+    def _joined(self, job: Job, stage: int, added: Tensor | None) -> Tensor:
+        """Returns what a job's rows are in front of the block at which they join."""
+        steps = job.between(stage)
+        behind = [step for step in steps if step.is_behind]
+        if added is None or not behind:
+            whole = self.clean.residuals[stage]
+            for step in steps:
+                whole = self._run_edit(step, whole)
+            return whole
+        whole = self.clean.outputs[stage]
+        for step in behind:
+            whole = self._run_edit(step, whole)
+        whole = whole + added
+        for step in steps[len(behind) :]:
+            whole = self._run_edit(step, whole)
+        return whole
+
+    def _edit_rows(self, number: int, steps: Sequence[Step]) -> None:
+        """Does what a job that has joined does between two blocks."""
+        for step in steps:
+            assert self.rows is not None
+            part = slice(number * self.batch, (number + 1) * self.batch)
+            edited = self._on_suffix(step, self.rows[part])
+            self.rows = torch.cat([self.rows[: part.start], edited, self.rows[part.stop :]])
+
+    def _args(self, args: tuple) -> tuple:
+        return (self.rows, *self._fit.positional(args[1:])) if args else ()
+
+    def _kwargs(self, i: int, kwargs: dict) -> dict:
+        fitted = self._fit.arguments(kwargs)
+        if "hidden_states" in kwargs:
+            fitted["hidden_states"] = self.rows
+        name = cache_name(self.blocks[i])
+        if self.start and name is not None:
+            fitted[name] = Prefix(*self.clean.keys[i], self.start, self.n_joined)
+            if kwargs.get(MASK) is None:
+                assert self.rows is not None
+                fitted[MASK] = causal_mask(self.start, self.length, self.rows.device)
+        return fitted
+
+    @property
+    def _fit(self) -> Fit:
+        return Fit(self.batch, self.length, self.n_joined, self.start)
+
+    # --- what jobs change ------------------------------------------------------------------
+
+    def _edit(self, step: Step) -> Callable[..., Any]:
+        (found,) = step.part.hooks_for(self.model, self.clean.inputs)
+        return found[1]
+
+    def _run_edit(self, step: Step, whole: Tensor) -> Tensor:
+        point: HookPoint = self.points[step.site]
+        edited = self.edits[id(step)](whole, hook=point)
+        return whole if edited is None else edited
+
+    def _on_suffix(self, step: Step, part: Tensor) -> Tensor:
+        """Shows an edit a prompt's whole length; what is in front of the rows is not changed."""
+        if part.shape[1] == self.length:
+            return self._run_edit(step, part.clone())
+        front = part.new_zeros(part.shape[0], self.length - part.shape[1], *part.shape[2:])
+        return self._run_edit(step, torch.cat([front, part], dim=1))[:, front.shape[1] :]
+
+    def _inside(self, site: str) -> Callable[..., Any]:
+        """Returns a hook function that does what each job does at a site inside a block."""
+
+        def fn(activation: Tensor, hook: HookPoint) -> Tensor:
+            if activation.shape[0] != self.n_joined * self.batch:
+                raise GrowthError(f"{site} is not by prompt: {tuple(activation.shape)}")
+            changed = activation.clone()
+            for number, job in enumerate(self.jobs[: self.n_joined]):
+                part = slice(number * self.batch, (number + 1) * self.batch)
+                for step in job.inside():
+                    if step.site == site:
+                        changed[part] = self._on_suffix(step, changed[part])
+            return changed
+
+        return fn

@@ -1,0 +1,93 @@
+"""A block's arguments, made for B prompts of P positions, fitted to rows of a growing batch.
+
+Blocks are called with positions, rotary embeddings and masks beside the residual stream.  Which
+axis of an argument is the batch and which the positions is read off its shape; where that is
+ambiguous the control that rides in every batch tells.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+MASK = "attention_mask"
+CACHES = ("past_key_values", "past_key_value")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How arguments change: more rows, and only the last positions."""
+
+    batch: int
+    length: int
+    n_jobs: int
+    start: int
+    """The first position that rows carry."""
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns keyword arguments for the rows; caches are left out."""
+        return {n: self._named(n, value) for n, value in given.items() if n not in CACHES}
+
+    def positional(self, given: tuple) -> tuple:
+        """Returns positional arguments for the rows."""
+        return tuple(self._named("", value) for value in given)
+
+    def _named(self, name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            is_mask = name == MASK or (
+                value.ndim == 4 and value.shape[-2:] == (self.length, self.length)
+            )
+            return self._mask(value) if is_mask else self._tensor(value)
+        if isinstance(value, tuple | list):
+            return type(value)(self._named(name, part) for part in value)
+        if isinstance(value, dict):
+            return {key: self._named(name, part) for key, part in value.items()}
+        return value
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        if mask.ndim == 4:
+            mask = mask[:, :, self.start :]
+        return self._rows(mask, 0)
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        along = [axis for axis, size in enumerate(value.shape) if size == self.length]
+        if not along:
+            whole = value.ndim and value.shape[0] == self.batch
+            return self._rows(value, 0) if whole else value
+        axis = along[0]
+        value = value.narrow(axis, self.start, self.length - self.start)
+        return self._rows(value, axis - 1) if axis else value
+
+    def _rows(self, value: Tensor, axis: int) -> Tensor:
+        """Repeats the prompts along an axis, once for each job."""
+        if value.shape[axis] == 1:
+            return value  # one for all prompts
+        if value.shape[axis] != self.batch:
+            return value
+        repeats = [1] * value.ndim
+        repeats[axis] = self.n_jobs
+        return value.repeat(repeats)
+
+
+def causal_mask(start: int, length: int, device: torch.device) -> Tensor:
+    """Returns which keys the positions from `start` on see: `[1, 1, query, key]`, boolean."""
+    queries = torch.arange(start, length, device=device)
+    return (torch.arange(length, device=device) <= queries[:, None])[None, None]
+
+
+def is_closed(mask: Tensor | None, start: int) -> bool:
+    """Whether no position in front of `start` sees one from `start` on.
+
+    Then their keys and values are the clean run's whatever happens behind.  No mask: causal.
+    """
+    if mask is None or start == 0:
+        return True
+    if mask.ndim != 4:
+        return True  # by prompt: which keys are padding, under a causal kernel
+    corner = mask[:, :, :start, start:]
+    if mask.dtype == torch.bool:
+        return not bool(corner.any())
+    return bool((corner <= torch.finfo(mask.dtype).min / 2).all())

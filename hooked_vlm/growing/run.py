@@ -1,0 +1,206 @@
+"""Executing a sweep's cells as a growing batch, with a control in every pass.
+
+Among the rows of every pass is one set that changes nothing, from the first joining on.  Its
+logits must be the clean run's within `BOUNDS`; where they are not, the pass is thrown away, and
+the sweep runs by a plainer way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.engine import Cell
+from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.growing.batch import Growing
+from hooked_vlm.growing.cells import Job, job_of
+from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
+from hooked_vlm.growing.fitting import is_closed
+from hooked_vlm.interventions import Steer
+
+
+BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""By dtype, how far the control's logits may be from the clean run's, as a share of the largest."""
+FEWEST = 2
+"""Cells from which on growing pays."""
+NEAR = 0.15
+"""Cells whose first changed positions differ by less than this share of the prompt go together."""
+
+Metric = Callable[[Tensor], Tensor]
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass
+class Report:
+    """What a run took, and why it took no shorter way."""
+
+    passes: int = 0
+    rows: int = 0
+    starts: list[int] = field(default_factory=list)
+    worst: float = 0.0
+    """Largest difference between a control's logits and the clean run's, over the largest logit."""
+
+    def __str__(self) -> str:
+        """Says it in a line."""
+        return (
+            f"growing: {self.passes} passes of {self.rows} rows, from positions "
+            f"{', '.join(map(str, sorted(set(self.starts))))}; controls off by at most "
+            f"{self.worst:.1e} of the largest logit"
+        )
+
+
+def run_growing(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    metric: Metric,
+    on_progress: OnProgress | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+    max_rows: int = 512,
+) -> tuple[list[Tensor], Report]:
+    """Returns the metric of every cell, in order, and how that was done.
+
+    Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
+    """
+    arguments = dict(forward_kwargs or {})
+    if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
+        raise GrowthError("hooks are open, the model is in training, or there is one cell")
+    found = [job_of(model, inputs, cell, i) for i, cell in enumerate(cells)]
+    jobs = [job for job in found if job is not None]
+    if len(jobs) != len(found):
+        raise GrowthError(f"{len(found) - len(jobs)} cells change what rows cannot carry")
+    report = Report()
+    with torch.no_grad():
+        model.block_outputs(lambda: model(inputs, **arguments))
+        starts = _starts(jobs, arguments, inputs)
+        stages = {job.stage for job in jobs}
+        clean = _clean(model, inputs, cells[0].base, stages, arguments, any(starts))
+        scores: list[Tensor | None] = [None] * len(cells)
+        done = 0
+        for start, group in _groups(jobs, starts):
+            start = start if clean.keys and _closed(clean, start) else 0
+            for chunk in _chunks(group, max(1, max_rows // clean.shape[0])):
+                for job, logits in _pass(model, clean, chunk, start, report):
+                    scores[job.index] = metric(logits)
+                    done += 1
+                    if on_progress is not None:
+                        on_progress(done, len(cells))
+    return [score for score in scores if score is not None], report
+
+
+def _clean(
+    model: Any,
+    inputs: Mapping[str, Any],
+    base: Sequence[Any],
+    stages: set[int],
+    arguments: Mapping[str, Any],
+    want_keys: bool,
+) -> Clean:
+    """Returns the clean run, its keys and values only where keeping them changes nothing."""
+    try:
+        clean = run_clean(model, inputs, base, stages, arguments, want_keys)
+        if want_keys and model not in _KEEPS:
+            # Once a model: a run that keeps keys and values must be the run without.
+            bare = run_clean(model, inputs, base, stages, arguments, want_keys=False)
+            _KEEPS[model] = bool(clean.keys) and torch.equal(bare.logits, clean.logits)
+        if want_keys and not _KEEPS[model]:
+            clean = run_clean(model, inputs, base, stages, arguments, want_keys=False)
+        if clean.added and model not in _ADDS:
+            _ADDS[model] = _is_added(model, clean, base)
+        if clean.added and not _ADDS[model]:
+            raise GrowthError("it changes the residual stream between its blocks")
+        return clean
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise GrowthError(f"its clean run failed: {error}") from error
+
+
+_KEEPS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_ADDS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _is_added(model: Any, clean: Clean, base: Sequence[Any]) -> bool:
+    """Whether what changes between blocks is added, and the same whatever the stream holds."""
+    other = run_clean(
+        model,
+        clean.inputs,
+        [*base, Steer(0, directions=_noise(clean), alpha=1.0)],
+        set(),
+        clean.arguments,
+        want_keys=False,
+    )
+    return other.added.keys() == clean.added.keys() and all(
+        torch.allclose(other.added[i], added, rtol=1e-2, atol=1e-2 * float(added.abs().max()))
+        for i, added in clean.added.items()
+    )
+
+
+def _noise(clean: Clean) -> Tensor:
+    stream = next(iter(clean.added.values()))
+    noise = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(0))
+    return noise.to(stream)
+
+
+def _pass(
+    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report
+) -> list[tuple[Job, Tensor]]:
+    """Returns each job's logits, once the control among them has been found to be right."""
+    jobs = [Job(-1, chunk[0].stage, start), *chunk]
+    try:
+        logits = Growing(model, clean, jobs, start).run()
+    except torch.OutOfMemoryError:
+        if len(chunk) == 1:
+            raise
+        half = len(chunk) // 2
+        return [
+            found
+            for part in (chunk[:half], chunk[half:])
+            for found in _pass(model, clean, part, start, report)
+        ]
+    except HookedVLMError as error:
+        raise GrowthError(str(error)) from error
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        raise GrowthError(f"a block refused the rows: {error}") from error
+    off = float((logits[0] - clean.logits).abs().max() / clean.logits.abs().max())
+    report.worst = max(report.worst, off)
+    if not off <= BOUNDS.get(clean.logits.dtype, 5e-2):
+        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest")
+    report.passes += 1
+    report.rows += len(jobs) * clean.shape[0]
+    report.starts.append(start)
+    return list(zip(chunk, logits[1:], strict=True))
+
+
+def _starts(
+    jobs: Sequence[Job], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> list[int]:
+    """Returns, by job, the first position that its rows have to carry."""
+    length = inputs["input_ids"].shape[1]
+    keep = arguments.get("logits_to_keep", 0)
+    if not isinstance(keep, int):
+        return [0] * len(jobs)
+    # All positions (0): those in front are the clean run's.
+    last = length - keep if keep else length - 1
+    return [max(0, min(job.first, last, length - 1)) for job in jobs]
+
+
+def _groups(jobs: Sequence[Job], starts: Sequence[int]) -> list[tuple[int, list[Job]]]:
+    """Returns jobs whose rows begin near one another together, with where they all begin."""
+    order = sorted(range(len(jobs)), key=lambda i: starts[i])
+    near = NEAR * max(starts, default=0)
+    groups: list[tuple[int, list[Job]]] = []
+    for i in order:
+        if not groups or starts[i] - groups[-1][0] > near:
+            groups.append((starts[i], []))
+        groups[-1][1].append(jobs[i])
+    return [(start, sorted(group, key=lambda job: job.stage)) for start, group in groups]
+
+
+def _closed(clean: Clean, start: int) -> bool:
+    return all(is_closed(mask, start) for mask in {id(m): m for m in clean.masks}.values())
+
+
+def _chunks(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
