@@ -35,24 +35,27 @@ def _rotary(*section: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(section)}
 
 
-def _text(n_layers: int) -> dict[str, Any]:
+def _text(n_layers: int, width: int, vocab: int) -> dict[str, Any]:
     return {
-        "vocab_size": VOCAB,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
         "num_hidden_layers": n_layers,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "head_dim": 64,
+        "head_dim": width // 8,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": None,
     }
 
 
-def _qwen2_vl(n_layers: int, n_vision: int) -> tuple[type, Any]:
-    vision = {"depth": n_vision, "embed_dim": 256, "hidden_size": 512, "num_heads": 8}
-    text = {**_text(n_layers), "rope_parameters": _rotary(8, 12, 12)}
+def _qwen2_vl(n_layers: int, n_vision: int, width: int, vocab: int) -> tuple[type, Any]:
+    vision = {"depth": n_vision, "embed_dim": 256, "hidden_size": width, "num_heads": 8}
+    half = width // 16
+    time, rows = half // 4, (half - half // 4) // 2
+    rope = _rotary(time, rows, half - time - rows)
+    text = {**_text(n_layers, width, vocab), "rope_parameters": rope}
     del text["head_dim"]
     config = Qwen2VLConfig(
         vision_config=vision,
@@ -64,13 +67,13 @@ def _qwen2_vl(n_layers: int, n_vision: int) -> tuple[type, Any]:
     return Qwen2VLForConditionalGeneration, config
 
 
-def _gemma_3(n_layers: int, n_vision: int) -> tuple[type, Any]:
+def _gemma_3(n_layers: int, n_vision: int, width: int, vocab: int) -> tuple[type, Any]:
     config: Any = Gemma3Config
     text: Any = Gemma3TextConfig
     vision: Any = SiglipVisionConfig
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8}
     made = config(
-        text_config=text(**_text(n_layers)).to_dict(),
+        text_config=text(**_text(n_layers, width, vocab)).to_dict(),
         vision_config=vision(
             **sizes, num_hidden_layers=n_vision, image_size=SIDE * PATCH, patch_size=PATCH
         ).to_dict(),
@@ -80,24 +83,31 @@ def _gemma_3(n_layers: int, n_vision: int) -> tuple[type, Any]:
     return Gemma3ForConditionalGeneration, made
 
 
-def build(family: str, layers: tuple[int, int] | None = None) -> Any:
+def build(
+    family: str, layers: tuple[int, int] | None = None, width: int = 512, vocab: int = VOCAB
+) -> Any:
     """Returns a new random transformers model of a family, seeded, in eval mode."""
     make = {"qwen2-vl": _qwen2_vl, "gemma-3": _gemma_3}[family]
-    model_class, config = make(*(layers or LAYERS[family]))
+    model_class, config = make(*(layers or LAYERS[family]), width, vocab)
     torch.manual_seed(0)
     return model_class._from_config(config, attn_implementation="sdpa").eval()  # type: ignore[attr-defined]
 
 
-def make_inputs(family: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Returns inputs of `batch` prompts, each with one image of 16x16 patches (64 tokens)."""
+def make_inputs(
+    family: str, batch: int, seed: int = 0, side: int = SIDE, length: int = LENGTH
+) -> dict[str, Tensor]:
+    """Returns inputs of `batch` prompts, each with one image of `side` x `side` patches.
+
+    Four patches make a token.
+    """
     random = torch.Generator().manual_seed(seed)
-    n_tokens = (SIDE // 2) ** 2
-    ids = torch.randint(2, 3000, (batch, LENGTH), generator=random)
+    n_tokens = (side // 2) ** 2
+    ids = torch.randint(2, 3000, (batch, length), generator=random)
     ids[:, 3], ids[:, 4 : 4 + n_tokens], ids[:, 4 + n_tokens] = START, IMAGE, END
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family == "qwen2-vl":
-        inputs["pixel_values"] = torch.randn(batch * SIDE**2, 3 * 2 * PATCH**2, generator=random)
-        inputs["image_grid_thw"] = torch.tensor([[1, SIDE, SIDE]] * batch)
+        inputs["pixel_values"] = torch.randn(batch * side**2, 3 * 2 * PATCH**2, generator=random)
+        inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * batch)
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     else:
         inputs["pixel_values"] = torch.randn(batch, 3, SIDE * PATCH, SIDE * PATCH, generator=random)

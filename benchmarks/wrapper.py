@@ -1,6 +1,6 @@
 """What wrapping, hooking, caching and patching cost over the plain transformers model.
 
-    python benchmarks/wrapper.py [MODEL …] [--batch 1] [--repeats 20] [--device cpu]
+    python -m benchmarks.wrapper [MODEL …] [--batch 1] [--repeats 20] [--device cpu]
 
 MODEL is `qwen2-vl` or `gemma-3` (12 blocks of width 512, random weights), a shipped
 model, a folder or a hub name; by default the first two and the smallest shipped one, for
@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from built import LAYERS, REAL, build, make_inputs, on_meta
 from torch import Tensor, nn
 
+from benchmarks.built import LAYERS, REAL, build, make_inputs, on_meta
 from hooked_vlm import HookedVLM, LastToken, Patch
 from hooked_vlm.interventions import record
 from hooked_vlm.stimuli.geometry import geometry_for

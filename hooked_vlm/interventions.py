@@ -20,11 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.cache import ActivationCache
+from hooked_vlm.config import HookedVLMConfig
 from hooked_vlm.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.guarded import guarded
 from hooked_vlm.inputs import rows_of
-from hooked_vlm.naming import VISION, resolve_name, slot_name
+from hooked_vlm.naming import VISION, last_block, resolve_name, slot_name
 from hooked_vlm.pairing import CellPairs
 from hooked_vlm.places import (
     Located,
@@ -70,9 +71,20 @@ Source = Recording | Mapping[str, Any]
 
 
 def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
-    """Runs a model on some inputs and returns the named activations with those inputs."""
+    """Runs a model on some inputs and returns the named activations with those inputs.
+
+    The pass ends behind the last block of the language model that is named.
+    """
+    last = last_block(names)
+    stop = {}
+    if (
+        last is not None
+        and isinstance(model.cfg, HookedVLMConfig)
+        and last < model.cfg.n_layers - 1
+    ):
+        stop["stop_at_layer"] = last + 1
     with torch.no_grad():
-        return Recording(inputs, model.run_with_cache(inputs, names)[1])
+        return Recording(inputs, model.run_with_cache(inputs, names, **stop)[1])
 
 
 def site_of(model: Model, name: SiteName) -> Site:

@@ -129,6 +129,22 @@ def _layer_pattern(name: str) -> re.Match[str] | None:
     return re.match(rf"((?:{VISION}\.)?blocks)\.(-?\d+)\.", name)
 
 
+def last_block(names: NamesFilter) -> int | None:
+    """Returns the highest block of the language model among site names, or None.
+
+    None too for any other site, and for patterns and functions, which may select some.
+
+    >>> last_block(["blocks.2.hook_resid_pre", "blocks.10.hook_mlp_out"])
+    10
+    """
+    given = [names] if isinstance(names, str) else names
+    if given is None or callable(given):
+        return None
+    found = [re.fullmatch(r"blocks\.(\d+)\.[\w.]+", name) for name in given]
+    layers = [int(match[1]) for match in found if match]
+    return max(layers) if layers and len(layers) == len(found) else None
+
+
 def count_layers(prefix: str, known: Iterable[str]) -> int:
     """Returns how many layers the known names make of `"blocks"` or `"vision_encoder.blocks"`."""
     layers = [int(m[2]) for n in known if (m := _layer_pattern(n)) and m[1] == prefix]

@@ -23,6 +23,7 @@ from torch import Tensor
 from hooked_vlm.engine import Cell, parts_of, run_plain, source_of
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.growing.clean import GrowthError
+from hooked_vlm.growing.plan import Plan
 from hooked_vlm.growing.run import run_growing
 from hooked_vlm.interventions import Recording, record, site_of
 from hooked_vlm.restart import run_cells
@@ -61,11 +62,10 @@ class Sweep:
             own = tuple(made) if isinstance(made, list | tuple) else (made,)
             yield Cell(values, (*self.base, *own), len(self.base))
 
-    def plan(self, model: Any) -> list[Cell]:
-        """Returns every cell with everything checked and its sources recorded.
+    def plan(self, model: Any) -> Plan:
+        """Returns every cell with everything checked; nothing runs.
 
-        Nothing runs before all cells have been checked; then each distinct source is run
-        once, and all the sites that any cell reads of it are recorded.
+        `plan.explain(logits_to_keep=1)` says what running it takes, on the `meta` device too.
         """
         if not self.axes or not all(len(values) for values in self.axes.values()):
             raise InterventionError(f"A sweep needs axes with values; given: {dict(self.axes)}.")
@@ -73,6 +73,15 @@ class Sweep:
         for cell in cells:
             for intervention in cell.interventions:
                 intervention.check(model, self.inputs)
+        return Plan(model, self.inputs, cells)
+
+    def recorded(self, model: Any) -> list[Cell]:
+        """Returns every cell, checked, with its sources recorded.
+
+        Nothing runs before all cells have been checked; then each distinct source is run
+        once, and all the sites that any cell reads of it are recorded.
+        """
+        cells = self.plan(model)
         wanted: dict[int, tuple[Any, set[str]]] = {}
         for part in (part for cell in cells for part in parts_of(cell.interventions)):
             _, source = source_of(part)
@@ -92,6 +101,7 @@ class Sweep:
         coords: Mapping[str, Sequence[Any]] | None = None,
         on_progress: OnProgress | None = None,
         engine: str = "growing",
+        memory: int | None = None,
         **forward_kwargs: Any,
     ) -> xr.DataArray:
         """Returns the metric at every cell, with dimensions `(*axes, *dims)`.
@@ -104,6 +114,8 @@ class Sweep:
         `growing.run.BOUNDS`; `"restart"`, each cell from the first block that it changes, which
         gives the same bits as `"plain"`, one whole hooked forward pass for each.  Where a model
         or a cell does not allow one, the next is taken; the result's attributes say which.
+        `memory` is about how many bytes a growing batch may take (None: half of what is free);
+        more cells than that holds go through in several passes.
 
         Raises `InterventionError` for an unknown engine, and a metric of other axes than `dims`.
         """
@@ -124,9 +136,9 @@ class Sweep:
             _check_score(score, dims, coords or {})
             return score
 
-        cells = self.plan(model)
+        cells = self.recorded(model)
         scores, attributes = _executed(
-            engine, model, self.inputs, cells, checked, on_progress, forward_kwargs
+            engine, memory, model, self.inputs, cells, checked, on_progress, forward_kwargs
         )
         values = np.stack([score.float().cpu().numpy() for score in scores])
         sizes = [len(values) for values in self.axes.values()]
@@ -140,6 +152,7 @@ class Sweep:
 
 def _executed(
     engine: str,
+    memory: int | None,
     model: Any,
     inputs: Mapping[str, Any],
     cells: Sequence[Cell],
@@ -154,7 +167,7 @@ def _executed(
     why = ""
     if engine == "growing":
         try:
-            scores, report = run_growing(*given)
+            scores, report = run_growing(*given, memory)
         except GrowthError as reason:
             why = f" (no growing batch: {reason})"
         else:

@@ -97,7 +97,9 @@ def test_white_and_photographs_stand_side_by_side(coded: str) -> None:
     assert (white["background"] > 0.7) == (coded == "background")
     assert set(result.table["ground"]) == {"white", "photographs", photographs.BOTH}
     less = result.table[result.table["ground"] == photographs.BOTH]
-    assert set(less["quantity"]) == {"difference"}
+    assert set(less["quantity"]) == {"paired difference"}
+    assert "strip - object" not in set(less["kind"].dropna())
+    assert "strip - object" not in result.verdict
     assert set(less["axis"].dropna()) == {"horizontal", "vertical"}
     swaps = result.table[(result.table["part"] == "strip-swap")]
     assert set(swaps[swaps["ground"] == "white"]["kind"]) >= {"strip", "object"}

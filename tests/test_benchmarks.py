@@ -1,8 +1,7 @@
 """The benchmarks run, on models too small to time: nothing here asserts on a time."""
 
 import importlib
-import sys
-from pathlib import Path
+import json
 from typing import Any
 
 import pytest
@@ -13,14 +12,7 @@ from hooked_vlm.model import HookedVLM
 
 @pytest.fixture(scope="module")
 def wrapper() -> Any:
-    folder = str(Path(__file__).parent.parent / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        yield importlib.import_module("wrapper")
-    finally:
-        sys.path.remove(folder)
-        for name in ("wrapper", "built"):
-            sys.modules.pop(name, None)
+    yield importlib.import_module("benchmarks.wrapper")
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "gemma-3"])
@@ -54,3 +46,40 @@ def test_published_sizes_are_built_without_weights(wrapper):
     model = HookedVLM(wrapper.on_meta("LLaVA-1.5-7B"))
     assert model.cfg.n_layers == 32
     assert all(p.is_meta for p in model.hf_model.parameters())
+
+
+# Throughput
+
+
+@pytest.fixture(scope="module")
+def throughput() -> Any:
+    return importlib.import_module("benchmarks.throughput")
+
+
+def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_path):
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(
+        "sys.argv",
+        ["throughput", "--sizes", "2x64", "--repeats", "1", "--batch", "2", "--json", str(file)],
+    )
+    throughput.main()
+    found = json.loads(file.read_text())
+    assert set(found["ratios"]) == {"hook-loop", "restart"}
+    for name, by_task in found["ratios"].items():
+        assert set(by_task) == set(throughput.TASKS), name
+        assert all(ratio > 0 for ratio in by_task.values())
+    assert all(row["difference"] < 2e-6 for row in found["rows"])
+    how = {row["task"]: row["how"] for row in found["rows"] if row["rival"] == "hook-loop"}
+    assert how["final_token"].startswith("growing: 1 passes of 8 rows, from positions 183")
+    assert how["vision"].startswith("restart (no growing batch: ")
+    assert "| strip | hook-loop | 3 |" in capsys.readouterr().out
+    assert found["machine"]["torch"] == torch.__version__
+
+
+def test_cells_do_something(throughput):
+    """A write that changes nothing would be equal for everyone, and fast."""
+    model = HookedVLM(throughput.built.build("qwen2-vl", (2, 2), width=64))
+    for task in throughput.tasks_for(model, throughput.TASKS, 2):
+        found = throughput.Ours(model).run(task)
+        apart = (found - found.mean(0)).abs().amax(dim=(1, 2))
+        assert (apart > 0).all(), task.name

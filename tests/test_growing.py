@@ -18,6 +18,7 @@ from hooked_vlm.engine import run_plain
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.growing import run as growing_run
 from hooked_vlm.growing.batch import Growing
+from hooked_vlm.growing.budget import row_bytes, rows_within
 from hooked_vlm.growing.cells import job_of, place_of
 from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.fitting import Fit, causal_mask, is_closed
@@ -92,7 +93,7 @@ def sweep_of(family: str, kinds: list[str], sites: list[Any], batch: int = 2) ->
 
 def compared(model: HookedVLM, sweep: Sweep, bound: float = BOUND, **kwargs: Any) -> Any:
     """Checks every cell's logits against plain passes, and returns how they were made."""
-    cells = sweep.plan(model)
+    cells = sweep.recorded(model)
     plain = run_plain(model, sweep.inputs, cells, lambda x: x, None, kwargs)
     grown, report = run_growing(model, sweep.inputs, cells, lambda x: x, None, kwargs)
     largest = max(float(x.abs().max()) for x in plain)
@@ -214,16 +215,22 @@ def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
     compared(tiny(family), under, logits_to_keep=1)
 
 
-def test_rows_go_in_passes_of_a_size() -> None:
+def test_rows_go_in_passes_that_a_budget_holds() -> None:
     model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["swap", "zero"], [0, 1, 2, 3])
-    cells = sweep.plan(model)
+    cells = sweep.recorded(model)
     whole, _ = run_growing(model, sweep.inputs, cells, lambda x: x)
+    length = sweep.inputs["input_ids"].shape[1]
+    each = row_bytes(model, length, 3, length, 4)
     told: list[tuple[int, int]] = []
     parts, report = run_growing(
-        model, sweep.inputs, cells, lambda x: x, lambda *step: told.append(step), max_rows=6
+        model, sweep.inputs, cells, lambda x: x, lambda *step: told.append(step), memory=8 * each
     )
-    assert report.passes == 3 and told[-1] == (8, 8)
+    # Eight rows are four cells of two prompts, one of which is the control.
+    assert report.passes == 3 and report.rows == (4 + 4 + 3) * 2 and told[-1] == (8, 8)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+    scores = sweep.run(model, lambda x: x[:, -1, 0], memory=1)
+    assert scores.attrs["engine"].startswith("growing: 8 passes of 32 rows")
+    assert rows_within(model, length, 3, length, 4, None) == 512
 
 
 def test_a_pass_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +258,7 @@ def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Fit, "arguments", wrong)
     with pytest.raises(GrowthError, match="the control's logits are off by"):
-        run_growing(model, sweep.inputs, sweep.plan(model), lambda x: x)
+        run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
     score = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1)
     assert "restart (no growing batch: the control's" in score.attrs["engine"]
     plain = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1, engine="plain")
@@ -263,9 +270,9 @@ def test_what_cannot_grow_says_why() -> None:
     for site in ("vision_encoder.blocks.0.hook_resid_post", "vision_projector.hook_out"):
         sweep = Sweep(inputs, {"i": [0, 1]}, lambda i, site=site: Ablate(site))
         with pytest.raises(GrowthError, match="2 cells change what rows cannot carry"):
-            run_growing(model, inputs, sweep.plan(model), lambda x: x)
+            run_growing(model, inputs, sweep.recorded(model), lambda x: x)
     sweep = Sweep(inputs, {"i": [0, 1]}, lambda i: Ablate(i))
-    cells = sweep.plan(model)
+    cells = sweep.recorded(model)
     doubled = model.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x * 2)])
     with doubled, pytest.raises(GrowthError, match="hooks are open"):
         run_growing(model, inputs, cells, lambda x: x)

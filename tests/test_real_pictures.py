@@ -342,7 +342,7 @@ def test_composites_of_ones_own_photographs_are_compared_with_uncut_ones(copy: P
     assert set(probes["variant"]) == {*variants, composite_artefacts.UNCUT}
     uncut = probes[probes["variant"] == composite_artefacts.UNCUT].set_index("quantity")["n"]
     assert uncut["background"] == 2  # of 3 things on 2 sides, a quarter (rounded up) is held out
-    less = probes[probes["quantity"] == "difference"]
+    less = probes[probes["quantity"] == "paired difference"]
     assert set(less["variant"]) == set(variants[1:])
     stimuli = stimulus_set("whatsup-chair", data=copy)
     layout = stimuli.layout(12, 4)

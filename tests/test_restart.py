@@ -138,7 +138,7 @@ def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
 def start_of(family: str, *cells: Any, **arguments: Any) -> Restart | None:
     sweep = Sweep(make_inputs(family, 2, seed=1), {"i": range(len(cells))}, make=lambda i: cells[i])
     model = tiny(family)
-    return Restart.of(model, sweep.inputs, sweep.plan(model), arguments)
+    return Restart.of(model, sweep.inputs, sweep.recorded(model), arguments)
 
 
 def test_edits_in_the_encoder_or_projector_run_plainly() -> None:
@@ -152,7 +152,7 @@ def test_edits_in_the_encoder_or_projector_run_plainly() -> None:
 def test_the_first_sweep_of_a_model_is_restarted_too(family: str) -> None:
     model = HookedVLM(tiny(family).hf_model)
     sweep = Sweep(make_inputs(family, 2, seed=1), {"i": [0, 1, 2, 3]}, make=lambda i: Ablate(i))
-    assert Restart.of(model, sweep.inputs, sweep.plan(model), {}) is not None
+    assert Restart.of(model, sweep.inputs, sweep.recorded(model), {}) is not None
 
 
 def test_few_cells_and_open_hooks_run_plainly() -> None:

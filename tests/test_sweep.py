@@ -70,7 +70,7 @@ def test_every_cell_is_one_hooked_forward_pass(family: str) -> None:
 def test_sources_run_once_each() -> None:
     model, sweep = tiny("gemma-3"), sweep_of("gemma-3")
     with count_forwards(model) as forwards:
-        cells = sweep.plan(model)
+        cells = sweep.recorded(model)
         assert len(forwards) == 2  # the source and the reference, whatever number of cells
         forwards.clear()
         sweep.run(model, some_scores, dims=("batch", "token"), engine="plain")
@@ -78,7 +78,7 @@ def test_sources_run_once_each() -> None:
     recorded = record(model, make_inputs("gemma-3", seed=2), ["blocks.0.hook_resid_pre"])
     again = Sweep(make_inputs("gemma-3", seed=1), {"x": [1]}, lambda x: Patch(0, source=recorded))
     with count_forwards(model) as forwards:
-        again.plan(model)
+        again.recorded(model)
     assert not forwards
 
 

@@ -12,8 +12,10 @@ from hooked_vlm.experiments.setting import interval_rows, said, select
 from hooked_vlm.statistics import holm, paired_difference, sign_flip_test
 
 
-DIFFERENCE = "difference"
-"""The quantity of rows that compare: the other kind of picture minus the one named first."""
+DIFFERENCE = "paired difference"
+"""The quantity of rows that compare: the other kind of picture minus the one named first.
+
+E4's own "difference", of strips and objects on one kind of picture, is another."""
 
 
 def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:

@@ -5,12 +5,12 @@ its clean input on unchanged, and runs the real block on the rows that have join
 last one hands on the rows instead, so that the model's own norm and head finish them.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_vlm.growing.cells import Job, Step
 from hooked_vlm.growing.clean import (
@@ -26,6 +26,26 @@ from hooked_vlm.growing.fitting import MASK, Fit, causal_mask
 from hooked_vlm.growing.prefix import Prefix
 from hooked_vlm.hooks import HookPoint
 from hooked_vlm.restart import encoder_of, replaying
+
+
+@contextmanager
+def last_position_only(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Gives modules the last of the positions they are given, for the length of a `with` block.
+
+    What they return is then added to all positions, of which only the last is right after it.
+    """
+
+    def last(module: nn.Module, args: tuple) -> tuple | None:
+        if args and isinstance(args[0], Tensor) and args[0].ndim == 3:
+            return (args[0][:, -1:], *args[1:])
+        return None
+
+    handles = [module.register_forward_pre_hook(last) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Growing:
@@ -62,6 +82,19 @@ class Growing:
             logits = torch.cat([front, logits], dim=2)
         return logits
 
+    @property
+    def _trimmed(self) -> list[nn.Module]:
+        """The parts of the last block that need run for the last position alone, if it is scored.
+
+        Attention's output map and the feed-forward part, if no job writes inside the block.
+        """
+        block = self.model.anatomy.lm.blocks[-1]
+        inside = [s for job in self.jobs for s in job.inside() if s.stage == len(self.blocks) - 1]
+        if self.clean.arguments.get("logits_to_keep") != 1 or inside or block.post_norm:
+            return []
+        paths = [block.attn and block.attn.out, block.mlp and block.mlp.path]
+        return [self.model.hf_model.get_submodule(path) for path in paths if path]
+
     def _forward(self, i: int, own: Callable[..., Any]) -> Callable[..., Any]:
         is_last = i == len(self.blocks) - 1
 
@@ -69,7 +102,8 @@ class Growing:
             hidden = hidden_of(args, kwargs)
             self._between(i, hidden)
             if self.rows is not None:
-                output = own(*self._args(args), **self._kwargs(i, kwargs))
+                with last_position_only(self._trimmed if is_last else ()):
+                    output = own(*self._args(args), **self._kwargs(i, kwargs))
                 self.rows = output[0] if isinstance(output, tuple) else output
             if is_last:
                 self._between(i + 1, hidden)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hooked_vlm.engine import Cell
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.growing.batch import Growing
+from hooked_vlm.growing.budget import rows_within
 from hooked_vlm.growing.cells import Job, job_of
 from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
 from hooked_vlm.growing.fitting import is_closed
@@ -59,9 +60,11 @@ def run_growing(
     metric: Metric,
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
-    max_rows: int = 512,
+    memory: int | None = None,
 ) -> tuple[list[Tensor], Report]:
     """Returns the metric of every cell, in order, and how that was done.
+
+    `memory` is about how many bytes a pass may take (None: half of what is free).
 
     Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
     """
@@ -75,14 +78,19 @@ def run_growing(
     report = Report()
     with torch.no_grad():
         model.block_outputs(lambda: model(inputs, **arguments))
-        starts = _starts(jobs, arguments, inputs)
+        starts = starts_of(jobs, arguments, inputs)
         stages = {job.stage for job in jobs}
         clean = _clean(model, inputs, cells[0].base, stages, arguments, any(starts))
         scores: list[Tensor | None] = [None] * len(cells)
         done = 0
-        for start, group in _groups(jobs, starts):
+        for start, group in groups_of(jobs, starts):
             start = start if clean.keys and _closed(clean, start) else 0
-            for chunk in _chunks(group, max(1, max_rows // clean.shape[0])):
+            keep = clean.logits.shape[1]
+            rows = rows_within(
+                model, clean.shape[1], start, keep, clean.logits.element_size(), memory
+            )
+            # The control is one of the jobs.
+            for chunk in _chunks(group, max(1, rows // clean.shape[0] - 1)):
                 for job, logits in _pass(model, clean, chunk, start, report):
                     scores[job.index] = metric(logits)
                     done += 1
@@ -173,7 +181,7 @@ def _pass(
     return list(zip(chunk, logits[1:], strict=True))
 
 
-def _starts(
+def starts_of(
     jobs: Sequence[Job], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> list[int]:
     """Returns, by job, the first position that its rows have to carry."""
@@ -186,7 +194,7 @@ def _starts(
     return [max(0, min(job.first, last, length - 1)) for job in jobs]
 
 
-def _groups(jobs: Sequence[Job], starts: Sequence[int]) -> list[tuple[int, list[Job]]]:
+def groups_of(jobs: Sequence[Job], starts: Sequence[int]) -> list[tuple[int, list[Job]]]:
     """Returns jobs whose rows begin near one another together, with where they all begin."""
     order = sorted(range(len(jobs)), key=lambda i: starts[i])
     near = NEAR * max(starts, default=0)

@@ -1,0 +1,1 @@
+"""Timings: `python -m benchmarks.wrapper`, `python -m benchmarks.throughput`."""

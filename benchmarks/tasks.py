@@ -1,0 +1,119 @@
+"""What is timed: sweeps as data, so that every tool carries out the same ones.
+
+A cell writes source activations at some positions of a stream of activations (the residual
+stream of the language model or of the vision encoder, or the heads' outputs), or moves what is
+there along a direction.  Positions are those of the prompt (or of the encoder's rows), the same
+in every prompt of a batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.pairing import CellPairs, swap_pairs
+from hooked_vlm.regions import Region
+
+
+TASKS = ("strip", "object", "final_token", "alpha", "head", "vision")
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One intervention."""
+
+    stream: str
+    """`"resid"` (layer: slot), `"z"` or `"vision"` (layer: the block whose output it is)."""
+    layer: int
+    targets: Tensor
+    sources: Tensor
+    pairs: CellPairs | None = None
+    """The same as cells of the image, for a tool that knows images."""
+    head: int = -1
+    alpha: float | None = None
+    """None: a write of source activations; else a step along `direction`."""
+    direction: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A sweep over cells, on `clean`, with `source` as the other run."""
+
+    name: str
+    clean: Mapping[str, Tensor]
+    source: Mapping[str, Tensor]
+    cells: list[Cell] = field(default_factory=list)
+
+
+def make_task(
+    name: str,
+    clean: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    *,
+    n_layers: int,
+    n_vision: int,
+    n_heads: int,
+    width: int,
+    first_image: int,
+    side: int,
+) -> Task:
+    """Returns a task on prompts with one image of `side` x `side` tokens from `first_image` on."""
+    task = Task(name, clean, source)
+    third, low, shape = side // 3, (side - 2) // 2, (side, side)
+    last = torch.tensor([clean["input_ids"].shape[1] - 1])
+    if name in ("strip", "object", "vision"):
+        regions = Region.columns(shape, 0, third), Region.columns(shape, side - third, side)
+        if name == "object":
+            left = Region.rectangle(shape, rows=(low, low + 2), cols=(1, 3))
+            regions = left, left.shifted(cols=side - 4)
+        pairs = swap_pairs(*regions)
+        targets, sources = pairs.tokens()
+        if name == "vision":
+            rows = patch_rows(side)
+            targets, sources = rows[targets].flatten(), rows[sources].flatten()
+            layers, stream = range(n_vision), "vision"
+        else:
+            targets, sources = targets + first_image, sources + first_image
+            layers, stream = range(n_layers + 1), "resid"
+        task.cells.extend(Cell(stream, layer, targets, sources, pairs) for layer in layers)
+    elif name == "final_token":
+        task.cells.extend(Cell("resid", slot, last, last) for slot in range(n_layers + 1))
+    elif name == "alpha":
+        direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
+        tokens = first_image + torch.arange(side * side)
+        task.cells.extend(
+            Cell("resid", 0, tokens, tokens, alpha=float(alpha), direction=direction)
+            for alpha in range(16)
+        )
+    else:
+        task.cells.extend(
+            Cell("z", layer, last, last, head=head)
+            for layer in range(n_layers)
+            for head in range(n_heads)
+        )
+    return task
+
+
+def patch_rows(side: int) -> Tensor:
+    """Returns the four rows of Qwen2-VL's encoder that each visual token is merged from.
+
+    The encoder has them next to one another, token by token.
+    """
+    return torch.arange(4 * side * side).reshape(side * side, 4)
+
+
+def edited(cell: Cell, here: Tensor, there: Tensor | None) -> Tensor:
+    """Returns an activation `[batch, pos, ...]` with a cell carried out on it."""
+    changed = here.clone()
+    if cell.alpha is not None:
+        assert cell.direction is not None
+        if cell.alpha:
+            changed[:, cell.targets] += cell.alpha * cell.direction.to(here)
+        return changed
+    assert there is not None
+    if cell.head >= 0:
+        changed[:, cell.targets, cell.head] = there[:, cell.sources, cell.head]
+    else:
+        changed[:, cell.targets] = there[:, cell.sources]
+    return changed

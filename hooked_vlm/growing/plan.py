@@ -1,0 +1,172 @@
+"""What a sweep will do, and what it costs, before it runs: also on the `meta` device."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from hooked_vlm.engine import Cell, parts_of, source_of
+from hooked_vlm.growing.budget import row_bytes, rows_within
+from hooked_vlm.growing.cells import Job, job_of
+from hooked_vlm.growing.costs import Costs, costs_of
+from hooked_vlm.growing.run import groups_of, starts_of
+from hooked_vlm.interventions import Recording, site_of
+from hooked_vlm.memory import size_text
+from hooked_vlm.naming import last_block
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Operations and memory of a sweep; `print` it."""
+
+    n_cells: int
+    n_prompts: int
+    length: int
+    naive: float
+    """Operations of one whole pass for each cell, and one for each source."""
+    planned: float
+    """Operations of what will run, the clean run and the sources included."""
+    floor: float
+    """Operations of what changes: each cell from its own first block and position on."""
+    passes: int
+    rows: int
+    peak: int
+    """Bytes of the largest pass beside the weights, about."""
+    shortcuts: tuple[str, ...]
+    """What is left out, and what that saves, in words."""
+    obstacles: tuple[str, ...] = ()
+    """Why cells cannot grow; they then run one by one."""
+
+    def __str__(self) -> str:
+        """Says it in a few lines."""
+        lines = [
+            f"{self.n_cells} cells x {self.n_prompts} prompts of {self.length} positions: "
+            f"{_flops(self.planned)} in {self.passes} passes of {self.rows} rows, against "
+            f"{_flops(self.naive)} for a pass each ({self.naive / self.planned:.1f} times) and "
+            f"{_flops(self.floor)} at least ({self.planned / self.floor:.2f} times that).",
+            f"About {size_text(self.peak)} beside the weights.",
+            *self.shortcuts,
+            *self.obstacles,
+        ]
+        return "\n".join(lines)
+
+
+class Plan(Sequence[Cell]):
+    """A sweep's cells, checked, for one model; `explain` says what running them takes."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+        """Takes cells whose interventions have been checked."""
+        self.model, self.inputs, self.cells = model, inputs, list(cells)
+
+    @overload
+    def __getitem__(self, index: int) -> Cell: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Cell]: ...
+    def __getitem__(self, index: int | slice) -> Cell | list[Cell]:
+        return self.cells[index]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __iter__(self) -> Iterator[Cell]:
+        return iter(self.cells)
+
+    def explain(self, memory: int | None = None, **forward_kwargs: Any) -> Explanation:
+        """Returns which shortcuts apply and what they save; nothing runs.
+
+        Takes the keyword arguments of `Sweep.run`.  Whether positions in front of the first
+        change look ahead is known once the clean run has shown its masks; here it is assumed
+        that none does, but in an image block where the inputs mark one (`token_type_ids`).
+        """
+        model, inputs = self.model, self.inputs
+        costs = costs_of(model, inputs)
+        batch, length = inputs["input_ids"].shape
+        keep = forward_kwargs.get("logits_to_keep", 0) or length
+        keep = keep if isinstance(keep, int) else len(keep)
+        whole = costs.vision + costs.rows(batch, length, length) + batch * keep * costs.head
+        sources = self._sources()
+        naive = float(whole * (len(self.cells) + len(sources)))
+        fixed = float(whole)
+        for layer in sources.values():
+            depth = costs.n_layers if layer is None else layer + 1
+            fixed += costs.vision + costs.rows(batch, length, length, costs.n_layers - depth)
+        found = [job_of(model, inputs, cell, i) for i, cell in enumerate(self.cells)]
+        jobs = [job for job in found if job is not None]
+        if len(jobs) != len(found):
+            reason = f"{len(found) - len(jobs)} cells change what rows cannot carry: run one by one"
+            peak = batch * row_bytes(model, length, 0, keep, model.cfg.dtype.itemsize)
+            return Explanation(
+                len(found), batch, length, naive, naive, naive, len(found), len(found) * batch,
+                peak, (), (reason,),
+            )  # fmt: skip
+        starts = self._starts(jobs, forward_kwargs)
+        planned, floor, passes, rows, peak = fixed, fixed, 0, 0, 0
+        last_only = keep == 1
+        for job, start in zip(jobs, starts, strict=True):
+            floor += self._rows(costs, job, batch, length, start, keep, last_only)
+        for start, group in groups_of(jobs, starts):
+            size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
+            per_pass = max(1, size // batch - 1)
+            for i in range(0, len(group), per_pass):
+                chunk = group[i : i + per_pass]
+                chunk = [Job(-1, chunk[0].stage, start), *chunk]
+                planned += sum(
+                    self._rows(costs, job, batch, length, start, keep, last_only) for job in chunk
+                )
+                passes, rows = passes + 1, rows + len(chunk) * batch
+                each = row_bytes(model, length, start, keep, model.cfg.dtype.itemsize)
+                peak = max(peak, len(chunk) * batch * each)
+        return Explanation(
+            len(found), batch, length, naive, planned, floor, passes, rows, peak,
+            self._shortcuts(costs, jobs, starts, length),
+        )  # fmt: skip
+
+    @staticmethod
+    def _rows(
+        costs: Costs, job: Job, batch: int, length: int, start: int, keep: int, last_only: bool
+    ) -> int:
+        n = length - start
+        blocks = costs.rows(
+            batch, n, length, job.stage, last_only=last_only and job.stage < costs.n_layers
+        )
+        return blocks + batch * min(keep, n) * costs.head
+
+    def _starts(self, jobs: Sequence[Job], forward_kwargs: Mapping[str, Any]) -> list[int]:
+        starts = starts_of(jobs, forward_kwargs, self.inputs)
+        if "token_type_ids" not in self.inputs:
+            return starts
+        grids = [grid for row in self.model.grids(self.inputs) for grid in row]
+        spans = [(int(grid.positions.min()), int(grid.positions.max())) for grid in grids]
+        return [
+            next((low for low, high in spans if low <= start <= high), start) for start in starts
+        ]
+
+    def _sources(self) -> dict[int, int | None]:
+        """Returns, by source, the last block that is read of it (None: it runs to the end)."""
+        wanted: dict[int, list[str]] = {}
+        for part in (part for cell in self.cells for part in parts_of(cell.interventions)):
+            _, source = source_of(part)
+            if source is not None and not isinstance(source, Recording):
+                wanted.setdefault(id(source), []).append(site_of(self.model, part.site).name)
+        return {key: last_block(names) for key, names in wanted.items()}
+
+    def _shortcuts(
+        self, costs: Costs, jobs: Sequence[Job], starts: Sequence[int], length: int
+    ) -> tuple[str, ...]:
+        n_layers = costs.n_layers
+        below = sum(min(job.stage, n_layers) for job in jobs)
+        front = sum(starts)
+        return (
+            f"Blocks below a cell's first change are the clean run's: {below} of "
+            f"{len(jobs) * n_layers} block passes left out.",
+            f"Positions in front of it are the clean run's: {front} of {len(jobs) * length} left "
+            "out.",
+            f"The vision encoder runs once for the clean run and once for each source, not for "
+            f"each cell ({_flops(float(costs.vision))} each).",
+        )
+
+
+def _flops(operations: float) -> str:
+    for size, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if operations >= size:
+            return f"{operations / size:.3g} {name}"
+    return f"{operations / 1e6:.3g} MFLOP"
