@@ -5,7 +5,7 @@
 Every item of a setting, in batches: the top token behind the prompt against the target.
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -16,9 +16,14 @@ from hooked_vlm.stimuli import geometry_for
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+parser.add_argument("setting", nargs="?", default="squares", metavar="SETTING")
+given = parser.parse_args()
+
 torch.set_grad_enabled(False)
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
-stimuli = stimulus_set(sys.argv[2] if len(sys.argv) > 2 else "squares")
+model = HookedVLM.from_pretrained(given.model)
+stimuli = stimulus_set(given.setting)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 

@@ -7,7 +7,7 @@ opposite question.  Three answers tell what came along: the clean one (nothing),
 picture's colour at the other place (the place), the other picture's colour (the answer).
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -18,7 +18,11 @@ from hooked_vlm.stimuli.pairs import final_token_pair
 from hooked_vlm.stimuli.squares import COLORS, draw, prompt
 
 
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
+model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 

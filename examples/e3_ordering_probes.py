@@ -6,7 +6,7 @@ A linear probe learns first, middle and last from the squares' own visual tokens
 projector.  Then it reads *every* token of pictures that it has not seen.
 """
 
-import sys
+import argparse
 from itertools import permutations
 
 import torch
@@ -17,8 +17,12 @@ from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for
 from hooked_vlm.stimuli.squares import COLORS, draw
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
 torch.set_grad_enabled(False)
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 

@@ -6,7 +6,7 @@ The paper's central intervention (5.2.2) on a handful of pairs, with nothing hid
 `Patch` says what is written where, a `Sweep` varies it over slots and kinds of region.
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -17,7 +17,11 @@ from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.squares import COLORS, draw, prompt
 
 
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
+model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 

@@ -7,7 +7,7 @@ which it stands alone, in the middle, and every background token by that of an e
 picture.  What things there are is still told; in what order is not, but by position.
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -18,8 +18,12 @@ from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for
 from hooked_vlm.stimuli.squares import draw, items, prompt
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
 torch.set_grad_enabled(False)
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 

@@ -6,7 +6,7 @@ The vision encoder's order is removed first (see e5_ordering_ablation.py).  Wher
 the object cells then flips the answer, the order in them was made by the blocks below.
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -18,8 +18,12 @@ from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.squares import draw, items, prompt
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
 torch.set_grad_enabled(False)
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 direction, axis = "above", "vertical"
@@ -52,7 +56,7 @@ both = zip(right([p.clean for p in pairs]), right([p.counterfactual for p in pai
 pairs = [pair for pair, sides in zip(pairs, both, strict=True) if all(sides)][:16]
 print(f"{len(pairs)} pairs are answered rightly without the vision encoder's order")
 if not pairs:
-    sys.exit("nothing to swap: this model has no other order")
+    raise SystemExit("nothing to swap: this model has no other order")
 
 clean, mirrored = [p.clean for p in pairs], [p.counterfactual for p in pairs]
 slots = range(model.cfg.n_layers + 1)

@@ -7,8 +7,8 @@ token is moved along them.  Asked are all items, not failures alone, and random 
 with the same norms and angles stand beside.
 """
 
+import argparse
 import random
-import sys
 from itertools import permutations
 
 import torch
@@ -22,8 +22,12 @@ from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
 torch.set_grad_enabled(False)
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+model = HookedVLM.from_pretrained(given.model)
 stimuli = stimulus_set("objects-photos")
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))

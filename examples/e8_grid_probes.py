@@ -6,8 +6,8 @@ Pictures of 3x3 random shapes; from every object's tokens behind the projector o
 reads the column, another the row.
 """
 
+import argparse
 import random
-import sys
 from dataclasses import replace
 
 import torch
@@ -18,8 +18,12 @@ from hooked_vlm.stimuli import SYSTEM_PROMPT
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
 torch.set_grad_enabled(False)
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 k, rng = 3, random.Random(0)
 layout = GridLayout(k, 12, vision.patch_size * max(vision.merge, 2))

@@ -6,7 +6,7 @@ The same layout on white and on photographs: a probe learns first, middle and la
 objects' tokens, and is then asked about the background.
 """
 
-import sys
+import argparse
 from itertools import permutations
 
 import torch
@@ -18,8 +18,12 @@ from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model", nargs="?", default="tiny-qwen2-vl", metavar="MODEL")
+given = parser.parse_args()
+
 torch.set_grad_enabled(False)
-model = HookedVLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny-qwen2-vl")
+model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 site = "vision_projector.hook_out"

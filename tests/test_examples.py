@@ -32,3 +32,16 @@ def test_example_runs(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> No
 def test_every_example_says_how_to_run_it() -> None:
     for path in EXAMPLES:
         assert f"python examples/{path.name}" in path.read_text(), path.name
+
+
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem[0] == "e"], ids=lambda p: p.stem)
+def test_help_is_not_taken_for_a_model(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    enabled = torch.is_grad_enabled()
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path))
+    finally:
+        torch.set_grad_enabled(enabled)
+    assert end.value.code == 0
+    assert "MODEL" in capsys.readouterr().out
