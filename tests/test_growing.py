@@ -19,10 +19,11 @@ from hooked_vlm.errors import InterventionError
 from hooked_vlm.growing import run as growing_run
 from hooked_vlm.growing.batch import Growing
 from hooked_vlm.growing.budget import row_bytes, rows_within
-from hooked_vlm.growing.cells import job_of, place_of
+from hooked_vlm.growing.cells import Job, job_of, place_of
 from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.fitting import Fit, causal_mask, is_closed
-from hooked_vlm.growing.run import run_growing
+from hooked_vlm.growing.proof import forget
+from hooked_vlm.growing.run import run_growing, starts_of
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.pairing import swap_pairs
@@ -225,17 +226,18 @@ def test_rows_go_in_passes_that_a_budget_holds() -> None:
     parts, report = run_growing(
         model, sweep.inputs, cells, lambda x: x, lambda *step: told.append(step), memory=8 * each
     )
-    # Eight rows are four cells of two prompts, one of which is the control.
-    assert report.passes == 3 and report.rows == (4 + 4 + 3) * 2 and told[-1] == (8, 8)
+    # Eight rows are four cells of two prompts.
+    assert report.passes == 2 and report.rows == 16 and told[-1] == (8, 8)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
     scores = sweep.run(model, lambda x: x[:, -1, 0], memory=1)
-    assert scores.attrs["engine"].startswith("growing: 8 passes of 32 rows")
+    assert scores.attrs["engine"].startswith("growing: 8 passes of 16 rows")
     assert rows_within(model, length, 3, length, 4, None) == 512
 
 
 def test_a_pass_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sweep = tiny("llava"), sweep_of("llava", ["swap", "zero"], [0, 1, 2, 3])
     true = Growing.run
+    forget(model)
 
     def run(self: Growing) -> Tensor:
         if len(self.jobs) > 4:
@@ -256,6 +258,7 @@ def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None
         made["position_embeddings"] = tuple(x.flip(1) for x in made["position_embeddings"])
         return made
 
+    forget(model)
     monkeypatch.setattr(Fit, "arguments", wrong)
     with pytest.raises(GrowthError, match="the control's logits are off by"):
         run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
@@ -263,6 +266,34 @@ def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None
     assert "restart (no growing batch: the control's" in score.attrs["engine"]
     plain = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1, engine="plain")
     assert score.equals(plain)
+
+
+def test_a_control_speaks_for_later_passes_of_its_kind() -> None:
+    model, batch = tiny("qwen2-vl"), 2
+
+    def report(sites: list[int], kind: str = "swap", batch: int = batch, **keep: int) -> Any:
+        sweep = sweep_of("qwen2-vl", [kind], sites, batch)
+        cells = sweep.recorded(model)
+        return run_growing(model, sweep.inputs, cells, lambda x: x, None, keep)[1]
+
+    forget(model)
+    assert report([2, 3]).controls == 1
+    assert report([2, 3]).controls == 0
+    assert "controls were right before" in str(report([2, 3]))
+    assert report([1, 2, 3]).controls == 1  # through a block that none has gone through
+    assert report([1, 2], logits_to_keep=1).controls == 1
+    assert report([1, 2], batch=3).controls == 1
+    assert report([1, 2], "last", logits_to_keep=1).controls == 1  # from another position on
+    assert report([1, 3], "last", logits_to_keep=1).controls == 0
+    forget(model)
+    assert report([1, 2], batch=3).controls == 1
+
+
+def test_a_short_front_is_carried() -> None:
+    """Where little stands in front of the first change, rows are whole: the same bits, no mask."""
+    inputs = {"input_ids": torch.zeros(1, 40)}
+    jobs = [Job(0, 1, first) for first in (3, 4, 30)]
+    assert starts_of(jobs, {}, inputs) == [0, 4, 30]
 
 
 def test_what_cannot_grow_says_why() -> None:

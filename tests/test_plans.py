@@ -45,8 +45,8 @@ def test_a_sweep_costs_what_its_plan_says(family: str, at: object) -> None:
     plan = sweep.plan(model).explain(logits_to_keep=1)
     ran = counted(lambda: sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1))
     assert plan.planned == pytest.approx(ran, rel=0.15)
-    assert plan.floor < plan.planned < plan.naive
-    assert plan.passes == 1 and plan.rows == 2 * 5
+    assert plan.floor <= plan.planned < plan.naive
+    assert plan.passes == 1 and plan.rows == 2 * 4
     naive = counted(
         lambda: sweep.run(model, lambda x: x[:, -1, 0], engine="plain", logits_to_keep=1)
     )
@@ -82,7 +82,7 @@ def test_published_sizes_are_planned_without_weights(name: str) -> None:
         lambda kind, slot: Patch(slot, at=swap if kind == "strip" else LastToken(), source=source),
     )
     plan = sweep.plan(model).explain(logits_to_keep=1, memory=2**34)
-    assert plan.naive > 1e14 and plan.floor < plan.planned < plan.naive / 2
+    assert plan.naive > 1e14 and plan.floor <= plan.planned < plan.naive / 2
     assert plan.peak < 2**34
     assert "TFLOP" in str(plan) or "PFLOP" in str(plan)
     strengths = Sweep(

@@ -48,6 +48,20 @@ def last_position_only(modules: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
+def trimmed_of(model: Any, clean: Clean, jobs: Sequence[Job]) -> list[nn.Module]:
+    """Returns parts of the last block that need run for the last position alone, if it is scored.
+
+    Attention's output map and the feed-forward part, if no job writes inside the block.
+    """
+    block = model.anatomy.lm.blocks[-1]
+    last = len(model.anatomy.lm.blocks) - 1
+    inside = [step for job in jobs for step in job.inside() if step.stage == last]
+    if clean.arguments.get("logits_to_keep") != 1 or inside or block.post_norm:
+        return []
+    paths = [block.attn and block.attn.out, block.mlp and block.mlp.path]
+    return [model.hf_model.get_submodule(path) for path in paths if path]
+
+
 class Growing:
     """Rows of some jobs, on their way through the blocks."""
 
@@ -61,6 +75,7 @@ class Growing:
         self.blocks = blocks_of(model)
         self.tuples = model.block_outputs(lambda: model(clean.inputs, **clean.arguments))
         self.points = model.hook_dict
+        self.trimmed = trimmed_of(model, clean, jobs)
         # Sources are gathered here, once, for the jobs of this pass alone.
         self.edits = {id(s): self._edit(s) for job in self.jobs for s in job.steps}
 
@@ -82,19 +97,6 @@ class Growing:
             logits = torch.cat([front, logits], dim=2)
         return logits
 
-    @property
-    def _trimmed(self) -> list[nn.Module]:
-        """The parts of the last block that need run for the last position alone, if it is scored.
-
-        Attention's output map and the feed-forward part, if no job writes inside the block.
-        """
-        block = self.model.anatomy.lm.blocks[-1]
-        inside = [s for job in self.jobs for s in job.inside() if s.stage == len(self.blocks) - 1]
-        if self.clean.arguments.get("logits_to_keep") != 1 or inside or block.post_norm:
-            return []
-        paths = [block.attn and block.attn.out, block.mlp and block.mlp.path]
-        return [self.model.hf_model.get_submodule(path) for path in paths if path]
-
     def _forward(self, i: int, own: Callable[..., Any]) -> Callable[..., Any]:
         is_last = i == len(self.blocks) - 1
 
@@ -102,7 +104,7 @@ class Growing:
             hidden = hidden_of(args, kwargs)
             self._between(i, hidden)
             if self.rows is not None:
-                with last_position_only(self._trimmed if is_last else ()):
+                with last_position_only(self.trimmed if is_last else ()):
                     output = own(*self._args(args), **self._kwargs(i, kwargs))
                 self.rows = output[0] if isinstance(output, tuple) else output
             if is_last:

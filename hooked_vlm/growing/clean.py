@@ -1,6 +1,6 @@
 """The clean run of a sweep, with what cells start from: residuals, keys and values, vision."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,8 @@ class Clean:
     """Each block's attention mask."""
     encoded: Sequence[Any] | None
     """What each call of the vision encoder returned."""
+    signature: Hashable = ()
+    """Shapes of everything that blocks were called with."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,12 +68,14 @@ def run_clean(
     outputs_of: dict[int, Tensor] = {}
     masks: list[Tensor | None] = [None] * n_layers
     recorders = [Recorder() for _ in blocks]
+    signature: list[Hashable] = []
 
     def before(i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             inputs_of[i] = hidden_of(args, kwargs).detach()
             if i < n_layers:
                 masks[i] = kwargs.get(MASK)
+                signature.append(_shapes((args, sorted(kwargs.items()))))
 
         return hook
 
@@ -115,7 +119,19 @@ def run_clean(
         keys if len(keys) == n_layers else (),
         masks,
         encoded or None,
+        tuple(signature),
     )
+
+
+def _shapes(value: Any) -> Hashable:
+    """Returns shapes and dtypes of tensors, and the kind of everything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(_shapes(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _shapes(part)) for key, part in sorted(value.items()))
+    return value if isinstance(value, str | int | bool | None) else type(value).__name__
 
 
 def asked(inputs: Mapping[str, Any]) -> dict[str, Any]:

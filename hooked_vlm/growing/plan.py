@@ -8,7 +8,7 @@ from hooked_vlm.engine import Cell, parts_of, source_of
 from hooked_vlm.growing.budget import row_bytes, rows_within
 from hooked_vlm.growing.cells import Job, job_of
 from hooked_vlm.growing.costs import Costs, costs_of
-from hooked_vlm.growing.run import groups_of, starts_of
+from hooked_vlm.growing.run import firsts_of, groups_of, starts_of
 from hooked_vlm.interventions import Recording, site_of
 from hooked_vlm.memory import size_text
 from hooked_vlm.naming import last_block
@@ -98,17 +98,19 @@ class Plan(Sequence[Cell]):
                 len(found), batch, length, naive, naive, naive, len(found), len(found) * batch,
                 peak, (), (reason,),
             )  # fmt: skip
-        starts = self._starts(jobs, forward_kwargs)
-        planned, floor, passes, rows, peak = fixed, fixed, 0, 0, 0
+        starts = self._inside_images(starts_of(jobs, forward_kwargs, inputs))
+        firsts = self._inside_images(firsts_of(jobs, forward_kwargs, inputs))
+        planned, floor, proof, passes, rows, peak = fixed, fixed, 0.0, 0, 0, 0
         last_only = keep == 1
-        for job, start in zip(jobs, starts, strict=True):
+        for job, start in zip(jobs, firsts, strict=True):
             floor += self._rows(costs, job, batch, length, start, keep, last_only)
         for start, group in groups_of(jobs, starts):
             size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
-            per_pass = max(1, size // batch - 1)
+            control = Job(-1, group[0].stage, start)
+            proof += self._rows(costs, control, batch, length, start, keep, last_only)
+            per_pass = max(1, size // batch)
             for i in range(0, len(group), per_pass):
                 chunk = group[i : i + per_pass]
-                chunk = [Job(-1, chunk[0].stage, start), *chunk]
                 planned += sum(
                     self._rows(costs, job, batch, length, start, keep, last_only) for job in chunk
                 )
@@ -117,7 +119,7 @@ class Plan(Sequence[Cell]):
                 peak = max(peak, len(chunk) * batch * each)
         return Explanation(
             len(found), batch, length, naive, planned, floor, passes, rows, peak,
-            self._shortcuts(costs, jobs, starts, length),
+            (*self._shortcuts(costs, jobs, starts, length), _proof(proof)),
         )  # fmt: skip
 
     @staticmethod
@@ -130,8 +132,8 @@ class Plan(Sequence[Cell]):
         )
         return blocks + batch * min(keep, n) * costs.head
 
-    def _starts(self, jobs: Sequence[Job], forward_kwargs: Mapping[str, Any]) -> list[int]:
-        starts = starts_of(jobs, forward_kwargs, self.inputs)
+    def _inside_images(self, starts: list[int]) -> list[int]:
+        """Returns where rows start whose image blocks see all of themselves."""
         if "token_type_ids" not in self.inputs:
             return starts
         grids = [grid for row in self.model.grids(self.inputs) for grid in row]
@@ -163,6 +165,13 @@ class Plan(Sequence[Cell]):
             f"The vision encoder runs once for the clean run and once for each source, not for "
             f"each cell ({_flops(float(costs.vision))} each).",
         )
+
+
+def _proof(operations: float) -> str:
+    return (
+        f"The first such sweep carries a control as well, for {_flops(operations)} more: it has to "
+        "come out as the clean run did."
+    )
 
 
 def _flops(operations: float) -> str:

@@ -1,32 +1,33 @@
-"""Executing a sweep's cells as a growing batch, with a control in every pass.
+"""Executing a sweep's cells as a growing batch, with a control in the first pass of each kind.
 
-Among the rows of every pass is one set that changes nothing, from the first joining on.  Its
+Among the rows of such a pass is one set that changes nothing, from the first joining on.  Its
 logits must be the clean run's within `BOUNDS`; where they are not, the pass is thrown away, and
 the sweep runs by a plainer way.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from hooked_vlm.engine import Cell
 from hooked_vlm.errors import HookedVLMError
-from hooked_vlm.growing.batch import Growing
+from hooked_vlm.growing.batch import Growing, trimmed_of
 from hooked_vlm.growing.budget import rows_within
 from hooked_vlm.growing.cells import Job, job_of
 from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
 from hooked_vlm.growing.fitting import is_closed
-from hooked_vlm.interventions import Steer
+from hooked_vlm.growing.proof import is_added, is_proved, keeps_keys, kind_of, prove
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """By dtype, how far the control's logits may be from the clean run's, as a share of the largest."""
 FEWEST = 2
 """Cells from which on growing pays."""
+SHORT = 0.1
+"""Share of the prompt below which leaving its front out saves less than a mask costs."""
 NEAR = 0.15
 """Cells whose first changed positions differ by less than this share of the prompt go together."""
 
@@ -41,15 +42,21 @@ class Report:
     passes: int = 0
     rows: int = 0
     starts: list[int] = field(default_factory=list)
+    controls: int = 0
+    """Passes that carried a control; those of a kind that was proved before go without."""
     worst: float = 0.0
     """Largest difference between a control's logits and the clean run's, over the largest logit."""
 
     def __str__(self) -> str:
         """Says it in a line."""
+        controls = (
+            f"controls off by at most {self.worst:.1e} of the largest logit"
+            if self.controls
+            else "controls were right before"
+        )
         return (
             f"growing: {self.passes} passes of {self.rows} rows, from positions "
-            f"{', '.join(map(str, sorted(set(self.starts))))}; controls off by at most "
-            f"{self.worst:.1e} of the largest logit"
+            f"{', '.join(map(str, sorted(set(self.starts))))}; {controls}"
         )
 
 
@@ -89,9 +96,8 @@ def run_growing(
             rows = rows_within(
                 model, clean.shape[1], start, keep, clean.logits.element_size(), memory
             )
-            # The control is one of the jobs.
-            for chunk in _chunks(group, max(1, rows // clean.shape[0] - 1)):
-                for job, logits in _pass(model, clean, chunk, start, report):
+            for chunk, controlled in _chunks(model, clean, group, start, rows // clean.shape[0]):
+                for job, logits in _pass(model, clean, chunk, start, report, controlled):
                     scores[job.index] = metric(logits)
                     done += 1
                     if on_progress is not None:
@@ -110,54 +116,38 @@ def _clean(
     """Returns the clean run, its keys and values only where keeping them changes nothing."""
     try:
         clean = run_clean(model, inputs, base, stages, arguments, want_keys)
-        if want_keys and model not in _KEEPS:
-            # Once a model: a run that keeps keys and values must be the run without.
-            bare = run_clean(model, inputs, base, stages, arguments, want_keys=False)
-            _KEEPS[model] = bool(clean.keys) and torch.equal(bare.logits, clean.logits)
-        if want_keys and not _KEEPS[model]:
+        if want_keys and not keeps_keys(model, clean, base):
             clean = run_clean(model, inputs, base, stages, arguments, want_keys=False)
-        if clean.added and model not in _ADDS:
-            _ADDS[model] = _is_added(model, clean, base)
-        if clean.added and not _ADDS[model]:
+        if clean.added and not is_added(model, clean, base):
             raise GrowthError("it changes the residual stream between its blocks")
         return clean
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise GrowthError(f"its clean run failed: {error}") from error
 
 
-_KEEPS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-_ADDS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
-def _is_added(model: Any, clean: Clean, base: Sequence[Any]) -> bool:
-    """Whether what changes between blocks is added, and the same whatever the stream holds."""
-    other = run_clean(
-        model,
-        clean.inputs,
-        [*base, Steer(0, directions=_noise(clean), alpha=1.0)],
-        set(),
-        clean.arguments,
-        want_keys=False,
-    )
-    return other.added.keys() == clean.added.keys() and all(
-        torch.allclose(other.added[i], added, rtol=1e-2, atol=1e-2 * float(added.abs().max()))
-        for i, added in clean.added.items()
-    )
-
-
-def _noise(clean: Clean) -> Tensor:
-    stream = next(iter(clean.added.values()))
-    noise = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(0))
-    return noise.to(stream)
+def _chunks(
+    model: Any, clean: Clean, jobs: Sequence[Job], start: int, size: int
+) -> Iterator[tuple[Sequence[Job], bool]]:
+    """Yields at most `size` jobs at a time, and whether they need a control (one of that many)."""
+    done = 0
+    while done < len(jobs):
+        chunk = jobs[done : done + max(1, size)]
+        kind = kind_of(model, clean, start, bool(trimmed_of(model, clean, chunk)))
+        controlled = not is_proved(model, kind, chunk[0].stage)
+        if controlled and len(chunk) == size > 1:
+            chunk = chunk[:-1]
+        done += len(chunk)
+        yield chunk, controlled
 
 
 def _pass(
-    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report
+    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report, controlled: bool
 ) -> list[tuple[Job, Tensor]]:
-    """Returns each job's logits, once the control among them has been found to be right."""
-    jobs = [Job(-1, chunk[0].stage, start), *chunk]
+    """Returns each job's logits, once a control among such a pass has been found to be right."""
+    control = [Job(-1, chunk[0].stage, start)] if controlled else []
     try:
-        logits = Growing(model, clean, jobs, start).run()
+        growing = Growing(model, clean, [*control, *chunk], start)
+        logits = growing.run()
     except torch.OutOfMemoryError:
         if len(chunk) == 1:
             raise
@@ -165,26 +155,38 @@ def _pass(
         return [
             found
             for part in (chunk[:half], chunk[half:])
-            for found in _pass(model, clean, part, start, report)
+            for found in _pass(model, clean, part, start, report, controlled)
         ]
     except HookedVLMError as error:
         raise GrowthError(str(error)) from error
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise GrowthError(f"a block refused the rows: {error}") from error
-    off = float((logits[0] - clean.logits).abs().max() / clean.logits.abs().max())
-    report.worst = max(report.worst, off)
-    if not off <= BOUNDS.get(clean.logits.dtype, 5e-2):
-        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest")
+    if controlled:
+        off = float((logits[0] - clean.logits).abs().max() / clean.logits.abs().max())
+        report.worst = max(report.worst, off)
+        report.controls += 1
+        if not off <= BOUNDS.get(clean.logits.dtype, 5e-2):
+            raise GrowthError(f"the control's logits are off by {off:.2g} of the largest")
+        prove(model, kind_of(model, clean, start, bool(growing.trimmed)), chunk[0].stage)
+        logits = logits[1:]
     report.passes += 1
-    report.rows += len(jobs) * clean.shape[0]
+    report.rows += len(chunk) * clean.shape[0]
     report.starts.append(start)
-    return list(zip(chunk, logits[1:], strict=True))
+    return list(zip(chunk, logits, strict=True))
 
 
 def starts_of(
     jobs: Sequence[Job], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> list[int]:
-    """Returns, by job, the first position that its rows have to carry."""
+    """Returns, by job, the first position that its rows carry."""
+    short = SHORT * inputs["input_ids"].shape[1]
+    return [start if start >= short else 0 for start in firsts_of(jobs, arguments, inputs)]
+
+
+def firsts_of(
+    jobs: Sequence[Job], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> list[int]:
+    """Returns, by job, the first position that its rows cannot do without."""
     length = inputs["input_ids"].shape[1]
     keep = arguments.get("logits_to_keep", 0)
     if not isinstance(keep, int):
@@ -208,7 +210,3 @@ def groups_of(jobs: Sequence[Job], starts: Sequence[int]) -> list[tuple[int, lis
 
 def _closed(clean: Clean, start: int) -> bool:
     return all(is_closed(mask, start) for mask in {id(m): m for m in clean.masks}.values())
-
-
-def _chunks(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
