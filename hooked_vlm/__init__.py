@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOME` is what runs
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
     from hooked_vlm.grid import TokenGrid as TokenGrid
+    from hooked_vlm.growing.shared import shared_runs as shared_runs
     from hooked_vlm.hooks import HookPoint as HookPoint
     from hooked_vlm.inputs import Inputs as Inputs
     from hooked_vlm.interventions import Ablate as Ablate
@@ -46,6 +47,7 @@ _HOME = {
     "HookedVLMError": "errors",
     "HookedVLMWarning": "errors",
     "TokenGrid": "grid",
+    "shared_runs": "growing.shared",
     "HookPoint": "hooks",
     "Inputs": "inputs",
     "Ablate": "interventions",

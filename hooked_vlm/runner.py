@@ -22,6 +22,7 @@ from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.config import check_options, specialise
 from hooked_vlm.experiments.registry import Config, Step
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.growing.shared import shared_runs
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.provenance import Provenance, Stopwatch, parameter_hash, record
 from hooked_vlm.report import PAGE, write_report
@@ -110,7 +111,7 @@ def run(job: Job, listener: Listener) -> Report:
     sha256 = parameter_hash(model.hf_model)
     how = {"device": device, "dtype": job.dtype}
     results, seconds, reused, errors = [], {}, [], []
-    with Stopwatch() as watch:
+    with Stopwatch() as watch, shared_runs(model):
         for place, step in enumerate(steps, start=1):
             listener.begin(step, place, len(steps))
             config = own(job, step)

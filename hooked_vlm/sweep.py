@@ -25,7 +25,8 @@ from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.plan import Plan
 from hooked_vlm.growing.run import run_growing
-from hooked_vlm.interventions import Recording, record, site_of
+from hooked_vlm.growing.shared import recorded_once
+from hooked_vlm.interventions import Recording, site_of
 from hooked_vlm.restart import run_cells
 
 
@@ -89,7 +90,9 @@ class Sweep:
                 wanted.setdefault(id(source), (source, set()))[1].add(
                     site_of(model, part.site).name
                 )
-        recorded = {key: record(model, inputs, sorted(n)) for key, (inputs, n) in wanted.items()}
+        recorded = {
+            key: recorded_once(model, inputs, sorted(n)) for key, (inputs, n) in wanted.items()
+        }
         return [cell.with_sources(recorded) for cell in cells]
 
     def run(

@@ -20,6 +20,7 @@ from hooked_vlm.growing.cells import Job, job_of
 from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
 from hooked_vlm.growing.fitting import is_closed
 from hooked_vlm.growing.proof import is_added, is_proved, keeps_keys, kind_of, prove
+from hooked_vlm.growing.shared import content_of, open_runs
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -114,15 +115,22 @@ def _clean(
     want_keys: bool,
 ) -> Clean:
     """Returns the clean run, its keys and values only where keeping them changes nothing."""
+    runs = None if base else open_runs(model)
+    key = ("clean", content_of(inputs), repr(sorted(arguments.items()))) if runs else ()
+    kept = runs.get(key) if runs else None
+    if kept and stages <= kept.residuals.keys() and (kept.keys or not want_keys):
+        return kept
     try:
         clean = run_clean(model, inputs, base, stages, arguments, want_keys)
         if want_keys and not keeps_keys(model, clean, base):
             clean = run_clean(model, inputs, base, stages, arguments, want_keys=False)
         if clean.added and not is_added(model, clean, base):
             raise GrowthError("it changes the residual stream between its blocks")
-        return clean
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise GrowthError(f"its clean run failed: {error}") from error
+    if runs:
+        runs.keep(key, clean, (clean.residuals, clean.keys, clean.encoded, clean.logits))
+    return clean
 
 
 def _chunks(

@@ -1,0 +1,148 @@
+"""Runs that several sweeps have in common, made once: encoded images, sources, clean runs.
+
+    with shared_runs(model):
+        strips = strip_sweep.run(model, metric)
+        tokens = token_sweep.run(model, metric)  # the same prompts: nothing is encoded again
+
+What counts is what is in the inputs, not which object holds it.  Nothing is kept behind the
+`with` block, and nothing is taken from before a weight was changed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hooked_vlm.cache import ActivationCache
+from hooked_vlm.interventions import Recording, record
+from hooked_vlm.restart import encoder_of, recording, replaying
+
+
+BUDGET = 2**31
+"""Bytes kept where no other number is given; what was used longest ago goes first."""
+
+
+class Runs:
+    """What is kept of a model's runs, within a number of bytes."""
+
+    def __init__(self, model: Any, memory: int) -> None:
+        self.memory, self.taken = memory, 0
+        self.reused = 0
+        """How often something was found here."""
+        self._found: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._weights = list(model.hf_model.parameters())
+
+    def get(self, key: Hashable) -> Any:
+        """Returns what was kept under a key, or None."""
+        key = (key, self._state())
+        if key not in self._found:
+            return None
+        self._found.move_to_end(key)
+        self.reused += 1
+        return self._found[key][0]
+
+    def keep(self, key: Hashable, value: Any, tensors: Any = None) -> None:
+        """Keeps a value (of these tensors, where it hides them), letting go of others for it."""
+        leaves = pytree.tree_leaves(value if tensors is None else tensors)
+        size = sum(x.nbytes for x in leaves if isinstance(x, Tensor))
+        if size > self.memory:
+            return
+        key = (key, self._state())
+        self.taken += size - self._found.pop(key, (None, 0))[1]
+        self._found[key] = value, size
+        while self.taken > self.memory:
+            _, (_, freed) = self._found.popitem(last=False)
+            self.taken -= freed
+
+    def _state(self) -> int:
+        """Returns a number that changes whenever a weight is written."""
+        # Weights that were made in inference mode cannot be written, and have no number.
+        return sum(weight._version for weight in self._weights if not weight.is_inference())
+
+
+_OPEN: WeakKeyDictionary[Any, Runs] = WeakKeyDictionary()
+
+
+@contextmanager
+def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[Runs]:
+    """Lets sweeps on the same inputs share encoded images and source runs, within a `with` block.
+
+    `memory` is in bytes.  Blocks may be nested: the outermost one counts.
+    """
+    if model in _OPEN:
+        yield _OPEN[model]
+        return
+    _OPEN[model] = Runs(model, memory)
+    try:
+        yield _OPEN[model]
+    finally:
+        _OPEN.pop(model)
+
+
+def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -> Recording:
+    """Returns a run's named activations, from an earlier run where that had them all."""
+    runs = open_runs(model)
+    if runs is None or not all(name.startswith(BEHIND_VISION) for name in names):
+        return record(model, inputs, names)
+    key = ("source", content_of(inputs))
+    kept: dict[str, Any] = runs.get(key) or {}
+    missing = [name for name in names if name not in kept]
+    if missing:
+        with encoded_once(model, inputs):
+            made = record(model, inputs, missing).cache
+        kept = {**kept, **{name: made[name] for name in missing}}
+        runs.keep(key, kept)
+    chosen = {name: kept[name] for name in names}
+    return Recording(inputs, ActivationCache(chosen))
+
+
+@contextmanager
+def encoded_once(model: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Lets the vision encoder return what it returned for the same images before.
+
+    For one pass of the model, of which nothing in front of the language model is read.
+    """
+    runs, encoder = open_runs(model), encoder_of(model)
+    pictures = {name: x for name, x in inputs.items() if name not in TEXT}
+    if runs is None or encoder is None or not pictures:
+        yield
+        return
+    key = ("encoded", content_of(pictures))
+    found = runs.get(key)
+    if found is not None:
+        with replaying(encoder, found):
+            yield
+        return
+    with recording(encoder) as made:
+        yield
+    if made:
+        runs.keep(key, list(made))
+
+
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
+"""Inputs that the vision encoder does not see."""
+BEHIND_VISION = ("blocks.", "ln_final.", "hook_logits", "hook_merged_embed")
+
+
+def open_runs(model: Any) -> Runs | None:
+    """Returns a model's open store; none where hooks or dropout would change what is kept."""
+    return None if model.is_hooked or model.hf_model.training else _OPEN.get(model)
+
+
+def content_of(inputs: Mapping[str, Any]) -> Hashable:
+    """Returns what tensors hold, as a digest each, with their names, shapes and dtypes."""
+    return tuple(
+        (name, tuple(x.shape), x.dtype, _digest(x)) if isinstance(x, Tensor) else (name, str(x))
+        for name, x in sorted(inputs.items())
+    )
+
+
+def _digest(x: Tensor) -> str:
+    raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return blake2b(raw.data, digest_size=16).hexdigest()
