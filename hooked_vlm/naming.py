@@ -132,16 +132,19 @@ def _layer_pattern(name: str) -> re.Match[str] | None:
 def last_block(names: NamesFilter) -> int | None:
     """Returns the highest block of the language model among site names, or None.
 
-    None too for any other site, and for patterns and functions, which may select some.
+    Sites of the vision encoder and projector come before block 0, and count as -1.  None for
+    any other site, and for patterns and functions, which may select some.
 
     >>> last_block(["blocks.2.hook_resid_pre", "blocks.10.hook_mlp_out"])
     10
+    >>> last_block(["vision_encoder.blocks.3.hook_resid_post"])
+    -1
     """
     given = [names] if isinstance(names, str) else names
     if given is None or callable(given):
         return None
-    found = [re.fullmatch(r"blocks\.(\d+)\.[\w.]+", name) for name in given]
-    layers = [int(match[1]) for match in found if match]
+    found = [re.fullmatch(r"(?:blocks\.(\d+)|vision_\w+)\.[\w.]+", name) for name in given]
+    layers = [int(match[1] or -1) for match in found if match]
     return max(layers) if layers and len(layers) == len(found) else None
 
 

@@ -5,13 +5,14 @@ below l as they were.  So the clean pass runs once, its residual stream in front
 blocks in question and the encoder's output are kept, and every cell runs from its first
 changed block on.  The numbers are those of `engine.run_plain`, bit for bit: before a model
 is trusted with it, clean passes run both ways and must agree exactly, and whatever cannot
-be started this way (an edit in the vision encoder, hooks that are open, a model whose
-blocks depend on more than their input) runs plainly.
+be started this way (hooks that are open, a model whose blocks depend on more than their
+input) runs plainly.  Cells that edit the vision encoder run
+all of the language model, and of the encoder what is not below their edit.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,9 @@ def run_cells(
     """Returns the metric of every cell, as `run_plain` does, by the shortest way that is safe."""
     arguments = dict(forward_kwargs or {})
     with torch.no_grad():
-        start = Restart.of(model, inputs, cells, arguments)
+        start = Restart.of(model, inputs, cells, arguments) or TowerRestart.of(
+            model, inputs, cells, arguments
+        )
         if start is None:
             return run_plain(model, inputs, cells, metric, on_progress, forward_kwargs)
         scores = []
@@ -145,6 +148,81 @@ class Restart:
             if not torch.equal(again, self.plain):
                 return False
         return True
+
+
+@dataclass(frozen=True, eq=False)
+class TowerRestart:
+    """A clean pass through the vision encoder, kept block by block.
+
+    Every token sees all others there, so cells have only the blocks below their first change in
+    common with it; those hand on what they did.
+    """
+
+    model: Any
+    inputs: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    blocks: Sequence[nn.Module]
+    outputs: Sequence[Sequence[Any]]
+    """What each call of each block returned."""
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        inputs: Mapping[str, Any],
+        cells: Sequence[Cell],
+        arguments: Mapping[str, Any],
+    ) -> "TowerRestart | None":
+        """Returns a start that was proved exact on these inputs, or None where there is none."""
+        unready = len(cells) < FEWEST or model.is_hooked or model.hf_model.training
+        if unready or model.anatomy.vision is None:
+            return None
+        depths = [tower_depth(model, cell.interventions) for cell in cells]
+        if not any(depths):
+            return None
+        paths = [block.path for block in model.anatomy.vision.blocks[: max(depths)]]
+        blocks = [model.hf_model.get_submodule(path) for path in paths]
+        try:
+            model.block_outputs(lambda: model(inputs, **arguments))
+            with ExitStack() as stack:
+                outputs = [stack.enter_context(recording(block)) for block in blocks]
+                plain = model(inputs, **arguments)
+            made = cls(model, inputs, arguments, blocks, outputs)
+            with made._replaying(len(blocks)):
+                return made if torch.equal(model(inputs, **arguments), plain) else None
+        except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
+            return None  # what is wrong, if it is, shows plainly
+
+    def run(self, cell: Cell) -> Tensor:
+        """Returns the logits of a cell."""
+        with self._replaying(tower_depth(self.model, cell.interventions)):
+            return self.model.run_with_hooks(self.inputs, cell.interventions, **self.arguments)
+
+    @contextmanager
+    def _replaying(self, depth: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for block, outputs in zip(self.blocks[:depth], self.outputs, strict=False):
+                stack.enter_context(replaying(block, outputs))
+            yield
+
+
+def tower_depth(model: Any, interventions: Sequence[Any]) -> int:
+    """Returns how many of the vision encoder's blocks lie below all changes; 0 for no changes."""
+    depths = [model.cfg.vision.n_layers]
+    for part in parts_of(interventions):
+        if not hasattr(part, "site"):
+            return 0
+        name = site_of(model, part.site).name
+        block = re.match(r"vision_encoder\.blocks\.(\d+)\.(.*)", name)
+        if block is not None:
+            depths.append(int(block[1]) + (block[2] == "hook_resid_post"))
+        elif not name.startswith(BEHIND_BLOCKS):
+            return 0
+    return min(depths)
+
+
+BEHIND_BLOCKS = ("vision_encoder.hook_out", "vision_projector.", "blocks.", "ln_final.", "hook_")
+"""Where names begin that no block of the vision encoder comes behind."""
 
 
 def first_layer(model: Any, cell: Cell) -> int | None:

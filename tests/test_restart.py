@@ -8,14 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, make_inputs, tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_vlm import restart
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.pairing import swap_pairs
 from hooked_vlm.regions import Region
-from hooked_vlm.restart import Restart, first_layer, spread
+from hooked_vlm.restart import Restart, TowerRestart, first_layer, spread, tower_depth
 from hooked_vlm.spans import LastToken
 from hooked_vlm.sweep import Sweep
 
@@ -214,3 +214,55 @@ def test_no_trace_is_left_in_the_model() -> None:
 
 def _fails() -> Tensor:
     raise RuntimeError("planted")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cells_in_the_vision_encoder_start_from_their_block(family: str) -> None:
+    model = tiny(family)
+    assert model.cfg.vision is not None and model.anatomy.vision is not None
+    n_blocks = model.cfg.vision.n_layers
+    sites = [f"vision_encoder.blocks.{i}.hook_resid_{end}" for i in range(n_blocks) for end in ENDS]
+    sites = [site for site in sites if not model.sites[site].read_only]
+    sweep = sweep_of(family, ["swap", "zero"], sites)
+    cells = sweep.recorded(model)
+    start = TowerRestart.of(model, sweep.inputs, cells, {})
+    assert start is not None
+    ran: list[int] = []
+    handles = [
+        model.hf_model.get_submodule(f"{block.path}.{_some_linear(model, block.path)}")
+        .register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(model.anatomy.vision.blocks)
+    ]  # fmt: skip
+    for cell in cells:
+        ran.clear()
+        found = start.run(cell)
+        depth = tower_depth(model, cell.interventions)
+        assert sorted(set(ran)) == list(range(depth, n_blocks))
+        assert torch.equal(found, model.run_with_hooks(sweep.inputs, cell.interventions))
+    for handle in handles:
+        handle.remove()
+    fast, plain = both(sweep, family)
+    assert fast.equals(plain)
+
+
+ENDS = ("pre", "post")
+
+
+def _some_linear(model: HookedVLM, path: str) -> str:
+    block = model.hf_model.get_submodule(path)
+    return next(name for name, part in block.named_modules() if isinstance(part, nn.Linear))
+
+
+def test_what_lies_below_in_the_encoder() -> None:
+    model = tiny("llava")
+    assert model.cfg.vision is not None
+    n_blocks, site = model.cfg.vision.n_layers, "vision_encoder.blocks.1.{}"
+    depth = {
+        name: tower_depth(model, [Ablate(site.format(name))])
+        for name in ("hook_resid_pre", "attn.hook_z", "hook_resid_post")
+    }
+    assert depth == {"hook_resid_pre": 1, "attn.hook_z": 1, "hook_resid_post": 2}
+    assert tower_depth(model, [Ablate("vision_projector.hook_out")]) == n_blocks
+    assert tower_depth(model, [Ablate(site.format("hook_resid_post")), Ablate(0)]) == 2
+    assert tower_depth(model, [("hook_embed", lambda x, hook: x)]) == 0
+    assert tower_depth(model, [Ablate("vision_encoder.hook_patch_embed")]) == 0
