@@ -13,7 +13,6 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Runs:
         self.reused = 0
         """How often something was found here."""
         self._found: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._weights = list(model.hf_model.parameters())
+        self._model = model
 
     def get(self, key: Hashable) -> Any:
         """Returns what was kept under a key, or None."""
@@ -63,10 +62,12 @@ class Runs:
     def _state(self) -> int:
         """Returns a number that changes whenever a weight is written."""
         # Weights that were made in inference mode cannot be written, and have no number.
-        return sum(weight._version for weight in self._weights if not weight.is_inference())
+        weights = self._model.hf_model.parameters()
+        return sum(weight._version for weight in weights if not weight.is_inference())
 
 
-_OPEN: WeakKeyDictionary[Any, Runs] = WeakKeyDictionary()
+_OPEN: dict[int, Runs] = {}
+"""By the `id` of the model, which lives as long as its `with` block."""
 
 
 @contextmanager
@@ -75,14 +76,14 @@ def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[Runs]:
 
     `memory` is in bytes.  Blocks may be nested: the outermost one counts.
     """
-    if model in _OPEN:
-        yield _OPEN[model]
+    if id(model) in _OPEN:
+        yield _OPEN[id(model)]
         return
-    _OPEN[model] = Runs(model, memory)
+    runs = _OPEN[id(model)] = Runs(model, memory)
     try:
-        yield _OPEN[model]
+        yield runs
     finally:
-        _OPEN.pop(model)
+        del _OPEN[id(model)]
 
 
 def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -> Recording:
@@ -132,7 +133,7 @@ BEHIND_VISION = ("blocks.", "ln_final.", "hook_logits", "hook_merged_embed")
 
 def open_runs(model: Any) -> Runs | None:
     """Returns a model's open store; none where hooks or dropout would change what is kept."""
-    return None if model.is_hooked or model.hf_model.training else _OPEN.get(model)
+    return None if model.is_hooked or model.hf_model.training else _OPEN.get(id(model))
 
 
 def content_of(inputs: Mapping[str, Any]) -> Hashable:
