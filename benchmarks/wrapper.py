@@ -19,7 +19,6 @@ installed and knows the architecture, by TransformerLens's bridge.
 """
 
 import argparse
-import copy
 import gc
 import platform
 import tempfile
@@ -38,6 +37,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.built import LAYERS, REAL, build, make_inputs, on_meta
+from benchmarks.parts import twin
 from hooked_vlm import HookedVLM, LastToken, Patch
 from hooked_vlm.interventions import record
 from hooked_vlm.stimuli.geometry import geometry_for
@@ -144,12 +144,8 @@ def _by_torch_hooks(model: HookedVLM, names: Sequence[str], run: Callable[[], ob
 
 
 def _copy(hf_model: nn.Module, attention: str | None = None) -> Any:
-    """Returns a model of modules of its own with the same weights in them.
-
-    transformers leaves hooks in a model that it has once collected hidden states from, and
-    the bridge puts modules of its own into it.
-    """
-    copied: Any = copy.deepcopy(hf_model, {id(p): p for p in hf_model.parameters()})
+    """Returns a twin of a model, where asked with another attention."""
+    copied = twin(hf_model)
     if attention is not None:
         copied.set_attn_implementation(attention)
     return copied
