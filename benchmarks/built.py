@@ -145,7 +145,10 @@ def build(
     """Returns a new random transformers model of a family, seeded, in eval mode."""
     model_class, config = FAMILIES[family](*layers, width, vocab, side)
     torch.manual_seed(0)
-    return model_class._from_config(config, attn_implementation="sdpa").eval()  # type: ignore[attr-defined]
+    made: Any = model_class._from_config(config, attn_implementation="sdpa").eval()  # type: ignore[attr-defined]
+    if family == "gemma-3":  # zeros otherwise, and no image would matter
+        torch.nn.init.normal_(made.model.multi_modal_projector.mm_input_projection_weight, std=0.02)
+    return made
 
 
 def make_inputs(

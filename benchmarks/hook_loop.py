@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.parts import pixels, vision_path
+from benchmarks.parts import merged, pixels, vision_path
 from benchmarks.tasks import Cell, Task, edited, edited_heads, edited_rows
 
 
@@ -31,32 +31,12 @@ class HookLoop:
         """Returns the last position's logits `[cell, batch, d_vocab]`, from pixels on."""
         if any(cell.stream == "vision" for cell in task.cells):
             return self._through_vision(task)
-        clean = self._merged(task.clean)
+        clean = merged(self.whole, task.clean)
         needed = {(c.stream, c.layer) for c in task.cells if c.alpha is None}
-        there = self._recorded(self._merged(task.source), needed) if needed else {}
+        there = self._recorded(merged(self.whole, task.source), needed) if needed else {}
         return torch.stack(
             [self._logits(clean, cell, there.get((cell.stream, cell.layer))) for cell in task.cells]
         )
-
-    def _merged(self, inputs: Any) -> dict[str, Any]:
-        """Returns what the language model is called with, vision encoded and merged in."""
-        found: dict[str, Any] = {}
-
-        class Reached(Exception):  # noqa: N818 - no error: the pass ends here
-            pass
-
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            found.update(kwargs)
-            raise Reached
-
-        handle = self.language.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            self.whole(**inputs, use_cache=False)
-        except Reached:
-            pass
-        finally:
-            handle.remove()
-        return found
 
     def _module(self, stream: str, layer: int) -> nn.Module:
         layers = self.language.layers

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 
-VISION = ("visual.blocks", "vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
+VISION = (
+    "visual.blocks",
+    "vision_tower.encoder.layers",
+    "vision_tower.vision_model.encoder.layers",
+)
 N_HEADS = 8
 """Of the random models; heads are one axis in what their output map reads."""
 
@@ -62,6 +66,28 @@ def patch_rows(family: str, side: int) -> Tensor:
 def pixels(inputs: Any) -> dict[str, Tensor]:
     """Returns those of the inputs that the vision encoder takes."""
     return {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+
+
+class _Reached(Exception):  # noqa: N818 - no error: the pass ends here
+    pass
+
+
+def merged(hf_model: Any, inputs: Any) -> dict[str, Any]:
+    """Returns what the language model is called with, vision encoded and merged in."""
+    found: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.update(kwargs)
+        raise _Reached
+
+    handle = hf_model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        hf_model(**inputs, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found
 
 
 def split_heads(z: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ embeddings, which it takes as input, and the vision encoder runs once; else ever
 
 import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer
@@ -26,19 +27,10 @@ class TransformerLens:
     """Sweeps by hooks on a bridge."""
 
     def __init__(self, hf_model: Any, family: str) -> None:
-        """Puts a bridge around a twin of the model, from a folder, without a hub."""
-        copied = twin(hf_model)
+        """Puts a bridge around a twin of the model."""
         self.family, self.n_layers = family, len(hf_model.model.language_model.layers)
         self.n_read = n_vision_read(hf_model)
-        copied.config.architectures = [type(copied).__name__]
-        with tempfile.TemporaryDirectory() as folder:
-            copied.config.save_pretrained(folder)
-            try:
-                self.bridge: Any = TransformerBridge.boot_transformers(
-                    folder, hf_model=copied, device=str(hf_model.device), tokenizer=_words(folder)
-                )
-            except (ValueError, ImportError) as error:
-                raise Cannot(" ".join(str(error).split())[:70]) from error
+        self.bridge: Any = bridged(twin(hf_model))
         self.inside = "blocks" if family.startswith("qwen") else "encoder_layers"
 
     def run(self, task: Task) -> Tensor:
@@ -105,6 +97,26 @@ class TransformerLens:
         assert cell.pairs is not None
         rows, cols = cell.pairs.shape
         return len(here) // (4 * rows * cols)
+
+
+def bridged(hf_model: Any) -> Any:
+    """Returns a bridge that has moved into a model; raises `Cannot` where it takes none of it.
+
+    It is booted from a folder, without a hub.
+    """
+    hf_model.config.architectures = [type(hf_model).__name__]
+    with tempfile.TemporaryDirectory() as folder, mock.patch(INSTALLS, return_value=False):
+        hf_model.config.save_pretrained(folder)
+        try:
+            return TransformerBridge.boot_transformers(
+                folder, hf_model=hf_model, device=str(hf_model.device), tokenizer=_words(folder)
+            )
+        except (ValueError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
+            raise Cannot(" ".join(str(error).split())[:80]) from error
+
+
+INSTALLS = "transformer_lens.model_bridge.sources.transformers.helpers._ensure_torchvision"
+"""Runs `pip install torchvision` where the folder has no processor, which replaces torch itself."""
 
 
 def _rest(inputs: Any) -> dict[str, Tensor]:
