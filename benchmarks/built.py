@@ -69,14 +69,14 @@ def _qwen(vision: dict[str, Any], n_layers: int, width: int, vocab: int) -> dict
     }
 
 
-def _qwen2_vl(n_layers: int, n_vision: int, width: int, vocab: int, side: int) -> tuple[type, Any]:
+def _qwen2_vl(n_layers: int, n_vision: int, width: int, vocab: int, _side: int) -> tuple[type, Any]:
     vision = {"depth": n_vision, "embed_dim": 256, "hidden_size": width, "num_heads": 8}
     config = Qwen2VLConfig(**_qwen(vision, n_layers, width, vocab))
     return Qwen2VLForConditionalGeneration, config
 
 
 def _qwen2_5_vl(
-    n_layers: int, n_vision: int, width: int, vocab: int, side: int
+    n_layers: int, n_vision: int, width: int, vocab: int, _side: int
 ) -> tuple[type, Any]:
     vision = {
         "depth": n_vision,

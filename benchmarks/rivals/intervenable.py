@@ -115,6 +115,7 @@ class Intervenable:
             ]
             config = pyvene.IntervenableConfig(representations=rows)
             self.made[key] = pyvene.IntervenableModel(config, model)
+            model.requires_grad_(True)  # it freezes weights, which are not its own here
         return self.made[key]
 
     def _place(self, cell: Cell) -> Place:
@@ -134,7 +135,13 @@ def _located(unit: str, positions: Tensor, heads: list[int], batch: int) -> list
 
 
 def _own(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns inputs with embeddings of their own: pyvene writes into what a block is given."""
+    """Returns inputs as pyvene can take them.
+
+    It writes into what a block is given, so embeddings are a copy, and it takes the number of
+    prompts from the first of the inputs.
+    """
     if "inputs_embeds" not in inputs:
         return inputs
-    return {**inputs, "inputs_embeds": inputs["inputs_embeds"].clone()}
+    return {"inputs_embeds": inputs["inputs_embeds"].clone()} | {
+        name: value for name, value in inputs.items() if name != "inputs_embeds"
+    }

@@ -1,8 +1,8 @@
 """TransformerLens 4.3: `TransformerBridge`, `run_with_cache` and `run_with_hooks`.
 
 Its patching helpers take no image, so cells are `run_with_hooks` in a loop.  Where positions
-and mask follow from the embeddings alone (LLaVA), the language model is called on merged
-embeddings, which it takes as input, and the vision encoder runs once; else every cell runs it.
+do not follow from the image (LLaVA, Gemma 3), the language model is called on merged embeddings,
+which the bridge takes as its input, and the vision encoder runs once; else every cell runs it.
 `start_at_layer` would save nothing: the blocks before it run all the same.
 """
 
@@ -48,9 +48,9 @@ class TransformerLens:
                 **short,
             )
         first, rest = task.clean["input_ids"], _rest(task.clean)
-        if self.family == "llava" and not vision:
+        if not vision and not self.family.startswith("qwen"):
             first = self.bridge(first, stop_at_layer=0, use_cache=False, **rest)
-            rest = {"attention_mask": rest["attention_mask"]}
+            del rest["pixel_values"]
         logits = []
         for cell in task.cells:
             name = self._name(cell)
@@ -100,7 +100,7 @@ class TransformerLens:
 
 
 def bridged(hf_model: Any) -> Any:
-    """Returns a bridge that has moved into a model; raises `Cannot` where it takes none of it.
+    """Returns a bridge that has moved into a model; raises `Cannot` where it does not take it.
 
     It is booted from a folder, without a hub.
     """
@@ -112,7 +112,8 @@ def bridged(hf_model: Any) -> Any:
                 folder, hf_model=hf_model, device=str(hf_model.device), tokenizer=_words(folder)
             )
         except (ValueError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
-            raise Cannot(" ".join(str(error).split())[:80]) from error
+            why = " ".join(str(error).split()).split(". ")[0].split(" library")[0]
+            raise Cannot(f"{why} ({type(hf_model).__name__})") from error
 
 
 INSTALLS = "transformer_lens.model_bridge.sources.transformers.helpers._ensure_torchvision"

@@ -10,7 +10,7 @@ with, so that the vision encoder runs once for all cells.
 from typing import Any
 
 import torch
-from nnsight import NNsight  # type: ignore[import-not-found]
+from nnsight import NNsight, save  # type: ignore[import-not-found]
 from torch import Tensor
 
 from benchmarks.parts import n_vision_read, twin, vision_path
@@ -20,7 +20,7 @@ from benchmarks.tasks import Cell, Task, edited, edited_heads, edited_rows
 class Tracing:
     """Sweeps by traces."""
 
-    def __init__(self, hf_model: Any, family: str) -> None:
+    def __init__(self, hf_model: Any, _family: str) -> None:
         """Wraps twins of the model and of its language model."""
         self.whole: Any = NNsight(twin(hf_model))
         self.language: Any = NNsight(twin(hf_model).model.language_model)
@@ -59,16 +59,16 @@ class Tracing:
         found: list[Tensor] = []
         if n:
             with self.language.trace(**given) as tracer:
-                found = [self.language.layers[i].output for i in range(n)].save()  # type: ignore[attr-defined]
+                found = save([self.language.layers[i].output for i in range(n)])
                 tracer.stop()
         return found
 
     def _heads(self, given: dict[str, Any]) -> list[Tensor]:
         """Returns what the output map of every attention reads."""
         with self.language.trace(**given) as tracer:
-            found = [  # type: ignore[attr-defined]
-                self.language.layers[i].self_attn.o_proj.input for i in range(self.n_layers)
-            ].save()
+            found = save(
+                [self.language.layers[i].self_attn.o_proj.input for i in range(self.n_layers)]
+            )
             tracer.stop()
         return found
 
@@ -109,6 +109,6 @@ class Tracing:
     def _rows(self, inputs: Any) -> list[Tensor]:
         """Returns what every block of the vision encoder that is read gives."""
         with self.whole.trace(**inputs, use_cache=False) as tracer:
-            found = [self.blocks[i].output for i in range(self.n_read)].save()  # type: ignore[attr-defined]
+            found = save([self.blocks[i].output for i in range(self.n_read)])
             tracer.stop()
         return found
