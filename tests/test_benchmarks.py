@@ -78,24 +78,17 @@ def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "gemma-3", "llava"])
-def test_cells_do_something(throughput, family):
+def test_the_hook_loop_agrees_on_every_family_and_cells_do_something(throughput, family):
     """A write that changes nothing would be equal for everyone, and fast."""
-    made = throughput.built.build(family, (2, 3), width=64, side=24)
-    model = HookedVLM(made, name=family)
-    for task in throughput.tasks_for(model, throughput.TASKS, 2, family):
-        found = throughput.Ours(model).run(task)
-        apart = (found - found.mean(0)).abs().amax(dim=(1, 2))
-        assert (apart > 0).all(), task.name
-
-
-@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "gemma-3", "llava"])
-def test_the_hook_loop_knows_where_a_familys_image_is(throughput, family):
-    made = throughput.built.build(family, (2, 3), width=64, side=24)
+    made = throughput.built.build(family, (2, 3 if family == "llava" else 2), width=64, side=24)
     model = HookedVLM(made, name=family)
     loop, plain = throughput.HookLoop(made), throughput.Ours(model, "plain")
-    for task in throughput.tasks_for(model, ("strip", "head", "vision"), 2, family):
-        row = throughput.compared(task, plain, loop, 1)
-        assert row["difference"] < 2e-6, task.name
+    names = throughput.TASKS if family == "llava" else ("object", "vision")
+    for task in throughput.tasks_for(model, names, 1, family):
+        with torch.no_grad():
+            found, expected = loop.run(task), plain.run(task)
+        assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), task.name
+        assert ((found - found.mean(0)).abs().amax(dim=(1, 2)) > 1e-5).all(), task.name
     assert not any(m._forward_pre_hooks for m in made.modules())
 
 
