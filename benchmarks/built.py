@@ -2,6 +2,8 @@
 
 `build` gives a seeded random model with 12 blocks of width 512 (about 50 million
 parameters in them) and `make_inputs` prompts of about 160 tokens for it, one image each.
+An image's size is its `side`: it is always `side / 2` tokens wide and high, which are merged
+from `side` x `side` patches, save in LLaVA, where a token is one patch of a smaller picture.
 `REAL` are the configs of published models; on the `meta` device they take no memory.
 """
 
@@ -18,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
@@ -28,7 +32,7 @@ VOCAB, IMAGE, START, END = 4000, 3999, 3998, 3997
 SIDE, PATCH = 16, 14
 LENGTH = 160
 LAYERS = {"qwen2-vl": (12, 6), "gemma-3": (12, 6)}
-"""The families that `build` knows, and their numbers of blocks: language model, encoder."""
+"""The families that are timed by default, and their blocks: language model, encoder."""
 
 
 def _rotary(*section: int) -> dict[str, Any]:
@@ -50,24 +54,63 @@ def _text(n_layers: int, width: int, vocab: int) -> dict[str, Any]:
     }
 
 
-def _qwen2_vl(n_layers: int, n_vision: int, width: int, vocab: int) -> tuple[type, Any]:
-    vision = {"depth": n_vision, "embed_dim": 256, "hidden_size": width, "num_heads": 8}
+def _qwen(vision: dict[str, Any], n_layers: int, width: int, vocab: int) -> dict[str, Any]:
     half = width // 16
     time, rows = half // 4, (half - half // 4) // 2
     rope = _rotary(time, rows, half - time - rows)
     text = {**_text(n_layers, width, vocab), "rope_parameters": rope}
     del text["head_dim"]
-    config = Qwen2VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
+    return {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": IMAGE,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }
+
+
+def _qwen2_vl(n_layers: int, n_vision: int, width: int, vocab: int, _side: int) -> tuple[type, Any]:
+    vision = {"depth": n_vision, "embed_dim": 256, "hidden_size": width, "num_heads": 8}
+    config = Qwen2VLConfig(**_qwen(vision, n_layers, width, vocab))
     return Qwen2VLForConditionalGeneration, config
 
 
-def _gemma_3(n_layers: int, n_vision: int, width: int, vocab: int) -> tuple[type, Any]:
+def _qwen2_5_vl(
+    n_layers: int, n_vision: int, width: int, vocab: int, _side: int
+) -> tuple[type, Any]:
+    vision = {
+        "depth": n_vision,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "out_hidden_size": width,
+        "num_heads": 8,
+        "fullatt_block_indexes": [n_vision // 2, n_vision - 1],
+    }
+    config = Qwen2_5_VLConfig(**_qwen(vision, n_layers, width, vocab))
+    return Qwen2_5_VLForConditionalGeneration, config
+
+
+def _llava(n_layers: int, n_vision: int, width: int, vocab: int, side: int) -> tuple[type, Any]:
+    config: Any = LlavaConfig
+    vision: Any = CLIPVisionConfig
+    text: Any = LlamaConfig
+    tower = vision(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_hidden_layers=n_vision,
+        image_size=side // 2 * PATCH,
+        patch_size=PATCH,
+    )
+    return LlavaForConditionalGeneration, config(
+        vision_config=tower,
+        text_config=text(**_text(n_layers, width, vocab)),
+        image_token_index=IMAGE,
+        image_seq_length=(side // 2) ** 2,
+    )
+
+
+def _gemma_3(n_layers: int, n_vision: int, width: int, vocab: int, side: int) -> tuple[type, Any]:
     config: Any = Gemma3Config
     text: Any = Gemma3TextConfig
     vision: Any = SiglipVisionConfig
@@ -75,42 +118,56 @@ def _gemma_3(n_layers: int, n_vision: int, width: int, vocab: int) -> tuple[type
     made = config(
         text_config=text(**_text(n_layers, width, vocab)).to_dict(),
         vision_config=vision(
-            **sizes, num_hidden_layers=n_vision, image_size=SIDE * PATCH, patch_size=PATCH
+            **sizes, num_hidden_layers=n_vision, image_size=side * PATCH, patch_size=PATCH
         ).to_dict(),
-        mm_tokens_per_image=(SIDE // 2) ** 2,
+        mm_tokens_per_image=(side // 2) ** 2,
         image_token_id=IMAGE,
     )
     return Gemma3ForConditionalGeneration, made
 
 
+FAMILIES: dict[str, Callable[..., tuple[type, Any]]] = {
+    "qwen2-vl": _qwen2_vl,
+    "qwen2.5-vl": _qwen2_5_vl,
+    "gemma-3": _gemma_3,
+    "llava": _llava,
+}
+"""The families that `build` knows."""
+
+
 def build(
-    family: str, layers: tuple[int, int] | None = None, width: int = 512, vocab: int = VOCAB
+    family: str,
+    layers: tuple[int, int] = (12, 6),
+    width: int = 512,
+    vocab: int = VOCAB,
+    side: int = SIDE,
 ) -> Any:
     """Returns a new random transformers model of a family, seeded, in eval mode."""
-    make = {"qwen2-vl": _qwen2_vl, "gemma-3": _gemma_3}[family]
-    model_class, config = make(*(layers or LAYERS[family]), width, vocab)
+    model_class, config = FAMILIES[family](*layers, width, vocab, side)
     torch.manual_seed(0)
-    return model_class._from_config(config, attn_implementation="sdpa").eval()  # type: ignore[attr-defined]
+    made: Any = model_class._from_config(config, attn_implementation="sdpa").eval()  # type: ignore[attr-defined]
+    if family == "gemma-3":  # zeros otherwise, and no image would matter
+        torch.nn.init.normal_(made.model.multi_modal_projector.mm_input_projection_weight, std=0.02)
+    return made
 
 
 def make_inputs(
     family: str, batch: int, seed: int = 0, side: int = SIDE, length: int = LENGTH
 ) -> dict[str, Tensor]:
-    """Returns inputs of `batch` prompts, each with one image of `side` x `side` patches.
-
-    Four patches make a token.
-    """
+    """Returns inputs of `batch` prompts, each with one image of `side / 2` tokens a side."""
     random = torch.Generator().manual_seed(seed)
     n_tokens = (side // 2) ** 2
     ids = torch.randint(2, 3000, (batch, length), generator=random)
     ids[:, 3], ids[:, 4 : 4 + n_tokens], ids[:, 4 + n_tokens] = START, IMAGE, END
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family == "qwen2-vl":
+    if family.startswith("qwen"):
         inputs["pixel_values"] = torch.randn(batch * side**2, 3 * 2 * PATCH**2, generator=random)
         inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * batch)
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     else:
-        inputs["pixel_values"] = torch.randn(batch, 3, SIDE * PATCH, SIDE * PATCH, generator=random)
+        across = (side // 2 if family == "llava" else side) * PATCH
+        inputs["pixel_values"] = torch.randn(batch, 3, across, across, generator=random)
+    if family == "gemma-3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
     return inputs
 

@@ -12,8 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.parts import patch_rows, split_heads
 from hooked_vlm.pairing import CellPairs, swap_pairs
 from hooked_vlm.regions import Region
+
+
+class Cannot(Exception):  # noqa: N818 - no error: it goes into the table
+    """A tool has no way to carry out a task; says why."""
 
 
 TASKS = ("strip", "object", "final_token", "alpha", "head", "vision")
@@ -57,8 +62,12 @@ def make_task(
     width: int,
     first_image: int,
     side: int,
+    family: str,
 ) -> Task:
-    """Returns a task on prompts with one image of `side` x `side` tokens from `first_image` on."""
+    """Returns a task on prompts with one image of `side` x `side` tokens from `first_image` on.
+
+    `n_vision` are the blocks of the vision encoder that the language model gets to see.
+    """
     task = Task(name, clean, source)
     third, low, shape = side // 3, (side - 2) // 2, (side, side)
     last = torch.tensor([clean["input_ids"].shape[1] - 1])
@@ -70,7 +79,7 @@ def make_task(
         pairs = swap_pairs(*regions)
         targets, sources = pairs.tokens()
         if name == "vision":
-            rows = patch_rows(side)
+            rows = patch_rows(family, side)
             targets, sources = rows[targets].flatten(), rows[sources].flatten()
             layers, stream = range(n_vision), "vision"
         else:
@@ -95,14 +104,6 @@ def make_task(
     return task
 
 
-def patch_rows(side: int) -> Tensor:
-    """Returns the four rows of Qwen2-VL's encoder that each visual token is merged from.
-
-    The encoder has them next to one another, token by token.
-    """
-    return torch.arange(4 * side * side).reshape(side * side, 4)
-
-
 def edited(cell: Cell, here: Tensor, there: Tensor | None) -> Tensor:
     """Returns an activation `[batch, pos, ...]` with a cell carried out on it."""
     changed = here.clone()
@@ -117,3 +118,14 @@ def edited(cell: Cell, here: Tensor, there: Tensor | None) -> Tensor:
     else:
         changed[:, cell.targets] = there[:, cell.sources]
     return changed
+
+
+def edited_rows(cell: Cell, here: Tensor, there: Tensor, batch: int) -> Tensor:
+    """Returns an encoder's output with a cell carried out, where images may share one axis."""
+    split = [x.reshape(batch, -1, x.shape[-1]) for x in (here, there)]
+    return edited(cell, *split).reshape(here.shape)
+
+
+def edited_heads(cell: Cell, here: Tensor, there: Tensor) -> Tensor:
+    """Returns what an attention's output map reads with a cell carried out on one head."""
+    return edited(cell, split_heads(here), split_heads(there)).flatten(-2)

@@ -19,10 +19,8 @@ installed and knows the architecture, by TransformerLens's bridge.
 """
 
 import argparse
-import copy
 import gc
 import platform
-import tempfile
 import time
 import tracemalloc
 import warnings
@@ -37,7 +35,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks import rivals
 from benchmarks.built import LAYERS, REAL, build, make_inputs, on_meta
+from benchmarks.parts import twin
+from benchmarks.tasks import Cannot
 from hooked_vlm import HookedVLM, LastToken, Patch
 from hooked_vlm.interventions import record
 from hooked_vlm.stimuli.geometry import geometry_for
@@ -144,12 +145,8 @@ def _by_torch_hooks(model: HookedVLM, names: Sequence[str], run: Callable[[], ob
 
 
 def _copy(hf_model: nn.Module, attention: str | None = None) -> Any:
-    """Returns a model of modules of its own with the same weights in them.
-
-    transformers leaves hooks in a model that it has once collected hidden states from, and
-    the bridge puts modules of its own into it.
-    """
-    copied: Any = copy.deepcopy(hf_model, {id(p): p for p in hf_model.parameters()})
+    """Returns a twin of a model, where asked with another attention."""
+    copied = twin(hf_model)
     if attention is not None:
         copied.set_attn_implementation(attention)
     return copied
@@ -158,23 +155,17 @@ def _copy(hf_model: nn.Module, attention: str | None = None) -> Any:
 def _transformer_lens(model: HookedVLM, tensors: Mapping[str, Tensor]) -> Ways:
     """Returns the same LM residuals by TransformerLens's bridge over a copy of the model."""
     try:
-        from transformer_lens.model_bridge import (  # type: ignore[import-not-found]
-            TransformerBridge,
-        )
-    except ImportError:
+        rivals.require("transformer-lens")
+    except rivals.MissingRivalError:
         print("TransformerLens is not installed: skipped.\n")
         return {}
-    hf_model = _copy(model.hf_model)
-    shipped = HookedVLM.from_pretrained("tiny-gemma-3").tokenizer  # it will not start without one
-    with tempfile.TemporaryDirectory() as folder:
-        hf_model.config.save_pretrained(folder)
-        try:
-            bridge: Any = TransformerBridge.boot_transformers(
-                folder, hf_model=hf_model, device=str(model.device), tokenizer=shipped
-            )
-        except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
-            print(f"TransformerLens does not take this model: {str(error)[:80]}\n")
-            return {}
+    from benchmarks.rivals.lens import bridged
+
+    try:
+        bridge = bridged(_copy(model.hf_model))
+    except Cannot as reason:
+        print(f"TransformerLens does not take this model: {reason}\n")
+        return {}
     given = {name: value for name, value in tensors.items() if name != "input_ids"}
 
     def residuals() -> object:

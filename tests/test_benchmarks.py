@@ -1,6 +1,7 @@
 """The benchmarks run, on models too small to time: nothing here asserts on a time."""
 
 import importlib
+import importlib.util
 import json
 from typing import Any
 
@@ -76,10 +77,59 @@ def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_
     assert found["machine"]["torch"] == torch.__version__
 
 
-def test_cells_do_something(throughput):
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "gemma-3", "llava"])
+def test_the_hook_loop_agrees_on_every_family_and_cells_do_something(throughput, family):
     """A write that changes nothing would be equal for everyone, and fast."""
-    model = HookedVLM(throughput.built.build("qwen2-vl", (2, 2), width=64))
-    for task in throughput.tasks_for(model, throughput.TASKS, 2):
-        found = throughput.Ours(model).run(task)
-        apart = (found - found.mean(0)).abs().amax(dim=(1, 2))
-        assert (apart > 0).all(), task.name
+    made = throughput.built.build(family, (2, 3 if family == "llava" else 2), width=64, side=24)
+    model = HookedVLM(made, name=family)
+    loop, plain = throughput.HookLoop(made), throughput.Ours(model, "plain")
+    names = throughput.TASKS if family == "llava" else ("object", "vision")
+    for task in throughput.tasks_for(model, names, 1, family):
+        with torch.no_grad():
+            found, expected = loop.run(task), plain.run(task)
+        assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), task.name
+        assert ((found - found.mean(0)).abs().amax(dim=(1, 2)) > 1e-5).all(), task.name
+    assert not any(m._forward_pre_hooks for m in made.modules())
+
+
+def test_what_a_tool_cannot_do_or_gets_wrong_is_in_the_table(throughput, capsys, monkeypatch):
+    class Wrong(throughput.HookLoop):
+        def run(self, task: Any) -> Any:
+            if task.name == "vision":
+                raise throughput.Cannot("no such hooks")
+            return 2 * super().run(task)
+
+    monkeypatch.setattr(throughput, "HookLoop", Wrong)
+    wanted = ["--sizes", "2x64", "--repeats", "1", "--batch", "1", "--rivals", "hook-loop"]
+    monkeypatch.setattr("sys.argv", ["throughput", *wanted, "--tasks", "object,vision"])
+    throughput.main()
+    printed = capsys.readouterr().out
+    assert " WRONG |" in printed
+    assert "cannot: no such hooks" in printed
+
+
+@pytest.mark.parametrize("name", ["transformer-lens", "nnsight", "pyvene"])
+def test_a_missing_rival_is_named_with_the_command_that_installs_it(throughput, name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["throughput", "--rivals", f"hook-loop,{name}"])
+    with pytest.raises(SystemExit) as stopped:
+        throughput.main()
+    assert f"needs the package {name!r}" in str(stopped.value)
+    assert "python -m benchmarks.environment --at .venv-rivals" in str(stopped.value)
+
+
+def test_an_unknown_rival_is_no_rival(throughput, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["throughput", "--rivals", "hook-lop"])
+    with pytest.raises(SystemExit):
+        throughput.main()
+    assert "there are hook-loop, restart, plain, transformer-lens" in capsys.readouterr().err
+
+
+def test_the_rivals_environment_has_one_version_of_each(throughput):
+    environment = importlib.import_module("benchmarks.environment")
+    lines = (environment.ROOT / environment.REQUIREMENTS).read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {rival.distribution for rival in throughput.rivals.RIVALS.values()} < set(pinned)
+    constraints = (environment.ROOT / "constraints.txt").read_text().splitlines()
+    for name in ("torch", "transformers"):
+        assert f"{name}=={pinned[name]}" in constraints
