@@ -6,6 +6,8 @@ model made), the source run, and logits for the last position alone.  Every cell
 pass through all blocks, of all prompts of the batch together.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,14 +28,18 @@ class HookLoop:
         self.language: Any = hf_model.model.language_model  # type: ignore[union-attr]
         self.blocks: Any = self.whole.model.get_submodule(vision_path(hf_model))
         self.head: Any = hf_model.lm_head
+        self._kept: dict[Any, Any] | None = None
 
     def run(self, task: Task) -> Tensor:
         """Returns the last position's logits `[cell, batch, d_vocab]`, from pixels on."""
         if any(cell.stream == "vision" for cell in task.cells):
             return self._through_vision(task)
-        clean = merged(self.whole, task.clean)
-        needed = {(c.stream, c.layer) for c in task.cells if c.alpha is None}
-        there = self._recorded(merged(self.whole, task.source), needed) if needed else {}
+        clean = self._merged(task.clean)
+        if task.zeroed is not None:
+            embeds = clean["inputs_embeds"].clone()
+            embeds[:, task.zeroed] = 0
+            clean = {**clean, "inputs_embeds": embeds}
+        there = self._sources(task, lambda: self.language(**self._merged(task.source)))
         return torch.stack(
             [self._logits(clean, cell, there.get((cell.stream, cell.layer))) for cell in task.cells]
         )
@@ -44,7 +50,37 @@ class HookLoop:
             return layers[layer].self_attn.o_proj
         return layers[layer] if layer < len(layers) else self.language.norm
 
-    def _recorded(self, given: dict[str, Any], needed: set) -> dict[tuple[str, int], Tensor]:
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Lets tasks on the same inputs share merged embeddings and the source's activations."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _merged(self, inputs: Any) -> dict[str, Any]:
+        if self._kept is None:
+            return merged(self.whole, inputs)
+        key = ("merged", id(inputs))
+        return self._kept[key] if key in self._kept else self._keep(key, merged(self.whole, inputs))
+
+    def _keep(self, key: Any, value: Any) -> Any:
+        if self._kept is not None:
+            self._kept[key] = value
+        return value
+
+    def _sources(self, task: Task, run: Callable[[], Any]) -> dict[tuple[str, int], Tensor]:
+        """Returns what the source run has where the task's cells write it, by stream and layer."""
+        needed = {(c.stream, c.layer) for c in task.cells if c.alpha is None}
+        kept = (self._kept or {}).get(("source", id(task.source)), {})
+        if needed <= kept.keys():
+            return kept
+        return self._keep(("source", id(task.source)), {**kept, **self._recorded(needed, run)})
+
+    def _recorded(
+        self, needed: set[tuple[str, int]], run: Callable[[], Any]
+    ) -> dict[tuple[str, int], Tensor]:
         found: dict[tuple[str, int], Tensor] = {}
         handles = []
         for key in needed:
@@ -55,13 +91,21 @@ class HookLoop:
             module = self._module(*key)
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
         try:
-            self.language(**given)
+            run()
         finally:
             for handle in handles:
                 handle.remove()
         return found
 
     def _logits(self, given: dict[str, Any], cell: Cell, there: Tensor | None) -> Tensor:
+        with self.writing(cell, there):
+            hidden = self.language(**given).last_hidden_state
+        return self.head(hidden[:, -1])
+
+    @contextmanager
+    def writing(self, cell: Cell, there: Tensor | None) -> Iterator[None]:
+        """Carries out a cell on whatever passes run inside the `with` block."""
+
         def write(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             here = args[0] if args else kwargs["hidden_states"]
             change = edited_heads if cell.stream == "z" else edited
@@ -73,10 +117,9 @@ class HookLoop:
         module = self._module(cell.stream, cell.layer)
         handle = module.register_forward_pre_hook(write, with_kwargs=True)
         try:
-            hidden = self.language(**given).last_hidden_state
+            yield
         finally:
             handle.remove()
-        return self.head(hidden[:, -1])
 
     def _through_vision(self, task: Task) -> Tensor:
         there: dict[int, Tensor] = {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tasks import Cell, Task
-from hooked_vlm import HookedVLM, LastToken, Patch, Steer, Sweep
+from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Steer, Sweep
 from hooked_vlm.regions import Region
 
 
@@ -24,6 +24,7 @@ class Ours:
             task.clean,
             {"cell": range(len(task.cells))},
             make=lambda cell: self._intervention(task, task.cells[cell]),
+            base=[] if task.removed is None else [Ablate("hook_merged_embed", at=task.removed)],
         )
         found = sweep.run(
             self.model,

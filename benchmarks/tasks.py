@@ -49,6 +49,10 @@ class Task:
     clean: Mapping[str, Tensor]
     source: Mapping[str, Tensor]
     cells: list[Cell] = field(default_factory=list)
+    zeroed: Tensor | None = None
+    """Positions that every cell begins with at zero, in front of all blocks."""
+    removed: Region | None = None
+    """The same as a region, for a tool that knows images."""
 
 
 def make_task(

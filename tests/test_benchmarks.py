@@ -59,13 +59,12 @@ def throughput() -> Any:
 
 def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_path):
     file = tmp_path / "found.json"
-    monkeypatch.setattr(
-        "sys.argv",
-        ["throughput", "--sizes", "2x64", "--repeats", "1", "--batch", "2", "--json", str(file)],
-    )
+    wanted = ["--sizes", "2x64", "--repeats", "1", "--batch", "2", "--json", str(file)]
+    rivals = ["--rivals", "hook-loop,usual-loop,restart"]
+    monkeypatch.setattr("sys.argv", ["throughput", *wanted, *rivals])
     throughput.main()
     found = json.loads(file.read_text())
-    assert set(found["ratios"]) == {"hook-loop", "restart"}
+    assert set(found["ratios"]) == {"hook-loop", "usual-loop", "restart"}
     for name, by_task in found["ratios"].items():
         assert set(by_task) == set(throughput.TASKS), name
         assert all(ratio > 0 for ratio in by_task.values())
@@ -122,7 +121,10 @@ def test_an_unknown_rival_is_no_rival(throughput, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["throughput", "--rivals", "hook-lop"])
     with pytest.raises(SystemExit):
         throughput.main()
-    assert "there are hook-loop, restart, plain, transformer-lens" in capsys.readouterr().err
+    assert (
+        "there are hook-loop, usual-loop, restart, plain, transformer-lens"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_rivals_environment_has_one_version_of_each(throughput):
@@ -133,3 +135,31 @@ def test_the_rivals_environment_has_one_version_of_each(throughput):
     constraints = (environment.ROOT / "constraints.txt").read_text().splitlines()
     for name in ("torch", "transformers"):
         assert f"{name}=={pinned[name]}" in constraints
+
+
+def test_the_battery_has_the_same_answers_whoever_runs_it(monkeypatch, capsys, tmp_path):
+    battery = importlib.import_module("benchmarks.battery")
+    file = tmp_path / "battery.json"
+    wanted = ["--size", "2x64", "--pairs", "2", "--batch", "1", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["battery", *wanted, "--json", str(file)])
+    battery.main()
+    found = json.loads(file.read_text())
+    # Two batches of one pair: five sweeps over three slots, and sixteen strengths.
+    assert found["patches"] == 2 * (5 * 3 + 16)
+    assert set(found["rivals"]) == {"hook-loop", "usual-loop"}
+    assert all(row["difference"] < 2e-6 for row in found["rivals"].values())
+    assert "| usual-loop |" in capsys.readouterr().out
+
+
+def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):
+    growth = importlib.import_module("benchmarks.growth")
+    steps = {"slots": (1, 3), "tokens": (6, 8), "pairs": (1, 2)}
+    monkeypatch.setattr(growth, "GROWN", steps)
+    files = ["--plot", str(tmp_path / "g.png"), "--json", str(tmp_path / "g.json")]
+    monkeypatch.setattr("sys.argv", ["growth", "--size", "2x64", "--repeats", "1", *files])
+    growth.main()
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert [row["at"] for row in rows["tokens"]] == [36 + 40, 64 + 40]
+    assert [row["cells"] for row in rows["slots"]] == [1, 3]
+    assert (tmp_path / "g.png").stat().st_size > 10_000
+    assert growth.slope([{"at": x, "s": 3.0 * x**2} for x in (1, 2, 5)], "s") == pytest.approx(2)
