@@ -212,7 +212,7 @@ def _executed(
     return run_cells(*given), f"restart{why}"
 
 
-def _check_score(score: Tensor, dims: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> None:
+def _check_score(score: Any, dims: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> None:
     """Raises `InterventionError` unless a score has the axes that `dims` and `coords` name."""
     if not isinstance(score, Tensor):
         raise InterventionError(
