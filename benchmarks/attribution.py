@@ -3,11 +3,13 @@
     python -m benchmarks.attribution [--model tiny-qwen2-vl] [--json FILE] [--plot FILE]
 
 Strips and object cells swapped (E4), final tokens interchanged (E2), and every image token
-patched by itself, at every slot, on pairs that the model answers rightly.  Two metrics: the log
-odds of the swapped answer against the clean one, and its probability, which is near 0 in the
-clean run, where it has no slope.  Effects are scores less the clean score; intervals are over
-pairs.  `--plot` writes a figure for each metric, its name in front of the ending.  Nothing is
-asserted: times are this machine's.
+patched by itself, at every slot, on pairs that the model answers rightly.  `--fractions
+0.01,0.3` makes only a part of each edit, to see where the first order ends.
+
+Two metrics: the log odds of the swapped answer against the clean one, and its probability,
+which is near 0 in the clean run, where it has no slope.  Effects are scores less the clean
+score; intervals are over pairs.  `--plot` writes a figure for each metric, its name in front of
+the ending.  Nothing is asserted: times are this machine's.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,39 @@ class Measured:
     clean: xr.DataArray
     seconds: tuple[float, float]
     """Of the estimate and of the exact sweep, source runs included."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of what an intervention does: the same step, shortened."""
+
+    whole: Any
+    fraction: float
+
+    def check(self, model: Any, inputs: Any) -> None:
+        """Raises what is wrong with the whole."""
+        self.whole.check(model, inputs)
+
+    def hooks_for(self, model: Any, inputs: Any) -> list:
+        """Returns hooks that go so far towards what the whole would write."""
+
+        def shortened(edit: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda here, hook: here + self.fraction * (edit(here, hook=hook) - here)
+
+        return [(name, shortened(edit)) for name, edit in self.whole.hooks_for(model, inputs)]
+
+
+def shortened(model: Any, sweep: Sweep, fraction: float) -> Sweep:
+    """Returns a sweep that makes only a part of each edit, its sources recorded."""
+    if fraction == 1:
+        return sweep
+    made = {cell.coords: cell.own for cell in sweep.recorded(model)}
+    names = list(sweep.axes)
+    return Sweep(
+        sweep.inputs,
+        sweep.axes,
+        lambda **at: [Part(one, fraction) for one in made[tuple(at[name] for name in names)]],
+    )
 
 
 def sweeps_of(setting: Setting, name: str, config: Config) -> Iterator[tuple[Sweep, list[Any]]]:
@@ -106,13 +142,14 @@ def metric_of(setting: Setting, pairs: Sequence[Any]) -> Callable[[Tensor], Tens
     return metric
 
 
-def measured(setting: Setting, name: str, config: Config) -> Measured:
+def measured(setting: Setting, name: str, config: Config, fraction: float = 1.0) -> Measured:
     """Returns one sweep's estimate and exact scores over all batches, and their times."""
     parts: list[list[xr.DataArray]] = [[], [], []]
     seconds = [0.0, 0.0]
     how: dict[str, Any] = {"dims": ("pair", "metric"), "coords": {"metric": METRICS}}
     for i, (sweep, pairs) in enumerate(sweeps_of(setting, name, config)):
         metric = metric_of(setting, pairs)
+        sweep = shortened(setting.model, sweep, fraction)
         for turn in range(2 if i == 0 else 1):  # the first batch warms up
             start = time.perf_counter()
             estimate = sweep.attribution(setting.model, metric, logits_to_keep=1, **how)
@@ -180,16 +217,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20, help="per direction")
     parser.add_argument("--token-pairs", type=int, default=4, help="for single image tokens")
     parser.add_argument("--setting", default="squares")
+    parser.add_argument("--fractions", default="1", help="of each edit; 1 is all of it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     summary, slots, rows, effects = [SUMMARY], [], [], []
     for title in given.model or MODELS:
         model = HookedVLM.from_pretrained(title)
-        for name in given.sweeps.split(","):
+        for name, part in product(given.sweeps.split(","), given.fractions.split(",")):
             pairs = given.token_pairs if name == SWEEPS[-1] else given.pairs
             config = Config(pairs=pairs, setting=given.setting)
-            found = measured(Setting.of(model, config), name, config)
+            found = measured(Setting.of(model, config), name, config, float(part))
+            name = name if float(part) == 1 else f"{name}, {part} of the edit"
             for metric in METRICS:
                 over, by_slot, means = compared(found, metric)
                 where = {"model": title, "sweep": name, "metric": metric}
