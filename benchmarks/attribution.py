@@ -252,7 +252,12 @@ def main() -> None:
 
 
 def figure(effects: pd.DataFrame, metric: str) -> Any:
-    """Draws mean effects by slot, exact and estimated, a panel for each model and sweep."""
+    """Draws mean effects by slot, exact and estimated, a panel for each model and sweep.
+
+    Single tokens are left out, whose mean effect is near 0 beside the others'.
+    """
+    large = effects[effects["sweep"] != SWEEPS[-1]]
+    effects = effects if large.empty else large
     return curves(
         effects,
         x="slot",
