@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:  # for type checkers and editors; `_HOME` is what runs
+    from hooked_vlm.attribution import attribution_patch as attribution_patch
     from hooked_vlm.cache import ActivationCache as ActivationCache
     from hooked_vlm.directions import orthonormalise as orthonormalise
     from hooked_vlm.drawing import draw_regions as draw_regions
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOME` is what runs
     from hooked_vlm.sweep import final_logits as final_logits
 
 _HOME = {
+    "attribution_patch": "attribution",
     "ActivationCache": "cache",
     "orthonormalise": "directions",
     "draw_regions": "drawing",

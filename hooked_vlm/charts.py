@@ -22,7 +22,7 @@ from hooked_vlm.plots import STYLE, Look
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
 MARKERS = "osv^DPX"
 COLUMNS = 4
-"""Panels side by side."""
+"""Panels side by side, unless told otherwise."""
 
 
 def curves(
@@ -36,17 +36,19 @@ def curves(
     looks: Mapping[str, Look] | None = None,
     chance: float | None = None,
     limits: tuple[float, float] | None = (0.0, 1.0),
+    columns: int = COLUMNS,
 ) -> Figure:
     """Draws `value` over `x`, one line with its band for each value of `line`.
 
-    One panel for each value of `panel`.  `looks` gives names and colours to lines; others
-    get their own.  `chance` is a dotted line, and `limits` those of the y axis (None: free).
+    One panel for each value of `panel`, `columns` side by side.  `looks` gives names and colours
+    to lines; others get their own.  `chance` is a dotted line, and `limits` those of the y axis
+    (None: free).
 
     Raises `DataError` for a missing column or an empty table.
     """
     panels = _panels(table, panel, x, line)
     chosen = _looks(table[line], looks)
-    columns = min(COLUMNS, len(panels))
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
         width = max(6.4, 2.9 * columns)

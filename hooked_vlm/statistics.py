@@ -19,7 +19,7 @@ Which interval for what:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -113,6 +113,33 @@ def bootstrap(
         level,
         f"bootstrap {method}",
     )
+
+
+def bootstrap_of(
+    values: Rows,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Returns a function of means over pairs (a ratio, a correlation) with its interval.
+
+    `statistic` takes means of `values`, `[resample, *axes]`, and returns `[resample]`.
+    Resamples for which it is NaN are left out.  The tails are widened as `bootstrap`'s are; of
+    one pair there is no interval (NaN).
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    estimate = float(statistic(rows.mean(axis=0, keepdims=True))[0])
+    found = np.empty(0)
+    if len(rows) > 1:
+        found = statistic(_resampled_means(_rows(rows), n_resamples, seed))
+        found = found[np.isfinite(found)]
+    low = high = math.nan
+    if len(found):
+        tail = _expanded_tail(len(rows), level)
+        low, high = (float(bound) for bound in np.quantile(found, [tail, 1 - tail]))
+    return Interval(estimate, low, high, len(rows), level, "bootstrap percentile")
 
 
 def paired_difference(

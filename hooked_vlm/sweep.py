@@ -20,6 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from hooked_vlm.attribution import first_order
 from hooked_vlm.engine import Cell, parts_of, run_plain, source_of
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.growing.clean import GrowthError
@@ -127,6 +128,38 @@ class Sweep:
                 f"There is no engine {engine!r} among {', '.join(ENGINES)}."
                 f"{did_you_mean(engine, ENGINES)}"
             )
+        scored = self._scored(metric, dims, coords)
+        cells = self.recorded(model)
+        scores, said = _executed(
+            engine, memory, model, self.inputs, cells, scored, on_progress, forward_kwargs
+        )
+        return self._table([score.float() for score in scores], dims, coords, said)
+
+    def attribution(
+        self,
+        model: Any,
+        metric: Metric,
+        *,
+        dims: Sequence[str] = ("batch",),
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        **forward_kwargs: Any,
+    ) -> xr.DataArray:
+        """Returns a first-order estimate of `run`, of the same dimensions and labels.
+
+        The clean run (under `base`) is made and differentiated once for each entry of the metric
+        behind the batch, whatever the number of cells; see `attribution` for what that leaves
+        out, and `agreement` for how far off it was.
+
+        Raises what `run` raises, and `InterventionError` where there is no gradient to go by.
+        """
+        scored = self._scored(metric, dims, coords)
+        scores, said = first_order(model, self.inputs, self.recorded(model), scored, forward_kwargs)
+        return self._table(scores, dims, coords, said)
+
+    def _scored(
+        self, metric: Metric, dims: Sequence[str], coords: Mapping[str, Sequence[Any]] | None
+    ) -> Metric:
+        """Returns the metric with its axes checked; raises for axes of one name at once."""
         taken = sorted(set(self.axes) & set(dims))
         if taken:
             raise InterventionError(
@@ -134,23 +167,27 @@ class Sweep:
                 "each axis a name of its own."
             )
 
-        def checked(logits: Tensor) -> Tensor:
+        def scored(logits: Tensor) -> Tensor:
             score = metric(logits)
             _check_score(score, dims, coords or {})
             return score
 
-        cells = self.recorded(model)
-        scores, attributes = _executed(
-            engine, memory, model, self.inputs, cells, checked, on_progress, forward_kwargs
-        )
-        values = np.stack([score.float().cpu().numpy() for score in scores])
+        return scored
+
+    def _table(
+        self,
+        scores: Sequence[Tensor],
+        dims: Sequence[str],
+        coords: Mapping[str, Sequence[Any]] | None,
+        said: str,
+    ) -> xr.DataArray:
+        """Returns every cell's score as one array with named axes."""
+        values = np.stack([score.cpu().numpy() for score in scores])
         sizes = [len(values) for values in self.axes.values()]
         values = values.reshape(*sizes, *values.shape[1:])
         labels = {name: list(given) for name, given in self.axes.items()} | dict(coords or {})
         labels = {n: [_label(x) for x in v] for n, v in labels.items() if n in (*self.axes, *dims)}
-        return xr.DataArray(
-            values, dims=(*self.axes, *dims), coords=labels, attrs={"engine": attributes}
-        )
+        return xr.DataArray(values, dims=(*self.axes, *dims), coords=labels, attrs={"engine": said})
 
 
 def _executed(
@@ -178,8 +215,13 @@ def _executed(
     return run_cells(*given), f"restart{why}"
 
 
-def _check_score(score: Tensor, dims: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> None:
+def _check_score(score: Any, dims: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> None:
     """Raises `InterventionError` unless a score has the axes that `dims` and `coords` name."""
+    if not isinstance(score, Tensor):
+        raise InterventionError(
+            f"The metric returned a {type(score).__name__}; expected a tensor of scores, batch "
+            "first, computed from the logits (without .item())."
+        )
     if score.ndim != len(dims):
         raise InterventionError(
             f"The metric returned {score.ndim} axes, of shape {tuple(score.shape)}, and "

@@ -163,3 +163,28 @@ def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):
     assert [row["cells"] for row in rows["slots"]] == [1, 3]
     assert (tmp_path / "g.png").stat().st_size > 10_000
     assert growth.slope([{"at": x, "s": 3.0 * x**2} for x in (1, 2, 5)], "s") == pytest.approx(2)
+
+    model = HookedVLM(throughput.built.build("qwen2-vl", (2, 2), width=64))
+    for task in throughput.tasks_for(model, throughput.TASKS, 2):
+        found = throughput.Ours(model).run(task)
+        apart = (found - found.mean(0)).abs().amax(dim=(1, 2))
+        assert (apart > 0).all(), task.name
+
+
+# Estimates
+
+
+def test_estimates_stand_beside_exact_sweeps(capsys, monkeypatch, tmp_path):
+    estimates = importlib.import_module("benchmarks.attribution")
+    file, plot = tmp_path / "found.json", tmp_path / "effects.png"
+    options = ["--model", "tiny-qwen2-vl", "--sweeps", "final token", "--fractions", "0.01,1"]
+    options += ["--pairs", "2", "--json", str(file), "--plot", str(plot)]
+    monkeypatch.setattr("sys.argv", ["attribution", *options])
+    estimates.main()
+    found = json.loads(file.read_text())
+    rows = [r for r in found["agreement"] if r["quantity"] == "pearson" and r["slot"] > 1]
+    small = [r for r in rows if "0.01 of the edit" in r["sweep"] and r["metric"] == "log odds"]
+    assert small and all(r["value"] > 0.98 for r in small)
+    assert {r["line"] for r in found["effects"]} == {"exact", "estimate"}
+    assert "| tiny-qwen2-vl | final token | probability |" in capsys.readouterr().out
+    assert all((tmp_path / f"effects-{m}.png").exists() for m in ("log-odds", "probability"))

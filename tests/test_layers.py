@@ -16,7 +16,7 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),
     (
         "numbers",
-        "statistics directions probes scoring plots charts provenance "
+        "statistics agreement directions probes scoring plots charts provenance "
         "stimuli.whatsup stimuli.coco stimuli.coco_boxes stimuli.settings",
     ),
     ("tree", "naming blocks projector anatomy attention layout windows points towers"),
@@ -26,7 +26,11 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
         "inputs describe",
     ),
     ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws checkup"),
-    ("interventions", "places guarded interventions kernels engine restart growing sweep patching"),
+    (
+        "interventions",
+        "places guarded interventions kernels engine restart growing gradients attribution sweep "
+        "patching",
+    ),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),
     ("door", "progress cli __init__"),

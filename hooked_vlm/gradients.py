@@ -1,0 +1,234 @@
+"""A clean run that can be differentiated: a probe at every site, and what torch would not say.
+
+Nothing in front of the first probe is differentiated, no parameter gets a gradient, and all
+that a parameter's gradient would need is not kept.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_vlm.errors import HookedVLMWarning, InterventionError
+from hooked_vlm.layout import Images
+from hooked_vlm.partial import uncached
+from hooked_vlm.points import HookPoint
+
+
+Metric = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Probe:
+    """A hook function that keeps a site's activation and adds a zero to it.
+
+    The gradient of the zero is that of the activation, in the layout that hooks see, whatever
+    the model makes of its own tensor behind it, and whether or not anything in front of it has
+    a gradient: so nothing below the first site is differentiated.
+    """
+
+    values: list[Tensor] = field(default_factory=list)
+    """By image at sites where images differ in size; else one."""
+    zeros: list[Tensor] = field(default_factory=list)
+    listed: bool = False
+
+    def __call__(self, activation: Images, hook: HookPoint) -> Images:
+        if self.values:
+            raise InterventionError(
+                f"{hook.name} runs once for each image of these inputs, so an estimate there "
+                "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or "
+                "one image at a time."
+            )
+        self.listed = isinstance(activation, list)
+        parts = activation if isinstance(activation, list) else [activation]
+        # A copy: what the model, or a later hook, does in place must not reach it.
+        self.values = [part.detach().clone() for part in parts]
+        # Expanded, so that the zero takes no memory; its gradient is as large as the activation.
+        self.zeros = [
+            torch.zeros((), dtype=p.dtype, device=p.device, requires_grad=True).expand(p.shape)
+            for p in parts
+        ]
+        moved = [part + zero for part, zero in zip(parts, self.zeros, strict=True)]
+        return moved if self.listed else moved[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A clean run that can be differentiated."""
+
+    probes: Mapping[str, Probe]
+    """By site, of those that ran."""
+    score: Tensor
+    points: Mapping[str, HookPoint]
+
+    def gradients(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Yields the gradients at all sites, for one entry of the metric after another.
+
+        Sites that the score does not depend on are left out, with a warning.
+        """
+        named = [(name, zero) for name, probe in self.probes.items() for zero in probe.zeros]
+        if not named:
+            return
+        with torch.enable_grad():
+            score = self.score if self.score.ndim > 1 else self.score[:, None]
+            entries = score.flatten(1).sum(0).unbind()
+        for i, entry in enumerate(entries):
+            with _explained():
+                found = torch.autograd.grad(
+                    entry,
+                    [zero for _, zero in named],
+                    retain_graph=i + 1 < len(entries),
+                    allow_unused=True,
+                )
+            by_site: dict[str, list[Tensor]] = {}
+            lost = []
+            for (name, zero), gradient in zip(named, found, strict=True):
+                if gradient is None:
+                    lost.append(name)
+                by_site.setdefault(name, []).append(
+                    torch.zeros_like(zero) if gradient is None else gradient
+                )
+            if i == 0 and lost:
+                _warn_lost(sorted(set(lost)))
+            yield by_site
+
+    def change(self, name: str, functions: Sequence[Callable[..., Any]]) -> list[Tensor]:
+        """Returns what hook functions change in a site's clean activation, by image if listed."""
+        probe = self.probes[name]
+        with torch.no_grad():
+            # Copies, for functions that write in place and return nothing.
+            value: Any = [v.clone() for v in probe.values]
+            value = value if probe.listed else value[0]
+            for function in functions:
+                made = function(value, hook=self.points[name])
+                value = value if made is None else made
+            parts = value if probe.listed else [value]
+            for part, clean in zip(parts, probe.values, strict=True):
+                if part.shape != clean.shape:
+                    raise InterventionError(
+                        f"An intervention at {name} made {tuple(part.shape)} of an activation of "
+                        f"{tuple(clean.shape)}; return one of the same shape."
+                    )
+            return [wide(p) - wide(v) for p, v in zip(parts, probe.values, strict=True)]
+
+
+def clean_run(
+    model: Any,
+    inputs: Mapping[str, Any],
+    names: Sequence[str],
+    base: Sequence[Any],
+    metric: Metric,
+    forward_kwargs: Mapping[str, Any],
+) -> Run:
+    """Runs a model once under `base`, with a probe at every named site."""
+    _refuse_state(model)
+    probes = {name: Probe() for name in names}
+    arguments = {**uncached(model.hf_model), **forward_kwargs}
+    with torch.enable_grad(), frozen(model.hf_model), _explained():
+        logits = model.run_with_hooks(inputs, [*base, *probes.items()], **arguments)
+        score = metric(logits)
+    _check_score(score, logits, any(probe.values for probe in probes.values()))
+    points = {name: HookPoint(name, model.sites[name].axes, call=0) for name in names}
+    return Run({n: p for n, p in probes.items() if p.values}, score, points)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Lets no parameter ask for a gradient for the length of a `with` block.
+
+    What only weights' gradients would need is then not kept by the forward pass.
+    """
+    asked = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# --- what is refused ------------------------------------------------------------------------
+
+
+def _refuse_state(model: Any) -> None:
+    if model.is_hooked:
+        raise InterventionError(
+            "Hooks are open on this model, and an estimate cannot tell their work from the clean "
+            "run's. Leave the `with model.hooks(…)` block, or give interventions as the sweep's "
+            "base."
+        )
+    if model.hf_model.training:
+        raise InterventionError(
+            "The model is in training mode, where dropout makes every run another one. Call "
+            "model.hf_model.eval() first."
+        )
+    if torch.is_inference_mode_enabled():
+        raise InterventionError(
+            "Attribution needs gradients, and torch.inference_mode() allows none. Leave it, or use "
+            "torch.no_grad(), inside which this works."
+        )
+
+
+def _check_score(score: Any, logits: Tensor, ran: bool) -> None:
+    if not isinstance(score, Tensor) or score.ndim == 0:
+        raise InterventionError(
+            f"The metric returned {said(score)}; expected a tensor of one score or more for each "
+            "prompt, [batch, …], computed from the logits (no .item(), no mean over prompts)."
+        )
+    if ran and logits.requires_grad and not score.requires_grad:
+        raise InterventionError(
+            f"The metric returned {said(score)} without a gradient. An estimate needs one: take "
+            "no argmax, comparison, .detach(), .item() or .numpy() in it, and no torch.no_grad(). "
+            "For a metric that has no slope use Sweep.run, which is exact."
+        )
+    if ran and not logits.requires_grad:
+        raise InterventionError(
+            "No gradient gets from the edited sites to the logits: the model detaches them, runs "
+            "under torch.no_grad(), or never uses these sites. Use Sweep.run, which is exact."
+        )
+    if not score.is_floating_point():
+        raise InterventionError(f"The metric returned {said(score)}; expected floating point.")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns torch's errors about gradients into ones that say what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(word in text for word in ("inplace", "in-place", "derivative", "Inference")):
+            raise
+        raise InterventionError(
+            f"The score could not be differentiated: {text.splitlines()[0]} A metric must not "
+            "write into its logits (take logits.clone()), nor a base intervention into what it is "
+            "given; and where an operation has no derivative, use Sweep.run, which is exact."
+        ) from error
+
+
+def _warn_lost(names: Sequence[str]) -> None:
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    warnings.warn(
+        f"The score does not depend on {len(names)} of the edited sites as far as gradients tell, "
+        f"so edits there count as without effect: {shown}. That is right for layers that nothing "
+        "reads; where a model passes no gradient on (quantised layers), use Sweep.run.",
+        HookedVLMWarning,
+        stacklevel=2,
+    )
+
+
+def said(value: Any) -> str:
+    """Returns what a metric returned, in words."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"a {type(value).__name__}"
