@@ -1,0 +1,163 @@
+"""`patched_rows` in plain torch on a CPU: one gather from a table of all tokens.
+
+Clean and source tokens are put one behind the other, which makes "this one or that one" a
+single index.  The table is small where rows are many (every row of a prompt shares its tokens),
+and `index_select` copies whole tokens straight to their places.
+
+Interchanges and steering add to a token a sum of few vectors, the basis's and the directions'.
+The dot products that this takes are of tokens in the table, so each is formed once, not once
+for each row; in float64, because an interchange subtracts two of them that may be large and
+nearly equal.  What remains is done block by block, while a block is still in the cache.
+
+docs/kernels.md says what else was measured: clone and `index_put`, `torch.where`,
+`torch.compile`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.kernels.checks import Asked
+
+
+BLOCK_BYTES = 2**19
+"""What a thread makes at a time where tokens are computed: half of a core's own cache."""
+TABLE_SHARE = 1.0
+"""A table of up to this share of the rows' tokens is worth making to copy from."""
+
+
+def patched_rows(asked: Asked) -> Float[Tensor, "row pos d"]:
+    """Returns what `reference.patched_rows` does.
+
+    Tokens that are copied and tokens moved by `mode="add"` have its bits; dot products are
+    summed in float64 and are nearer to the truth.
+    """
+    out = asked.new_out()
+    flat = out if out.is_contiguous() else out.new_empty(out.shape)
+    is_taking = bool((asked.token_map >= 0).any())
+    in_span = asked.basis is not None and is_taking
+    if not in_span and asked.moved is None and is_taking and not _pays(asked):
+        _copy_by_row(asked, out)
+        return out
+    tokens = flat.view(-1, asked.shape[2])
+    table = _Table.of(asked, is_taking)
+    if in_span or asked.moved is not None:
+        _compute(asked, table, tokens, in_span)
+    else:
+        torch.index_select(table.tokens, 0, table.index, out=tokens)
+    return out if flat is out else out.copy_(flat)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    tokens: Tensor
+    """`[n, d]`: all clean tokens, then all source tokens."""
+    clean: Tensor
+    """`[row * pos]`: the number of each written token's clean token."""
+    index: Tensor
+    """`[row * pos]`: the number of the token that is there once it is patched."""
+
+    @classmethod
+    def of(cls, asked: Asked, is_taking: bool) -> "_Table":
+        n_clean, n_source = (x.shape[0] * x.shape[1] for x in (asked.clean, asked.source))
+        rows, pos, d = asked.shape
+        clean = asked.clean_row.long()[:, None] * pos + torch.arange(pos)
+        if not is_taking:
+            return cls(asked.clean.reshape(n_clean, d), clean.flatten(), clean.flatten())
+        is_same = asked.source is asked.clean
+        tokens = asked.clean.new_empty(n_clean + (0 if is_same else n_source), d)
+        # copy_ takes any strides; reshape would copy what is not contiguous a second time.
+        tokens[:n_clean].view(asked.clean.shape).copy_(asked.clean)
+        if not is_same:
+            tokens[n_clean:].view(asked.source.shape).copy_(asked.source)
+        first = asked.source_row.long()[:, None] * asked.source.shape[1]
+        source = first + asked.token_map + (0 if is_same else n_clean)
+        index = torch.where(asked.token_map < 0, clean, source)
+        return cls(tokens, clean.flatten(), index.flatten())
+
+    def dots(self, vectors: Tensor) -> Tensor:
+        """Returns the products `[n, vector]` of each token with each of a few vectors, in float64."""
+        columns = vectors.double().T
+        return torch.cat([part.double() @ columns for part in self.tokens.split(_block(self))])
+
+
+def _compute(asked: Asked, table: _Table, out: Tensor, in_span: bool) -> None:
+    """Writes all tokens, block by block, with what is added to some of them."""
+    wide, pos = asked.wide, asked.shape[1]
+    touched = torch.zeros(len(out), dtype=torch.bool)
+    inside = basis = weights = directions = along = None
+    if in_span:
+        assert asked.basis is not None
+        products = table.dots(asked.basis)
+        # Zero where nothing is taken.
+        inside, basis = products[table.index] - products[table.clean], asked.basis.to(wide)
+        touched |= (asked.token_map >= 0).flatten()
+    if asked.moved is not None:
+        assert asked.directions is not None
+        assert asked.direction_row is not None
+        touched |= asked.moved.flatten()
+        directions = asked.directions.to(wide)
+        along = asked.direction_row.clamp(min=0).long().repeat_interleave(pos)
+        weights = _weights(asked, table, inside, along)
+    start = table.clean if in_span else table.index
+    size = _block(table)
+    for first in range(0, len(out), size):
+        part = slice(first, first + size)
+        block = out[part]
+        torch.index_select(table.tokens, 0, start[part], out=block)
+        here = touched[part].nonzero()[:, 0]
+        if not len(here):
+            continue
+        there, added = here + first, None
+        if directions is not None and weights is not None and along is not None:
+            added = directions[along[there]].mul_(weights[there, None])
+        if inside is not None and basis is not None:
+            span = inside[there].to(wide) @ basis
+            added = span if added is None else added.add_(span)
+        assert added is not None
+        if block.dtype == wide:
+            block.index_add_(0, here, added)
+        else:
+            block.index_copy_(0, here, added.add_(block[here]).to(block.dtype))
+
+
+def _weights(asked: Asked, table: _Table, inside: Tensor | None, along: Tensor) -> Tensor:
+    """Returns how much of its direction is added to each token, 0 where none is: `[row * pos]`."""
+    assert asked.directions is not None
+    assert asked.strength is not None
+    assert asked.moved is not None
+    a = asked.strength.double().repeat_interleave(asked.shape[1])
+    if asked.mode == "project":
+        vectors = asked.directions.double()
+        start = table.index if inside is None else table.clean
+        products = table.dots(asked.directions)[start, along]
+        if inside is not None:  # the token has been interchanged by then
+            assert asked.basis is not None
+            turned = asked.basis.double() @ vectors.T
+            products = products + (inside @ turned).gather(1, along[:, None])[:, 0]
+        a = a * products / vectors.square().sum(1)[along]
+    return a.where(asked.moved.flatten(), 0.0).to(asked.wide)
+
+
+def _block(table: _Table) -> int:
+    """How many tokens are made at a time."""
+    bytes_each = table.tokens.shape[1] * table.tokens.element_size()
+    return max(1, BLOCK_BYTES * torch.get_num_threads() // bytes_each)
+
+
+def _pays(asked: Asked) -> bool:
+    """Whether rows are many enough to make a table first."""
+    rows, pos, _ = asked.shape
+    tokens = sum(x.shape[0] * x.shape[1] for x in (asked.clean, asked.source))
+    return tokens <= TABLE_SHARE * rows * pos
+
+
+def _copy_by_row(asked: Asked, out: Tensor) -> None:
+    """Writes whole rows and then over them: less work than a table where rows are few."""
+    prompts, sources = asked.clean_row.tolist(), asked.source_row.tolist()
+    for row, prompt, source, tokens in zip(out, prompts, sources, asked.token_map, strict=True):
+        row.copy_(asked.clean[prompt])
+        at = (tokens >= 0).nonzero()[:, 0]
+        row.index_copy_(0, at, asked.source[source].index_select(0, tokens[at]))
