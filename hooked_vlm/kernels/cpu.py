@@ -13,7 +13,9 @@ docs/kernels.md says what else was measured: clone and `index_put`, `torch.where
 `torch.compile`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from jaxtyping import Float
@@ -84,61 +86,103 @@ class _Table:
 
 
 def _compute(asked: Asked, table: _Table, out: Tensor, in_span: bool) -> None:
-    """Writes all tokens, block by block, with what is added to some of them."""
-    wide, pos = asked.wide, asked.shape[1]
-    touched = torch.zeros(len(out), dtype=torch.bool)
-    inside = basis = weights = directions = along = None
-    if in_span:
-        assert asked.basis is not None
-        products = table.dots(asked.basis)
-        # Zero where nothing is taken.
-        inside, basis = products[table.index] - products[table.clean], asked.basis.to(wide)
-        touched |= (asked.token_map >= 0).flatten()
-    if asked.moved is not None:
-        assert asked.directions is not None
-        assert asked.direction_row is not None
-        touched |= asked.moved.flatten()
-        directions = asked.directions.to(wide)
-        along = asked.direction_row.clamp(min=0).long().repeat_interleave(pos)
-        weights = _weights(asked, table, inside, along)
+    """Writes all tokens, block by block, and adds to some of them."""
+    changes = _Changes.of(asked, table, in_span)
     start = table.clean if in_span else table.index
     size = _block(table)
-    for first in range(0, len(out), size):
-        part = slice(first, first + size)
-        block = out[part]
-        torch.index_select(table.tokens, 0, start[part], out=block)
-        here = touched[part].nonzero()[:, 0]
-        if not len(here):
+    counts = torch.bincount(changes.places // size, minlength=-(-len(out) // size)).tolist()
+    parts = changes.split(counts)
+    for first, block, index, part in zip(
+        range(0, len(out), size), out.split(size), start.split(size), parts, strict=True
+    ):
+        torch.index_select(table.tokens, 0, index, out=block)
+        if not len(part.places):
             continue
-        there, added = here + first, None
-        if directions is not None and weights is not None and along is not None:
-            added = directions[along[there]].mul_(weights[there, None])
-        if inside is not None and basis is not None:
-            span = inside[there].to(wide) @ basis
-            added = span if added is None else added.add_(span)
-        assert added is not None
-        if block.dtype == wide:
-            block.index_add_(0, here, added)
+        here, change = part.places - first, part.sums()
+        if block.dtype == change.dtype:
+            block.index_add_(0, here, change)
         else:
-            block.index_copy_(0, here, added.add_(block[here]).to(block.dtype))
+            old = block.index_select(0, here)
+            block.index_copy_(0, here, change.add_(old).to(block.dtype))
 
 
-def _weights(asked: Asked, table: _Table, inside: Tensor | None, along: Tensor) -> Tensor:
-    """Returns how much of its direction is added to each token, 0 where none is: `[row * pos]`."""
+@dataclass(frozen=True, eq=False)
+class _Changes:
+    """What is added to which written tokens: a direction's multiple, a sum of the basis's rows."""
+
+    places: Tensor
+    """`[place]`, rising: numbers of written tokens."""
+    directions: Tensor | None = None
+    basis: Tensor | None = None
+    along: Tensor | None = None
+    """`[place]`: which direction."""
+    weights: Tensor | None = None
+    """`[place, 1]`: how much of it."""
+    inside: Tensor | None = None
+    """`[place, axis]`: how much of each of the basis's rows."""
+
+    @classmethod
+    def of(cls, asked: Asked, table: _Table, in_span: bool) -> "_Changes":
+        taken = (asked.token_map >= 0) if in_span else None
+        moved = asked.moved
+        touched = taken if moved is None else moved if taken is None else taken | moved
+        assert touched is not None
+        places = touched.flatten().nonzero()[:, 0]
+        basis = inside = None
+        if in_span:
+            assert asked.basis is not None
+            products = table.dots(asked.basis)
+            # Zero where nothing is taken.
+            inside = products[table.index[places]] - products[table.clean[places]]
+            basis = asked.basis.to(asked.wide)
+        directions = along = weights = None
+        if moved is not None:
+            assert asked.directions is not None
+            assert asked.direction_row is not None
+            row = places // asked.shape[1]
+            along = asked.direction_row.clamp(min=0).long()[row]
+            weights = _weights(asked, table, places, along, inside).to(asked.wide)[:, None]
+            directions = asked.directions.to(asked.wide)
+        inside = None if inside is None else inside.to(asked.wide)
+        return cls(places, directions, basis, along, weights, inside)
+
+    def split(self, counts: list[int]) -> Iterator["_Changes"]:
+        """Yields the changes of one block after another: slices, so that a block takes few calls."""
+        fields = (self.along, self.weights, self.inside)
+        parts = [repeat(None) if each is None else each.split(counts) for each in fields]
+        for places, *part in zip(self.places.split(counts), *parts, strict=False):
+            yield _Changes(places, self.directions, self.basis, *part)
+
+    def sums(self) -> Tensor:
+        """Returns what is added, `[place, d]`."""
+        found = None
+        if self.directions is not None and self.along is not None and self.weights is not None:
+            found = self.directions.index_select(0, self.along).mul_(self.weights)
+        if self.inside is not None and self.basis is not None:
+            inside = self.inside @ self.basis
+            found = inside if found is None else found.add_(inside)
+        assert found is not None
+        return found
+
+
+def _weights(
+    asked: Asked, table: _Table, places: Tensor, along: Tensor, inside: Tensor | None
+) -> Tensor:
+    """Returns how much of its direction is added at each place, in float64, 0 where none is."""
     assert asked.directions is not None
     assert asked.strength is not None
     assert asked.moved is not None
-    a = asked.strength.double().repeat_interleave(asked.shape[1])
+    a = asked.strength.double()[places // asked.shape[1]]
     if asked.mode == "project":
         vectors = asked.directions.double()
         start = table.index if inside is None else table.clean
-        products = table.dots(asked.directions)[start, along]
+        products = table.dots(asked.directions)[start[places], along]
         if inside is not None:  # the token has been interchanged by then
             assert asked.basis is not None
             turned = asked.basis.double() @ vectors.T
             products = products + (inside @ turned).gather(1, along[:, None])[:, 0]
         a = a * products / vectors.square().sum(1)[along]
-    return a.where(asked.moved.flatten(), 0.0).to(asked.wide)
+    return a.where(asked.moved.flatten()[places], 0.0)
 
 
 def _block(table: _Table) -> int:
