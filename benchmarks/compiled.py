@@ -109,13 +109,13 @@ def compiled(arch: int, d: int, dtype: torch.dtype, work: str, warps: int) -> Co
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": warps, **fused.EXACT},
     )
-    usage, sass = _read(Path(triton.__file__).parent, found.asm["cubin"])
-    fields = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    printed = _read(Path(triton.__file__).parent, found.asm["cubin"])
+    fields = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", printed))
     return Code(
         warps,
         arguments["BLOCK"] * dtype.itemsize,
         found.asm["ptx"],
-        sass,
+        printed,
         *(int(fields[name]) for name in ("REG", "STACK", "LOCAL", "SHARED")),
     )
 
@@ -135,17 +135,14 @@ def _arguments(d: int, dtype: torch.dtype, work: str) -> dict[str, Any]:
     return fused.arguments_of(asked, torch.empty(16, 32, d, dtype=dtype))
 
 
-def _read(package: Path, cubin: bytes) -> tuple[str, str]:
-    """Returns the resources of machine code, and the code, by the tools that come with Triton."""
+def _read(package: Path, cubin: bytes) -> str:
+    """Returns what machine code takes, and the code, as the assembler's tool prints them."""
     tool = package / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        printed = [
-            subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        ]
-    return printed[0], printed[1]
+        command = [tool, "-res-usage", "-sass", file]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def table() -> str:

@@ -24,8 +24,8 @@ from torch import Tensor
 from hooked_vlm.kernels.checks import Asked
 
 
-BLOCK_BYTES = 2**19
-"""What a thread makes at a time where tokens are computed: half of a core's own cache."""
+BLOCK_BYTES = 2**20
+"""What a thread makes at a time where tokens are computed: a core's own cache."""
 TABLE_SHARE = 1.0
 """A table of up to this share of the rows' tokens is worth making to copy from."""
 
@@ -64,7 +64,7 @@ class _Table:
     @classmethod
     def of(cls, asked: Asked, is_taking: bool) -> "_Table":
         n_clean, n_source = (x.shape[0] * x.shape[1] for x in (asked.clean, asked.source))
-        rows, pos, d = asked.shape
+        _, pos, d = asked.shape
         clean = asked.clean_row.long()[:, None] * pos + torch.arange(pos)
         if not is_taking:
             return cls(asked.clean.reshape(n_clean, d), clean.flatten(), clean.flatten())
@@ -80,7 +80,7 @@ class _Table:
         return cls(tokens, clean.flatten(), index.flatten())
 
     def dots(self, vectors: Tensor) -> Tensor:
-        """Returns the products `[n, vector]` of each token with each of a few vectors, in float64."""
+        """Returns products `[n, vector]` of each token with a few vectors, in float64."""
         columns = vectors.double().T
         return torch.cat([part.double() @ columns for part in self.tokens.split(_block(self))])
 
@@ -92,13 +92,15 @@ def _compute(asked: Asked, table: _Table, out: Tensor, in_span: bool) -> None:
     size = _block(table)
     counts = torch.bincount(changes.places // size, minlength=-(-len(out) // size)).tolist()
     parts = changes.split(counts)
+    # Made once: memory that is new in every block costs more than what is computed in it.
+    scratch = out.new_empty(max(counts, default=0), out.shape[1], dtype=asked.wide)
     for first, block, index, part in zip(
         range(0, len(out), size), out.split(size), start.split(size), parts, strict=True
     ):
         torch.index_select(table.tokens, 0, index, out=block)
         if not len(part.places):
             continue
-        here, change = part.places - first, part.sums()
+        here, change = part.places - first, part.sums(scratch)
         if block.dtype == change.dtype:
             block.index_add_(0, here, change)
         else:
@@ -147,22 +149,24 @@ class _Changes:
         return cls(places, directions, basis, along, weights, inside)
 
     def split(self, counts: list[int]) -> Iterator["_Changes"]:
-        """Yields the changes of one block after another: slices, so that a block takes few calls."""
+        """Yields the changes of one block after another."""
         fields = (self.along, self.weights, self.inside)
         parts = [repeat(None) if each is None else each.split(counts) for each in fields]
         for places, *part in zip(self.places.split(counts), *parts, strict=False):
             yield _Changes(places, self.directions, self.basis, *part)
 
-    def sums(self) -> Tensor:
-        """Returns what is added, `[place, d]`."""
-        found = None
-        if self.directions is not None and self.along is not None and self.weights is not None:
-            found = self.directions.index_select(0, self.along).mul_(self.weights)
+    def sums(self, scratch: Tensor) -> Tensor:
+        """Returns what is added, `[place, d]`, in the front of some memory."""
+        out = scratch[: len(self.places)]
+        if self.along is None or self.directions is None or self.weights is None:
+            assert self.inside is not None
+            assert self.basis is not None
+            return torch.mm(self.inside, self.basis, out=out)
+        torch.index_select(self.directions, 0, self.along, out=out)
+        out.mul_(self.weights)
         if self.inside is not None and self.basis is not None:
-            inside = self.inside @ self.basis
-            found = inside if found is None else found.add_(inside)
-        assert found is not None
-        return found
+            out.addmm_(self.inside, self.basis)
+        return out
 
 
 def _weights(

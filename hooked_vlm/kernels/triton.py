@@ -144,16 +144,23 @@ def _worth_trying(configs: list[Any], named: dict[str, Any], **_options: Any) ->
     return [config for config in configs if config.num_warps in warps]
 
 
-def kernel() -> None:
-    """Stands in for the kernel where there is no Triton."""
-
+kernel: Any = None
+"""The kernel, where there is Triton."""
 
 if triton is not None:
+
+    @triton.jit
+    @no_type_check
+    def _moved(h, w, a, STEER: tl.constexpr):
+        if STEER == "project":
+            a = a * tl.sum(h * w, axis=0) / tl.sum(w * w, axis=0)
+        return h + a * w
+
     # Shapes are checked before the launch, and Triton reads the function's own source: the
     # checker that wraps every function under test has to leave this one alone.
     @triton.jit
     @no_type_check
-    def kernel(  # noqa: F811
+    def _write_token(
         out,
         clean,
         source,
@@ -219,10 +226,10 @@ if triton is not None:
             # One load, from wherever the token is: the choice is one of addresses.
             at = tl.where(is_taken, source_at, clean_at)
             h = tl.load(at + columns, mask=there, other=0.0)
+        elif is_taken:
+            h = tl.load(source_at + source_columns, mask=there, other=0.0)
         else:
-            h = tl.load(clean_at + clean_columns, mask=there & (taken < 0), other=0.0)
-            new = tl.load(source_at + source_columns, mask=there & is_taken, other=0.0)
-            h = tl.where(is_taken, new, h)
+            h = tl.load(clean_at + clean_columns, mask=there, other=0.0)
 
         if STEER != "":
             h = h.to(tl.float32)
@@ -230,10 +237,9 @@ if triton is not None:
             a = tl.load(strength + row).to(tl.float32)
             if tl.load(steer_at + token).to(tl.int1) & (along >= 0) & (a != 0):
                 w = tl.load(directions + along * directions_step + columns, mask=there, other=0.0)
-                w = w.to(tl.float32)
-                if STEER == "project":
-                    a = a * tl.sum(h * w, axis=0) / tl.sum(w * w, axis=0)
-                h = h + a * w
+                h = _moved(h, w.to(tl.float32), a, STEER)
 
         out_at = out + row * out_row_step + pos * out_pos_step
         tl.store(out_at + out_columns, h.to(out.dtype.element_ty), mask=there)
+
+    kernel = _write_token
