@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +84,41 @@ def test_cells_do_something(throughput):
         found = throughput.Ours(model).run(task)
         apart = (found - found.mean(0)).abs().amax(dim=(1, 2))
         assert (apart > 0).all(), task.name
+
+
+# Kernels
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    return importlib.import_module("benchmarks.kernels")
+
+
+def test_every_way_makes_the_same_rows(kernels, capsys, monkeypatch, tmp_path):
+    few = (kernels.Shape("few", 2, 40, 24, 8),)
+    monkeypatch.setattr(kernels, "SHAPES", {"cpu": few, "cuda": few})
+    file = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["kernels", "--quick", "--repeats", "1", "--json", str(file)])
+    kernels.main()
+    found = json.loads(file.read_text())
+    assert {row["work"] for row in found["rows"]} == set(kernels.WORK)
+    for row in found["rows"]:
+        assert set(row["gb_per_s"]) == {"copy", "ours", "index_put", "where"}
+        assert all(off <= 2e-2 for off in row["off"].values())
+        assert row["of_copy"]["copy"] == 1
+    assert "| few: 8 × 40 × 24 |" in capsys.readouterr().out
+
+
+def test_cells_of_kernels_do_something(kernels):
+    """Rows that are all clean would be equal for everyone, and fast."""
+    plain = kernels.make(kernels.Shape("few", 2, 40, 24, 8), {}, torch.float32, "cpu")
+    clean = plain["clean"][plain["clean_row"]]
+    for work, options in kernels.WORK.items():
+        made = kernels.make(kernels.Shape("few", 2, 40, 24, 8), options, torch.float32, "cpu")
+        changed = (kernels.ours(made) != clean).any(dim=-1)
+        assert 0.2 < changed.float().mean() < 0.9, work
+
+
+def test_predictions_stand_in_the_documentation(kernels):
+    page = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    assert kernels.roofline.table() in page

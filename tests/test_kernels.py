@@ -109,7 +109,7 @@ def test_the_definition_rounds_once(given):
 
 
 @pytest.mark.parametrize("share", [0.0, 1e9])
-def test_rows_by_table_and_by_row_are_the_same(share, monkeypatch):
+def test_many_rows_and_few_are_the_same(share, monkeypatch):
     monkeypatch.setattr(cpu, "TABLE_SHARE", share)
     names = ("clean", "source", "token_map", "clean_row", "source_row")
     given: dict[str, Any] = {name: small()[name] for name in names}

@@ -26,7 +26,7 @@ from hooked_vlm.kernels.checks import Asked
 
 BLOCK_BYTES = 2**20
 """What a thread makes at a time where tokens are computed: a core's own cache."""
-TABLE_SHARE = 1.0
+TABLE_SHARE = 0.5
 """A table of up to this share of the rows' tokens is worth making to copy from."""
 
 
@@ -41,7 +41,7 @@ def patched_rows(asked: Asked) -> Float[Tensor, "row pos d"]:
     is_taking = bool((asked.token_map >= 0).any())
     in_span = asked.basis is not None and is_taking
     if not in_span and asked.moved is None and is_taking and not _pays(asked):
-        _copy_by_row(asked, out)
+        _copy_twice(asked, out)
         return out
     tokens = flat.view(-1, asked.shape[2])
     table = _Table.of(asked, is_taking)
@@ -202,10 +202,9 @@ def _pays(asked: Asked) -> bool:
     return tokens <= TABLE_SHARE * rows * pos
 
 
-def _copy_by_row(asked: Asked, out: Tensor) -> None:
+def _copy_twice(asked: Asked, out: Tensor) -> None:
     """Writes whole rows and then over them: less work than a table where rows are few."""
-    prompts, sources = asked.clean_row.tolist(), asked.source_row.tolist()
-    for row, prompt, source, tokens in zip(out, prompts, sources, asked.token_map, strict=True):
-        row.copy_(asked.clean[prompt])
-        at = (tokens >= 0).nonzero()[:, 0]
-        row.index_copy_(0, at, asked.source[source].index_select(0, tokens[at]))
+    torch.index_select(asked.clean, 0, asked.clean_row, out=out)
+    row, pos = (asked.token_map >= 0).nonzero(as_tuple=True)
+    source, token = asked.source_row.long()[row], asked.token_map.long()[row, pos]
+    out.index_put_((row, pos), asked.source[source, token])

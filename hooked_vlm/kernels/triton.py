@@ -193,8 +193,7 @@ if triton is not None:
     ):
         # 64 bits: a batch of a few hundred long rows has more elements than 31 bits count.
         token = tl.program_id(0).to(tl.int64)
-        row = token // n_pos
-        pos = token % n_pos
+        row, pos = token // n_pos, token % n_pos
         columns = tl.arange(0, BLOCK)
         there = columns < D
 
@@ -235,7 +234,7 @@ if triton is not None:
             h = h.to(tl.float32)
             along = tl.load(direction_row + row).to(tl.int64)
             a = tl.load(strength + row).to(tl.float32)
-            if tl.load(steer_at + token).to(tl.int1) & (along >= 0) & (a != 0):
+            if (tl.load(steer_at + token) != 0) & (along >= 0) & (a != 0):
                 w = tl.load(directions + along * directions_step + columns, mask=there, other=0.0)
                 h = _moved(h, w.to(tl.float32), a, STEER)
 
