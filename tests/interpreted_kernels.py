@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from kernel_cases import arguments, assert_close, is_exact
 
-from hooked_vlm.kernels import patched_rows
+from hooked_vlm.kernels import patched_rows, triton
+from hooked_vlm.kernels.checks import Asked
 
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels_triton.py instead"
@@ -41,3 +42,23 @@ def test_a_kernel_writes_its_rows_and_nothing_beside_them(at):
     )
     assert not out.isnan().any()
     assert int((~around.isnan()).sum()) == out.numel()
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(3584, torch.bfloat16), (8, torch.float32)])
+def test_the_tuner_tries_few_and_launches_the_kernel(d, dtype, monkeypatch):
+    """As on a GPU, but for the clock: here more warps count as faster."""
+    clean, one = torch.randn(2, 3, d).to(dtype), torch.tensor([0, 1])
+    asked = Asked(clean, clean + 1, torch.tensor([[0, -1, 2]] * 2), one, one)
+    out = torch.full((2, 3, d), torch.nan, dtype=dtype)
+    tuner, tried = triton._tuned(), []
+
+    def bench(*_args, config, **_meta):
+        tried.append(config.num_warps)
+        return [1 / config.num_warps]
+
+    monkeypatch.setattr(tuner, "_bench", bench)
+    tuner[(6,)](**triton.arguments_of(asked, out), **triton.EXACT)
+    few = triton.warps_for(d, dtype.itemsize)
+    assert tried == (few if len(few) > 1 else [])
+    assert tuner.best_config.num_warps == few[-1]
+    assert torch.equal(out, patched_rows(**{**vars(asked), "out": None}, by="reference"))

@@ -139,7 +139,8 @@ def _tuned() -> Any:
     )(kernel)
 
 
-def _worth_trying(configs: list[Any], named: dict[str, Any], **_options: Any) -> list[Any]:
+def _worth_trying(configs: list[Any], by_place: dict[str, Any], **by_name: Any) -> list[Any]:
+    named = by_place | by_name
     warps = warps_for(named["D"], named["out"].element_size())
     return [config for config in configs if config.num_warps in warps]
 
