@@ -139,7 +139,7 @@ def _check_kinds(asked: Asked) -> None:
         raise _wrong("clean", dtype, "float32, float16, bfloat16 or float64")
     allowed: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(("source", "out"), (dtype,))
     # Directions and bases may keep the precision in which they were found.
-    allowed |= dict.fromkeys(("directions", "basis"), (dtype, asked.wide))
+    allowed |= dict.fromkeys(("directions", "basis"), (dtype, torch.float32))
     integers = (torch.int64, torch.int32)
     allowed |= dict.fromkeys(("token_map", "clean_row", "source_row", "direction_row"), integers)
     allowed |= {"steer_at": (torch.bool,), "strength": (torch.float32, asked.wide)}
