@@ -82,7 +82,12 @@ class _Table:
     def dots(self, vectors: Tensor) -> Tensor:
         """Returns products `[n, vector]` of each token with a few vectors, in float64."""
         columns = vectors.double().T
-        return torch.cat([part.double() @ columns for part in self.tokens.split(_block(self))])
+        products = columns.new_empty(len(self.tokens), len(vectors))
+        size = _block(self)
+        scratch = columns.new_empty(min(size, len(self.tokens)), len(columns))
+        for part, out in zip(self.tokens.split(size), products.split(size), strict=True):
+            torch.mm(scratch[: len(part)].copy_(part), columns, out=out)
+        return products
 
 
 def _compute(asked: Asked, table: _Table, out: Tensor, in_span: bool) -> None:
