@@ -77,7 +77,7 @@ def main() -> None:
     battery = battery_of(model, given.pairs, given.batch, given.family)
     n_patches = sum(len(task.cells) * given.batch for tasks in battery for task in tasks)
     ours = Whole(Ours(model), model)
-    found: dict[str, Any] = {"machine": machine(()), "patches": n_patches, "rivals": {}}
+    found: dict[str, Any] = {"machine": machine(), "patches": n_patches, "rivals": {}}
     print(f"{given.family} {given.size}, {given.pairs} pairs in batches of {given.batch}: ", end="")
     print(f"{n_patches} patches, medians of {given.repeats}")
     print("| rival | ours s | rival s | ratio | patches/s | answers apart |")

@@ -115,7 +115,7 @@ def main() -> None:
     if given.plot:
         drawn(found).savefig(given.plot, dpi=150)
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(()), "rows": found}, indent=1))
+        given.json.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def tasks_for(
     ]
 
 
-def machine(names: Sequence[str]) -> dict[str, str]:
+def machine(names: Sequence[str] = ()) -> dict[str, str]:
     """Returns what the times are times of."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,12 +165,6 @@ def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "g.png").stat().st_size > 10_000
     assert growth.slope([{"at": x, "s": 3.0 * x**2} for x in (1, 2, 5)], "s") == pytest.approx(2)
 
-    model = HookedVLM(throughput.built.build("qwen2-vl", (2, 2), width=64))
-    for task in throughput.tasks_for(model, throughput.TASKS, 2):
-        found = throughput.Ours(model).run(task)
-        apart = (found - found.mean(0)).abs().amax(dim=(1, 2))
-        assert (apart > 0).all(), task.name
-
 
 # Estimates
 
@@ -188,3 +183,41 @@ def test_estimates_stand_beside_exact_sweeps(capsys, monkeypatch, tmp_path):
     assert {r["line"] for r in found["effects"]} == {"exact", "estimate"}
     assert "| tiny-qwen2-vl | final token | probability |" in capsys.readouterr().out
     assert all((tmp_path / f"effects-{m}.png").exists() for m in ("log-odds", "probability"))
+
+
+# Kernels
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    return importlib.import_module("benchmarks.kernels")
+
+
+def test_every_way_makes_the_same_rows(kernels, capsys, monkeypatch, tmp_path):
+    few = (kernels.Shape("few", 2, 40, 24, 8),)
+    monkeypatch.setattr(kernels, "SHAPES", {"cpu": few, "cuda": few})
+    file = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["kernels", "--quick", "--repeats", "1", "--json", str(file)])
+    kernels.main()
+    found = json.loads(file.read_text())
+    assert {row["work"] for row in found["rows"]} == set(kernels.WORK)
+    for row in found["rows"]:
+        assert set(row["gb_per_s"]) == {"copy", "ours", "index_put", "where"}
+        assert all(off <= 2e-2 for off in row["off"].values())
+        assert row["of_copy"]["copy"] == 1
+    assert "| few: 8 × 40 × 24 |" in capsys.readouterr().out
+
+
+def test_cells_of_kernels_do_something(kernels):
+    """Rows that are all clean would be equal for everyone, and fast."""
+    plain = kernels.make(kernels.Shape("few", 2, 40, 24, 8), {}, torch.float32, "cpu")
+    clean = plain["clean"][plain["clean_row"]]
+    for work, options in kernels.WORK.items():
+        made = kernels.make(kernels.Shape("few", 2, 40, 24, 8), options, torch.float32, "cpu")
+        changed = (kernels.ours(made) != clean).any(dim=-1)
+        assert 0.2 < changed.float().mean() < 0.9, work
+
+
+def test_predictions_stand_in_the_documentation(kernels):
+    page = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    assert kernels.roofline.table() in page

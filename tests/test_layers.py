@@ -36,7 +36,13 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("door", "progress cli __init__"),
 )
 LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
-ALONE = {"matplotlib": "plots charts", "typer": "cli", "rich": "cli progress", "jinja2": "report"}
+ALONE = {
+    "matplotlib": "plots charts",
+    "typer": "cli",
+    "rich": "cli progress",
+    "jinja2": "report",
+    "triton": "kernels.triton",
+}
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 80
 

@@ -1,0 +1,215 @@
+"""`patched_rows` in plain torch on a CPU: one gather from a table of all tokens.
+
+Clean and source tokens are put one behind the other, which makes "this one or that one" a
+single index.  The table is small where rows are many (every row of a prompt shares its tokens),
+and `index_select` copies whole tokens straight to their places.
+
+Interchanges and steering add to a token a sum of few vectors, the basis's and the directions'.
+The dot products that this takes are of tokens in the table, so each is formed once, not once
+for each row; in float64, because an interchange subtracts two of them that may be large and
+nearly equal.  What remains is done block by block, while a block is still in the cache.
+
+docs/kernels.md says what else was measured: clone and `index_put`, `torch.where`,
+`torch.compile`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.kernels.checks import Asked
+
+
+BLOCK_BYTES = 2**20
+"""What a thread makes at a time where tokens are computed: a core's own cache."""
+TABLE_SHARE = 0.5
+"""A table of up to this share of the rows' tokens is worth making to copy from."""
+
+
+def patched_rows(asked: Asked) -> Float[Tensor, "row pos d"]:
+    """Returns what `reference.patched_rows` does.
+
+    Tokens that are copied and tokens moved by `mode="add"` have its bits; dot products are
+    summed in float64 and are nearer to the truth.
+    """
+    out = asked.new_out()
+    flat = out if out.is_contiguous() else out.new_empty(out.shape)
+    is_taking = bool((asked.token_map >= 0).any())
+    in_span = asked.basis is not None and is_taking
+    if not in_span and asked.moved is None and is_taking and not _pays(asked):
+        _copy_twice(asked, out)
+        return out
+    tokens = flat.view(-1, asked.shape[2])
+    table = _Table.of(asked, is_taking)
+    if in_span or asked.moved is not None:
+        _compute(asked, table, tokens, in_span)
+    else:
+        torch.index_select(table.tokens, 0, table.index, out=tokens)
+    return out if flat is out else out.copy_(flat)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    tokens: Tensor
+    """`[n, d]`: all clean tokens, then all source tokens."""
+    clean: Tensor
+    """`[row * pos]`: the number of each written token's clean token."""
+    index: Tensor
+    """`[row * pos]`: the number of the token that is there once it is patched."""
+
+    @classmethod
+    def of(cls, asked: Asked, is_taking: bool) -> "_Table":
+        n_clean, n_source = (x.shape[0] * x.shape[1] for x in (asked.clean, asked.source))
+        _, pos, d = asked.shape
+        clean = asked.clean_row.long()[:, None] * pos + torch.arange(pos)
+        if not is_taking:
+            return cls(asked.clean.reshape(n_clean, d), clean.flatten(), clean.flatten())
+        is_same = asked.source is asked.clean
+        tokens = asked.clean.new_empty(n_clean + (0 if is_same else n_source), d)
+        # copy_ takes any strides; reshape would copy what is not contiguous a second time.
+        tokens[:n_clean].view(asked.clean.shape).copy_(asked.clean)
+        if not is_same:
+            tokens[n_clean:].view(asked.source.shape).copy_(asked.source)
+        first = asked.source_row.long()[:, None] * asked.source.shape[1]
+        source = first + asked.token_map + (0 if is_same else n_clean)
+        index = torch.where(asked.token_map < 0, clean, source)
+        return cls(tokens, clean.flatten(), index.flatten())
+
+    def dots(self, vectors: Tensor) -> Tensor:
+        """Returns products `[n, vector]` of each token with a few vectors, in float64."""
+        columns = vectors.double().T
+        products = columns.new_empty(len(self.tokens), len(vectors))
+        size = _block(self)
+        scratch = columns.new_empty(min(size, len(self.tokens)), len(columns))
+        for part, out in zip(self.tokens.split(size), products.split(size), strict=True):
+            torch.mm(scratch[: len(part)].copy_(part), columns, out=out)
+        return products
+
+
+def _compute(asked: Asked, table: _Table, out: Tensor, in_span: bool) -> None:
+    """Writes all tokens, block by block, and adds to some of them."""
+    changes = _Changes.of(asked, table, in_span)
+    start = table.clean if in_span else table.index
+    size = _block(table)
+    counts = torch.bincount(changes.places // size, minlength=-(-len(out) // size)).tolist()
+    parts = changes.split(counts)
+    # Made once: memory that is new in every block costs more than what is computed in it.
+    scratch = out.new_empty(max(counts, default=0), out.shape[1], dtype=asked.wide)
+    for first, block, index, part in zip(
+        range(0, len(out), size), out.split(size), start.split(size), parts, strict=True
+    ):
+        torch.index_select(table.tokens, 0, index, out=block)
+        if not len(part.places):
+            continue
+        here, change = part.places - first, part.sums(scratch)
+        if block.dtype == change.dtype:
+            block.index_add_(0, here, change)
+        else:
+            old = block.index_select(0, here)
+            block.index_copy_(0, here, change.add_(old).to(block.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class _Changes:
+    """What is added to which written tokens: a direction's multiple, a sum of the basis's rows."""
+
+    places: Tensor
+    """`[place]`, rising: numbers of written tokens."""
+    directions: Tensor | None = None
+    basis: Tensor | None = None
+    along: Tensor | None = None
+    """`[place]`: which direction."""
+    weights: Tensor | None = None
+    """`[place, 1]`: how much of it."""
+    inside: Tensor | None = None
+    """`[place, axis]`: how much of each of the basis's rows."""
+
+    @classmethod
+    def of(cls, asked: Asked, table: _Table, in_span: bool) -> "_Changes":
+        taken = (asked.token_map >= 0) if in_span else None
+        moved = asked.moved
+        touched = taken if moved is None else moved if taken is None else taken | moved
+        assert touched is not None
+        places = touched.flatten().nonzero()[:, 0]
+        basis = inside = None
+        if in_span:
+            assert asked.basis is not None
+            products = table.dots(asked.basis)
+            # Zero where nothing is taken.
+            inside = products[table.index[places]] - products[table.clean[places]]
+            basis = asked.basis.to(asked.wide)
+        directions = along = weights = None
+        if moved is not None:
+            assert asked.directions is not None
+            assert asked.direction_row is not None
+            row = places // asked.shape[1]
+            along = asked.direction_row.clamp(min=0).long()[row]
+            weights = _weights(asked, table, places, along, inside).to(asked.wide)[:, None]
+            directions = asked.directions.to(asked.wide)
+        inside = None if inside is None else inside.to(asked.wide)
+        return cls(places, directions, basis, along, weights, inside)
+
+    def split(self, counts: list[int]) -> Iterator["_Changes"]:
+        """Yields the changes of one block after another."""
+        fields = (self.along, self.weights, self.inside)
+        parts = [repeat(None) if each is None else each.split(counts) for each in fields]
+        for places, *part in zip(self.places.split(counts), *parts, strict=False):
+            yield _Changes(places, self.directions, self.basis, *part)
+
+    def sums(self, scratch: Tensor) -> Tensor:
+        """Returns what is added, `[place, d]`, in the front of some memory."""
+        out = scratch[: len(self.places)]
+        if self.along is None or self.directions is None or self.weights is None:
+            assert self.inside is not None
+            assert self.basis is not None
+            return torch.mm(self.inside, self.basis, out=out)
+        torch.index_select(self.directions, 0, self.along, out=out)
+        out.mul_(self.weights)
+        if self.inside is not None and self.basis is not None:
+            out.addmm_(self.inside, self.basis)
+        return out
+
+
+def _weights(
+    asked: Asked, table: _Table, places: Tensor, along: Tensor, inside: Tensor | None
+) -> Tensor:
+    """Returns how much of its direction is added at each place, in float64, 0 where none is."""
+    assert asked.directions is not None
+    assert asked.strength is not None
+    assert asked.moved is not None
+    a = asked.strength.double()[places // asked.shape[1]]
+    if asked.mode == "project":
+        vectors = asked.directions.double()
+        start = table.index if inside is None else table.clean
+        products = table.dots(asked.directions)[start[places], along]
+        if inside is not None:  # the token has been interchanged by then
+            assert asked.basis is not None
+            turned = asked.basis.double() @ vectors.T
+            products = products + (inside @ turned).gather(1, along[:, None])[:, 0]
+        a = a * products / vectors.square().sum(1)[along]
+    return a.where(asked.moved.flatten()[places], 0.0)
+
+
+def _block(table: _Table) -> int:
+    """How many tokens are made at a time."""
+    bytes_each = table.tokens.shape[1] * table.tokens.element_size()
+    return max(1, BLOCK_BYTES * torch.get_num_threads() // bytes_each)
+
+
+def _pays(asked: Asked) -> bool:
+    """Whether rows are many enough to make a table first."""
+    rows, pos, _ = asked.shape
+    tokens = sum(x.shape[0] * x.shape[1] for x in (asked.clean, asked.source))
+    return tokens <= TABLE_SHARE * rows * pos
+
+
+def _copy_twice(asked: Asked, out: Tensor) -> None:
+    """Writes whole rows and then over them: less work than a table where rows are few."""
+    torch.index_select(asked.clean, 0, asked.clean_row, out=out)
+    row, pos = (asked.token_map >= 0).nonzero(as_tuple=True)
+    source, token = asked.source_row.long()[row], asked.token_map.long()[row, pos]
+    out.index_put_((row, pos), asked.source[source, token])
