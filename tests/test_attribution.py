@@ -179,6 +179,23 @@ def test_prompts_do_not_see_one_another(family: str) -> None:
     assert (np.abs(together - clean) > 1e-6).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_belong_to_their_prompts(family: str) -> None:
+    model, inputs = tiny(family), make_inputs(family, 2, images=2, seed=1)
+    n = 6 if family == "llava" else 3
+    place = Region.columns((n, n), 0, 1).of_image(1)
+    site = "vision_encoder.blocks.1.hook_resid_pre"
+    sweep = Sweep(inputs, {"site": [site]}, lambda site: Ablate(site, at=place))
+    whole = sweep.attribution(model, difference) - difference(model(inputs)).numpy()
+    for b in range(2):
+        weight = (torch.arange(2) == b).float()
+        one = sweep.attribution(model, lambda logits, w=weight: difference(logits) * w)
+        one = one - (difference(model(inputs)) * weight).numpy()
+        assert float(abs(one[0, 1 - b])) < 1e-7
+        assert float(one[0, b]) == pytest.approx(float(whole[0, b]), abs=1e-6)
+    assert (np.abs(whole) > 1e-6).all()
+
+
 def test_effects_at_two_sites_add_up() -> None:
     model, made = tiny("gemma-3"), cells_of("gemma-3")
     inputs = make_inputs("gemma-3", 2, seed=1)
