@@ -17,6 +17,9 @@ import torch
 
 torch.set_num_threads(1)  # tiny models: more threads only make sums differ between machines
 
+# Kernels are interpreted or compiled once and for all when they are imported.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted_kernels.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

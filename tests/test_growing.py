@@ -246,7 +246,7 @@ def test_a_pass_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Growing, "run", run)
     report = compared(model, sweep)
-    assert report.passes == 4
+    assert report.passes == 2
 
 
 def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,6 @@ def test_a_control_speaks_for_later_passes_of_its_kind() -> None:
     forget(model)
     assert report([2, 3]).controls == 1
     assert report([2, 3]).controls == 0
-    assert "controls were right before" in str(report([2, 3]))
     assert report([1, 2, 3]).controls == 1  # through a block that none has gone through
     assert report([1, 2], logits_to_keep=1).controls == 1
     assert report([1, 2], batch=3).controls == 1

@@ -106,8 +106,8 @@ class Plan(Sequence[Cell]):
             floor += self._rows(costs, job, batch, length, start, keep, last_only)
         for start, group in groups_of(jobs, starts):
             size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
-            control = Job(-1, group[0].stage, start)
-            proof += self._rows(costs, control, batch, length, start, keep, last_only)
+            for job in (Job(-1, group[0].stage, start), group[0]):
+                proof += self._rows(costs, job, batch, length, start, keep, last_only)
             per_pass = max(1, size // batch)
             for i in range(0, len(group), per_pass):
                 chunk = group[i : i + per_pass]
@@ -169,8 +169,8 @@ class Plan(Sequence[Cell]):
 
 def _proof(operations: float) -> str:
     return (
-        f"The first such sweep carries a control as well, for {_flops(operations)} more: it has to "
-        "come out as the clean run did."
+        f"In front of the first such sweep goes a control, for {_flops(operations)} more: it has "
+        "to come out as the clean run did."
     )
 
 

@@ -1,11 +1,11 @@
-"""Executing a sweep's cells as a growing batch, with a control in the first pass of each kind.
+"""Executing a sweep's cells as a growing batch, behind a control for each kind of pass.
 
-Among the rows of such a pass is one set that changes nothing, from the first joining on.  Its
-logits must be the clean run's within `BOUNDS`; where they are not, the pass is thrown away, and
-the sweep runs by a plainer way.
+Before the first pass of a kind goes one of the same kind with rows that change nothing.  Their
+logits must be the clean run's within `BOUNDS`; where they are not, the sweep runs by a plainer
+way.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,20 +44,16 @@ class Report:
     rows: int = 0
     starts: list[int] = field(default_factory=list)
     controls: int = 0
-    """Passes that carried a control; those of a kind that was proved before go without."""
+    """Passes that were made for a control; a kind that was proved before needs none."""
     worst: float = 0.0
     """Largest difference between a control's logits and the clean run's, over the largest logit."""
 
     def __str__(self) -> str:
         """Says it in a line."""
-        controls = (
-            f"controls off by at most {self.worst:.1e} of the largest logit"
-            if self.controls
-            else "controls were right before"
-        )
+        # Nothing of the controls: who was first of a kind is no property of the numbers.
         return (
             f"growing: {self.passes} passes of {self.rows} rows, from positions "
-            f"{', '.join(map(str, sorted(set(self.starts))))}; {controls}"
+            f"{', '.join(map(str, sorted(set(self.starts))))}"
         )
 
 
@@ -97,8 +93,10 @@ def run_growing(
             rows = rows_within(
                 model, clean.shape[1], start, keep, clean.logits.element_size(), memory
             )
-            for chunk, controlled in _chunks(model, clean, group, start, rows // clean.shape[0]):
-                for job, logits in _pass(model, clean, chunk, start, report, controlled):
+            size = max(1, rows // clean.shape[0])
+            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
+                _check(model, clean, chunk, start, report, alone=size == 1)
+                for job, logits in _pass(model, clean, chunk, start, report):
                     scores[job.index] = metric(logits)
                     done += 1
                     if on_progress is not None:
@@ -133,29 +131,40 @@ def _clean(
     return clean
 
 
-def _chunks(
-    model: Any, clean: Clean, jobs: Sequence[Job], start: int, size: int
-) -> Iterator[tuple[Sequence[Job], bool]]:
-    """Yields at most `size` jobs at a time, and whether they need a control (one of that many)."""
-    done = 0
-    while done < len(jobs):
-        chunk = jobs[done : done + max(1, size)]
-        kind = kind_of(model, clean, start, bool(trimmed_of(model, clean, chunk)))
-        controlled = not is_proved(model, kind, chunk[0].stage)
-        if controlled and len(chunk) == size > 1:
-            chunk = chunk[:-1]
-        done += len(chunk)
-        yield chunk, controlled
+def _check(
+    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report, *, alone: bool
+) -> None:
+    """Raises `GrowthError` unless a control comes out right in a pass of this kind.
+
+    It goes through beside one of the jobs, in a pass of its own: whether a sweep is the first of
+    its kind must not show in its numbers.
+    """
+    trimmed = trimmed_of(model, clean, chunk)
+    kind = kind_of(model, clean, start, bool(trimmed))
+    if is_proved(model, kind, chunk[0].stage):
+        return None
+    beside = next(job for job in chunk if bool(trimmed_of(model, clean, [job])) == bool(trimmed))
+    control = Job(-1, chunk[0].stage, start)
+    try:
+        logits = _logits(model, clean, [control] if alone else [control, beside], start)[0]
+    except torch.OutOfMemoryError:
+        if alone:
+            raise
+        return _check(model, clean, chunk, start, report, alone=True)
+    off = float((logits - clean.logits).abs().max() / clean.logits.abs().max())
+    report.worst = max(report.worst, off)
+    report.controls += 1
+    if not off <= BOUNDS.get(clean.logits.dtype, 5e-2):
+        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest")
+    return prove(model, kind, chunk[0].stage)
 
 
 def _pass(
-    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report, controlled: bool
+    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report
 ) -> list[tuple[Job, Tensor]]:
-    """Returns each job's logits, once a control among such a pass has been found to be right."""
-    control = [Job(-1, chunk[0].stage, start)] if controlled else []
+    """Returns each job's logits, in two passes where one does not fit."""
     try:
-        growing = Growing(model, clean, [*control, *chunk], start)
-        logits = growing.run()
+        logits = _logits(model, clean, chunk, start)
     except torch.OutOfMemoryError:
         if len(chunk) == 1:
             raise
@@ -163,24 +172,24 @@ def _pass(
         return [
             found
             for part in (chunk[:half], chunk[half:])
-            for found in _pass(model, clean, part, start, report, controlled)
+            for found in _pass(model, clean, part, start, report)
         ]
-    except HookedVLMError as error:
-        raise GrowthError(str(error)) from error
-    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-        raise GrowthError(f"a block refused the rows: {error}") from error
-    if controlled:
-        off = float((logits[0] - clean.logits).abs().max() / clean.logits.abs().max())
-        report.worst = max(report.worst, off)
-        report.controls += 1
-        if not off <= BOUNDS.get(clean.logits.dtype, 5e-2):
-            raise GrowthError(f"the control's logits are off by {off:.2g} of the largest")
-        prove(model, kind_of(model, clean, start, bool(growing.trimmed)), chunk[0].stage)
-        logits = logits[1:]
     report.passes += 1
     report.rows += len(chunk) * clean.shape[0]
     report.starts.append(start)
     return list(zip(chunk, logits, strict=True))
+
+
+def _logits(model: Any, clean: Clean, jobs: Sequence[Job], start: int) -> Tensor:
+    """Returns what a pass of some jobs gives, or raises `GrowthError` for why it cannot be had."""
+    try:
+        return Growing(model, clean, jobs, start).run()
+    except torch.OutOfMemoryError:
+        raise
+    except HookedVLMError as error:
+        raise GrowthError(str(error)) from error
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        raise GrowthError(f"a block refused the rows: {error}") from error
 
 
 def starts_of(
