@@ -183,15 +183,24 @@ class TowerRestart:
         paths = [block.path for block in model.anatomy.vision.blocks[: max(depths)]]
         blocks = [model.hf_model.get_submodule(path) for path in paths]
         try:
-            model.block_outputs(lambda: model(inputs, **arguments))
             with ExitStack() as stack:
                 outputs = [stack.enter_context(recording(block)) for block in blocks]
-                plain = model(inputs, **arguments)
+                encoded = cls._encoded(model, inputs)
             made = cls(model, inputs, arguments, blocks, outputs)
             with made._replaying(len(blocks)):
-                return made if torch.equal(model(inputs, **arguments), plain) else None
+                again = cls._encoded(model, inputs)
         except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
             return None  # what is wrong, if it is, shows plainly
+        alike = len(encoded) == len(again) and all(map(torch.equal, encoded, again))
+        return made if encoded and alike else None
+
+    @staticmethod
+    def _encoded(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Returns all that the encoder hands on, from a pass that ends behind it."""
+        with recording(encoder_of(model)) as found:
+            site = "vision_encoder.blocks.0.hook_resid_pre"
+            model.run_with_cache(inputs, [site], stop_at_layer=0)
+        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
     def run(self, cell: Cell) -> Tensor:
         """Returns the logits of a cell."""
