@@ -23,7 +23,7 @@ from hooked_vlm.cache import ActivationCache
 from hooked_vlm.config import HookedVLMConfig
 from hooked_vlm.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
-from hooked_vlm.guarded import guarded
+from hooked_vlm.guarded import guarded, require_made_for
 from hooked_vlm.inputs import rows_of
 from hooked_vlm.naming import VISION, last_block, resolve_name, slot_name
 from hooked_vlm.pairing import CellPairs
@@ -76,13 +76,8 @@ def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
     The pass ends behind the last block of the language model that is named.
     """
     last = last_block(names)
-    stop = {}
-    if (
-        last is not None
-        and isinstance(model.cfg, HookedVLMConfig)
-        and last < model.cfg.n_layers - 1
-    ):
-        stop["stop_at_layer"] = last + 1
+    n_layers = model.cfg.n_layers if isinstance(model.cfg, HookedVLMConfig) else 0
+    stop = {"stop_at_layer": last + 1} if last is not None and last < n_layers - 1 else {}
     with torch.no_grad():
         return Recording(inputs, model.run_with_cache(inputs, names, **stop)[1])
 
@@ -126,7 +121,8 @@ class _Intervention:
         A source that is not recorded yet is run here.
         """
         site, places = self._site_and_places(model, inputs)
-        return [(site.name, guarded(self._edit(model, site, *places), inputs, site))]
+        edit = self._edit(model, site, *places)
+        return [(site.name, guarded(edit, inputs, site, _rows(model, inputs, None)))]
 
     def _site_and_places(self, model: Model, inputs: Mapping[str, Any]) -> tuple[Site, tuple]:
         site = site_of(model, self.site)
@@ -176,10 +172,12 @@ def _rows(model: Model, inputs: Mapping[str, Any], place: Any) -> list[PromptRow
     return rows_of(inputs, model.grids(inputs), needs_text(place))
 
 
-def _recorded(model: Model, source: "Source", site: Site) -> ActivationCache:
-    if isinstance(source, Recording):
-        return source.cache
-    return record(model, source, [site.name]).cache
+def _recorded(model: Model, source: "Source", site: Site) -> Any:
+    """Returns what a source has at a site, checked to be of its prompts (or images)."""
+    run = source if isinstance(source, Recording) else record(model, source, [site.name])
+    values = run.cache[site.name]
+    require_made_for(site, values, run.inputs, _rows(model, run.inputs, None))
+    return values
 
 
 def _inputs_of(source: "Source") -> Mapping[str, Any]:
@@ -204,7 +202,7 @@ class Patch(_Intervention):
     def _edit(
         self, model: Model, site: Site, targets: Located, sources: Located
     ) -> Callable[[Any], Any]:
-        values = _recorded(model, self.source, site)[site.name]
+        values = _recorded(model, self.source, site)
         taken = rows_at(values, index_of(sources, self.heads, values[0].device))
 
         def edit(activation: Any) -> Any:
@@ -311,7 +309,7 @@ class Ablate(_Intervention):
             return self.to
         if self.reference is None or self.to == "zero":
             return torch.zeros(())
-        values = _recorded(model, self.reference, site)[site.name]
+        values = _recorded(model, self.reference, site)
         rows = rows_at(values, index_of(reference, self.heads, values[0].device))
         if self.to == "mean":
             return rows.mean(0)

@@ -52,6 +52,14 @@ def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
     return located
 
 
+def rows_needed(site: Site, rows: Sequence[PromptRow]) -> dict[int, int]:
+    """Returns how many rows each image has at least, by its grid, at a site that lists them."""
+    if site.axes.split()[1] not in ("patch", "token"):
+        return {}
+    located = locate(site, None, rows)
+    return {image: int(inner.max()) + 1 for image, inner in located if len(inner)}
+
+
 def locate_pairs(
     site: Site, pairs: CellPairs, rows: Sequence[PromptRow], source_rows: Sequence[PromptRow]
 ) -> tuple[Located, Located]:
@@ -82,7 +90,16 @@ def locate_pairs(
 def index_of(
     located: Located, heads: Sequence[int] | None, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Returns located positions as one index into an activation: row by row, all or some heads."""
+    """Returns located positions as one index into an activation: row by row, all or some heads.
+
+    Raises `InterventionError` where nothing was located.
+    """
+    if not located:
+        raise InterventionError(
+            "These inputs have no image whose tokens are known to form a grid, so there is no "
+            "place to intervene at in the vision encoder or projector. Use a hook function: "
+            "fwd_hooks=[(name, fn)]."
+        )
     outer = torch.cat([torch.full_like(inner, o) for o, inner in located]).to(device)
     inner = torch.cat([inner for _, inner in located]).to(device)
     if heads is None:

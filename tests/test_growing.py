@@ -297,10 +297,9 @@ def test_a_short_front_is_carried() -> None:
 
 def test_what_cannot_grow_says_why() -> None:
     model, inputs = tiny("llava"), make_inputs("llava", 2, seed=1)
-    for site in ("vision_encoder.blocks.0.hook_resid_post", "vision_projector.hook_out"):
-        sweep = Sweep(inputs, {"i": [0, 1]}, lambda i, site=site: Ablate(site))
-        with pytest.raises(GrowthError, match="2 cells change what rows cannot carry"):
-            run_growing(model, inputs, sweep.recorded(model), lambda x: x)
+    under = Sweep(inputs, {"i": [0, 1]}, lambda i: Ablate("vision_projector.hook_out"), [Ablate(1)])
+    with pytest.raises(GrowthError, match="2 cells change what rows cannot carry"):
+        run_growing(model, inputs, under.recorded(model), lambda x: x)
     sweep = Sweep(inputs, {"i": [0, 1]}, lambda i: Ablate(i))
     cells = sweep.recorded(model)
     doubled = model.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x * 2)])
@@ -343,7 +342,7 @@ def test_where_cells_join() -> None:
     assert job is not None and (job.stage, job.first) == (2, first)
     assert place_of("blocks.1.hook_resid_pre", 3) == (1, True)
     assert place_of("hook_logits", 3) == (3, False)
-    assert place_of("hook_embed", 3) is None
+    assert place_of("hook_embed", 3) == (-1, False) and place_of("rotary", 3) is None
 
 
 def test_a_prefix_is_clean_only_where_nothing_looks_ahead() -> None:

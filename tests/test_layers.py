@@ -28,8 +28,8 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws checkup"),
     (
         "interventions",
-        "places guarded interventions kernels engine restart growing gradients attribution sweep "
-        "patching",
+        "places guarded interventions kernels engine known replay tower_restart restart growing "
+        "gradients attribution sweep patching",
     ),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),

@@ -61,7 +61,10 @@ def test_planning_runs_nothing() -> None:
 def test_cells_that_cannot_grow_are_said() -> None:
     model = tiny("llava")
     sweep = Sweep(
-        make_inputs("llava"), {"i": [0, 1]}, lambda i: Ablate("vision_projector.hook_out")
+        make_inputs("llava"),
+        {"i": [0, 1]},
+        lambda i: Ablate("vision_projector.hook_out"),
+        [Ablate(1)],
     )
     text = str(sweep.plan(model).explain())
     assert "2 cells change what rows cannot carry: run one by one" in text

@@ -15,9 +15,10 @@ from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.pairing import swap_pairs
 from hooked_vlm.regions import Region
-from hooked_vlm.restart import Restart, TowerRestart, first_layer, spread, tower_depth
+from hooked_vlm.restart import Restart, first_layer, spread
 from hooked_vlm.spans import LastToken
 from hooked_vlm.sweep import Sweep
+from hooked_vlm.tower_restart import TowerRestart, tower_depth
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +226,7 @@ def test_cells_in_the_vision_encoder_start_from_their_block(family: str) -> None
     sites = [site for site in sites if not model.sites[site].read_only]
     sweep = sweep_of(family, ["swap", "zero"], sites)
     cells = sweep.recorded(model)
-    start = TowerRestart.of(model, sweep.inputs, cells, {})
+    start = TowerRestart.of(model, sweep.inputs, [cell.interventions for cell in cells])
     assert start is not None
     ran: list[int] = []
     handles = [
@@ -235,7 +236,7 @@ def test_cells_in_the_vision_encoder_start_from_their_block(family: str) -> None
     ]  # fmt: skip
     for cell in cells:
         ran.clear()
-        found = start.run(cell)
+        found = start.run(cell, {})
         depth = tower_depth(model, cell.interventions)
         assert sorted(set(ran)) == list(range(depth, n_blocks))
         assert torch.equal(found, model.run_with_hooks(sweep.inputs, cell.interventions))

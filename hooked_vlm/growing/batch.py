@@ -5,7 +5,7 @@ its clean input on unchanged, and runs the real block on the rows that have join
 last one hands on the rows instead, so that the model's own norm and head finish them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,12 +20,14 @@ from hooked_vlm.growing.clean import (
     blocks_of,
     cache_name,
     hidden_of,
+    signature_of,
     with_forwards,
 )
+from hooked_vlm.growing.early import Early
 from hooked_vlm.growing.fitting import MASK, Fit, causal_mask
 from hooked_vlm.growing.prefix import Prefix
 from hooked_vlm.hooks import HookPoint
-from hooked_vlm.restart import encoder_of, replaying
+from hooked_vlm.replay import encoder_of, replaying
 
 
 @contextmanager
@@ -62,14 +64,27 @@ def trimmed_of(model: Any, clean: Clean, jobs: Sequence[Job]) -> list[nn.Module]
     return [model.hf_model.get_submodule(path) for path in paths if path]
 
 
+def is_idle(model: Any, clean: Clean, job: Job) -> bool:
+    """Whether a job leaves the residual stream as it is where it joins, and does nothing else."""
+    if job.front or any(not step.between or step.stage != job.stage for step in job.steps):
+        return False
+    joined = Growing(model, clean, [job], 0).joined(job)
+    return torch.equal(joined, clean.residuals[job.stage])
+
+
 class Growing:
     """Rows of some jobs, on their way through the blocks."""
 
-    def __init__(self, model: Any, clean: Clean, jobs: Sequence[Job], start: int) -> None:
-        """Takes jobs in the order of their stages; rows carry the positions from `start` on."""
+    def __init__(
+        self, model: Any, clean: Clean, jobs: Sequence[Job], start: int, early: Early | None = None
+    ) -> None:
+        """Takes jobs in the order of their stages; rows carry the positions from `start` on.
+
+        `early` makes the rows of jobs that act in front of the blocks.
+        """
         self.model, self.clean, self.start = model, clean, start
         self.jobs = list(jobs)
-        self.batch, self.length = clean.shape
+        self.batch, self.length = clean.size
         self.rows: Tensor | None = None
         self.n_joined = 0
         self.blocks = blocks_of(model)
@@ -78,6 +93,8 @@ class Growing:
         self.trimmed = trimmed_of(model, clean, jobs)
         # Sources are gathered here, once, for the jobs of this pass alone.
         self.edits = {id(s): self._edit(s) for job in self.jobs for s in job.steps}
+        self.brought = {id(job): early.rows(job.front) for job in self.jobs if job.front and early}
+        self.signature: list[Hashable] = []
 
     def run(self) -> Tensor:
         """Returns the logits `[job, batch, pos, d_vocab]` of every job."""
@@ -88,6 +105,8 @@ class Growing:
             stack.enter_context(self.model.hooks(pairs))
             stack.enter_context(with_forwards(self.blocks, self._forward))
             logits = self.model(asked(self.clean.inputs), **self.clean.arguments)
+        if tuple(self.signature) != self.clean.signature:
+            raise GrowthError("its blocks were called in another way than in the clean run")
         if len(logits) != len(self.jobs) * self.batch:
             raise GrowthError(f"{len(logits)} rows of logits came of {len(self.jobs)} cells")
         logits = logits.unflatten(0, (len(self.jobs), self.batch))
@@ -102,6 +121,7 @@ class Growing:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = hidden_of(args, kwargs)
+            self.signature.append(signature_of(args, kwargs))
             self._between(i, hidden)
             if self.rows is not None:
                 with last_position_only(self.trimmed if is_last else ()):
@@ -126,26 +146,35 @@ class Growing:
             self._edit_rows(number, [step for step in job.between(stage) if not step.is_behind])
         joining = []
         while self.n_joined < len(self.jobs) and self.jobs[self.n_joined].stage == stage:
-            joining.append(self._joined(self.jobs[self.n_joined], stage, added)[:, self.start :])
+            joining.append(self.joined(self.jobs[self.n_joined])[:, self.start :])
             self.n_joined += 1
         if joining:
             rows = [] if self.rows is None else [self.rows.to(like.device)]
             self.rows = torch.cat([*rows, *(part.to(like.device) for part in joining)])
 
-    def _joined(self, job: Job, stage: int, added: Tensor | None) -> Tensor:
-        """Returns what a job's rows are in front of the block at which they join."""
-        steps = job.between(stage)
+    def joined(self, job: Job) -> Tensor:
+        """Returns what a job's prompts are in front of the block at which they join."""
+        stage = job.stage
+        steps, added = job.between(stage), self.clean.added.get(stage)
+        if job.front:
+            return self._edited(steps, self._brought(job))
         behind = [step for step in steps if step.is_behind]
         if added is None or not behind:
-            whole = self.clean.residuals[stage]
-            for step in steps:
-                whole = self._run_edit(step, whole)
-            return whole
-        whole = self.clean.outputs[stage]
-        for step in behind:
-            whole = self._run_edit(step, whole)
-        whole = whole + added
-        for step in steps[len(behind) :]:
+            return self._edited(steps, self.clean.residuals[stage])
+        whole = self._edited(behind, self.clean.outputs[stage]) + added
+        return self._edited(steps[len(behind) :], whole)
+
+    def _brought(self, job: Job) -> Tensor:
+        """Returns the blocks' input of a job that acts in front of them."""
+        whole = self.brought[id(job)]
+        if self.start:
+            front = self.clean.residuals[0][:, : self.start]
+            if not torch.equal(whole[:, : self.start], front):
+                raise GrowthError("positions in front of an image changed with it")
+        return whole
+
+    def _edited(self, steps: Sequence[Step], whole: Tensor) -> Tensor:
+        for step in steps:
             whole = self._run_edit(step, whole)
         return whole
 

@@ -12,6 +12,10 @@ from hooked_vlm.interventions import site_of
 BOUNDARY = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)$")
 INSIDE = re.compile(r"blocks\.(\d+)\.")
 BEHIND = ("ln_final.", "hook_logits")
+MERGED = "hook_merged_embed"
+IN_FRONT = ("vision_encoder.", "vision_projector.", "hook_embed")
+"""Where names begin of what the language model's blocks know by their input alone, if `early` is
+right about the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +25,9 @@ class Step:
     part: Any
     site: str
     stage: int
-    """The block that comes next (between blocks), or that the site is in; n_layers: behind all."""
+    """The block that comes next (between blocks), or that the site is in; n_layers: behind all.
+
+    -1 stands for whatever comes in front of all blocks."""
     between: bool
     first: int
     """The first position that it changes."""
@@ -30,6 +36,11 @@ class Step:
     def is_behind(self) -> bool:
         """Whether it is on what a block hands on, rather than on what the next one takes."""
         return self.site.endswith("hook_resid_post")
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it acts before what is at the next block's own site, however they are listed."""
+        return self.is_behind or self.site == MERGED
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +54,14 @@ class Job:
     first: int
     """The first position that anything changes."""
     steps: tuple[Step, ...] = field(default=())
+    front: tuple[Any, ...] = field(default=())
+    """Interventions in front of the blocks, those that all cells begin with among them: then rows
+    start as what a pass under these gives."""
 
     def between(self, stage: int) -> list[Step]:
         """The steps on the residual stream in front of a block, as they come."""
         here = [step for step in self.steps if step.between and step.stage == stage]
-        return sorted(here, key=lambda step: not step.is_behind)
+        return sorted(here, key=lambda step: not step.is_early)
 
     def inside(self) -> list[Step]:
         """The steps at other sites, in order."""
@@ -64,17 +78,30 @@ def ordered(interventions: Sequence[Any]) -> Iterator[Any]:
             yield from ordered(inner)
 
 
-def job_of(model: Any, inputs: Mapping[str, Any], cell: Cell, index: int) -> Job | None:
+def job_of(
+    model: Any, inputs: Mapping[str, Any], cell: Cell, index: int, *, merged_first: bool = True
+) -> Job | None:
     """Returns a cell as a job, or None where it changes something that rows cannot carry.
 
-    That is: anything in front of the language model's blocks but its merged input, and hook
-    functions of one's own.
+    That is: hook functions of one's own, and what all cells begin with where it acts behind the
+    first of the cell's own.  `merged_first` says that the merged embeddings are what the first
+    block takes, and nothing is done to them on the way.
     """
-    base = _steps(model, inputs, cell.base)
-    own = _steps(model, inputs, cell.own)
+    base = _steps(model, inputs, cell.base, merged_first)
+    own = _steps(model, inputs, cell.own, merged_first)
     if base is None or own is None:
         return None
     n_layers = model.cfg.n_layers
+    if any(step.stage < 0 for step in own):
+        # The pass that makes the rows carries out what is in front, of all cells' beginning too;
+        # what that does to the blocks' input has to be done to the rows.
+        front = [step for step in (*base, *own) if step.stage < 0]
+        steps = [step for step in (*base, *own) if step.stage >= 0]
+        base = [step for step in base if step.stage >= 0]
+        if any(step.stage > 0 or not step.between for step in base):
+            return None
+        first = min(step.first for step in (*front, *steps))
+        return Job(index, 0, first, tuple(steps), tuple(step.part for step in front))
     stage = min((step.stage for step in own), default=n_layers)
     # What the clean run kept in front of a block has the base's work in it already: it must
     # not come behind a step of the cell's own there, nor lie within the block.
@@ -86,33 +113,59 @@ def job_of(model: Any, inputs: Mapping[str, Any], cell: Cell, index: int) -> Job
     return Job(index, stage, first, tuple(own))
 
 
+def in_front(model: Any, interventions: Sequence[Any], *, merged_first: bool = True) -> list[Any]:
+    """Returns those of some interventions that act in front of the language model's blocks."""
+    found = []
+    for part in ordered(interventions):
+        name = site_of(model, part.site).name if hasattr(part, "site") else ""
+        place = place_of(name, model.cfg.n_layers, merged_first=merged_first)
+        if place is not None and place[0] < 0:
+            found.append(part)
+    return found
+
+
 def _before(base: Step, own: Step) -> bool:
     """Whether a step of the base in front of a block acts before one of the cell's own."""
-    return not (base.site.endswith("resid_pre") and own.site.endswith("resid_post"))
+    return base.is_early or not own.is_early
 
 
-def _steps(model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any]) -> Any:
+def _steps(
+    model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any], merged_first: bool
+) -> list[Step] | None:
     steps = []
     for part in ordered(interventions):
         if not hasattr(part, "first_position"):
             return None  # a hook function, or an intervention unknown here
         name = site_of(model, part.site).name
-        place = place_of(name, model.cfg.n_layers)
+        place = place_of(name, model.cfg.n_layers, merged_first=merged_first)
         if place is None:
             return None
         stage, between = place
-        steps.append(Step(part, name, stage, between, part.first_position(model, inputs)))
+        if name.startswith(("vision_encoder.", "vision_projector.")):
+            first = _first_image_token(model, inputs)
+        else:
+            first = part.first_position(model, inputs)
+        steps.append(Step(part, name, stage, between, first))
     return steps
 
 
-def place_of(site: str, n_layers: int) -> tuple[int, bool] | None:
+def _first_image_token(model: Any, inputs: Mapping[str, Any]) -> int:
+    grids = [grid for row in model.grids(inputs) for grid in row]
+    return min((int(grid.positions.min()) for grid in grids), default=0)
+
+
+def place_of(site: str, n_layers: int, *, merged_first: bool = True) -> tuple[int, bool] | None:
     """Returns a site's stage, and whether it is the residual stream between blocks, or None.
 
     >>> place_of("blocks.3.hook_resid_post", 6), place_of("blocks.3.attn.hook_z", 6)
     ((4, True), (3, False))
+    >>> place_of("vision_projector.hook_out", 6)
+    (-1, False)
     """
-    if site == "hook_merged_embed":
+    if site == MERGED and merged_first:
         return 0, True
+    if site == MERGED or site.startswith(IN_FRONT):
+        return -1, False
     between = BOUNDARY.match(site)
     if between:
         return int(between[1]) + (between[2] == "post"), True

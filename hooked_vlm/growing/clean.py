@@ -14,7 +14,7 @@ from hooked_vlm.growing.fitting import CACHES, MASK
 from hooked_vlm.growing.prefix import Recorder
 from hooked_vlm.growing.shared import encoded_once
 from hooked_vlm.partial import uncached
-from hooked_vlm.restart import encoder_of, recording
+from hooked_vlm.replay import encoder_of, recording
 
 
 class GrowthError(HookError):
@@ -40,14 +40,10 @@ class Clean:
     """Each block's attention mask."""
     encoded: Sequence[Any] | None
     """What each call of the vision encoder returned."""
-    signature: Hashable = ()
+    signature: Hashable
     """Shapes of everything that blocks were called with."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Prompts and positions."""
-        batch, length = next(iter(self.residuals.values())).shape[:2]
-        return batch, length
+    size: tuple[int, int]
+    """Prompts and positions."""
 
 
 def run_clean(
@@ -76,7 +72,7 @@ def run_clean(
             inputs_of[i] = hidden_of(args, kwargs).detach()
             if i < n_layers:
                 masks[i] = kwargs.get(MASK)
-                signature.append(_shapes((args, sorted(kwargs.items()))))
+                signature.append(signature_of(args, kwargs))
 
         return hook
 
@@ -122,7 +118,13 @@ def run_clean(
         masks,
         encoded or None,
         tuple(signature),
+        (inputs_of[0].shape[0], inputs_of[0].shape[1]),
     )
+
+
+def signature_of(args: tuple, kwargs: Mapping[str, Any]) -> Hashable:
+    """Returns what a block was called with, by shapes and kinds."""
+    return _shapes((args, sorted(kwargs.items())))
 
 
 def _shapes(value: Any) -> Hashable:

@@ -63,7 +63,7 @@ class Fit:
 
     def _rows(self, value: Tensor, axis: int) -> Tensor:
         """Repeats the prompts along an axis, once for each job."""
-        if value.shape[axis] == 1:
+        if value.shape[axis] == 1 and (self.batch > 1 or value.is_floating_point()):
             return value  # one for all prompts
         if value.shape[axis] != self.batch:
             return value

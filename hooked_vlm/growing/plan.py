@@ -12,6 +12,7 @@ from hooked_vlm.growing.run import firsts_of, groups_of, starts_of
 from hooked_vlm.interventions import Recording, site_of
 from hooked_vlm.memory import size_text
 from hooked_vlm.naming import last_block
+from hooked_vlm.tower_restart import tower_depth
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,16 @@ class Plan(Sequence[Cell]):
         whole = costs.vision + costs.rows(batch, length, length) + batch * keep * costs.head
         sources = self._sources()
         naive = float(whole * (len(self.cells) + len(sources)))
-        fixed = float(whole)
+        found = [job_of(model, inputs, cell, i) for i, cell in enumerate(self.cells)]
+        jobs = [job for job in found if job is not None]
+        starts = self._inside_images(starts_of(jobs, forward_kwargs, inputs))
+        brought = bool(jobs) and all(job.front for job in jobs) and not any(starts)
+        # Rows that bring all of themselves along need the encoder's blocks, and no clean run.
+        fixed = float(costs.vision if brought else whole)
+        fixed += sum(self._early(costs, job) for job in jobs)
         for layer in sources.values():
             depth = costs.n_layers if layer is None else layer + 1
             fixed += costs.vision + costs.rows(batch, length, length, costs.n_layers - depth)
-        found = [job_of(model, inputs, cell, i) for i, cell in enumerate(self.cells)]
-        jobs = [job for job in found if job is not None]
         if len(jobs) != len(found):
             reason = f"{len(found) - len(jobs)} cells change what rows cannot carry: run one by one"
             peak = batch * row_bytes(model, length, 0, keep, model.cfg.dtype.itemsize)
@@ -98,7 +103,6 @@ class Plan(Sequence[Cell]):
                 len(found), batch, length, naive, naive, naive, len(found), len(found) * batch,
                 peak, (), (reason,),
             )  # fmt: skip
-        starts = self._inside_images(starts_of(jobs, forward_kwargs, inputs))
         firsts = self._inside_images(firsts_of(jobs, forward_kwargs, inputs))
         planned, floor, proof, passes, rows, peak = fixed, fixed, 0.0, 0, 0, 0
         last_only = keep == 1
@@ -132,6 +136,13 @@ class Plan(Sequence[Cell]):
         )
         return blocks + batch * min(keep, n) * costs.head
 
+    def _early(self, costs: Costs, job: Job) -> float:
+        """Returns what making the rows of a job costs that acts in front of the blocks."""
+        if not job.front or not self.model.anatomy.vision:
+            return 0.0
+        n_blocks = self.model.cfg.vision.n_layers
+        return costs.vision * (1 - tower_depth(self.model, job.front) / n_blocks)
+
     def _inside_images(self, starts: list[int]) -> list[int]:
         """Returns where rows start whose image blocks see all of themselves."""
         if "token_type_ids" not in self.inputs:
@@ -157,6 +168,9 @@ class Plan(Sequence[Cell]):
         n_layers = costs.n_layers
         below = sum(min(job.stage, n_layers) for job in jobs)
         front = sum(starts)
+        early = [job for job in jobs if job.front]
+        encoder = self.model.cfg.vision.n_layers if early and self.model.cfg.vision else 0
+        kept = sum(tower_depth(self.model, job.front) for job in early) if encoder else 0
         return (
             f"Blocks below a cell's first change are the clean run's: {below} of "
             f"{len(jobs) * n_layers} block passes left out.",
@@ -164,6 +178,10 @@ class Plan(Sequence[Cell]):
             "out.",
             f"The vision encoder runs once for the clean run and once for each source, not for "
             f"each cell ({_flops(float(costs.vision))} each).",
+            *[
+                f"Cells in front of the blocks begin where they change something there: {kept} of "
+                f"{len(early) * encoder} passes through blocks of the encoder left out."
+            ][: bool(early)],
         )
 
 

@@ -6,27 +6,21 @@ rows there are.  So a control that came out right speaks for all passes of that 
 later ones go without.  `forget` lets everything be found out anew.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from hooked_vlm.growing.clean import Clean, run_clean
+from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
 from hooked_vlm.interventions import Steer
+from hooked_vlm.known import forget_known, known, shapes_of, ways_of_attending
+from hooked_vlm.partial import uncached
 
 
-_KNOWN: WeakKeyDictionary[Any, dict[Hashable, bool]] = WeakKeyDictionary()
+_CALLED: WeakKeyDictionary[Any, dict[Hashable, tuple[Hashable, Tensor]]] = WeakKeyDictionary()
 _PROVED: WeakKeyDictionary[Any, dict[Hashable, int]] = WeakKeyDictionary()
-
-
-def known(model: Any, question: Hashable, find_out: Callable[[], bool]) -> bool:
-    """Returns the answer to a question about a model, found out the first time."""
-    answers = _KNOWN.setdefault(model, {})
-    if question not in answers:
-        answers[question] = find_out()
-    return answers[question]
 
 
 def is_proved(model: Any, kind: Hashable, stage: int) -> bool:
@@ -42,24 +36,59 @@ def prove(model: Any, kind: Hashable, stage: int) -> None:
 
 def forget(model: Any) -> None:
     """Lets everything about a model be found out anew."""
-    _KNOWN.pop(model, None)
+    forget_known(model)
     _PROVED.pop(model, None)
+    _CALLED.pop(model, None)
 
 
 def kind_of(model: Any, clean: Clean, start: int, is_trimmed: bool) -> Hashable:
     """Returns what passes have in common that one control speaks for."""
-    # Of each tower, since a model's towers can attend in ways of their own.
-    configs = [module.config for module in model.hf_model.modules() if hasattr(module, "config")]
-    attention = tuple(getattr(config, "_attn_implementation", None) for config in configs)
-    return (clean.signature, clean.logits.shape, start, is_trimmed, attention)
+    attending = ways_of_attending(model)
+    return (clean.signature, clean.logits.shape, start, is_trimmed, attending)
 
 
-def keeps_keys(model: Any, clean: Clean, base: Sequence[Any]) -> bool:
-    """Whether a clean run that keeps keys and values is the run without."""
+def note_called(model: Any, clean: Clean) -> None:
+    """Notes how a clean run called the blocks, for sweeps that can do without one."""
+    if not clean.added:
+        logits = torch.empty_like(clean.logits, device="meta")
+        asked_for = _asked_for(model, clean.inputs, clean.arguments)
+        _CALLED.setdefault(model, {})[asked_for] = clean.signature, logits
+
+
+def uncleaned(
+    model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any], encoded: Sequence[Any]
+) -> Clean | None:
+    """Returns what is known of a clean run on inputs of these shapes, or None if nothing is.
+
+    It has neither activations nor logits: it is for rows that bring all of themselves along.
+    """
+    arguments = {**uncached(model.hf_model), **arguments}
+    found = _CALLED.get(model, {}).get(_asked_for(model, inputs, arguments))
+    if found is None:
+        return None
+    signature, logits = found
+    shape = (*inputs["input_ids"].shape[:2],)
+    return Clean(
+        inputs, arguments, logits, {}, {}, {}, (), (), encoded, signature=signature, size=shape
+    )
+
+
+def _asked_for(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Hashable:
+    return shapes_of(inputs), repr(sorted(arguments.items())), ways_of_attending(model)
+
+
+def keeps_keys(
+    model: Any, inputs: Mapping[str, Any], base: Sequence[Any], arguments: Mapping[str, Any]
+) -> bool:
+    """Whether a clean run can keep keys and values, and is then the run without."""
 
     def find_out() -> bool:
-        bare = run_clean(model, clean.inputs, base, set(), clean.arguments, want_keys=False)
-        return bool(clean.keys) and torch.equal(bare.logits, clean.logits)
+        try:
+            kept = run_clean(model, inputs, base, set(), arguments, want_keys=True)
+        except (GrowthError, RuntimeError, TypeError, KeyError, ValueError, AttributeError):
+            return False  # blocks that keep something else, such as the state of a recurrence
+        bare = run_clean(model, inputs, base, set(), arguments, want_keys=False)
+        return bool(kept.keys) and torch.equal(bare.logits, kept.logits)
 
     return known(model, "keeps keys", find_out)
 

@@ -6,7 +6,7 @@ way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,23 @@ from torch import Tensor
 
 from hooked_vlm.engine import Cell
 from hooked_vlm.errors import HookedVLMError
-from hooked_vlm.growing.batch import Growing, trimmed_of
+from hooked_vlm.growing.batch import Growing, is_idle, trimmed_of
 from hooked_vlm.growing.budget import rows_within
-from hooked_vlm.growing.cells import Job, job_of
+from hooked_vlm.growing.cells import MERGED, Job, in_front, job_of, ordered
 from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
+from hooked_vlm.growing.early import Early, carries_all, merges_first
 from hooked_vlm.growing.fitting import is_closed
-from hooked_vlm.growing.proof import is_added, is_proved, keeps_keys, kind_of, prove
+from hooked_vlm.growing.proof import (
+    is_added,
+    is_proved,
+    keeps_keys,
+    kind_of,
+    note_called,
+    prove,
+    uncleaned,
+)
 from hooked_vlm.growing.shared import content_of, open_runs
+from hooked_vlm.interventions import site_of
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -43,6 +53,8 @@ class Report:
     passes: int = 0
     rows: int = 0
     starts: list[int] = field(default_factory=list)
+    idle: int = 0
+    """Cells that change nothing: they have the clean run's logits."""
     controls: int = 0
     """Passes that were made for a control; a kind that was proved before needs none."""
     worst: float = 0.0
@@ -51,9 +63,10 @@ class Report:
     def __str__(self) -> str:
         """Says it in a line."""
         # Nothing of the controls: who was first of a kind is no property of the numbers.
+        idle = f"; {self.idle} cells change nothing" if self.idle else ""
         return (
             f"growing: {self.passes} passes of {self.rows} rows, from positions "
-            f"{', '.join(map(str, sorted(set(self.starts))))}"
+            f"{', '.join(map(str, sorted(set(self.starts))))}{idle}"
         )
 
 
@@ -75,33 +88,89 @@ def run_growing(
     arguments = dict(forward_kwargs or {})
     if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
         raise GrowthError("hooks are open, the model is in training, or there is one cell")
-    found = [job_of(model, inputs, cell, i) for i, cell in enumerate(cells)]
+    with torch.no_grad():
+        jobs, fronts = _jobs(model, inputs, cells)
+        model.block_outputs(lambda: model(inputs, **arguments))
+        starts = starts_of(jobs, arguments, inputs)
+        clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
+        if fronts:
+            _check_fronts(model, clean, fronts)
+        report = Report()
+        scores: dict[int, Tensor] = {}
+
+        def note(job: Job, logits: Tensor) -> None:
+            scores[job.index] = metric(logits)
+            if on_progress is not None:
+                on_progress(len(scores), len(cells))
+
+        idle = {job.index for job in jobs if is_idle(model, clean, job)}
+        for job in jobs:
+            if job.index in idle:
+                note(job, clean.logits)
+        report.idle = len(idle)
+        for start, whole in groups_of(jobs, starts):
+            group = [job for job in whole if job.index not in idle]
+            start = start if clean.keys and _closed(clean, start) else 0
+            keep, itemsize = clean.logits.shape[1], clean.logits.element_size()
+            rows = rows_within(model, clean.size[1], start, keep, itemsize, memory)
+            size = max(1, rows // clean.size[0])
+            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
+                _check(model, clean, chunk, start, report, alone=size == 1)
+                for job, logits in _pass(model, clean, chunk, start, report, early):
+                    note(job, logits)
+    return [scores[i] for i in range(len(cells))], report
+
+
+def _jobs(
+    model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell]
+) -> tuple[list[Job], list[Any]]:
+    """Returns cells as jobs, and those of their interventions that are in front of the blocks."""
+    parts = [part for cell in cells for part in ordered(cell.interventions)]
+    sites = {site_of(model, part.site).name for part in parts if hasattr(part, "site")}
+    merged_first = MERGED not in sites or merges_first(model, inputs)
+    found = [
+        job_of(model, inputs, cell, i, merged_first=merged_first) for i, cell in enumerate(cells)
+    ]
     jobs = [job for job in found if job is not None]
     if len(jobs) != len(found):
         raise GrowthError(f"{len(found) - len(jobs)} cells change what rows cannot carry")
-    report = Report()
-    with torch.no_grad():
-        model.block_outputs(lambda: model(inputs, **arguments))
-        starts = starts_of(jobs, arguments, inputs)
-        stages = {job.stage for job in jobs}
-        clean = _clean(model, inputs, cells[0].base, stages, arguments, any(starts))
-        scores: list[Tensor | None] = [None] * len(cells)
-        done = 0
-        for start, group in groups_of(jobs, starts):
-            start = start if clean.keys and _closed(clean, start) else 0
-            keep = clean.logits.shape[1]
-            rows = rows_within(
-                model, clean.shape[1], start, keep, clean.logits.element_size(), memory
-            )
-            size = max(1, rows // clean.shape[0])
-            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
-                _check(model, clean, chunk, start, report, alone=size == 1)
-                for job, logits in _pass(model, clean, chunk, start, report):
-                    scores[job.index] = metric(logits)
-                    done += 1
-                    if on_progress is not None:
-                        on_progress(done, len(cells))
-    return [score for score in scores if score is not None], report
+    # What is written to merged embeddings may reach blocks by other ways than their input, too.
+    return jobs, in_front(model, parts, merged_first=False)
+
+
+def _beginnings(
+    model: Any,
+    inputs: Mapping[str, Any],
+    base: Sequence[Any],
+    jobs: Sequence[Job],
+    starts: Sequence[int],
+    arguments: Mapping[str, Any],
+) -> tuple[Clean, Early | None]:
+    """Returns what rows begin with: the clean run's, and what jobs bring along themselves."""
+    early = Early.of(model, inputs, jobs) if any(job.front for job in jobs) else None
+    if early and early.tower and not any(starts) and all(job.front for job in jobs):
+        # Nothing of the clean run's goes into such rows; once they are proved right, it is
+        # not made.
+        clean = uncleaned(model, inputs, arguments, early.tower.encoded)
+        if clean is not None and all(
+            is_proved(model, kind_of(model, clean, 0, bool(trimmed_of(model, clean, [job]))), 0)
+            for job in jobs
+        ):
+            return clean, early
+    stages = {job.stage for job in jobs}
+    clean = _clean(model, inputs, base, stages, arguments, any(starts))
+    note_called(model, clean)
+    return clean, early
+
+
+def _check_fronts(model: Any, clean: Clean, fronts: Sequence[Any]) -> None:
+    """Raises `GrowthError` where the blocks get more from in front of them than their input."""
+
+    def grown(job: Job, early: Early) -> Tensor:
+        return _logits(model, clean, [job], 0, early)[0]
+
+    if not carries_all(model, clean, fronts, grown, bound_of(clean)):
+        raise GrowthError("its blocks take more from the vision encoder than their input")
 
 
 def _clean(
@@ -119,9 +188,8 @@ def _clean(
     if kept and stages <= kept.residuals.keys() and (kept.keys or not want_keys):
         return kept
     try:
+        want_keys = want_keys and keeps_keys(model, inputs, base, arguments)
         clean = run_clean(model, inputs, base, stages, arguments, want_keys)
-        if want_keys and not keeps_keys(model, clean, base):
-            clean = run_clean(model, inputs, base, stages, arguments, want_keys=False)
         if clean.added and not is_added(model, clean, base):
             raise GrowthError("it changes the residual stream between its blocks")
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
@@ -145,6 +213,8 @@ def _check(
         return None
     beside = next(job for job in chunk if bool(trimmed_of(model, clean, [job])) == bool(trimmed))
     control = Job(-1, chunk[0].stage, start)
+    # Rows beside it need not be a job's own: what counts is that there are others.
+    beside = replace(beside, front=())
     try:
         logits = _logits(model, clean, [control] if alone else [control, beside], start)[0]
     except torch.OutOfMemoryError:
@@ -154,17 +224,27 @@ def _check(
     off = float((logits - clean.logits).abs().max() / clean.logits.abs().max())
     report.worst = max(report.worst, off)
     report.controls += 1
-    if not off <= BOUNDS.get(clean.logits.dtype, 5e-2):
+    if not off <= bound_of(clean):
         raise GrowthError(f"the control's logits are off by {off:.2g} of the largest")
     return prove(model, kind, chunk[0].stage)
 
 
+def bound_of(clean: Clean) -> float:
+    """Returns how far logits may be off, as a share of the largest."""
+    return BOUNDS.get(clean.logits.dtype, 5e-2)
+
+
 def _pass(
-    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report
+    model: Any,
+    clean: Clean,
+    chunk: Sequence[Job],
+    start: int,
+    report: Report,
+    early: Early | None,
 ) -> list[tuple[Job, Tensor]]:
     """Returns each job's logits, in two passes where one does not fit."""
     try:
-        logits = _logits(model, clean, chunk, start)
+        logits = _logits(model, clean, chunk, start, early)
     except torch.OutOfMemoryError:
         if len(chunk) == 1:
             raise
@@ -172,18 +252,20 @@ def _pass(
         return [
             found
             for part in (chunk[:half], chunk[half:])
-            for found in _pass(model, clean, part, start, report)
+            for found in _pass(model, clean, part, start, report, early)
         ]
     report.passes += 1
-    report.rows += len(chunk) * clean.shape[0]
+    report.rows += len(chunk) * clean.size[0]
     report.starts.append(start)
     return list(zip(chunk, logits, strict=True))
 
 
-def _logits(model: Any, clean: Clean, jobs: Sequence[Job], start: int) -> Tensor:
+def _logits(
+    model: Any, clean: Clean, jobs: Sequence[Job], start: int, early: Early | None = None
+) -> Tensor:
     """Returns what a pass of some jobs gives, or raises `GrowthError` for why it cannot be had."""
     try:
-        return Growing(model, clean, jobs, start).run()
+        return Growing(model, clean, jobs, start, early).run()
     except torch.OutOfMemoryError:
         raise
     except HookedVLMError as error:
@@ -196,8 +278,12 @@ def starts_of(
     jobs: Sequence[Job], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> list[int]:
     """Returns, by job, the first position that its rows carry."""
-    short = SHORT * inputs["input_ids"].shape[1]
-    return [start if start >= short else 0 for start in firsts_of(jobs, arguments, inputs)]
+    length = inputs["input_ids"].shape[1]
+    starts = firsts_of(jobs, arguments, inputs)
+    starts = [start if start >= SHORT * length else 0 for start in starts]
+    if all(job.front for job in jobs) and sum(starts) <= length:
+        return [0] * len(jobs)  # less than the clean run that whole rows can do without
+    return starts
 
 
 def firsts_of(

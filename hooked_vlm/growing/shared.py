@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.interventions import Recording, record
-from hooked_vlm.restart import encoder_of, recording, replaying
+from hooked_vlm.replay import encoder_of, recording, replaying
 
 
 BUDGET = 2**31
