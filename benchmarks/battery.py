@@ -22,9 +22,10 @@ from benchmarks import built
 from benchmarks.hook_loop import HookLoop
 from benchmarks.ours import Ours
 from benchmarks.tasks import Task
-from benchmarks.throughput import FIRST, SIDE, SIZES, machine, measured_runs, model_of, tasks_for
+from benchmarks.throughput import machine, measured_runs
+from benchmarks.timed import FIRST, SIDE, SIZES, model_of, tasks_for
 from benchmarks.usual_loop import UsualLoop
-from hooked_vlm import HookedVLM, shared_runs
+from hooked_vlm import HookedVLM
 from hooked_vlm.regions import Region
 
 
@@ -47,19 +48,15 @@ def battery_of(model: HookedVLM, pairs: int, batch: int, family: str) -> list[li
 class Whole:
     """All tasks of the battery by one tool."""
 
-    def __init__(self, tool: Any, model: HookedVLM) -> None:
-        self.tool, self.model, self.note = tool, model, ""
+    def __init__(self, tool: Any) -> None:
+        self.tool = tool
 
     def run(self, battery: Sequence[Sequence[Task]]) -> Tensor:
         """Returns every answer, one task behind the other."""
         answers = []
         for tasks in battery:
-            if isinstance(self.tool, Ours):
-                with shared_runs(self.model):
-                    answers += [self.tool.run(task).flatten(0, 1) for task in tasks]
-            else:
-                with self.tool.keeping():
-                    answers += [self.tool.run(task).flatten(0, 1) for task in tasks]
+            with self.tool.keeping():
+                answers += [self.tool.run(task).flatten(0, 1) for task in tasks]
         return torch.cat(answers)
 
 
@@ -76,14 +73,14 @@ def main() -> None:
     model = model_of(given.family, given.size)
     battery = battery_of(model, given.pairs, given.batch, given.family)
     n_patches = sum(len(task.cells) * given.batch for tasks in battery for task in tasks)
-    ours = Whole(Ours(model), model)
+    ours = Whole(Ours(model))
     found: dict[str, Any] = {"machine": machine(), "patches": n_patches, "rivals": {}}
     print(f"{given.family} {given.size}, {given.pairs} pairs in batches of {given.batch}: ", end="")
     print(f"{n_patches} patches, medians of {given.repeats}")
     print("| rival | ours s | rival s | ratio | patches/s | answers apart |")
     print("|---|---:|---:|---:|---:|---:|")
     for loop in (HookLoop, UsualLoop):
-        rival = Whole(loop(model.hf_model), model)
+        rival = Whole(loop(model.hf_model))
         row = measured_runs(battery, ours, rival, given.repeats)
         found["rivals"][loop.name] = row
         print(

@@ -20,7 +20,8 @@ from benchmarks.hook_loop import HookLoop
 from benchmarks.ours import Ours
 from benchmarks.parts import n_vision_read
 from benchmarks.tasks import Task, make_task
-from benchmarks.throughput import FIRST, SIZES, machine, measured
+from benchmarks.throughput import machine, measured_runs
+from benchmarks.timed import FIRST, SIZES
 from hooked_vlm import HookedVLM
 
 
@@ -64,9 +65,9 @@ def grown(family: str, size: str, repeats: int) -> dict[str, list[dict[str, Any]
             pairs = value if name == "pairs" else PAIRS
             slots = value if name == "slots" else max(GROWN["slots"])
             model, task = task_of(family, size, side, pairs, slots)
-            row = measured(task, Ours(model), HookLoop(model.hf_model), repeats)
+            row = measured_runs(task, Ours(model), HookLoop(model.hf_model), repeats)
             at = side * side + TEXT if name == "tokens" else value
-            found.setdefault(name, []).append({"at": at, **row})
+            found.setdefault(name, []).append({"at": at, "cells": len(task.cells), **row})
             print(
                 f"{name} {at}: ours {row['ours_s']:.2f} s, loop {row['rival_s']:.2f} s, ratio "
                 f"{row['ratio']:.2f}, apart {row['difference']:.0e}",

@@ -1,12 +1,14 @@
 """The library's own way to run a task: a `Sweep`."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.tasks import Cell, Task
-from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Steer, Sweep
+from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Steer, Sweep, shared_runs
+from hooked_vlm.growing.plan import Explanation
 from hooked_vlm.regions import Region
 
 
@@ -18,23 +20,34 @@ class Ours:
         self.name = "hooked_vlm" if engine == "growing" else f"hooked_vlm, {engine}"
         self.note = ""
 
-    def run(self, task: Task) -> Tensor:
+    def run(self, task: Task, memory: int | None = None) -> Tensor:
         """Returns the last position's logits `[cell, batch, d_vocab]`, from pixels on."""
-        sweep = Sweep(
+        found = self._sweep(task).run(
+            self.model,
+            lambda logits: logits[:, -1],
+            dims=("batch", "token"),
+            engine=self.engine,
+            memory=memory,
+            logits_to_keep=1,
+        )
+        self.note = found.attrs["engine"]
+        return torch.from_numpy(found.values)
+
+    def planned(self, task: Task) -> Explanation:
+        """Returns the operations that running a task takes."""
+        return self._sweep(task).plan(self.model).explain(logits_to_keep=1)
+
+    def keeping(self) -> AbstractContextManager:
+        """Lets tasks share encoded images, sources and clean runs, within a `with` block."""
+        return shared_runs(self.model)
+
+    def _sweep(self, task: Task) -> Sweep:
+        return Sweep(
             task.clean,
             {"cell": range(len(task.cells))},
             make=lambda cell: self._intervention(task, task.cells[cell]),
             base=[] if task.removed is None else [Ablate("hook_merged_embed", at=task.removed)],
         )
-        found = sweep.run(
-            self.model,
-            lambda logits: logits[:, -1],
-            dims=("batch", "token"),
-            engine=self.engine,
-            logits_to_keep=1,
-        )
-        self.note = found.attrs["engine"]
-        return torch.from_numpy(found.values)
 
     def _intervention(self, task: Task, cell: Cell) -> Any:
         if cell.alpha is not None:

@@ -16,8 +16,6 @@ VISION = (
     "vision_tower.encoder.layers",
     "vision_tower.vision_model.encoder.layers",
 )
-N_HEADS = 8
-"""Of the random models; heads are one axis in what their output map reads."""
 
 
 def vision_path(hf_model: Any) -> str:
@@ -90,9 +88,9 @@ def merged(hf_model: Any, inputs: Any) -> dict[str, Any]:
     return found
 
 
-def split_heads(z: Tensor) -> Tensor:
+def split_heads(z: Tensor, n_heads: int) -> Tensor:
     """Returns `[batch, pos, head, d_head]` of what an attention's output map reads."""
-    return z.unflatten(-1, (N_HEADS, z.shape[-1] // N_HEADS))
+    return z.unflatten(-1, (n_heads, z.shape[-1] // n_heads))
 
 
 def twin(hf_model: nn.Module) -> Any:

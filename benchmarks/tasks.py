@@ -36,6 +36,7 @@ class Cell:
     pairs: CellPairs | None = None
     """The same as cells of the image, for a tool that knows images."""
     head: int = -1
+    n_heads: int = 1
     alpha: float | None = None
     """None: a write of source activations; else a step along `direction`."""
     direction: Tensor | None = None
@@ -101,7 +102,7 @@ def make_task(
         )
     else:
         task.cells.extend(
-            Cell("z", layer, last, last, head=head)
+            Cell("z", layer, last, last, head=head, n_heads=n_heads)
             for layer in range(n_layers)
             for head in range(n_heads)
         )
@@ -132,4 +133,4 @@ def edited_rows(cell: Cell, here: Tensor, there: Tensor, batch: int) -> Tensor:
 
 def edited_heads(cell: Cell, here: Tensor, there: Tensor) -> Tensor:
     """Returns what an attention's output map reads with a cell carried out on one head."""
-    return edited(cell, split_heads(here), split_heads(there)).flatten(-2)
+    return edited(cell, *(split_heads(z, cell.n_heads) for z in (here, there))).flatten(-2)

@@ -1,16 +1,20 @@
 """Patches per second of whole sweeps, beside those of other tools, in turns.
 
-    python -m benchmarks.throughput [--quick] [--family llava] [--json FILE]
+    python -m benchmarks.throughput [--quick] [--family llava] [--json FILE] [--plot FILE]
         [--rivals hook-loop,usual-loop,restart,plain,transformer-lens,nnsight,pyvene]
 
 Every sweep is timed from pixels to the last position's logits, its clean and source runs
-included, for everyone.  Runs of the rivals and of ours take turns; a ratio is the median over
-pairs of neighbouring runs, with their smallest and largest.  Answers are compared in the same
-run: one that is more than 1e-4 of the largest logit from ours is called wrong, and has no ratio
-in the JSON's `ratios`; a sweep that a tool has no way to do is in the table with the reason.
+included, for everyone; `alone` is the ratio without these, for tools that can keep them (what is
+in the inputs is encoded, and sources are recorded, before the clock starts).  Runs of the rivals
+and of ours take turns; a ratio is the median over pairs of neighbouring runs, with their smallest
+and largest.  Answers are compared in the same run: one that is more than 1e-4 of the largest
+logit from ours is called wrong, and has no ratio in the JSON's `ratios`; a sweep that a tool has
+no way to do is in the table with the reason.  Memory is the peak of one more run of each, beside
+the weights; `ours, one by one` is ours with as many rows in flight as a loop has.
+
 Models are random: 12 blocks of width 512 and 24 of width 1024, a vocabulary of 32,000, 184 tokens
-of which 144 are visual.  LLaVA is the family that all tools know.  Nothing is asserted: times are
-this machine's.
+of which 144 are visual; and the two that ship.  LLaVA is the family that all tools know.  Nothing
+is asserted: times are this machine's.
 
 The last three rivals are other packages, in an environment of their own:
 
@@ -23,7 +27,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +39,15 @@ from torch import Tensor
 from benchmarks import built, rivals
 from benchmarks.hook_loop import HookLoop
 from benchmarks.ours import Ours
-from benchmarks.parts import n_vision_read
-from benchmarks.tasks import TASKS, Cannot, Task, make_task
+from benchmarks.peak import peak_bytes
+from benchmarks.rates import product_rate
+from benchmarks.tasks import TASKS, Cannot, Task
+from benchmarks.throughput_plot import drawn
+from benchmarks.timed import SHIPPED, SIZES, Timed
 from benchmarks.usual_loop import UsualLoop
 from hooked_vlm import HookedVLM
 
 
-SIZES = {"12x512": (12, 512), "24x1024": (24, 1024), "2x64": (2, 64)}
-"""Blocks and width of the language model; the last is for trying the benchmark out."""
-SIDE, LENGTH, FIRST = 12, 184, 5
 OWN = ("hook-loop", "usual-loop", "restart", "plain")
 """Rivals that need no other package; the rest are `rivals.RIVALS`."""
 WRONG = 1e-4
@@ -78,15 +83,35 @@ def measured_runs(what: Any, ours: Any, other: Any, repeats: int) -> dict[str, A
 
 
 def measured(task: Task, ours: Ours, other: Any, repeats: int) -> dict[str, Any]:
-    """Returns what `measured_runs` does of a task, and how ours did it."""
+    """Returns what `measured_runs` does of a task, how ours did it, and what both took."""
     row = measured_runs(task, ours, other, repeats)
     patches = len(task.cells) * len(task.clean["input_ids"])
+    with torch.no_grad():
+        peaks = {
+            "ours_peak": peak_bytes(lambda: ours.run(task)),
+            "ours_one_by_one_peak": peak_bytes(lambda: ours.run(task, memory=1)),
+            "rival_peak": peak_bytes(lambda: other.run(task)),
+        }
     return {
         **row,
+        **peaks,
+        "alone": alone(task, ours, other, repeats),
         "patches_per_s": patches / row["ours_s"],
+        "operations_per_s": ours.planned(task).planned / row["ours_s"],
+        "executed_over_floor": ours.planned(task).planned / ours.planned(task).floor,
         "cells": len(task.cells),
         "how": ours.note,
     }
+
+
+def alone(task: Task, ours: Ours, other: Any, repeats: int) -> float | None:
+    """Returns the ratio of times without clean and source runs, for a tool that can keep them."""
+    if not hasattr(other, "keeping") or any(cell.stream == "vision" for cell in task.cells):
+        return None
+    with ExitStack() as stack:
+        for tool in (ours, other):
+            stack.enter_context(tool.keeping())
+        return measured_runs(task, ours, other, repeats)["ratio"]
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -104,36 +129,6 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def tasks_for(
-    model: HookedVLM, names: Sequence[str], batch: int, family: str, first: int = 0
-) -> list[Task]:
-    """Returns the named tasks on a random model, with inputs of their own."""
-    clean, source = (
-        {
-            name: value.to(model.device)
-            for name, value in built.make_inputs(
-                family, batch, seed, side=2 * SIDE, length=LENGTH
-            ).items()
-        }
-        for seed in (first, first + 1)
-    )
-    return [
-        make_task(
-            name,
-            clean,
-            source,
-            n_layers=model.cfg.n_layers,
-            n_vision=n_vision_read(model.hf_model),
-            n_heads=model.cfg.n_heads,
-            width=model.cfg.d_model,
-            first_image=FIRST - 1,
-            side=SIDE,
-            family=family,
-        )
-        for name in names
-    ]
-
-
 def machine(names: Sequence[str] = ()) -> dict[str, str]:
     """Returns what the times are times of."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -146,13 +141,6 @@ def machine(names: Sequence[str] = ()) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: rivals.version(name) for name in names if name in rivals.RIVALS},
     }
-
-
-def model_of(family: str, size: str) -> HookedVLM:
-    """Returns a random model of one of the `SIZES`, on the GPU where there is one."""
-    layers, width = SIZES[size]
-    made = built.build(family, (layers, 6), width=width, vocab=32000, side=2 * SIDE)
-    return HookedVLM(made.to("cuda" if torch.cuda.is_available() else "cpu"), name=size)
 
 
 def tools_for(names: Sequence[str], model: HookedVLM, family: str) -> dict[str, Any]:
@@ -181,12 +169,15 @@ def line(row: dict[str, Any]) -> str:
     """Returns a row of the table."""
     start = f"| {row['task']} | {row['rival']} |"
     if "cannot" in row:
-        return f"{start} | | | cannot: {row['cannot']} | | |"
+        return f"{start} | | | cannot: {row['cannot']} | | | | |"
     apart = f"{row['difference']:.1e}" + (" WRONG" if row["wrong"] else "")
+    alone = "" if row["alone"] is None else f"{row['alone']:.2f}"
+    peaks = [row[name] for name in ("ours_peak", "ours_one_by_one_peak", "rival_peak")]
+    memory = " / ".join("?" if peak is None else f"{peak / 1e6:.0f}" for peak in peaks)
     return (
         f"{start} {row['cells']} | {row['ours_s']:.2f} | {row['rival_s']:.2f} | "
-        f"{row['ratio']:.2f} ({min(row['ratios']):.2f}-{max(row['ratios']):.2f}) | "
-        f"{row['patches_per_s']:.1f} | {apart} |"
+        f"{row['ratio']:.2f} ({min(row['ratios']):.2f}-{max(row['ratios']):.2f}) | {alone} | "
+        f"{row['patches_per_s']:.1f} | {memory} | {apart} |"
     )
 
 
@@ -197,11 +188,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--family", default="llava", choices=built.FAMILIES)
     parser.add_argument("--rivals", default="hook-loop,usual-loop")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--sizes", default="")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--sizes", default="", help=", ".join([*SIZES, *SHIPPED]))
+    parser.add_argument("--batch", default="1", help="pairs in a batch; several with commas")
     parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     given.rivals = given.rivals.split(",")
     for name in given.rivals:
@@ -212,9 +204,51 @@ def parsed() -> argparse.Namespace:
                 rivals.require(name)
             except rivals.MissingRivalError as error:
                 raise SystemExit(str(error)) from error
-    given.sizes = given.sizes.split(",") if given.sizes else [*SIZES][: 1 if given.quick else 2]
+    default = ["12x512"] if given.quick else ["12x512", "24x1024", *SHIPPED]
+    given.sizes = given.sizes.split(",") if given.sizes else default
+    given.tasks = given.tasks.split(",")
+    for what, names, known in (
+        ("size", given.sizes, [*SIZES, *SHIPPED]),
+        ("task", given.tasks, TASKS),
+    ):
+        for name in set(names) - set(known):
+            parser.error(f"no {what} {name!r}; there are {', '.join(known)}")
+    given.batch = [int(n) for n in given.batch.split(",")]
     given.repeats = given.repeats or (3 if given.quick else 7)
     return given
+
+
+def rows_of(given: argparse.Namespace, size: str, batch: int) -> Iterator[dict[str, Any]]:
+    """Prints a table for one model and batch, and yields its rows."""
+    timed = Timed.of(size, given.family)
+    tools = tools_for(given.rivals, timed.model, timed.family)
+    cfg, (example,) = timed.model.cfg, timed.tasks(["final_token"], batch)
+    length = example.clean["input_ids"].shape[1]
+    product = product_rate(batch * length, cfg.d_model, cfg.d_mlp or 4 * cfg.d_model)
+    print(f"\n{timed.family} {size}, batch {batch} x {length} tokens, ", end="")
+    print(
+        f"medians of {given.repeats}; a plain product of {batch * length} rows with this ", end=""
+    )
+    print(f"width's feed-forward weights runs at {product / 1e9:.0f} GFLOP/s")
+    print(
+        "| sweep | rival | cells | ours s | rival s | ratio | alone | patches/s | "
+        "MB: ours / ours, one by one / rival | answers apart |"
+    )
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for task in timed.tasks(given.tasks, batch):
+        row: dict[str, Any] = {}
+        for name, tool in tools.items():
+            row = {"size": size, "batch": batch, "task": task.name, "rival": name}
+            row |= compared(task, Ours(timed.model), tool, given.repeats)
+            row["product_per_s"] = product
+            print(line(row), flush=True)
+            yield row
+        if "how" in row:
+            print(
+                f"  {task.name}: {row['operations_per_s'] / 1e9:.0f} GFLOP/s, "
+                f"{row['operations_per_s'] / product:.2f} of the product's; executed over floor "
+                f"{row['executed_over_floor']:.2f}; {row['how']}"
+            )
 
 
 def main() -> None:
@@ -225,31 +259,20 @@ def main() -> None:
     found: dict[str, Any] = {
         "machine": machine(given.rivals),
         "family": given.family,
-        "batch": given.batch,
         "ratios": {name: {} for name in given.rivals},
         "rows": [],
     }
     print(json.dumps(found["machine"]))
     for size in given.sizes:
-        model = model_of(given.family, size)
-        tools = tools_for(given.rivals, model, given.family)
-        print(f"\n{given.family} {size}, batch {given.batch} x {LENGTH} tokens, ", end="")
-        print(f"medians of {given.repeats}")
-        print("| sweep | rival | cells | ours s | rival s | ratio | patches/s | answers apart |")
-        print("|---|---|---:|---:|---:|---:|---:|---:|")
-        for task in tasks_for(model, given.tasks.split(","), given.batch, given.family):
-            for name, tool in tools.items():
-                row = {"size": size, "task": task.name, "rival": name}
-                row |= compared(task, Ours(model), tool, given.repeats)
+        for batch in given.batch:
+            for row in rows_of(given, size, batch):
                 found["rows"].append(row)
                 if not row.get("wrong") and "ratio" in row:
-                    found["ratios"][name].setdefault(task.name, row["ratio"])
-                print(line(row), flush=True)
+                    found["ratios"][row["rival"]].setdefault(row["task"], row["ratio"])
                 if given.json:
                     given.json.write_text(json.dumps(found, indent=1))
-    how = {(row["size"], row["task"]): row["how"] for row in found["rows"] if "how" in row}
-    for (size, name), words in how.items():
-        print(f"{size} {name}: {words}")
+    if given.plot:
+        drawn(found["rows"]).savefig(given.plot, dpi=150)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,13 @@ def require_made_for(
 
 
 def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> None:
-    batch, length = inputs["input_ids"].shape
+    ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
+    if ids is None:
+        raise InterventionError(
+            f"There are no positions to intervene at {name}: these inputs have no input_ids. Use "
+            "a hook function: fwd_hooks=[(name, fn)]."
+        )
+    batch, length = ids.shape
     if (ran := tuple(activation.shape[:2])) != (batch, length):
         raise InterventionError(
             f"An intervention at {name} was made for {batch} prompts of {length} positions and "

@@ -306,6 +306,11 @@ def rows_of(
     ids, mask = inputs.get(f"{part}input_ids"), inputs.get(f"{part}attention_mask")
     if ids is None:
         ids = torch.zeros(len(grids), 0, dtype=torch.long)
+    if len(grids) != len(ids):
+        raise GridError(
+            f"The processor made {len(ids)} rows of {len(grids)} prompts, so whose image is where "
+            "is not known. Use hook functions: fwd_hooks=[(name, fn)]."
+        )
     mask = torch.ones_like(ids) if mask is None else mask
     tokenizer = getattr(inputs, "tokenizer", None) if text else None
     return [

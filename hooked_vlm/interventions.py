@@ -108,11 +108,11 @@ class _Intervention:
 
     def check(self, model: Model, inputs: Mapping[str, Any]) -> None:
         """Raises what is wrong with this for a model and some inputs; runs nothing."""
-        self._site_and_places(model, inputs)
+        self.site_and_places(model, inputs)
 
     def first_position(self, model: Model, inputs: Mapping[str, Any]) -> int:
         """Returns the first position, padding counted, that this changes in any prompt."""
-        _, (targets, *_) = self._site_and_places(model, inputs)
+        _, (targets, *_) = self.site_and_places(model, inputs)
         return min((int(inner.min()) for _, inner in targets if len(inner)), default=0)
 
     def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
@@ -120,11 +120,11 @@ class _Intervention:
 
         A source that is not recorded yet is run here.
         """
-        site, places = self._site_and_places(model, inputs)
+        site, places = self.site_and_places(model, inputs)
         edit = self._edit(model, site, *places)
         return [(site.name, guarded(edit, inputs, site, _rows(model, inputs, None)))]
 
-    def _site_and_places(self, model: Model, inputs: Mapping[str, Any]) -> tuple[Site, tuple]:
+    def site_and_places(self, model: Model, inputs: Mapping[str, Any]) -> tuple[Site, tuple]:
         site = site_of(model, self.site)
         self._check_heads(model, site)
         return site, self._places(model, site, inputs)

@@ -58,10 +58,15 @@ def throughput() -> Any:
     return importlib.import_module("benchmarks.throughput")
 
 
+@pytest.fixture(scope="module")
+def timed() -> Any:
+    return importlib.import_module("benchmarks.timed")
+
+
 def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_path):
     file = tmp_path / "found.json"
     wanted = ["--sizes", "2x64", "--repeats", "1", "--batch", "2", "--json", str(file)]
-    rivals = ["--rivals", "hook-loop,usual-loop,restart"]
+    rivals = ["--rivals", "hook-loop,usual-loop,restart", "--plot", str(tmp_path / "plot.png")]
     monkeypatch.setattr("sys.argv", ["throughput", *wanted, *rivals])
     throughput.main()
     found = json.loads(file.read_text())
@@ -72,19 +77,45 @@ def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_
     assert all(row["difference"] < 2e-6 for row in found["rows"])
     how = {row["task"]: row["how"] for row in found["rows"] if row["rival"] == "hook-loop"}
     assert how["final_token"].startswith("growing: 1 passes of 6 rows, from positions 183")
-    assert how["vision"].startswith("restart (no growing batch: ")
-    assert "| strip | hook-loop | 3 |" in capsys.readouterr().out
+    assert how["vision"].startswith("growing: ")
+    for row in found["rows"]:
+        assert row["operations_per_s"] > 0 and row["product_per_s"] > 0, row
+        assert 1 <= row["executed_over_floor"] < 1.2, row
+        assert {"ours_peak", "ours_one_by_one_peak", "rival_peak"} <= set(row)
+        assert (row["alone"] is None) == (row["task"] == "vision")
+    printed = capsys.readouterr().out
+    assert "| strip | hook-loop | 3 |" in printed and "of the product's; executed over" in printed
     assert found["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-gemma-3"])
+def test_the_shipped_models_are_timed_too(throughput, timed, name):
+    found = timed.Timed.of(name, "llava")
+    loop, ours = throughput.HookLoop(found.model.hf_model), throughput.Ours(found.model)
+    for task in found.tasks(throughput.TASKS, 2):
+        with torch.no_grad():
+            mine, theirs = ours.run(task), loop.run(task)
+        assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max(), task.name
+        assert not torch.equal(mine[0], mine[-1]), task.name
+
+
+def test_peaks_are_of_what_a_run_holds():
+    peak = importlib.import_module("benchmarks.peak")
+    found = peak.peak_bytes(lambda: torch.ones(40, 2**20))
+    if found is None:
+        pytest.skip("nobody keeps count of memory here")
+    assert 150e6 < found < 400e6
+    assert peak.peak_bytes(lambda: torch.ones(1)) < 50e6
+
+
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "gemma-3", "llava"])
-def test_the_hook_loop_agrees_on_every_family_and_cells_do_something(throughput, family):
+def test_the_hook_loop_agrees_on_every_family_and_cells_do_something(throughput, timed, family):
     """A write that changes nothing would be equal for everyone, and fast."""
     made = throughput.built.build(family, (2, 3 if family == "llava" else 2), width=64, side=24)
     model = HookedVLM(made, name=family)
     loop, plain = throughput.HookLoop(made), throughput.Ours(model, "plain")
     names = throughput.TASKS if family == "llava" else ("object", "vision")
-    for task in throughput.tasks_for(model, names, 1, family):
+    for task in timed.tasks_for(model, names, 1, family):
         with torch.no_grad():
             found, expected = loop.run(task), plain.run(task)
         assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), task.name

@@ -13,7 +13,7 @@ import pyvene  # type: ignore[import-not-found]
 import torch
 from torch import Tensor
 
-from benchmarks.parts import N_HEADS, merged, twin, vision_path
+from benchmarks.parts import merged, twin, vision_path
 from benchmarks.tasks import Cannot, Cell, Task
 
 
@@ -74,7 +74,7 @@ class Intervenable:
         places = list(dict.fromkeys(self._place(cell) for cell in cells))
         unit = "h.pos" if cells[0].stream == "z" else "pos"
         interventions = self._made(model, pyvene.CollectIntervention, places, unit)
-        where = _located(unit, cells[0].sources, list(range(N_HEADS)), batch)
+        where = _located(unit, cells[0].sources, list(range(cells[0].n_heads)), batch)
         (_, found), _ = interventions(_own(source), unit_locations={"base": [where] * len(places)})
         return dict(zip(places, found, strict=True))
 

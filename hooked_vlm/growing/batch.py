@@ -25,6 +25,7 @@ from hooked_vlm.growing.clean import (
 )
 from hooked_vlm.growing.early import Early
 from hooked_vlm.growing.fitting import MASK, Fit, causal_mask
+from hooked_vlm.growing.fused import joined_rows
 from hooked_vlm.growing.prefix import Prefix
 from hooked_vlm.hooks import HookPoint
 from hooked_vlm.replay import encoder_of, replaying
@@ -144,13 +145,17 @@ class Growing:
             self.rows = self.rows + behind.repeat(self.n_joined, 1, 1)
         for number, job in enumerate(self.jobs[: self.n_joined]):
             self._edit_rows(number, [step for step in job.between(stage) if not step.is_behind])
-        joining = []
-        while self.n_joined < len(self.jobs) and self.jobs[self.n_joined].stage == stage:
-            joining.append(self.joined(self.jobs[self.n_joined])[:, self.start :])
-            self.n_joined += 1
+        joining = [job for job in self.jobs[self.n_joined :] if job.stage == stage]
         if joining:
-            rows = [] if self.rows is None else [self.rows.to(like.device)]
-            self.rows = torch.cat([*rows, *(part.to(like.device) for part in joining)])
+            new = joined_rows(
+                self.model,
+                self.clean,
+                joining,
+                self.start,
+                lambda: torch.cat([self.joined(job)[:, self.start :] for job in joining]),
+            ).to(like.device)
+            self.n_joined += len(joining)
+            self.rows = new if self.rows is None else torch.cat([self.rows.to(like.device), new])
 
     def joined(self, job: Job) -> Tensor:
         """Returns what a job's prompts are in front of the block at which they join."""

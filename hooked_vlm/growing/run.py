@@ -88,6 +88,8 @@ def run_growing(
     arguments = dict(forward_kwargs or {})
     if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
         raise GrowthError("hooks are open, the model is in training, or there is one cell")
+    if "input_ids" not in inputs:
+        raise GrowthError("these inputs have no input_ids")
     with torch.no_grad():
         jobs, fronts = _jobs(model, inputs, cells)
         model.block_outputs(lambda: model(inputs, **arguments))

@@ -21,6 +21,7 @@ from PIL import Image
 
 from conformance import exceptions
 from conformance.processors import tiny_processor
+from conformance.sweeps import check_sweep
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm import laws
 from hooked_vlm.errors import GridError
@@ -41,6 +42,7 @@ LAWS = (
     "wide image",
     "generate",
     "start layer",
+    "sweep",
     "padding",
     "images",
     "bf16",
@@ -123,6 +125,7 @@ def _fill(row: Row) -> None:
         "wide image": partial(check_wide, model, size),
         "generate": partial(laws.check_generate, model, inputs),
         "start layer": partial(laws.check_start_layer, model, inputs),
+        "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),
         "bf16": partial(check_bf16, model, inputs),
@@ -136,6 +139,14 @@ def _lengthen(inputs: Any) -> None:
     start = inputs.tensors.get("decoder_input_ids")
     if start is not None and start.shape[1] == 1:
         inputs.tensors["decoder_input_ids"] = torch.cat([start, start + 5, start + 6], dim=1)
+
+
+def _sweep(model: HookedVLM, inputs: Any, size: tuple[int, int]) -> Finding:
+    source = model.prepare([picture(*size, seed=1)], "What is this?")
+    _lengthen(source)
+    for prompts in (inputs, source):
+        prompts.tensors.pop("labels", None)
+    return check_sweep(model, inputs, source)
 
 
 def _run(name: str, run: Callable[[], Finding]) -> Finding:

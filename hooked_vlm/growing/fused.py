@@ -1,0 +1,166 @@
+"""Rows that join the batch together, made by `patched_rows` in one pass over memory.
+
+Hook by hook, a joining row is copied whole, written to, cut to its suffix and put behind the
+rows that are there.  Where the kernel can run, and each joining cell is one patch or one step
+along a direction, its rows are made at once and each is written once.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.growing.cells import Job
+from hooked_vlm.growing.clean import Clean
+from hooked_vlm.guarded import require_made_for
+from hooked_vlm.inputs import rows_of
+from hooked_vlm.interventions import Patch, Recording, Steer
+from hooked_vlm.kernels import patched_rows, way_for
+from hooked_vlm.known import known
+from hooked_vlm.places import Located
+
+
+WAYS = ("triton",)
+"""Implementations of the kernel that pay here: on a CPU hooks are as fast."""
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """One cell's step as the kernel takes it: which positions, and from where or along what."""
+
+    targets: Located
+    values: Tensor | None = None
+    """`[source, pos, d_model]` of a patch."""
+    sources: Sequence[tuple[int, Tensor]] = ()
+    steer: Steer | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """What all steps of one call have in common."""
+        return self.steer and self.steer.mode
+
+
+def joined_rows(
+    model: Any, clean: Clean, jobs: Sequence[Job], start: int, by_hooks: Callable[[], Tensor]
+) -> Tensor:
+    """Returns rows `[job * prompt, pos, d_model]` from `start` on of jobs that join together.
+
+    The first time for a kind of step the kernel's rows are held against those that hooks make,
+    and where they differ, or it cannot run, hooks go on making them.
+    """
+    writes = writes_of(model, clean, jobs)
+    if not writes:
+        return by_hooks()
+
+    def agree() -> bool:
+        try:
+            found, expected = fused_rows(clean, jobs, writes, start), by_hooks()
+        except (RuntimeError, HookedVLMError, ValueError, TypeError):
+            return False
+        if writes[0].steer is None:
+            return torch.equal(found, expected)
+        unit = torch.finfo(found.dtype).eps * float(expected.abs().max())
+        return bool((found - expected).abs().max() <= 4 * unit)
+
+    whole = clean.residuals[jobs[0].stage]
+    kind = ("fused rows", writes[0].kind, whole.dtype, whole.device, WAYS)
+    return fused_rows(clean, jobs, writes, start) if known(model, kind, agree) else by_hooks()
+
+
+def writes_of(model: Any, clean: Clean, jobs: Sequence[Job]) -> list[Write]:
+    """Returns what each of some jobs writes where it joins; empty where the kernel is no way."""
+    stage = jobs[0].stage
+    whole = clean.residuals.get(stage)
+    if whole is None or way_for(whole) not in WAYS:
+        return []
+    if stage in clean.added or any(job.front for job in jobs):
+        return []
+    writes = [write for job in jobs if (write := _write(model, clean, job)) is not None]
+    shapes = {write.values.shape[1:] for write in writes if write.values is not None}
+    kinds = {write.kind for write in writes}
+    alike = len(writes) == len(jobs) and len(kinds) == 1 and len(shapes) <= 1
+    return writes if alike else []
+
+
+def fused_rows(clean: Clean, jobs: Sequence[Job], writes: Sequence[Write], start: int) -> Tensor:
+    """Returns the rows of jobs with one write each, by one call of the kernel."""
+    whole = clean.residuals[jobs[0].stage]
+    steer_at: Tensor | None = None
+    steering: dict[str, Tensor] = {}
+    n_rows, length = len(jobs) * len(whole), whole.shape[1]
+    token_map = torch.full((n_rows, length), -1)
+    clean_row = torch.arange(len(whole)).repeat(len(jobs))
+    source_row = torch.zeros(n_rows, dtype=torch.long)
+    if writes[0].steer is None:
+        tables, offsets = _tables([write.values for write in writes if write.values is not None])
+        for number, write in enumerate(writes):
+            for (b, target), (s, source) in zip(write.targets, write.sources, strict=True):
+                row = number * len(whole) + b
+                token_map[row, target] = source
+                source_row[row] = offsets[id(write.values)] + s
+        source = tables.to(whole)
+    else:
+        source, steer_at = whole[:0], torch.zeros(n_rows, length, dtype=torch.bool)
+        for number, write in enumerate(writes):
+            for b, target in write.targets:
+                steer_at[number * len(whole) + b, target] = True
+        steering = _steering(writes, len(whole))
+    here = whole.device
+    return patched_rows(
+        whole[:, start:],
+        source,
+        token_map[:, start:].to(here),
+        clean_row=clean_row.to(here),
+        source_row=source_row.to(here),
+        steer_at=None if steer_at is None else steer_at[:, start:].to(here),
+        **{name: x.to(here) for name, x in steering.items()},
+        mode=writes[0].steer.mode if writes[0].steer else "add",
+        by=way_for(whole),
+        check_values=False,
+    )
+
+
+def _write(model: Any, clean: Clean, job: Job) -> Write | None:
+    """Returns a job's only step at its stage, or None where that is no such step."""
+    steps = job.between(job.stage)
+    if len(steps) != 1 or steps[0].part.heads is not None:
+        return None
+    part, inputs = steps[0].part, clean.inputs
+    if type(part) is Steer and part.directions.reshape(-1, part.directions.shape[-1]).shape[0] == 1:
+        site, (targets,) = part.site_and_places(model, inputs)
+        found = Write(targets, steer=part)
+    elif type(part) is Patch and isinstance(part.source, Recording):
+        site, (targets, sources) = part.site_and_places(model, inputs)
+        values = part.source.cache[site.name]
+        _require(model, site, values, part.source.inputs)
+        found = Write(targets, values, sources)
+    else:
+        return None
+    _require(model, site, clean.residuals[job.stage], inputs)
+    return found
+
+
+def _require(model: Any, site: Any, values: Tensor, inputs: Mapping[str, Any]) -> None:
+    require_made_for(site, values, inputs, rows_of(inputs, model.grids(inputs), text=False))
+
+
+def _tables(values: Sequence[Tensor]) -> tuple[Tensor, dict[int, int]]:
+    """Returns distinct sources one behind the other, and each one's first row there."""
+    distinct = list({id(x): x for x in values}.values())
+    offsets, taken = {}, 0
+    for x in distinct:
+        offsets[id(x)] = taken
+        taken += len(x)
+    return (distinct[0] if len(distinct) == 1 else torch.cat(distinct)), offsets
+
+
+def _steering(writes: Sequence[Write], batch: int) -> dict[str, Tensor]:
+    steers = [write.steer for write in writes if write.steer is not None]
+    return {
+        "directions": torch.stack([s.directions.reshape(-1) for s in steers]).float(),
+        "direction_row": torch.arange(len(steers)).repeat_interleave(batch),
+        "strength": torch.tensor([float(s.alpha) for s in steers]).repeat_interleave(batch),
+    }
