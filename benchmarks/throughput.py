@@ -83,25 +83,30 @@ def measured_runs(what: Any, ours: Any, other: Any, repeats: int) -> dict[str, A
 
 
 def measured(task: Task, ours: Ours, other: Any, repeats: int) -> dict[str, Any]:
-    """Returns what `measured_runs` does of a task, how ours did it, and what both took."""
+    """Returns what `measured_runs` does of a task, how ours did it, and what the rival took."""
     row = measured_runs(task, ours, other, repeats)
-    patches = len(task.cells) * len(task.clean["input_ids"])
     with torch.no_grad():
-        peaks = {
-            "ours_peak": peak_bytes(lambda: ours.run(task)),
-            "ours_one_by_one_peak": peak_bytes(lambda: ours.run(task, memory=1)),
-            "rival_peak": peak_bytes(lambda: other.run(task)),
-        }
+        peak = peak_bytes(lambda: other.run(task))
     return {
         **row,
-        **peaks,
+        "rival_peak": peak,
         "alone": alone(task, ours, other, repeats),
-        "patches_per_s": patches / row["ours_s"],
+        "patches_per_s": len(task.cells) * len(task.clean["input_ids"]) / row["ours_s"],
         "operations_per_s": ours.planned(task).planned / row["ours_s"],
-        "executed_over_floor": ours.planned(task).planned / ours.planned(task).floor,
         "cells": len(task.cells),
         "how": ours.note,
     }
+
+
+def own(task: Task, ours: Ours) -> dict[str, Any]:
+    """Returns what ours takes, whoever the rival is."""
+    plan = ours.planned(task)
+    with torch.no_grad():
+        return {
+            "executed_over_floor": plan.planned / plan.floor,
+            "ours_peak": peak_bytes(lambda: ours.run(task)),
+            "ours_one_by_one_peak": peak_bytes(lambda: ours.run(task, memory=1)),
+        }
 
 
 def alone(task: Task, ours: Ours, other: Any, repeats: int) -> float | None:
@@ -236,10 +241,12 @@ def rows_of(given: argparse.Namespace, size: str, batch: int) -> Iterator[dict[s
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for task in timed.tasks(given.tasks, batch):
+        ours = Ours(timed.model)
         row: dict[str, Any] = {}
+        taken = own(task, ours)
         for name, tool in tools.items():
-            row = {"size": size, "batch": batch, "task": task.name, "rival": name}
-            row |= compared(task, Ours(timed.model), tool, given.repeats)
+            row = {"size": size, "batch": batch, "task": task.name, "rival": name, **taken}
+            row |= compared(task, ours, tool, given.repeats)
             row["product_per_s"] = product
             print(line(row), flush=True)
             yield row
