@@ -18,7 +18,11 @@ _STATUS, _REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Returns the bytes at a run's worst moment, or None where nobody keeps count."""
+    """Returns the bytes at a run's worst moment, or None where nobody keeps count.
+
+    It runs twice: what a first run leaves behind for good is not the second one's.
+    """
+    run()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,20 +1,24 @@
 """A check of one model, as its user has it: `hooked-vlm check MODEL`.
 
 The laws of `laws`, on a picture of noise and a short prompt made by the model's own
-processor.  By default sites are written in the first, the middle and the last block of
-each tower, which is where an anatomy that was misread shows; `every_layer` takes them all.
+processor, and sweeps by every engine.  By default sites are written in the first, the middle
+and the last block of each tower, which is where an anatomy that was misread shows;
+`every_layer` takes them all.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from hooked_vlm import laws
+from hooked_vlm.inputs import Inputs
 from hooked_vlm.laws import NO, Finding
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.naming import VISION
+from hooked_vlm.sweep_law import check_sweep
 
 
 QUESTION = "What is this?"
@@ -27,8 +31,7 @@ def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding
     """
     vision = model.require_vision()
     side = vision.image_size or 4 * (vision.patch_size or 14) * max(vision.merge, 2)
-    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    inputs = model.prepare([Image.fromarray(pixels)], QUESTION)
+    inputs, source = (_prepared(model, side, seed) for seed in (0, 1))
     yield _safely(laws.check_parity, "parity", model, inputs)
     yield _safely(laws.check_fires, "fires", model, inputs)
     for group in laws.SITE_GROUPS:
@@ -43,14 +46,21 @@ def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding
         ("start layer", laws.check_start_layer),
     ):
         yield _safely(law, name, model, inputs)
+    yield _safely(check_sweep, "sweep", model, inputs, source, every_layer)
 
 
-def _safely(law, name: str, model: HookedVLM, inputs) -> Finding:
+def _prepared(model: HookedVLM, side: int, seed: int) -> Inputs:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return model.prepare([Image.fromarray(pixels)], QUESTION)
+
+
+def _safely(law: Callable[..., Finding], name: str, model: HookedVLM, *given: Any) -> Finding:
     """Returns what a law finds; what it raises is a finding too, and ends no check-up."""
     try:
-        return law(model, inputs)
+        return law(model, *given)
     except Exception as error:  # noqa: BLE001 - whatever a model raises is the finding
-        return Finding(name, NO, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        said = (str(error).splitlines() or [""])[0]
+        return Finding(name, NO, f"{type(error).__name__}: {said[:200]}")
 
 
 def _is_representative(model: HookedVLM, name: str) -> bool:

@@ -21,6 +21,8 @@ from hooked_vlm.known import known, shapes_of, ways_of_attending
 from hooked_vlm.replay import encoder_of, recording, replaying
 
 
+BUDGET = 2**31
+"""Bytes of what blocks returned that may be kept."""
 BEHIND_BLOCKS = ("vision_encoder.hook_out", "vision_projector.", "blocks.", "ln_final.", "hook_")
 """Where names begin that no block of the vision encoder comes behind."""
 
@@ -48,7 +50,7 @@ class TowerRestart:
         if model.is_hooked or model.hf_model.training or model.anatomy.vision is None:
             return None
         depth = max((tower_depth(model, each) for each in interventions), default=0)
-        if not depth:
+        if not depth or depth * _block_bytes(model, inputs) > BUDGET:
             return None
         paths = [block.path for block in model.anatomy.vision.blocks[:depth]]
         blocks = [model.hf_model.get_submodule(path) for path in paths]
@@ -93,6 +95,13 @@ def _encoded(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
         site = "vision_encoder.blocks.0.hook_resid_pre"
         model.run_with_cache(inputs, [site], stop_at_layer=0)
     return list(found)
+
+
+def _block_bytes(model: Any, inputs: Mapping[str, Any]) -> int:
+    """Returns about how many bytes a block of the encoder returns for some inputs' images."""
+    grids = [grid for row in model.grids(inputs) for grid in row]
+    n_patches = sum(grid.patch_rows * grid.patch_cols for grid in grids)
+    return n_patches * model.cfg.vision.d_model * model.cfg.dtype.itemsize
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -1,12 +1,16 @@
 """`hooked-vlm check`: the laws on a user's model, and an answer that a script can act on."""
 
+import re
+
 import pytest
 from prepared_models import prepared
 from test_anatomy import llama
+from torch import Tensor
 
 from hooked_vlm import checkup, cli, laws
 from hooked_vlm.checkup import check_model
 from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.growing.batch import Growing
 from hooked_vlm.laws import NO, YES, Finding
 from hooked_vlm.model import HookedVLM
 
@@ -14,7 +18,26 @@ from hooked_vlm.model import HookedVLM
 def test_a_model_that_keeps_every_law() -> None:
     found = list(check_model(prepared("llava")))
     assert [finding.verdict for finding in found] == [YES] * len(found)
-    assert {"parity", "grid", "LM attention", "generate"} <= {finding.law for finding in found}
+    notes = {finding.law: finding.note for finding in found}
+    assert {"parity", "grid", "LM attention", "generate", "sweep"} <= set(notes)
+    assert notes["sweep"].startswith("grown: slots, merged, ")
+
+
+def test_an_engine_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the control comes out right."""
+    true = Growing.run
+
+    def run(self: Growing) -> Tensor:
+        logits = true(self)
+        for number, job in enumerate(self.jobs):
+            if job.index == 3:
+                logits[number] += 0.01 * logits.abs().max()
+        return logits
+
+    monkeypatch.setattr(Growing, "run", run)
+    found = {finding.law: finding for finding in check_model(prepared("llava"))}
+    assert found["sweep"].verdict == NO
+    assert re.match(r"slots: off by 1.\de-02 of the largest logit \(growing: ", found["sweep"].note)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -12,16 +13,18 @@ from hypothesis import strategies as st
 from test_growing import compared, make_region
 from tiny_models import FAMILIES, make_inputs, tiny
 
+from hooked_vlm import tower_restart
 from hooked_vlm.engine import run_plain
 from hooked_vlm.growing.cells import in_front, job_of
 from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.early import merges_first
 from hooked_vlm.growing.proof import forget
-from hooked_vlm.growing.run import run_growing
+from hooked_vlm.growing.run import BOUNDS, run_growing
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.spans import LastToken
 from hooked_vlm.sweep import Sweep
+from hooked_vlm.tower_restart import TowerRestart
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +112,32 @@ def test_it_follows_the_weights_and_the_way_of_attending(family: str) -> None:
     eager = tiny(family, "eager")
     forget(eager)
     assert compared(eager, sweep_of(family, ["patch"], list(SITES[:3]))).controls == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_stays_within_its_bound(family: str, dtype: torch.dtype) -> None:
+    model = HookedVLM(deepcopy(tiny(family).hf_model).to(dtype))
+    inputs, source = (
+        {n: x.to(dtype) if x.is_floating_point() else x for n, x in made.items()}
+        for made in (make_inputs(family, 2, seed=seed) for seed in (1, 2))
+    )
+    sweep = Sweep(
+        inputs,
+        {"site": [SITES[0], SITES[3], SITES[4]]},
+        lambda site: Patch(site, at=make_region(family), source=source),
+    )
+    compared(model, sweep, bound=BOUNDS[dtype], logits_to_keep=1)
+
+
+def test_an_encoder_too_large_to_keep_runs_anew_for_every_cell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["patch"], list(SITES[:4]))
+    monkeypatch.setattr(tower_restart, "BUDGET", 10)
+    fronts = [cell.interventions for cell in sweep.recorded(model)]
+    assert TowerRestart.of(model, sweep.inputs, fronts) is None
+    compared(model, sweep)
 
 
 def small(model_type: str) -> tuple[HookedVLM, Any, Any]:

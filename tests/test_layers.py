@@ -25,11 +25,11 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
         "sites config footprint memory hooks cache routing measured image_grids videos processing "
         "inputs describe",
     ),
-    ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws checkup"),
+    ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws"),
     (
         "interventions",
         "places guarded interventions kernels engine known replay tower_restart restart growing "
-        "gradients attribution sweep patching",
+        "gradients attribution sweep sweep_law checkup patching",
     ),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from live_memory import peak_live
 from tiny_models import FAMILIES, make_inputs, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,10 +14,10 @@ from hooked_vlm.pairing import swap_pairs
 from hooked_vlm.regions import Region
 
 
-def sweep_of(family: str, at: object = None) -> Sweep:
-    source = make_inputs(family, 2, seed=2)
+def sweep_of(family: str, at: object = None, batch: int = 2) -> Sweep:
+    source = make_inputs(family, batch, seed=2)
     return Sweep(
-        make_inputs(family, 2, seed=1),
+        make_inputs(family, batch, seed=1),
         {"slot": [0, 1, 2, 3]},
         lambda slot: Patch(slot, at=at, source=source),
     )
@@ -112,3 +113,22 @@ def _inputs(name: str) -> tuple[int, dict[str, torch.Tensor]]:
         inputs["pixel_values"] = torch.zeros(4, 3, 896, 896)
         inputs["token_type_ids"] = (ids == image).long()
     return side, inputs
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+def test_a_pass_takes_no_more_than_its_budget(family: str) -> None:
+    """Beside what every way of running keeps: sources, the clean run, the scores."""
+    model, sweep = tiny(family), sweep_of(family, batch=4)
+    kwargs = {"metric": lambda x: x[:, -1, 0], "logits_to_keep": 1}
+    sweep.run(model, **kwargs)  # its controls are made
+
+    def peak(memory: int) -> int:
+        return peak_live(lambda: sweep.run(model, memory=memory, **kwargs))
+
+    alone = peak(1)
+    each = sweep.plan(model).explain(memory=1, logits_to_keep=1).peak
+    for cells in (2, 4, 8):
+        budget = cells * each
+        assert sweep.plan(model).explain(memory=budget, logits_to_keep=1).peak <= budget
+        assert peak(budget) - alone <= budget
+    assert peak(8 * each) > alone

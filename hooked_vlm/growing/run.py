@@ -187,10 +187,10 @@ def _clean(
     runs = None if base else open_runs(model)
     key = ("clean", content_of(inputs), repr(sorted(arguments.items()))) if runs else ()
     kept = runs.get(key) if runs else None
-    if kept and stages <= kept.residuals.keys() and (kept.keys or not want_keys):
-        return kept
     try:
         want_keys = want_keys and keeps_keys(model, inputs, base, arguments)
+        if kept and stages <= kept.residuals.keys() and (kept.keys or not want_keys):
+            return kept
         clean = run_clean(model, inputs, base, stages, arguments, want_keys)
         if clean.added and not is_added(model, clean, base):
             raise GrowthError("it changes the residual stream between its blocks")

@@ -166,7 +166,7 @@ LEGEND = """\
 | wide image | parity, grid and pixels again for a picture twice as wide as high, which many cut into tiles |
 | generate | greedy generation under hooks equals transformers', with and without the key-value cache |
 | start layer | running from a layer with its own residual stream gives the full run's logits |
-| sweep | patches from another image at slots, merged embeddings, encoder blocks and behind them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes within 1e-4 of the largest |
+| sweep | patches from another image at slots, merged embeddings, encoder blocks and behind them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes, within 5e-5 of the largest |
 | padding | prompts of different lengths in one batch give what each gives alone |
 | images | two images in a prompt, one image in two prompts, an image in one prompt of two, no image: parity and grids hold in each that the processor and transformers take |
 | bf16 | parity, reading and writing in bfloat16 |"""

@@ -21,13 +21,13 @@ from PIL import Image
 
 from conformance import exceptions
 from conformance.processors import tiny_processor
-from conformance.sweeps import check_sweep
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm import laws
 from hooked_vlm.errors import GridError
 from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.routing import measure_routes, pixel_name
+from hooked_vlm.sweep_law import check_sweep
 
 
 LAWS = (

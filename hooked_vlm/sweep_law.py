@@ -1,0 +1,101 @@
+"""The law of sweeps: the fastest engine gives what plain hooked passes give, or does not run.
+
+Cells are chosen so that every shortcut is tried: slots of the language model in the middle and at
+the end of the prompt and everywhere, merged embeddings, blocks of the vision encoder, and what
+lies behind it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hooked_vlm.errors import GridError, InterventionError
+from hooked_vlm.growing.run import BOUNDS
+from hooked_vlm.interventions import Patch
+from hooked_vlm.laws import NO, NONE, YES, Finding
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.spans import LastToken, Positions
+from hooked_vlm.sweep import Sweep
+
+
+BEHIND = ("vision_encoder.hook_out", "vision_projector.hook_out")
+
+Site = str | int
+
+
+def check_sweep(
+    model: HookedVLM, inputs: Mapping[str, Any], source: Mapping[str, Any], every: bool = True
+) -> Finding:
+    """Returns whether patches from another run have the same logits by every engine.
+
+    Within `growing.run.BOUNDS` of the largest logit, by the model's dtype.  `source` are inputs
+    of the same shapes; without `every` the first, middle and last layers stand for all.
+    """
+    bound = BOUNDS.get(model.cfg.dtype, BOUNDS[torch.bfloat16])
+    grown: list[str] = []
+    told, problems = "", []
+    for name, cells in _groups(model, inputs, every).items():
+        try:
+            off, engine = _compared(model, inputs, source, cells)
+        except (InterventionError, GridError):
+            continue  # refused before anything ran, and by every engine
+        if engine.startswith("growing"):
+            grown.append(name)
+        else:
+            told = told or engine
+        if not off <= bound:
+            problems.append(f"{name}: off by {off:.1e} of the largest logit ({engine})")
+    if problems:
+        return Finding("sweep", NO, "; ".join(problems))
+    if not grown and not told:
+        return Finding("sweep", NONE)
+    return Finding("sweep", YES, f"grown: {', '.join(grown) or 'none'}" + (told and f"; {told}"))
+
+
+def _groups(
+    model: HookedVLM, inputs: Mapping[str, Any], every: bool
+) -> dict[str, list[tuple[Site, Any]]]:
+    """Returns sites and places by what they have in common."""
+    ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
+    middle = 0 if ids is None else ids.shape[1] // 2
+    places = [Positions((middle, middle + 1)), None, LastToken()]
+    slots = _some(model.cfg.n_layers + 1, every)
+    blocks = _some(model.cfg.vision.n_layers if model.cfg.vision else 0, every)
+    found: dict[str, list[tuple[Site, Any]]] = {
+        "slots": [(slot, at) for slot in slots for at in places],
+        "merged": [("hook_merged_embed", at) for at in places],
+        "encoder": [(f"vision_encoder.blocks.{i}.hook_resid_post", None) for i in blocks],
+        "behind": [*((site, None) for site in BEHIND), ("hook_embed", LastToken())],
+    }
+    writable = {
+        name: [(site, at) for site, at in cells if _is_writable(model, site)]
+        for name, cells in found.items()
+    }
+    return {name: cells for name, cells in writable.items() if len(cells) > 1}
+
+
+def _some(n: int, every: bool) -> Sequence[int]:
+    return range(n) if every else sorted({i for i in (0, 1, n // 2, n - 2, n - 1) if 0 <= i < n})
+
+
+def _is_writable(model: HookedVLM, site: Site) -> bool:
+    return isinstance(site, int) or (site in model.sites and not model.sites[site].read_only)
+
+
+def _compared(
+    model: HookedVLM,
+    inputs: Mapping[str, Any],
+    source: Mapping[str, Any],
+    cells: Sequence[tuple[Site, Any]],
+) -> tuple[float, str]:
+    """Returns how far the engines are apart, over the largest logit, and which one ran."""
+    sweep = Sweep(
+        inputs,
+        {"cell": range(len(cells))},
+        lambda cell: Patch(cells[cell][0], at=cells[cell][1], source=source),
+    )
+    kwargs: Any = {"metric": lambda logits: logits[:, -1], "dims": ("batch", "token")}
+    plain = sweep.run(model, engine="plain", **kwargs)
+    fast = sweep.run(model, **kwargs)
+    return float(abs(fast - plain).max() / abs(plain).max()), fast.attrs["engine"]
