@@ -13,19 +13,17 @@ Everything that can be checked before a forward pass is: names, sizes, grids, sh
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.cache import ActivationCache
-from hooked_vlm.config import HookedVLMConfig
 from hooked_vlm.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.guarded import guarded, require_made_for
 from hooked_vlm.inputs import rows_of
-from hooked_vlm.naming import VISION, last_block, resolve_name, slot_name
+from hooked_vlm.naming import VISION, resolve_name, slot_name
 from hooked_vlm.pairing import CellPairs
 from hooked_vlm.places import (
     Located,
@@ -36,6 +34,7 @@ from hooked_vlm.places import (
     rows_at,
     with_rows_at,
 )
+from hooked_vlm.recordings import Model, Recording, Source, record
 from hooked_vlm.sites import Site
 from hooked_vlm.spans import PromptRow
 
@@ -44,42 +43,6 @@ SiteName = str | int
 """A hook name, or the number of a slot of the LM's residual stream (slot 0: block 0's input)."""
 
 Edit = tuple[str, Callable[..., Any]]
-
-
-@runtime_checkable
-class Model(Protocol):
-    """The parts of a HookedVLM that an intervention needs."""
-
-    sites: dict[str, Site]
-    cfg: Any
-
-    def grids(self, inputs: Mapping[str, Any]) -> tuple: ...
-
-    def run_with_cache(self, inputs: Mapping[str, Any], names_filter: Any) -> Any: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """One run's activations, with the inputs that say where in them everything is."""
-
-    inputs: Mapping[str, Any]
-    cache: ActivationCache
-
-
-Source = Recording | Mapping[str, Any]
-"""A recorded run, or the inputs of a run to be made."""
-
-
-def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
-    """Runs a model on some inputs and returns the named activations with those inputs.
-
-    The pass ends behind the last block of the language model that is named.
-    """
-    last = last_block(names)
-    n_layers = model.cfg.n_layers if isinstance(model.cfg, HookedVLMConfig) else 0
-    stop = {"stop_at_layer": last + 1} if last is not None and last < n_layers - 1 else {}
-    with torch.no_grad():
-        return Recording(inputs, model.run_with_cache(inputs, names, **stop)[1])
 
 
 def site_of(model: Model, name: SiteName) -> Site:

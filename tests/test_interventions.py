@@ -484,3 +484,20 @@ def test_they_print_what_they_do() -> None:
     assert "Ablate(hook_embed, last token, to zero)" in shown
     assert str(Steer(0, directions=torch.ones(4), alpha=2.0)) == "Steer(0, None, add, alpha=2)"
     assert tokens_of("llava") == 36
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_source_run_ends_behind_what_is_read_of_it(family: str) -> None:
+    """Behind the last block no vocabulary is computed, and the values are those of a whole run."""
+    model, inputs = tiny(family), make_inputs(family, 2, seed=1)
+    n = model.cfg.n_layers
+    names = ["blocks.0.hook_resid_pre", f"blocks.{n - 1}.hook_resid_post"]
+    _, whole = model.run_with_cache(inputs, names)
+    ran: list[int] = []
+    head = model.hf_model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_hook(lambda *_: ran.append(0))
+    found = record(model, inputs, names).cache
+    assert ran == [] and all(torch.equal(found[name], whole[name]) for name in names)
+    record(model, inputs, [*names, "hook_logits"])
+    assert ran == [0]
+    handle.remove()

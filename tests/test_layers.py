@@ -28,8 +28,8 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws"),
     (
         "interventions",
-        "places guarded interventions kernels engine known replay tower_restart restart growing "
-        "gradients attribution sweep sweep_law checkup patching",
+        "places guarded recordings interventions kernels engine known replay tower_restart restart "
+        "growing gradients attribution sweep sweep_law checkup patching",
     ),
     ("experiments", "experiments"),
     ("outside", "figures store report runner"),

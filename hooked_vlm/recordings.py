@@ -1,0 +1,55 @@
+"""Runs that interventions read from: activations, with the inputs that say where they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from hooked_vlm.cache import ActivationCache
+from hooked_vlm.config import HookedVLMConfig
+from hooked_vlm.naming import last_block
+from hooked_vlm.partial import uncached
+from hooked_vlm.sites import Site
+
+
+@runtime_checkable
+class Model(Protocol):
+    """The parts of a HookedVLM that an intervention needs."""
+
+    sites: dict[str, Site]
+    cfg: Any
+
+    def grids(self, inputs: Mapping[str, Any]) -> tuple: ...
+
+    def run_with_cache(self, inputs: Mapping[str, Any], names_filter: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One run's activations, with the inputs that say where in them everything is."""
+
+    inputs: Mapping[str, Any]
+    cache: ActivationCache
+
+
+Source = Recording | Mapping[str, Any]
+"""A recorded run, or the inputs of a run to be made."""
+
+
+def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
+    """Runs a model on some inputs and returns the named activations with those inputs.
+
+    The pass ends behind the last block of the language model that is named, and keeps no
+    key-value cache.
+    """
+    options: dict[str, Any] = {}
+    if isinstance(model.cfg, HookedVLMConfig):
+        whole: Any = model
+        last, lm = last_block(names), whole.anatomy.lm
+        # Behind all blocks it ends in front of the final norm: no vocabulary is computed.
+        if last is not None and last < len(lm.blocks) - (lm.final_norm is None):
+            options["stop_at_layer"] = last + 1
+        options |= uncached(whole.hf_model)
+    with torch.no_grad():
+        return Recording(inputs, model.run_with_cache(inputs, names, **options)[1])
