@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks import built
 from benchmarks.hook_loop import HookLoop
 from benchmarks.ours import Ours
-from benchmarks.parts import n_vision_read
-from benchmarks.tasks import Task, make_task
+from benchmarks.tasks import Task
 from benchmarks.throughput import machine, measured_runs
-from benchmarks.timed import FIRST, SIZES
+from benchmarks.timed import FIRST, SIZES, task_on
 from hooked_vlm import HookedVLM
 
 
@@ -39,18 +39,7 @@ def task_of(family: str, size: str, side: int, pairs: int, slots: int) -> tuple[
         built.make_inputs(family, pairs, seed, side=2 * side, length=side * side + TEXT)
         for seed in (0, 1)
     )
-    task = make_task(
-        "strip",
-        clean,
-        source,
-        n_layers=model.cfg.n_layers,
-        n_vision=n_vision_read(model.hf_model),
-        n_heads=model.cfg.n_heads,
-        width=model.cfg.d_model,
-        first_image=FIRST - 1,
-        side=side,
-        family=family,
-    )
+    task = task_on(model, family, "strip", clean, source, FIRST - 1, side)
     chosen = np.linspace(0, len(task.cells) - 1, min(slots, len(task.cells))).round().astype(int)
     task.cells[:] = [task.cells[i] for i in chosen]
     return model, task
@@ -96,6 +85,9 @@ def drawn(found: dict[str, list[dict[str, Any]]]) -> Figure:
         axes.set(xlabel=name, ylabel="seconds for the sweep")
         axes.set_xticks([row["at"] for row in rows], [str(row["at"]) for row in rows], minor=False)
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

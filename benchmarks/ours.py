@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.tasks import Cell, Task
 from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Steer, Sweep, shared_runs
+from hooked_vlm.growing.costs import costs_of
 from hooked_vlm.growing.plan import Explanation
 from hooked_vlm.regions import Region
 
@@ -36,6 +37,16 @@ class Ours:
     def planned(self, task: Task) -> Explanation:
         """Returns the operations that running a task takes."""
         return self._sweep(task).plan(self.model).explain(logits_to_keep=1)
+
+    def loop_operations(self, task: Task) -> float:
+        """Returns the operations that a careful loop takes: a whole pass for each cell, images
+        encoded once, the vocabulary for one position."""
+        costs, (batch, length) = costs_of(self.model, task.clean), task.clean["input_ids"].shape
+        blocks, head = costs.rows(batch, length, length), batch * costs.head
+        n_cells, source = len(task.cells), any(cell.alpha is None for cell in task.cells)
+        if task.cells[0].stream == "vision":
+            return costs.vision + n_cells * float(costs.vision + blocks + head)
+        return costs.vision + n_cells * float(blocks + head) + source * (costs.vision + blocks)
 
     def keeping(self) -> AbstractContextManager:
         """Lets tasks share encoded images, sources and clean runs, within a `with` block."""

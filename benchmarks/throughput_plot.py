@@ -35,7 +35,7 @@ def drawn(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
         axes.set_yticks([], minor=True)
         axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
-        axes.set_ylabel("times as fast")
+        axes.set_ylabel("rival's time over ours")
         axes.set_title(f"{panel[0]}, batches of {panel[1]}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, ncols=len(rivals), fontsize=8)

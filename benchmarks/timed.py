@@ -47,7 +47,7 @@ class Timed:
         grid = self.model.grids(prepared[0])[0][0]
         clean, source = (self._moved(inputs) for inputs in prepared)
         start, side = int(grid.positions.min()), grid.shape[0]
-        return [_task(self.model, self.family, n, clean, source, start, side) for n in names]
+        return [task_on(self.model, self.family, n, clean, source, start, side) for n in names]
 
     def _prepared(self, batch: int, seed: int) -> Mapping[str, Tensor]:
         dice = torch.Generator().manual_seed(seed)
@@ -80,10 +80,10 @@ def tasks_for(
         }
         for seed in (first, first + 1)
     )
-    return [_task(model, family, name, clean, source, FIRST - 1, SIDE) for name in names]
+    return [task_on(model, family, name, clean, source, FIRST - 1, SIDE) for name in names]
 
 
-def _task(
+def task_on(
     model: HookedVLM,
     family: str,
     name: str,
@@ -92,6 +92,7 @@ def _task(
     first_image: int,
     side: int,
 ) -> Task:
+    """Returns one sweep over prompts with an image of `side` tokens a side."""
     return make_task(
         name,
         clean,

@@ -29,9 +29,12 @@ def ways_of_attending(model: Any) -> Hashable:
     return tuple(getattr(config, "_attn_implementation", None) for config in configs)
 
 
-def shapes_of(inputs: Mapping[str, Any]) -> Hashable:
-    """Returns what inputs look like, whatever is in them."""
-    return tuple(
-        (name, tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (name, type(x).__name__)
-        for name, x in sorted(inputs.items())
-    )
+def shapes_of(value: Any) -> Hashable:
+    """Returns shapes and dtypes of the tensors in a value, and the kind of everything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(shapes_of(part) for part in value)
+    if isinstance(value, Mapping):
+        return tuple((key, shapes_of(part)) for key, part in sorted(value.items()))
+    return value if isinstance(value, str | int | bool | None) else type(value).__name__

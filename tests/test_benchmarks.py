@@ -81,6 +81,7 @@ def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_
     for row in found["rows"]:
         assert row["operations_per_s"] > 0 and row["product_per_s"] > 0, row
         assert 1 <= row["executed_over_floor"] < 1.2, row
+        assert row["loop_over_floor"] > 0.9, row
         assert {"ours_peak", "ours_one_by_one_peak", "rival_peak"} <= set(row)
         assert (row["alone"] is None) == (row["task"] == "vision")
     printed = capsys.readouterr().out

@@ -13,6 +13,7 @@ from hooked_vlm.errors import HookError
 from hooked_vlm.growing.fitting import CACHES, MASK
 from hooked_vlm.growing.prefix import Recorder
 from hooked_vlm.growing.shared import encoded_once
+from hooked_vlm.known import shapes_of
 from hooked_vlm.partial import uncached
 from hooked_vlm.replay import encoder_of, recording
 
@@ -124,18 +125,7 @@ def run_clean(
 
 def signature_of(args: tuple, kwargs: Mapping[str, Any]) -> Hashable:
     """Returns what a block was called with, by shapes and kinds."""
-    return _shapes((args, sorted(kwargs.items())))
-
-
-def _shapes(value: Any) -> Hashable:
-    """Returns shapes and dtypes of tensors, and the kind of everything else."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, tuple | list):
-        return tuple(_shapes(part) for part in value)
-    if isinstance(value, dict):
-        return tuple((key, _shapes(part)) for key, part in sorted(value.items()))
-    return value if isinstance(value, str | int | bool | None) else type(value).__name__
+    return shapes_of((args, kwargs))
 
 
 def asked(inputs: Mapping[str, Any]) -> dict[str, Any]:

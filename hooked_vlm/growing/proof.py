@@ -67,10 +67,8 @@ def uncleaned(
     if found is None:
         return None
     signature, logits = found
-    shape = (*inputs["input_ids"].shape[:2],)
-    return Clean(
-        inputs, arguments, logits, {}, {}, {}, (), (), encoded, signature=signature, size=shape
-    )
+    size = tuple(inputs["input_ids"].shape)
+    return Clean(inputs, arguments, logits, {}, {}, {}, (), (), encoded, signature, size)
 
 
 def _asked_for(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Hashable:
