@@ -177,6 +177,11 @@ class HookedModel:
         """Whether hooks are open, by `with model.hooks(...)`."""
         return bool(self._open)
 
+    @property
+    def hooked_sites(self) -> set[str]:
+        """The names of the sites at which hooks are open."""
+        return {name for pairs, _ in self._open for name, _ in pairs}
+
     def _reattach(self) -> None:
         """Attaches the functions of all open blocks anew, so that the outer ones run first."""
         self._attached.close()

@@ -1,10 +1,13 @@
 """What is found out once for a model, and kept as long as the model is."""
 
 from collections.abc import Callable, Hashable, Mapping
+from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 _KNOWN: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
@@ -18,14 +21,20 @@ def known(model: Any, question: Hashable, find_out: Callable[[], Any]) -> Any:
     return answers[question]
 
 
+def is_known(model: Any, question: Hashable) -> bool:
+    """Whether the answer to a question about a model was found out."""
+    return question in _KNOWN.get(model, {})
+
+
 def forget_known(model: Any) -> None:
     """Lets everything about a model be found out anew."""
     _KNOWN.pop(model, None)
 
 
 def ways_of_attending(model: Any) -> Hashable:
-    """Returns how each tower of a model computes attention, which may be changed at any time."""
-    configs = [module.config for module in model.hf_model.modules() if hasattr(module, "config")]
+    """Returns how each part of a model, or module, attends, which may be changed at any time."""
+    whole = getattr(model, "hf_model", model)
+    configs = [module.config for module in whole.modules() if hasattr(module, "config")]
     return tuple(getattr(config, "_attn_implementation", None) for config in configs)
 
 
@@ -38,3 +47,18 @@ def shapes_of(value: Any) -> Hashable:
     if isinstance(value, Mapping):
         return tuple((key, shapes_of(part)) for key, part in sorted(value.items()))
     return value if isinstance(value, str | int | bool | None) else type(value).__name__
+
+
+def content_of(value: Any) -> Hashable:
+    """Returns what a value holds: of tensors a digest, with their shapes and dtypes."""
+    value = dict(sorted(value.items())) if isinstance(value, Mapping) else value
+    leaves, spec = pytree.tree_flatten(value)
+    parts = [
+        (tuple(x.shape), x.dtype, _digest(x)) if isinstance(x, Tensor) else str(x) for x in leaves
+    ]
+    return str(spec), *parts
+
+
+def _digest(x: Tensor) -> str:
+    raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return blake2b(raw.data, digest_size=16).hexdigest()

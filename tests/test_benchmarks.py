@@ -253,3 +253,16 @@ def test_cells_of_kernels_do_something(kernels):
 def test_predictions_stand_in_the_documentation(kernels):
     page = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
     assert kernels.roofline.table() in page
+
+
+def test_images_are_counted(capsys, monkeypatch, tmp_path):
+    found = importlib.import_module("benchmarks.encodings")
+    monkeypatch.setattr(found, "EXPERIMENTS", ("strip-swap",))
+    file = tmp_path / "found.json"
+    wanted = ["--model", "tiny-gemma-3", "--pairs", "1", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["encodings", *wanted])
+    found.main()
+    row = json.loads(file.read_text())["strip-swap"]
+    assert row["alone"] >= row["shared"] >= row["distinct"] > 0
+    assert row["alone"] > row["distinct"]
+    assert f"| strip-swap | {row['alone']} |" in capsys.readouterr().out

@@ -9,6 +9,7 @@ wrote an order into the objects' tokens: the second of the paper's mechanisms.
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+import torch
 import xarray as xr
 
 from hooked_vlm.errors import DataError
@@ -82,7 +83,10 @@ def right_when_removed(setting: Setting, questions: Sequence[Question]) -> list[
         for batch in setting.batches(own):
             asked = [questions[i] for i in batch]
             found = references(setting, asked)
-            logits = setting.model.run_with_hooks(found.inputs, removed(found), logits_to_keep=1)
+            with torch.no_grad():
+                logits = setting.model.run_with_hooks(
+                    found.inputs, removed(found), logits_to_keep=1
+                )
             answers = top_answer(final_logits(logits), setting.model.tokenizer)
             for i, question, answer in zip(batch, asked, answers, strict=True):
                 verdicts[i] = answer == normalise(question.target)
@@ -95,9 +99,10 @@ def _sweep(
     clean = references(setting, [pair.clean for pair in pairs])
     mirrored = references(setting, [pair.counterfactual for pair in pairs])
     names = [slot_name(slot, setting.model.cfg.n_layers) for slot in slots]
-    _, cache = setting.model.run_with_cache(
-        mirrored.inputs, names, fwd_hooks=removed(mirrored), logits_to_keep=1
-    )
+    with torch.no_grad():
+        _, cache = setting.model.run_with_cache(
+            mirrored.inputs, names, fwd_hooks=removed(mirrored), logits_to_keep=1
+        )
     source = Recording(mirrored.inputs, cache)
     return Sweep(
         clean.inputs,

@@ -12,7 +12,6 @@ from hooked_vlm.calls import forward_parameters
 from hooked_vlm.errors import HookError
 from hooked_vlm.growing.fitting import CACHES, MASK
 from hooked_vlm.growing.prefix import Recorder
-from hooked_vlm.growing.shared import encoded_once
 from hooked_vlm.known import shapes_of
 from hooked_vlm.partial import uncached
 from hooked_vlm.replay import encoder_of, recording
@@ -84,7 +83,6 @@ def run_clean(
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(encoded_once(model, inputs))
         encoded = stack.enter_context(recording(encoder_of(model)))
         # Their hooks come first, so that ours see what they changed.
         stack.enter_context(model.hooks(base, inputs=inputs))

@@ -18,7 +18,6 @@ from torch import Tensor
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.growing.cells import IN_FRONT, MERGED, Job
 from hooked_vlm.growing.clean import Clean, asked
-from hooked_vlm.growing.shared import encoded_once
 from hooked_vlm.interventions import site_of
 from hooked_vlm.known import known, shapes_of, ways_of_attending
 from hooked_vlm.replay import encoder_of, replaying
@@ -52,8 +51,6 @@ class Early:
             if not self._encodes(front):
                 if self.tower is not None:
                     stack.enter_context(replaying(encoder_of(self.model), self.tower.encoded))
-                else:
-                    stack.enter_context(encoded_once(self.model, self.inputs))
             elif self.tower is not None:
                 stack.enter_context(self.tower.below(front))
             # Their hooks come first: the blocks' input is noted as they left it.
@@ -72,7 +69,7 @@ def merges_first(model: Any, inputs: Mapping[str, Any]) -> bool:
     def find_out() -> bool:
         if MERGED not in model.sites or model.device.type == "meta":
             return True
-        with torch.no_grad(), encoded_once(model, inputs):
+        with torch.no_grad():
             _, cache = model.run_with_cache(asked(inputs), [MERGED, FIRST], stop_at_layer=1)
         return torch.equal(cache[MERGED], cache[FIRST])
 

@@ -29,8 +29,9 @@ from hooked_vlm.growing.proof import (
     prove,
     uncleaned,
 )
-from hooked_vlm.growing.shared import content_of, open_runs
+from hooked_vlm.growing.shared import open_runs
 from hooked_vlm.interventions import site_of
+from hooked_vlm.known import content_of, ways_of_attending
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -185,7 +186,8 @@ def _clean(
 ) -> Clean:
     """Returns the clean run, its keys and values only where keeping them changes nothing."""
     runs = None if base else open_runs(model)
-    key = ("clean", content_of(inputs), repr(sorted(arguments.items()))) if runs else ()
+    how = repr(sorted(arguments.items())), ways_of_attending(model)
+    key = ("clean", content_of(inputs), how) if runs else ()
     kept = runs.get(key) if runs else None
     try:
         want_keys = want_keys and keeps_keys(model, inputs, base, arguments)

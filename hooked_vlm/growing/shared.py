@@ -11,7 +11,6 @@ What counts is what is in the inputs, not which object holds it.  Nothing is kep
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hooked_vlm.cache import ActivationCache
+from hooked_vlm.growing.encodings import encoding_once
 from hooked_vlm.interventions import Recording, record
-from hooked_vlm.replay import encoder_of, recording, replaying
+from hooked_vlm.known import content_of, ways_of_attending
 
 
 BUDGET = 2**31
@@ -59,11 +59,12 @@ class Runs:
             _, (_, freed) = self._found.popitem(last=False)
             self.taken -= freed
 
-    def _state(self) -> int:
-        """Returns a number that changes whenever a weight is written."""
+    def _state(self) -> Hashable:
+        """Returns what changes whenever a weight is written, or autocast is turned on."""
         # Weights that were made in inference mode cannot be written, and have no number.
         weights = self._model.hf_model.parameters()
-        return sum(weight._version for weight in weights if not weight.is_inference())
+        written = sum(weight._version for weight in weights if not weight.is_inference())
+        return written, torch.is_autocast_enabled(self._model.device.type)
 
 
 _OPEN: dict[int, Runs] = {}
@@ -81,7 +82,8 @@ def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[Runs]:
         return
     runs = _OPEN[id(model)] = Runs(model, memory)
     try:
-        yield runs
+        with encoding_once(model, runs):
+            yield runs
     finally:
         del _OPEN[id(model)]
 
@@ -91,59 +93,20 @@ def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -
     runs = open_runs(model)
     if runs is None or not all(name.startswith(BEHIND_VISION) for name in names):
         return record(model, inputs, names)
-    key = ("source", content_of(inputs))
+    key = ("source", content_of(inputs), ways_of_attending(model))
     kept: dict[str, Any] = runs.get(key) or {}
     missing = [name for name in names if name not in kept]
     if missing:
-        with encoded_once(model, inputs):
-            made = record(model, inputs, missing).cache
+        made = record(model, inputs, missing).cache
         kept = {**kept, **{name: made[name] for name in missing}}
         runs.keep(key, kept)
     chosen = {name: kept[name] for name in names}
     return Recording(inputs, ActivationCache(chosen))
 
 
-@contextmanager
-def encoded_once(model: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Lets the vision encoder return what it returned for the same images before.
-
-    For one pass of the model, of which nothing in front of the language model is read.
-    """
-    runs, encoder = open_runs(model), encoder_of(model)
-    pictures = {name: x for name, x in inputs.items() if name not in TEXT}
-    if runs is None or encoder is None or not pictures:
-        yield
-        return
-    key = ("encoded", content_of(pictures))
-    found = runs.get(key)
-    if found is not None:
-        with replaying(encoder, found):
-            yield
-        return
-    with recording(encoder) as made:
-        yield
-    if made:
-        runs.keep(key, list(made))
-
-
-TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-"""Inputs that the vision encoder does not see."""
 BEHIND_VISION = ("blocks.", "ln_final.", "hook_logits", "hook_merged_embed")
 
 
 def open_runs(model: Any) -> Runs | None:
     """Returns a model's open store; none where hooks or dropout would change what is kept."""
     return None if model.is_hooked or model.hf_model.training else _OPEN.get(id(model))
-
-
-def content_of(inputs: Mapping[str, Any]) -> Hashable:
-    """Returns what tensors hold, as a digest each, with their names, shapes and dtypes."""
-    return tuple(
-        (name, tuple(x.shape), x.dtype, _digest(x)) if isinstance(x, Tensor) else (name, str(x))
-        for name, x in sorted(inputs.items())
-    )
-
-
-def _digest(x: Tensor) -> str:
-    raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return blake2b(raw.data, digest_size=16).hexdigest()
