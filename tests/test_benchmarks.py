@@ -259,7 +259,7 @@ def test_images_are_counted(capsys, monkeypatch, tmp_path):
     found = importlib.import_module("benchmarks.encodings")
     monkeypatch.setattr(found, "EXPERIMENTS", ("strip-swap",))
     file = tmp_path / "found.json"
-    wanted = ["--model", "tiny-gemma-3", "--pairs", "1", "--json", str(file)]
+    wanted = ["--model", "tiny-qwen2-vl", "--pairs", "2", "--json", str(file)]
     monkeypatch.setattr("sys.argv", ["encodings", *wanted])
     found.main()
     row = json.loads(file.read_text())["strip-swap"]
