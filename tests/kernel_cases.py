@@ -53,6 +53,9 @@ def arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict
         "clean_row": numbers(0, prompts, rows),
         "source_row": numbers(0, sources, rows),
     }
+    if draw(st.booleans()):  # rows that take the same tokens, as those of several strengths do
+        for name in ("token_map", "clean_row", "source_row"):
+            given[name][rows // 2 :] = given[name][:1]
     if draw(st.booleans()):
         n = draw(size)
         given |= {

@@ -149,6 +149,42 @@ def test_large_and_nearly_equal_tokens_keep_their_difference():
     assert off[..., torch.arange(64) != 7].max() < 1e-6
 
 
+@pytest.mark.parametrize("mode", [None, "add", "project"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interchanged_tokens_that_rows_share_are_made_once(mode, dtype, monkeypatch):
+    dice = torch.Generator().manual_seed(0)
+    first = torch.randint(-1, 6, (2, 5), generator=dice)
+    given: dict[str, Any] = {
+        "clean": torch.randn(2, 5, 8, generator=dice).to(dtype),
+        "source": torch.randn(3, 6, 8, generator=dice).to(dtype),
+        "token_map": first[torch.tensor([0, 1, 0, 1, 0, 0, 1])],
+        "clean_row": torch.tensor([0, 1, 0, 1, 0, 0, 1]),
+        "source_row": torch.tensor([2, 0, 2, 0, 2, 2, 1]),  # the last is by itself
+        "basis": torch.linalg.qr(torch.randn(8, 2, generator=dice))[0].T,
+    }
+    if mode is not None:
+        given |= {
+            "mode": mode,
+            "steer_at": torch.rand(7, 5, generator=dice) < 0.7,
+            "directions": torch.randn(2, 8, generator=dice),
+            "direction_row": torch.tensor([0, 1, -1, 0, 1, 1, 0]),
+            "strength": torch.linspace(-1, 1, 7),
+        }
+    made: list[Any] = []
+    own = cpu._Table.interchanged
+    monkeypatch.setattr(
+        cpu._Table, "interchanged", lambda asked: made.append(own(asked)) or made[-1]
+    )
+    assert_close(patched_rows(**given, by="cpu"), given)
+    monkeypatch.setattr(cpu, "TABLE_SHARE", 0.1)
+    assert_close(patched_rows(**given, by="cpu"), given)
+    # Three kinds of row; in half precision they would be rounded once too often.
+    shared = None if made[0] is None else len(made[0].tokens)
+    n_taken = sum(int((given["token_map"][row] >= 0).sum()) for row in (0, 1, 6))
+    assert shared == (10 + n_taken if dtype == torch.float32 else None)
+    assert made[1] is None
+
+
 def test_nothing_to_write_is_nothing():
     none = torch.zeros(0, dtype=torch.int64)
     places = torch.zeros(0, 5, dtype=torch.int64)

@@ -7,7 +7,8 @@ and `index_select` copies whole tokens straight to their places.
 Interchanges and steering add to a token a sum of few vectors, the basis's and the directions'.
 The dot products that this takes are of tokens in the table, so each is formed once, not once
 for each row; in float64, because an interchange subtracts two of them that may be large and
-nearly equal.  What remains is done block by block, while a block is still in the cache.
+nearly equal.  Interchanged tokens that several rows share (one pair under many strengths) are made once, too,
+and put into the table.  What remains is done block by block, while a block is still in the cache.
 
 docs/kernels.md says what else was measured: clone and `index_put`, `torch.where`,
 `torch.compile`.
@@ -44,7 +45,9 @@ def patched_rows(asked: Asked) -> Float[Tensor, "row pos d"]:
         _copy_twice(asked, out)
         return out
     tokens = flat.view(-1, asked.shape[2])
-    table = _Table.of(asked, is_taking)
+    table = _Table.interchanged(asked) if in_span else None
+    in_span = in_span and table is None
+    table = table or _Table.of(asked, is_taking)
     if in_span or asked.moved is not None:
         _compute(asked, table, tokens, in_span)
     else:
@@ -79,14 +82,49 @@ class _Table:
         index = torch.where(asked.token_map < 0, clean, source)
         return cls(tokens, clean.flatten(), index.flatten())
 
-    def dots(self, vectors: Tensor) -> Tensor:
-        """Returns products `[n, vector]` of each token with a few vectors, in float64."""
+    @classmethod
+    def interchanged(cls, asked: Asked) -> "_Table | None":
+        """Returns a table of interchanged tokens, where enough rows share theirs to be worth it.
+
+        In half precision they would be rounded before they are steered: not there.
+        """
+        if asked.clean.dtype != asked.wide:
+            return None
+        leaders, leader = torch.unique(_leaders(asked), return_inverse=True)
+        if len(leaders) > TABLE_SHARE * len(leader):
+            return None
+        assert asked.basis is not None
+        n_clean, pos, d = asked.clean.shape[0] * asked.clean.shape[1], *asked.shape[1:]
+        maps = asked.token_map[leaders].long()
+        row, place = (maps >= 0).nonzero(as_tuple=True)
+        old = asked.clean[asked.clean_row.long()[leaders[row]], place]
+        new = asked.source[asked.source_row.long()[leaders[row]], maps[row, place]]
+        # Differences in float64: they may be of large numbers that are nearly equal.
+        inside = (new.double() - old.double()) @ asked.basis.double().T
+        tokens = asked.clean.new_empty(n_clean + len(old), d)
+        tokens[:n_clean].view(asked.clean.shape).copy_(asked.clean)
+        basis = asked.basis.to(asked.wide)
+        torch.addmm(old, inside.to(asked.wide), basis, out=tokens[n_clean:])
+        clean = asked.clean_row.long()[:, None] * pos + torch.arange(pos)
+        made = n_clean - 1 + (maps >= 0).flatten().cumsum(0).view(maps.shape)
+        index = torch.where(asked.token_map < 0, clean, made[leader])
+        return cls(tokens, clean.flatten(), index.flatten())
+
+    def dots(self, vectors: Tensor, used: Tensor) -> Tensor:
+        """Returns products `[n, vector]` of tokens with a few vectors, in float64.
+
+        Only tokens whose numbers are in `used` (many times, it may be) have any.
+        """
         columns = vectors.double().T
-        products = columns.new_empty(len(self.tokens), len(vectors))
+        products = columns.new_zeros(len(self.tokens), len(vectors))
+        is_used = torch.zeros(len(self.tokens), dtype=torch.bool)
+        is_used[used] = True
+        numbers = is_used.nonzero()[:, 0]
         size = _block(self)
-        scratch = columns.new_empty(min(size, len(self.tokens)), len(columns))
-        for part, out in zip(self.tokens.split(size), products.split(size), strict=True):
-            torch.mm(scratch[: len(part)].copy_(part), columns, out=out)
+        scratch = columns.new_empty(min(size, len(numbers)), len(columns))
+        for part in numbers.split(size):
+            wide = scratch[: len(part)].copy_(self.tokens.index_select(0, part))
+            products[part] = wide @ columns
         return products
 
 
@@ -95,22 +133,22 @@ def _compute(asked: Asked, table: _Table, out: Tensor, in_span: bool) -> None:
     changes = _Changes.of(asked, table, in_span)
     start = table.clean if in_span else table.index
     size = _block(table)
-    counts = torch.bincount(changes.places // size, minlength=-(-len(out) // size)).tolist()
-    parts = changes.split(counts)
+    number = changes.places // size
+    counts = torch.bincount(number, minlength=-(-len(out) // size)).tolist()
+    here = (changes.places - number * size).split(counts)
     # Made once: memory that is new in every block costs more than what is computed in it.
     scratch = out.new_empty(max(counts, default=0), out.shape[1], dtype=asked.wide)
-    for first, block, index, part in zip(
-        range(0, len(out), size), out.split(size), start.split(size), parts, strict=True
+    for block, index, places, change in zip(
+        out.split(size), start.split(size), here, changes.sums(number, counts, scratch), strict=True
     ):
         torch.index_select(table.tokens, 0, index, out=block)
-        if not len(part.places):
+        if not len(places):
             continue
-        here, change = part.places - first, part.sums(scratch)
         if block.dtype == change.dtype:
-            block.index_add_(0, here, change)
+            block.index_add_(0, places, change)
         else:
-            old = block.index_select(0, here)
-            block.index_copy_(0, here, change.add_(old).to(block.dtype))
+            old = block.index_select(0, places)
+            block.index_copy_(0, places, change.add_(old).to(block.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,17 +168,18 @@ class _Changes:
 
     @classmethod
     def of(cls, asked: Asked, table: _Table, in_span: bool) -> "_Changes":
-        taken = (asked.token_map >= 0) if in_span else None
+        changed = (asked.token_map >= 0) if in_span else None
         moved = asked.moved
-        touched = taken if moved is None else moved if taken is None else taken | moved
+        touched = changed if moved is None else moved if changed is None else changed | moved
         assert touched is not None
         places = touched.flatten().nonzero()[:, 0]
         basis = inside = None
         if in_span:
             assert asked.basis is not None
-            products = table.dots(asked.basis)
+            taken, kept = table.index[places], table.clean[places]
+            products = table.dots(asked.basis, torch.cat([taken, kept]))
             # Zero where nothing is taken.
-            inside = products[table.index[places]] - products[table.clean[places]]
+            inside = products[taken] - products[kept]
             basis = asked.basis.to(asked.wide)
         directions = along = weights = None
         if moved is not None:
@@ -153,25 +192,38 @@ class _Changes:
         inside = None if inside is None else inside.to(asked.wide)
         return cls(places, directions, basis, along, weights, inside)
 
-    def split(self, counts: list[int]) -> Iterator["_Changes"]:
-        """Yields the changes of one block after another."""
-        fields = (self.along, self.weights, self.inside)
-        parts = [repeat(None) if each is None else each.split(counts) for each in fields]
-        for places, *part in zip(self.places.split(counts), *parts, strict=False):
-            yield _Changes(places, self.directions, self.basis, *part)
+    def sums(self, number: Tensor, counts: list[int], scratch: Tensor) -> Iterator[Tensor]:
+        """Yields what is added in one block after another, `[place, d]`, in the same memory.
 
-    def sums(self, scratch: Tensor) -> Tensor:
-        """Returns what is added, `[place, d]`, in the front of some memory."""
-        out = scratch[: len(self.places)]
-        if self.along is None or self.directions is None or self.weights is None:
-            assert self.inside is not None
-            assert self.basis is not None
-            return torch.mm(self.inside, self.basis, out=out)
-        torch.index_select(self.directions, 0, self.along, out=out)
-        out.mul_(self.weights)
-        if self.inside is not None and self.basis is not None:
-            out.addmm_(self.inside, self.basis)
-        return out
+        `number` says which block a place is in, `counts` how many places each has.
+        """
+        steers = self._multiples(number)
+        inside = repeat(None) if self.inside is None else self.inside.split(counts)
+        for count, own in zip(counts, inside, strict=False):
+            out, filled = scratch[:count], 0
+            while steers is not None and filled < count:
+                weights, direction = next(steers)
+                torch.mul(weights, direction, out=out[filled : filled + len(weights)])
+                filled += len(weights)
+            if own is not None and self.basis is not None:
+                if steers is None:
+                    torch.mm(own, self.basis, out=out)
+                else:
+                    out.addmm_(own, self.basis)
+            yield out
+
+    def _multiples(self, number: Tensor) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """Returns places' weights and direction, as long as both direction and block stay.
+
+        There is one direction a row, so that is a few times a block.
+        """
+        if self.along is None or self.weights is None or self.directions is None:
+            return None
+        key = number * len(self.directions) + self.along
+        kinds, lengths = key.unique_consecutive(return_counts=True)
+        rows = self.directions.unbind()
+        which = (kinds % len(self.directions)).tolist()
+        return zip(self.weights.split(lengths.tolist()), (rows[k] for k in which), strict=True)
 
 
 def _weights(
@@ -184,14 +236,24 @@ def _weights(
     a = asked.strength.double()[places // asked.shape[1]]
     if asked.mode == "project":
         vectors = asked.directions.double()
-        start = table.index if inside is None else table.clean
-        products = table.dots(asked.directions)[start[places], along]
+        start = (table.index if inside is None else table.clean)[places]
+        products = table.dots(asked.directions, start)[start, along]
         if inside is not None:  # the token has been interchanged by then
             assert asked.basis is not None
             turned = asked.basis.double() @ vectors.T
             products = products + (inside @ turned).gather(1, along[:, None])[:, 0]
         a = a * products / vectors.square().sum(1)[along]
     return a.where(asked.moved.flatten()[places], 0.0)
+
+
+def _leaders(asked: Asked) -> Tensor:
+    """Returns, by row, the first row of the same prompt and source, if it takes the same tokens."""
+    number = torch.arange(len(asked.clean_row))
+    pair = asked.clean_row.long() * len(asked.source) + asked.source_row.long()
+    kinds, kind = torch.unique(pair, return_inverse=True)
+    first = number.new_full((len(kinds),), len(number)).scatter_reduce(0, kind, number, "amin")
+    first = first[kind]
+    return first.where((asked.token_map == asked.token_map[first]).all(1), number)
 
 
 def _block(table: _Table) -> int:
