@@ -7,8 +7,9 @@ and `index_select` copies whole tokens straight to their places.
 Interchanges and steering add to a token a sum of few vectors, the basis's and the directions'.
 The dot products that this takes are of tokens in the table, so each is formed once, not once
 for each row; in float64, because an interchange subtracts two of them that may be large and
-nearly equal.  Interchanged tokens that several rows share (one pair under many strengths) are made once, too,
-and put into the table.  What remains is done block by block, while a block is still in the cache.
+nearly equal.  Interchanged tokens that several rows share (one pair under many strengths) are
+made once, too, and put into the table.  What remains is done block by block, while a block is
+still in the cache.
 
 docs/kernels.md says what else was measured: clone and `index_put`, `torch.where`,
 `torch.compile`.
