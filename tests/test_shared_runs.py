@@ -75,6 +75,32 @@ def test_what_is_kept_is_forgotten_with_the_weights() -> None:
     assert after.equals(run(model, sweep)) and not after.equals(before)
 
 
+def test_what_is_kept_is_of_one_adapter_one_dtype_and_one_precision() -> None:
+    model = HookedVLM(deepcopy(tiny("llava").hf_model))
+    layer: Any = first_block(model)
+    inputs = make_inputs("llava", 2)
+    with shared_runs(model) as runs, torch.no_grad():
+
+        def reused() -> int:
+            before = runs.reused
+            model(inputs)
+            return runs.reused - before
+
+        reused()  # tries out whether images may be taken apart
+        assert reused() == 2
+        layer._disable_adapters, layer._active_adapter = False, ["one"]
+        reused()  # tries out whether images may be taken apart
+        assert reused() == 2
+        layer._disable_adapters = True
+        assert (reused(), reused()) == (0, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (reused(), reused()) == (0, 2)
+        model.hf_model.double()  # the pixels stay as they are
+        shared = model(inputs)
+    with torch.no_grad():
+        assert torch.allclose(shared, model(inputs), atol=0, rtol=1e-9)
+
+
 def test_vision_sites_and_open_hooks_are_not_shared() -> None:
     model = tiny("qwen2-vl")
     sweep = sweep_of("qwen2-vl", site="vision_encoder.blocks.{}.hook_resid_post")

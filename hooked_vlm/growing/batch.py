@@ -24,7 +24,7 @@ from hooked_vlm.growing.clean import (
     with_forwards,
 )
 from hooked_vlm.growing.early import Early
-from hooked_vlm.growing.fitting import MASK, Fit, causal_mask
+from hooked_vlm.growing.fitting import MASK, Fit, causal_mask, mask_of
 from hooked_vlm.growing.fused import joined_rows
 from hooked_vlm.growing.prefix import Prefix
 from hooked_vlm.hooks import HookPoint
@@ -69,7 +69,7 @@ def is_idle(model: Any, clean: Clean, job: Job) -> bool:
     """Whether a job leaves the residual stream as it is where it joins, and does nothing else."""
     if job.front or any(not step.between or step.stage != job.stage for step in job.steps):
         return False
-    joined = Growing(model, clean, [job], 0).joined(job)
+    joined = Growing(model, clean, [job], clean.first).joined(job)
     return torch.equal(joined, clean.residuals[job.stage])
 
 
@@ -126,7 +126,7 @@ class Growing:
             self._between(i, hidden)
             if self.rows is not None:
                 with last_position_only(self.trimmed if is_last else ()):
-                    output = own(*self._args(args), **self._kwargs(i, kwargs))
+                    output = own(*self._args(args), **self._kwargs(i, args, kwargs))
                 self.rows = output[0] if isinstance(output, tuple) else output
             if is_last:
                 self._between(i + 1, hidden)
@@ -152,22 +152,25 @@ class Growing:
                 self.clean,
                 joining,
                 self.start,
-                lambda: torch.cat([self.joined(job)[:, self.start :] for job in joining]),
+                lambda: torch.cat([self.joined(job) for job in joining]),
             ).to(like.device)
             self.n_joined += len(joining)
             self.rows = new if self.rows is None else torch.cat([self.rows.to(like.device), new])
 
     def joined(self, job: Job) -> Tensor:
-        """Returns what a job's prompts are in front of the block at which they join."""
+        """Returns what a job's rows are in front of the block at which they join."""
         stage = job.stage
         steps, added = job.between(stage), self.clean.added.get(stage)
         if job.front:
-            return self._edited(steps, self._brought(job))
+            return self._edited(steps, self._brought(job))[:, self.start :]
         behind = [step for step in steps if step.is_behind]
         if added is None or not behind:
-            return self._edited(steps, self.clean.residuals[stage])
+            kept = self.clean.residuals[stage][:, self.start - self.clean.first :]
+            for step in steps:
+                kept = self._on_suffix(step, kept)
+            return kept
         whole = self._edited(behind, self.clean.outputs[stage]) + added
-        return self._edited(steps[len(behind) :], whole)
+        return self._edited(steps[len(behind) :], whole)[:, self.start :]
 
     def _brought(self, job: Job) -> Tensor:
         """Returns the blocks' input of a job that acts in front of them."""
@@ -194,14 +197,14 @@ class Growing:
     def _args(self, args: tuple) -> tuple:
         return (self.rows, *self._fit.positional(args[1:])) if args else ()
 
-    def _kwargs(self, i: int, kwargs: dict) -> dict:
+    def _kwargs(self, i: int, args: tuple, kwargs: dict) -> dict:
         fitted = self._fit.arguments(kwargs)
         if "hidden_states" in kwargs:
             fitted["hidden_states"] = self.rows
         name = cache_name(self.blocks[i])
         if self.start and name is not None:
             fitted[name] = Prefix(*self.clean.keys[i], self.start, self.n_joined)
-            if kwargs.get(MASK) is None:
+            if mask_of(args, kwargs, self.length) is None:
                 assert self.rows is not None
                 fitted[MASK] = causal_mask(self.start, self.length, self.rows.device)
         return fitted
@@ -224,7 +227,7 @@ class Growing:
     def _on_suffix(self, step: Step, part: Tensor) -> Tensor:
         """Shows an edit a prompt's whole length; what is in front of the rows is not changed."""
         if part.shape[1] == self.length:
-            return self._run_edit(step, part.clone())
+            return self._run_edit(step, part)
         front = part.new_zeros(part.shape[0], self.length - part.shape[1], *part.shape[2:])
         return self._run_edit(step, torch.cat([front, part], dim=1))[:, front.shape[1] :]
 

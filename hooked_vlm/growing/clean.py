@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.calls import forward_parameters
 from hooked_vlm.errors import HookError
-from hooked_vlm.growing.fitting import CACHES, MASK
+from hooked_vlm.growing.fitting import CACHES, is_closed, mask_of
 from hooked_vlm.growing.prefix import Recorder
 from hooked_vlm.known import shapes_of
 from hooked_vlm.partial import uncached
@@ -29,7 +29,7 @@ class Clean:
     arguments: Mapping[str, Any]
     logits: Tensor
     residuals: Mapping[int, Tensor]
-    """In front of blocks, by their number (n_layers: behind all)."""
+    """In front of blocks, by their number (n_layers: behind all), from position `first` on."""
     outputs: Mapping[int, Tensor]
     """What the block in front handed on, where the model adds something to that (`added`)."""
     added: Mapping[int, Tensor]
@@ -44,6 +44,7 @@ class Clean:
     """Shapes of everything that blocks were called with."""
     size: tuple[int, int]
     """Prompts and positions."""
+    first: int = 0
 
 
 def run_clean(
@@ -53,35 +54,19 @@ def run_clean(
     stages: set[int],
     arguments: Mapping[str, Any],
     want_keys: bool,
+    starts: Sequence[int] = (),
 ) -> Clean:
     """Runs the clean pass and keeps the residual stream at `stages`.
+
+    Where `starts` says from which positions on rows will go, only what they need is kept.
 
     Raises `GrowthError` for a model whose blocks do not hand on one residual stream.
     """
     blocks = blocks_of(model)
     n_layers = len(blocks)
     arguments = {**uncached(model.hf_model), **arguments}
-    inputs_of: dict[int, Tensor] = {}
-    outputs_of: dict[int, Tensor] = {}
-    masks: list[Tensor | None] = [None] * n_layers
-    recorders = [Recorder() for _ in blocks]
-    signature: list[Hashable] = []
-
-    def before(i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs_of[i] = hidden_of(args, kwargs).detach()
-            if i < n_layers:
-                masks[i] = kwargs.get(MASK)
-                signature.append(signature_of(args, kwargs))
-
-        return hook
-
-    def after(i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            outputs_of[i] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
+    seen = _Seen(n_layers, stages, starts)
+    recorders = [Recorder(max(starts, default=None)) for _ in blocks]
     with ExitStack() as stack:
         encoded = stack.enter_context(recording(encoder_of(model)))
         # Their hooks come first, so that ours see what they changed.
@@ -89,36 +74,81 @@ def run_clean(
         if want_keys:
             stack.enter_context(with_caches(blocks, recorders))
         for i, block in enumerate(blocks):
-            stack.callback(block.register_forward_pre_hook(before(i), with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(after(i)).remove)
+            before = block.register_forward_pre_hook(seen.before(i), with_kwargs=True)
+            stack.callback(before.remove)
+            stack.callback(block.register_forward_hook(seen.behind).remove)
         norm = model.anatomy.lm.final_norm
         if norm is None:
             raise GrowthError("there is no final norm behind its blocks")
         last = model.hf_model.get_submodule(norm)
-        handle = last.register_forward_pre_hook(before(n_layers), with_kwargs=True)
+        handle = last.register_forward_pre_hook(seen.before(n_layers), with_kwargs=True)
         stack.callback(handle.remove)
         logits = model(asked(inputs), **arguments)
-    if len(inputs_of) != n_layers + 1 or any(x.ndim != 3 for x in inputs_of.values()):
+    if len(seen.shapes) != n_layers + 1 or any(len(shape) != 3 for shape in seen.shapes.values()):
         raise GrowthError("its blocks do not pass on one residual stream [batch, pos, d_model]")
-    added = {}
-    for i in range(n_layers):
-        handed, taken = outputs_of[i].to(inputs_of[i + 1].device), inputs_of[i + 1]
-        if not torch.equal(handed, taken):
-            added[i + 1] = taken - handed
     keys = [recorder.found[0] for recorder in recorders if len(recorder.found) == 1]
+    keys = keys if len(keys) == n_layers else []
+    if seen.first and not (keys and seen.is_closed()):  # a later block looks ahead, or keeps none
+        return run_clean(model, inputs, base, stages, arguments, want_keys)
     return Clean(
         inputs,
         arguments,
         logits,
-        {stage: inputs_of[stage] for stage in sorted(stages)},
-        {stage: outputs_of[stage - 1] for stage in added},
-        added,
-        keys if len(keys) == n_layers else (),
-        masks,
+        {stage: seen.residuals[stage] for stage in sorted(stages)},
+        seen.outputs,
+        seen.added,
+        keys,
+        seen.masks,
         encoded or None,
-        tuple(signature),
-        (inputs_of[0].shape[0], inputs_of[0].shape[1]),
+        tuple(seen.signature),
+        (seen.shapes[0][0], seen.shapes[0][1]),
+        seen.first,
     )
+
+
+class _Seen:
+    """What passes between blocks of a clean run, as far as it is kept."""
+
+    def __init__(self, n_layers: int, stages: set[int], starts: Sequence[int]) -> None:
+        self.n_layers, self.stages, self.starts = n_layers, stages, starts
+        self.first = min(starts, default=0)
+        """The first position of what is kept of the residual stream."""
+        self.residuals: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self.added: dict[int, Tensor] = {}
+        self.masks: list[Tensor | None] = [None] * n_layers
+        self.signature: list[Hashable] = []
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self._handed: Tensor | None = None
+
+    def before(self, i: int) -> Callable[..., None]:
+        """Returns a hook in front of block i, or behind all."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            taken = hidden_of(args, kwargs).detach()
+            self.shapes[i] = tuple(taken.shape)
+            if i < self.n_layers:
+                self.masks[i] = mask_of(args, kwargs, taken.shape[1])
+                self.signature.append(signature_of(args, kwargs))
+            if i == 0 and not self.is_closed():
+                self.first = 0
+            if self._handed is not None:
+                handed = self._handed.to(taken.device)
+                if not torch.equal(handed, taken):
+                    self.added[i], self.outputs[i] = taken - handed, handed
+            if i in self.stages:
+                self.residuals[i] = taken[:, self.first :].clone() if self.first else taken
+
+        return hook
+
+    def behind(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Is a hook behind any block."""
+        self._handed = (output[0] if isinstance(output, tuple) else output).detach()
+
+    def is_closed(self) -> bool:
+        """Whether, by the masks so far, nothing in front of a start looks ahead of it."""
+        masks = {id(mask): mask for mask in self.masks}.values()
+        return all(is_closed(mask, start) for mask in masks for start in {*self.starts})
 
 
 def signature_of(args: tuple, kwargs: Mapping[str, Any]) -> Hashable:

@@ -37,9 +37,7 @@ class Fit:
 
     def _named(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            is_mask = name == MASK or (
-                value.ndim == 4 and value.shape[-2:] == (self.length, self.length)
-            )
+            is_mask = name == MASK or _is_square(value, self.length)
             return self._mask(value) if is_mask else self._tensor(value)
         if isinstance(value, tuple | list):
             return type(value)(self._named(name, part) for part in value)
@@ -71,6 +69,17 @@ class Fit:
         repeats = [1] * value.ndim
         repeats[axis] = self.n_jobs
         return value.repeat(repeats)
+
+
+def mask_of(args: tuple, kwargs: Mapping[str, Any], length: int) -> Tensor | None:
+    """Returns the attention mask that a block was called with, by name or not."""
+    if kwargs.get(MASK) is not None:
+        return kwargs[MASK]
+    return next((x for x in args[1:] if isinstance(x, Tensor) and _is_square(x, length)), None)
+
+
+def _is_square(value: Tensor, length: int) -> bool:
+    return value.ndim == 4 and value.shape[-2:] == (length, length)
 
 
 def causal_mask(start: int, length: int, device: torch.device) -> Tensor:

@@ -91,7 +91,7 @@ def fused_rows(clean: Clean, jobs: Sequence[Job], writes: Sequence[Write], start
     whole = clean.residuals[jobs[0].stage]
     steer_at: Tensor | None = None
     steering: dict[str, Tensor] = {}
-    n_rows, length = len(jobs) * len(whole), whole.shape[1]
+    n_rows, length = len(jobs) * len(whole), clean.size[1]
     token_map = torch.full((n_rows, length), -1)
     clean_row = torch.arange(len(whole)).repeat(len(jobs))
     source_row = torch.zeros(n_rows, dtype=torch.long)
@@ -111,7 +111,7 @@ def fused_rows(clean: Clean, jobs: Sequence[Job], writes: Sequence[Write], start
         steering = _steering(writes, len(whole))
     here = whole.device
     return patched_rows(
-        whole[:, start:],
+        whole[:, start - clean.first :],
         source,
         token_map[:, start:].to(here),
         clean_row=clean_row.to(here),
@@ -140,7 +140,8 @@ def _write(model: Any, clean: Clean, job: Job) -> Write | None:
         found = Write(targets, values, sources)
     else:
         return None
-    _require(model, site, clean.residuals[job.stage], inputs)
+    here = clean.residuals[job.stage]
+    _require(model, site, here.new_empty(*clean.size, here.shape[-1], device="meta"), inputs)
     return found
 
 

@@ -13,13 +13,20 @@ from torch import Tensor
 class Recorder:
     """Notes the keys and values that a block makes, and hands them back as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int | None = None) -> None:
+        """Notes the positions in front of `last`; all, where there is none."""
+        self.last = last
         self.found: list[tuple[Tensor, Tensor]] = []
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by attention with `[batch, head, pos, d]`."""
-        self.found.append((key.detach(), value.detach()))
+        self.found.append((self._kept(key), self._kept(value)))
         return key, value
+
+    def _kept(self, x: Tensor) -> Tensor:
+        x = x.detach()
+        # A copy: a view would keep all of it.
+        return x if self.last is None else x[:, :, : self.last].clone()
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Nothing has come before."""

@@ -161,7 +161,9 @@ def _beginnings(
         ):
             return clean, early
     stages = {job.stage for job in jobs}
-    clean = _clean(model, inputs, base, stages, arguments, any(starts))
+    # Rows that bring their beginning along are held against all of the clean run's.
+    needed = [] if early else [start for start, _ in groups_of(jobs, starts)]
+    clean = _clean(model, inputs, base, stages, arguments, needed, any(starts))
     note_called(model, clean)
     return clean, early
 
@@ -182,9 +184,13 @@ def _clean(
     base: Sequence[Any],
     stages: set[int],
     arguments: Mapping[str, Any],
+    starts: Sequence[int],
     want_keys: bool,
 ) -> Clean:
-    """Returns the clean run, its keys and values only where keeping them changes nothing."""
+    """Returns the clean run, its keys and values only where keeping them changes nothing.
+
+    Where other sweeps may need it too, all of it is kept, else what rows from `starts` on need.
+    """
     runs = None if base else open_runs(model)
     how = repr(sorted(arguments.items())), ways_of_attending(model)
     key = ("clean", content_of(inputs), how) if runs else ()
@@ -193,7 +199,8 @@ def _clean(
         want_keys = want_keys and keeps_keys(model, inputs, base, arguments)
         if kept and stages <= kept.residuals.keys() and (kept.keys or not want_keys):
             return kept
-        clean = run_clean(model, inputs, base, stages, arguments, want_keys)
+        needed = starts if want_keys and not runs else ()
+        clean = run_clean(model, inputs, base, stages, arguments, want_keys, needed)
         if clean.added and not is_added(model, clean, base):
             raise GrowthError("it changes the residual stream between its blocks")
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:

@@ -60,11 +60,20 @@ class Runs:
             self.taken -= freed
 
     def _state(self) -> Hashable:
-        """Returns what changes whenever a weight is written, or autocast is turned on."""
+        """Returns what changes whenever a weight is written, or the model computes otherwise."""
+        whole = self._model.hf_model
         # Weights that were made in inference mode cannot be written, and have no number.
-        weights = self._model.hf_model.parameters()
+        weights = list(whole.parameters())
         written = sum(weight._version for weight in weights if not weight.is_inference())
-        return written, torch.is_autocast_enabled(self._model.device.type)
+        kind = {(weight.dtype, weight.device) for weight in weights[:1]}
+        # Adapters (LoRA and the like) are turned on and off by flags of their layers.
+        adapters = [
+            (vars(layer)["_disable_adapters"], str(vars(layer).get("_active_adapter")))
+            for layer in whole.modules()
+            if "_disable_adapters" in vars(layer)
+        ]
+        autocast = torch.is_autocast_enabled(self._model.device.type)
+        return written, frozenset(kind), tuple(adapters), autocast
 
 
 _OPEN: dict[int, Runs] = {}
