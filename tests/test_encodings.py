@@ -156,6 +156,28 @@ def test_images_that_see_each_other_are_encoded_together() -> None:
     assert vars(encoder)["forward"] is mixed
 
 
+def test_an_encoder_that_takes_no_single_image_gets_the_batch() -> None:
+    model = HookedVLM(deepcopy(tiny("gemma-3").hf_model))
+    encoder: Any = encoder_of(model)
+    own = encoder.forward
+
+    def two_at_least(*args: Any, **kwargs: Any) -> Any:
+        pixels = args[0] if args else kwargs["pixel_values"]
+        if len(pixels) < 2:
+            raise ValueError("two images at least")
+        return own(*args, **kwargs)
+
+    encoder.forward = two_at_least
+    inputs = batch_of("gemma-3", 1, 2)
+    plain = logits(model, inputs)
+    with shared_runs(model) as runs:
+        assert torch.equal(logits(model, inputs), plain)
+        assert torch.equal(logits(model, inputs), plain)
+        assert runs.reused == 1
+        with pytest.raises(ValueError, match="two images at least"):
+            logits(model, batch_of("gemma-3", 1))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_attached_inside_an_encoder_sees_every_pass(family: str) -> None:
     model = fresh(family)

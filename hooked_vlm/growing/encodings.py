@@ -163,7 +163,13 @@ class _StandIn:
 
         def find_out() -> Sequence[int | None] | None:
             args, kwargs = whole
-            return axes_of(self.own(*args, **kwargs), [self._once(call) for call in calls])
+            together = self.own(*args, **kwargs)
+            try:
+                return axes_of(together, [self._once(call) for call in calls])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - an encoder may say in any way that it takes no part
+                return None
 
         return known(self.model, kind, find_out)
 
