@@ -3,7 +3,7 @@
     python -m benchmarks.encodings [--model tiny-qwen2-vl] [--pairs 10] [--json FILE]
 
 Each experiment runs twice, by itself and inside `shared_runs`; `distinct` counts images by their
-pixels.
+pixels.  Below stands what an image costs at published sizes, counted and not run.
 """
 
 import argparse
@@ -16,16 +16,21 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from benchmarks.built import on_meta
 from hooked_vlm import HookedVLM, shared_runs
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.config import Config
+from hooked_vlm.growing.costs import costs_of
 from hooked_vlm.known import content_of
 from hooked_vlm.replay import encoder_of
 from hooked_vlm.runner import Job, own
 
 
+TEXT = 40
+"""Positions of a prompt beside its image."""
 EXPERIMENTS = (
     "final-token",
     "strip-swap",
@@ -70,6 +75,31 @@ def images_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     return list(pixels.chunk(len(pixels if grid is None else grid)))
 
 
+def costs() -> Iterator[str]:
+    """Yields operations for an image and for the language model's pass, at the paper's canvases."""
+    for name, side in (("Qwen2-VL-7B", 12), ("Gemma-3-4b", 16)):
+        model = HookedVLM(on_meta(name), name=name)
+        vision = model.cfg.vision
+        assert vision is not None
+        config: Any = model.hf_model.config
+        ids = torch.full((1, side * side + TEXT), 100)
+        ids[:, 4 : 4 + side * side] = config.image_token_id
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if model.anatomy.vision and model.anatomy.vision.packed:
+            inputs["image_grid_thw"] = torch.tensor([[1, 2 * side, 2 * side]])
+            inputs["pixel_values"] = torch.zeros(4 * side * side, 6 * vision.patch_size**2)
+        else:
+            inputs["pixel_values"] = torch.zeros(
+                1, 3, vision.image_size or 0, vision.image_size or 0
+            )
+        found, length = costs_of(model, inputs), ids.shape[1]
+        passed = found.rows(1, length, length)
+        yield (
+            f"{name}: {found.vision / 1e12:.1f} TFLOP for an image, {passed / 1e12:.1f} for the "
+            f"language model's pass over {length} positions ({found.vision / passed:.1f} times)"
+        )
+
+
 def main() -> None:
     """Prints one line for each experiment."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
@@ -94,6 +124,8 @@ def main() -> None:
         row = [*(count.encoded for count in counts), len(counts[0].distinct)]
         found[name] = dict(zip(("alone", "shared", "distinct"), row, strict=True))
         print(f"| {name} | {' | '.join(f'{n:,}' for n in row)} |", flush=True)
+    for said in costs():
+        print(said)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
 

@@ -62,6 +62,7 @@ WORK = {
     "patch, add": {"mode": "add"},
     "patch, project": {"mode": "project"},
     "interchange, 4 axes": {"basis": 4},
+    "interchange, 4 axes, each row its own": {"basis": 4, "own": True},
 }
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far a way's rows may be from the reference's, as a share of the largest number."""
@@ -80,6 +81,8 @@ def make(shape: Shape, work: dict[str, Any], dtype: torch.dtype, device: str) ->
     column = torch.arange(pos) - shape.first
     taken = (column >= 0) & (column % 12 < 6)
     token_map = torch.where(taken, torch.arange(pos), -1).repeat(rows, 1)
+    if work.get("own"):  # no two rows take the same tokens
+        token_map = torch.where(token_map < 0, -1, (token_map + torch.arange(rows)[:, None]) % pos)
     prompt = torch.arange(rows) % shape.prompts
     made: dict[str, Any] = {
         "clean": noise(shape.prompts, pos, d),

@@ -8,7 +8,7 @@ unchanged, which costs nothing, and the caller puts the residual stream in there
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,6 +62,20 @@ def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -
 
 
 @contextmanager
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Puts another `forward` in the place of a module's own, for the length of a `with` block."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own
+
+
+@contextmanager
 def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[None]:
     """Lets blocks return their input, for the length of a `with` block.
 
@@ -76,17 +90,10 @@ def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[Non
 
         return forward
 
-    own = [vars(block).get("forward") for block in blocks]
-    try:
+    with ExitStack() as stack:
         for block, length in zip(blocks, tuples, strict=True):
-            block.forward = passed(length)
+            stack.enter_context(standing_in(block, passed(length)))
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = forward
 
 
 EMBEDDINGS = ("hook_embed", "hook_merged_embed")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hooked_vlm.errors import HookError
+from hooked_vlm.partial import standing_in
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def recording(module: nn.Module | None) -> Iterator[list[Any]]:
     if module is None:
         yield found
         return
-    handle = module.register_forward_hook(lambda _, args, output: found.append(_copied(output)))
+    handle = module.register_forward_hook(lambda _, args, output: found.append(copied(output)))
     try:
         yield found
     finally:
@@ -37,25 +38,18 @@ def replaying(module: nn.Module | None, outputs: Sequence[Any] | None) -> Iterat
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _copied(next(waiting))
+            return copied(next(waiting))
         except StopIteration:
             raise HookError(
                 f"{type(module).__name__} was called more often than the {len(outputs)} times "
                 "that were recorded."
             ) from None
 
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
+    with standing_in(module, forward):
         yield
-    finally:
-        if own is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = own
 
 
-def _copied(output: Any) -> Any:
+def copied(output: Any) -> Any:
     """A copy, so that what a model does to an encoder's output in place is not kept."""
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, output)
 

@@ -13,7 +13,7 @@ from hooked_vlm.errors import HookError
 from hooked_vlm.growing.fitting import CACHES, is_closed, mask_of
 from hooked_vlm.growing.prefix import Recorder
 from hooked_vlm.known import shapes_of
-from hooked_vlm.partial import uncached
+from hooked_vlm.partial import standing_in, uncached
 from hooked_vlm.replay import encoder_of, recording
 
 
@@ -45,6 +45,7 @@ class Clean:
     size: tuple[int, int]
     """Prompts and positions."""
     first: int = 0
+    """The first position of `residuals`."""
 
 
 def run_clean(
@@ -181,17 +182,10 @@ def with_forwards(
     blocks: Sequence[nn.Module], wrap: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Puts another `forward` in the place of each block's own, for the length of a `with` block."""
-    own = [vars(block).get("forward") for block in blocks]
-    try:
+    with ExitStack() as stack:
         for i, block in enumerate(blocks):
-            block.forward = wrap(i, block.forward)
+            stack.enter_context(standing_in(block, wrap(i, block.forward)))
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = forward
 
 
 @contextmanager

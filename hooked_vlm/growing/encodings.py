@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 from hooked_vlm.anatomy import grid_argument
 from hooked_vlm.calls import signature_of
 from hooked_vlm.known import content_of, is_known, known, shapes_of, ways_of_attending
-from hooked_vlm.replay import encoder_of
+from hooked_vlm.partial import standing_in
+from hooked_vlm.replay import copied, encoder_of
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -54,21 +55,14 @@ def encoding_once(model: Any, store: Store) -> Iterator[None]:
     if encoder is None:
         yield
         return
-    own, replaced = encoder.forward, vars(encoder).get("forward")
     stand_in = _StandIn(model, encoder, store)
 
-    @wraps(own)
+    @wraps(stand_in.own)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return stand_in.run(args, kwargs)
 
-    encoder.forward = forward
-    try:
+    with standing_in(encoder, forward):
         yield
-    finally:
-        if replaced is None:
-            vars(encoder).pop("forward", None)
-        else:
-            encoder.forward = replaced
 
 
 class _StandIn:
@@ -95,18 +89,20 @@ class _StandIn:
             axes = self._axes((args, kwargs), calls)
             if axes is not None:
                 return joined([self._once(call) for call in calls], axes)
-        return _copied(self._once((args, kwargs)))
+        return copied(self._once((args, kwargs)))
 
     def _must_run(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether something is attached inside the encoder, or gradients are wanted of it."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        wanted = (*self.encoder.parameters(), *(x for x in leaves if isinstance(x, Tensor)))
         return (
             self.model.hf_model.training
-            or (torch.is_grad_enabled() and any(x.requires_grad for x in wanted))
+            or (torch.is_grad_enabled() and self._is_differentiated(args, kwargs))
             or bool(self.sites & self.model.hooked_sites)
             or not self._is_bare()
         )
+
+    def _is_differentiated(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        given = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        return any(x.requires_grad for x in (*self.encoder.parameters(), *given))
 
     def _is_bare(self) -> bool:
         """Whether modules inside the encoder are as they were when the block was entered."""
@@ -149,7 +145,7 @@ class _StandIn:
         if found is None:
             args, kwargs = call
             # In a tuple: what was returned may be nothing.
-            found = (_copied(self.own(*args, **kwargs)),)
+            found = (copied(self.own(*args, **kwargs)),)
             self.store.keep(key, found)
         return found[0]
 
@@ -233,11 +229,7 @@ def joined(outputs: Sequence[Any], axes: Sequence[int | None]) -> Any:
     """Returns outputs for single images as one for all of them, in memory of its own."""
     flat = [pytree.tree_flatten(output) for output in outputs]
     leaves = [
-        _copied(column[0]) if axis is None else torch.cat(column, axis)
+        copied(column[0]) if axis is None else torch.cat(column, axis)
         for axis, *column in zip(axes, *(found for found, _ in flat), strict=True)
     ]
     return pytree.tree_unflatten(leaves, flat[0][1])
-
-
-def _copied(value: Any) -> Any:
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)

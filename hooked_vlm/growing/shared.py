@@ -65,7 +65,7 @@ class Runs:
         # Weights that were made in inference mode cannot be written, and have no number.
         weights = list(whole.parameters())
         written = sum(weight._version for weight in weights if not weight.is_inference())
-        kind = {(weight.dtype, weight.device) for weight in weights[:1]}
+        kinds = {(weight.dtype, weight.device) for weight in weights}
         # Adapters (LoRA and the like) are turned on and off by flags of their layers.
         adapters = [
             (vars(layer)["_disable_adapters"], str(vars(layer).get("_active_adapter")))
@@ -73,7 +73,7 @@ class Runs:
             if "_disable_adapters" in vars(layer)
         ]
         autocast = torch.is_autocast_enabled(self._model.device.type)
-        return written, frozenset(kind), tuple(adapters), autocast
+        return written, frozenset(kinds), tuple(adapters), autocast
 
 
 _OPEN: dict[int, Runs] = {}
