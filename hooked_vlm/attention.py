@@ -14,7 +14,7 @@ either causal or not: an attention that silently stops being causal is a wrong n
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -138,6 +138,7 @@ def hooked_attention(
     options = {"scaling": scaling, "softcap": kwargs.get("softcap")}
     if bounds is None:
         mask = additive_mask(module, query, key, attention_mask, tap.base, **_mask_options(kwargs))
+        _verify(module, (query, key, value), attention_mask, mask, kwargs, options)
         weights = scores(query, key, mask, **options, bias=kwargs.get("position_bias"))
         weights = tap.apply("attn_scores", weights)
         weights = tap.apply("pattern", pattern(weights, query.dtype, kwargs.get("sinks")))
@@ -178,6 +179,50 @@ def _refuse_other_arithmetic(kwargs: dict[str, Any]) -> None:
             f"This attention uses {', '.join(extra)}, which the scores and pattern sites do not "
             "reproduce. Hook q, k, v or z instead."
         )
+
+
+BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""By dtype, how far our attention may be from the module's own, as a share of the largest value."""
+_VERIFIED: set[Hashable] = set()
+
+
+def _verify(
+    module: nn.Module,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    given_mask: Any,
+    mask: Tensor | None,
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Compares our arithmetic with the module's own, once for each way in which it is called.
+
+    An attention may come to take an argument that changes its scores (as sinks, soft-capping
+    and position biases did), under any name.  Raises `UnsupportedModelError` where ours then
+    gives something else.
+    """
+    query, key, value = qkv
+    plain = (str, bool, int, float, type(None))
+    named = {n: v if isinstance(v, plain) else type(v) for n, v in kwargs.items()}
+    base = implementation(module)
+    kind = (type(module), base, query.dtype, query.device.type, str(sorted(named.items(), key=str)))
+    if kind in _VERIFIED or query.is_meta:
+        return
+    call = {"scaling": options["scaling"], "dropout": 0.0, **kwargs}
+    with torch.no_grad():
+        theirs = _base_function(base, module)(module, query, key, value, given_mask, **call)[0]
+        weights = scores(query, key, mask, **options, bias=kwargs.get("position_bias"))
+        ours = attend(pattern(weights, query.dtype, kwargs.get("sinks")), value)
+        # Padding sees no key at all, and implementations differ in what they make of that.
+        sees = weights.amax(dim=-1).transpose(1, 2) > torch.finfo(query.dtype).min / 2
+        ours, theirs = (torch.where(sees[..., None], out, 0) for out in (ours, theirs))
+        off = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+    if not off <= BOUNDS.get(query.dtype, 5e-2):
+        raise UnsupportedModelError(
+            f"The scores and pattern sites do not reproduce {type(module).__name__}: its "
+            f"{base!r} attention, called with {', '.join(sorted(kwargs)) or 'no options'}, differs "
+            f"from theirs by {off:.2g} of the largest value. Hook q, k, v or z instead."
+        )
+    _VERIFIED.add(kind)
 
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:

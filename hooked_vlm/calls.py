@@ -15,9 +15,9 @@ long as that function lives.  A class that is defined anew has another function.
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -26,7 +26,7 @@ from torch import nn
 Read = TypeVar("Read")
 
 
-def _kept(read: Callable[[Callable], Read]) -> Callable[[Callable], Read]:
+def once_per_function(read: Callable[[Callable], Read]) -> Callable[[Callable], Read]:
     """Makes `read` read each function once, and forget it when the function goes."""
     known: WeakKeyDictionary[Callable, Read] = WeakKeyDictionary()
 
@@ -44,7 +44,7 @@ def _kept(read: Callable[[Callable], Read]) -> Callable[[Callable], Read]:
     return kept
 
 
-@_kept
+@once_per_function
 def forward_source(function: Callable) -> str:
     """Returns the source of a function under all its decorators, or `""` if there is none."""
     try:
@@ -90,7 +90,7 @@ def _self_path(node: ast.expr) -> str | None:
     return None
 
 
-@_kept
+@once_per_function
 def self_calls(function: Callable) -> tuple[str, ...]:
     """Returns the dotted names called on `self` in a function, in evaluation order, once each.
 
@@ -147,7 +147,7 @@ def called_children(module: nn.Module) -> list[str]:
     return called + [name for name in children if name not in called]
 
 
-@_kept
+@once_per_function
 def signature_of(function: Callable) -> inspect.Signature:
     """Returns the signature of a function under its decorators."""
     return inspect.signature(inspect.unwrap(function))
@@ -156,3 +156,17 @@ def signature_of(function: Callable) -> inspect.Signature:
 def forward_parameters(module: nn.Module) -> list[str]:
     """Returns the names of the parameters of a module's `forward`, under its decorators."""
     return list(signature_of(type(module).forward).parameters)
+
+
+def carrier(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
+    """Returns the keyword under which a call gives a module's first argument (None: by position).
+
+    A block's first argument is its residual stream, whatever it is called.
+    """
+    return None if args else next(name for name in forward_parameters(module) if name in kwargs)
+
+
+def first_argument(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Returns what a call gives as a module's first argument."""
+    name = carrier(module, args, kwargs)
+    return args[0] if name is None else kwargs[name]

@@ -83,7 +83,7 @@ class HookedModel:
         `inputs` they will act on.  Raises `UnknownHookError` for a name of no site before
         anything is attached; whatever happens inside, nothing stays attached after.
         """
-        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), inputs, prefill_only):
+        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), prefill_only):
             yield self
 
     # --- for the final classes ------------------------------------------------------------
@@ -92,15 +92,12 @@ class HookedModel:
     def _attached_to_sites(
         self,
         pairs: list[tuple[str, HookFunction]],
-        inputs: ModelInputs | None = None,
         prefill_only: bool = False,
+        is_generation: bool = False,
     ) -> Iterator[None]:
         """Attaches functions to sites by their own names; see `hooks`."""
         self._say_eager(pairs)
-        prompt = None
-        if prefill_only and inputs is not None and "input_ids" in inputs:
-            prompt = int(inputs["input_ids"].shape[-1])
-        self._open.append((pairs, Run(prefill_only, prompt)))
+        self._open.append((pairs, Run(prefill_only, is_generation)))
         try:
             self._reattach()
             yield
@@ -113,19 +110,16 @@ class HookedModel:
         run: Callable[[], Any],
         fwd_hooks: Sequence[FwdHook],
         inputs: ModelInputs,
-        during: ModelInputs | None = None,
         prefill_only: bool = False,
+        is_generation: bool = False,
     ) -> Any:
-        """Returns what `run` returns under hook functions; warns when a named site never ran.
-
-        `during` are the inputs that every pass of an uncached generation repeats.
-        """
+        """Returns what `run` returns under hook functions; warns when a named site never ran."""
         pairs = self._pairs(fwd_hooks, inputs)
         ran: set[str] = set()
         note = Reader(lambda _, hook: ran.add(hook.name))
         named = {name for name, _ in pairs}
         pairs += [(name, note) for name in named]
-        with self._attached_to_sites(pairs, during, prefill_only):
+        with self._attached_to_sites(pairs, prefill_only, is_generation):
             output = run()
         self._warn_unran(named - ran)
         return output

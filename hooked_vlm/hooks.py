@@ -18,8 +18,10 @@ from transformers.utils import ModelOutput
 
 from hooked_vlm.anatomy import Vision
 from hooked_vlm.attention import tapped_config
-from hooked_vlm.calls import forward_parameters, signature_of
+from hooked_vlm.caches import prompts_among
+from hooked_vlm.calls import carrier, signature_of
 from hooked_vlm.errors import HookError
+from hooked_vlm.generation import count_steps
 from hooked_vlm.layout import Images, PackedLayout
 from hooked_vlm.points import HookPoint, Packing, Run
 from hooked_vlm.sites import Site, read, write
@@ -190,7 +192,7 @@ def attach(
     fired = [_Fired(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
     with ExitStack() as stack:
         for _, run in layers:
-            stack.enter_context(_count_steps(model, run))
+            stack.enter_context(count_steps(model, run))
         if vision is not None and any(f.site.axes.startswith("image") for f in fired):
             _note_call(model, vision, packing, stack)
         restart = _restart(fired, packing)
@@ -226,21 +228,6 @@ def _module_at(model: nn.Module, path: str) -> nn.Module:
     return found
 
 
-@contextmanager
-def _count_steps(model: nn.Module, run: Run) -> Iterator[None]:
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # An empty key-value cache, or none and none refused, is the first pass of something new.
-        past = kwargs.get("past_key_values")
-        first = kwargs.get("use_cache") is not False if past is None else not past.get_seq_length()
-        run.steps = 0 if first else run.steps + 1
-
-    handle = model.register_forward_pre_hook(begin, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _note_call(model: nn.Module, vision: Vision, packing: Packing, stack: ExitStack) -> None:
     """Notes what every call of the encoder was given, before anything in it runs."""
     owner = model.get_submodule(vision.path)
@@ -263,9 +250,8 @@ def _restart(fired: Sequence[_Fired], packing: Packing) -> Callable[..., None]:
     def restart(module: nn.Module, args: tuple, kwargs: dict) -> None:
         for item in fired:
             item.point.call = -1
-        names = ("decoder_input_ids", "input_ids", "inputs_embeds")
-        given = [*(kwargs.get(name) for name in names), *args]
-        packing.n_prompts = next((len(t) for t in given if isinstance(t, Tensor)), 0)
+        prompts = prompts_among(args, kwargs)
+        packing.n_prompts = 0 if prompts is None else len(prompts)
 
     return restart
 
@@ -302,7 +288,7 @@ def _input_hook(item: _Fired, key: str) -> Callable:
     on_image = item.site.axes.startswith("image")
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        name = key if kwargs.get(key) is not None else _carrier(module, args, kwargs)
+        name = key if kwargs.get(key) is not None else carrier(module, args, kwargs)
         raw = args[0] if name is None else kwargs[name]
         if on_image and isinstance(raw, Tensor) and not raw.is_floating_point():
             return None  # a table looked up for something else than the image
@@ -318,11 +304,6 @@ def _input_hook(item: _Fired, key: str) -> Callable:
         return args, {**kwargs, name: changed}
 
     return hook
-
-
-def _carrier(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
-    """Returns the keyword of a module's first argument; None when it has none."""
-    return None if args else next(name for name in forward_parameters(module) if name in kwargs)
 
 
 @contextmanager

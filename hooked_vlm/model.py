@@ -225,12 +225,11 @@ class HookedVLM(HookedModel):
         given that part of it each time, so both ways generate the same.  Otherwise they
         run at every step; `hook.step` counts.
         """
-        repeated = None if kwargs.get("use_cache", True) else inputs
 
         def run() -> Tensor:
             return self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
 
-        return self._run_hooked(run, fwd_hooks, inputs, repeated, prefill_only)
+        return self._run_hooked(run, fwd_hooks, inputs, prefill_only, is_generation=True)
 
     def block_outputs(self, run: Callable[[], Any]) -> list[int]:
         """Returns how long a tuple each LM block returns (0: none), watching `run` if need be."""

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy import Stack
+from hooked_vlm.calls import first_argument
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
 
 
@@ -49,7 +50,7 @@ def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -
         raise UnsupportedModelError("This model has no final norm to stop in front of.")
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise _Stopped(args[0] if args else kwargs["hidden_states"])
+        raise _Stopped(first_argument(module, args, kwargs))
 
     handle = model.get_submodule(behind).register_forward_pre_hook(stop, with_kwargs=True)
     try:
@@ -83,16 +84,16 @@ def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[Non
     length of that tuple (0: they return it alone).
     """
 
-    def passed(length: int) -> Callable[..., Any]:
+    def passed(block: nn.Module, length: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = first_argument(block, args, kwargs)
             return (hidden, *[None] * (length - 1)) if length else hidden
 
         return forward
 
     with ExitStack() as stack:
         for block, length in zip(blocks, tuples, strict=True):
-            stack.enter_context(standing_in(block, passed(length)))
+            stack.enter_context(standing_in(block, passed(block, length)))
         yield
 
 

@@ -6,6 +6,8 @@
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from hooked_vlm.errors import HookError
 from hooked_vlm.layout import PackedLayout
 
@@ -22,7 +24,10 @@ class HookPoint:
     ctx: dict = field(default_factory=dict)
     """Room for a user's functions to keep things between calls."""
     step: int = 0
-    """Which forward pass of a generation this is: 0 is the prefill."""
+    """Which forward pass of a generation this is: 0 is the prefill.
+
+    A pass continues one before it when it is given a key-value cache that holds something, or,
+    without a cache, the same prompt and more; any other pass is a new prefill."""
     call: int = -1
     """Which call of its module in this pass: some projectors run once for each image."""
 
@@ -39,22 +44,27 @@ class Run:
     """When the functions of one `with` block act during a generation."""
 
     prefill_only: bool = False
-    prompt_length: int | None = None
-    """With `prefill_only`: the length of the prompt that every uncached pass repeats."""
+    is_generation: bool = False
+    """Whether the block holds one generation, and so exactly one prefill."""
     steps: int = -1
     """Which forward pass of a generation is in progress: 0 is the prefill."""
+    prompt: Tensor | None = None
+    """The token ids (or embeddings) of the prefill."""
+    repeats: bool = False
+    """Whether the pass in progress repeats the prompt, as a generation without a cache does."""
 
     @property
     def asleep(self) -> bool:
         """Whether this pass is past the prefill, and holds no prompt to act on again."""
-        return self.prefill_only and self.steps > 0 and self.prompt_length is None
+        return self.prefill_only and self.steps > 0 and not self.repeats
 
     def window(self, axes: str) -> tuple[slice, ...] | None:
         """Returns the slice of a repeated, uncached pass that is the prompt (None: all of it)."""
         names = axes.split()
         if not self.prefill_only or self.steps <= 0 or names[0] != "batch":
             return None
-        prompt = slice(0, self.prompt_length)
+        assert self.prompt is not None, "a pass repeats a prompt that was noted before it"
+        prompt = slice(0, self.prompt.shape[1])
         return tuple(prompt if axis in ("pos", "query", "key") else slice(None) for axis in names)
 
 

@@ -1,6 +1,7 @@
 """The attention function: eager's arithmetic, masks in every form, taps, and what they change."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from hooked_vlm import attention
 from hooked_vlm.attention import NAME, PACKED_NAME, additive_mask, attend, pattern, scores
-from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError
 from hooked_vlm.model import HookedVLM
 
 
@@ -196,3 +198,31 @@ def test_an_eager_model_is_told_nothing_even_in_nested_blocks():
         warnings.simplefilter("error")
         with model.hooks([(PATTERN, lambda x, hook: None)]):
             model.run_with_hooks(inputs, [(PATTERN, lambda x, hook: x.flip(1))])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_an_attention_that_came_to_compute_something_else_is_refused(
+    family, implementation, monkeypatch
+):
+    """An argument that scales the scores, under a name that nobody knows yet."""
+    model = HookedVLM(build(family, implementation))
+    block = model.anatomy.lm.blocks[1]
+    assert block.attn is not None
+    core: Any = model.hf_model.get_submodule(block.attn.path)
+    own = attention._base_function(implementation, core)
+
+    def sharper(module, query, key, value, mask, **options):
+        return own(module, query * 1.1, key, value, mask, **options)
+
+    hook = (PATTERN, lambda x, hook: None)
+    inputs = make_inputs(family, 2)
+    monkeypatch.setattr(attention, "_VERIFIED", set())
+    model.run_with_hooks(inputs, [hook])
+    assert attention._VERIFIED
+    model.run_with_hooks(inputs, [hook])  # not compared again
+    monkeypatch.setattr(attention, "_VERIFIED", set())
+    monkeypatch.setattr(attention, "_base_function", lambda base, module: sharper)
+    with pytest.raises(UnsupportedModelError, match="sites do not reproduce"):
+        model.run_with_hooks(inputs, [hook])
+    assert not model.is_hooked

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hooked_vlm"
 ROOMS = (  # from the ground up; a name stands for itself and for everything inside it
-    ("ground", "errors calls shapes devices processors experiments.result"),
+    ("ground", "errors calls caches shapes devices processors experiments.result"),
     ("geometry", "coverage spans regions grid pixels pairing drawing image_tokens stimuli"),
     (
         "numbers",
@@ -22,8 +22,8 @@ ROOMS = (  # from the ground up; a name stands for itself and for everything ins
     ("tree", "naming blocks projector anatomy attention layout windows points towers"),
     (
         "sites",
-        "sites config footprint memory hooks cache routing measured image_grids videos processing "
-        "inputs describe",
+        "sites config footprint memory generation hooks cache routing measured image_grids videos "
+        "processing inputs describe",
     ),
     ("model", "partial zoo loading hooked encoder_inputs encoder model residual_sums laws"),
     (

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hooked_vlm.caches import cache_parameter, mask_parameter
+from hooked_vlm.calls import carrier, first_argument
 from hooked_vlm.growing.cells import Job, Step
 from hooked_vlm.growing.clean import (
     Clean,
     GrowthError,
     asked,
     blocks_of,
-    cache_name,
-    hidden_of,
     signature_of,
     with_forwards,
 )
 from hooked_vlm.growing.early import Early
-from hooked_vlm.growing.fitting import MASK, Fit, causal_mask, mask_of
+from hooked_vlm.growing.fitting import Fit, causal_mask, mask_of
 from hooked_vlm.growing.fused import joined_rows
 from hooked_vlm.growing.prefix import Prefix
 from hooked_vlm.hooks import HookPoint
@@ -121,7 +121,7 @@ class Growing:
         is_last = i == len(self.blocks) - 1
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = hidden_of(args, kwargs)
+            hidden = first_argument(self.blocks[i], args, kwargs)
             self.signature.append(signature_of(args, kwargs))
             self._between(i, hidden)
             if self.rows is not None:
@@ -199,14 +199,18 @@ class Growing:
 
     def _kwargs(self, i: int, args: tuple, kwargs: dict) -> dict:
         fitted = self._fit.arguments(kwargs)
-        if "hidden_states" in kwargs:
-            fitted["hidden_states"] = self.rows
-        name = cache_name(self.blocks[i])
+        stream = carrier(self.blocks[i], args, kwargs)
+        if stream is not None:
+            fitted[stream] = self.rows
+        name = cache_parameter(self.blocks[i])
         if self.start and name is not None:
             fitted[name] = Prefix(*self.clean.keys[i], self.start, self.n_joined)
             if mask_of(args, kwargs, self.length) is None:
                 assert self.rows is not None
-                fitted[MASK] = causal_mask(self.start, self.length, self.rows.device)
+                mask = mask_parameter(self.blocks[i])
+                if mask is None:
+                    raise GrowthError("its blocks take no attention mask")
+                fitted[mask] = causal_mask(self.start, self.length, self.rows.device)
         return fitted
 
     @property

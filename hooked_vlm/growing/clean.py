@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.calls import forward_parameters
+from hooked_vlm.caches import cache_parameter
+from hooked_vlm.calls import first_argument
 from hooked_vlm.errors import HookError
-from hooked_vlm.growing.fitting import CACHES, is_closed, mask_of
+from hooked_vlm.growing.fitting import is_closed, mask_of
 from hooked_vlm.growing.prefix import Recorder
 from hooked_vlm.known import shapes_of
 from hooked_vlm.partial import standing_in, uncached
@@ -126,7 +127,7 @@ class _Seen:
         """Returns a hook in front of block i, or behind all."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            taken = hidden_of(args, kwargs).detach()
+            taken = first_argument(module, args, kwargs).detach()
             self.shapes[i] = tuple(taken.shape)
             if i < self.n_layers:
                 self.masks[i] = mask_of(args, kwargs, taken.shape[1])
@@ -167,16 +168,6 @@ def blocks_of(model: Any) -> list[nn.Module]:
     return [model.hf_model.get_submodule(block.path) for block in model.anatomy.lm.blocks]
 
 
-def hidden_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """Returns a block's residual stream among its arguments."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def cache_name(block: nn.Module) -> str | None:
-    """Returns the keyword under which a block takes a key-value cache, if it takes one."""
-    return next((name for name in CACHES if name in forward_parameters(block)), None)
-
-
 @contextmanager
 def with_forwards(
     blocks: Sequence[nn.Module], wrap: Callable[[int, Callable[..., Any]], Callable[..., Any]]
@@ -193,7 +184,7 @@ def with_caches(blocks: Sequence[nn.Module], caches: Sequence[Any]) -> Iterator[
     """Gives each block a cache of its own in the place of the model's."""
 
     def wrap(i: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        name = cache_name(blocks[i])
+        name = cache_parameter(blocks[i])
         if name is None:
             return own
 

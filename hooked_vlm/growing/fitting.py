@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-MASK = "attention_mask"
-CACHES = ("past_key_values", "past_key_value")
+from hooked_vlm.caches import is_cache
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Fit:
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns keyword arguments for the rows; caches are left out."""
-        return {n: self._named(n, value) for n, value in given.items() if n not in CACHES}
+        return {n: self._named(n, value) for n, value in given.items() if not is_cache(value)}
 
     def positional(self, given: tuple) -> tuple:
         """Returns positional arguments for the rows."""
@@ -37,7 +35,7 @@ class Fit:
 
     def _named(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            is_mask = name == MASK or _is_square(value, self.length)
+            is_mask = "attention_mask" in name or _is_square(value, self.length)
             return self._mask(value) if is_mask else self._tensor(value)
         if isinstance(value, tuple | list):
             return type(value)(self._named(name, part) for part in value)
@@ -73,13 +71,13 @@ class Fit:
 
 def mask_of(args: tuple, kwargs: Mapping[str, Any], length: int) -> Tensor | None:
     """Returns the attention mask that a block was called with, by name or not."""
-    if kwargs.get(MASK) is not None:
-        return kwargs[MASK]
-    return next((x for x in args[1:] if isinstance(x, Tensor) and _is_square(x, length)), None)
+    named = [value for name, value in kwargs.items() if "attention_mask" in name]
+    square = [x for x in (*args[1:], *kwargs.values()) if _is_square(x, length)]
+    return next((mask for mask in (*named, *square) if isinstance(mask, Tensor)), None)
 
 
-def _is_square(value: Tensor, length: int) -> bool:
-    return value.ndim == 4 and value.shape[-2:] == (length, length)
+def _is_square(value: Any, length: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == (length, length)
 
 
 def causal_mask(start: int, length: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from hooked_vlm.engine import Cell, parts_of, source_of
 from hooked_vlm.growing.budget import row_bytes, rows_within
 from hooked_vlm.growing.cells import Job, job_of
 from hooked_vlm.growing.costs import Costs, costs_of
-from hooked_vlm.growing.run import firsts_of, groups_of, starts_of
+from hooked_vlm.growing.run import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.interventions import Recording, site_of
 from hooked_vlm.memory import size_text
 from hooked_vlm.naming import last_block
@@ -35,7 +35,7 @@ class Explanation:
     shortcuts: tuple[str, ...]
     """What is left out, and what that saves, in words."""
     obstacles: tuple[str, ...] = ()
-    """Why cells cannot grow; they then run one by one."""
+    """Why cells run one by one, or rows carry more than they need."""
 
     def __str__(self) -> str:
         """Says it in a few lines."""
@@ -88,7 +88,9 @@ class Plan(Sequence[Cell]):
         naive = float(whole * (len(self.cells) + len(sources)))
         found = [job_of(model, inputs, cell, i) for i, cell in enumerate(self.cells)]
         jobs = [job for job in found if job is not None]
+        reason = whole_rows(model)
         starts = self._inside_images(starts_of(jobs, forward_kwargs, inputs))
+        starts = [0] * len(starts) if reason else starts
         brought = bool(jobs) and all(job.front for job in jobs) and not any(starts)
         # Rows that bring all of themselves along need the encoder's blocks, and no clean run.
         fixed = float(costs.vision if brought else whole)
@@ -124,6 +126,7 @@ class Plan(Sequence[Cell]):
         return Explanation(
             len(found), batch, length, naive, planned, floor, passes, rows, peak,
             (*self._shortcuts(costs, jobs, starts, length), _proof(proof)),
+            (f"Rows carry all positions: {reason}.",) if reason else (),
         )  # fmt: skip
 
     @staticmethod

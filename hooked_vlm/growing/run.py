@@ -5,6 +5,7 @@ logits must be the clean run's within `BOUNDS`; where they are not, the sweep ru
 way.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vlm.caches import cache_parameter
 from hooked_vlm.engine import Cell
-from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
 from hooked_vlm.growing.batch import Growing, is_idle, trimmed_of
 from hooked_vlm.growing.budget import rows_within
 from hooked_vlm.growing.cells import MERGED, Job, in_front, job_of, ordered
@@ -31,7 +33,7 @@ from hooked_vlm.growing.proof import (
 )
 from hooked_vlm.growing.shared import open_runs
 from hooked_vlm.interventions import site_of
-from hooked_vlm.known import content_of, ways_of_attending
+from hooked_vlm.known import content_of, known, ways_of_attending
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -98,6 +100,8 @@ def run_growing(
         clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
         if fronts:
             _check_fronts(model, clean, fronts)
+        if any(starts) and not clean.keys:
+            _warn_whole_rows(model)
         report = Report()
         scores: dict[int, Tensor] = {}
 
@@ -122,6 +126,32 @@ def run_growing(
                 for job, logits in _pass(model, clean, chunk, start, report, early):
                     note(job, logits)
     return [scores[i] for i in range(len(cells))], report
+
+
+def _warn_whole_rows(model: Any) -> None:
+    """Warns, once for a model, that its rows carry more positions than they need."""
+
+    def warn() -> bool:
+        why = whole_rows(model) or "its blocks do not run alike with a cache that only records"
+        warnings.warn(
+            f"Sweeps on {model.cfg.model_name} are slower than they could be: every row carries "
+            f"all positions of the prompt, because {why}. The numbers are the same.",
+            HookedVLMWarning,
+            stacklevel=4,
+        )
+        return True
+
+    known(model, "carries whole rows", warn)
+
+
+def whole_rows(model: Any) -> str:
+    """Returns why rows have to carry all positions, as far as the blocks' signatures say it."""
+    lm = model.anatomy.lm.blocks
+    taking = [cache_parameter(model.hf_model.get_submodule(block.path)) for block in lm]
+    missing = sum(name is None for name in taking)
+    if not missing:
+        return ""
+    return f"{missing} of its {len(lm)} blocks take no key-value cache (a transformers.Cache)"
 
 
 def _jobs(

@@ -1,0 +1,78 @@
+"""Key-value caches, token ids and masks among a module's arguments, by type before name.
+
+transformers renames keywords (5.24 calls `past_key_values` `cache`).  A lookup by one
+spelling then finds nothing and reads as "there is none", which changes numbers without an
+error.  So a cache is recognised by its type, and the keyword that takes one by the
+annotation in the signature of what is called.
+"""
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from hooked_vlm.calls import forward_parameters, once_per_function, signature_of
+
+
+PROMPTS = ("decoder_input_ids", "input_ids", "inputs_embeds")
+"""Under which keywords the language model is given the tokens that it runs on."""
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a key-value cache: a transformers `Cache`, or what answers like one."""
+    return isinstance(value, Cache) or callable(getattr(value, "get_seq_length", None))
+
+
+def caches_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Returns the key-value caches among the arguments of a call."""
+    return [value for value in (*args, *kwargs.values()) if is_cache(value)]
+
+
+def cache_parameter(module: nn.Module) -> str | None:
+    """Returns the keyword under which a module's `forward` takes a key-value cache (None: none).
+
+    The annotation decides: the first parameter whose type admits a `Cache`.  Where nothing
+    is annotated, as in remote code, a parameter that is named like one.
+    """
+    return _cache_parameter(type(module).forward)
+
+
+@once_per_function
+def _cache_parameter(function: Callable) -> str | None:
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(function))
+    except (NameError, TypeError, AttributeError):  # an annotation that names what is not imported
+        hints = {}
+    for name, parameter in signature_of(function).parameters.items():
+        hint = hints.get(name, parameter.annotation)
+        unknown = hint is inspect.Parameter.empty
+        if re.fullmatch(_NAMED_LIKE_ONE, name) if unknown else _admits_cache(hint):
+            return name
+    return None
+
+
+_NAMED_LIKE_ONE = r"past_key_values?|(kv_)?cache(_params)?|layer_past"
+
+
+def _admits_cache(hint: Any) -> bool:
+    if isinstance(hint, str):
+        return re.search(r"\b\w*Cache\b", hint) is not None
+    if isinstance(hint, type):
+        return issubclass(hint, Cache)
+    return any(_admits_cache(part) for part in typing.get_args(hint))
+
+
+def mask_parameter(module: nn.Module) -> str | None:
+    """Returns the keyword under which a module's `forward` takes an attention mask (None: none)."""
+    names = [name for name in forward_parameters(module) if "mask" in name]
+    return min(names, key=lambda name: "attention" not in name, default=None)
+
+
+def prompts_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Returns the token ids (or embeddings) that a language model was called with."""
+    named = (kwargs.get(name) for name in PROMPTS)
+    return next((given for given in (*named, *args) if isinstance(given, Tensor)), None)
