@@ -1,62 +1,75 @@
-# make demo   the main analysis on both shipped models, into ./demo
-# make test   linter, formatter, type checker, tests
-# make lint   the first three alone
-# make conformance   every architecture of transformers against every law (under half an hour)
-#
-# Everything runs in .venv, made from python3 (or PYTHON=python3.12 make …).  A machine
-# without an NVIDIA GPU can spare itself the CUDA build of torch:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# Everything runs in .venv, made from python3 (or PYTHON=python3.12 make …), with the tested
+# versions of constraints.txt.  `make help` lists the targets.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 ARGS   ?=
 
-.PHONY: demo test lint format conformance docs clean help
+.PHONY: demo test lint format test-slow test-newest test-oldest conformance docs clean help
 .DEFAULT_GOAL := help
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed ## the main analysis on both shipped models, into ./demo
 	$(BIN)/hooked-vlm demo $(ARGS)
 
 # pytest stands last: the final line says how many tests passed.
-test: lint
+test: lint ## linter, formatter, type checker, tests (ARGS="-n 2": two processes)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test ## the first three of these alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-conformance: $(VENV)/.installed-test
-	$(BIN)/python tests/conformance/run.py --write docs/conformance.md $(ARGS)
-
-format: $(VENV)/.installed-test
+format: $(VENV)/.installed-test ## mend what linter and formatter can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed
+test-slow: $(VENV)/.installed-test ## the tests marked slow, which `make test` leaves out
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-newest: $(VENV)-newest/.installed ## tests with the newest version of everything (about 15 minutes)
+	$(VENV)-newest/bin/python tests/compatibility.py newest $(ARGS)
+
+test-oldest: $(VENV)-oldest/.installed ## tests with the oldest versions that pyproject.toml allows (as long)
+	$(VENV)-oldest/bin/python tests/compatibility.py oldest $(ARGS)
+
+conformance: $(VENV)/.installed-test ## every architecture of transformers against every law (under half an hour)
+	$(BIN)/python tests/conformance/run.py --write docs/conformance.md $(ARGS)
+
+docs: $(VENV)/.installed ## the documentation's site, into ./site
 	$(PIP) -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
-clean:
-	rm -rf $(VENV) demo site .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments and everything that was made
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest demo site .pytest_cache .ruff_cache .hypothesis
 
-help:
-	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "make: there is no '$(PYTHON)' on the path. Install Python 3.11 or newer, or name one: PYTHON=/path/to/python make $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: '$(PYTHON)' is $$($(PYTHON) --version 2>&1); hooked_vlm needs Python 3.11 or newer. Name one: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "making $(VENV) with $$($(PYTHON) --version)"
-	$(PYTHON) -m venv $(VENV)
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: there is no '$(PYTHON)' on the path. Install Python 3.11 or newer, or name one: PYTHON=/path/to/python make $(MAKECMDGOALS)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); hooked_vlm needs Python 3.11 or newer. Name one: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "making $(VENV) with $$("$(PYTHON)" --version)"
+	"$(PYTHON)" -m venv $(VENV)
 
-# One stamp for what a user needs, one for what a developer needs on top.
+# One stamp for what a user needs, one for what a developer needs on top: with the stamps there,
+# nothing is asked of the network.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing hooked_vlm into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python tests/download_size.py $(MAKECMDGOALS)
 	$(PIP) -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	@touch $@
+
+# The canaries have environments of their own, so that `make test` keeps the tested versions.
+$(VENV)-newest/.installed $(VENV)-oldest/.installed: pyproject.toml | $(BIN)/python
+	@rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --upgrade pip uv
+	$(@D)/bin/uv pip install --python $(@D)/bin/python --resolution $(if $(findstring oldest,$@),lowest-direct,highest) -e '.[test]'
 	@touch $@

@@ -77,6 +77,11 @@ class Code:
         return programs * 32 * self.warps / THREADS
 
     @property
+    def stack_share(self) -> float:
+        """Bytes that threads keep on their stacks, as a share of those that wide accesses move."""
+        return self.stack * 32 * self.warps / (self.bytes_per_byte * self.block_bytes)
+
+    @property
     def bytes_per_byte(self) -> float:
         """Bytes that wide accesses load and store for each byte written, all branches taken."""
         wide = self.accesses["ld 128"] + self.accesses["st 128"]

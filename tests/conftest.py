@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, fixed seeds, no network, no GPU unless marked."""
+"""What every test runs under: `OMP_NUM_THREADS` threads (1 unless set), fixed seeds, no network."""
 
 import os
 
@@ -15,10 +15,17 @@ import pytest
 import torch
 
 
-torch.set_num_threads(1)  # tiny models: more threads only make sums differ between machines
+# One thread is the fastest for tiny models.  With more, the order of sums differs; tests pass then
+# too, so that a test that asserts equal bits asserts them of the same sums.
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Kernels are interpreted or compiled once and for all when they are imported.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted_kernels.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not in pyproject.toml: there it would import the package before its shapes can be checked.
+    config.addinivalue_line("filterwarnings", "error::hooked_vlm.errors.HookedVLMWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,6 +59,6 @@ def test_the_tuner_tries_few_and_launches_the_kernel(d, dtype, monkeypatch):
     monkeypatch.setattr(tuner, "_bench", bench)
     tuner[(6,)](**triton.arguments_of(asked, out), **triton.EXACT)
     few = triton.warps_for(d, dtype.itemsize)
-    assert tried == (few if len(few) > 1 else [])
+    assert tried == few or (len(few) == 1 and not tried)  # one alone need not be timed
     assert tuner.best_config.num_warps == few[-1]
     assert torch.equal(out, patched_rows(**{**vars(asked), "out": None}, by="reference"))

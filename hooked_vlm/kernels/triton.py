@@ -218,10 +218,12 @@ if triton is not None:
             if is_taken:
                 apart = tl.load(source_at + source_columns, mask=there, other=0.0)
                 apart = apart.to(tl.float32) - h
-                for axis in range(n_axes):
+                axis = 0
+                while axis < n_axes:  # not `range`, which Triton 3.6 cannot interpret on numpy 2.5
                     unit = tl.load(basis + axis * basis_step + columns, mask=there, other=0.0)
                     unit = unit.to(tl.float32)
                     h += tl.sum(apart * unit, axis=0) * unit
+                    axis += 1
         elif UNIT:
             # One load, from wherever the token is: the choice is one of addresses.
             at = tl.where(is_taken, source_at, clean_at)
