@@ -8,11 +8,14 @@ Names are imported when they are first used, so that `import hooked_vlm` and the
 line's `--help` do not wait for torch and transformers.
 """
 
+import ast
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
-if TYPE_CHECKING:  # for type checkers and editors; `_HOME` is what runs
+if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.attribution import attribution_patch as attribution_patch
     from hooked_vlm.cache import ActivationCache as ActivationCache
     from hooked_vlm.directions import orthonormalise as orthonormalise
@@ -40,41 +43,22 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOME` is what runs
     from hooked_vlm.sweep import Sweep as Sweep
     from hooked_vlm.sweep import final_logits as final_logits
 
-_HOME = {
-    "attribution_patch": "attribution",
-    "ActivationCache": "cache",
-    "orthonormalise": "directions",
-    "draw_regions": "drawing",
-    "HookedVisionEncoder": "encoder",
-    "HookedVLMError": "errors",
-    "HookedVLMWarning": "errors",
-    "TokenGrid": "grid",
-    "shared_runs": "growing.shared",
-    "HookPoint": "hooks",
-    "Inputs": "inputs",
-    "Ablate": "interventions",
-    "Chain": "interventions",
-    "Patch": "interventions",
-    "Recording": "interventions",
-    "Steer": "interventions",
-    "record": "interventions",
-    "HookedVLM": "model",
-    "get_act_name": "naming",
-    "swap_pairs": "pairing",
-    "LinearProbe": "probes",
-    "Region": "regions",
-    "LastToken": "spans",
-    "Span": "spans",
-    "Sweep": "sweep",
-    "final_logits": "sweep",
-}
+
+@cache
+def _homes() -> dict[str, str]:
+    """Returns the module of each public name, read off the imports above, where they stand once."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {
+        alias.name: str(node.module) for node in imports for alias in node.names if alias.asname
+    }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name.startswith("_") or name not in _homes():
         raise AttributeError(f"module 'hooked_vlm' has no attribute {name!r}")
-    return getattr(import_module(f"hooked_vlm.{_HOME[name]}"), name)
+    return getattr(import_module(_homes()[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*globals(), *_homes()]
