@@ -25,18 +25,18 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
     from hooked_vlm.grid import TokenGrid as TokenGrid
     from hooked_vlm.growing.shared import shared_runs as shared_runs
-    from hooked_vlm.hooks import HookPoint as HookPoint
     from hooked_vlm.inputs import Inputs as Inputs
     from hooked_vlm.interventions import Ablate as Ablate
     from hooked_vlm.interventions import Chain as Chain
     from hooked_vlm.interventions import Patch as Patch
-    from hooked_vlm.interventions import Recording as Recording
     from hooked_vlm.interventions import Steer as Steer
-    from hooked_vlm.interventions import record as record
     from hooked_vlm.model import HookedVLM as HookedVLM
     from hooked_vlm.naming import get_act_name as get_act_name
     from hooked_vlm.pairing import swap_pairs as swap_pairs
+    from hooked_vlm.points import HookPoint as HookPoint
     from hooked_vlm.probes import LinearProbe as LinearProbe
+    from hooked_vlm.recordings import Recording as Recording
+    from hooked_vlm.recordings import record as record
     from hooked_vlm.regions import Region as Region
     from hooked_vlm.spans import LastToken as LastToken
     from hooked_vlm.spans import Span as Span

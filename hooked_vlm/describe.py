@@ -2,7 +2,7 @@
 
 import re
 
-from hooked_vlm.config import EncoderConfig, HookedVLMConfig, StackConfig
+from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.naming import VISION
 from hooked_vlm.sites import Site
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy import Vision, grid_argument
-from hooked_vlm.calls import forward_parameters
+from hooked_vlm.anatomy.source import forward_parameters
+from hooked_vlm.anatomy.vision import Vision, grid_argument
 from hooked_vlm.errors import DataError, GridError, UnsupportedModelError
 from hooked_vlm.grid import TokenGrid, warn_if_resized
 from hooked_vlm.inputs import Images, Inputs, to_pil

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.interventions import Ablate, Chain, Recording
+from hooked_vlm.interventions import Ablate, Chain
+from hooked_vlm.recordings import Recording
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy import Vision
-from hooked_vlm.blocks import is_linear
-from hooked_vlm.calls import forward_source
-from hooked_vlm.config import EncoderConfig, HookedVLMConfig, StackConfig
+from hooked_vlm.anatomy.parts import is_linear
+from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
+from hooked_vlm.anatomy.source import forward_source
+from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.naming import PROJECTOR, VISION
 from hooked_vlm.routing import holds_pixels, pixel_name
 from hooked_vlm.sites import Site

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hooked_vlm.caches import caches_among, is_cache, prompts_among
+from hooked_vlm.anatomy.caches import caches_among, is_cache, prompts_among
 from hooked_vlm.errors import HookError
 from hooked_vlm.points import Run
 

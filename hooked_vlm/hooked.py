@@ -15,17 +15,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy import Vision
+from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
+from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.attention import implementation
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.config import EncoderConfig, HookedVLMConfig
 from hooked_vlm.errors import HookedVLMWarning, HookError
 from hooked_vlm.footprint import Footprint
-from hooked_vlm.hooks import HookFunction, HookPoint, Reader, Run, attach
+from hooked_vlm.hooks import HookFunction, Reader, attach
 from hooked_vlm.layout import Images as VisionActivation
 from hooked_vlm.layout import joined
 from hooked_vlm.memory import require_memory
 from hooked_vlm.naming import VISION, NamesFilter, count_layers, select_names
+from hooked_vlm.points import HookPoint, Run
 from hooked_vlm.sites import Site
 
 

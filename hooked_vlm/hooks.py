@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hooked_vlm.anatomy import Vision
+from hooked_vlm.anatomy.caches import prompts_among
+from hooked_vlm.anatomy.source import carrier, signature_of
+from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.attention import tapped_config
-from hooked_vlm.caches import prompts_among
-from hooked_vlm.calls import carrier, signature_of
 from hooked_vlm.errors import HookError
 from hooked_vlm.generation import count_steps
 from hooked_vlm.layout import Images, PackedLayout

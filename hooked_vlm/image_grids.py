@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy import Anatomy, Vision
+from hooked_vlm.anatomy.model import Anatomy
+from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
 from hooked_vlm.grid import TokenGrid
 from hooked_vlm.image_tokens import ImageLayout, token_grids

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hooked_vlm.calls import forward_source
+from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.errors import (
     DataError,
     GridError,

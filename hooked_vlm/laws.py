@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.calls import forward_source
+from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
 from hooked_vlm.grid import TokenGrid
 from hooked_vlm.model import HookedVLM

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from hooked_vlm.devices import compute_dtype, execution_device, free_bytes
+from hooked_vlm.anatomy.devices import compute_dtype, execution_device, free_bytes
 from hooked_vlm.errors import CacheMemoryError
 from hooked_vlm.footprint import Counts, Footprint
 from hooked_vlm.naming import NamesFilter, select_names

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy import Anatomy, read_anatomy
+from hooked_vlm.anatomy.devices import execution_device
+from hooked_vlm.anatomy.model import Anatomy, read_anatomy
+from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.config import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.describe import describe_sites
-from hooked_vlm.devices import execution_device
 from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.image_grids import GridFinder

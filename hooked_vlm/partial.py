@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy import Stack
-from hooked_vlm.calls import first_argument
+from hooked_vlm.anatomy.source import first_argument
+from hooked_vlm.anatomy.vision import Stack
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hooked_vlm.blocks import first_of
-from hooked_vlm.calls import forward_parameters, forward_source
+from hooked_vlm.anatomy.parts import first_of
+from hooked_vlm.anatomy.source import forward_parameters, forward_source
 from hooked_vlm.errors import DataError
 from hooked_vlm.image_grids import Wrapped
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hooked_vlm.devices import compute_dtype, execution_device
+from hooked_vlm.anatomy.devices import compute_dtype, execution_device
 
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn", "pandas", "xarray")

@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from hooked_vlm.anatomy.sizes import HookedVLMConfig
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.config import HookedVLMConfig
 from hooked_vlm.naming import last_block
 from hooked_vlm.partial import uncached
 from hooked_vlm.sites import Site

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooked_vlm.blocks import is_linear
+from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
 from hooked_vlm.naming import PROJECTOR, VISION
 from hooked_vlm.sites import Site

@@ -19,8 +19,8 @@ import torch
 
 from hooked_vlm.errors import DataError, RegionError, ScoringError, did_you_mean
 from hooked_vlm.experiments import registry
-from hooked_vlm.experiments.config import check_options, specialise
-from hooked_vlm.experiments.registry import Config, Step
+from hooked_vlm.experiments.config import Config, check_options, specialise
+from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.growing.shared import shared_runs
 from hooked_vlm.model import HookedVLM

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.anatomy import Anatomy, Vision
-from hooked_vlm.blocks import Attention, Block, Mlp, Projection
+from hooked_vlm.anatomy.model import Anatomy
+from hooked_vlm.anatomy.parts import Attention, Block, Mlp, Projection
+from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.layout import (
     Images,
     PackedLayout,
@@ -42,7 +43,7 @@ class Site:
     part: str = ""
     """Which quantity of the attention, at an `"attention"` tap."""
     layout: str = ""
-    """How a projection's output holds several things (see `blocks.Projection`)."""
+    """How a projection's output holds several things (see `anatomy.parts.Projection`)."""
     index: int = 0
     """Which of them this is."""
     heads: int = 0

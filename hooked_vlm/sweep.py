@@ -27,7 +27,8 @@ from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.plan import Plan
 from hooked_vlm.growing.run import run_growing
 from hooked_vlm.growing.shared import recorded_once
-from hooked_vlm.interventions import Recording, site_of
+from hooked_vlm.interventions import site_of
+from hooked_vlm.recordings import Recording
 from hooked_vlm.restart import run_cells
 
 

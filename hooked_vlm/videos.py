@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.anatomy import Vision
-from hooked_vlm.blocks import first_of
+from hooked_vlm.anatomy.parts import first_of
+from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError
 from hooked_vlm.grid import TokenGrid
 from hooked_vlm.image_grids import Wrapped

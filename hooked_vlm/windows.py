@@ -1,7 +1,7 @@
 """How a packed encoder is told its images, and the order in which it keeps their patches.
 
 Encoders that take images of any size get all patches in one sequence, and beside it the
-grid of each image, under one of a few names (`anatomy.grid_argument`).  Those of the
+grid of each image, under one of a few names (`anatomy.vision.grid_argument`).  Those of the
 Qwen2.5-VL kind also sort their patches by attention window before the first block, and
 put back only what leaves the merger; transformers computes that order with a function
 of its own, and we ask the same function, so that both always agree.
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.anatomy import Vision, grid_argument
-from hooked_vlm.calls import forward_source
+from hooked_vlm.anatomy.source import forward_source
+from hooked_vlm.anatomy.vision import Vision, grid_argument
 from hooked_vlm.errors import UnsupportedModelError
 from hooked_vlm.layout import PackedLayout, packed_layout
 

@@ -9,7 +9,7 @@ import torch
 from prepared_models import prepared
 from torch import Tensor, nn
 
-from hooked_vlm.blocks import is_linear
+from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.model import HookedVLM
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from hooked_vlm.anatomy import read_anatomy
-from hooked_vlm.blocks import Projection
+from hooked_vlm.anatomy.model import read_anatomy
+from hooked_vlm.anatomy.parts import Projection
 from hooked_vlm.errors import UnknownHookError, UnsupportedModelError
 from hooked_vlm.model import HookedVLM
 

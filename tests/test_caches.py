@@ -8,7 +8,7 @@ from tiny_models import END, FAMILIES, IMAGE, START, make_inputs, tiny
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from hooked_vlm.caches import (
+from hooked_vlm.anatomy.caches import (
     cache_parameter,
     caches_among,
     is_cache,

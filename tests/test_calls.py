@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.calls import called_children, forward_parameters, forward_source, self_calls
+from hooked_vlm.anatomy.source import (
+    called_children,
+    forward_parameters,
+    forward_source,
+    self_calls,
+)
 
 
 def wrapped(function):

@@ -27,7 +27,8 @@ from hooked_vlm.errors import (
     UnknownHookError,
 )
 from hooked_vlm.grid import TokenGrid
-from hooked_vlm.interventions import Ablate, Patch, Steer, record
+from hooked_vlm.interventions import Ablate, Patch, Steer
+from hooked_vlm.recordings import record
 from hooked_vlm.spans import LastToken
 
 

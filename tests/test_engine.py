@@ -6,7 +6,8 @@ from forward_counter import count_forwards
 from tiny_models import FAMILIES, make_inputs, tiny
 
 from hooked_vlm.engine import Cell, run_plain, source_of
-from hooked_vlm.interventions import Ablate, Chain, Patch, Recording, Steer, record
+from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
+from hooked_vlm.recordings import Recording, record
 from hooked_vlm.spans import LastToken
 
 

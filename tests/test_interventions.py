@@ -19,8 +19,9 @@ from hooked_vlm.errors import (
     RegionError,
     UnknownHookError,
 )
-from hooked_vlm.interventions import Ablate, Chain, Patch, Recording, Steer, record
+from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.pairing import swap_pairs
+from hooked_vlm.recordings import Recording, record
 from hooked_vlm.regions import Region
 from hooked_vlm.spans import LastToken, Positions, TextTokens
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import is_accelerate_available
 
 from hooked_vlm import routing
-from hooked_vlm.devices import compute_dtype, execution_device
+from hooked_vlm.anatomy.devices import compute_dtype, execution_device
 from hooked_vlm.encoder import HookedVisionEncoder
 from hooked_vlm.errors import HookedVLMWarning, HookError
 from hooked_vlm.interventions import Ablate, Patch

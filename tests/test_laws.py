@@ -13,10 +13,10 @@ from tiny_models import FAMILIES, build, make_inputs, tiny
 from torch import Tensor, nn
 
 from hooked_vlm import attention, hooks, laws
-from hooked_vlm.hooks import HookPoint
 from hooked_vlm.inputs import Inputs
 from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.points import HookPoint
 from hooked_vlm.residual_sums import BlockSums, same
 from hooked_vlm.sites import Site
 

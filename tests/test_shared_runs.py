@@ -12,7 +12,8 @@ from torch import nn
 
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
 from hooked_vlm.growing.proof import forget
-from hooked_vlm.growing.shared import content_of, open_runs
+from hooked_vlm.growing.shared import open_runs
+from hooked_vlm.known import content_of
 
 
 def sweep_of(family: str, at: Any = None, *, seed: int = 1, site: str | None = None) -> Sweep:

@@ -19,8 +19,9 @@ import torch
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.inputs import Inputs
-from hooked_vlm.interventions import Ablate, Patch, Recording
+from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.naming import slot_name
+from hooked_vlm.recordings import Recording
 from hooked_vlm.regions import Region
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question

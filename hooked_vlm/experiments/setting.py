@@ -30,7 +30,8 @@ from hooked_vlm.statistics import Interval
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
-from hooked_vlm.stimuli.settings import StimulusSet, stimulus_set
+from hooked_vlm.stimuli.sets import StimulusSet
+from hooked_vlm.stimuli.settings import stimulus_set
 
 
 PAPER_TOKENS = 12

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.caches import cache_parameter, mask_parameter
-from hooked_vlm.calls import carrier, first_argument
+from hooked_vlm.anatomy.caches import cache_parameter, mask_parameter
+from hooked_vlm.anatomy.source import carrier, first_argument
 from hooked_vlm.growing.cells import Job, Step
 from hooked_vlm.growing.clean import (
     Clean,
@@ -27,7 +27,7 @@ from hooked_vlm.growing.early import Early
 from hooked_vlm.growing.fitting import Fit, causal_mask, mask_of
 from hooked_vlm.growing.fused import joined_rows
 from hooked_vlm.growing.prefix import Prefix
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.points import HookPoint
 from hooked_vlm.replay import encoder_of, replaying
 
 

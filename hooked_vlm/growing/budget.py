@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hooked_vlm.devices import free_bytes
+from hooked_vlm.anatomy.devices import free_bytes
 
 
 SHARE = 0.5

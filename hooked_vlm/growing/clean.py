@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.caches import cache_parameter
-from hooked_vlm.calls import first_argument
+from hooked_vlm.anatomy.caches import cache_parameter
+from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.errors import HookError
 from hooked_vlm.growing.fitting import is_closed, mask_of
 from hooked_vlm.growing.prefix import Recorder

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hooked_vlm.blocks import is_linear
+from hooked_vlm.anatomy.parts import is_linear
 
 
 @dataclass(frozen=True)

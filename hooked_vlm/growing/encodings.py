@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hooked_vlm.anatomy import grid_argument
-from hooked_vlm.calls import signature_of
+from hooked_vlm.anatomy.source import signature_of
+from hooked_vlm.anatomy.vision import grid_argument
 from hooked_vlm.known import content_of, is_known, known, shapes_of, ways_of_attending
 from hooked_vlm.partial import standing_in
 from hooked_vlm.replay import copied, encoder_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.caches import is_cache
+from hooked_vlm.anatomy.caches import is_cache
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.caches import cache_parameter
+from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine import Cell
 from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
 from hooked_vlm.growing.batch import Growing, is_idle, trimmed_of

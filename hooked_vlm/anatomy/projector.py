@@ -7,8 +7,8 @@ import re
 
 from torch import nn
 
-from hooked_vlm.blocks import block_lists, has_weights, is_linear, is_norm
-from hooked_vlm.calls import called_children, self_calls
+from hooked_vlm.anatomy.parts import block_lists, has_weights, is_linear, is_norm
+from hooked_vlm.anatomy.source import called_children, self_calls
 
 
 def base_of(model: nn.Module) -> nn.Module:

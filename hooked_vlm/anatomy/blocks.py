@@ -1,162 +1,37 @@
 """Reading transformer blocks off a module tree: attention, feed-forward, and what is added.
 
 A part is recognised by what it is (a linear map, a list of blocks), by when its parent's
-`forward` calls it (see `calls`), and by the handful of names that transformers uses
+`forward` calls it (see `source`), and by the handful of names that transformers uses
 throughout (`q_proj`, `qkv`, `…norm…`).  What cannot be told is left out rather than
 guessed: a block whose attention computes in a way of its own still has its residual
 stream, and a mixture of experts still has its output.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from hooked_vlm.calls import called_children, forward_parameters, forward_source
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Where queries, keys or values come out, and which part of that output they are."""
-
-    path: str
-    layout: str = ""
-    """`""`: all of it; `"3hd"`, `"h3d"`: a fused output of these axes; `"h2d"`: with a gate
-    behind each head's queries; `"a:b"`: these columns."""
-    index: int = 0
-    """Which of the three in a fused output: q, k, v."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention module: its projections, its head counts, and how it computes."""
-
-    path: str
-    q: Projection | None
-    k: Projection | None
-    v: Projection | None
-    out: str
-    n_heads: int
-    n_key_value_heads: int
-    d_head: int
-    dispatched: bool
-    """Whether it goes through transformers' attention interface (else no scores, pattern)."""
-    rotary: bool
-    packed: bool
-    """Whether all images' patches come as one sequence, delimited by `cu_seqlens`."""
-    cross: bool = False
-    """Whether keys and values come from elsewhere than the queries."""
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """One feed-forward module; `linear` is the ungated half of a gated one."""
-
-    path: str
-    pre: Projection
-    linear: Projection | None
-    down: str
-    d_mlp: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block; `attn_out` and `mlp_out` are what is added to the residual.
-
-    `attn` is None where a block mixes tokens by other means (a convolution, a recurrence);
-    `attn_out` is then what that part adds.
-    """
-
-    path: str
-    ln1: str | None
-    attn: Attention | None
-    attn_out: str | None
-    ln2: str | None
-    mlp: Mlp | None
-    mlp_out: str | None
-    cross: Attention | None = None
-    cross_out: str | None = None
-    post_norm: bool = False
-    """Whether the residual itself is normalised after each addition (as in BERT)."""
-    windowed: bool = False
-    """Whether attention gets the image cut into windows, each a row of its own (as in SAM)."""
-
-
-def first_of(owner: Any, *names: str) -> Any:
-    """Returns the first of these attributes that is set, else None."""
-    for name in names:
-        try:
-            value = getattr(owner, name, None)
-        except ValueError:  # a config whose layers differ refuses to give one value for all
-            continue
-        if value is not None:
-            return value
-    return None
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map, quantised or not: it says its in and out sizes."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def is_norm(name: str, module: nn.Module | None = None) -> bool:
-    """Whether a child is a normalisation, by its name or its class."""
-    named = re.search(r"norm|(^|_)ln", name) is not None
-    return named or (module is not None and "Norm" in type(module).__name__)
-
-
-def is_scale(module: nn.Module) -> bool:
-    """Whether a module is a layer scale: nothing but one factor for each feature."""
-    own = list(module.parameters(recurse=False))
-    alone = len(own) == 1 and not is_linear(module) and not any(True for _ in module.children())
-    return alone and own[0].ndim == 1
-
-
-def has_weights(module: nn.Module) -> bool:
-    """Whether a module has parameters anywhere in it, or linear maps that keep theirs packed."""
-    parameters = any(True for _ in module.parameters())
-    return parameters or any(is_linear(part) for part in module.modules())
-
-
-def linears_of(module: nn.Module) -> dict[str, Any]:
-    """Returns the linear children of a module in the order they are called."""
-    children = dict(module.named_children())
-    return {n: children[n] for n in called_children(module) if is_linear(children[n])}
-
-
-def attention_maps(attn: nn.Module) -> dict[str, Any]:
-    """Returns an attention's linear maps; of its parts (`self.query`) where it has none itself."""
-    own = linears_of(attn)
-    if own:
-        return own
-    parts = dict(attn.named_children())
-    return {
-        f"{part}.{name}": linear
-        for part in called_children(attn)
-        for name, linear in linears_of(parts[part]).items()
-    }
-
-
-def is_attention(name: str, module: nn.Module) -> bool:
-    """Whether a block's child is attention: so named, and with projections of its own."""
-    named = re.search(r"attn|attention", name, re.I) or "Attention" in type(module).__name__
-    return bool(named) and not is_norm(name, module) and bool(attention_maps(module))
+from hooked_vlm.anatomy.parts import (
+    Attention,
+    Block,
+    Mlp,
+    Projection,
+    attention_maps,
+    first_of,
+    has_weights,
+    is_attention,
+    is_linear,
+    is_norm,
+    is_scale,
+    linears_of,
+)
+from hooked_vlm.anatomy.source import called_children, forward_parameters, forward_source
 
 
 def _adds_inside(module: nn.Module) -> bool:
     """Whether a part adds the residual itself, and normalises the sum (as BERT's do)."""
     return "input_tensor" in forward_parameters(module) and bool(linears_of(module))
-
-
-def block_lists(stack: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yields the lists of blocks in a module: lists in which some block has attention."""
-    for path, module in stack.named_modules():
-        if isinstance(module, nn.ModuleList) and any(
-            is_attention(*child) for block in module for child in block.named_children()
-        ):
-            yield path, module
 
 
 def read_block(block: nn.Module, path: str, config: Any) -> Block:

@@ -1,20 +1,25 @@
-"""Where the parts of a vision-language model are: read from its module tree.
+"""A vision encoder: its blocks, what stands around them, and where its output leaves it.
 
-`read_anatomy` walks any transformers image-text-to-text model (or a module that
-follows its `get_encoder(modality="image")` / `get_decoder()` interface) and returns a
-frozen description made of module paths and sizes.  Nothing here asks which family a
-model belongs to (see `blocks` for how a part is recognised).  The description holds no
-weights and no modules, so it can be read off a model on the `meta` device.
+Inside a vision-language model it is read with the rest.  By itself, a dual encoder or a
+vision-language model is asked for its image encoder; whatever takes pixels and nothing else
+is one already.  Its anatomy is read the same way (`read_vision`), so that both have the same
+sites.  There is no projector to say what is read, so the output is what the last block or
+the norm behind it makes of every row, and no block is behind that.
+
+Assumed is one residual stream: one list of blocks that see all patches.  Convolutional
+networks, stages of different widths and attention in windows are refused.
 """
 
+import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from hooked_vlm.blocks import (
+from hooked_vlm.anatomy.blocks import read_block
+from hooked_vlm.anatomy.parts import (
     Attention,
     Block,
     block_lists,
@@ -22,18 +27,14 @@ from hooked_vlm.blocks import (
     has_weights,
     is_linear,
     is_norm,
-    read_block,
 )
-from hooked_vlm.calls import (
-    POSITIONAL,
+from hooked_vlm.anatomy.source import (
     called_children,
     forward_parameters,
     forward_source,
-    keywords_of,
     self_calls,
 )
 from hooked_vlm.errors import UnsupportedModelError
-from hooked_vlm.projector import base_of, find_projector, takes_maps
 
 
 @dataclass(frozen=True)
@@ -80,114 +81,6 @@ class Vision(Stack):
         if self.read_layers is None:
             return len(self.blocks) - 1
         return max(self.read_layers) - 1
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Paths of all parts, relative to the wrapped model."""
-
-    lm: Stack
-    embed: str
-    unembed: str
-    merges: bool
-    """Whether the decoder is given embeddings into which the image was merged."""
-    vision: Vision | None
-    projector: str | None
-    image_token_id: int | None
-
-
-def read_anatomy(model: nn.Module) -> Anatomy:
-    """Reads the anatomy of a transformers model off its module tree.
-
-    Raises `UnsupportedModelError` when there is no decoder with attention blocks, no
-    embedding or no vocabulary projection.  A model with no vision encoder is described
-    with `vision=None`; whoever needs images says so then.
-    """
-    paths = {id(module): path for path, module in model.named_modules()}
-    decoder = _ask(model, "get_decoder") or model
-    if getattr(getattr(decoder, "config", None), "is_encoder_decoder", False):
-        inner = _ask(decoder, "get_decoder")  # a whole text model: its own encoder apart
-        decoder = inner if inner is not None and any(block_lists(inner)) else decoder
-    embed = _ask(decoder, "get_input_embeddings") or _ask(model, "get_input_embeddings")
-    unembed = _ask(model, "get_output_embeddings") or _ask(decoder, "get_output_embeddings")
-    if embed is None or unembed is None:
-        missing = "get_input_embeddings()" if embed is None else "get_output_embeddings()"
-        raise UnsupportedModelError(
-            f"{type(model).__name__}.{missing} returned nothing; HookedVLM needs a model with a "
-            "language-modelling head, such as an AutoModelForImageTextToText."
-        )
-    encoder = image_encoder(model, decoder)
-    config = getattr(model, "config", None)
-    lm = read_stack(decoder, paths, without=encoder)
-    if not lm.blocks:
-        raise UnsupportedModelError(
-            f"{type(decoder).__name__} has no list of blocks with attention in it, so there is no "
-            "residual stream to hook."
-        )
-    projector, vision = None, None
-    if encoder is not None:
-        projector = find_projector(model, encoder, decoder, paths)
-        maps = projector is not None and takes_maps(model.get_submodule(projector))
-        vision = replace(read_vision(encoder, paths, config, model), feature_maps=maps)
-    return Anatomy(
-        lm=lm,
-        embed=paths[id(embed)],
-        unembed=paths[id(unembed)],
-        merges=encoder is not None and _is_given_embeddings(model, encoder, decoder),
-        vision=vision,
-        projector=projector,
-        image_token_id=first_of(config, "image_token_id", "image_token_index"),
-    )
-
-
-def image_encoder(model: nn.Module, decoder: nn.Module | None = None) -> nn.Module | None:
-    """Returns a model's image encoder, or None where it has none of its own.
-
-    Where transformers knows none by name it answers with the model itself, or with its base;
-    then the encoder of a model whose main input are pixels is it, or a child that says so.
-    """
-    named = _ask(model, "get_encoder", modality="image")
-    others = (model, decoder, base_of(model))
-    if named is not None and not any(named is other for other in others):
-        return named if any(named is module for module in model.modules()) else None
-    asked = []
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        asked.append(_ask(model, "get_encoder"))
-    children = base_of(model).named_children()
-    asked += [child for name, child in children if re.match("(image|vision)_", name)]
-    return next(
-        (
-            found
-            for found in asked
-            if found is not None
-            and not any(found is other for other in others)
-            and has_weights(found)
-            and _patch_embed(found) is not None
-        ),
-        None,
-    )
-
-
-def _is_given_embeddings(model: nn.Module, encoder: nn.Module, decoder: nn.Module) -> bool:
-    """Whether the decoder is called with embeddings, rather than with ids that it embeds itself."""
-    if any(encoder is module for module in decoder.modules()):
-        return False
-    owners = [m for m in model.modules() if any(decoder is inner for inner in m.modules())]
-    for owner in reversed([m for m in owners if m is not decoder]):
-        name = next((n for n, child in owner.named_modules() if child is decoder), "")
-        given = keywords_of(type(owner).forward, name)
-        if given is not None:
-            return "input_ids" not in given and bool(given & {"inputs_embeds", POSITIONAL})
-    return True
-
-
-def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
-    """Returns what a model answers to one of transformers' `get_…` methods, if it has it."""
-    found: Any = getattr(model, method, None)
-    try:
-        return None if found is None else found(**kwargs)
-    except NotImplementedError:
-        return None
 
 
 def read_stack(stack: nn.Module, paths: dict[int, str], without: nn.Module | None = None) -> Stack:
@@ -348,3 +241,103 @@ def _read_layers(config: Any, n_blocks: int) -> tuple[int, ...] | None:
         return None
     layers = [layers] if isinstance(layers, int) else list(layers)
     return tuple(layer % (n_blocks + 1) for layer in layers)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision encoder's parts, and the module whose output is the encoder's."""
+
+    vision: Vision
+    out: str | None
+    """None where a norm runs twice, on all rows and on pooled ones, and cannot be told apart."""
+
+
+def find_tower(model: Any) -> Any:
+    """Returns the image encoder of a model that takes text as well, and any other model itself.
+
+    Raises `UnsupportedModelError` where there is text and no image encoder to be found.
+    """
+    if "input_ids" not in forward_parameters(model):
+        return model
+    ask = getattr(model, "get_encoder", None)
+    found = ask(modality="image") if ask is not None else None
+    if found in (None, model, getattr(model, "base_model", None)):
+        found = getattr(model, "vision_model", None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes text and names no image encoder of its own "
+            '(get_encoder(modality="image"), vision_model). Give HookedVisionEncoder the module '
+            "that encodes images."
+        )
+    return found
+
+
+def read_tower(model: nn.Module) -> Tower:
+    """Reads a vision encoder's anatomy; paths are relative to `model`, heads stand outside.
+
+    Raises `UnsupportedModelError` for an encoder without one residual stream of patches.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    encoder = _without_heads(model)
+    name = type(encoder).__name__
+    stages = [path for path, _ in block_lists(encoder)]
+    if not stages:
+        raise UnsupportedModelError(
+            f"{name} has no list of transformer blocks with attention, so it has no residual "
+            "stream to hook: it is convolutional, or mixes patches by other means."
+        )
+    if len(stages) > 1:
+        raise UnsupportedModelError(
+            f"{name} keeps its blocks in {len(stages)} lists ({', '.join(stages[:3])}, …), so it "
+            "has several residual streams, of other widths or of merged patches; only encoders "
+            "with one are supported."
+        )
+    vision = read_vision(encoder, paths, None)
+    if any(_in_windows(model.get_submodule(block.path)) for block in vision.blocks):
+        raise UnsupportedModelError(
+            f"{name} cuts its patches into windows inside its blocks, so they are not in raster "
+            "order there; such encoders are not supported."
+        )
+    return Tower(vision, _out(model, vision))
+
+
+def _without_heads(model: nn.Module) -> nn.Module:
+    """Returns the part of a model that makes patches into rows: its base, if that takes pixels."""
+    base = getattr(model, "base_model", model)
+    pixels = getattr(model, "main_input_name", "pixel_values")
+    return base if pixels in forward_parameters(base) else model
+
+
+def _in_windows(block: nn.Module) -> bool:
+    return "window_partition" in forward_source(type(block).forward)
+
+
+def _out(model: nn.Module, vision: Vision) -> str | None:
+    """Returns the path of the module whose output is all rows of the encoder's output."""
+    last = vision.blocks[-1].path
+    if vision.final_norm is None:
+        return last
+    owner, _, name = vision.final_norm.rpartition(".")
+    pooled = _calls_on_pooled(type(model.get_submodule(owner)).forward, name)
+    if not any(pooled):
+        return vision.final_norm
+    return last if all(pooled) else None
+
+
+def _calls_on_pooled(function: Any, name: str) -> list[bool]:
+    """Returns, call by call of `self.name`, whether it is given pooled rows (`x[:, 0]`)."""
+    assigned: dict[str, ast.expr] = {}
+    pooled = []
+    tree = ast.parse(forward_source(function))
+    for node in sorted(
+        (n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.Call)),
+        # An assignment's own call comes first: `x = self.norm(x)` is given the earlier x.
+        key=lambda n: (n.end_lineno or 0, isinstance(n, ast.Assign)),
+    ):
+        if isinstance(node, ast.Assign):
+            assigned |= {t.id: node.value for t in node.targets if isinstance(t, ast.Name)}
+        elif node.args and ast.unparse(node.func) == f"self.{name}":
+            given = node.args[0]
+            given = assigned.get(given.id, given) if isinstance(given, ast.Name) else given
+            pooled.append(isinstance(given, ast.Subscript) and isinstance(given.slice, ast.Tuple))
+    return pooled

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from hooked_vlm.calls import forward_parameters, once_per_function, signature_of
+from hooked_vlm.anatomy.source import forward_parameters, once_per_function, signature_of
 
 
 PROMPTS = ("decoder_input_ids", "input_ids", "inputs_embeds")

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hooked_vlm.anatomy import Anatomy, Stack, Vision
-from hooked_vlm.devices import compute_dtype, execution_device
+from hooked_vlm.anatomy.devices import compute_dtype, execution_device
+from hooked_vlm.anatomy.model import Anatomy
+from hooked_vlm.anatomy.vision import Stack, Vision
 
 
 @dataclass(frozen=True)
