@@ -34,7 +34,7 @@ from hooked_vlm.experiments.config import Config
 from hooked_vlm.experiments.setting import Setting, interval_rows
 from hooked_vlm.experiments.swap_regions import SwapRegions
 from hooked_vlm.plots import SLOTS, Look, to_png
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.scoring import logit_difference, target_probability
 from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import final_token_pair, swap_pair

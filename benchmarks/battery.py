@@ -26,7 +26,7 @@ from benchmarks.throughput import machine, measured_runs
 from benchmarks.timed import FIRST, SIDE, SIZES, model_of, tasks_for
 from benchmarks.usual_loop import UsualLoop
 from hooked_vlm import HookedVLM
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 
 
 def battery_of(model: HookedVLM, pairs: int, batch: int, family: str) -> list[list[Task]]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.parts import patch_rows, split_heads
-from hooked_vlm.pairing import CellPairs, swap_pairs
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.pairs import CellPairs, swap_pairs
+from hooked_vlm.regions.region import Region
 
 
 class Cannot(Exception):  # noqa: N818 - no error: it goes into the table

@@ -9,7 +9,7 @@ hub works the same: HookedVLM.from_pretrained("Qwen/Qwen2-VL-7B-Instruct").
 import torch
 
 from hooked_vlm import HookedVLM, LastToken
-from hooked_vlm.spans import PromptRow
+from hooked_vlm.regions.positions import PromptRow
 from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for
 from hooked_vlm.stimuli.squares import draw
 

@@ -19,11 +19,9 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.attribution import attribution_patch as attribution_patch
     from hooked_vlm.cache import ActivationCache as ActivationCache
     from hooked_vlm.directions import orthonormalise as orthonormalise
-    from hooked_vlm.drawing import draw_regions as draw_regions
     from hooked_vlm.encoder import HookedVisionEncoder as HookedVisionEncoder
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
-    from hooked_vlm.grid import TokenGrid as TokenGrid
     from hooked_vlm.growing.shared import shared_runs as shared_runs
     from hooked_vlm.inputs import Inputs as Inputs
     from hooked_vlm.interventions import Ablate as Ablate
@@ -32,14 +30,16 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.interventions import Steer as Steer
     from hooked_vlm.model import HookedVLM as HookedVLM
     from hooked_vlm.naming import get_act_name as get_act_name
-    from hooked_vlm.pairing import swap_pairs as swap_pairs
     from hooked_vlm.points import HookPoint as HookPoint
     from hooked_vlm.probes import LinearProbe as LinearProbe
     from hooked_vlm.recordings import Recording as Recording
     from hooked_vlm.recordings import record as record
-    from hooked_vlm.regions import Region as Region
-    from hooked_vlm.spans import LastToken as LastToken
-    from hooked_vlm.spans import Span as Span
+    from hooked_vlm.regions.grid import TokenGrid as TokenGrid
+    from hooked_vlm.regions.overlay import draw_regions as draw_regions
+    from hooked_vlm.regions.pairs import swap_pairs as swap_pairs
+    from hooked_vlm.regions.positions import LastToken as LastToken
+    from hooked_vlm.regions.positions import Span as Span
+    from hooked_vlm.regions.region import Region as Region
     from hooked_vlm.sweep import Sweep as Sweep
     from hooked_vlm.sweep import final_logits as final_logits
 

@@ -10,8 +10,8 @@ from typing import Any
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.places import rows_needed
 from hooked_vlm.points import HookPoint
+from hooked_vlm.regions.positions import PromptRow
 from hooked_vlm.sites import Site
-from hooked_vlm.spans import PromptRow
 
 
 def guarded(

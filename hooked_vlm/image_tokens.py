@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import GridError
-from hooked_vlm.grid import TokenGrid
+from hooked_vlm.regions.grid import TokenGrid
 
 
 @dataclass(frozen=True)

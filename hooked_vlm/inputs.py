@@ -23,10 +23,10 @@ from hooked_vlm.errors import (
     NoGridError,
     UnsupportedModelError,
 )
-from hooked_vlm.grid import TokenGrid, warn_if_resized
 from hooked_vlm.image_grids import GridFinder, Wrapped
 from hooked_vlm.processing import model_inputs, placeholder, placeholders
-from hooked_vlm.spans import PromptRow, token_pieces
+from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
+from hooked_vlm.regions.positions import PromptRow, token_pieces
 
 
 OneImage = Any

@@ -24,7 +24,6 @@ from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.guarded import guarded, require_made_for
 from hooked_vlm.inputs import rows_of
 from hooked_vlm.naming import VISION, resolve_name, slot_name
-from hooked_vlm.pairing import CellPairs
 from hooked_vlm.places import (
     Located,
     index_of,
@@ -35,8 +34,9 @@ from hooked_vlm.places import (
     with_rows_at,
 )
 from hooked_vlm.recordings import Model, Recording, Source, record
+from hooked_vlm.regions.pairs import CellPairs
+from hooked_vlm.regions.positions import PromptRow
 from hooked_vlm.sites import Site
-from hooked_vlm.spans import PromptRow
 
 
 SiteName = str | int

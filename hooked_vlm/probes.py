@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hooked_vlm.directions import Direction
 from hooked_vlm.errors import DataError
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.statistics import Interval, wilson
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError
-from hooked_vlm.grid import TokenGrid
 from hooked_vlm.image_grids import Wrapped
+from hooked_vlm.regions.grid import TokenGrid
 
 
 Frames = tuple[tuple[tuple[TokenGrid, ...], ...], ...]

@@ -16,10 +16,10 @@ from hooked_vlm.attribution import attribution_patch
 from hooked_vlm.errors import HookedVLMWarning, InterventionError
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.pairing import swap_pairs
 from hooked_vlm.recordings import record
-from hooked_vlm.regions import Region
-from hooked_vlm.spans import LastToken
+from hooked_vlm.regions.pairs import swap_pairs
+from hooked_vlm.regions.positions import LastToken
+from hooked_vlm.regions.region import Region
 from hooked_vlm.sweep import Sweep
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_vlm import LastToken, Patch, Sweep, shared_runs
 from hooked_vlm.growing import run as engine
 from hooked_vlm.growing.clean import Clean, run_clean
-from hooked_vlm.spans import Positions
+from hooked_vlm.regions.positions import Positions
 
 
 def clean_run(family: str, *starts: int) -> Clean:

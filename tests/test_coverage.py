@@ -1,6 +1,6 @@
 import numpy as np
 
-from hooked_vlm.coverage import box_coverage, mask_coverage
+from hooked_vlm.regions.coverage import box_coverage, mask_coverage
 
 
 X, Y = np.array([0.0, 2.5, 5.0]), np.array([0.0, 4.0])

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from PIL import Image
 from toy_grids import make_grid, resized_grids
 
-from hooked_vlm.drawing import draw_regions
 from hooked_vlm.errors import GridError, RegionError
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.overlay import draw_regions
+from hooked_vlm.regions.region import Region
 
 
 def drawn(grid, regions, **options) -> np.ndarray:

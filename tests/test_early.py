@@ -22,7 +22,7 @@ from hooked_vlm.growing.proof import forget
 from hooked_vlm.growing.run import BOUNDS, run_growing
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.spans import LastToken
+from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.sweep import Sweep
 from hooked_vlm.tower_restart import TowerRestart
 

@@ -26,10 +26,10 @@ from hooked_vlm.errors import (
     RegionError,
     UnknownHookError,
 )
-from hooked_vlm.grid import TokenGrid
 from hooked_vlm.interventions import Ablate, Patch, Steer
 from hooked_vlm.recordings import record
-from hooked_vlm.spans import LastToken
+from hooked_vlm.regions.grid import TokenGrid
+from hooked_vlm.regions.positions import LastToken
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine import Cell, run_plain, source_of
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.recordings import Recording, record
-from hooked_vlm.spans import LastToken
+from hooked_vlm.regions.positions import LastToken
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import AXES, PAPER_GEOMETRY, Geometry, geometry_for
 
 

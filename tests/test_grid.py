@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from toy_grids import make_grid, resized_grids, visible_cells
 
 from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError
-from hooked_vlm.grid import warn_if_resized
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.grid import warn_if_resized
+from hooked_vlm.regions.region import Region
 
 
 # An image of 640x400 px as CLIP's processor treats it: shortest edge to 336, centre cut out.

@@ -26,9 +26,9 @@ from hooked_vlm.growing.proof import forget
 from hooked_vlm.growing.run import run_growing, starts_of
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.pairing import swap_pairs
-from hooked_vlm.regions import Region
-from hooked_vlm.spans import LastToken, Positions
+from hooked_vlm.regions.pairs import swap_pairs
+from hooked_vlm.regions.positions import LastToken, Positions
+from hooked_vlm.regions.region import Region
 from hooked_vlm.sweep import Sweep
 
 

@@ -23,11 +23,11 @@ from hooked_vlm.errors import (
     NoGradientError,
     NoGridError,
 )
-from hooked_vlm.grid import TokenGrid
 from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.pairing import swap_pairs
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.grid import TokenGrid
+from hooked_vlm.regions.pairs import swap_pairs
+from hooked_vlm.regions.region import Region
 from hooked_vlm.routing import attention_sites
 
 

@@ -20,10 +20,10 @@ from hooked_vlm.errors import (
     UnknownHookError,
 )
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
-from hooked_vlm.pairing import swap_pairs
 from hooked_vlm.recordings import Recording, record
-from hooked_vlm.regions import Region
-from hooked_vlm.spans import LastToken, Positions, TextTokens
+from hooked_vlm.regions.pairs import swap_pairs
+from hooked_vlm.regions.positions import LastToken, Positions, TextTokens
+from hooked_vlm.regions.region import Region
 
 
 SITES = (

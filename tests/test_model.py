@@ -11,7 +11,7 @@ from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
 from hooked_vlm.inputs import Inputs
 from hooked_vlm.interventions import Ablate
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.spans import LastToken
+from hooked_vlm.regions.positions import LastToken
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -6,8 +6,8 @@ from hypothesis import assume, given, settings
 from toy_grids import make_grid, masks_of_one_grid, regions
 
 from hooked_vlm.errors import HookedVLMWarning, RegionError
-from hooked_vlm.pairing import CellPairs, paired, swap_pairs
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.pairs import CellPairs, paired, swap_pairs
+from hooked_vlm.regions.region import Region
 
 
 GEMMA, QWEN = (16, 16), (12, 12)

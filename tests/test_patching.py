@@ -12,7 +12,7 @@ from hooked_vlm import patching
 from hooked_vlm.errors import HookedVLMWarning, InterventionError, UnknownHookError
 from hooked_vlm.interventions import Patch
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.spans import Positions
+from hooked_vlm.regions.positions import Positions
 
 
 TOWER = "vision_encoder"

@@ -10,8 +10,8 @@ from benchmarks.built import on_meta
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep
 from hooked_vlm.growing.costs import costs_of
 from hooked_vlm.interventions import Ablate, Steer
-from hooked_vlm.pairing import swap_pairs
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.pairs import swap_pairs
+from hooked_vlm.regions.region import Region
 
 
 def sweep_of(family: str, at: object = None, batch: int = 2) -> Sweep:

@@ -20,9 +20,9 @@ from hooked_vlm.probes import (
     shuffled_labels,
     split_by_image,
 )
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.positions import LastToken
+from hooked_vlm.regions.region import Region
 from hooked_vlm.scoring import top_answer
-from hooked_vlm.spans import LastToken
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
 from hooked_vlm.stimuli.settings import stimulus_set

@@ -17,7 +17,7 @@ from hooked_vlm.probes import (
     shuffled_labels,
     split_by_image,
 )
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 
 
 GRID = (6, 6)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from toy_grids import make_grid, masks_of_one_grid, regions, resized_grids
 
 from hooked_vlm.errors import GridError, RegionError
-from hooked_vlm.regions import Region, union_of
-from hooked_vlm.spans import LastToken, PromptRow, Union
+from hooked_vlm.regions.positions import LastToken, PromptRow, Union
+from hooked_vlm.regions.region import Region, union_of
 
 
 @given(masks_of_one_grid(3))

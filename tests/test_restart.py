@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from hooked_vlm import restart
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.pairing import swap_pairs
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.pairs import swap_pairs
+from hooked_vlm.regions.positions import LastToken
+from hooked_vlm.regions.region import Region
 from hooked_vlm.restart import Restart, first_layer, spread
-from hooked_vlm.spans import LastToken
 from hooked_vlm.sweep import Sweep
 from hooked_vlm.tower_restart import TowerRestart, tower_depth
 

@@ -7,7 +7,7 @@ from toy_grids import make_grid
 from transformers import PreTrainedTokenizerFast
 
 from hooked_vlm.errors import RegionError
-from hooked_vlm.spans import (
+from hooked_vlm.regions.positions import (
     LastToken,
     Place,
     Positions,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hooked_vlm.errors import HookedVLMError, InterventionError, RegionError
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
-from hooked_vlm.pairing import swap_pairs
 from hooked_vlm.recordings import record
-from hooked_vlm.regions import Region
-from hooked_vlm.spans import LastToken
+from hooked_vlm.regions.pairs import swap_pairs
+from hooked_vlm.regions.positions import LastToken
+from hooked_vlm.regions.region import Region
 from hooked_vlm.sweep import Sweep, final_logits
 
 

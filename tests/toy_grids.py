@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from hooked_vlm.grid import TokenGrid
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.grid import TokenGrid
+from hooked_vlm.regions.region import Region
 
 
 def make_grid(

@@ -31,7 +31,7 @@ from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.inputs import Inputs
 from hooked_vlm.interventions import Steer
 from hooked_vlm.probes import LinearProbe, class_directions, object_examples
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.scoring import normalise, top_answer
 from hooked_vlm.statistics import Interval, bootstrap, wilson
 from hooked_vlm.stimuli.pairs import Question

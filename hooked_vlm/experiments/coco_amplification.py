@@ -35,7 +35,7 @@ from hooked_vlm.experiments.setting import interval_rows, said, select
 from hooked_vlm.inputs import Inputs
 from hooked_vlm.naming import PROJECTOR
 from hooked_vlm.probes import Examples, LinearProbe, class_directions, split_by_image
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.scoring import normalise, top_answer
 from hooked_vlm.statistics import wilson
 from hooked_vlm.stimuli.coco import load

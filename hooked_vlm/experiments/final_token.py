@@ -25,8 +25,8 @@ from hooked_vlm.experiments.setting import (
 )
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
+from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.scoring import agreement, logit_difference
-from hooked_vlm.spans import LastToken
 from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import FinalTokenPair, final_token_pair
 from hooked_vlm.sweep import Sweep, final_logits

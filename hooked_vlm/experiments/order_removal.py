@@ -22,7 +22,7 @@ from hooked_vlm.inputs import Inputs
 from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.naming import slot_name
 from hooked_vlm.recordings import Recording
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 

@@ -26,7 +26,7 @@ from hooked_vlm.probes import (
     shuffled_labels,
     split_by_image,
 )
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question

@@ -14,7 +14,6 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.drawing import draw_regions
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import (
@@ -28,7 +27,8 @@ from hooked_vlm.experiments.setting import (
 from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, strips_of
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
-from hooked_vlm.pairing import CellPairs
+from hooked_vlm.regions.overlay import draw_regions
+from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.scoring import agreement, logit_difference
 from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hooked_vlm.errors import HookedVLMWarning, RegionError
-from hooked_vlm.pairing import CellPairs, swap_pairs
+from hooked_vlm.regions.pairs import CellPairs, swap_pairs
 from hooked_vlm.stimuli.geometry import Layout
 
 

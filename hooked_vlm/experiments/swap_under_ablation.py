@@ -21,8 +21,8 @@ from hooked_vlm.experiments.strip_swap import FLIPPED, QUANTITIES, scored
 from hooked_vlm.experiments.swap_regions import SwapRegions, strips_of
 from hooked_vlm.interventions import Patch
 from hooked_vlm.naming import slot_name
-from hooked_vlm.pairing import CellPairs
 from hooked_vlm.recordings import Recording
+from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.scoring import normalise, top_answer
 from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import Question, SwapPair, right_on_both, swap_pair

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 
 
 Axis = str

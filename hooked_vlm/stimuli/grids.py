@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli import shapes
 from hooked_vlm.stimuli.squares import COLORS
 

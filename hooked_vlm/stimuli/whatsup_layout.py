@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.region import Region
 
 
 Box = tuple[int, int, int, int]

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from hooked_vlm.errors import GridError, RegionError
-from hooked_vlm.grid import TokenGrid
-from hooked_vlm.regions import Region
+from hooked_vlm.regions.grid import TokenGrid
+from hooked_vlm.regions.region import Region
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_vlm.errors import GridError, RegionError
-from hooked_vlm.spans import ImageCells, OfImage, Place, PromptRow, union
+from hooked_vlm.regions.positions import ImageCells, OfImage, Place, PromptRow, union
 
 
 Cell = tuple[int, int]

@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_vlm.coverage import TOLERANCE_PX, Box, Coverage, Px, box_coverage, mask_coverage
 from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError, did_you_mean
-from hooked_vlm.regions import Cell, Region, union_of
+from hooked_vlm.regions.coverage import TOLERANCE_PX, Box, Coverage, Px, box_coverage, mask_coverage
+from hooked_vlm.regions.region import Cell, Region, union_of
 
 
 EncoderRows = Int[Tensor, "row col _ 2"]

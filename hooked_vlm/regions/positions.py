@@ -5,7 +5,7 @@ Anything with a method `positions(row)` can say where an intervention acts.  `ro
 ascending, padding counted, so that it indexes an activation `[batch, pos, d_model]`.
 Here are the places that are not cells of an image: the last token, explicit positions,
 the tokens of a piece of text, all text; and the two that combine others, `Union` and
-`OfImage`.  A `Region` of image cells (see `regions`) answers the same call.
+`OfImage`.  A `Region` of image cells (see `region`) answers the same call.
 
 What a place means never depends on padding: `LastToken` is the last token of the prompt
 whichever side the padding is on, and explicit positions count from the unpadded prompt.

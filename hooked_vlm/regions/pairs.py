@@ -24,8 +24,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import HookedVLMWarning, RegionError, did_you_mean
-from hooked_vlm.regions import Cell, Region
-from hooked_vlm.spans import ImageCells
+from hooked_vlm.regions.positions import ImageCells
+from hooked_vlm.regions.region import Cell, Region
 
 
 PAIRINGS = ("published", "aligned")
