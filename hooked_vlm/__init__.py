@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.attribution import attribution_patch as attribution_patch
-    from hooked_vlm.cache import ActivationCache as ActivationCache
     from hooked_vlm.directions import orthonormalise as orthonormalise
     from hooked_vlm.encoder import HookedVisionEncoder as HookedVisionEncoder
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
     from hooked_vlm.growing.shared import shared_runs as shared_runs
+    from hooked_vlm.hooks.cache import ActivationCache as ActivationCache
+    from hooked_vlm.hooks.hook_point import HookPoint as HookPoint
+    from hooked_vlm.hooks.names import get_act_name as get_act_name
     from hooked_vlm.inputs import Inputs as Inputs
     from hooked_vlm.interventions import Ablate as Ablate
     from hooked_vlm.interventions import Chain as Chain
     from hooked_vlm.interventions import Patch as Patch
     from hooked_vlm.interventions import Steer as Steer
     from hooked_vlm.model import HookedVLM as HookedVLM
-    from hooked_vlm.naming import get_act_name as get_act_name
-    from hooked_vlm.points import HookPoint as HookPoint
     from hooked_vlm.probes import LinearProbe as LinearProbe
     from hooked_vlm.recordings import Recording as Recording
     from hooked_vlm.recordings import record as record

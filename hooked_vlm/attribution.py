@@ -31,8 +31,8 @@ from torch import Tensor
 from hooked_vlm.engine import Cell
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.gradients import Metric, clean_run, said, wide
+from hooked_vlm.hooks.names import select_names
 from hooked_vlm.interventions import Patch, site_of
-from hooked_vlm.naming import select_names
 from hooked_vlm.recordings import Recording, Source, record
 
 

@@ -22,9 +22,9 @@ from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.naming import PROJECTOR, VISION
+from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.routing import holds_pixels, pixel_name
-from hooked_vlm.sites import Site
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hooked_vlm.errors import HookedVLMWarning, InterventionError
-from hooked_vlm.layout import Images
-from hooked_vlm.partial import uncached
-from hooked_vlm.points import HookPoint
+from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.patch_order import Images
+from hooked_vlm.hooks.stand_ins import uncached
 
 
 Metric = Callable[[Tensor], Tensor]

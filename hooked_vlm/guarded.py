@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hooked_vlm.errors import InterventionError
+from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.places import rows_needed
-from hooked_vlm.points import HookPoint
 from hooked_vlm.regions.positions import PromptRow
-from hooked_vlm.sites import Site
 
 
 def guarded(

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.attention import implementation
-from hooked_vlm.cache import ActivationCache
 from hooked_vlm.errors import HookedVLMWarning, HookError
 from hooked_vlm.footprint import Footprint
-from hooked_vlm.hooks import HookFunction, Reader, attach
-from hooked_vlm.layout import Images as VisionActivation
-from hooked_vlm.layout import joined
+from hooked_vlm.hooks.attach import attach
+from hooked_vlm.hooks.attention import implementation
+from hooked_vlm.hooks.cache import ActivationCache
+from hooked_vlm.hooks.dispatch import HookFunction, Reader
+from hooked_vlm.hooks.hook_point import HookPoint, Run
+from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
+from hooked_vlm.hooks.patch_order import Images as VisionActivation
+from hooked_vlm.hooks.patch_order import joined
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.memory import require_memory
-from hooked_vlm.naming import VISION, NamesFilter, count_layers, select_names
-from hooked_vlm.points import HookPoint, Run
-from hooked_vlm.sites import Site
 
 
 ModelInputs = Mapping[str, Any]

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.image_tokens import ImageLayout, token_grids
 from hooked_vlm.measured import Template, View, make_template, places_of
 from hooked_vlm.pixels import pixel_transform
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
 from hooked_vlm.routing import attention_sites, holds_pixels, measure_routes, pixel_name
-from hooked_vlm.sites import Site
 
 
 Size = tuple[int, int]

@@ -22,8 +22,9 @@ from torch import Tensor
 from hooked_vlm.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.guarded import guarded, require_made_for
+from hooked_vlm.hooks.names import VISION, resolve_name, slot_name
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs import rows_of
-from hooked_vlm.naming import VISION, resolve_name, slot_name
 from hooked_vlm.places import (
     Located,
     index_of,
@@ -36,7 +37,6 @@ from hooked_vlm.places import (
 from hooked_vlm.recordings import Model, Recording, Source, record
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.regions.positions import PromptRow
-from hooked_vlm.sites import Site
 
 
 SiteName = str | int

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
+from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.naming import PROJECTOR, VISION
-from hooked_vlm.partial import uncached
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
 from hooked_vlm.residual_sums import BlockSums, same

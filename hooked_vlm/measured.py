@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm.errors import GridError
-from hooked_vlm.naming import PROJECTOR, VISION
+from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.regions.grid import EncoderRows
 from hooked_vlm.routing import SEVERAL, Routes
 

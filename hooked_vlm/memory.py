@@ -19,7 +19,7 @@ from torch import nn
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device, free_bytes
 from hooked_vlm.errors import CacheMemoryError
 from hooked_vlm.footprint import Counts, Footprint
-from hooked_vlm.naming import NamesFilter, select_names
+from hooked_vlm.hooks.names import NamesFilter, select_names
 
 
 _NOT_WORTH_ASKING = 2**26

@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
-from hooked_vlm.cache import ActivationCache
-from hooked_vlm.describe import describe_sites
 from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
-from hooked_vlm.image_grids import GridFinder
-from hooked_vlm.inputs import Images, Inputs, Texts, prepare_inputs
-from hooked_vlm.loading import load_pretrained
-from hooked_vlm.naming import NamesFilter
-from hooked_vlm.partial import (
+from hooked_vlm.hooks.cache import ActivationCache
+from hooked_vlm.hooks.names import NamesFilter
+from hooked_vlm.hooks.sites import describe_sites, list_sites
+from hooked_vlm.hooks.stand_ins import (
     EMBEDDINGS,
     layer_index,
     noting,
@@ -38,7 +35,9 @@ from hooked_vlm.partial import (
     skipping,
     uncached,
 )
-from hooked_vlm.sites import list_sites
+from hooked_vlm.image_grids import GridFinder
+from hooked_vlm.inputs import Images, Inputs, Texts, prepare_inputs
+from hooked_vlm.loading import load_pretrained
 
 
 class HookedVLM(HookedModel):

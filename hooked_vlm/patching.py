@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hooked_vlm.errors import InterventionError, did_you_mean
-from hooked_vlm.naming import PROJECTOR, VISION, get_act_name, resolve_name
-from hooked_vlm.sites import Site
+from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name
+from hooked_vlm.hooks.sites import Site
 
 
 PatchSetter = Callable[[Tensor, list[int], Tensor], Tensor | None]

@@ -14,12 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.layout import Images
+from hooked_vlm.hooks.patch_order import Images
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.regions.positions import OfImage, PromptRow, Span, Union
 from hooked_vlm.regions.region import Region
-from hooked_vlm.sites import Site
 
 
 Located = list[tuple[int, Int[Tensor, " _"]]]

@@ -7,10 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from hooked_vlm.anatomy.sizes import HookedVLMConfig
-from hooked_vlm.cache import ActivationCache
-from hooked_vlm.naming import last_block
-from hooked_vlm.partial import uncached
-from hooked_vlm.sites import Site
+from hooked_vlm.hooks.cache import ActivationCache
+from hooked_vlm.hooks.names import last_block
+from hooked_vlm.hooks.sites import Site
+from hooked_vlm.hooks.stand_ins import uncached
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.naming import VISION
+from hooked_vlm.hooks.names import VISION
 
 
 class BlockSums:

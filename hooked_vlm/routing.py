@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
-from hooked_vlm.naming import PROJECTOR, VISION
-from hooked_vlm.sites import Site
+from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.sites import Site
 
 
 NOWHERE, SEVERAL = -1, -2

@@ -9,9 +9,9 @@ from tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hooked_vlm import attention
-from hooked_vlm.attention import NAME, PACKED_NAME, additive_mask, attend, pattern, scores
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError
+from hooked_vlm.hooks import attention
+from hooked_vlm.hooks.attention import NAME, PACKED_NAME, additive_mask, attend, pattern, scores
 from hooked_vlm.model import HookedVLM
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make_inputs, tiny
 
-from hooked_vlm.cache import ActivationCache
 from hooked_vlm.errors import DataError, UnknownHookError
+from hooked_vlm.hooks.cache import ActivationCache
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

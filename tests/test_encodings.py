@@ -16,7 +16,7 @@ from hooked_vlm import HookedVLM, shared_runs
 from hooked_vlm.growing.encodings import axes_of, joined
 from hooked_vlm.growing.proof import forget
 from hooked_vlm.growing.run import BOUNDS
-from hooked_vlm.replay import encoder_of
+from hooked_vlm.hooks.stand_ins import encoder_of
 
 
 PATCHES = 36

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, IMAGE, PAD, make_inputs, tiny, tokens_of
 from torch import Tensor
 
-from hooked_vlm.cache import ActivationCache
 from hooked_vlm.directions import add, scale_projections
 from hooked_vlm.errors import (
     HookedVLMError,
@@ -19,6 +18,7 @@ from hooked_vlm.errors import (
     RegionError,
     UnknownHookError,
 )
+from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
 from hooked_vlm.recordings import Recording, record
 from hooked_vlm.regions.pairs import swap_pairs

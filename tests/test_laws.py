@@ -12,13 +12,14 @@ from test_anatomy import Pre, Sandwich, Stranger, stranger_inputs
 from tiny_models import FAMILIES, build, make_inputs, tiny
 from torch import Tensor, nn
 
-from hooked_vlm import attention, hooks, laws
+from hooked_vlm import laws
+from hooked_vlm.hooks import attention, dispatch
+from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs import Inputs
 from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.points import HookPoint
 from hooked_vlm.residual_sums import BlockSums, same
-from hooked_vlm.sites import Site
 
 
 @pytest.fixture(autouse=True)
@@ -140,14 +141,14 @@ def test_a_forward_that_differs_is_found() -> None:
 
 
 def test_reading_that_edits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = hooks.read
+    own = dispatch.read
 
     def read(site: Site, raw: Tensor, layout: Any) -> Any:
         return own(
             site, raw.mul_(1 + 1e-6) if site.name == "blocks.1.mlp.hook_post" else raw, layout
         )
 
-    monkeypatch.setattr(hooks, "read", read)
+    monkeypatch.setattr(dispatch, "read", read)
     model, inputs = fresh("llava")
     assert_broken(laws.check_parity(model, inputs), "reading moves logits by")
 
@@ -190,14 +191,14 @@ def test_a_write_that_is_dropped_is_found(family: str, site: str) -> None:
 def test_a_write_back_that_changes_a_bit_is_found(
     site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, model, inputs = hooks.write, tiny("qwen2-vl"), inputs_for("qwen2-vl")
+    own, model, inputs = dispatch.write, tiny("qwen2-vl"), inputs_for("qwen2-vl")
     assert check_only(model, inputs, site).verdict == YES
 
     def write(*args: Any) -> Tensor:
         written = own(*args)
         return written.nextafter(torch.full_like(written, torch.inf))
 
-    monkeypatch.setattr(hooks, "write", write)
+    monkeypatch.setattr(dispatch, "write", write)
     assert_broken(check_only(model, inputs, site), f"^{site}: writing back what was read moves")
 
 

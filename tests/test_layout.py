@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import GridError
-from hooked_vlm.layout import from_images, packed_layout, to_images
+from hooked_vlm.hooks.patch_order import from_images, packed_layout, to_images
 
 
 GRIDS = st.lists(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)), min_size=1)

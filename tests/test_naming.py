@@ -4,7 +4,7 @@ import pytest
 from tiny_models import FAMILIES, tiny
 
 from hooked_vlm.errors import UnknownHookError
-from hooked_vlm.naming import get_act_name, resolve_name, select_names, slot_name
+from hooked_vlm.hooks.names import get_act_name, resolve_name, select_names, slot_name
 
 
 IN_BLOCK = (

@@ -12,8 +12,8 @@ from tiny_models import FAMILIES, build, make_inputs, tiny
 from torch import Tensor, nn
 
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError
+from hooked_vlm.hooks.stand_ins import layer_index, returns_tuples, run_until, skipping
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.partial import layer_index, returns_tuples, run_until, skipping
 
 
 MODELS = (*FAMILIES, "qwen3_vl")

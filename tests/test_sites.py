@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hooked_vlm.errors import HookError
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.sites import Site
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -5,10 +5,10 @@ import torch
 from conformance.tiny import tiny_config, tiny_model
 
 from hooked_vlm.errors import GridError
+from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.interventions import Ablate
 from hooked_vlm.laws import quiet
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.naming import PROJECTOR, VISION
 from hooked_vlm.routing import measure_routes
 from hooked_vlm.videos import frame_grids
 

@@ -8,8 +8,8 @@ from tiny_models import _TEXT, END, IMAGE, START
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from hooked_vlm.errors import HookedVLMWarning
+from hooked_vlm.hooks.patch_order import window_index
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.windows import window_index
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ from hooked_vlm.experiments.coco_spatial import opened
 from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import interval_rows, said, select
+from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs import Inputs
-from hooked_vlm.naming import PROJECTOR
 from hooked_vlm.probes import Examples, LinearProbe, class_directions, split_by_image
 from hooked_vlm.regions.region import Region
 from hooked_vlm.scoring import normalise, top_answer

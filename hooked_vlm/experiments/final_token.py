@@ -23,8 +23,8 @@ from hooked_vlm.experiments.setting import (
     said_slots,
     select,
 )
+from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions import Patch
-from hooked_vlm.naming import slot_name
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.scoring import agreement, logit_difference
 from hooked_vlm.statistics import bootstrap

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said
-from hooked_vlm.naming import PROJECTOR
+from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.probes import (
     Examples,
     LinearProbe,

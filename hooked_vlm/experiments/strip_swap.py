@@ -25,8 +25,8 @@ from hooked_vlm.experiments.setting import (
     select,
 )
 from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, strips_of
+from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions import Patch
-from hooked_vlm.naming import slot_name
 from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.scoring import agreement, logit_difference

@@ -19,8 +19,8 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, said_names, select
 from hooked_vlm.experiments.strip_swap import FLIPPED, QUANTITIES, scored
 from hooked_vlm.experiments.swap_regions import SwapRegions, strips_of
+from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions import Patch
-from hooked_vlm.naming import slot_name
 from hooked_vlm.recordings import Recording
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.scoring import normalise, top_answer

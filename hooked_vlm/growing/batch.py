@@ -27,8 +27,8 @@ from hooked_vlm.growing.early import Early
 from hooked_vlm.growing.fitting import Fit, causal_mask, mask_of
 from hooked_vlm.growing.fused import joined_rows
 from hooked_vlm.growing.prefix import Prefix
-from hooked_vlm.points import HookPoint
-from hooked_vlm.replay import encoder_of, replaying
+from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.stand_ins import encoder_of, replaying
 
 
 @contextmanager

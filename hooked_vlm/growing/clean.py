@@ -13,9 +13,8 @@ from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.errors import HookError
 from hooked_vlm.growing.fitting import is_closed, mask_of
 from hooked_vlm.growing.prefix import Recorder
+from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
 from hooked_vlm.known import shapes_of
-from hooked_vlm.partial import standing_in, uncached
-from hooked_vlm.replay import encoder_of, recording
 
 
 class GrowthError(HookError):

@@ -9,9 +9,9 @@ from hooked_vlm.growing.budget import row_bytes, rows_within
 from hooked_vlm.growing.cells import Job, job_of
 from hooked_vlm.growing.costs import Costs, costs_of
 from hooked_vlm.growing.run import firsts_of, groups_of, starts_of, whole_rows
+from hooked_vlm.hooks.names import last_block
 from hooked_vlm.interventions import site_of
 from hooked_vlm.memory import size_text
-from hooked_vlm.naming import last_block
 from hooked_vlm.recordings import Recording
 from hooked_vlm.tower_restart import tower_depth
 

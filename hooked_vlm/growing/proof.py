@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
+from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.interventions import Steer
 from hooked_vlm.known import forget_known, known, shapes_of, ways_of_attending
-from hooked_vlm.partial import uncached
 
 
 _CALLED: WeakKeyDictionary[Any, dict[Hashable, tuple[Hashable, Tensor]]] = WeakKeyDictionary()

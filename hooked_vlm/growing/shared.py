@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hooked_vlm.cache import ActivationCache
 from hooked_vlm.growing.encodings import encoding_once
+from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.known import content_of, ways_of_attending
 from hooked_vlm.recordings import Recording, record
 

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from hooked_vlm.anatomy.caches import caches_among, is_cache, prompts_among
 from hooked_vlm.errors import HookError
-from hooked_vlm.points import Run
+from hooked_vlm.hooks.hook_point import Run
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hooked_vlm.errors import HookError
-from hooked_vlm.layout import PackedLayout
+from hooked_vlm.hooks.patch_order import PackedLayout
 
 
 @dataclass(eq=False)

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.errors import DataError, UnknownHookError, did_you_mean
-from hooked_vlm.layout import Images
-from hooked_vlm.naming import (
+from hooked_vlm.hooks.names import (
     VISION,
     count_layers,
     get_act_name,
     layer_out_of_range,
     resolve_name,
 )
+from hooked_vlm.hooks.patch_order import Images
 
 
 class ActivationCache(Mapping[str, Any]):

@@ -1,0 +1,160 @@
+"""Running the functions of one site on what flows there.
+
+A hook function is `fn(activation, hook)`; it returns a replacement of the same shape
+and dtype, or None to leave the activation as it is (an edit in place counts as a
+replacement).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.errors import HookError
+from hooked_vlm.hooks.hook_point import HookPoint, Packing, Run
+from hooked_vlm.hooks.patch_order import Images
+from hooked_vlm.hooks.sites import Site, read, write
+
+
+HookFunction = Callable[..., Any]
+"""`fn(activation, hook)`, returning a replacement or None."""
+
+
+class Reader:
+    """A hook function of the library's own that only looks, such as the cache's."""
+
+    def __init__(self, function: Callable[[Images, HookPoint], None]) -> None:
+        self.function = function
+
+    def __call__(self, activation: Images, hook: HookPoint) -> None:
+        self.function(activation, hook)
+
+
+def _parts(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+class _Fired:
+    """Runs the functions of one site on what flows there."""
+
+    def __init__(
+        self,
+        site: Site,
+        point: HookPoint,
+        fns: Sequence[tuple[HookFunction, Run]],
+        packing: Packing,
+    ) -> None:
+        self.site, self.point, self.fns, self.packing = site, point, fns, packing
+
+    @property
+    def asleep(self) -> bool:
+        """Whether no function acts in this pass."""
+        return all(self._sleeps(run) for _, run in self.fns)
+
+    def _sleeps(self, run: Run) -> bool:
+        # The vision encoder runs when there are images to encode, which is part of a prefill.
+        return run.asleep and self.site.axes.startswith("batch")
+
+    def on_raw(self, raw: Any) -> Any:
+        """Returns what must flow on in place of `raw`, or None when nothing changed."""
+        if self.asleep:
+            return None
+        if isinstance(raw, list):  # by image already
+            even = len({tensor.shape for tensor in raw}) == 1
+            value, changed = self.on_value(torch.stack(raw) if even else raw)
+            return list(value) if changed else None
+        shape = raw.shape
+        if not self.site.order:
+            images = self.site.axes.startswith("image ")
+            n_rows = self.packing.n_images if images else self.packing.n_prompts
+            raw = _unfolded(raw, self.site, n_rows)
+        value, changed = self.on_value(read(self.site, raw, self.packing.layout))
+        if not changed:
+            return None
+        written = write(self.site, value, raw, self.packing.layout)
+        # Not reshaped where it need not be: a view forgets the memory layout of axes of one.
+        return written if written.shape == shape else written.reshape(shape)
+
+    def on_value(self, value: Images) -> tuple[Images, bool]:
+        """Returns the value after all functions, and whether any of them changed it."""
+        any_changed = False
+        self.point.call += 1
+        for fn, run in self.fns:
+            if self._sleeps(run):
+                continue
+            self.point.step = max(run.steps, 0)
+            window = run.window(self.site.axes)
+            if window is None or isinstance(value, list):  # lists are by image, not by prompt
+                value, changed = self._apply(fn, value)
+            else:
+                part, changed = self._apply(fn, value[window])
+                if changed:
+                    assert isinstance(part, Tensor)
+                    value = value.clone()
+                    value[window] = part
+            any_changed |= changed
+        return value, any_changed
+
+    def _apply(self, fn: HookFunction, value: Images) -> tuple[Images, bool]:
+        if isinstance(fn, Reader):
+            fn(value, self.point)
+            return value, False
+        before = _Snapshot(value)
+        result = fn(value, hook=self.point)
+        result = value if result is None else result
+        if result is value and before.unchanged():
+            return value, False
+        if self.point.read_only:
+            raise HookError(
+                f"A hook function changed {self.point.name}, which cannot be written: "
+                f"{self.point.read_only}."
+            )
+        return self._checked(result, value, fn), True
+
+    def _checked(self, result: Any, value: Images, fn: HookFunction) -> Images:
+        """Returns a function's result; raises `HookError` if it cannot take the value's place."""
+        given, expected = _parts(result), _parts(value)
+        ok = isinstance(result, Tensor) == isinstance(value, Tensor) and len(given) == len(expected)
+        ok = ok and all(
+            isinstance(g, Tensor) and (g.shape, g.dtype, g.device) == (e.shape, e.dtype, e.device)
+            for g, e in zip(given, expected, strict=True)
+        )
+        if ok:
+            return given if isinstance(value, list) else result
+        raise HookError(
+            f"The hook function {getattr(fn, '__name__', fn)!r} at {self.point.name} returned "
+            f"{_describe(result)}; expected {_describe(value)} with axes [{self.site.axes}]. "
+            "Return a tensor of the activation's shape, dtype and device, or None to leave it."
+        )
+
+
+def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
+    """Returns an activation with the axis of images or prompts that a module folded away."""
+    n_axes = len(site.axes.split()) - (1 if site.heads else 0)
+    if raw.ndim != n_axes - 1 or site.tap == "attention" or not n_rows or len(raw) % n_rows:
+        return raw
+    return raw.unflatten(0, (n_rows, -1))
+
+
+class _Snapshot:
+    """Tells whether a value was edited in place, by version where torch counts them."""
+
+    def __init__(self, value: Images) -> None:
+        self.tensors: list[Tensor] = _parts(value)
+        counted = not any(tensor.is_inference() for tensor in self.tensors)
+        self.versions = [tensor._version for tensor in self.tensors] if counted else []
+        self.copies = [] if counted else [tensor.clone() for tensor in self.tensors]
+
+    def unchanged(self) -> bool:
+        if self.versions:
+            return all(t._version == v for t, v in zip(self.tensors, self.versions, strict=True))
+        return all(torch.equal(t, c) for t, c in zip(self.tensors, self.copies, strict=True))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(map(_describe, value))})"
+    return f"a {type(value).__name__}"
