@@ -29,14 +29,14 @@ from torch import Tensor
 from benchmarks.throughput import machine
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, final_logits
 from hooked_vlm.agreement import Agreement, agreement, agreement_table
+from hooked_vlm.analysis.scoring import logit_difference, target_probability
+from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.charts import curves
 from hooked_vlm.experiments.config import Config
 from hooked_vlm.experiments.setting import Setting, interval_rows
 from hooked_vlm.experiments.swap_regions import SwapRegions
 from hooked_vlm.plots import SLOTS, Look, to_png
 from hooked_vlm.regions.region import Region
-from hooked_vlm.scoring import logit_difference, target_probability
-from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import final_token_pair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
 

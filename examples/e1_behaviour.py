@@ -10,8 +10,8 @@ import argparse
 import torch
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.scoring import normalise, top_answer
-from hooked_vlm.statistics import wilson
+from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.stimuli import geometry_for
 from hooked_vlm.stimuli.settings import stimulus_set
 

@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, final_logits
-from hooked_vlm.scoring import target_probability
+from hooked_vlm.analysis.scoring import target_probability
 from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for, sample_tuples
 from hooked_vlm.stimuli.pairs import final_token_pair
 from hooked_vlm.stimuli.squares import COLORS, draw, prompt

@@ -12,7 +12,12 @@ from itertools import permutations
 import torch
 
 from hooked_vlm import HookedVLM, LinearProbe
-from hooked_vlm.probes import held_out_accuracy, object_examples, shuffled_labels, split_by_image
+from hooked_vlm.analysis.probes import (
+    held_out_accuracy,
+    object_examples,
+    shuffled_labels,
+    split_by_image,
+)
 from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for
 from hooked_vlm.stimuli.squares import COLORS, draw
 

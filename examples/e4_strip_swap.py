@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from hooked_vlm import HookedVLM, Patch, Sweep, final_logits, swap_pairs
-from hooked_vlm.scoring import target_probability
+from hooked_vlm.analysis.scoring import target_probability
 from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for, sample_tuples
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.squares import COLORS, draw, prompt

@@ -12,8 +12,8 @@ import argparse
 import torch
 
 from hooked_vlm import HookedVLM, Patch
-from hooked_vlm.scoring import normalise, top_answer
-from hooked_vlm.statistics import wilson
+from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for
 from hooked_vlm.stimuli.squares import draw, items, prompt
 

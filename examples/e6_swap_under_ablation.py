@@ -11,8 +11,8 @@ import argparse
 import torch
 
 from hooked_vlm import HookedVLM, Patch, Recording, Sweep, final_logits, swap_pairs
+from hooked_vlm.analysis.scoring import normalise, target_probability, top_answer
 from hooked_vlm.hooks.names import slot_name
-from hooked_vlm.scoring import normalise, target_probability, top_answer
 from hooked_vlm.stimuli import SYSTEM_PROMPT, geometry_for
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.squares import draw, items, prompt

@@ -14,9 +14,9 @@ from itertools import permutations
 import torch
 
 from hooked_vlm import HookedVLM, LinearProbe, Region, Steer, Sweep, final_logits
-from hooked_vlm.directions import random_controls, stack
-from hooked_vlm.probes import class_directions, object_examples
-from hooked_vlm.scoring import normalise, top_answer
+from hooked_vlm.analysis.directions import random_controls, stack
+from hooked_vlm.analysis.probes import class_directions, object_examples
+from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.stimuli import geometry_for
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set

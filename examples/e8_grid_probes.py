@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from hooked_vlm import HookedVLM, LinearProbe
-from hooked_vlm.probes import held_out_accuracy, object_examples, split_by_image
+from hooked_vlm.analysis.probes import held_out_accuracy, object_examples, split_by_image
 from hooked_vlm.stimuli import SYSTEM_PROMPT
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 

@@ -12,7 +12,7 @@ from itertools import permutations
 import torch
 
 from hooked_vlm import HookedVLM, LinearProbe
-from hooked_vlm.probes import held_out_accuracy, object_examples, split_by_image
+from hooked_vlm.analysis.probes import held_out_accuracy, object_examples, split_by_image
 from hooked_vlm.stimuli import geometry_for
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
+    from hooked_vlm.analysis.directions import orthonormalise as orthonormalise
+    from hooked_vlm.analysis.probes import LinearProbe as LinearProbe
     from hooked_vlm.attribution import attribution_patch as attribution_patch
-    from hooked_vlm.directions import orthonormalise as orthonormalise
     from hooked_vlm.encoder import HookedVisionEncoder as HookedVisionEncoder
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.interventions import Patch as Patch
     from hooked_vlm.interventions import Steer as Steer
     from hooked_vlm.model import HookedVLM as HookedVLM
-    from hooked_vlm.probes import LinearProbe as LinearProbe
     from hooked_vlm.recordings import Recording as Recording
     from hooked_vlm.recordings import record as record
     from hooked_vlm.regions.grid import TokenGrid as TokenGrid

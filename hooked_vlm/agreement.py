@@ -19,8 +19,8 @@ import xarray as xr
 from jaxtyping import Float
 from scipy.stats import rankdata
 
+from hooked_vlm.analysis.statistics import Interval, bootstrap_of
 from hooked_vlm.errors import DataError
-from hooked_vlm.statistics import Interval, bootstrap_of
 
 
 SMALLEST = 1e-6

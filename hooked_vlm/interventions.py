@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.directions import add, scale_projections
+from hooked_vlm.analysis.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.guarded import guarded, require_made_for
 from hooked_vlm.hooks.names import VISION, resolve_name, slot_name

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooked_vlm.directions import (
+from hooked_vlm.analysis.directions import (
     Direction,
     add,
     orthonormalise,
@@ -15,8 +15,8 @@ from hooked_vlm.directions import (
     scale_projections,
     stack,
 )
+from hooked_vlm.analysis.probes import LinearProbe, class_directions
 from hooked_vlm.errors import DataError
-from hooked_vlm.probes import LinearProbe, class_directions
 
 
 D = 24

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, IMAGE, PAD, make_inputs, tiny, tokens_of
 from torch import Tensor
 
-from hooked_vlm.directions import add, scale_projections
+from hooked_vlm.analysis.directions import add, scale_projections
 from hooked_vlm.errors import (
     HookedVLMError,
     HookedVLMWarning,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, arguments, assert_close, is_exact, truth
 
 from hooked_vlm import kernels
-from hooked_vlm.directions import add, scale_projections
+from hooked_vlm.analysis.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, MissingExtraError
 from hooked_vlm.kernels import cpu, patched_rows, triton, way_for
 from hooked_vlm.kernels.checks import Asked, check

@@ -10,11 +10,17 @@ import torch
 from planted_models import planted
 from scipy.stats import binom
 
+from hooked_vlm.analysis.scoring import target_probability
+from hooked_vlm.analysis.statistics import (
+    bootstrap,
+    holm,
+    paired_difference,
+    sign_flip_test,
+    wilson,
+)
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.interventions import Patch
-from hooked_vlm.scoring import target_probability
-from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test, wilson
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.sweep import Sweep, final_logits

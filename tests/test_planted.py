@@ -10,19 +10,19 @@ import torch
 from planted_models import GEOMETRY, planted
 from torch import Tensor
 
-from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.swap_regions import cell_pairs
-from hooked_vlm.interventions import Ablate, Patch
-from hooked_vlm.probes import (
+from hooked_vlm.analysis.probes import (
     LinearProbe,
     held_out_accuracy,
     object_examples,
     shuffled_labels,
     split_by_image,
 )
+from hooked_vlm.analysis.scoring import top_answer
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.swap_regions import cell_pairs
+from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region
-from hooked_vlm.scoring import top_answer
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
 from hooked_vlm.stimuli.settings import stimulus_set

@@ -9,14 +9,14 @@ from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from hooked_vlm.errors import DataError, RegionError
-from hooked_vlm.probes import (
+from hooked_vlm.analysis.probes import (
     LinearProbe,
     held_out_accuracy,
     object_examples,
     shuffled_labels,
     split_by_image,
 )
+from hooked_vlm.errors import DataError, RegionError
 from hooked_vlm.regions.region import Region
 
 

@@ -5,8 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from hooked_vlm.errors import ScoringError
-from hooked_vlm.scoring import (
+from hooked_vlm.analysis.scoring import (
     accuracy,
     agreement,
     answer_ids,
@@ -19,6 +18,7 @@ from hooked_vlm.scoring import (
     target_probability,
     top_answer,
 )
+from hooked_vlm.errors import ScoringError
 
 
 def unigram(pieces, prepend):

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hooked_vlm.errors import DataError
-from hooked_vlm.statistics import (
+from hooked_vlm.analysis.statistics import (
     Interval,
     bootstrap,
     holm,
@@ -19,6 +18,7 @@ from hooked_vlm.statistics import (
     sign_flip_test,
     wilson,
 )
+from hooked_vlm.errors import DataError
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 50), (1, 50), (27, 50), (49, 50), (50, 50), (3, 7)])
@@ -111,7 +111,7 @@ def test_seed_decides_the_interval():
 def test_blocks_do_not_change_the_sign_flip_or_bootstrap(monkeypatch):
     values = np.random.default_rng(0).normal(size=(40, 2))
     whole = bootstrap(values, n_resamples=400), sign_flip_test(values, n_resamples=400)
-    monkeypatch.setattr("hooked_vlm.statistics._BLOCK", 40 * 64)
+    monkeypatch.setattr("hooked_vlm.analysis.statistics._BLOCK", 40 * 64)
     parts = bootstrap(values, n_resamples=400), sign_flip_test(values, n_resamples=400)
     np.testing.assert_allclose(whole[0].low, parts[0].low)
     np.testing.assert_allclose(whole[1], parts[1])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hooked_vlm.analysis.scoring import normalise, spellings
 from hooked_vlm.errors import UnsupportedModelError
-from hooked_vlm.scoring import normalise, spellings
 from hooked_vlm.stimuli import photographs
 from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.pairs import Question

@@ -22,7 +22,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_vlm.directions import orthonormalise, random_controls, stack
+from hooked_vlm.analysis.directions import orthonormalise, random_controls, stack
+from hooked_vlm.analysis.probes import LinearProbe, class_directions, object_examples
+from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
 from hooked_vlm.experiments import config as common
 from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.ordering_probes import probe_regions, projected
@@ -30,10 +33,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.inputs import Inputs
 from hooked_vlm.interventions import Steer
-from hooked_vlm.probes import LinearProbe, class_directions, object_examples
 from hooked_vlm.regions.region import Region
-from hooked_vlm.scoring import normalise, top_answer
-from hooked_vlm.statistics import Interval, bootstrap, wilson
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweep import Sweep, final_logits
 

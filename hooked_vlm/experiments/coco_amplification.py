@@ -17,7 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.directions import stack
+from hooked_vlm.analysis.directions import stack
+from hooked_vlm.analysis.probes import Examples, LinearProbe, class_directions, split_by_image
+from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import DataError, HookedVLMWarning
 from hooked_vlm.experiments.amplification import (
     CONTROLS,
@@ -34,10 +37,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import interval_rows, said, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs import Inputs
-from hooked_vlm.probes import Examples, LinearProbe, class_directions, split_by_image
 from hooked_vlm.regions.region import Region
-from hooked_vlm.scoring import normalise, top_answer
-from hooked_vlm.statistics import wilson
 from hooked_vlm.stimuli.coco import load
 from hooked_vlm.stimuli.coco_boxes import BoxedItem, with_boxes
 from hooked_vlm.sweep import final_logits

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from hooked_vlm.analysis.statistics import holm, paired_difference, sign_flip_test
 from hooked_vlm.experiments import ordering_probes, strip_swap
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import interval_rows, said, select
-from hooked_vlm.statistics import holm, paired_difference, sign_flip_test
 
 
 DIFFERENCE = "paired difference"

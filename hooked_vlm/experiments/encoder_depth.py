@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import config as common
 from hooked_vlm.experiments.config import OnProgress
@@ -27,7 +28,6 @@ from hooked_vlm.experiments.strip_swap import FLIPPED
 from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.interventions import Patch
-from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import Question, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweep import Sweep, final_logits

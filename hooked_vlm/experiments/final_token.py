@@ -14,6 +14,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.analysis.scoring import agreement, logit_difference
+from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import (
@@ -26,8 +28,6 @@ from hooked_vlm.experiments.setting import (
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions import Patch
 from hooked_vlm.regions.positions import LastToken
-from hooked_vlm.scoring import agreement, logit_difference
-from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import FinalTokenPair, final_token_pair
 from hooked_vlm.sweep import Sweep, final_logits
 

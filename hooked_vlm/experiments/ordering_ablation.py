@@ -15,13 +15,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.statistics import (
+    bootstrap,
+    holm,
+    paired_difference,
+    sign_flip_test,
+    wilson,
+)
 from hooked_vlm.experiments import config as common
 from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.order_removal import REMOVALS, references
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
-from hooked_vlm.scoring import normalise, top_answer
-from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test, wilson
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweep import Sweep, final_logits
 

@@ -14,11 +14,7 @@ import xarray as xr
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from hooked_vlm.experiments.config import Config, OnProgress
-from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said
-from hooked_vlm.hooks.names import PROJECTOR
-from hooked_vlm.probes import (
+from hooked_vlm.analysis.probes import (
     Examples,
     LinearProbe,
     held_out_accuracy,
@@ -26,8 +22,12 @@ from hooked_vlm.probes import (
     shuffled_labels,
     split_by_image,
 )
+from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.experiments.config import Config, OnProgress
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.setting import Setting, interval_rows, said
+from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.regions.region import Region
-from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.statistics import bootstrap, wilson
 from hooked_vlm.experiments import config as common
 from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.order_removal import references, removed
@@ -24,8 +26,6 @@ from hooked_vlm.experiments.ordering_ablation import sampled
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.inputs import Inputs
-from hooked_vlm.scoring import normalise, top_answer
-from hooked_vlm.statistics import bootstrap, wilson
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweep import final_logits
 

@@ -16,17 +16,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from hooked_vlm.errors import DataError
-from hooked_vlm.experiments.config import Config
-from hooked_vlm.inputs import Inputs
-from hooked_vlm.scoring import (
+from hooked_vlm.analysis.scoring import (
     answer_ids,
     candidate_probability,
     is_single_token,
     normalise,
     top_answer,
 )
-from hooked_vlm.statistics import Interval
+from hooked_vlm.analysis.statistics import Interval
+from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.config import Config
+from hooked_vlm.inputs import Inputs
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT

@@ -14,6 +14,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.analysis.scoring import agreement, logit_difference
+from hooked_vlm.analysis.statistics import bootstrap, holm, paired_difference, sign_flip_test
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import (
@@ -29,8 +31,6 @@ from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions import Patch
 from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
-from hooked_vlm.scoring import agreement, logit_difference
-from hooked_vlm.statistics import bootstrap, holm, paired_difference, sign_flip_test
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
 from hooked_vlm.sweep import Sweep, final_logits

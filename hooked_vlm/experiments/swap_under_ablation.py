@@ -12,6 +12,8 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.config import Config, OnProgress
 from hooked_vlm.experiments.order_removal import references, removed
@@ -23,8 +25,6 @@ from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions import Patch
 from hooked_vlm.recordings import Recording
 from hooked_vlm.regions.pairs import CellPairs
-from hooked_vlm.scoring import normalise, top_answer
-from hooked_vlm.statistics import bootstrap
 from hooked_vlm.stimuli.pairs import Question, SwapPair, right_on_both, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweep import Sweep, final_logits

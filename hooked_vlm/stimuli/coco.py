@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.scoring import normalise
 from hooked_vlm.stimuli.prompts import side_prompt
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hooked_vlm.analysis.statistics import Interval, wilson
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.statistics import Interval, wilson
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import PREPOSITION, WHATSUP

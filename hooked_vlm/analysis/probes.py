@@ -29,10 +29,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from hooked_vlm.directions import Direction
+from hooked_vlm.analysis.directions import Direction
+from hooked_vlm.analysis.statistics import Interval, wilson
 from hooked_vlm.errors import DataError
 from hooked_vlm.regions.region import Region
-from hooked_vlm.statistics import Interval, wilson
 
 
 class LinearProbe(ClassifierMixin, BaseEstimator):
