@@ -15,7 +15,7 @@ from PIL import Image
 
 from hooked_vlm import laws
 from hooked_vlm.hooks.names import VISION
-from hooked_vlm.inputs import Inputs
+from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.laws import NO, Finding
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.sweep_law import check_sweep

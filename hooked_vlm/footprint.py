@@ -24,7 +24,7 @@ from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.routing import holds_pixels, pixel_name
+from hooked_vlm.inputs.pixel_routing import holds_pixels, pixel_name
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.guarded import guarded, require_made_for
 from hooked_vlm.hooks.names import VISION, resolve_name, slot_name
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.inputs import rows_of
+from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.places import (
     Located,
     index_of,

@@ -18,7 +18,7 @@ from hooked_vlm.errors import (
     UnsupportedModelError,
     did_you_mean,
 )
-from hooked_vlm.processors import load_processor
+from hooked_vlm.inputs.without_torchvision import load_processor
 from hooked_vlm.zoo import available, load
 
 

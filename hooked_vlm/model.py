@@ -35,8 +35,8 @@ from hooked_vlm.hooks.stand_ins import (
     skipping,
     uncached,
 )
-from hooked_vlm.image_grids import GridFinder
-from hooked_vlm.inputs import Images, Inputs, Texts, prepare_inputs
+from hooked_vlm.inputs.grid_finder import GridFinder
+from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.loading import load_pretrained
 
 

@@ -15,7 +15,6 @@ from prepared_models import prepared
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 
-from hooked_vlm import image_grids
 from hooked_vlm.errors import (
     GridError,
     HookedVLMWarning,
@@ -23,12 +22,13 @@ from hooked_vlm.errors import (
     NoGradientError,
     NoGridError,
 )
+from hooked_vlm.inputs import grid_finder
+from hooked_vlm.inputs.pixel_routing import attention_sites
 from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.region import Region
-from hooked_vlm.routing import attention_sites
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image processor made")
@@ -241,7 +241,7 @@ def test_where_nothing_can_be_compared_the_rule_is_believed_and_that_is_said(
     def severed(*args: Any) -> Any:
         raise NoGradientError("No gradient.")
 
-    monkeypatch.setattr(image_grids, "measure_routes", severed)
+    monkeypatch.setattr(grid_finder, "measure_routes", severed)
     with pytest.warns(HookedVLMWarning, match=r"No gradient\..*which was not compared"):
         found = fresh.prepare(image, "Where?").grid
     assert torch.equal(found.positions, model.prepare(image, "Where?").grid.positions)
@@ -440,13 +440,13 @@ def test_prompts_with_different_images_in_one_batch() -> None:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows with every measurement."""
-    own, calls = image_grids.measure_routes, []
+    own, calls = grid_finder.measure_routes, []
 
     def measure(model: Any, inputs: Any) -> Any:
         calls.append(int(inputs["input_ids"].shape[1]))
         return own(model, inputs)
 
-    monkeypatch.setattr(image_grids, "measure_routes", measure)
+    monkeypatch.setattr(grid_finder, "measure_routes", measure)
     return calls
 
 

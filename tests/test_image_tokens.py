@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import GridError
-from hooked_vlm.image_tokens import ImageLayout, image_token_runs, token_grids
+from hooked_vlm.inputs.by_rule import ImageLayout, image_token_runs, token_grids
 
 
 IMG, SEP = 9, 7

@@ -8,7 +8,7 @@ from prepared_models import prepared
 from tiny_models import FAMILIES, build, make_inputs
 
 from hooked_vlm.errors import DataError, GridError, HookedVLMWarning, UnsupportedModelError
-from hooked_vlm.inputs import Inputs, to_pil
+from hooked_vlm.inputs.prepare import Inputs, to_pil
 from hooked_vlm.model import HookedVLM
 
 

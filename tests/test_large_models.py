@@ -21,10 +21,10 @@ from tiny_models import FAMILIES, build, make_inputs
 from torch import Tensor, nn
 from transformers.utils import is_accelerate_available
 
-from hooked_vlm import routing
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device
 from hooked_vlm.encoder import HookedVisionEncoder
 from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.inputs import pixel_routing
 from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.provenance import Stopwatch, record
@@ -345,7 +345,7 @@ def test_grids_follow_the_rule_where_the_measurement_breaks(monkeypatch):
     def broken(*args: Any) -> Any:
         raise RuntimeError("derivative for this operation is not implemented")
 
-    monkeypatch.setattr(routing, "positions_reached", broken)
+    monkeypatch.setattr(pixel_routing, "positions_reached", broken)
     with pytest.warns(HookedVLMWarning, match=r"derivative .* was not compared"):
         inputs = model.prepare(torch.rand(3, 64, 64), "what")
     assert inputs.grid.shape == (8, 8)

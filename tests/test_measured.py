@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm.errors import GridError
-from hooked_vlm.measured import Template, make_template, places_of, ramp_images
-from hooked_vlm.routing import NOWHERE, SEVERAL, Routes
+from hooked_vlm.inputs.by_measurement import Template, make_template, places_of, ramp_images
+from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, Routes
 
 
 ROWS, PROJECTED = "vision_encoder.blocks.0.hook_resid_pre", "vision_projector.hook_out"

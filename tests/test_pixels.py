@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hooked_vlm.errors import GridError, HookedVLMWarning
-from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.inputs.pixel_map import pixel_transform
 
 
 PLAIN: dict[str, Any] = {"do_normalize": False, "resample": 0}

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils import is_torchvision_available
 
 from hooked_vlm.errors import MissingExtraError, UnsupportedModelError
-from hooked_vlm.processors import images_only, load_processor
+from hooked_vlm.inputs.without_torchvision import images_only, load_processor
 
 
 ORDERS = {
@@ -101,7 +101,9 @@ def test_saving_and_loading_gives_the_same_processor(model_type, tmp_path, monke
     # as a checkpoint has it that was saved whole
     options["video_processor"] = {"video_processor_type": "NoSuchVideoProcessor"}
     (tmp_path / "processor_config.json").write_text(json.dumps(options))
-    monkeypatch.setattr("hooked_vlm.processors.is_torchvision_available", lambda: False)
+    monkeypatch.setattr(
+        "hooked_vlm.inputs.without_torchvision.is_torchvision_available", lambda: False
+    )
     loaded = load_processor(str(tmp_path))
     assert type(loaded) is type(saved)
     assert loaded.to_dict() == saved.to_dict()

@@ -13,8 +13,7 @@ from tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny
 from torch import Tensor, nn
 
 from hooked_vlm.errors import GridError, NoGradientError
-from hooked_vlm.model import HookedVLM
-from hooked_vlm.routing import (
+from hooked_vlm.inputs.pixel_routing import (
     NOWHERE,
     SEVERAL,
     attention_sites,
@@ -23,6 +22,7 @@ from hooked_vlm.routing import (
     pixel_name,
     positions_reached,
 )
+from hooked_vlm.model import HookedVLM
 
 
 ROWS, PROJECTED = "vision_encoder.blocks.0.hook_resid_pre", "vision_projector.hook_out"

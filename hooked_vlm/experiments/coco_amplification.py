@@ -36,7 +36,7 @@ from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import interval_rows, said, select
 from hooked_vlm.hooks.names import PROJECTOR
-from hooked_vlm.inputs import Inputs
+from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.coco import load
 from hooked_vlm.stimuli.coco_boxes import BoxedItem, with_boxes

@@ -19,7 +19,7 @@ import torch
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.hooks.names import slot_name
-from hooked_vlm.inputs import Inputs
+from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.interventions import Ablate, Patch
 from hooked_vlm.recordings import Recording
 from hooked_vlm.regions.region import Region

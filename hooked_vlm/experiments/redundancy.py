@@ -25,7 +25,7 @@ from hooked_vlm.experiments.order_removal import references, removed
 from hooked_vlm.experiments.ordering_ablation import sampled
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
-from hooked_vlm.inputs import Inputs
+from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweep import final_logits
 

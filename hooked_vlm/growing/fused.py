@@ -15,7 +15,7 @@ from torch import Tensor
 from hooked_vlm.growing.cells import Job
 from hooked_vlm.growing.clean import Clean
 from hooked_vlm.guarded import require_made_for
-from hooked_vlm.inputs import rows_of
+from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.interventions import Patch, Steer
 from hooked_vlm.kernels import patched_rows, way_for
 from hooked_vlm.known import known

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from hooked_vlm.errors import UnsupportedModelError, did_you_mean
-from hooked_vlm.processors import load_processor
+from hooked_vlm.inputs.without_torchvision import load_processor
 
 
 _FOLDER = Path(__file__).parent

@@ -25,7 +25,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
-from hooked_vlm.processors import images_only
+from hooked_vlm.inputs.without_torchvision import images_only
 from hooked_vlm.stimuli.prompts import DIRECTIONS, SYSTEM_PROMPT, squares_prompt
 from hooked_vlm.stimuli.squares import COLORS
 from hooked_vlm.zoo.tasks import LIST_PROMPT

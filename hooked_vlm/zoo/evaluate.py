@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText
 
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import Interval, wilson
-from hooked_vlm.processors import load_processor
+from hooked_vlm.inputs.without_torchvision import load_processor
 from hooked_vlm.stimuli.geometry import Geometry, geometry_for
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPTIONS, SIDES, side_prompt

@@ -23,7 +23,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from conformance import processor_table as table
 from conformance.torchvision_stand_in import torchvision_or_stand_in
-from hooked_vlm.processors import images_only
+from hooked_vlm.inputs.without_torchvision import images_only
 
 
 MODELS = Path(transformers.__file__).parent / "models"

@@ -19,10 +19,10 @@ from hooked_vlm.anatomy.source import forward_parameters
 from hooked_vlm.anatomy.vision import Vision, grid_argument
 from hooked_vlm.errors import DataError, GridError, UnsupportedModelError
 from hooked_vlm.hooks.stand_ins import run_until
-from hooked_vlm.inputs import Images, Inputs, to_pil
-from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.inputs.pixel_map import pixel_transform
+from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, positions_reached
+from hooked_vlm.inputs.prepare import Images, Inputs, to_pil
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
-from hooked_vlm.routing import NOWHERE, SEVERAL, positions_reached
 
 
 Size = tuple[int, int]

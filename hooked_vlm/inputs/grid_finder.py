@@ -3,7 +3,7 @@
 Two layouts are so common that a rule serves them: images packed with their grids of
 patches beside them, and one picture of fixed size for each image.  The rule is not
 believed on its word: the first time a model is given an image, its answer for a small one
-is compared with a measurement (`routing`), and a model for which they differ is measured
+is compared with a measurement (`pixel_routing`), and a model for which they differ is measured
 from then on.  All other layouts (tiles, thumbnails, separators between rows) are measured,
 once for each size of image.
 """
@@ -23,12 +23,17 @@ from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.image_tokens import ImageLayout, token_grids
-from hooked_vlm.measured import Template, View, make_template, places_of
-from hooked_vlm.pixels import pixel_transform
+from hooked_vlm.inputs.by_measurement import Template, View, make_template, places_of
+from hooked_vlm.inputs.by_rule import ImageLayout, token_grids
+from hooked_vlm.inputs.pixel_map import pixel_transform
+from hooked_vlm.inputs.pixel_routing import (
+    attention_sites,
+    holds_pixels,
+    measure_routes,
+    pixel_name,
+)
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
-from hooked_vlm.routing import attention_sites, holds_pixels, measure_routes, pixel_name
 
 
 Size = tuple[int, int]

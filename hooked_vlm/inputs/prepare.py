@@ -23,8 +23,8 @@ from hooked_vlm.errors import (
     NoGridError,
     UnsupportedModelError,
 )
-from hooked_vlm.image_grids import GridFinder, Wrapped
-from hooked_vlm.processing import model_inputs, placeholder, placeholders
+from hooked_vlm.inputs.grid_finder import GridFinder, Wrapped
+from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 from hooked_vlm.regions.positions import PromptRow, token_pieces
 

@@ -1,6 +1,6 @@
 """Grids that are measured rather than known: for any processor, tiling and order.
 
-`routing` says which position of the prompt each element of the pixel tensor reaches.  Which
+`pixel_routing` says which position of the prompt each element of the pixel tensor reaches.  Which
 part of the *image* such an element shows, the processor itself can tell: given an image
 whose grey level rises from left to right, it resizes, crops, pads and tiles that too, and
 leaves in every element the place it came from (a second image tells top from bottom; a
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hooked_vlm.errors import GridError
 from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.inputs.pixel_routing import SEVERAL, Routes
 from hooked_vlm.regions.grid import EncoderRows
-from hooked_vlm.routing import SEVERAL, Routes
 
 
 Size = tuple[int, int]
