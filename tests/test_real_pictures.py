@@ -26,7 +26,8 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.swap_regions import SwapRegions, cell_pairs, strips_of
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.stimuli import coco, coco_boxes, squares, whatsup
+from hooked_vlm.stimuli import squares
+from hooked_vlm.stimuli.datasets import coco, coco_boxes, whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
 

@@ -38,8 +38,8 @@ from hooked_vlm.experiments.setting import interval_rows, said, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.regions.region import Region
-from hooked_vlm.stimuli.coco import load
-from hooked_vlm.stimuli.coco_boxes import BoxedItem, with_boxes
+from hooked_vlm.stimuli.datasets.coco import load
+from hooked_vlm.stimuli.datasets.coco_boxes import BoxedItem, with_boxes
 from hooked_vlm.sweep import final_logits
 
 

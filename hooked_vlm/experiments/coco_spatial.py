@@ -19,7 +19,7 @@ from hooked_vlm.experiments import config as common
 from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import interval_rows, said, select
-from hooked_vlm.stimuli.coco import SpatialItem, load
+from hooked_vlm.stimuli.datasets.coco import SpatialItem, load
 from hooked_vlm.sweep import final_logits
 
 

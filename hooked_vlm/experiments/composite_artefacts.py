@@ -29,7 +29,8 @@ from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, said, select
 from hooked_vlm.experiments.swap_regions import strips_of
-from hooked_vlm.stimuli import photographs, whatsup
+from hooked_vlm.stimuli import photographs
+from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import stimulus_set

@@ -30,7 +30,7 @@ from hooked_vlm.experiments import (
 from hooked_vlm.experiments.config import Config as Config
 from hooked_vlm.experiments.config import OnProgress as OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.stimuli import whatsup
+from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.settings import SETTINGS
 
 

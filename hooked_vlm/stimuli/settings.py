@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.stimuli import objects, photographs, shapes, squares, whatsup
+from hooked_vlm.stimuli import objects, photographs, shapes, squares
+from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.sets import Draw

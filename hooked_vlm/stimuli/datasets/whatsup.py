@@ -17,11 +17,11 @@ from PIL import Image
 
 from hooked_vlm.analysis.statistics import Interval, wilson
 from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.stimuli.datasets.whatsup_layout import layout_of
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import PREPOSITION, WHATSUP
 from hooked_vlm.stimuli.sets import StimulusSet
-from hooked_vlm.stimuli.whatsup_layout import layout_of
 
 
 REFERENCES = ("chair", "table", "armchair")

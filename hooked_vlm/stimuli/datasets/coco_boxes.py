@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.stimuli.coco import SpatialItem
+from hooked_vlm.stimuli.datasets.coco import SpatialItem
 
 
 FILE = "instances_val2017.json"

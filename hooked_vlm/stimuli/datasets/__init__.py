@@ -1,0 +1,1 @@
+"""Published pictures that a user has on disk, read as stimuli."""
