@@ -43,7 +43,7 @@ from hooked_vlm.model import HookedVLM
 from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.prompts import DIRECTIONS
 from hooked_vlm.stimuli.squares import COLORS
-from hooked_vlm.zoo.build import RECIPES, build_tokenizer
+from training.build import RECIPES, build_tokenizer
 
 
 SIDE, PATCH, WIDTH = 6, 8, 64

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.zoo.build import Recipe, build_model, build_processor, build_tokenizer
+from training.build import Recipe, build_model, build_processor, build_tokenizer
 
 
 CANVAS, PATCH = 64, 8

@@ -104,12 +104,6 @@ WAITING = {  # files that are yet to move, by the package they belong to
     "sweep": "sweeps",
     "sweep_law": "checks",
     "tower_restart": "engine",
-    "zoo.batches": "zoo",
-    "zoo.build": "zoo",
-    "zoo.evaluate": "zoo",
-    "zoo.scenes": "zoo",
-    "zoo.tasks": "zoo",
-    "zoo.train": "zoo",
 }
 LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
 ALONE = {

@@ -18,18 +18,13 @@ from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPTIONS, SYSTEM_PROMPT, squares_prompt
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.stimuli.squares import COLORS, draw
-from hooked_vlm.zoo import available, evaluate, folder, load
-from hooked_vlm.zoo.batches import Encoder
-from hooked_vlm.zoo.build import RECIPES, WORDS, build_processor, build_tokenizer
-from hooked_vlm.zoo.evaluate import SETS
-from hooked_vlm.zoo.scenes import (
-    KINDS,
-    PHRASINGS,
-    MixedScene,
-    held_out_objects,
-    mixed_scene,
-)
-from hooked_vlm.zoo.tasks import (
+from hooked_vlm.zoo import available, folder, load
+from training import evaluate
+from training.batches import Encoder
+from training.build import RECIPES, WORDS, build_processor, build_tokenizer
+from training.evaluate import SETS
+from training.scenes import KINDS, PHRASINGS, MixedScene, held_out_objects, mixed_scene
+from training.tasks import (
     EXTRA_COLORS,
     canonical_scene,
     conversation,
@@ -38,7 +33,7 @@ from hooked_vlm.zoo.tasks import (
     training_scene,
     training_triples,
 )
-from hooked_vlm.zoo.train import Config, Stage, carry_over, fresh_model, training_batch
+from training.train import Config, Stage, carry_over, fresh_model, training_batch
 
 
 NAMES = sorted(RECIPES)

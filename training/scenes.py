@@ -22,7 +22,7 @@ from hooked_vlm.stimuli import objects, photographs, prompts, shapes
 from hooked_vlm.stimuli.geometry import Geometry
 from hooked_vlm.stimuli.prompts import OPTIONS, OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.squares import COLORS
-from hooked_vlm.zoo.tasks import (
+from training.tasks import (
     EXTRA_COLORS,
     TRIPLE_SEED,
     Triple,

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
-from hooked_vlm.zoo.build import MERGE, PATCH
-from hooked_vlm.zoo.tasks import Turn
+from training.build import MERGE, PATCH
+from training.tasks import Turn
 
 
 @dataclass(frozen=True, eq=False)

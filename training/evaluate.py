@@ -1,6 +1,6 @@
 """Measures how often a shipped model answers right.
 
-    python -m hooked_vlm.zoo.evaluate tiny-qwen2-vl
+    python -m training.evaluate tiny-qwen2-vl
 
 Three sets of pictures, each asked in all four directions, the question being the first
 turn as in the paper: the paper's layout with every colour triple, the paper's layout with
@@ -36,17 +36,11 @@ from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPTIONS, SIDES, side
 from hooked_vlm.stimuli.settings import SETTINGS, stimulus_set
 from hooked_vlm.stimuli.squares import COLORS
 from hooked_vlm.zoo import available, load
-from hooked_vlm.zoo.batches import Batch, Encoder
-from hooked_vlm.zoo.build import MERGE, PATCH
-from hooked_vlm.zoo.scenes import held_out_objects
-from hooked_vlm.zoo.tasks import (
-    Scene,
-    Turn,
-    canonical_scene,
-    held_out_triples,
-    jittered_scene,
-)
-from hooked_vlm.zoo.train import answer_logits, first_answers
+from training.batches import Batch, Encoder
+from training.build import MERGE, PATCH
+from training.scenes import held_out_objects
+from training.tasks import Scene, Turn, canonical_scene, held_out_triples, jittered_scene
+from training.train import answer_logits, first_answers
 
 
 SETS = ("paper's layout", "unseen triples", "unseen triples and layouts")

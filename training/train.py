@@ -1,6 +1,6 @@
 """Trains the shipped models from scratch, on a CPU, in about an hour each.
 
-    python -m hooked_vlm.zoo.train tiny-qwen2-vl --out tiny-qwen2-vl
+    python -m training.train tiny-qwen2-vl --out tiny-qwen2-vl
 
 Two stages, by size of the picture.  Most steps run on 96 px pictures (6x6 visual
 tokens), where a step costs a third; the last ones on the full 192 px (12x12).  Between
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.stimuli.geometry import Geometry, geometry_for
-from hooked_vlm.zoo.batches import Batch, Encoder
-from hooked_vlm.zoo.build import MERGE, PATCH, RECIPES, build_model, build_processor
-from hooked_vlm.zoo.scenes import mixed_conversation, mixed_scene
-from hooked_vlm.zoo.tasks import conversation, held_out_triples, training_scene, training_triples
+from training.batches import Batch, Encoder
+from training.build import MERGE, PATCH, RECIPES, build_model, build_processor
+from training.scenes import mixed_conversation, mixed_scene
+from training.tasks import conversation, held_out_triples, training_scene, training_triples
 
 
 TOKEN_PX = PATCH * MERGE

@@ -28,7 +28,7 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from hooked_vlm.inputs.without_torchvision import images_only
 from hooked_vlm.stimuli.prompts import DIRECTIONS, SYSTEM_PROMPT, squares_prompt
 from hooked_vlm.stimuli.squares import COLORS
-from hooked_vlm.zoo.tasks import LIST_PROMPT
+from training.tasks import LIST_PROMPT
 
 
 PATCH = 8
