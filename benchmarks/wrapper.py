@@ -40,7 +40,7 @@ from benchmarks.built import LAYERS, REAL, build, make_inputs, on_meta
 from benchmarks.parts import twin
 from benchmarks.tasks import Cannot
 from hooked_vlm import HookedVLM, LastToken, Patch
-from hooked_vlm.recordings import record
+from hooked_vlm.interventions.recording import record
 from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.squares import draw
 

@@ -27,13 +27,13 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.hooks.hook_point import HookPoint as HookPoint
     from hooked_vlm.hooks.names import get_act_name as get_act_name
     from hooked_vlm.inputs.prepare import Inputs as Inputs
-    from hooked_vlm.interventions import Ablate as Ablate
-    from hooked_vlm.interventions import Chain as Chain
-    from hooked_vlm.interventions import Patch as Patch
-    from hooked_vlm.interventions import Steer as Steer
+    from hooked_vlm.interventions.ablate import Ablate as Ablate
+    from hooked_vlm.interventions.chain import Chain as Chain
+    from hooked_vlm.interventions.patch import Patch as Patch
+    from hooked_vlm.interventions.recording import Recording as Recording
+    from hooked_vlm.interventions.recording import record as record
+    from hooked_vlm.interventions.steer import Steer as Steer
     from hooked_vlm.model import HookedVLM as HookedVLM
-    from hooked_vlm.recordings import Recording as Recording
-    from hooked_vlm.recordings import record as record
     from hooked_vlm.regions.grid import TokenGrid as TokenGrid
     from hooked_vlm.regions.overlay import draw_regions as draw_regions
     from hooked_vlm.regions.pairs import swap_pairs as swap_pairs

@@ -28,12 +28,13 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.engine import Cell
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.gradients import Metric, clean_run, said, wide
 from hooked_vlm.hooks.names import select_names
-from hooked_vlm.interventions import Patch, site_of
-from hooked_vlm.recordings import Recording, Source, record
+from hooked_vlm.interventions.base import site_of
+from hooked_vlm.interventions.chain import Cell
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import Recording, Source, record
 
 
 Edits = dict[str, list[Callable[..., Any]]]

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.engine import Cell, parts_of, run_plain
+from hooked_vlm.engine import run_plain
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
-from hooked_vlm.interventions import site_of
+from hooked_vlm.interventions.base import site_of
+from hooked_vlm.interventions.chain import Cell, parts_of
 from hooked_vlm.tower_restart import TowerRestart
 
 

@@ -21,14 +21,15 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_vlm.attribution import first_order
-from hooked_vlm.engine import Cell, parts_of, run_plain, source_of
+from hooked_vlm.engine import run_plain
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.plan import Plan
 from hooked_vlm.growing.run import run_growing
 from hooked_vlm.growing.shared import recorded_once
-from hooked_vlm.interventions import site_of
-from hooked_vlm.recordings import Recording
+from hooked_vlm.interventions.base import site_of
+from hooked_vlm.interventions.chain import Cell, parts_of, source_of
+from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.restart import run_cells
 
 

@@ -12,7 +12,7 @@ import torch
 
 from hooked_vlm.errors import GridError, InterventionError
 from hooked_vlm.growing.run import BOUNDS
-from hooked_vlm.interventions import Patch
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.regions.positions import LastToken, Positions

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hooked_vlm.engine import Cell, parts_of
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
-from hooked_vlm.interventions import site_of
+from hooked_vlm.interventions.base import site_of
+from hooked_vlm.interventions.chain import Cell, parts_of
 from hooked_vlm.known import known, shapes_of, ways_of_attending
 
 

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from hooked_vlm.attribution import attribution_patch
 from hooked_vlm.errors import HookedVLMWarning, InterventionError
-from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.chain import Chain
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import record
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.recordings import record
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region

@@ -20,7 +20,10 @@ from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.early import merges_first
 from hooked_vlm.growing.proof import forget
 from hooked_vlm.growing.run import BOUNDS, run_growing
-from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.chain import Chain
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.sweep import Sweep

@@ -26,8 +26,10 @@ from hooked_vlm.errors import (
     RegionError,
     UnknownHookError,
 )
-from hooked_vlm.interventions import Ablate, Patch, Steer
-from hooked_vlm.recordings import record
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import record
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.positions import LastToken
 

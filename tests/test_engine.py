@@ -5,9 +5,12 @@ import torch
 from forward_counter import count_forwards
 from tiny_models import FAMILIES, make_inputs, tiny
 
-from hooked_vlm.engine import Cell, run_plain, source_of
-from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
-from hooked_vlm.recordings import Recording, record
+from hooked_vlm.engine import run_plain
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.chain import Cell, Chain, source_of
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import Recording, record
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.positions import LastToken
 
 

@@ -12,7 +12,9 @@ from tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.growing import fused
 from hooked_vlm.growing.proof import forget
 from hooked_vlm.growing.run import run_growing
-from hooked_vlm.interventions import Chain, Patch, Steer
+from hooked_vlm.interventions.chain import Chain
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.sweep import Sweep
 
 

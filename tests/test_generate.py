@@ -8,7 +8,7 @@ import torch
 from tiny_models import END, FAMILIES, IMAGE, START, make_inputs, tiny
 
 from hooked_vlm.errors import HookedVLMWarning
-from hooked_vlm.interventions import Patch
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model import HookedVLM
 
 

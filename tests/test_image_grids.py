@@ -24,7 +24,8 @@ from hooked_vlm.errors import (
 )
 from hooked_vlm.inputs import grid_finder
 from hooked_vlm.inputs.pixel_routing import attention_sites
-from hooked_vlm.interventions import Ablate, Patch
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import swap_pairs

@@ -19,8 +19,11 @@ from hooked_vlm.errors import (
     UnknownHookError,
 )
 from hooked_vlm.hooks.cache import ActivationCache
-from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
-from hooked_vlm.recordings import Recording, record
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.chain import Chain
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import Recording, record
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken, Positions, TextTokens
 from hooked_vlm.regions.region import Region

@@ -25,7 +25,8 @@ from hooked_vlm.anatomy.devices import compute_dtype, execution_device
 from hooked_vlm.encoder import HookedVisionEncoder
 from hooked_vlm.errors import HookedVLMWarning, HookError
 from hooked_vlm.inputs import pixel_routing
-from hooked_vlm.interventions import Ablate, Patch
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.provenance import Stopwatch, record
 

@@ -20,7 +20,7 @@ from hooked_vlm.analysis.statistics import (
 )
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.swap_regions import cell_pairs
-from hooked_vlm.interventions import Patch
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.sweep import Sweep, final_logits

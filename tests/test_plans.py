@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.built import on_meta
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep
 from hooked_vlm.growing.costs import costs_of
-from hooked_vlm.interventions import Ablate, Steer
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.region import Region
 

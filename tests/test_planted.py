@@ -20,7 +20,8 @@ from hooked_vlm.analysis.probes import (
 from hooked_vlm.analysis.scoring import top_answer
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.swap_regions import cell_pairs
-from hooked_vlm.interventions import Ablate, Patch
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.pairs import swap_pair

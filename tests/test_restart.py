@@ -11,7 +11,10 @@ from tiny_models import FAMILIES, make_inputs, tiny
 from torch import Tensor, nn
 
 from hooked_vlm import restart
-from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.chain import Chain
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken

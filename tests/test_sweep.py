@@ -11,8 +11,11 @@ from tiny_models import FAMILIES, make_inputs, tiny
 from torch import Tensor
 
 from hooked_vlm.errors import HookedVLMError, InterventionError, RegionError
-from hooked_vlm.interventions import Ablate, Chain, Patch, Steer
-from hooked_vlm.recordings import record
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.chain import Chain
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import record
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region

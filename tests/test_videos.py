@@ -8,7 +8,7 @@ from hooked_vlm.errors import GridError
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.inputs.pixel_routing import measure_routes
 from hooked_vlm.inputs.videos import frame_grids
-from hooked_vlm.interventions import Ablate
+from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.laws import quiet
 from hooked_vlm.model import HookedVLM
 

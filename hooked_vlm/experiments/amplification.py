@@ -32,7 +32,7 @@ from hooked_vlm.experiments.ordering_probes import probe_regions, projected
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.inputs.prepare import Inputs
-from hooked_vlm.interventions import Steer
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweep import Sweep, final_logits

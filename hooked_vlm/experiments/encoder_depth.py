@@ -27,7 +27,7 @@ from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.experiments.strip_swap import FLIPPED
 from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.hooks.names import PROJECTOR, VISION
-from hooked_vlm.interventions import Patch
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import Question, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweep import Sweep, final_logits

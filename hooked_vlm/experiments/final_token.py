@@ -26,7 +26,7 @@ from hooked_vlm.experiments.setting import (
     select,
 )
 from hooked_vlm.hooks.names import slot_name
-from hooked_vlm.interventions import Patch
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.stimuli.pairs import FinalTokenPair, final_token_pair
 from hooked_vlm.sweep import Sweep, final_logits

@@ -20,8 +20,9 @@ from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.inputs.prepare import Inputs
-from hooked_vlm.interventions import Ablate, Patch
-from hooked_vlm.recordings import Recording
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question

@@ -28,7 +28,7 @@ from hooked_vlm.experiments.setting import (
 )
 from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, strips_of
 from hooked_vlm.hooks.names import slot_name
-from hooked_vlm.interventions import Patch
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair

@@ -22,8 +22,8 @@ from hooked_vlm.experiments.setting import Setting, interval_rows, said, said_na
 from hooked_vlm.experiments.strip_swap import FLIPPED, QUANTITIES, scored
 from hooked_vlm.experiments.swap_regions import SwapRegions, strips_of
 from hooked_vlm.hooks.names import slot_name
-from hooked_vlm.interventions import Patch
-from hooked_vlm.recordings import Recording
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import Question, SwapPair, right_on_both, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF

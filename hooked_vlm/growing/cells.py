@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hooked_vlm.engine import Cell
-from hooked_vlm.interventions import site_of
+from hooked_vlm.interventions.base import site_of
+from hooked_vlm.interventions.chain import Cell
 
 
 BOUNDARY = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)$")

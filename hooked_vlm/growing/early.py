@@ -19,7 +19,7 @@ from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.growing.cells import IN_FRONT, MERGED, Job
 from hooked_vlm.growing.clean import Clean, asked
 from hooked_vlm.hooks.stand_ins import encoder_of, replaying
-from hooked_vlm.interventions import site_of
+from hooked_vlm.interventions.base import site_of
 from hooked_vlm.known import known, shapes_of, ways_of_attending
 from hooked_vlm.tower_restart import TowerRestart
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hooked_vlm.growing.cells import Job
 from hooked_vlm.growing.clean import Clean
-from hooked_vlm.guarded import require_made_for
 from hooked_vlm.inputs.prepare import rows_of
-from hooked_vlm.interventions import Patch, Steer
+from hooked_vlm.interventions.base import require_made_for
+from hooked_vlm.interventions.indexing import Located
+from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import Recording
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.kernels import patched_rows, way_for
 from hooked_vlm.known import known
-from hooked_vlm.places import Located
-from hooked_vlm.recordings import Recording
 
 
 WAYS = ("triton",)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
 from hooked_vlm.hooks.stand_ins import uncached
-from hooked_vlm.interventions import Steer
+from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.known import forget_known, known, shapes_of, ways_of_attending
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.caches import cache_parameter
-from hooked_vlm.engine import Cell
 from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
 from hooked_vlm.growing.batch import Growing, is_idle, trimmed_of
 from hooked_vlm.growing.budget import rows_within
@@ -32,7 +31,8 @@ from hooked_vlm.growing.proof import (
     uncleaned,
 )
 from hooked_vlm.growing.shared import open_runs
-from hooked_vlm.interventions import site_of
+from hooked_vlm.interventions.base import site_of
+from hooked_vlm.interventions.chain import Cell
 from hooked_vlm.known import content_of, known, ways_of_attending
 
 

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.growing.encodings import encoding_once
 from hooked_vlm.hooks.cache import ActivationCache
+from hooked_vlm.interventions.recording import Recording, record
 from hooked_vlm.known import content_of, ways_of_attending
-from hooked_vlm.recordings import Recording, record
 
 
 BUDGET = 2**31

@@ -1,0 +1,11 @@
+"""What is written into a run, where, and from what.
+
+Interventions are printable data; use one wherever a hook is taken.
+"""
+
+from hooked_vlm.interventions.ablate import Ablate as Ablate
+from hooked_vlm.interventions.chain import Chain as Chain
+from hooked_vlm.interventions.patch import Patch as Patch
+from hooked_vlm.interventions.recording import Recording as Recording
+from hooked_vlm.interventions.recording import record as record
+from hooked_vlm.interventions.steer import Steer as Steer

@@ -1,0 +1,91 @@
+"""Removing what an activation holds: zero, a mean, or a vector of one's own in its place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
+from hooked_vlm.hooks.sites import Site
+from hooked_vlm.interventions.base import _inputs_of, _Intervention, _recorded
+from hooked_vlm.interventions.indexing import Located, index_of, rows_at, with_rows_at
+from hooked_vlm.interventions.recording import Model, Source
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ablate(_Intervention):
+    """Removes what is at a place: zero it, or write means of other runs there.
+
+    `to="zero"`, or a vector that every position gets, or `to="mean"` with a `reference`:
+    the mean over all prompts and positions of `reference_at` (default: the same place) in
+    a recorded run.  `to="position_mean"` keeps positions apart: each gets the mean over the
+    reference's prompts at its own one.  To write single tokens of reference runs (the
+    paper's recipe, protocol 2.6) use `Patch` with those runs as sources.
+    """
+
+    to: str | Tensor = "zero"
+    reference: Source | None = None
+    reference_at: Any = None
+
+    def _places(
+        self, model: Model, site: Site, inputs: Mapping[str, Any]
+    ) -> tuple[Located, Located]:
+        located = self._located(site, model, inputs, self.at)
+        if isinstance(self.to, Tensor):
+            self._check_width(model, site, self.to.shape[-1] if self.to.ndim else 0)
+            return located, []
+        kinds = ("zero", "mean", "position_mean")
+        if self.to not in kinds:
+            raise InterventionError(
+                f"Ablate(to={self.to!r}) is not known; use one of {', '.join(kinds)} or a tensor."
+                f"{did_you_mean(self.to, kinds)}"
+            )
+        if self.to == "zero":
+            return located, []
+        if self.reference is None:
+            raise InterventionError(
+                f"Ablate(to={self.to!r}) needs reference=record(model, inputs, …): the runs whose "
+                "mean is written."
+            )
+        at = self.at if self.reference_at is None else self.reference_at
+        reference = self._located(site, model, _inputs_of(self.reference), at)
+        sizes = sorted({len(inner) for _, inner in [*located, *reference]})
+        if self.to == "position_mean" and len(sizes) != 1:
+            raise RegionError(
+                f"{self} keeps positions apart, and the place has {sizes} of them in different "
+                "prompts. Give a place of one size, or use to='mean'."
+            )
+        return located, reference
+
+    def _edit(
+        self, model: Model, site: Site, located: Located, reference: Located
+    ) -> Callable[[Any], Any]:
+        value = self._value(model, site, reference)
+        if self.to == "position_mean":
+            value = value.repeat(len(located), *(1 for _ in value.shape[1:]))
+
+        def edit(activation: Any) -> Any:
+            index = index_of(located, self.heads, activation[0].device)
+            old = rows_at(activation, index)
+            if value.ndim:
+                self._check_features(site, old.shape[-1], value.shape[-1])
+            return with_rows_at(activation, index, value.to(old.device, old.dtype).expand_as(old))
+
+        return edit
+
+    def _value(self, model: Model, site: Site, reference: Located) -> Tensor:
+        if isinstance(self.to, Tensor):
+            return self.to
+        if self.reference is None or self.to == "zero":
+            return torch.zeros(())
+        values = _recorded(model, self.reference, site)
+        rows = rows_at(values, index_of(reference, self.heads, values[0].device))
+        if self.to == "mean":
+            return rows.mean(0)
+        return rows.unflatten(0, (len(reference), -1)).mean(0)
+
+    def __str__(self) -> str:
+        to = self.to if isinstance(self.to, str) else "vector"
+        return f"Ablate({self.site}, {self.at}, to {to})"

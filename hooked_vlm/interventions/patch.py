@@ -1,0 +1,71 @@
+"""Writing activations of another run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hooked_vlm.errors import InterventionError, RegionError
+from hooked_vlm.hooks.sites import Site
+from hooked_vlm.interventions.base import _inputs_of, _Intervention, _recorded, _rows
+from hooked_vlm.interventions.indexing import Located, index_of, locate_pairs, rows_at, with_rows_at
+from hooked_vlm.interventions.recording import Model, Source
+from hooked_vlm.regions.pairs import CellPairs
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Patch(_Intervention):
+    """Writes activations of another run: at `at`, those that the source has at `source_at`.
+
+    Prompt b is written from the source's prompt b (or from its only one).  `source_at`
+    defaults to `at`; both places must have equally many positions in every prompt, taken
+    in order.  With `at` a `CellPairs` (see `swap_pairs`), cells are written pair by pair.
+
+    Raises `RegionError` for places of unequal size and for a source whose images have
+    another grid, `InterventionError` for a source of another batch size.
+    """
+
+    source: Source
+    source_at: Any = None
+
+    def _edit(
+        self, model: Model, site: Site, targets: Located, sources: Located
+    ) -> Callable[[Any], Any]:
+        values = _recorded(model, self.source, site)
+        taken = rows_at(values, index_of(sources, self.heads, values[0].device))
+
+        def edit(activation: Any) -> Any:
+            here = activation[0]
+            index = index_of(targets, self.heads, here.device)
+            return with_rows_at(activation, index, taken.to(here.device, here.dtype))
+
+        return edit
+
+    def _places(
+        self, model: Model, site: Site, inputs: Mapping[str, Any]
+    ) -> tuple[Located, Located]:
+        source_inputs = _inputs_of(self.source)
+        if isinstance(self.at, CellPairs):
+            rows, others = (_rows(model, i, None) for i in (inputs, source_inputs))
+            targets, sources = locate_pairs(site, self.at, rows, others)
+        else:
+            source_at = self.at if self.source_at is None else self.source_at
+            targets = self._located(site, model, inputs, self.at)
+            sources = self._located(site, model, source_inputs, source_at)
+        if len(sources) == 1 and len(targets) > 1:
+            sources = sources * len(targets)
+        if len(sources) != len(targets):
+            raise InterventionError(
+                f"{self} writes {len(targets)} prompts (or images) from a source that has "
+                f"{len(sources)}. Give a source of the same batch size, or of one."
+            )
+        for b, ((_, target), (_, source)) in enumerate(zip(targets, sources, strict=True)):
+            if len(target) != len(source):
+                raise RegionError(
+                    f"{self} would write {len(target)} positions from {len(source)} in prompt {b}. "
+                    "Give places of equal size; nothing is broadcast."
+                )
+        return targets, sources
+
+    def __str__(self) -> str:
+        where = self.at if self.source_at is None else f"{self.at} from {self.source_at}"
+        return f"Patch({self.site}, {where})"

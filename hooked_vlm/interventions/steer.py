@@ -1,0 +1,66 @@
+"""Moving activations along directions."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.analysis.directions import add, scale_projections
+from hooked_vlm.errors import InterventionError, did_you_mean
+from hooked_vlm.hooks.sites import Site
+from hooked_vlm.interventions.base import _Intervention
+from hooked_vlm.interventions.indexing import Located, index_of, rows_at, with_rows_at
+from hooked_vlm.interventions.recording import Model
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Steer(_Intervention):
+    """Moves activations along directions (paper, section 5.4; protocol 2.6, E7).
+
+    `mode="add"` is the formula as written, `h + alpha * w`, for one direction;
+    `mode="project"` the one the published experiment ran, `h + alpha * sum_k <h, w_k> w_k /
+    |w_k|^2`, over the rows of `directions` (pass them through `orthonormalise` to count
+    shared axes once).  `alpha=0` changes nothing, bit for bit.
+    """
+
+    directions: Float[Tensor, "direction d_model"] | Float[Tensor, " d_model"]
+    alpha: float
+    mode: str = "add"
+
+    def _places(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> tuple[Located]:
+        if self.mode not in ("add", "project"):
+            raise InterventionError(
+                f"Steer(mode={self.mode!r}) is not known; use 'add' or 'project'."
+                f"{did_you_mean(self.mode, ('add', 'project'))}"
+            )
+        if self.mode == "add" and len(self._rows) != 1:
+            raise InterventionError(
+                f"Steer(mode='add') moves along one direction, and {len(self._rows)} were given. "
+                "Chain one Steer for each, or use mode='project'."
+            )
+        self._check_width(model, site, self._rows.shape[-1])
+        return (self._located(site, model, inputs, self.at),)
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.directions if self.directions.ndim == 2 else self.directions[None]
+
+    def _edit(self, _model: Model, site: Site, located: Located) -> Callable[[Any], Any]:
+        rows = self._rows
+
+        def edit(activation: Any) -> Any:
+            if self.alpha == 0:
+                return activation
+            index = index_of(located, self.heads, activation[0].device)
+            old = rows_at(activation, index)
+            self._check_features(site, old.shape[-1], rows.shape[-1])
+            if self.mode == "add":
+                return with_rows_at(activation, index, add(old, rows[0], self.alpha))
+            return with_rows_at(activation, index, scale_projections(old, rows, self.alpha))
+
+        return edit
+
+    def __str__(self) -> str:
+        return f"Steer({self.site}, {self.at}, {self.mode}, alpha={self.alpha:g})"
