@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.analysis.directions import orthonormalise as orthonormalise
     from hooked_vlm.analysis.probes import LinearProbe as LinearProbe
     from hooked_vlm.attribution import attribution_patch as attribution_patch
-    from hooked_vlm.encoder import HookedVisionEncoder as HookedVisionEncoder
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
     from hooked_vlm.growing.shared import shared_runs as shared_runs
@@ -33,7 +32,8 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.interventions.recording import Recording as Recording
     from hooked_vlm.interventions.recording import record as record
     from hooked_vlm.interventions.steer import Steer as Steer
-    from hooked_vlm.model import HookedVLM as HookedVLM
+    from hooked_vlm.model.encoder import HookedVisionEncoder as HookedVisionEncoder
+    from hooked_vlm.model.vlm import HookedVLM as HookedVLM
     from hooked_vlm.regions.grid import TokenGrid as TokenGrid
     from hooked_vlm.regions.overlay import draw_regions as draw_regions
     from hooked_vlm.regions.pairs import swap_pairs as swap_pairs

@@ -17,7 +17,7 @@ from hooked_vlm import laws
 from hooked_vlm.hooks.names import VISION
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.laws import NO, Finding
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.sweep_law import check_sweep
 
 

@@ -189,7 +189,7 @@ def sites(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
 ) -> None:
     """Print the sites of a model, with their shapes."""
-    from hooked_vlm.model import HookedVLM
+    from hooked_vlm.model.vlm import HookedVLM
 
     with quiet():
         print(HookedVLM.from_pretrained(model).describe())
@@ -208,7 +208,7 @@ def check(
     """Check hooks, grids and generation on a model: a `no` is a number not to be trusted."""
     from hooked_vlm.checkup import check_model
     from hooked_vlm.laws import NO
-    from hooked_vlm.model import HookedVLM
+    from hooked_vlm.model.vlm import HookedVLM
     from hooked_vlm.runner import device_of, dtype_of
 
     with quiet():

@@ -23,7 +23,7 @@ from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.inputs.pixel_routing import Routes, measure_routes
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
 from hooked_vlm.residual_sums import BlockSums, same

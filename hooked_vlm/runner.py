@@ -23,7 +23,7 @@ from hooked_vlm.experiments.config import Config, check_options, specialise
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.growing.shared import shared_runs
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.provenance import Provenance, Stopwatch, parameter_hash, record
 from hooked_vlm.report import PAGE, write_report
 from hooked_vlm.store import load_result, run_key, save_result, writable_folder

@@ -14,7 +14,7 @@ from hooked_vlm.errors import GridError, InterventionError
 from hooked_vlm.growing.run import BOUNDS
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.laws import NO, NONE, YES, Finding
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken, Positions
 from hooked_vlm.sweep import Sweep
 

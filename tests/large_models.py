@@ -10,7 +10,7 @@ from prepared_models import prepared
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import is_linear
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 @cache

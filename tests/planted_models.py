@@ -39,7 +39,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.prompts import DIRECTIONS
 from hooked_vlm.stimuli.squares import COLORS

@@ -14,7 +14,7 @@ from hooked_vlm.experiments.order_removal import REMOVALS, check_cover, referenc
 from hooked_vlm.experiments.ordering_ablation import sampled
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.geometry import AXES, PAPER_GEOMETRY, Geometry
 from hooked_vlm.stimuli.settings import stimulus_set
 

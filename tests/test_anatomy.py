@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from hooked_vlm.anatomy.model import read_anatomy
 from hooked_vlm.anatomy.parts import Projection
 from hooked_vlm.errors import UnknownHookError, UnsupportedModelError
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 @pytest.fixture(autouse=True)

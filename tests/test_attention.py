@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError
 from hooked_vlm.hooks import attention
 from hooked_vlm.hooks.attention import NAME, PACKED_NAME, additive_mask, attend, pattern, scores
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hooked_vlm.checkup import check_model
 from hooked_vlm.errors import UnsupportedModelError
 from hooked_vlm.growing.batch import Growing
 from hooked_vlm.laws import NO, YES, Finding
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 def test_a_model_that_keeps_every_law() -> None:

@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(registry, "SUITES", {"dual-mechanisms": ("behaviour", "strip-swap")})
     monkeypatch.setattr("hooked_vlm.report.drawings", lambda _: [])  # slow, and tested there
     monkeypatch.setattr(runner, "HookedVLM", Loader)
-    monkeypatch.setattr("hooked_vlm.model.HookedVLM", Loader)
+    monkeypatch.setattr("hooked_vlm.model.vlm.HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.zoo.available", lambda: ["tiny-one", "tiny-two"])
     return called
 

@@ -24,7 +24,7 @@ from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.sweep import Sweep
 from hooked_vlm.tower_restart import TowerRestart

@@ -17,7 +17,6 @@ from tiny_encoders import (
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hooked_vlm.encoder import HookedVisionEncoder
 from hooked_vlm.errors import (
     DataError,
     GridError,
@@ -30,6 +29,7 @@ from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import record
 from hooked_vlm.interventions.steer import Steer
+from hooked_vlm.model.encoder import HookedVisionEncoder
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.positions import LastToken
 

@@ -21,7 +21,7 @@ from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, cell_pairs
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY
 from hooked_vlm.zoo import available
 

@@ -9,7 +9,7 @@ from tiny_models import END, FAMILIES, IMAGE, START, make_inputs, tiny
 
 from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.interventions.patch import Patch
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -28,7 +28,7 @@ from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken, Positions
 from hooked_vlm.regions.region import Region

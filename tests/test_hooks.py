@@ -6,7 +6,7 @@ from tiny_models import FAMILIES, build, make_inputs, tiny
 from torch import nn
 
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

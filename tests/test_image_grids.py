@@ -26,7 +26,7 @@ from hooked_vlm.inputs import grid_finder
 from hooked_vlm.inputs.pixel_routing import attention_sites
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.region import Region

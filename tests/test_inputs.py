@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, build, make_inputs
 
 from hooked_vlm.errors import DataError, GridError, HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.inputs.prepare import Inputs, to_pil
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 QUESTIONS = ["What color is the square above the red square?", "left or right", "yes"]

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers.utils import is_accelerate_available
 
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device
-from hooked_vlm.encoder import HookedVisionEncoder
 from hooked_vlm.errors import HookedVLMWarning, HookError
 from hooked_vlm.inputs import pixel_routing
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.encoder import HookedVisionEncoder
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.provenance import Stopwatch, record
 
 

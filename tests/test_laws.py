@@ -18,7 +18,7 @@ from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.laws import NO, NONE, YES, Finding
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.residual_sums import BlockSums, same
 
 

@@ -10,8 +10,8 @@ from tiny_models import FAMILIES, make_inputs, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hooked_vlm.errors import UnsupportedModelError
-from hooked_vlm.loading import load_pretrained
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.loading import load_pretrained
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.zoo import available
 
 

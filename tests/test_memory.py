@@ -13,12 +13,12 @@ from tiny_encoders import ENCODERS, encoder, pictures
 from tiny_models import FAMILIES, build, make_inputs, tiny
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from hooked_vlm import memory
 from hooked_vlm.anatomy import devices
-from hooked_vlm.encoder import HookedVisionEncoder
 from hooked_vlm.errors import CacheMemoryError, HookedVLMWarning, UnknownHookError
-from hooked_vlm.memory import estimate_cache
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model import memory
+from hooked_vlm.model.encoder import HookedVisionEncoder
+from hooked_vlm.model.memory import estimate_cache
+from hooked_vlm.model.vlm import HookedVLM
 
 
 @pytest.fixture(autouse=True)

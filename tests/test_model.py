@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.interventions.ablate import Ablate
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken
 
 

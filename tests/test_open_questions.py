@@ -14,7 +14,7 @@ from hooked_vlm.experiments.encoder_depth import attention_shares, pooled
 from hooked_vlm.experiments.redundancy import CELLS, between_image_tokens
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.settings import stimulus_set
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build, make_inputs, tiny
 
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError
 from hooked_vlm.hooks.stand_ins import layer_index, returns_tuples, run_until, skipping
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 MODELS = (*FAMILIES, "qwen3_vl")

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_vlm import patching
 from hooked_vlm.errors import HookedVLMWarning, InterventionError, UnknownHookError
 from hooked_vlm.interventions.patch import Patch
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import Positions
 
 

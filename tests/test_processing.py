@@ -13,7 +13,7 @@ from PIL import Image
 from hooked_vlm.errors import DataError, HookedVLMWarning, NoGridError
 from hooked_vlm.inputs.prepare import Inputs, rows_of
 from hooked_vlm.inputs.processor import model_inputs, placeholder
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 ONE_EACH = ["blip", "blip-2", "git", "got_ocr2", "instructblip", "kosmos-2", "kosmos-2.5"]

@@ -25,7 +25,7 @@ from hooked_vlm.experiments import (
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.swap_regions import SwapRegions, cell_pairs, strips_of
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli import squares
 from hooked_vlm.stimuli.datasets import coco, coco_boxes, whatsup
 from hooked_vlm.stimuli.pairs import Question

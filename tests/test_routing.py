@@ -22,7 +22,7 @@ from hooked_vlm.inputs.pixel_routing import (
     pixel_name,
     positions_reached,
 )
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 ROWS, PROJECTED = "vision_encoder.blocks.0.hook_resid_pre", "vision_projector.hook_out"

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from hooked_vlm.errors import HookError
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

@@ -9,9 +9,9 @@ from PIL import Image
 from tiny_encoders import SIDE, SIZES, pictures, processor_of
 from tiny_models import build, make_inputs
 
-from hooked_vlm.encoder import HookedVisionEncoder
 from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.encoder import HookedVisionEncoder
+from hooked_vlm.model.vlm import HookedVLM
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")

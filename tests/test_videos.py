@@ -10,7 +10,7 @@ from hooked_vlm.inputs.pixel_routing import measure_routes
 from hooked_vlm.inputs.videos import frame_grids
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.laws import quiet
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 VIDEO, START, END = 40, 41, 42

@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.hooks.patch_order import window_index
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 @pytest.fixture(scope="module")

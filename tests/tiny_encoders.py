@@ -9,7 +9,7 @@ import transformers
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hooked_vlm.encoder import HookedVisionEncoder
+from hooked_vlm.model.encoder import HookedVisionEncoder
 
 
 SIDE, PATCH = 48, 8

@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 VOCAB, IMAGE, START, END, PAD = 300, 299, 298, 297, 0

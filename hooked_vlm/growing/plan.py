@@ -12,7 +12,7 @@ from hooked_vlm.hooks.names import last_block
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, parts_of, source_of
 from hooked_vlm.interventions.recording import Recording
-from hooked_vlm.memory import size_text
+from hooked_vlm.model.memory import size_text
 from hooked_vlm.tower_restart import tower_depth
 
 

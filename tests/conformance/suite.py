@@ -26,7 +26,7 @@ from hooked_vlm import laws
 from hooked_vlm.errors import GridError
 from hooked_vlm.inputs.pixel_routing import measure_routes, pixel_name
 from hooked_vlm.laws import NO, NONE, YES, Finding
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.sweep_law import check_sweep
 
 

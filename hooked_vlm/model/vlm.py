@@ -22,7 +22,6 @@ from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
-from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
 from hooked_vlm.hooks.sites import describe_sites, list_sites
@@ -37,7 +36,8 @@ from hooked_vlm.hooks.stand_ins import (
 )
 from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
-from hooked_vlm.loading import load_pretrained
+from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.model.loading import load_pretrained
 
 
 class HookedVLM(HookedModel):

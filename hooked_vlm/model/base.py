@@ -3,7 +3,7 @@
 A `HookedModel` holds a transformers model, its sites and their hook points; it attaches
 functions to them, keeps what flows there, and says what never ran.  It is abstract: what a
 model is made of (`forward`, `prepare`, `run_with_cache`) is said by the final classes,
-`model.HookedVLM` and `encoder.HookedVisionEncoder`.
+`vlm.HookedVLM` and `encoder.HookedVisionEncoder`.
 """
 
 import sys
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import HookedVLMWarning, HookError
-from hooked_vlm.footprint import Footprint
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
@@ -28,7 +27,8 @@ from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_nam
 from hooked_vlm.hooks.patch_order import Images as VisionActivation
 from hooked_vlm.hooks.patch_order import joined
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.memory import require_memory
+from hooked_vlm.model.activation_sizes import Footprint
+from hooked_vlm.model.memory import require_memory
 
 
 ModelInputs = Mapping[str, Any]
@@ -249,7 +249,7 @@ class HookedModel:
 
 def _callers_level() -> int:
     """Returns the `stacklevel` at which a warning names the line that called these classes."""
-    own = (__name__, "hooked_vlm.model", "hooked_vlm.encoder", "contextlib")
+    own = (__name__, "hooked_vlm.model.vlm", "hooked_vlm.model.encoder", "contextlib")
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__") in own:
         frame, level = frame.f_back, level + 1

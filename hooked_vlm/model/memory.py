@@ -4,7 +4,7 @@
     The cache needs about 31 GB: blocks.*.attn.hook_pattern 12 GB, …
     names_filter="blocks.*.hook_resid_post" needs 0.4 GB, …
 
-Sizes are `footprint`'s, so nothing runs.  Bytes are those of `ActivationCache.nbytes`:
+Sizes are `activation_sizes`', so nothing runs.  Bytes are those of `ActivationCache.nbytes`:
 sites that share memory (a block's output is the next one's input) count twice.
 """
 
@@ -18,8 +18,8 @@ from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device, free_bytes
 from hooked_vlm.errors import CacheMemoryError
-from hooked_vlm.footprint import Counts, Footprint
 from hooked_vlm.hooks.names import NamesFilter, select_names
+from hooked_vlm.model.activation_sizes import Counts, Footprint
 
 
 _NOT_WORTH_ASKING = 2**26

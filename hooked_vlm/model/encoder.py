@@ -18,13 +18,13 @@ from torch import nn
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
-from hooked_vlm.hooked import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
 from hooked_vlm.hooks.sites import describe_sites, list_encoder_sites
 from hooked_vlm.inputs.encoder import find_grids, prepare_images
 from hooked_vlm.inputs.prepare import Images, Inputs
-from hooked_vlm.loading import load_image_model
+from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.model.loading import load_image_model
 
 
 class HookedVisionEncoder(HookedModel):
