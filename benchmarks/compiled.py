@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.kernels import triton as fused
-from hooked_vlm.kernels.checks import Asked
+from hooked_vlm.engine.kernels import triton as fused
+from hooked_vlm.engine.kernels.checks import Asked
 
 
 ARCHITECTURES = (80, 90)

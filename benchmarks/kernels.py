@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import roofline
-from hooked_vlm.kernels import patched_rows, way_for
+from hooked_vlm.engine.kernels import patched_rows, way_for
 
 
 @dataclass(frozen=True)

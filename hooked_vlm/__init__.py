@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.analysis.directions import orthonormalise as orthonormalise
     from hooked_vlm.analysis.probes import LinearProbe as LinearProbe
     from hooked_vlm.attribution import attribution_patch as attribution_patch
+    from hooked_vlm.engine.shared import shared_runs as shared_runs
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
-    from hooked_vlm.growing.shared import shared_runs as shared_runs
     from hooked_vlm.hooks.cache import ActivationCache as ActivationCache
     from hooked_vlm.hooks.hook_point import HookPoint as HookPoint
     from hooked_vlm.hooks.names import get_act_name as get_act_name

@@ -21,16 +21,15 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_vlm.attribution import first_order
-from hooked_vlm.engine import run_plain
+from hooked_vlm.engine.clean_run import GrowthError
+from hooked_vlm.engine.restart import run_cells
+from hooked_vlm.engine.run import run_growing, run_plain
+from hooked_vlm.engine.shared import recorded_once
 from hooked_vlm.errors import InterventionError, did_you_mean
-from hooked_vlm.growing.clean import GrowthError
 from hooked_vlm.growing.plan import Plan
-from hooked_vlm.growing.run import run_growing
-from hooked_vlm.growing.shared import recorded_once
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, parts_of, source_of
 from hooked_vlm.interventions.recording import Recording
-from hooked_vlm.restart import run_cells
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -117,7 +116,7 @@ class Sweep:
 
         `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
         grows from block to block, checked in every pass against the clean run within
-        `growing.run.BOUNDS`; `"restart"`, each cell from the first block that it changes, which
+        `engine.run.BOUNDS`; `"restart"`, each cell from the first block that it changes, which
         gives the same bits as `"plain"`, one whole hooked forward pass for each.  Where a model
         or a cell does not allow one, the next is taken; the result's attributes say which.
         `memory` is about how many bytes a growing batch may take (None: half of what is free);

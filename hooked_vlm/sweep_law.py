@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from hooked_vlm.engine.run import BOUNDS
 from hooked_vlm.errors import GridError, InterventionError
-from hooked_vlm.growing.run import BOUNDS
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model.vlm import HookedVLM
@@ -29,7 +29,7 @@ def check_sweep(
 ) -> Finding:
     """Returns whether patches from another run have the same logits by every engine.
 
-    Within `growing.run.BOUNDS` of the largest logit, by the model's dtype.  `source` are inputs
+    Within `engine.run.BOUNDS` of the largest logit, by the model's dtype.  `source` are inputs
     of the same shapes; without `every` the first, middle and last layers stand for all.
     """
     bound = BOUNDS.get(model.cfg.dtype, BOUNDS[torch.bfloat16])

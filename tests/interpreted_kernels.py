@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from kernel_cases import arguments, assert_close, is_exact
 
-from hooked_vlm.kernels import patched_rows, triton
-from hooked_vlm.kernels.checks import Asked
+from hooked_vlm.engine.kernels import patched_rows, triton
+from hooked_vlm.engine.kernels.checks import Asked
 
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels_triton.py instead"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hooked_vlm.kernels import patched_rows
+from hooked_vlm.engine.kernels import patched_rows
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

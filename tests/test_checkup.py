@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hooked_vlm import checkup, cli, laws
 from hooked_vlm.checkup import check_model
+from hooked_vlm.engine.batch import Growing
 from hooked_vlm.errors import UnsupportedModelError
-from hooked_vlm.growing.batch import Growing
 from hooked_vlm.laws import NO, YES, Finding
 from hooked_vlm.model.vlm import HookedVLM
 

@@ -9,8 +9,8 @@ from tiny_models import FAMILIES, make_inputs, tiny
 from torch import Tensor
 
 from hooked_vlm import LastToken, Patch, Sweep, shared_runs
-from hooked_vlm.growing import run as engine
-from hooked_vlm.growing.clean import Clean, run_clean
+from hooked_vlm.engine import run as engine
+from hooked_vlm.engine.clean_run import Clean, run_clean
 from hooked_vlm.regions.positions import Positions
 
 

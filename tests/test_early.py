@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from test_growing import compared, make_region
 from tiny_models import FAMILIES, make_inputs, tiny
 
-from hooked_vlm import tower_restart
-from hooked_vlm.engine import run_plain
-from hooked_vlm.growing.cells import in_front, job_of
-from hooked_vlm.growing.clean import GrowthError
-from hooked_vlm.growing.early import merges_first
-from hooked_vlm.growing.proof import forget
-from hooked_vlm.growing.run import BOUNDS, run_growing
+from hooked_vlm.engine import vision
+from hooked_vlm.engine.clean_run import GrowthError
+from hooked_vlm.engine.proofs import forget
+from hooked_vlm.engine.run import BOUNDS, run_growing, run_plain
+from hooked_vlm.engine.stages import in_front, job_of
+from hooked_vlm.engine.vision import TowerRestart, merges_first
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
@@ -27,7 +26,6 @@ from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.sweep import Sweep
-from hooked_vlm.tower_restart import TowerRestart
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +135,7 @@ def test_an_encoder_too_large_to_keep_runs_anew_for_every_cell(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["patch"], list(SITES[:4]))
-    monkeypatch.setattr(tower_restart, "BUDGET", 10)
+    monkeypatch.setattr(vision, "BUDGET", 10)
     fronts = [cell.interventions for cell in sweep.recorded(model)]
     assert TowerRestart.of(model, sweep.inputs, fronts) is None
     compared(model, sweep)

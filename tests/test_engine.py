@@ -5,7 +5,7 @@ import torch
 from forward_counter import count_forwards
 from tiny_models import FAMILIES, make_inputs, tiny
 
-from hooked_vlm.engine import run_plain
+from hooked_vlm.engine.run import run_plain
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Cell, Chain, source_of
 from hooked_vlm.interventions.patch import Patch

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from test_growing import compared, make, sweep_of
 from tiny_models import FAMILIES, make_inputs, tiny
 
-from hooked_vlm.growing import fused
-from hooked_vlm.growing.proof import forget
-from hooked_vlm.growing.run import run_growing
+from hooked_vlm.engine import fused
+from hooked_vlm.engine.proofs import forget
+from hooked_vlm.engine.run import run_growing
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer

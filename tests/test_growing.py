@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, make_inputs, tiny
 from torch import Tensor
 
-from hooked_vlm.engine import run_plain
+from hooked_vlm.engine import run as growing_run
+from hooked_vlm.engine.arguments import Fit, causal_mask, is_closed
+from hooked_vlm.engine.batch import Growing
+from hooked_vlm.engine.budget import row_bytes, rows_within
+from hooked_vlm.engine.clean_run import GrowthError
+from hooked_vlm.engine.proofs import forget
+from hooked_vlm.engine.run import run_growing, run_plain, starts_of
+from hooked_vlm.engine.stages import Job, job_of, place_of
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.growing import run as growing_run
-from hooked_vlm.growing.batch import Growing
-from hooked_vlm.growing.budget import row_bytes, rows_within
-from hooked_vlm.growing.cells import Job, job_of, place_of
-from hooked_vlm.growing.clean import GrowthError
-from hooked_vlm.growing.fitting import Fit, causal_mask, is_closed
-from hooked_vlm.growing.proof import forget
-from hooked_vlm.growing.run import run_growing, starts_of
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, arguments, assert_close, is_exact, truth
 
-from hooked_vlm import kernels
 from hooked_vlm.analysis.directions import add, scale_projections
+from hooked_vlm.engine import kernels
+from hooked_vlm.engine.kernels import cpu, patched_rows, triton, way_for
+from hooked_vlm.engine.kernels.checks import Asked, check
 from hooked_vlm.errors import InterventionError, MissingExtraError
-from hooked_vlm.kernels import cpu, patched_rows, triton, way_for
-from hooked_vlm.kernels.checks import Asked, check
 
 
 def small(**changes: Any) -> dict[str, Any]:

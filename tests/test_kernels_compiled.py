@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_vlm.kernels.triton import warps_for
+from hooked_vlm.engine.kernels.triton import warps_for
 
 
 pytest.importorskip("triton", reason="Triton is not installed (Linux: pip install '.[test]')")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import LAYOUTS, arguments, assert_close, is_exact, laid_out
 
+from hooked_vlm.engine.kernels import patched_rows, way_for
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.kernels import patched_rows, way_for
 
 
 pytest.importorskip("triton", reason="Triton is not installed (Linux: pip install '.[test]')")

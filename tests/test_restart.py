@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, make_inputs, tiny
 from torch import Tensor, nn
 
-from hooked_vlm import restart
+from hooked_vlm.engine import restart
+from hooked_vlm.engine.restart import Restart, spread
+from hooked_vlm.engine.stages import first_layer
+from hooked_vlm.engine.vision import TowerRestart, tower_depth
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
@@ -19,9 +22,7 @@ from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region
-from hooked_vlm.restart import Restart, first_layer, spread
 from hooked_vlm.sweep import Sweep
-from hooked_vlm.tower_restart import TowerRestart, tower_depth
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from tiny_models import FAMILIES, make_inputs, tiny
 from torch import nn
 
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
-from hooked_vlm.growing.proof import forget
-from hooked_vlm.growing.shared import open_runs
-from hooked_vlm.known import content_of
+from hooked_vlm.engine.fingerprints import content_of
+from hooked_vlm.engine.proofs import forget
+from hooked_vlm.engine.shared import open_runs
 
 
 def sweep_of(family: str, at: Any = None, *, seed: int = 1, site: str | None = None) -> Sweep:

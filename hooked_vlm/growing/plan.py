@@ -4,16 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from hooked_vlm.growing.budget import row_bytes, rows_within
-from hooked_vlm.growing.cells import Job, job_of
+from hooked_vlm.engine.budget import row_bytes, rows_within
+from hooked_vlm.engine.run import firsts_of, groups_of, starts_of, whole_rows
+from hooked_vlm.engine.stages import Job, job_of
+from hooked_vlm.engine.vision import tower_depth
 from hooked_vlm.growing.costs import Costs, costs_of
-from hooked_vlm.growing.run import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.hooks.names import last_block
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, parts_of, source_of
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.memory import size_text
-from hooked_vlm.tower_restart import tower_depth
 
 
 @dataclass(frozen=True)

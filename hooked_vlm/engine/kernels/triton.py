@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.engine.kernels.checks import Asked
 from hooked_vlm.errors import InterventionError, MissingExtraError
-from hooked_vlm.kernels.checks import Asked
 
 
 try:

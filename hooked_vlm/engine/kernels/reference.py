@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.kernels.checks import Asked
+from hooked_vlm.engine.kernels.checks import Asked
 
 
 def patched_rows(asked: Asked) -> Float[Tensor, "row pos d"]:

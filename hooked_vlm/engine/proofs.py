@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
+from hooked_vlm.engine.clean_run import Clean, GrowthError, run_clean
+from hooked_vlm.engine.fingerprints import forget_known, known, shapes_of, ways_of_attending
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.interventions.steer import Steer
-from hooked_vlm.known import forget_known, known, shapes_of, ways_of_attending
 
 
 _CALLED: WeakKeyDictionary[Any, dict[Hashable, tuple[Hashable, Tensor]]] = WeakKeyDictionary()

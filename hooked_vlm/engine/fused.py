@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.growing.cells import Job
-from hooked_vlm.growing.clean import Clean
+from hooked_vlm.engine.clean_run import Clean
+from hooked_vlm.engine.fingerprints import known
+from hooked_vlm.engine.kernels import patched_rows, way_for
+from hooked_vlm.engine.stages import Job
 from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.interventions.base import require_made_for
 from hooked_vlm.interventions.indexing import Located
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.interventions.steer import Steer
-from hooked_vlm.kernels import patched_rows, way_for
-from hooked_vlm.known import known
 
 
 WAYS = ("triton",)

@@ -5,3 +5,5 @@ through the wrapped model's own blocks carries every cell as rows of one batch: 
 join in front of the first block that it changes, and carry only the positions from the first
 changed one on, with the clean run's keys and values in front of them.
 """
+
+from hooked_vlm.engine.shared import shared_runs as shared_runs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell
+from hooked_vlm.interventions.chain import Cell, parts_of
 
 
 BOUNDARY = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)$")
@@ -173,3 +173,35 @@ def place_of(site: str, n_layers: int, *, merged_first: bool = True) -> tuple[in
     if inside:
         return int(inside[1]), False
     return (n_layers, False) if site.startswith(BEHIND) else None
+
+
+def first_layer(model: Any, cell: Cell) -> int | None:
+    """Returns the first LM block that a cell changes something of, or None in front of them.
+
+    0 stands for the embeddings too: all blocks run.  A cell without interventions of its own
+    starts at the last block.
+    """
+    layers = layers_of(model, cell.own)
+    return None if layers is None else min([*layers, model.cfg.n_layers - 1])
+
+
+def layers_of(model: Any, interventions: Sequence[Any]) -> list[int] | None:
+    """Returns the LM blocks that interventions change something of, or None for any other place.
+
+    What is behind the last block counts as that block.
+    """
+    layers = []
+    for part in parts_of(interventions):
+        if not hasattr(part, "site"):
+            return None  # a hook function of one's own, or an intervention unknown here
+        name = site_of(model, part.site).name
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block is not None:
+            layers.append(int(block[1]))
+        elif name in ("hook_embed", "hook_merged_embed"):
+            layers.append(0)
+        elif name.startswith(("ln_final", "hook_logits")):
+            layers.append(model.cfg.n_layers - 1)
+        else:
+            return None
+    return layers

@@ -1,8 +1,11 @@
-"""Executing a sweep's cells as a growing batch, behind a control for each kind of pass.
+"""Executing a sweep's cells: plainly, or as a growing batch behind a control for each kind of pass.
 
-Before the first pass of a kind goes one of the same kind with rows that change nothing.  Their
-logits must be the clean run's within `BOUNDS`; where they are not, the sweep runs by a plainer
-way.
+`run_plain`, one hooked forward pass for each cell, is the definition that any faster way of
+executing a sweep is tested against.
+
+Before the first growing pass of a kind goes one of the same kind with rows that change nothing.
+Their logits must be the clean run's within `BOUNDS`; where they are not, the sweep runs by a
+plainer way.
 """
 
 import warnings
@@ -14,14 +17,12 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.caches import cache_parameter
-from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
-from hooked_vlm.growing.batch import Growing, is_idle, trimmed_of
-from hooked_vlm.growing.budget import rows_within
-from hooked_vlm.growing.cells import MERGED, Job, in_front, job_of, ordered
-from hooked_vlm.growing.clean import Clean, GrowthError, run_clean
-from hooked_vlm.growing.early import Early, carries_all, merges_first
-from hooked_vlm.growing.fitting import is_closed
-from hooked_vlm.growing.proof import (
+from hooked_vlm.engine.arguments import is_closed
+from hooked_vlm.engine.batch import Growing, is_idle, trimmed_of
+from hooked_vlm.engine.budget import rows_within
+from hooked_vlm.engine.clean_run import Clean, GrowthError, run_clean
+from hooked_vlm.engine.fingerprints import content_of, known, ways_of_attending
+from hooked_vlm.engine.proofs import (
     is_added,
     is_proved,
     keeps_keys,
@@ -30,10 +31,12 @@ from hooked_vlm.growing.proof import (
     prove,
     uncleaned,
 )
-from hooked_vlm.growing.shared import open_runs
+from hooked_vlm.engine.shared import open_runs
+from hooked_vlm.engine.stages import MERGED, Job, in_front, job_of, ordered
+from hooked_vlm.engine.vision import Early, carries_all, merges_first
+from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell
-from hooked_vlm.known import content_of, known, ways_of_attending
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -354,3 +357,22 @@ def groups_of(jobs: Sequence[Job], starts: Sequence[int]) -> list[tuple[int, lis
 
 def _closed(clean: Clean, start: int) -> bool:
     return all(is_closed(mask, start) for mask in {id(m): m for m in clean.masks}.values())
+
+
+def run_plain(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    metric: Callable[[Tensor], Tensor],
+    on_progress: Callable[[int, int], None] | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """Returns the metric of every cell, from one forward pass under its hooks each."""
+    scores = []
+    with torch.no_grad():
+        for done, cell in enumerate(cells, start=1):
+            logits = model.run_with_hooks(inputs, cell.interventions, **(forward_kwargs or {}))
+            scores.append(metric(logits))
+            if on_progress is not None:
+                on_progress(done, len(cells))
+    return scores

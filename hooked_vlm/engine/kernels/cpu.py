@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.kernels.checks import Asked
+from hooked_vlm.engine.kernels.checks import Asked
 
 
 BLOCK_BYTES = 2**20

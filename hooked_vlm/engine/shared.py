@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hooked_vlm.growing.encodings import encoding_once
+from hooked_vlm.engine.fingerprints import content_of, ways_of_attending
+from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.recording import Recording, record
-from hooked_vlm.known import content_of, ways_of_attending
 
 
 BUDGET = 2**31

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.anatomy.source import signature_of
 from hooked_vlm.anatomy.vision import grid_argument
+from hooked_vlm.engine.fingerprints import content_of, is_known, known, shapes_of, ways_of_attending
 from hooked_vlm.hooks.stand_ins import copied, encoder_of, standing_in
-from hooked_vlm.known import content_of, is_known, known, shapes_of, ways_of_attending
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -2,7 +2,9 @@
 
 The model's forward runs as ever on the clean prompts; its blocks are stood in for.  Each hands
 its clean input on unchanged, and runs the real block on the rows that have joined so far.  The
-last one hands on the rows instead, so that the model's own norm and head finish them.
+last one hands on the rows instead, so that the model's own norm and head finish them.  Rows
+carry a suffix of their prompt; `Prefix` puts the clean run's keys and values in front of theirs,
+where transformers' blocks expect a key-value cache.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.caches import cache_parameter, mask_parameter
 from hooked_vlm.anatomy.source import carrier, first_argument
-from hooked_vlm.growing.cells import Job, Step
-from hooked_vlm.growing.clean import (
+from hooked_vlm.engine.arguments import Fit, causal_mask, mask_of
+from hooked_vlm.engine.clean_run import (
     Clean,
     GrowthError,
     asked,
@@ -23,10 +25,9 @@ from hooked_vlm.growing.clean import (
     signature_of,
     with_forwards,
 )
-from hooked_vlm.growing.early import Early
-from hooked_vlm.growing.fitting import Fit, causal_mask, mask_of
-from hooked_vlm.growing.fused import joined_rows
-from hooked_vlm.growing.prefix import Prefix
+from hooked_vlm.engine.fused import joined_rows
+from hooked_vlm.engine.stages import Job, Step
+from hooked_vlm.engine.vision import Early
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.stand_ins import encoder_of, replaying
 
@@ -250,3 +251,23 @@ class Growing:
             return changed
 
         return fn
+
+
+class Prefix:
+    """The clean keys and values of the positions in front of the rows', for every job."""
+
+    def __init__(self, key: Tensor, value: Tensor, start: int, n_jobs: int) -> None:
+        self.key, self.value, self.start, self.n_jobs = key, value, start, n_jobs
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Returns the rows' keys and values behind the clean run's."""
+        return self._behind(self.key, key), self._behind(self.value, value)
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """How many positions stand in front."""
+        return self.start
+
+    def _behind(self, clean: Tensor, own: Tensor) -> Tensor:
+        front = clean[:, :, : self.start].to(own.device)
+        front = front.expand(self.n_jobs, *front.shape).flatten(0, 1)
+        return torch.cat([front, own], dim=2)

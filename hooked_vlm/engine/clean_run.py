@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.anatomy.source import first_argument
+from hooked_vlm.engine.arguments import is_closed, mask_of
+from hooked_vlm.engine.fingerprints import shapes_of
 from hooked_vlm.errors import HookError
-from hooked_vlm.growing.fitting import is_closed, mask_of
-from hooked_vlm.growing.prefix import Recorder
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
-from hooked_vlm.known import shapes_of
 
 
 class GrowthError(HookError):
@@ -194,3 +193,26 @@ def with_caches(blocks: Sequence[nn.Module], caches: Sequence[Any]) -> Iterator[
 
     with with_forwards(blocks, wrap):
         yield
+
+
+class Recorder:
+    """Notes the keys and values that a block makes, and hands them back as they are."""
+
+    def __init__(self, last: int | None = None) -> None:
+        """Notes the positions in front of `last`; all, where there is none."""
+        self.last = last
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by attention with `[batch, head, pos, d]`."""
+        self.found.append((self._kept(key), self._kept(value)))
+        return key, value
+
+    def _kept(self, x: Tensor) -> Tensor:
+        x = x.detach()
+        # A copy: a view would keep all of it.
+        return x if self.last is None else x[:, :, : self.last].clone()
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Nothing has come before."""
+        return 0

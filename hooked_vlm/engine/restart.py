@@ -3,14 +3,13 @@
 An intervention at block l of the language model leaves the vision encoder and all blocks
 below l as they were.  So the clean pass runs once, its residual stream in front of the
 blocks in question and the encoder's output are kept, and every cell runs from its first
-changed block on.  The numbers are those of `engine.run_plain`, bit for bit: before a model
+changed block on.  The numbers are those of `run.run_plain`, bit for bit: before a model
 is trusted with it, clean passes run both ways and must agree exactly, and whatever cannot
 be started this way (hooks that are open, a model whose blocks depend on more than their
 input) runs plainly.  Cells that edit the vision encoder run all of the language model, and
-of the encoder what is not below their edit (`tower_restart`).
+of the encoder what is not below their edit (`vision`).
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.engine import run_plain
+from hooked_vlm.engine.run import run_plain
+from hooked_vlm.engine.stages import first_layer, layers_of
+from hooked_vlm.engine.vision import TowerRestart
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
-from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell, parts_of
-from hooked_vlm.tower_restart import TowerRestart
+from hooked_vlm.interventions.chain import Cell
 
 
 FEWEST = 4
@@ -149,38 +148,6 @@ class Restart:
             if not torch.equal(again, self.plain):
                 return False
         return True
-
-
-def first_layer(model: Any, cell: Cell) -> int | None:
-    """Returns the first LM block that a cell changes something of, or None in front of them.
-
-    0 stands for the embeddings too: all blocks run.  A cell without interventions of its own
-    starts at the last block.
-    """
-    layers = layers_of(model, cell.own)
-    return None if layers is None else min([*layers, model.cfg.n_layers - 1])
-
-
-def layers_of(model: Any, interventions: Sequence[Any]) -> list[int] | None:
-    """Returns the LM blocks that interventions change something of, or None for any other place.
-
-    What is behind the last block counts as that block.
-    """
-    layers = []
-    for part in parts_of(interventions):
-        if not hasattr(part, "site"):
-            return None  # a hook function of one's own, or an intervention unknown here
-        name = site_of(model, part.site).name
-        block = re.match(r"blocks\.(\d+)\.", name)
-        if block is not None:
-            layers.append(int(block[1]))
-        elif name in ("hook_embed", "hook_merged_embed"):
-            layers.append(0)
-        elif name.startswith(("ln_final", "hook_logits")):
-            layers.append(model.cfg.n_layers - 1)
-        else:
-            return None
-    return layers
 
 
 def spread(layers: Sequence[int], most: int) -> list[int]:

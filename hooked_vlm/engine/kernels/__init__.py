@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_vlm.engine.kernels import cpu, reference, triton
+from hooked_vlm.engine.kernels.checks import Asked, check
 from hooked_vlm.errors import InterventionError, did_you_mean
-from hooked_vlm.kernels import cpu, reference, triton
-from hooked_vlm.kernels.checks import Asked, check
 
 
 WAYS = {
@@ -41,7 +41,7 @@ def patched_rows(
 ) -> Float[Tensor, "row pos d"]:
     """Returns rows of a batch, each a clean prompt with tokens replaced and then steered.
 
-    `hooked_vlm.kernels.reference.patched_rows` is the definition.  Activations are float32,
+    `hooked_vlm.engine.kernels.reference.patched_rows` is the definition.  Activations are float32,
     float16 or bfloat16 (float64 by plain torch), with any strides; there is no backward pass.
 
     Args:

@@ -1,0 +1,240 @@
+"""Cells that edit the vision encoder or act elsewhere in front of the language model's blocks.
+
+In the encoder every token sees all others, so cells have only the blocks below their first
+change in common with the clean run; those hand on what they did in it.  In a growing batch,
+what comes of the encoder and of edits on pixels' way or on embeddings, the blocks' input,
+joins in front of block 0.  That is right where the blocks get nothing else that depends on
+the encoder (as in DeepStack or by cross-attention they do), so it is tried out on noise, once
+for a model and a kind of inputs.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hooked_vlm.engine.clean_run import Clean, asked
+from hooked_vlm.engine.fingerprints import known, shapes_of, ways_of_attending
+from hooked_vlm.engine.stages import IN_FRONT, MERGED, Job
+from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
+from hooked_vlm.interventions.base import site_of
+from hooked_vlm.interventions.chain import Cell, parts_of
+
+
+BUDGET = 2**31
+"""Bytes of what blocks returned that may be kept."""
+BEHIND_BLOCKS = ("vision_encoder.hook_out", "vision_projector.", "blocks.", "ln_final.", "hook_")
+"""Where names begin that no block of the vision encoder comes behind."""
+
+
+@dataclass(frozen=True, eq=False)
+class TowerRestart:
+    """A clean pass through the vision encoder, kept block by block."""
+
+    model: Any
+    inputs: Mapping[str, Any]
+    blocks: Sequence[nn.Module]
+    outputs: Sequence[Sequence[Any]]
+    """What each call of each block returned."""
+    encoded: Sequence[Any]
+    """What each call of the whole encoder returned."""
+
+    @classmethod
+    def of(
+        cls, model: Any, inputs: Mapping[str, Any], interventions: Sequence[Sequence[Any]]
+    ) -> "TowerRestart | None":
+        """Returns a start for some cells' interventions, or None where there is none.
+
+        The first time for inputs of these shapes it is proved to give the same bits.
+        """
+        if model.is_hooked or model.hf_model.training or model.anatomy.vision is None:
+            return None
+        depth = max((tower_depth(model, each) for each in interventions), default=0)
+        if not depth or depth * _block_bytes(model, inputs) > BUDGET:
+            return None
+        paths = [block.path for block in model.anatomy.vision.blocks[:depth]]
+        blocks = [model.hf_model.get_submodule(path) for path in paths]
+        try:
+            with ExitStack() as stack:
+                outputs = [stack.enter_context(recording(block)) for block in blocks]
+                encoded = _encoded(model, inputs)
+            made = cls(model, inputs, blocks, outputs, encoded)
+            kind = ("tower", depth, shapes_of(inputs), ways_of_attending(model))
+            return made if known(model, kind, made._is_exact) else None
+        except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
+            return None  # what is wrong, if it is, shows plainly
+
+    def _is_exact(self) -> bool:
+        with self._replaying(len(self.blocks)):
+            again = _encoded(self.model, self.inputs)
+        one, other = _tensors(self.encoded), _tensors(again)
+        return len(one) == len(other) > 0 and all(map(torch.equal, one, other))
+
+    def run(self, cell: Cell, arguments: Mapping[str, Any]) -> Tensor:
+        """Returns the logits of a cell."""
+        with self.below(cell.interventions):
+            return self.model.run_with_hooks(self.inputs, cell.interventions, **arguments)
+
+    @contextmanager
+    def below(self, interventions: Sequence[Any]) -> Iterator[None]:
+        """Lets the blocks below some interventions hand on what they did, in a `with` block."""
+        with self._replaying(tower_depth(self.model, interventions)):
+            yield
+
+    @contextmanager
+    def _replaying(self, depth: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for block, outputs in zip(self.blocks[:depth], self.outputs, strict=False):
+                stack.enter_context(replaying(block, outputs))
+            yield
+
+
+def _encoded(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
+    """Returns all that the encoder hands on, from a pass that ends behind it."""
+    with recording(encoder_of(model)) as found:
+        site = "vision_encoder.blocks.0.hook_resid_pre"
+        model.run_with_cache(inputs, [site], stop_at_layer=0)
+    return list(found)
+
+
+def _block_bytes(model: Any, inputs: Mapping[str, Any]) -> int:
+    """Returns about how many bytes a block of the encoder returns for some inputs' images."""
+    grids = [grid for row in model.grids(inputs) for grid in row]
+    n_patches = sum(grid.patch_rows * grid.patch_cols for grid in grids)
+    return n_patches * model.cfg.vision.d_model * model.cfg.dtype.itemsize
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def tower_depth(model: Any, interventions: Sequence[Any]) -> int:
+    """Returns how many of the vision encoder's blocks lie below all changes; 0 for no changes."""
+    depths = [model.cfg.vision.n_layers]
+    for part in parts_of(interventions):
+        if not hasattr(part, "site"):
+            return 0
+        name = site_of(model, part.site).name
+        block = re.match(r"vision_encoder\.blocks\.(\d+)\.(.*)", name)
+        if block is not None:
+            depths.append(int(block[1]) + (block[2] == "hook_resid_post"))
+        elif not name.startswith(BEHIND_BLOCKS):
+            return 0
+    return min(depths)
+
+
+FIRST = "blocks.0.hook_resid_pre"
+ENCODER = "vision_encoder.blocks.0.hook_resid_pre"
+APART = 20.0
+"""How many times the bound noise must move the logits, if their agreement is to say anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Early:
+    """Makes the blocks' input of jobs that act in front of them."""
+
+    model: Any
+    inputs: Mapping[str, Any]
+    tower: TowerRestart | None
+
+    @classmethod
+    def of(cls, model: Any, inputs: Mapping[str, Any], jobs: Sequence[Job]) -> "Early":
+        """Records what the jobs' passes through the encoder have in common."""
+        fronts = [job.front for job in jobs if job.front]
+        tower = TowerRestart.of(model, inputs, fronts) if len(fronts) > 1 else None
+        return cls(model, inputs, tower)
+
+    def rows(self, front: Sequence[Any]) -> Tensor:
+        """Returns the blocks' input `[batch, pos, d_model]` under some interventions."""
+        with ExitStack() as stack:
+            if not self._encodes(front):
+                if self.tower is not None:
+                    stack.enter_context(replaying(encoder_of(self.model), self.tower.encoded))
+            elif self.tower is not None:
+                stack.enter_context(self.tower.below(front))
+            # Their hooks come first: the blocks' input is noted as they left it.
+            stack.enter_context(self.model.hooks(front, inputs=self.inputs))
+            return self.model.run_with_cache(asked(self.inputs), [FIRST], stop_at_layer=0)[0]
+
+    def _encodes(self, front: Sequence[Any]) -> bool:
+        """Whether any intervention is on pixels' way (some encoders hold their projector)."""
+        names = [site_of(self.model, part.site).name for part in front]
+        return any(name.startswith(IN_FRONT[:2]) for name in names)
+
+
+def merges_first(model: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether the merged embeddings are what the first block takes, bit for bit."""
+
+    def find_out() -> bool:
+        if MERGED not in model.sites or model.device.type == "meta":
+            return True
+        with torch.no_grad():
+            _, cache = model.run_with_cache(asked(inputs), [MERGED, FIRST], stop_at_layer=1)
+        return torch.equal(cache[MERGED], cache[FIRST])
+
+    return known(model, "merged embeddings come first", find_out)
+
+
+def carries_all(
+    model: Any,
+    clean: Clean,
+    parts: Sequence[Any],
+    grown: Callable[[Job, Early], Tensor],
+    bound: float,
+) -> bool:
+    """Whether the blocks' input carries all that some interventions in front of them change.
+
+    `grown` returns a job's logits by way of the growing batch.
+    """
+    names = {site_of(model, part.site).name for part in parts}
+    sites = {ENCODER if name.startswith(IN_FRONT[:2]) else name for name in names}
+    kind = (clean.signature, shapes_of(clean.inputs), ways_of_attending(model))
+
+    def is_carried(site: str) -> bool:
+        try:
+            return _is_carried(model, clean, site, grown, bound)
+        except (HookedVLMError, RuntimeError, TypeError, KeyError, ValueError):
+            return False
+
+    return all(
+        known(model, ("is carried", site, kind), partial(is_carried, site))
+        for site in sorted(sites)
+    )
+
+
+def _is_carried(
+    model: Any, clean: Clean, site: str, grown: Callable[[Job, Early], Tensor], bound: float
+) -> bool:
+    """Whether noise at a site does the same to the logits by way of the growing batch."""
+
+    def noisy(x: Tensor, hook: Any) -> Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        return x + noise.to(x) * x.float().std().to(x)
+
+    inputs = asked(clean.inputs)
+    without = model.run_with_hooks(inputs, [], **clean.arguments)
+    plain = model.run_with_hooks(inputs, [(site, noisy)], **clean.arguments)
+    job = Job(-1, 0, 0, front=(_Raw(site, noisy),))
+    found = grown(job, Early(model, clean.inputs, None))
+    largest = float(plain.abs().max())
+    off, moved = (float((plain - x).abs().max()) / largest for x in (found, without))
+    # Agreement says something only where there was something to carry.
+    return off <= bound and moved >= min(APART * bound, 0.2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw:
+    """A hook function where an intervention is expected."""
+
+    site: str
+    fn: Callable[..., Any]
+
+    def hooks_for(self, *_: Any) -> list[tuple[str, Callable[..., Any]]]:
+        return [(self.site, self.fn)]
