@@ -28,7 +28,6 @@ from torch import Tensor
 
 from benchmarks.throughput import machine
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, final_logits
-from hooked_vlm.agreement import Agreement, agreement, agreement_table
 from hooked_vlm.analysis.scoring import logit_difference, target_probability
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.charts import curves
@@ -39,6 +38,7 @@ from hooked_vlm.plots import SLOTS, Look, to_png
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.pairs import final_token_pair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.sweeps.attribution_error import Agreement, agreement, agreement_table
 
 
 MODELS = ("tiny-qwen2-vl", "tiny-gemma-3")

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from benchmarks.tasks import Cell, Task
 from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Steer, Sweep, shared_runs
-from hooked_vlm.growing.costs import costs_of
-from hooked_vlm.growing.plan import Explanation
 from hooked_vlm.regions.region import Region
+from hooked_vlm.sweeps.plan import Explanation, costs_of
 
 
 class Ours:

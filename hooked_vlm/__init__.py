@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.analysis.directions import orthonormalise as orthonormalise
     from hooked_vlm.analysis.probes import LinearProbe as LinearProbe
-    from hooked_vlm.attribution import attribution_patch as attribution_patch
     from hooked_vlm.engine.shared import shared_runs as shared_runs
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
@@ -40,8 +39,9 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.regions.positions import LastToken as LastToken
     from hooked_vlm.regions.positions import Span as Span
     from hooked_vlm.regions.region import Region as Region
-    from hooked_vlm.sweep import Sweep as Sweep
-    from hooked_vlm.sweep import final_logits as final_logits
+    from hooked_vlm.sweeps.attribution import attribution_patch as attribution_patch
+    from hooked_vlm.sweeps.sweep import Sweep as Sweep
+    from hooked_vlm.sweeps.sweep import final_logits as final_logits
 
 
 @cache

@@ -16,7 +16,7 @@ from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken, Positions
-from hooked_vlm.sweep import Sweep
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 BEHIND = ("vision_encoder.hook_out", "vision_projector.hook_out")

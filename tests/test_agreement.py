@@ -5,8 +5,8 @@ import pytest
 import xarray as xr
 from scipy.stats import pearsonr, spearmanr
 
-from hooked_vlm.agreement import QUANTITIES, agreement, agreement_table
 from hooked_vlm.errors import DataError
+from hooked_vlm.sweeps.attribution_error import QUANTITIES, agreement, agreement_table
 
 
 def sweeps(

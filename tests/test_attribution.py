@@ -12,7 +12,6 @@ from forward_counter import count_forwards
 from tiny_models import FAMILIES, build, make_inputs, tiny
 from torch import Tensor
 
-from hooked_vlm.attribution import attribution_patch
 from hooked_vlm.errors import HookedVLMWarning, InterventionError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
@@ -23,7 +22,8 @@ from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region
-from hooked_vlm.sweep import Sweep
+from hooked_vlm.sweeps.attribution import attribution_patch
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 @pytest.fixture(autouse=True)

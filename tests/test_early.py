@@ -25,7 +25,7 @@ from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken
-from hooked_vlm.sweep import Sweep
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hooked_vlm.engine.run import run_growing
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer
-from hooked_vlm.sweep import Sweep
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 @pytest.fixture

@@ -26,8 +26,6 @@ ORDER = (  # from the ground up; packages of one line do not know each other
 )
 ROOT = {"__init__.py", "errors.py", "cli.py", "py.typed"}
 WAITING = {  # files that are yet to move, by the package they belong to
-    "agreement": "sweeps",
-    "attribution": "sweeps",
     "charts": "report",
     "checkup": "checks",
     "experiments.alpha_transfer": "experiments",
@@ -58,11 +56,7 @@ WAITING = {  # files that are yet to move, by the package they belong to
     "figures.drawing": "report",
     "figures.open_questions": "report",
     "figures.steering": "report",
-    "gradients": "sweeps",
-    "growing.costs": "sweeps",
-    "growing.plan": "sweeps",
     "laws": "checks",
-    "patching": "sweeps",
     "plots": "report",
     "progress": "report",
     "provenance": "report",
@@ -70,7 +64,6 @@ WAITING = {  # files that are yet to move, by the package they belong to
     "residual_sums": "checks",
     "runner": "report",
     "store": "report",
-    "sweep": "sweeps",
     "sweep_law": "checks",
 }
 LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once

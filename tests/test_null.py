@@ -23,7 +23,7 @@ from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.settings import stimulus_set
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 PAIRS, SLOTS = 50, 7

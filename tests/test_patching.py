@@ -8,11 +8,11 @@ import torch
 from tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny, tokens_of
 from torch import Tensor
 
-from hooked_vlm import patching
 from hooked_vlm.errors import HookedVLMWarning, InterventionError, UnknownHookError
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import Positions
+from hooked_vlm.sweeps import transformer_lens
 
 
 TOWER = "vision_encoder"
@@ -49,7 +49,7 @@ def test_patching_all_positions_one_by_one_is_what_hooks_by_hand_do(family: str)
     model = tiny(family)
     corrupted, clean = short_inputs(family, seed=1), short_inputs(family, seed=2)
     cache = cached(model, clean, "blocks.*.hook_resid_pre")
-    scores = patching.get_act_patch_resid_pre(model, corrupted, cache, metric)
+    scores = transformer_lens.get_act_patch_resid_pre(model, corrupted, cache, metric)
     assert scores.shape == (3, corrupted["input_ids"].shape[1])
     for layer, pos in ((0, 0), (1, 5), (2, -1)):
         name = f"blocks.{layer}.hook_resid_pre"
@@ -70,12 +70,12 @@ def test_residual_family_has_layer_and_pos_in_every_tower(
     prefix = f"{tower}." if tower else ""
     cache = cached(model, short_inputs(family, seed=2), f"{prefix}blocks.*.hook_{short}")
     positions = pd.DataFrame({"layer": [0, 1, 0], "pos": [4, 6, 5]})
-    scores = patching.generic_activation_patch(
+    scores = transformer_lens.generic_activation_patch(
         model,
         corrupted,
         cache,
         metric,
-        patching.layer_pos_patch_setter,
+        transformer_lens.layer_pos_patch_setter,
         short,
         index_df=positions,
         tower=tower,
@@ -93,11 +93,13 @@ def test_the_tower_is_patched_by_patch_and_the_projector_by_token(family: str) -
     corrupted = short_inputs(family, seed=1)
     names = [f"{TOWER}.blocks.*.hook_resid_pre", "vision_projector.hook_out"]
     cache = cached(model, short_inputs(family, seed=2), names)
-    by_patch = patching.get_act_patch_resid_pre(model, corrupted, cache, metric, tower=TOWER)
+    by_patch = transformer_lens.get_act_patch_resid_pre(
+        model, corrupted, cache, metric, tower=TOWER
+    )
     n_patches = 37 if family == "llava" else 36
     n_layers = 2 if family == "llava" else 3  # LLaVA's projector reads vision block 1 of 0..2
     assert by_patch.shape == (n_layers, n_patches)
-    by_token = patching.get_act_patch_projector(model, corrupted, cache, metric)
+    by_token = transformer_lens.get_act_patch_projector(model, corrupted, cache, metric)
     assert by_token.shape == (tokens_of(family),)
     # A token of the projector is what the LM finds at its position: the two must agree.
     grid = model.grids(corrupted)[0][0]
@@ -128,7 +130,7 @@ def test_heads_follow_the_activation_and_not_the_config(family: str, tower: str 
     counts = {"out": 4, "q": 4, "k": 4 if tower else 2, "v": 4 if tower else 2}
     last = 2 if tower and family == "llava" else 3
     for letter, n_heads in counts.items():
-        function = getattr(patching, f"get_act_patch_attn_head_{letter}_all_pos")
+        function = getattr(transformer_lens, f"get_act_patch_attn_head_{letter}_all_pos")
         scores = function(model, corrupted, cache, metric, tower=tower)
         assert scores.shape == (last, n_heads)
         short = "z" if letter == "out" else letter
@@ -141,7 +143,7 @@ def test_heads_by_position() -> None:
     model = tiny("gemma-3")
     corrupted = short_inputs("gemma-3", seed=1)
     cache = cached(model, short_inputs("gemma-3", seed=2), "blocks.*.attn.hook_k")
-    scores = patching.get_act_patch_attn_head_k_by_pos(model, corrupted, cache, metric)
+    scores = transformer_lens.get_act_patch_attn_head_k_by_pos(model, corrupted, cache, metric)
     assert scores.shape == (3, corrupted["input_ids"].shape[1], 2)
     name = "blocks.2.attn.hook_k"
     where = (slice(None), 4, 1)
@@ -154,18 +156,20 @@ def test_patterns(family: str) -> None:
     corrupted = short_inputs(family, seed=1)
     with pytest.warns(HookedVLMWarning, match="eager attention"):
         cache = cached(model, short_inputs(family, seed=2), "*.attn.hook_pattern")
-    whole = patching.get_act_patch_attn_head_pattern_all_pos(model, corrupted, cache, metric)
+    whole = transformer_lens.get_act_patch_attn_head_pattern_all_pos(
+        model, corrupted, cache, metric
+    )
     assert whole.shape == (3, 4)
     name = "blocks.1.attn.hook_pattern"
     where = (slice(None), 2)
     assert torch.equal(whole[1, 2], by_hand(model, corrupted, name, where, cache[name]))
     rows = pd.DataFrame({"layer": [0, 0], "head_index": [1, 3], "dest_pos": [-0 + 3, 9]})
-    by_row = patching.generic_activation_patch(
+    by_row = transformer_lens.generic_activation_patch(
         model,
         corrupted,
         cache,
         metric,
-        patching.layer_head_pos_pattern_patch_setter,
+        transformer_lens.layer_head_pos_pattern_patch_setter,
         "pattern",
         index_df=rows,
     )
@@ -173,12 +177,12 @@ def test_patterns(family: str) -> None:
     where = (slice(None), 3, 9)
     assert torch.equal(by_row[1], by_hand(model, corrupted, first, where, cache[first]))
     entries = pd.DataFrame({"layer": [1], "head": [2], "dest_pos": [9], "src_pos": [4]})
-    vision = patching.generic_activation_patch(
+    vision = transformer_lens.generic_activation_patch(
         model,
         corrupted,
         cache,
         metric,
-        patching.layer_head_dest_src_pos_pattern_patch_setter,
+        transformer_lens.layer_head_dest_src_pos_pattern_patch_setter,
         "pattern",
         index_df=entries,
         tower=TOWER,
@@ -193,16 +197,16 @@ def test_the_every_functions_stack_their_parts() -> None:
     model = tiny("qwen2-vl")
     corrupted = make_inputs("qwen2-vl", seed=1, text=1)
     cache = cached(model, make_inputs("qwen2-vl", seed=2, text=1))
-    every = patching.get_act_patch_attn_head_all_pos_every(model, corrupted, cache, metric)
+    every = transformer_lens.get_act_patch_attn_head_all_pos_every(model, corrupted, cache, metric)
     assert every.shape == (5, 3, 4)
     missing = torch.isnan(every)
     assert missing[2:4, :, 2:].all()
     assert missing.sum() == 2 * 3 * 2
-    keys = patching.get_act_patch_attn_head_k_all_pos(model, corrupted, cache, metric)
+    keys = transformer_lens.get_act_patch_attn_head_k_all_pos(model, corrupted, cache, metric)
     assert torch.equal(every[2, :, :2], keys)
-    blocks = patching.get_act_patch_block_every(model, corrupted, cache, metric)
+    blocks = transformer_lens.get_act_patch_block_every(model, corrupted, cache, metric)
     assert blocks.shape == (3, 3, corrupted["input_ids"].shape[1])
-    out = patching.get_act_patch_mlp_out(model, corrupted, cache, metric)
+    out = transformer_lens.get_act_patch_mlp_out(model, corrupted, cache, metric)
     assert torch.equal(blocks[2], out)
 
 
@@ -213,11 +217,13 @@ def test_every_by_position() -> None:
     corrupted = make_inputs("qwen2-vl", seed=1, text=1)
     cache = cached(model, make_inputs("qwen2-vl", seed=2, text=1))
     n_pos = corrupted["input_ids"].shape[1]
-    every = patching.get_act_patch_attn_head_by_pos_every(model, corrupted, cache, metric)
+    every = transformer_lens.get_act_patch_attn_head_by_pos_every(model, corrupted, cache, metric)
     assert every.shape == (5, 3, n_pos, 4)
-    rows = patching.get_act_patch_attn_head_pattern_by_pos(model, corrupted, cache, metric)
+    rows = transformer_lens.get_act_patch_attn_head_pattern_by_pos(model, corrupted, cache, metric)
     assert torch.equal(every[4], rows.transpose(1, 2))
-    entries = patching.get_act_patch_attn_head_pattern_dest_src_pos(model, corrupted, cache, metric)
+    entries = transformer_lens.get_act_patch_attn_head_pattern_dest_src_pos(
+        model, corrupted, cache, metric
+    )
     assert entries.shape == (3, 4, n_pos, n_pos)
 
 
@@ -226,8 +232,14 @@ def test_a_clean_cache_of_the_same_run_changes_nothing() -> None:
     inputs = short_inputs("llava", seed=1)
     cache = cached(model, inputs, "blocks.*.hook_mlp_out")
     rows = pd.DataFrame({"layer": [0, 2], "pos": [1, 6]})
-    scores = patching.generic_activation_patch(
-        model, inputs, cache, metric, patching.layer_pos_patch_setter, "mlp_out", index_df=rows
+    scores = transformer_lens.generic_activation_patch(
+        model,
+        inputs,
+        cache,
+        metric,
+        transformer_lens.layer_pos_patch_setter,
+        "mlp_out",
+        index_df=rows,
     )
     assert torch.equal(scores, metric(model(inputs)).expand(2))
 
@@ -237,8 +249,15 @@ def test_one_clean_prompt_serves_a_batch() -> None:
     corrupted, clean = short_inputs("gemma-3", batch=2, seed=1), short_inputs("gemma-3", seed=2)
     cache = cached(model, clean, "blocks.*.hook_resid_post")
     rows = pd.DataFrame({"layer": [2], "pos": [corrupted["input_ids"].shape[1] - 1]})
-    score = patching.generic_activation_patch(
-        model, corrupted, cache, metric, patching.layer_pos_patch_setter, "resid_post", None, rows
+    score = transformer_lens.generic_activation_patch(
+        model,
+        corrupted,
+        cache,
+        metric,
+        transformer_lens.layer_pos_patch_setter,
+        "resid_post",
+        None,
+        rows,
     )
     torch.testing.assert_close(score[0], metric(model(clean)), rtol=0, atol=1e-6)
 
@@ -254,7 +273,7 @@ def test_sites_without_a_layer_a_setter_of_ones_own_and_progress() -> None:
         seen.append(index)
         corrupted[:, index[0]] = clean[:, index[0]]
 
-    scores, index_df = patching.generic_activation_patch(
+    scores, index_df = transformer_lens.generic_activation_patch(
         model,
         corrupted,
         cache,
@@ -295,13 +314,13 @@ def refused(
     model: HookedVLM, inputs: Any, cache: Any, match: str, forwards: list[str], **options: Any
 ) -> None:
     given = {
-        "patch_setter": patching.layer_pos_patch_setter,
+        "patch_setter": transformer_lens.layer_pos_patch_setter,
         "activation_name": "resid_pre",
         "index_axis_names": ("layer", "pos"),
     } | options
     forwards.clear()
     with pytest.raises(InterventionError, match=match):
-        patching.generic_activation_patch(model, inputs, cache, metric, **given)
+        transformer_lens.generic_activation_patch(model, inputs, cache, metric, **given)
     assert forwards == []
 
 
@@ -384,14 +403,16 @@ def test_wrong_requests_are_refused(forwards: list[str]) -> None:
     none = pd.DataFrame({"layer": [], "pos": []})
     refused(model, corrupted, cache, "no rows", forwards, index_df=none, **axes)
     with pytest.raises(UnknownHookError, match="resid_pre"):
-        patching.generic_activation_patch(
+        transformer_lens.generic_activation_patch(
             model,
             corrupted,
             cache,
             metric,
-            patching.layer_pos_patch_setter,
+            transformer_lens.layer_pos_patch_setter,
             "resid_prae",
             ("layer", "pos"),
         )
     with pytest.raises(InterventionError, match="one number"):
-        patching.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits[:, -1])
+        transformer_lens.get_act_patch_resid_pre(
+            model, corrupted, cache, lambda logits: logits[:, -1]
+        )

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.built import on_meta
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep
-from hooked_vlm.growing.costs import costs_of
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.region import Region
+from hooked_vlm.sweeps.plan import costs_of
 
 
 def sweep_of(family: str, at: object = None, batch: int = 2) -> Sweep:

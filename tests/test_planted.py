@@ -28,7 +28,7 @@ from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.stimuli.squares import COLORS, items
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 KINDS = ("background", "object")

@@ -22,7 +22,7 @@ from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region
-from hooked_vlm.sweep import Sweep
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.regions.region import Region
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 @pytest.fixture(autouse=True)

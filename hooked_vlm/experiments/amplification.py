@@ -35,7 +35,7 @@ from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.pairs import Question
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E7", "amplification", "5.4, Table 2"

@@ -40,7 +40,7 @@ from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.datasets.coco import load
 from hooked_vlm.stimuli.datasets.coco_boxes import BoxedItem, with_boxes
-from hooked_vlm.sweep import final_logits
+from hooked_vlm.sweeps.sweep import final_logits
 
 
 ID, NAME, SECTION = "R2", "coco-amplification", "5.4, Table 2 (v2)"

@@ -20,7 +20,7 @@ from hooked_vlm.experiments.config import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import interval_rows, said, select
 from hooked_vlm.stimuli.datasets.coco import SpatialItem, load
-from hooked_vlm.sweep import final_logits
+from hooked_vlm.sweeps.sweep import final_logits
 
 
 ID, NAME, SECTION = "R1", "coco-spatial", "Table 2"

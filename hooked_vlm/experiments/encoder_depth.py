@@ -30,7 +30,7 @@ from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import Question, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "Q5", "encoder-depth", "open question on 5.2"

@@ -29,7 +29,7 @@ from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.stimuli.pairs import FinalTokenPair, final_token_pair
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E2", "final-token", "5.1, Fig. 3"

@@ -29,7 +29,7 @@ from hooked_vlm.experiments.order_removal import REMOVALS, references
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.stimuli.pairs import Question
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E5", "ordering-ablation", "5.3.1, Fig. 8, Table 5"

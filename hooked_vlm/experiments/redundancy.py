@@ -27,7 +27,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.pairs import Question
-from hooked_vlm.sweep import final_logits
+from hooked_vlm.sweeps.sweep import final_logits
 
 
 ID, NAME, SECTION = "Q6", "redundancy", "open question on 5.3"

@@ -33,7 +33,7 @@ from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E4", "strip-swap", "5.2.2, Figs. 5-7"

@@ -27,7 +27,7 @@ from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import Question, SwapPair, right_on_both, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
-from hooked_vlm.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E6", "swap-under-ablation", "5.3.2, Fig. 9"

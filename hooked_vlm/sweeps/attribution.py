@@ -7,8 +7,8 @@ backward pass, give an estimate of every cell of a sweep, whatever their number:
     score(cell)  ≈  clean score + Σ over positions of <d score / d activation, edited − clean>
 
 It is exact where the score is linear in what is edited, and only there: attention, norms and
-gates bend it, and a probability near 0 or 1 has no slope left to go by.  `agreement` says how
-far off it was on some sweep; cells that matter are worth their exact pass.
+gates bend it, and a probability near 0 or 1 has no slope left to go by.  `attribution_error`
+says how far off it was on some sweep; cells that matter are worth their exact pass.
 
 An edit is what the cell's own hook functions make of the clean run's activation, so every
 intervention works.  Edits at one site are carried out one after another; at two sites each is
@@ -29,12 +29,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.gradients import Metric, clean_run, said, wide
 from hooked_vlm.hooks.names import select_names
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording, Source, record
+from hooked_vlm.sweeps.gradients import Metric, clean_run, said, wide
 
 
 Edits = dict[str, list[Callable[..., Any]]]

@@ -20,16 +20,16 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_vlm.attribution import first_order
 from hooked_vlm.engine.clean_run import GrowthError
 from hooked_vlm.engine.restart import run_cells
 from hooked_vlm.engine.run import run_growing, run_plain
 from hooked_vlm.engine.shared import recorded_once
 from hooked_vlm.errors import InterventionError, did_you_mean
-from hooked_vlm.growing.plan import Plan
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, parts_of, source_of
 from hooked_vlm.interventions.recording import Recording
+from hooked_vlm.sweeps.attribution import first_order
+from hooked_vlm.sweeps.plan import Plan
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -149,7 +149,7 @@ class Sweep:
 
         The clean run (under `base`) is made and differentiated once for each entry of the metric
         behind the batch, whatever the number of cells; see `attribution` for what that leaves
-        out, and `agreement` for how far off it was.
+        out, and `attribution_error` for how far off it was.
 
         Raises what `run` raises, and `InterventionError` where there is no gradient to go by.
         """
