@@ -206,8 +206,8 @@ def check(
     dtype: Dtype = "auto",
 ) -> None:
     """Check hooks, grids and generation on a model: a `no` is a number not to be trusted."""
-    from hooked_vlm.checkup import check_model
-    from hooked_vlm.laws import NO
+    from hooked_vlm.checks.checkup import check_model
+    from hooked_vlm.checks.laws import NO
     from hooked_vlm.model.vlm import HookedVLM
     from hooked_vlm.runner import device_of, dtype_of
 

@@ -7,11 +7,12 @@ from prepared_models import prepared
 from test_anatomy import llama
 from torch import Tensor
 
-from hooked_vlm import checkup, cli, laws
-from hooked_vlm.checkup import check_model
+from hooked_vlm import cli
+from hooked_vlm.checks import checkup, laws
+from hooked_vlm.checks.checkup import check_model
+from hooked_vlm.checks.laws import NO, YES, Finding
 from hooked_vlm.engine.batch import Growing
 from hooked_vlm.errors import UnsupportedModelError
-from hooked_vlm.laws import NO, YES, Finding
 from hooked_vlm.model.vlm import HookedVLM
 
 

@@ -5,7 +5,7 @@ from conformance.exceptions import EXCEPT, NOT_SERVED
 from conformance.suite import LAWS, check
 from conformance.tiny import architectures
 
-from hooked_vlm.laws import NO
+from hooked_vlm.checks.laws import NO
 
 
 QUICK = (

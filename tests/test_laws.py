@@ -12,14 +12,14 @@ from test_anatomy import Pre, Sandwich, Stranger, stranger_inputs
 from tiny_models import FAMILIES, build, make_inputs, tiny
 from torch import Tensor, nn
 
-from hooked_vlm import laws
+from hooked_vlm.checks import laws
+from hooked_vlm.checks.laws import NO, NONE, YES, Finding
+from hooked_vlm.checks.residual import BlockSums, same
 from hooked_vlm.hooks import attention, dispatch
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.prepare import Inputs
-from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.residual_sums import BlockSums, same
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,6 @@ ORDER = (  # from the ground up; packages of one line do not know each other
 ROOT = {"__init__.py", "errors.py", "cli.py", "py.typed"}
 WAITING = {  # files that are yet to move, by the package they belong to
     "charts": "report",
-    "checkup": "checks",
     "experiments.alpha_transfer": "experiments",
     "experiments.amplification": "experiments",
     "experiments.behaviour": "experiments",
@@ -56,15 +55,12 @@ WAITING = {  # files that are yet to move, by the package they belong to
     "figures.drawing": "report",
     "figures.open_questions": "report",
     "figures.steering": "report",
-    "laws": "checks",
     "plots": "report",
     "progress": "report",
     "provenance": "report",
     "report": "report",
-    "residual_sums": "checks",
     "runner": "report",
     "store": "report",
-    "sweep_law": "checks",
 }
 LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
 ALONE = {

@@ -4,12 +4,12 @@ import pytest
 import torch
 from conformance.tiny import tiny_config, tiny_model
 
+from hooked_vlm.checks.laws import quiet
 from hooked_vlm.errors import GridError
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.inputs.pixel_routing import measure_routes
 from hooked_vlm.inputs.videos import frame_grids
 from hooked_vlm.interventions.ablate import Ablate
-from hooked_vlm.laws import quiet
 from hooked_vlm.model.vlm import HookedVLM
 
 

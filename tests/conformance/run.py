@@ -26,7 +26,7 @@ from conformance.exceptions import EXCEPT
 from conformance.suite import LAWS, Row, check
 from conformance.tiny import architectures
 from conformance.tiny_table import OTHER_TOWERS
-from hooked_vlm.laws import NO, NONE, YES
+from hooked_vlm.checks.laws import NO, NONE, YES
 
 
 MARKS = {YES: "✓", NO: "✗", NONE: "–", "": " "}

@@ -1,7 +1,7 @@
 """Every architecture against every law, one architecture at a time.
 
 For each model type a tiny random model is built with its own processor, wrapped, and held
-to the laws of `hooked_vlm.laws`, on inputs that `prepare` made: one prompt with one image,
+to the laws of `hooked_vlm.checks.laws`, on inputs that `prepare` made: one prompt with one image,
 two prompts of different lengths, two images in a prompt, an image in one prompt of two, and
 no image at all.  What an architecture cannot have is said as such, with the reason.
 """
@@ -22,12 +22,12 @@ from PIL import Image
 from conformance import exceptions
 from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
-from hooked_vlm import laws
+from hooked_vlm.checks import laws
+from hooked_vlm.checks.laws import NO, NONE, YES, Finding
+from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.errors import GridError
 from hooked_vlm.inputs.pixel_routing import measure_routes, pixel_name
-from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.sweep_law import check_sweep
 
 
 LAWS = (

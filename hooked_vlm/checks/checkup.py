@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hooked_vlm import laws
+from hooked_vlm.checks import laws
+from hooked_vlm.checks.laws import NO, Finding
+from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.hooks.names import VISION
 from hooked_vlm.inputs.prepare import Inputs
-from hooked_vlm.laws import NO, Finding
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.sweep_law import check_sweep
 
 
 QUESTION = "What is this?"

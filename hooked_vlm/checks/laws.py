@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.source import forward_source
+from hooked_vlm.checks.residual import BlockSums, same
 from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.hooks.stand_ins import uncached
@@ -26,7 +27,6 @@ from hooked_vlm.inputs.pixel_routing import Routes, measure_routes
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
-from hooked_vlm.residual_sums import BlockSums, same
 
 
 Inputs = Mapping[str, Any]
@@ -267,7 +267,7 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
     """Each cell of each image's grid is where its pixels go, in the encoder as in the prompt.
 
     Compared with a measurement: with attention between patches off, a position of the prompt
-    depends on its own patches alone (see `routing`).
+    depends on its own patches alone (see `pixel_routing`).
     """
     no_grid = getattr(inputs, "no_grid", "")
     grids = model.grids(inputs)

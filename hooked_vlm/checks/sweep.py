@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.engine.run import BOUNDS
 from hooked_vlm.errors import GridError, InterventionError
 from hooked_vlm.interventions.patch import Patch
-from hooked_vlm.laws import NO, NONE, YES, Finding
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken, Positions
 from hooked_vlm.sweeps.sweep import Sweep
