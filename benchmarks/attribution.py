@@ -31,9 +31,10 @@ from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, final_logits
 from hooked_vlm.analysis.scoring import logit_difference, target_probability
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.charts import curves
-from hooked_vlm.experiments.config import Config
-from hooked_vlm.experiments.setting import Setting, interval_rows
-from hooked_vlm.experiments.swap_regions import SwapRegions
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions
+from hooked_vlm.experiments.options import Config
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows
 from hooked_vlm.plots import SLOTS, Look, to_png
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.pairs import final_token_pair, swap_pair

@@ -87,7 +87,7 @@ def run(
     fresh: Fresh = False,
 ) -> None:
     """Run an experiment or a suite on a model and write its report."""
-    from hooked_vlm.experiments.config import Config
+    from hooked_vlm.experiments.options import Config
     from hooked_vlm.runner import Job
 
     job = Job(
@@ -125,7 +125,7 @@ def demo(
 ) -> None:
     """Run the dual-mechanisms suite on every shipped model, side by side."""
     from hooked_vlm import zoo
-    from hooked_vlm.experiments.config import Config
+    from hooked_vlm.experiments.options import Config
     from hooked_vlm.runner import Job
 
     config = Config(pairs=pairs, seed=seed, batch_size=batch_size)
@@ -157,7 +157,7 @@ def reproduce(
 ) -> None:
     """Run every experiment on every setting; run it again to go on after an interruption."""
     from hooked_vlm import zoo
-    from hooked_vlm.experiments.config import Config
+    from hooked_vlm.experiments.options import Config
     from hooked_vlm.runner import Job
 
     config = Config(

@@ -20,8 +20,8 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-from hooked_vlm.experiments.paper import targets
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.targets import targets
 from hooked_vlm.figures import HEADLINES, Drawing, drawings
 from hooked_vlm.plots import to_png
 from hooked_vlm.provenance import Provenance

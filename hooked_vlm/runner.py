@@ -20,7 +20,7 @@ import torch
 from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import DataError, RegionError, ScoringError, did_you_mean
 from hooked_vlm.experiments import registry
-from hooked_vlm.experiments.config import Config, check_options, specialise
+from hooked_vlm.experiments.options import Config, check_options, specialise
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM

@@ -9,9 +9,14 @@ import torch
 from planted_models import GEOMETRY, planted
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments import ordering_ablation, swap_under_ablation
-from hooked_vlm.experiments.order_removal import REMOVALS, check_cover, references, removed
-from hooked_vlm.experiments.ordering_ablation import sampled
+from hooked_vlm.experiments.dual_mechanisms import ordering_ablation, swap_under_ablation
+from hooked_vlm.experiments.dual_mechanisms.order_removal import (
+    REMOVALS,
+    check_cover,
+    references,
+    removed,
+)
+from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.model.vlm import HookedVLM

@@ -7,8 +7,8 @@ import pytest
 import torch
 from planted_models import planted
 
-from hooked_vlm.experiments import alpha_transfer, amplification
-from hooked_vlm.experiments.amplification import (
+from hooked_vlm.experiments.dual_mechanisms import amplification
+from hooked_vlm.experiments.dual_mechanisms.amplification import (
     CONTROLS,
     FORMULAS,
     Config,
@@ -16,6 +16,7 @@ from hooked_vlm.experiments.amplification import (
     held_out_change,
     outcomes,
 )
+from hooked_vlm.experiments.further import alpha_transfer
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.stimuli.settings import stimulus_set
 

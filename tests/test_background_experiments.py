@@ -9,7 +9,7 @@ import torch
 from planted_models import planted
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments import grid_probes, photographs
+from hooked_vlm.experiments.further import grid_probes, photographs
 from hooked_vlm.stimuli import shapes
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 

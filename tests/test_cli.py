@@ -16,7 +16,7 @@ from torch import nn
 from hooked_vlm import cli, runner
 from hooked_vlm.errors import DataError, UnsupportedModelError
 from hooked_vlm.experiments import registry
-from hooked_vlm.experiments.config import Config, OnProgress
+from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.registry import Experiment, Step
 from hooked_vlm.experiments.result import Result
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments.config import Config, check_options, parse, specialise
+from hooked_vlm.experiments.options import Config, check_options, parse, specialise
 
 
 @dataclass(frozen=True, kw_only=True)

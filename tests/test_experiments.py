@@ -15,12 +15,12 @@ from planted_models import planted
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hooked_vlm.errors import DataError, HookedVLMWarning, ScoringError, UnsupportedModelError
-from hooked_vlm.experiments import final_token, ordering_probes, strip_swap
-from hooked_vlm.experiments.config import Config
+from hooked_vlm.experiments.dual_mechanisms import final_token, ordering_probes, strip_swap
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, cell_pairs
+from hooked_vlm.experiments.options import Config
 from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, cell_pairs
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY
 from hooked_vlm.zoo import available

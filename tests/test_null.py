@@ -18,8 +18,8 @@ from hooked_vlm.analysis.statistics import (
     sign_flip_test,
     wilson,
 )
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import swap_pair
 from hooked_vlm.stimuli.settings import stimulus_set

@@ -9,9 +9,9 @@ import torch
 from planted_models import planted
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments import encoder_depth, redundancy
-from hooked_vlm.experiments.encoder_depth import attention_shares, pooled
-from hooked_vlm.experiments.redundancy import CELLS, between_image_tokens
+from hooked_vlm.experiments.further import encoder_depth, redundancy
+from hooked_vlm.experiments.further.encoder_depth import attention_shares, pooled
+from hooked_vlm.experiments.further.redundancy import CELLS, between_image_tokens
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.model.vlm import HookedVLM

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import synthetic_results as synthetic
 
-from hooked_vlm.experiments.paper import TARGETS, targets
 from hooked_vlm.experiments.registry import EXPERIMENTS
+from hooked_vlm.experiments.targets import TARGETS, targets
 from hooked_vlm.report import write_report
 
 

@@ -18,8 +18,8 @@ from hooked_vlm.analysis.probes import (
     split_by_image,
 )
 from hooked_vlm.analysis.scoring import top_answer
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.swap_regions import cell_pairs
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken

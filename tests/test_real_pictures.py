@@ -15,8 +15,9 @@ from PIL import Image
 from planted_models import planted
 
 from hooked_vlm.errors import DataError, HookedVLMWarning, RegionError
-from hooked_vlm.experiments import (
-    amplification,
+from hooked_vlm.experiments.dual_mechanisms import amplification
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, cell_pairs, strips_of
+from hooked_vlm.experiments.further import (
     coco_amplification,
     coco_spatial,
     compared,
@@ -24,7 +25,6 @@ from hooked_vlm.experiments import (
 )
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.swap_regions import SwapRegions, cell_pairs, strips_of
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli import squares
 from hooked_vlm.stimuli.datasets import coco, coco_boxes, whatsup

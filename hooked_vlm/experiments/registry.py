@@ -10,25 +10,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.experiments import (
-    alpha_transfer,
+from hooked_vlm.experiments.dual_mechanisms import (
     amplification,
     behaviour,
+    final_token,
+    ordering_ablation,
+    ordering_probes,
+    strip_swap,
+    swap_under_ablation,
+)
+from hooked_vlm.experiments.further import (
+    alpha_transfer,
     coco_amplification,
     coco_spatial,
     composite_artefacts,
     encoder_depth,
-    final_token,
     grid_probes,
-    ordering_ablation,
-    ordering_probes,
     photographs,
     redundancy,
-    strip_swap,
-    swap_under_ablation,
 )
-from hooked_vlm.experiments.config import Config as Config
-from hooked_vlm.experiments.config import OnProgress as OnProgress
+from hooked_vlm.experiments.options import Config as Config
+from hooked_vlm.experiments.options import OnProgress as OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.settings import SETTINGS

@@ -5,12 +5,10 @@ the paper uses for the model's kind of encoder: its own size where that is fixed
 visual tokens where any size goes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -23,9 +21,8 @@ from hooked_vlm.analysis.scoring import (
     normalise,
     top_answer,
 )
-from hooked_vlm.analysis.statistics import Interval
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments.config import Config
+from hooked_vlm.experiments.options import Config
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
@@ -179,57 +176,3 @@ def token_grid(model: Any) -> tuple[int, int]:
             "stimuli need a square grid of whole pixels."
         )
     return rows, side // rows
-
-
-def interval_rows(
-    interval: Interval, axes: Mapping[str, Sequence[Any]], **columns: Any
-) -> list[dict]:
-    """Returns tidy rows of an interval whose arrays have the given axes, in order."""
-    shape = [len(values) for values in axes.values()]
-    numbers = [
-        np.broadcast_to(part, shape) for part in (interval.estimate, interval.low, interval.high)
-    ]
-    rows = []
-    for index in np.ndindex(*shape):
-        labels = {name: values[i] for (name, values), i in zip(axes.items(), index, strict=True)}
-        value, low, high = (float(part[index]) for part in numbers)
-        rows.append(
-            {**columns, **labels, "value": value, "low": low, "high": high, "n": interval.n}
-        )
-    return rows
-
-
-def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
-    """Returns the rows of a table with these values."""
-    for column, value in wanted.items():
-        table = table[table[column] == value]
-    return table
-
-
-def said(row: Any) -> str:
-    """Returns a number with its 95 % interval, as verdicts write it."""
-    value, low, high = (f"{round(row[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def said_slots(slots: Iterable[int]) -> str:
-    """Returns slots as verdicts write them, runs folded.
-
-    >>> said_slots([0, 2, 3, 4])
-    'slots 0, 2-4'
-    """
-    array = np.asarray(sorted(slots), dtype=int)
-    if not len(array):
-        return "no slot"
-    runs = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
-    names = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"slot{'s' if len(array) > 1 else ''} {', '.join(names)}"
-
-
-def said_names(names: Sequence[str]) -> str:
-    """Returns words as a sentence lists them.
-
-    >>> said_names(["left", "right", "above"])
-    'left, right and above'
-    """
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

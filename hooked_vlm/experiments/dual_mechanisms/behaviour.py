@@ -3,9 +3,10 @@
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import wilson
-from hooked_vlm.experiments.config import Config, OnProgress
+from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said
 
 
 ID, NAME, SECTION = "E1", "behaviour", "Table 1"

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
-from hooked_vlm.experiments.ordering_ablation import sampled
-from hooked_vlm.experiments.ordering_probes import read_order
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import read_order
+from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
-from hooked_vlm.experiments.strip_swap import FLIPPED
-from hooked_vlm.experiments.swap_regions import cell_pairs
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import Question, swap_pair

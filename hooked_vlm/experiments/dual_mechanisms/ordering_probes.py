@@ -23,9 +23,10 @@ from hooked_vlm.analysis.probes import (
     split_by_image,
 )
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.experiments.config import Config, OnProgress
+from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import Layout

@@ -23,11 +23,12 @@ from hooked_vlm.analysis.statistics import (
     sign_flip_test,
     wilson,
 )
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
-from hooked_vlm.experiments.order_removal import REMOVALS, references
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, references
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 

@@ -26,11 +26,12 @@ from hooked_vlm.analysis.directions import orthonormalise, random_controls, stac
 from hooked_vlm.analysis.probes import LinearProbe, class_directions, object_examples
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
-from hooked_vlm.experiments.ordering_probes import probe_regions, projected
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import probe_regions, projected
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region

@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.experiments import amplification
-from hooked_vlm.experiments.amplification import Plan, held_out_change, outcomes
-from hooked_vlm.experiments.config import OnProgress
+from hooked_vlm.experiments.dual_mechanisms import amplification
+from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, held_out_change, outcomes
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.stimuli.pairs import Question
 
 

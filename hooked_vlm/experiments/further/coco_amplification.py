@@ -22,7 +22,7 @@ from hooked_vlm.analysis.probes import Examples, LinearProbe, class_directions, 
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import DataError, HookedVLMWarning
-from hooked_vlm.experiments.amplification import (
+from hooked_vlm.experiments.dual_mechanisms.amplification import (
     CONTROLS,
     Strengths,
     answered,
@@ -31,10 +31,10 @@ from hooked_vlm.experiments.amplification import (
     table_of,
     verdict_of,
 )
-from hooked_vlm.experiments.coco_spatial import opened
-from hooked_vlm.experiments.config import OnProgress
+from hooked_vlm.experiments.further.coco_spatial import opened
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import interval_rows, said, select
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.regions.region import Region

@@ -16,17 +16,11 @@ from torch import Tensor
 
 from hooked_vlm.analysis.scoring import agreement, logit_difference
 from hooked_vlm.analysis.statistics import bootstrap, holm, paired_difference, sign_flip_test
-from hooked_vlm.experiments.config import Config, OnProgress
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, strips_of
+from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import (
-    Setting,
-    interval_rows,
-    said,
-    said_names,
-    said_slots,
-    select,
-)
-from hooked_vlm.experiments.swap_regions import ALIGNED, SwapRegions, strips_of
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said, said_names, said_slots, select
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.overlay import draw_regions

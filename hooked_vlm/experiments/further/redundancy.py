@@ -19,12 +19,13 @@ from torch import Tensor
 
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import bootstrap, wilson
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
-from hooked_vlm.experiments.order_removal import references, removed
-from hooked_vlm.experiments.ordering_ablation import sampled
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
+from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said, select
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import final_logits

@@ -7,9 +7,9 @@ import pandas as pd
 import xarray as xr
 
 from hooked_vlm.analysis.statistics import holm, paired_difference, sign_flip_test
-from hooked_vlm.experiments import ordering_probes, strip_swap
+from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import interval_rows, said, select
+from hooked_vlm.experiments.tables import interval_rows, said, select
 
 
 DIFFERENCE = "paired difference"

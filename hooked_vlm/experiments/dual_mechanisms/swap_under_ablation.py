@@ -15,12 +15,13 @@ import xarray as xr
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments.config import Config, OnProgress
-from hooked_vlm.experiments.order_removal import references, removed
+from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
+from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED, QUANTITIES, scored
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
+from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, interval_rows, said, said_names, select
-from hooked_vlm.experiments.strip_swap import FLIPPED, QUANTITIES, scored
-from hooked_vlm.experiments.swap_regions import SwapRegions, strips_of
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import interval_rows, said, said_names, select
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording

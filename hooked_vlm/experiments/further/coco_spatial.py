@@ -15,10 +15,10 @@ from PIL import Image
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import interval_rows, said, select
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.stimuli.datasets.coco import SpatialItem, load
 from hooked_vlm.sweeps.sweep import final_logits
 

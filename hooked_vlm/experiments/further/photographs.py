@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments import compared, ordering_probes, strip_swap
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
+from hooked_vlm.experiments.further import compared
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import said, select
+from hooked_vlm.experiments.tables import said, select
 
 
 ID, NAME, SECTION = "E9", "photographs", "App. C.8"

@@ -23,12 +23,14 @@ import torch
 from PIL import Image, ImageOps
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.experiments import compared, ordering_probes, strip_swap
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
+from hooked_vlm.experiments.further import compared
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting, said, select
-from hooked_vlm.experiments.swap_regions import strips_of
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import said, select
 from hooked_vlm.stimuli import photographs
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.geometry import Layout

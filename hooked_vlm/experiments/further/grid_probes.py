@@ -17,11 +17,15 @@ from PIL import Image
 
 from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.experiments import config as common
-from hooked_vlm.experiments.config import OnProgress
-from hooked_vlm.experiments.ordering_probes import background_shares, fit_with_controls
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
+    background_shares,
+    fit_with_controls,
+)
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import interval_rows, said, select, token_grid
+from hooked_vlm.experiments.setting import token_grid
+from hooked_vlm.experiments.tables import interval_rows, said, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
