@@ -30,13 +30,13 @@ from benchmarks.throughput import machine
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, final_logits
 from hooked_vlm.analysis.scoring import logit_difference, target_probability
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.charts import curves
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import interval_rows
-from hooked_vlm.plots import SLOTS, Look, to_png
 from hooked_vlm.regions.region import Region
+from hooked_vlm.report.charts import curves
+from hooked_vlm.report.look import SLOTS, Look, to_png
 from hooked_vlm.stimuli.pairs import final_token_pair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweeps.attribution_error import Agreement, agreement, agreement_table

@@ -25,7 +25,7 @@ from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.hooks.stand_ins import encoder_of
-from hooked_vlm.runner import Job, own
+from hooked_vlm.report.job import Job, own
 from hooked_vlm.sweeps.plan import costs_of
 
 

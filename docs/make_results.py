@@ -14,11 +14,11 @@ from pathlib import Path
 
 from hooked_vlm.experiments.registry import EXPERIMENTS, steps
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures import drawings
-from hooked_vlm.plots import to_png
-from hooked_vlm.provenance import Provenance
-from hooked_vlm.report import key_numbers
-from hooked_vlm.store import read_result, write_file
+from hooked_vlm.report.figures import drawings
+from hooked_vlm.report.look import to_png
+from hooked_vlm.report.page import key_numbers
+from hooked_vlm.report.provenance import Provenance
+from hooked_vlm.report.results import read_result, write_file
 
 
 OUT = Path(__file__).parent / "results"

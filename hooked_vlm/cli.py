@@ -18,11 +18,11 @@ import typer
 from rich.console import Console
 
 from hooked_vlm.errors import HookedVLMError
-from hooked_vlm.progress import Listener, quiet
+from hooked_vlm.report.progress import Listener, quiet
 
 
 if TYPE_CHECKING:
-    from hooked_vlm.runner import Job, Report
+    from hooked_vlm.report.job import Job, Report
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -88,7 +88,7 @@ def run(
 ) -> None:
     """Run an experiment or a suite on a model and write its report."""
     from hooked_vlm.experiments.options import Config
-    from hooked_vlm.runner import Job
+    from hooked_vlm.report.job import Job
 
     job = Job(
         experiment=experiment,
@@ -126,7 +126,7 @@ def demo(
     """Run the dual-mechanisms suite on every shipped model, side by side."""
     from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config
-    from hooked_vlm.runner import Job
+    from hooked_vlm.report.job import Job
 
     config = Config(pairs=pairs, seed=seed, batch_size=batch_size)
     made = [
@@ -158,7 +158,7 @@ def reproduce(
     """Run every experiment on every setting; run it again to go on after an interruption."""
     from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config
-    from hooked_vlm.runner import Job
+    from hooked_vlm.report.job import Job
 
     config = Config(
         pairs=pairs,
@@ -209,7 +209,7 @@ def check(
     from hooked_vlm.checks.checkup import check_model
     from hooked_vlm.checks.laws import NO
     from hooked_vlm.model.vlm import HookedVLM
-    from hooked_vlm.runner import device_of, dtype_of
+    from hooked_vlm.report.job import device_of, dtype_of
 
     with quiet():
         wrapped = HookedVLM.from_pretrained(model, dtype=dtype_of(dtype), device=device_of(device))
@@ -263,7 +263,8 @@ def _options(given: list[str]) -> dict[str, str]:
 
 def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> None:
     """Runs jobs, several at a time where that is faster, and writes their index."""
-    from hooked_vlm import report, runner
+    from hooked_vlm.report import job as runner
+    from hooked_vlm.report import page
 
     for job in made:  # all of them before the first one runs
         runner.check(job)
@@ -279,7 +280,7 @@ def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> No
         str(job.out.relative_to(out)): (one.results, one.provenance)
         for job, one in zip(made, done, strict=True)
     }
-    print(f"report: {report.write_index(reports, out, title=title)}")
+    print(f"report: {page.write_index(reports, out, title=title)}")
 
 
 def _run_apart(made: Sequence["Job"], jobs: int) -> None:
@@ -324,7 +325,7 @@ def _words(job: "Job") -> list[str]:
 
 
 def _run(job: "Job") -> "Report":
-    from hooked_vlm import runner
+    from hooked_vlm.report import job as runner
 
     runner.check(job)
     listener = Listener(Console(stderr=True), job.model)

@@ -6,7 +6,7 @@ import xarray as xr
 from PIL import Image, ImageDraw
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.provenance import Provenance
+from hooked_vlm.report.provenance import Provenance
 
 
 DIRECTIONS = ("left", "right", "above", "below")

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hooked_vlm import charts
 from hooked_vlm.errors import DataError
-from hooked_vlm.plots import Look, to_png
+from hooked_vlm.report import charts
+from hooked_vlm.report.look import Look, to_png
 
 
 def table() -> pd.DataFrame:

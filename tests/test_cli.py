@@ -13,12 +13,13 @@ import synthetic_results as synthetic
 import torch
 from torch import nn
 
-from hooked_vlm import cli, runner
+from hooked_vlm import cli
 from hooked_vlm.errors import DataError, UnsupportedModelError
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.registry import Experiment, Step
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.report import job as runner
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made = [experiment(synthetic.e1()), experiment(synthetic.e4())]
     monkeypatch.setattr(registry, "EXPERIMENTS", {one.name: one for one in made})
     monkeypatch.setattr(registry, "SUITES", {"dual-mechanisms": ("behaviour", "strip-swap")})
-    monkeypatch.setattr("hooked_vlm.report.drawings", lambda _: [])  # slow, and tested there
+    monkeypatch.setattr("hooked_vlm.report.page.drawings", lambda _: [])  # slow, and tested there
     monkeypatch.setattr(runner, "HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.model.vlm.HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.zoo.available", lambda: ["tiny-one", "tiny-two"])

@@ -28,7 +28,7 @@ from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.encoder import HookedVisionEncoder
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.provenance import Stopwatch, record
+from hooked_vlm.report.provenance import Stopwatch, record
 
 
 pytestmark = [

@@ -6,7 +6,7 @@ import synthetic_results as synthetic
 
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.targets import TARGETS, targets
-from hooked_vlm.report import write_report
+from hooked_vlm.report.page import write_report
 
 
 def test_every_figure_is_of_an_experiment_that_runs() -> None:

@@ -11,8 +11,8 @@ import synthetic_results as synthetic
 import torch
 from torch import nn
 
-from hooked_vlm import provenance
-from hooked_vlm.provenance import Provenance, Stopwatch, parameter_hash, record
+from hooked_vlm.report import provenance
+from hooked_vlm.report.provenance import Provenance, Stopwatch, parameter_hash, record
 
 
 def small_model(seed: int = 0, bias: bool = True) -> nn.Module:

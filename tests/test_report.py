@@ -13,11 +13,11 @@ import pytest
 import synthetic_results as synthetic
 from PIL import Image
 
-from hooked_vlm import report
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.plots import to_png
-from hooked_vlm.provenance import Provenance
-from hooked_vlm.report import key_numbers, numbers, write_index, write_report
+from hooked_vlm.report import page as report
+from hooked_vlm.report.look import to_png
+from hooked_vlm.report.page import key_numbers, numbers, write_index, write_report
+from hooked_vlm.report.provenance import Provenance
 
 
 class Page(HTMLParser):

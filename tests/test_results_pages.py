@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import synthetic_results as synthetic
 
-from hooked_vlm.store import save_result, write_file
+from hooked_vlm.report.results import save_result, write_file
 
 
 @pytest.fixture

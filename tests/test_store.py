@@ -9,10 +9,10 @@ import pytest
 import synthetic_results as synthetic
 import xarray as xr
 
-from hooked_vlm import store
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.store import load_result, run_key, save_result, writable_folder, write_file
+from hooked_vlm.report import results
+from hooked_vlm.report.results import load_result, run_key, save_result, writable_folder, write_file
 
 
 @pytest.mark.parametrize("result", synthetic.all_results(), ids=lambda result: result.id)
@@ -72,7 +72,7 @@ def test_key_sees_everything_numbers_depend_on(monkeypatch: pytest.MonkeyPatch) 
     }
     assert len(keys) == 5
     assert run_key(base[0], {"seed": 0, "pairs": 50}, *base[2:]) == run_key(*base)
-    monkeypatch.setattr(store, "_source_sha256", lambda: "other code of the same version")
+    monkeypatch.setattr(results, "_source_sha256", lambda: "other code of the same version")
     assert run_key(*base) not in keys
 
 
@@ -94,7 +94,7 @@ def test_a_save_that_fails_leaves_the_old_result(
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full_disk)
+    monkeypatch.setattr(results, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_result(synthetic.e3(), tmp_path, "new")
     assert load_result(tmp_path, "ordering-probes", "old") is not None

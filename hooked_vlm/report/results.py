@@ -47,7 +47,7 @@ def run_key(experiment: str, config: Mapping[str, Any], model_sha256: str, versi
 @cache
 def _source_sha256() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from hooked_vlm import charts
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures.drawing import Drawing, Draws, Headlines
-from hooked_vlm.plots import Look
+from hooked_vlm.report import charts
+from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
+from hooked_vlm.report.look import Look
 
 
 KINDS = {

@@ -24,9 +24,9 @@ from hooked_vlm.experiments.options import Config, check_options, specialise
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.provenance import Provenance, Stopwatch, parameter_hash, record
-from hooked_vlm.report import PAGE, write_report
-from hooked_vlm.store import load_result, run_key, save_result, writable_folder
+from hooked_vlm.report.page import PAGE, write_report
+from hooked_vlm.report.provenance import Provenance, Stopwatch, parameter_hash, record
+from hooked_vlm.report.results import load_result, run_key, save_result, writable_folder
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pandas as pd
 import xarray as xr
 
-from hooked_vlm import plots
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures.drawing import CHANCE, Drawing, Draws, Headlines
+from hooked_vlm.report import charts, look
+from hooked_vlm.report import maps as plots
+from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
 
 
 ITEMS_PER_AXIS = 2
@@ -16,7 +17,7 @@ ITEMS_PER_AXIS = 2
 def _behaviour(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "accuracy",
-        plots.accuracy(result.table, chance=CHANCE),
+        charts.accuracy(result.table, chance=CHANCE),
         "Accuracy over all questions, by the relation they ask about. Dots are accuracies, "
         "whiskers 95 % Wilson intervals; the dotted line is chance among the three colours.",
         headline=True,
@@ -26,7 +27,7 @@ def _behaviour(result: Result) -> Iterator[Drawing]:
 def _final_token(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "final-token",
-        plots.final_token(_answers(result)),
+        charts.final_token(_answers(result)),
         "The final token's residual vector is replaced, at one slot at a time, by the one of a "
         "counterfactual run with other colours and the opposite question. Grey: the answer stays. "
         "Orange: the answer is the clean image's colour at the place the counterfactual asks for, "
@@ -38,13 +39,13 @@ def _final_token(result: Result) -> Iterator[Drawing]:
 
 def _answers(result: Result) -> pd.DataFrame:
     table = _apart(result)
-    return table[table["quantity"].isin(list(plots.STAGES))]
+    return table[table["quantity"].isin(list(look.STAGES))]
 
 
 def _ordering_probes(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "probe-accuracy",
-        plots.accuracy(result.table, by="axis", chance=CHANCE),
+        charts.accuracy(result.table, by="axis", chance=CHANCE),
         "A linear probe reads an object's place in the order (first, middle, last) from single "
         "visual tokens at the projector's output. Accuracy on the object tokens of held-out "
         "images, and the share of background tokens that the probe gives to the strip they lie "
@@ -76,7 +77,7 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
 def _swap(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "swap-by-slot",
-        plots.swap(_apart(result)),
+        charts.swap(_apart(result)),
         "Two regions' tokens trade places with those of the mirrored image, at one slot at a "
         "time, in the run on the clean image. If a region carries the order, the answer becomes "
         "that of the mirrored image (upper row) and ceases to be the clean one (lower row). "

@@ -167,9 +167,9 @@ def parameter_hash(model: nn.Module) -> str:
 
 def source_commit() -> str | None:
     """Returns the commit of the hooked_vlm source, or `None` where it is not in a repository."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     # An installed copy may lie inside somebody else's repository; only a tracked one counts.
-    if _git(folder, "ls-files", "--error-unmatch", "provenance.py") is None:
+    if _git(folder, "ls-files", "--error-unmatch", "report/provenance.py") is None:
         return None
     commit = _git(folder, "rev-parse", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")

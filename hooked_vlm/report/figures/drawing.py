@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.plots import Figure
+from hooked_vlm.report.maps import Figure
 
 
 CHANCE = 1 / 3  # three entities in every stimulus

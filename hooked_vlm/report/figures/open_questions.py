@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from hooked_vlm import charts, plots
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures.drawing import Drawing, Draws, Headlines
+from hooked_vlm.report import charts, look
+from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
 
 
 DEPTH = "layer: 0 = encoder input, l = output of block l−1, last = projector"
@@ -12,7 +12,7 @@ DEPTH = "layer: 0 = encoder input, l = output of block l−1, last = projector"
 
 def _depth(result: Result) -> Iterator[Drawing]:
     table = result.table
-    probes = table[table["quantity"].isin(list(plots.SCORES))]
+    probes = table[table["quantity"].isin(list(look.SCORES))]
     yield Drawing(
         "probes",
         charts.curves(
@@ -20,7 +20,7 @@ def _depth(result: Result) -> Iterator[Drawing]:
             x="layer",
             line="quantity",
             panel="axis",
-            looks=plots.SCORES,
+            looks=look.SCORES,
             x_label=DEPTH,
             y_label="share of tokens",
             chance=1 / 3,
@@ -38,7 +38,7 @@ def _depth(result: Result) -> Iterator[Drawing]:
             x="layer",
             line="kind",
             panel="direction",
-            looks=plots.KINDS,
+            looks=look.KINDS,
             x_label=DEPTH,
             y_label="P(swapped answer)",
         ),

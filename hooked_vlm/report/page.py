@@ -22,10 +22,10 @@ from PIL import Image
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.targets import targets
-from hooked_vlm.figures import HEADLINES, Drawing, drawings
-from hooked_vlm.plots import to_png
-from hooked_vlm.provenance import Provenance
-from hooked_vlm.store import write_file
+from hooked_vlm.report.figures import HEADLINES, Drawing, drawings
+from hooked_vlm.report.look import to_png
+from hooked_vlm.report.provenance import Provenance
+from hooked_vlm.report.results import write_file
 
 
 PAGE = "report.html"
@@ -253,7 +253,7 @@ def _data(png: bytes) -> str:
 
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hooked_vlm", "templates"),
+        loader=jinja2.PackageLoader("hooked_vlm", "report/templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

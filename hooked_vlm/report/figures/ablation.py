@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
-from hooked_vlm import charts, plots
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures.drawing import CHANCE, Drawing, Draws, Headlines
+from hooked_vlm.report import charts
+from hooked_vlm.report import charts as plots
+from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
 
 
 def _ablation(result: Result) -> Iterator[Drawing]:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pandas as pd
 import xarray as xr
 
-from hooked_vlm import charts, plots
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.figures.drawing import Drawing, Draws, Headlines
-from hooked_vlm.plots import Look
+from hooked_vlm.report import charts, look
+from hooked_vlm.report import maps as plots
+from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
+from hooked_vlm.report.look import Look
 
 
 def _grids(result: Result) -> Iterator[Drawing]:
@@ -19,7 +20,7 @@ def _grids(result: Result) -> Iterator[Drawing]:
             table,
             by="probe",
             line="quantity",
-            looks=plots.SCORES,
+            looks=look.SCORES,
             x_label="share of tokens read rightly, 95 % interval",
         ),
         "Probes of an object's column and row in grids of 2x2 and 3x3 shapes, fitted to object "
@@ -85,7 +86,7 @@ def _photographs(result: Result) -> Iterator[Drawing]:
                 line="line",
                 panel="direction",
                 looks=LINES,
-                x_label=plots.SLOTS,
+                x_label=look.SLOTS,
                 y_label="P(swapped answer)",
             ),
             "Probability that the answer becomes the mirrored picture's when regions trade places, "
@@ -121,7 +122,7 @@ def _composites(result: Result) -> Iterator[Drawing]:
             probes,
             by="variant",
             line="quantity",
-            looks=plots.SCORES,
+            looks=look.SCORES,
             x_label="share of tokens, 95 % interval",
             chance=1 / 3,
         ),
@@ -140,7 +141,7 @@ def _composites(result: Result) -> Iterator[Drawing]:
                 x="slot",
                 line="variant",
                 panel="kind",
-                x_label=plots.SLOTS,
+                x_label=look.SLOTS,
                 y_label="P(swapped answer)",
             ),
             "Strips and object cells trade places with those of the mirrored picture. Bands are "

@@ -1,0 +1,133 @@
+"""How figures look: colours, markers, names, and the checks of what they are drawn from.
+
+Figures are built from tables and labelled arrays without pyplot, so drawing one leaves no
+global state and opens no window, and nothing is computed on the way: what a figure shows
+stands in its table.  Colours are Okabe and Ito's, which stay apart for colour-blind readers,
+and every line has its own marker, for print without colour.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+from matplotlib.figure import Figure
+
+from hooked_vlm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one quantity or kind is drawn, the same in every figure."""
+
+    label: str
+    color: str
+    marker: str
+    dashes: str | tuple[int, tuple[int, int]] = "-"
+    width: float = 1.8  # more where another line often runs just over it
+
+
+KINDS = {
+    "strip": Look("strips through the whole image", "#D55E00", "s", width=4.0),
+    "strip, aligned": Look("strips, object laid on object", "#CC79A7", "D"),
+    "object": Look("object cells alone", "#0072B2", "o"),
+    "background": Look("strips without their object cells", "#6B6B6B", "^", (0, (4, 2))),
+}
+STAGES = {
+    "clean": Look("clean answer", "#6B6B6B", "o"),
+    "ordering": Look("ordering: the clean colour at the counterfactual's place", "#D55E00", "s"),
+    "attribute": Look("attribute: the counterfactual's colour", "#0072B2", "^"),
+}
+SCORES = {
+    "accuracy": Look("held-out object tokens", "#0072B2", "o"),
+    "converged": Look("the same, fitted to convergence", "#009E73", "v"),
+    "shuffled": Look("its control, fitted to shuffled labels", "#6B6B6B", "D"),
+    "background": Look("background tokens given to their strip", "#D55E00", "s"),
+    "background, shuffled": Look("its control", "#6B6B6B", "^"),
+}
+OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for a kind this file has no row for
+DIRECTIONS = {
+    "left": "to the left of",
+    "right": "to the right of",
+    "above": "above",
+    "below": "below",
+}
+CLASSES = {
+    "horizontal": ("left", "middle", "right"),
+    "vertical": ("top", "middle", "bottom"),
+}
+SLOTS = "slot: 0 = merged projector output, l = output of layer l−1"
+
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    "image.interpolation": "nearest",
+}
+
+
+def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
+    """Returns the figure as a PNG file, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _complete(looks: Mapping[str, Look], found: pd.Series) -> dict[str, Look]:
+    """The looks of what was found, in their order, with one made up for an unknown name."""
+    names = _in_order(found, looks)
+    spare = iter(OTHERS * len(names))
+    return {name: looks.get(name) or Look(name, next(spare), "D") for name in names}
+
+
+def _in_order(found: pd.Series, order: Mapping[str, object] | Sequence[str]) -> list[str]:
+    present = list(dict.fromkeys(str(name) for name in found.dropna()))
+    known = [name for name in order if name in present]
+    return known + [name for name in present if name not in known]
+
+
+def _direction(name: object) -> str:
+    return DIRECTIONS.get(str(name), str(name))
+
+
+def _class(axis: str, index: int) -> str:
+    names = CLASSES.get(axis, ())
+    return names[index] if index < len(names) else f"{axis} {index + 1}"
+
+
+def _need(table: pd.DataFrame, *columns: str) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise DataError(
+            f"The table has the columns {list(table.columns)}; this figure also needs {missing}."
+        )
+    if table.empty:
+        raise DataError("The table has no rows, so there is nothing to draw.")
+
+
+def _need_dims(array: xr.DataArray, *dims: str) -> None:
+    if array.dims != dims:
+        raise DataError(
+            f"The array has the dimensions {array.dims}; this figure needs {dims}. "
+            "Use array.transpose(...) to put them in this order."
+        )
