@@ -20,7 +20,9 @@ import torch
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Kernels are interpreted or compiled once and for all when they are imported.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted_kernels.py"]
+collect_ignore = (
+    [] if os.environ.get("TRITON_INTERPRET") == "1" else ["helpers/interpreted_kernels.py"]
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import synthetic_results as synthetic
 import torch
 from torch import nn
 
+from helpers import synthetic_results as synthetic
 from hooked_vlm import cli
 from hooked_vlm.errors import DataError, UnsupportedModelError
 from hooked_vlm.experiments import registry

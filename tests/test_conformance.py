@@ -1,10 +1,10 @@
 """The conformance suite on a dozen architectures, one of each layout (`make conformance`: all)."""
 
 import pytest
+
 from conformance.exceptions import EXCEPT, NOT_SERVED
 from conformance.suite import LAWS, check
 from conformance.tiny import architectures
-
 from hooked_vlm.checks.laws import NO
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic_results as synthetic
 
+from helpers import synthetic_results as synthetic
 from hooked_vlm.report.results import save_result, write_file
 
 

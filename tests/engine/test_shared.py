@@ -1,0 +1,137 @@
+"""Sweeps that share runs give the same numbers, and nothing stale is ever taken."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
+from hooked_vlm.engine.fingerprints import content_of
+from hooked_vlm.engine.proofs import forget
+from hooked_vlm.engine.shared import open_runs
+
+
+def sweep_of(family: str, at: Any = None, *, seed: int = 1, site: str | None = None) -> Sweep:
+    """A sweep over slots; its inputs are made anew each time, so that content counts."""
+    source = make_inputs(family, 2, seed=7)
+    return Sweep(
+        make_inputs(family, 2, seed=seed),
+        {"slot": [0, 1, 2, 3]},
+        lambda slot: Patch(slot if site is None else site.format(slot % 2), at=at, source=source),
+    )
+
+
+def run(model: HookedVLM, sweep: Sweep) -> Any:
+    return sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"), logits_to_keep=1)
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[None]]:
+    """Counts how often the blocks of an encoder really run."""
+    found: list[None] = []
+    handle = module.register_forward_hook(lambda *_: found.append(None))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def first_block(model: HookedVLM) -> nn.Module:
+    assert model.anatomy.vision is not None
+    return model.hf_model.get_submodule(model.anatomy.vision.blocks[0].path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_are_made_once(family: str) -> None:
+    model = tiny(family)
+    alone = [run(model, sweep_of(family, at)) for at in (None, LastToken())]
+    block = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
+    with shared_runs(model) as runs:
+        with calls_of(block) as calls:
+            shared = [run(model, sweep_of(family, None))]
+            first = len(calls)
+            shared.append(run(model, sweep_of(family, LastToken())))
+            assert len(calls) - first < first  # no source run any more
+        other = run(model, sweep_of(family, LastToken(), seed=3))
+        assert runs.reused > 2
+    for one, both in zip(alone, shared, strict=True):
+        assert (abs(one - both) <= 5e-6 * abs(one).max()).all()
+    assert not other.equals(shared[1])
+    assert open_runs(model) is None
+
+
+def test_what_is_kept_is_forgotten_with_the_weights() -> None:
+    model = HookedVLM(deepcopy(tiny("llava").hf_model))
+    sweep = sweep_of("llava")
+    with shared_runs(model):
+        before = run(model, sweep)
+        with torch.no_grad():
+            next(first_block(model).parameters()).mul_(1.5)
+        after = run(model, sweep)
+    assert after.equals(run(model, sweep)) and not after.equals(before)
+
+
+def test_what_is_kept_is_of_one_adapter_one_dtype_and_one_precision() -> None:
+    model = HookedVLM(deepcopy(tiny("llava").hf_model))
+    layer: Any = first_block(model)
+    inputs = make_inputs("llava", 2)
+    with shared_runs(model) as runs, torch.no_grad():
+
+        def reused() -> int:
+            before = runs.reused
+            model(inputs)
+            return runs.reused - before
+
+        reused()  # tries out whether images may be taken apart
+        assert reused() == 2
+        layer._disable_adapters, layer._active_adapter = False, ["one"]
+        reused()  # tries out whether images may be taken apart
+        assert reused() == 2
+        layer._disable_adapters = True
+        assert (reused(), reused()) == (0, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (reused(), reused()) == (0, 2)
+        model.hf_model.double()  # the pixels stay as they are
+        shared = model(inputs)
+    with torch.no_grad():
+        assert torch.allclose(shared, model(inputs), atol=0, rtol=1e-9)
+
+
+def test_vision_sites_and_open_hooks_are_not_shared() -> None:
+    model = tiny("qwen2-vl")
+    sweep = sweep_of("qwen2-vl", site="vision_encoder.blocks.{}.hook_resid_post")
+    alone = run(model, sweep)
+    with shared_runs(model):
+        run(model, sweep_of("qwen2-vl"))
+        assert run(model, sweep).equals(alone)
+        with model.hooks([("hook_merged_embed", lambda x, hook: x * 2)]):
+            assert open_runs(model) is None
+
+
+def test_a_budget_is_kept_to_and_blocks_may_be_nested() -> None:
+    model = tiny("gemma-3")
+    forget(model)
+    with shared_runs(model, memory=2**16) as runs:
+        for seed in range(4):
+            run(model, sweep_of("gemma-3", seed=seed))
+            assert runs.taken <= 2**16
+        with shared_runs(model) as inner:
+            assert inner is runs
+        assert open_runs(model) is runs
+
+
+def test_content_is_told_apart() -> None:
+    x = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    same = content_of({"x": x})
+    assert same == content_of({"x": x.clone()})
+    assert same != content_of({"x": x.T.contiguous()})
+    assert same != content_of({"y": x}) and same != content_of({"x": x.float()})
+    assert content_of({"x": x.T}) == content_of({"x": x.T.contiguous()})
+    changed = x.clone()
+    changed[1, 2] += 1
+    assert same != content_of({"x": changed})

@@ -1,0 +1,150 @@
+"""E7: exact at alpha 0, honest about what it breaks, and about how alpha was chosen."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.planted_models import planted
+from hooked_vlm.experiments.dual_mechanisms import amplification
+from hooked_vlm.experiments.dual_mechanisms.amplification import (
+    CONTROLS,
+    FORMULAS,
+    Config,
+    Plan,
+    held_out_change,
+    outcomes,
+)
+from hooked_vlm.experiments.further import alpha_transfer
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.stimuli.settings import stimulus_set
+
+
+QUICK = Config(
+    setting="squares",
+    items=3,
+    alphas=(0.0, 4.0),
+    controls=2,
+    control_alphas=(0.0, 4.0),
+    batch_size=12,
+)
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting(planted("object"), stimulus_set("squares"), 12)
+
+
+def test_alpha_0_is_an_exact_replay(setting: Setting) -> None:
+    plan = Plan.of(setting, "horizontal", QUICK)
+    inputs = setting.inputs(plan.asked)
+    with torch.no_grad():
+        clean = setting.model(inputs)
+        for (_, _, alpha), steer in plan.conditions(QUICK).items():
+            logits = setting.model.run_with_hooks(inputs, [steer])
+            assert torch.equal(logits, clean) == (alpha == 0)
+
+
+def test_questions_are_about_pictures_that_the_probe_has_not_seen(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list = []
+    fit = amplification.fit_directions
+
+    def noted(setting: Setting, questions: list, seed: int) -> tuple:
+        seen.extend(q.entities for q in questions)
+        return fit(setting, questions, seed)
+
+    monkeypatch.setattr(amplification, "fit_directions", noted)
+    plan = Plan.of(setting, "vertical", Config(setting="squares", items=0))
+    assert {q.direction for q in plan.asked} == {"above", "below"}
+    asked = {q.entities for q in plan.asked}
+    assert not asked & set(seen)
+    assert len(asked) == len(seen) == 60
+
+
+def test_every_condition_of_every_item_is_there(setting: Setting) -> None:
+    plan = Plan.of(setting, "horizontal", QUICK)
+    found = outcomes(setting, plan, plan.asked, QUICK)
+    assert set(found) == {*FORMULAS, *CONTROLS}
+    assert {found[kind].shape for kind in FORMULAS} == {(1, 2, 6)}
+    assert {found[kind].shape for kind in CONTROLS} == {(2, 2, 6)}
+    for verdicts in found.values():
+        assert verdicts[:, 0].all()  # the planted model is right where nothing is done
+
+
+def test_controls_have_the_energy_they_say(setting: Setting) -> None:
+    plan = Plan.of(setting, "horizontal", QUICK)
+    norms = plan.directions.norm(dim=1)
+    for rows in plan.controls.values():
+        assert len(rows) == 2
+        for each in rows:
+            torch.testing.assert_close(each.norm(dim=1), norms)
+            assert not torch.allclose(each, plan.directions, atol=1e-2)
+
+
+def test_corrected_and_broken_are_counted_apart() -> None:
+    base = np.array([True, True, True, False, False])
+    now = np.array([False, True, True, True, False])
+    right = {kind: np.stack([base, now])[None] for kind in (*FORMULAS, *CONTROLS)}
+    config = Config(alphas=(0.0, 3.0), control_alphas=(0.0, 3.0))
+    table = amplification.table_of(right, ["left"] * 3 + ["right"] * 2, config)
+    rows: Any = table[(table["kind"] == "released") & (table["alpha"] == 3)]
+    rows = rows.set_index("quantity")
+    assert rows.loc["corrected", ["value", "n"]].tolist() == [0.5, 2]
+    assert rows.loc["broken", "value"] == pytest.approx(1 / 3)
+    assert rows.loc["net", "value"] == 0
+    verdict = amplification.verdict_of(table, right)
+    assert "2 could be corrected" in verdict
+    assert "does not improve answers beyond random directions" in verdict
+
+
+def test_a_strength_is_chosen_on_the_other_half() -> None:
+    rng = np.random.default_rng(0)
+    gains = []
+    for seed in range(40):  # no strength helps: the best one on the items reads high
+        share = rng.random((16, 60)) < 0.5
+        base = share[0].astype(float)
+        change = held_out_change(share.astype(float), base, ["left", "right"] * 30, seed)
+        gains.append((change.mean(), (share.mean(1).max() - base.mean())))
+    held, best = np.mean(gains, axis=0)
+    assert abs(held) < 0.04 < 0.06 < best
+
+    share = np.zeros((3, 8))
+    share[1] = 1  # one strength corrects everything, for both halves
+    assert (held_out_change(share, share[0], ["left"] * 8, 0) == 1).all()
+
+
+def test_a_whole_run(setting: Setting) -> None:
+    told: list[tuple[int, int]] = []
+    result = amplification.run(setting.model, QUICK, lambda *step: told.append(step))
+    assert told[0][0] == 0 and told[-1][0] == told[-1][1] == 2
+    table = result.table
+    assert set(table["kind"]) == {*FORMULAS, *CONTROLS}
+    assert "corrected" not in set(table["quantity"])  # nothing was wrong
+    assert "0 could be corrected" in result.verdict
+    assert np.isfinite(table[["value", "low", "high"]].to_numpy()).all()
+
+
+def test_strength_is_carried_over_from_every_setting_to_every_other() -> None:
+    model = planted("object")
+    config = alpha_transfer.Config(
+        settings=("squares", "squares-photos"), items=2, alphas=(0.0, 4.0), batch_size=12
+    )
+    told: list[tuple[int, int]] = []
+    result = alpha_transfer.run(model, config, lambda *step: told.append(step))
+    assert told[0] == (0, 8) and told[-1] == (8, 8)
+    net = result.table[result.table["quantity"] == "net"]
+    assert sorted(zip(net["source"], net["target"], strict=True)) == [
+        ("squares", "squares"),
+        ("squares", "squares-photos"),
+        ("squares-photos", "squares"),
+        ("squares-photos", "squares-photos"),
+    ]
+    assert set(net[net["source"] == net["target"]]["kind"]) == {"itself"}
+    intact = result.table[result.table["kind"] == "intact"].set_index("target")["value"]
+    assert intact["squares"] == 1
+    transferred = net[net["kind"] == "transferred"]
+    assert set(transferred["alpha"]) <= {0.0, 4.0}
+    assert "of 1 sources help" in result.verdict

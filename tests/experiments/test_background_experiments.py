@@ -1,0 +1,106 @@
+"""E8 and E9: grids whose columns and rows are known, and layouts on two kinds of ground."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.planted_models import planted
+from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.further import grid_probes, photographs
+from hooked_vlm.stimuli import shapes
+from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
+
+
+@pytest.mark.parametrize("n_tokens", [6, 8, 12, 15, 16, 24])
+@pytest.mark.parametrize("k", [2, 3])
+def test_cells_stand_apart_on_whole_tokens(n_tokens: int, k: int) -> None:
+    layout = GridLayout(k, n_tokens, 14)
+    cells = random_cells(k, random.Random(0))
+    painted = (np.asarray(draw(cells, layout)) != 255).any(-1)
+    total = np.zeros((n_tokens, n_tokens), dtype=int)
+    for row in range(k):
+        for col in range(k):
+            region = layout.object_region(row, col)
+            total += region.mask
+            rows, cols = np.nonzero(region.mask)
+            assert {layout.band(int(r)) for r in rows} == {row}
+            assert {layout.band(int(c)) for c in cols} == {col}
+            y, x = rows.min() * 14, cols.min() * 14
+            side = layout.object_tokens * 14
+            assert painted[y : y + side, x : x + side].any()
+            painted[y : y + side, x : x + side] = False
+    assert total.max() == 1
+    assert not painted.any()
+    bands = [layout.band(token) for token in range(n_tokens)]
+    assert bands == sorted(bands) and set(bands) == set(range(k))
+
+
+def test_cells_are_seeded_and_of_every_kind() -> None:
+    drawn = [random_cells(3, random.Random(seed)) for seed in range(40)]
+    assert drawn[3] == random_cells(3, random.Random(3))
+    flat = [cell for picture in drawn for row in picture for cell in row]
+    assert {shape for shape, _ in flat} == set(shapes.PAINT)
+    assert len({color for _, color in flat}) == 6
+
+
+def test_grids_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match="at least 2 tokens; there are 5"):
+        GridLayout(3, 5, 14)
+    with pytest.raises(DataError, match="has 0 to 1"):
+        GridLayout(2, 12, 14).span(2)
+    with pytest.raises(DataError, match="2x2 cells"):
+        draw(random_cells(3, random.Random(0)), GridLayout(2, 12, 14))
+
+
+def by(table: Any, **wanted: Any) -> dict[str, float]:
+    for column, value in wanted.items():
+        table = table[table[column] == value]
+    return dict(zip(table["quantity"], table["value"], strict=True))
+
+
+def test_column_and_row_are_read_where_they_were_planted() -> None:
+    # The planted encoder writes a code of the strip (of three) that a token lies in.
+    config = grid_probes.Config(ks=(3,), images=32, batch_size=32)
+    result = grid_probes.run(planted("background"), config, lambda *_: None)
+    for label in ("column", "row"):
+        found = by(result.table, kind="3x3", axis=label)
+        assert found["accuracy"] == found["converged"] == 1
+        assert found["background"] == 1
+        assert found["shuffled"] < 0.6 and found["background, shuffled"] < 0.6
+    assert result.verdict.count(": read, 1.00") == 2
+
+
+def test_nothing_is_read_from_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(
+        grid_probes,
+        "_projected",
+        lambda model, images: torch.randn(len(images), 36, 16, generator=noise),
+    )
+    config = grid_probes.Config(ks=(2,), images=60, batch_size=60)
+    result = grid_probes.run(planted("object"), config, lambda *_: None)
+    assert result.verdict.count("not read") == 2
+
+
+@pytest.mark.filterwarnings("ignore:Too few tuples")  # on photographs, of "below"
+@pytest.mark.parametrize("coded", ["object", "background"])
+def test_white_and_photographs_stand_side_by_side(coded: str) -> None:
+    told: list[tuple[int, int]] = []
+    config = photographs.Config(setting="squares", pairs=2, batch_size=60)
+    result = photographs.run(planted(coded), config, lambda *step: told.append(step))
+    assert told[0][0] == 0 and [d for d, _ in told] == sorted(d for d, _ in told)
+    white = by(result.table, ground="white", axis="horizontal", part="ordering-probes")
+    assert white["accuracy"] == 1
+    assert (white["background"] > 0.7) == (coded == "background")
+    assert set(result.table["ground"]) == {"white", "photographs", photographs.BOTH}
+    less = result.table[result.table["ground"] == photographs.BOTH]
+    assert set(less["quantity"]) == {"paired difference"}
+    assert "strip - object" not in set(less["kind"].dropna())
+    assert "strip - object" not in result.verdict
+    assert set(less["axis"].dropna()) == {"horizontal", "vertical"}
+    swaps = result.table[(result.table["part"] == "strip-swap")]
+    assert set(swaps[swaps["ground"] == "white"]["kind"]) >= {"strip", "object"}
+    assert "on white" in result.verdict

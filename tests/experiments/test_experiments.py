@@ -1,0 +1,356 @@
+"""E1 to E4 from end to end, on planted models whose answers are known (and the shipped ones)."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers.forward_counter import count_forwards
+from helpers.planted_models import planted
+from hooked_vlm.errors import DataError, HookedVLMWarning, ScoringError, UnsupportedModelError
+from hooked_vlm.experiments.dual_mechanisms import final_token, ordering_probes, strip_swap
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, cell_pairs
+from hooked_vlm.experiments.options import Config
+from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY
+from hooked_vlm.zoo import available
+
+
+CORE = SUITES["dual-mechanisms"]
+NUMBERS = {"value", "low", "high", "n"}
+QUICK = Config(pairs=2, batch_size=8)
+WIDE = Config(pairs=2, batch_size=80)  # where nothing depends on how questions are batched
+
+
+def ran(name: str, coded: str, config: Config) -> tuple[Result, list[tuple[int, int]]]:
+    told: list[tuple[int, int]] = []
+    model = planted(coded)
+    result = EXPERIMENTS[name].run(model, config, lambda done, total: told.append((done, total)))
+    return result, told
+
+
+@cache
+def run(name: str, coded: str = "background") -> tuple[Result, list[tuple[int, int]]]:
+    """A result, shared by the tests that look at it."""
+    return ran(name, coded, QUICK if name in ("final-token", "strip-swap") else WIDE)
+
+
+def rows(result: Result, **wanted: Any) -> pd.DataFrame:
+    table = result.table
+    for column, value in wanted.items():
+        table = table[table[column] == value]
+    return table
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_results_are_whole_and_progress_reaches_its_total(name: str) -> None:
+    result, told = run(name)
+    assert set(result.table.columns) >= NUMBERS
+    finite = result.table[["value", "low", "high"]]
+    assert np.isfinite(finite.to_numpy()).all()
+    assert (finite["low"] <= finite["value"] + 1e-9).all()
+    assert (finite["value"] <= finite["high"] + 1e-9).all()
+    assert (result.table["n"] > 0).all()
+    for text in (result.verdict, result.claim, result.title, result.section, *result.notes):
+        assert text.strip()
+    assert result.images or name == "final-token"
+    done, totals = zip(*told, strict=True)
+    assert len(set(totals)) == 1
+    assert list(done) == sorted(done)
+    assert done[-1] == totals[-1] > 0
+    assert EXPERIMENTS[name].id == result.id
+
+
+def test_e1_counts_every_item_once() -> None:
+    result, _ = run("behaviour")
+    assert result.table["direction"].tolist() == ["left", "right", "above", "below", "all"]
+    assert result.table["n"].tolist() == [120, 120, 120, 120, 480]
+    assert (result.table["value"] == 1).all()
+    assert "Of 480 items" in result.verdict
+    assert "1.00" in result.verdict
+    assert "no direction is worse than another" in result.verdict
+
+
+def test_e2_finds_the_three_stages_that_were_planted() -> None:
+    result, _ = run("final-token")
+    assert set(result.table["direction"]) == {"left", "right", "above", "below", "all"}
+    assert result.table["site"].unique().tolist() == [
+        "blocks.0.hook_resid_pre",
+        "blocks.0.hook_resid_post",
+        "blocks.1.hook_resid_post",
+    ]
+    for direction in result.table["direction"].unique():
+        for slot, quantity in enumerate(final_token.ANSWERS):
+            here = rows(result, direction=direction, slot=slot).set_index("quantity")["value"]
+            for answer in final_token.ANSWERS:
+                assert here[answer] > 0.99 if answer == quantity else here[answer] < 0.01
+                assert here[f"agreement, {answer}"] == (answer == quantity)
+            odds = here[list(final_token.LOG_ODDS)]
+            if quantity == "clean":
+                assert (odds < -4).all()
+            else:
+                assert odds[f"log odds, {quantity}"] > 4
+    assert "three stages follow each other as in the paper" in result.verdict
+    assert "peaks at slot 1" in result.verdict
+    assert result.arrays["pairs_left"].sizes == {
+        "slot": 3,
+        "pair": 2,
+        "quantity": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("winners", "says"),
+    [
+        (["clean", "ordering", "attribute", "attribute"], "follow each other as in the paper"),
+        (["clean", "attribute"], "Unlike in the paper, there is no ordering stage."),
+        (["clean"], "no ordering and no attribute stage"),
+        (["clean", "ordering", "clean", "attribute"], "do not follow each other"),
+    ],
+)
+def test_e2_says_which_stage_is_not_there(winners: list[str], says: str) -> None:
+    assert says in final_token._against_the_paper(pd.Series(winners))
+
+
+@pytest.mark.parametrize("coded", ["background", "object"])
+def test_e3_finds_the_order_in_the_background_where_it_is(coded: str) -> None:
+    result, _ = run("ordering-probes", coded)
+    for axis in ("horizontal", "vertical"):
+        value = rows(result, axis=axis).set_index("quantity")["value"]
+        assert value["accuracy"] == 1
+        assert 0.1 < value["shuffled"] < 0.56
+        if coded == "background":
+            assert value["background"] > 0.55
+        else:
+            assert value["background"] < 0.47
+        assert value["background, shuffled"] < 0.5
+    assert result.arrays["mean_maps"].dims == ("axis", "class", "row", "col")
+    np.testing.assert_allclose(result.arrays["item_maps"].sum("class"), 1, rtol=1e-5)
+    cells = result.arrays["object_cells"]
+    assert cells.sum().item() == 6  # one cell for each of three objects on two axes
+    assert set(result.images) == set(result.arrays["item_maps"]["item"].values.tolist())
+    where = "and from" if coded == "background" else "and not from"
+    assert result.verdict.count(f"is read from the objects {where} the background") == 2
+
+
+@pytest.mark.parametrize(
+    ("low", "says"),
+    [
+        ({"accuracy": 0.9, "background": 0.6}, "from the objects and from the background, as in"),
+        ({"accuracy": 0.9}, "and not from the background, unlike in the paper"),
+        ({"background": 0.6}, "from the background and not from the objects"),
+        ({"converged": 0.44}, "its recipe reads no order; only a probe fitted to convergence"),
+        ({"background": 0.36}, "no order is read"),
+        ({}, "no order is read"),
+    ],
+)
+def test_e3_says_in_words_what_its_intervals_say(low: dict[str, float], says: str) -> None:
+    names = ["accuracy", "converged", "shuffled", "background", "background, shuffled"]
+    lows = pd.Series(0.3, index=names)
+    lows.update(pd.Series(low, dtype=float))
+    assert says in ordering_probes._found(pd.DataFrame({"low": lows, "high": lows + 0.05}))
+
+
+@pytest.mark.parametrize("coded", ["background", "object"])
+def test_e4_tells_the_two_mechanisms_apart(coded: str) -> None:
+    result, _ = run("strip-swap", coded)
+    for direction in ("left", "right", "above", "below", "all"):
+        for kind in ("strip", "object", "background"):
+            here = rows(result, direction=direction, kind=kind)
+            swapped = here[here["quantity"] == "swapped"].set_index("slot")["value"]
+            clean = here[here["quantity"] == "clean"].set_index("slot")["value"]
+            flips = kind in ("strip", coded)
+            for slot in (0, 1):
+                assert (swapped[slot] > 0.99) == flips
+                assert (clean[slot] > 0.99) == (not flips)
+            # Behind the block in which the answer is read, no swap does anything.
+            assert swapped[2] < 0.01
+            assert clean[2] > 0.99
+        difference = rows(result, direction=direction, kind="strip - object").set_index("slot")
+        assert difference["p_holm"].between(0, 1).all()
+        expected = 1.0 if coded == "background" else 0.0
+        assert difference["value"][0] == pytest.approx(expected, abs=0.01)
+        assert difference["value"][2] == pytest.approx(0, abs=1e-6)
+    assert set(result.images) == {"horizontal regions", "vertical regions"}
+    other = "strips without objects" if coded == "object" else "objects alone"
+    assert f"{other} 0.00" in result.verdict
+    first = result.verdict.splitlines()[0]
+    found = "alone do not, as in" if coded == "background" else "flip the answer too"
+    assert first.startswith("Left, right, above and below: ")
+    assert found in first
+    clear = "strips do more than objects at slots 0-1, by up to 1.00 [1.00, 1.00] (slot 0)"
+    unclear = "strips and objects do not differ clearly at any slot"
+    # Two pairs are too few for a sign-flip test, however large their difference is.
+    assert result.verdict.count(unclear) == 4
+    many = rows(result, direction="left", kind="strip - object").assign(p_holm=0.001)
+    assert strip_swap._compared(many).startswith(clear if coded == "background" else unclear)
+
+
+def test_e4_speaks_of_no_difference_that_is_only_significant() -> None:
+    table = pd.DataFrame(
+        {
+            "slot": [0, 1, 2],
+            "value": [0.0001, -0.2, -0.3],
+            "low": [0.00005, -0.3, -0.5],
+            "high": [0.0002, -0.1, 0.1],
+            "p_holm": [0.0007, 0.0007, 0.2],
+        }
+    )
+    said = strip_swap._compared(table)
+    assert said == "objects do more than strips at slot 1, by 0.20 [0.10, 0.30]"
+
+
+def test_the_controls_of_e4_have_the_cells_they_say() -> None:
+    geometry = PAPER_GEOMETRY["qwen2-vl"]
+    for axis in ("horizontal", "vertical"):
+        pairs = {
+            kind: cell_pairs(geometry, axis, kind) for kind in ("strip", "object", "background")
+        }
+        strip, inside, rest = (set(pairs[kind].targets) for kind in pairs)
+        assert len(strip) == 96
+        assert len(inside) == 8
+        assert inside | rest == strip
+        assert not inside & rest
+        for swap in pairs.values():
+            back = dict(zip(swap.targets, swap.sources, strict=True))
+            assert all(back[back[cell]] == cell for cell in back)
+
+
+@pytest.mark.filterwarnings("ignore:Pairing")
+def test_gemmas_published_strips_warn_that_objects_do_not_meet() -> None:
+    with pytest.warns(HookedVLMWarning, match="object cells"):
+        cell_pairs(PAPER_GEOMETRY["gemma-3"], "horizontal", "strip")
+
+
+@pytest.mark.parametrize("name", ["final-token", "strip-swap", "ordering-probes"])
+def test_a_seed_gives_the_same_numbers_to_the_last_bit(name: str) -> None:
+    first, _ = run(name)
+    again, _ = ran(name, "background", QUICK if name != "ordering-probes" else WIDE)
+    pd.testing.assert_frame_equal(first.table, again.table, check_exact=True)
+    assert first.verdict == again.verdict
+    for key, values in first.arrays.items():
+        assert values.identical(again.arrays[key])
+
+
+# --- what is said before anything runs ------------------------------------------------------
+
+
+def nothing(done: int, total: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_a_model_without_a_vision_encoder_is_refused(name: str) -> None:
+    config = LlamaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model = HookedVLM(LlamaForCausalLM(config))
+    with count_forwards(model) as forwards, pytest.raises(UnsupportedModelError, match="vision"):
+        EXPERIMENTS[name].run(model, QUICK, nothing)
+    assert not forwards
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_a_tokenizer_that_splits_a_colour_is_refused(name: str) -> None:
+    whole = planted("object")
+    tokenizer = copy.deepcopy(whole.tokenizer)
+    encode: Callable[..., list[int]] = tokenizer.encode
+
+    def split(text: str, **options: Any) -> list[int]:
+        return [*encode(text[:2], **options), *encode(text[2:], **options)]
+
+    tokenizer.encode = lambda text, **options: (
+        split(text, **options) if "brown" in text else encode(text, **options)
+    )
+    model = HookedVLM(whole.hf_model, SimpleNamespace(tokenizer=tokenizer))
+    with count_forwards(model) as forwards, pytest.raises(ScoringError, match="'brown' cannot be"):
+        EXPERIMENTS[name].run(model, QUICK, nothing)
+    assert not forwards
+
+
+@pytest.mark.parametrize("name", ["final-token", "strip-swap"])
+def test_a_model_that_answers_nothing_rightly_is_told_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Setting, "is_right", lambda self, questions: [False] * len(questions))
+    with (
+        pytest.warns(HookedVLMWarning, match="Too few tuples"),
+        pytest.raises(DataError, match="nothing to intervene on"),
+    ):
+        EXPERIMENTS[name].run(planted("object"), QUICK, nothing)
+
+
+def test_names_of_experiments_and_suites() -> None:
+    found = steps("dual-mechanisms", "shapes")
+    assert [step.experiment.id for step in found] == ["E1", "E2", "E3", "E4"]
+    assert {step.setting for step in found} == {"shapes"}
+    for name in ("strip-swap", "E4", "e4"):
+        assert [(s.experiment.name, s.setting) for s in steps(name)] == [("strip-swap", "squares")]
+    with pytest.raises(DataError, match="Did you mean 'strip-swap'"):
+        steps("strip-swop")
+
+
+def test_reproduce_runs_everything_and_every_step_once() -> None:
+    found = steps("reproduce", "shapes")
+    assert {step.experiment.name for step in found} == set(EXPERIMENTS) - {
+        "coco-spatial",
+        "coco-amplification",
+    }
+    assert len({step.key for step in found}) == len(found)
+    swaps = [step.setting for step in found if step.experiment.id == "E4"]
+    assert swaps == ["squares", "shapes", "objects"]
+
+
+@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
+@pytest.mark.parametrize(("layout", "differ"), [("qwen2-vl", False), ("gemma-3", True)])
+def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
+    layout: str, differ: bool
+) -> None:
+    expected = (
+        pytest.warns(HookedVLMWarning, match="puts object on object") if differ else nullcontext()
+    )
+    with expected:
+        regions = SwapRegions.of(PAPER_GEOMETRY[layout], ("horizontal", "vertical"))
+    assert (ALIGNED in regions.kinds) == differ and not regions.notes
+    aligned = cell_pairs(PAPER_GEOMETRY[layout], "horizontal", ALIGNED)
+    left, right = (PAPER_GEOMETRY[layout].object_region("horizontal", slot) for slot in (0, 2))
+    met = dict(zip(aligned.targets, aligned.sources, strict=True))
+    assert {met[cell] for cell in left.cells} == set(right.cells)
+
+
+@pytest.mark.parametrize("coded", ["background", "object"])
+def test_e4_scores_by_probability_agreement_and_log_odds(coded: str) -> None:
+    result, _ = run("strip-swap", coded)
+    for slot in (0, 2):
+        here = rows(result, direction="left", kind="strip", slot=slot).set_index("quantity")[
+            "value"
+        ]
+        flipped = slot == 0
+        assert here["agreement"] == flipped
+        assert (here["swapped"] > 0.9) == flipped == bool(here["log odds"] > 2)
+        assert here["log odds"] < 0 or flipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_name", available())
+@pytest.mark.parametrize("name", CORE)
+def test_on_the_shipped_models(name: str, model_name: str) -> None:
+    model = HookedVLM.from_pretrained(model_name)
+    result = EXPERIMENTS[name].run(model, QUICK, nothing)
+    assert np.isfinite(result.table["value"]).all()

@@ -1,0 +1,508 @@
+"""What'sUp and COCO-spatial, read from a small faithful copy of how they lie on disk."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from PIL import Image
+
+from helpers import synthetic_results
+from helpers.planted_models import planted
+from hooked_vlm.errors import DataError, HookedVLMWarning, RegionError
+from hooked_vlm.experiments.dual_mechanisms import amplification
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, cell_pairs, strips_of
+from hooked_vlm.experiments.further import (
+    coco_amplification,
+    coco_spatial,
+    compared,
+    composite_artefacts,
+)
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.stimuli import squares
+from hooked_vlm.stimuli.datasets import coco, coco_boxes, whatsup
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.settings import stimulus_set
+
+
+SATELLITES = ("red", "green", "blue", "coffee-cup")
+PREPOSITIONS = ("left_of", "right_of", "on", "under")
+CAPTION = "A {} {} a {}"
+SHADES = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "coffee-cup": (9, 9, 9)}
+
+
+def picture(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path, quality=95)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Set A around two references, with every kind of untidiness that the real one has."""
+    entries = []
+    for reference in ("chair", "armchair"):
+        for satellite in SATELLITES:
+            for preposition in PREPOSITIONS:
+                name = f"{satellite}_{preposition}_{reference}.jpeg"
+                picture(tmp_path / "data" / "controlled_images" / name, SHADES[satellite])
+                captions = [CAPTION.format(satellite, p, reference) for p in PREPOSITIONS]
+                given = f"data/controlled_images/{name}"
+                if reference == "armchair":
+                    given = f"controlled_images/{name}"
+                entries.append({"image_path": given, "caption_options": captions})
+    folder = tmp_path / "data" / "controlled_images"
+    (folder / "red_on_chair.jpeg").unlink()  # in the list, not in the folder
+    picture(folder / "red_on_chair2.jpeg", (1, 1, 1))  # the reverse
+    picture(folder / "red_beside_chair.jpeg", (1, 1, 1))
+    entries.append({"image_path": "data/controlled_images/red_beside_chair.jpeg"})
+    picture(folder / "blue_on_stool.jpeg", (1, 1, 1))
+    entries.append({"image_path": "blue_on_stool.jpeg", "caption_options": ["one"]})
+    entries.append({"image": "nothing"})
+    (tmp_path / "data" / "controlled_images_dataset.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_matches_is_read_and_the_rest_is_listed(copy: Path, inside: bool) -> None:
+    found = whatsup.load(copy / "data" if inside else copy)
+    assert len(found.items) == 2 * 16 - 1
+    assert all(item.path.exists() and len(item.captions) == 4 for item in found.items)
+    assert {i.satellite for i in found.items} == set(SATELLITES)
+    said = "\n".join(found.problems)
+    assert "red_on_chair.jpeg' is not there" in said
+    assert "'red_beside_chair' is not <satellite>_<preposition>_<reference>" in said
+    assert "'blue_on_stool.jpeg' has no four captions" in said
+    assert "no image_path" in said
+    assert "'red_on_chair2.jpeg' is in the folder and not in the list" in said
+    assert found.satellites("chair") == found.satellites("armchair") == SATELLITES
+
+
+def test_the_other_set_has_other_prepositions(tmp_path: Path) -> None:
+    name = "cap_in-front_of_bowl.jpeg"
+    picture(tmp_path / "data" / "controlled_clevr" / name, (5, 5, 5))
+    entry = {"image_path": f"data/controlled_clevr/{name}", "caption_options": list("abcd")}
+    (tmp_path / "data" / "controlled_clevr_dataset.json").write_text(json.dumps([entry]))
+    (item,) = whatsup.load(tmp_path, "B").items
+    assert (item.satellite, item.preposition, item.reference) == ("cap", "in-front_of", "bowl")
+    with pytest.raises(DataError, match="with a preposition among left_of, right_of, on, under"):
+        whatsup.parse_name("cap_in-front_of_bowl")
+
+
+def test_a_list_that_is_not_there_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data/controlled_images_dataset\.json.*Expected is"):
+        whatsup.load(tmp_path)
+    (tmp_path / "controlled_images_dataset.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        whatsup.load(tmp_path)
+    with pytest.raises(DataError, match="A and B"):
+        whatsup.load(tmp_path, "C")
+
+
+def test_faults_of_a_list_are_said(copy: Path) -> None:
+    listing = copy / "data" / "controlled_images_dataset.json"
+    entries = json.loads(listing.read_text())
+    entries.append(entries[0])
+    entries[1]["caption_options"] = [
+        "A blue thing under a chair",
+        *entries[1]["caption_options"][1:],
+    ]
+    listing.write_text(json.dumps(entries))
+    found = whatsup.load(copy)
+    assert len(found.items) == 2 * 16 - 1  # one listed twice is one
+    said = "\n".join(found.problems)
+    assert "'red_left_of_chair.jpeg' is entry 0 too" in said
+    assert "'red_right_of_chair.jpeg' has the right caption 'A blue thing under a chair'" in said
+    listing.write_text(json.dumps({"items": entries}))
+    with pytest.raises(DataError, match="holds a dict; expected is a list"):
+        whatsup.load(copy)
+    listing.write_text(json.dumps([{"image_path": "data/controlled_images/none_on_chair.jpeg"}]))
+    with pytest.raises(DataError, match=r"None of the 1 entries.*looked for in data/controlled_im"):
+        whatsup.load(copy)
+
+
+def test_pairs_and_sets_count_only_when_whole(copy: Path) -> None:
+    found = whatsup.load(copy)
+    right = [item.preposition != "under" for item in found.items]
+    rates = whatsup.accuracies(found, right)
+    assert rates["single"].n == 31 and rates["single"].estimate == pytest.approx(23 / 31)
+    # 8 pairs of left and right, all right; 7 whole pairs of on and under, all wrong.
+    assert rates["pair"].n == 15 and rates["pair"].estimate == pytest.approx(8 / 15)
+    assert rates["set"].n == 7 and rates["set"].estimate == 0
+    with pytest.raises(DataError, match="3 verdicts were given for 31 items"):
+        whatsup.accuracies(found, [True] * 3)
+
+
+def test_composites_join_two_photographs_at_the_middle(copy: Path) -> None:
+    found = whatsup.load(copy)
+    image = np.asarray(whatsup.composite(found, "red", "chair", "blue", 48), dtype=int)
+    assert image.shape == (48, 48, 3)
+    assert abs(image[:, :24] - SHADES["red"]).max() < 12
+    assert abs(image[:, 24:] - SHADES["blue"]).max() < 12
+    with pytest.raises(DataError, match=r"no photograph hat_left_of_chair\.jpeg"):
+        whatsup.composite(found, "hat", "chair", "blue", 48)
+
+
+def test_seams_can_be_moved_and_blended() -> None:
+    dark, light = (Image.new("L", (8, 8), v) for v in (0, 200))
+    row = np.asarray(whatsup.joined(dark, light, 8))[0, :, 0]
+    assert row.tolist() == [0, 0, 0, 0, 200, 200, 200, 200]
+    moved = np.asarray(whatsup.joined(dark, light, 8, shift=2))[0, :, 0]
+    assert moved.tolist() == [0] * 6 + [200] * 2
+    blended = np.asarray(whatsup.joined(dark, light, 8, blend=4))[0, :, 0].tolist()
+    assert blended == sorted(blended) and blended[:2] == [0, 0] and blended[-2:] == [200, 200]
+    assert 0 < blended[3] < blended[4] < 200
+
+
+def test_a_setting_of_composites(copy: Path) -> None:
+    stimuli = stimulus_set("whatsup-chair", data=copy)
+    assert stimuli.directions == ("left", "right") and stimuli.axes == ("horizontal",)
+    items = stimuli.items(("left",))
+    assert len(items) == 12 and {q.reference for q in items} == {"chair"}
+    assert stimuli.prompt(items[0]) == "The object on the floor to the left of the chair is a(n) "
+    layout = stimuli.layout(12, 4)
+    assert np.asarray(
+        stimuli.picture(Question(("red", "chair", "blue"), "left"), layout)
+    ).shape == (
+        48,
+        48,
+        3,
+    )
+    with pytest.raises(DataError, match=r"not one\. Experiments that show one thing alone"):
+        stimuli.scene((None, "red", None), "horizontal", layout)
+    with pytest.raises(DataError, match="needs your copy of What'sUp"):
+        stimulus_set("whatsup-chair")
+    with pytest.raises(DataError, match="Around 'table' 0 things"):
+        stimulus_set("whatsup-table", data=copy)
+
+
+def test_names_that_a_tokenizer_splits_are_left_out(copy: Path) -> None:
+    setting = Setting(planted("object"), stimulus_set("whatsup-chair", data=copy), 4)
+    assert setting.names == ("red", "green", "blue")  # "coffee-cup" is several tokens
+    assert len(setting.stimuli.items(("right",))) == 6
+    assert setting.inputs(setting.stimuli.items(("right",))[:2]).grids
+
+
+@pytest.mark.filterwarnings("ignore:Pairing")  # strips as published put objects a column off
+@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
+@pytest.mark.parametrize("reference", whatsup.REFERENCES)
+@pytest.mark.parametrize("n_tokens", [8, 12, 16, 24])
+def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int) -> None:
+    layout = whatsup.layout_of(reference, n_tokens, 14)
+    strips = [layout.strip_region("horizontal", slot) for slot in range(3)]
+    assert (np.sum([strip.mask for strip in strips], axis=0) == 1).all()
+    for slot in (0, 2):
+        assert len(layout.object_region("horizontal", slot) - strips[slot]) == 0
+    assert len(layout.background("horizontal")) > n_tokens
+    if (reference, n_tokens) == ("table", 16):
+        with pytest.raises(RegionError, match=r"96.*64"):
+            cell_pairs(layout, "horizontal", "strip")
+    else:
+        assert cell_pairs(layout, "horizontal", "strip")
+    assert cell_pairs(layout, "horizontal", "object")
+    regions = SwapRegions.of(layout, ["horizontal"])
+    pairs = regions.pairs["horizontal"]
+    assert bool(regions.refused) == ((reference, n_tokens) == ("table", 16))
+    strips = pairs[strips_of(regions.kinds)]
+    assert strips.target.mask[layout.object_region("horizontal", 0).mask].all()
+    if regions.refused:
+        assert "96" in regions.notes[0] and "strip" not in pairs
+        assert set(pairs["background"].targets) | set(pairs["object"].targets) == set(
+            strips.targets
+        )
+        assert len(pairs["background"]) + len(pairs["object"]) == len(strips)
+    with pytest.raises(DataError, match="slot 0, vertical, is none"):
+        layout.object_region("vertical", 0)
+
+
+def test_published_regions_to_the_cell() -> None:
+    chair = whatsup.layout_of("chair", 16, 14)
+    assert chair.slot_box("horizontal", 0) == (3 * 14, 12 * 14, 6 * 14, 15 * 14)
+    assert len(chair.strip_region("horizontal", 0)) == 6 * 16
+    table = whatsup.layout_of("table", 12, 28)
+    assert len(table.object_region("horizontal", 2)) == 5 * 3
+    probe = whatsup.layout_of("armchair", 64, 14).probe_region("horizontal", 1)
+    rows, cols = np.nonzero(probe.mask)
+    assert (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) == (24, 60, 20, 44)
+    with pytest.raises(DataError, match="'armchair'"):
+        whatsup.layout_of("armchiar", 12, 14)
+
+
+# COCO
+
+
+@pytest.fixture
+def spatial(tmp_path: Path) -> Path:
+    for number in (42, 139):
+        picture(tmp_path / "data" / "val2017" / f"{number:012d}.jpg", (9, 9, 9))
+    entries = [
+        [42, "A photo of a teddy bear to the left of an oven", "… to the right of …"],
+        [139, "A photo of a cup above a dog", "A photo of a cup below a dog"],
+        [7, "A photo of a cup below a dog", "A photo of a cup above a dog"],  # no picture
+        [42, "Two dogs", "One dog"],
+        ["short"],
+    ]
+    (tmp_path / "data" / "coco_qa_two_obj.json").write_text(json.dumps(entries))
+    one = [[42, "A photo of a cat on the left", "A photo of a cat on the right"]]
+    (tmp_path / "data" / "coco_qa_one_obj.json").write_text(json.dumps(one))
+    return tmp_path
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_spatial_items_are_read_and_problems_listed(spatial: Path, inside: bool) -> None:
+    found = coco.load(spatial / "data" if inside else spatial)
+    bear, cup = found.items
+    assert (bear.subject, bear.side, bear.reference) == ("teddy bear", "left", "oven")
+    assert (cup.side, cup.axis, bear.axis) == ("above", "vertical", "horizontal")
+    assert bear.path.name == "000000000042.jpg"
+    said = "\n".join(found.problems)
+    assert "picture 7 is not in val2017/" in said
+    assert "'Two dogs' cannot be read" in said
+    assert "not [image id" in said
+    assert len(found.problems) == 3
+
+
+def test_a_question_has_both_orders_and_counts_when_both_are_right(spatial: Path) -> None:
+    bear, cup = coco.load(spatial).items
+    assert bear.questions() == (
+        "Using the oven as the reference point, which side is the teddy bear on? Answer with one "
+        "word: left or right.",
+        "Using the oven as the reference point, which side is the teddy bear on? Answer with one "
+        "word: right or left.",
+    )
+    assert cup.questions("choice")[1] == "Is the cup below or above the dog? Answer with one word."
+    assert bear.is_right(["Left.", " left"]) and not bear.is_right(["left", "right"])
+    (alone,) = coco.load(spatial, "coco_qa_one_obj").items
+    assert alone.reference is None
+    with pytest.raises(DataError, match="side questions need two"):
+        alone.questions()
+
+
+def test_lists_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'coco_qa_two_obj'"):
+        coco.load(tmp_path, "coco_two_obj")
+    with pytest.raises(DataError, match=r"data/vg_qa_two_obj\.json.*Expected is"):
+        coco.load(tmp_path, "vg_qa_two_obj")
+
+
+# Experiments
+
+
+def test_joined_pictures_differ_from_whole_ones_where_they_should() -> None:
+    plain = stimulus_set("squares")
+    layout = plain.layout(12, 8)
+    question = Question(("red", "green", "blue"), "left")
+    drawn = {
+        variant: np.asarray(
+            composite_artefacts.composites(plain, variant).picture(question, layout), dtype=int
+        )
+        for variant in composite_artefacts.VARIANTS
+    }
+    whole, simple = drawn["whole"], drawn["joined"]
+    assert (abs(whole - simple)[:, :48] <= 1).all()  # the left half is the whole picture's
+    assert (abs(whole - simple)[:, 48:] > 1).any()
+    for slot, color in enumerate(("red", "green", "blue")):
+        x0, y0, x1, y1 = layout.slot_box("horizontal", slot)
+        for image in drawn.values():
+            assert abs(image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] - squares.COLORS[color]).max() <= 2
+    moved = np.any(abs(drawn["seam moved"] - simple) > 1, axis=(0, 2))
+    assert moved[48:60].any() and not moved[60:].any() and not moved[:48].any()
+    assert not (abs(drawn["half mirrored"] - simple) > 1)[:, :48].any()
+    with pytest.raises(DataError, match="no variant"):
+        composite_artefacts.composites(plain, "cut")
+
+
+def test_composites_are_compared_with_whole_pictures() -> None:
+    config = composite_artefacts.Config(pairs=2, batch_size=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HookedVLMWarning)  # the planted model knows white alone
+        result = composite_artefacts.run(planted("object"), config, lambda *_: None)
+    probes = result.table[result.table["part"] == "ordering-probes"]
+    assert set(probes["variant"]) == set(composite_artefacts.VARIANTS)
+    assert set(probes["axis"]) == {"horizontal"}
+    found = probes[probes["quantity"] == "accuracy"].set_index("variant")["value"]
+    assert (found > 0.9).all()
+    assert set(result.images) == set(composite_artefacts.VARIANTS)
+    assert "whole" in result.verdict
+
+
+def test_composites_of_ones_own_photographs_are_compared_with_uncut_ones(copy: Path) -> None:
+    config = composite_artefacts.Config(setting="whatsup-chair", data=copy, pairs=2, batch_size=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HookedVLMWarning)
+        result = composite_artefacts.run(planted("object"), config, lambda *_: None)
+    variants = composite_artefacts.VARIANTS[1:]
+    assert set(result.images) == {*variants, composite_artefacts.UNCUT}
+    probes = result.table[result.table["part"] == "ordering-probes"]
+    assert set(probes["variant"]) == {*variants, composite_artefacts.UNCUT}
+    uncut = probes[probes["variant"] == composite_artefacts.UNCUT].set_index("quantity")["n"]
+    assert uncut["background"] == 2  # of 3 things on 2 sides, a quarter (rounded up) is held out
+    less = probes[probes["quantity"] == "paired difference"]
+    assert set(less["variant"]) == set(variants[1:])
+    stimuli = stimulus_set("whatsup-chair", data=copy)
+    layout = stimuli.layout(12, 4)
+    drawn = {
+        variant: np.asarray(
+            composite_artefacts.composites(stimuli, variant, copy).picture(
+                Question(("red", "chair", "blue"), "left"), layout
+            ),
+            dtype=int,
+        )
+        for variant in variants
+    }
+    for image in drawn.values():
+        assert abs(image[:, :16] - SHADES["red"]).max() < 12
+        assert abs(image[:, 34:] - SHADES["blue"]).max() < 12
+
+
+def test_pairs_that_two_kinds_of_picture_keep_are_compared() -> None:
+    def of(shift: float, *names: str) -> Result:
+        values = np.array([[[0.2 + 0.01 * i, 0.5]] for i in range(len(names))]) + shift
+        pairs = xr.DataArray(
+            values[..., None],
+            dims=("pair", "kind", "slot", "quantity"),
+            coords={
+                "pair": list(names),
+                "kind": ["strip"],
+                "slot": [0, 1],
+                "quantity": ["swapped"],
+            },
+        )
+        return replace(synthetic_results.e4(), arrays={"pairs_left": pairs})
+
+    rows = compared.swap_rows(of(0.0, *"abcdefgh"), of(0.3, *"hgfedcb"), seed=0)
+    assert [row["n"] for row in rows] == [7, 7]
+    assert rows[1]["value"] == pytest.approx(0.3) and rows[1]["p_holm"] < 0.05
+    said = compared.said_swaps(pd.DataFrame(rows))
+    assert said.startswith("strip up to 0.3") and "n = 7 common pairs" in said
+    assert compared.swap_rows(of(0.0, "a", "b"), of(0.0, "b", "c"), seed=0) == []
+    assert "too few pairs" in compared.said_swaps(
+        pd.DataFrame(columns=["part", "quantity", "kind"])
+    )
+
+
+def test_coco_spatial_counts_items_right_in_both_orders(
+    spatial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"teddy bear": ("left", "left"), "cup": ("above", "below")}
+    monkeypatch.setattr(
+        coco_spatial, "_answers", lambda model, items, style: [answers[i.subject] for i in items]
+    )
+    config = coco_spatial.Config(data=spatial)
+    result = coco_spatial.run(planted("object"), config, lambda *_: None)
+    rows = result.table.set_index(["axis", "quantity"])["value"]
+    assert rows["horizontal", "accuracy"] == 1 and rows["vertical", "accuracy"] == 0
+    assert rows["all", "accuracy"] == 0.5 and rows["all", "single"] == 0.75
+    assert any("3 entries were not usable" in note for note in result.notes)
+    with pytest.raises(DataError, match="--data FOLDER"):
+        coco_spatial.run(planted("object"), coco_spatial.Config(), lambda *_: None)
+
+
+def test_coco_spatial_asks_a_model(spatial: Path) -> None:
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    config = coco_spatial.Config(data=spatial, style="choice")
+    result = coco_spatial.run(model, config, lambda *_: None)
+    assert result.table.set_index(["axis", "quantity"])["n"]["all", "single"] == 4
+
+
+# Boxes, and amplification on COCO-spatial
+
+
+@pytest.fixture
+def boxed(tmp_path: Path) -> Path:
+    """Twelve photographs of two sizes with a cup and a dog, with COCO's annotations of them."""
+    entries, annotations = [], []
+    rng = np.random.default_rng(0)
+    for number in range(1, 13):
+        size = (80, 64) if number % 3 else (64, 80)
+        pixels = rng.integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
+        swapped, upright = bool(number % 2), number > 6
+        cup, dog = ([8, 8, 20, 20], [size[0] - 30, size[1] - 30, 20, 20])
+        if swapped:
+            cup, dog = dog, cup
+        for (x, y, w, h), color in ((cup, (200, 0, 0)), (dog, (0, 0, 200))):
+            pixels[y : y + h, x : x + w] = color
+        path = tmp_path / "data" / "val2017" / f"{number:012d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        side = ("below" if swapped else "above") if upright else f"to the {_side(swapped)} of"
+        entries.append([number, f"A photo of a cup {side} a dog", "…"])
+        for category, box in ((1, cup), (2, dog)):
+            annotations.append({"image_id": number, "category_id": category, "bbox": box})
+    annotations.append({"image_id": 2, "category_id": 1, "bbox": [0, 0, 1, 1]})  # a smaller cup
+    del annotations[23]  # picture 12 has no dog
+    categories = [{"id": 1, "name": "cup"}, {"id": 2, "name": "dog"}]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(
+        json.dumps({"annotations": annotations, "categories": categories})
+    )
+    (tmp_path / "data" / "coco_qa_two_obj.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def _side(swapped: bool) -> str:
+    return "right" if swapped else "left"
+
+
+def test_boxes_are_those_of_the_captions_things(boxed: Path) -> None:
+    found = coco_boxes.with_boxes(coco.load(boxed).items, boxed)
+    assert len(found.items) == 11
+    assert set(found.problems) == {
+        "picture 2: 2 boxes of 'cup'; the largest counts",
+        "picture 12: no box of 'dog'",
+    }
+    for one in found.items:
+        first, second = one.by_class  # left and right, or above and below
+        edge = 0 if one.item.axis == "horizontal" else 1
+        assert first[edge] < second[edge]
+        assert one.subject == (first if one.item.side in ("left", "above") else second)
+    (boxed / "annotations" / "instances_val2017.json").write_text('{"annotations": [{}]}')
+    with pytest.raises(DataError, match=r"is not COCO's: expected are 'categories'"):
+        coco_boxes.with_boxes((), boxed)
+    (boxed / "annotations" / "instances_val2017.json").unlink()
+    with pytest.raises(DataError, match=r"annotations_trainval2017\.zip"):
+        coco_boxes.with_boxes((), boxed)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-gemma-3"])
+def test_amplification_on_photographs_with_boxes(
+    boxed: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = HookedVLM.from_pretrained(name)
+    config = coco_amplification.Config(
+        data=boxed, alphas=(0.0, 2.0), control_alphas=(0.0, 2.0), controls=2
+    )
+    with pytest.raises(DataError, match=r"horizontal: \d of 6 items right, too few"):
+        coco_amplification.run(model, config, lambda *_: None)  # it was not taught such questions
+    observed = coco_amplification.observed
+
+    def all_right(*given):
+        return [replace(told, right=True) for told in observed(*given)]
+
+    monkeypatch.setattr(coco_amplification, "observed", all_right)
+    told: list[tuple[int, int]] = []
+    result = coco_amplification.run(model, config, lambda *step: told.append(step))
+    assert told[-1] == (22, 22)
+    table = result.table
+    assert set(table["kind"].dropna()) == {*amplification.FORMULAS, *amplification.CONTROLS}
+    unchanged = table[(table["alpha"] == 0) & (table["quantity"] == "net")]
+    assert (unchanged["value"] == 0).all() and (unchanged["n"] == 11).all()
+    read = table[table["quantity"] == "probe, held out"]
+    assert list(read["axis"]) == ["horizontal", "vertical"] and (read["n"] == 1).all()
+    assert "Of 11 items" in result.verdict and "horizontal" in result.verdict
+
+
+def test_a_probe_of_photographs_is_given_the_means_of_boxes(boxed: Path) -> None:
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    item = coco_boxes.with_boxes(coco.load(boxed).items, boxed).items[0]
+    (told,) = coco_amplification.observed(model, [item], "reference")
+    grid = coco_amplification.inputs_of(model, [item], "reference").grids[0][0]
+    for box, mean in zip(item.by_class, told.things, strict=True):
+        assert torch.equal(told.tokens[grid.box(*box).tokens].mean(0), mean)
+    assert not torch.allclose(told.things[0], told.things[1])

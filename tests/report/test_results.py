@@ -1,0 +1,130 @@
+"""What is saved comes back exactly, under the same key alone, and never in half."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from helpers import synthetic_results as synthetic
+from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.report import results
+from hooked_vlm.report.results import load_result, run_key, save_result, writable_folder, write_file
+
+
+@pytest.mark.parametrize("result", synthetic.all_results(), ids=lambda result: result.id)
+def test_round_trip_is_exact(result: Result, tmp_path: Path) -> None:
+    save_result(result, tmp_path, "key", seconds=1.5)
+    saved = load_result(tmp_path, result.name, "key")
+    assert saved is not None
+    assert saved.seconds == 1.5
+    back = saved.result
+    pd.testing.assert_frame_equal(back.table, result.table, check_exact=True)
+    assert set(back.arrays) == set(result.arrays)
+    for name, array in result.arrays.items():
+        xr.testing.assert_identical(back.arrays[name], array)
+        assert back.arrays[name].dtype == array.dtype
+    assert set(back.images) == set(result.images)
+    for name, image in result.images.items():
+        np.testing.assert_array_equal(np.asarray(back.images[name]), np.asarray(image))
+    for word in ("id", "name", "title", "claim", "section", "verdict", "config", "notes"):
+        assert getattr(back, word) == getattr(result, word)
+
+
+def test_an_array_that_lies_transposed_in_memory_comes_back_as_it_was(tmp_path: Path) -> None:
+    maps = xr.DataArray(np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1), dims=("a", "b", "c"))
+    assert not maps.values.flags.c_contiguous
+    save_result(dataclasses.replace(synthetic.e3(), arrays={"maps": maps}), tmp_path, "key")
+    saved = load_result(tmp_path, "ordering-probes", "key")
+    assert saved is not None
+    xr.testing.assert_identical(saved.result.arrays["maps"], maps)
+
+
+def test_missing_values_in_text_and_number_columns(tmp_path: Path) -> None:
+    table = synthetic.e2().table
+    table.loc[3, ["low", "high"]] = np.nan
+    table["kind"] = ["strip", None] * (len(table) // 2)
+    save_result(dataclasses.replace(synthetic.e2(), table=table), tmp_path, "key")
+    saved = load_result(tmp_path, "final-token", "key")
+    assert saved is not None
+    back = saved.result
+    assert back.table["low"].isna().sum() == 1
+    assert back.table["kind"].isna().tolist() == table["kind"].isna().tolist()
+
+
+def test_another_key_finds_nothing(tmp_path: Path) -> None:
+    save_result(synthetic.e1(), tmp_path, "one key")
+    assert load_result(tmp_path, "behaviour", "another key") is None
+    assert load_result(tmp_path, "never-saved", "one key") is None
+
+
+def test_key_sees_everything_numbers_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = ("strip-swap", {"pairs": 50, "seed": 0}, "abc", "0.1.0")
+    keys = {
+        run_key(*base),
+        run_key("object-swap", *base[1:]),
+        run_key(base[0], {"pairs": 51, "seed": 0}, *base[2:]),
+        run_key(*base[:2], "abd", base[3]),
+        run_key(*base[:3], "0.1.1"),
+    }
+    assert len(keys) == 5
+    assert run_key(base[0], {"seed": 0, "pairs": 50}, *base[2:]) == run_key(*base)
+    monkeypatch.setattr(results, "_source_sha256", lambda: "other code of the same version")
+    assert run_key(*base) not in keys
+
+
+def test_saving_again_replaces_the_whole_folder(tmp_path: Path) -> None:
+    save_result(synthetic.e1(), tmp_path, "old")
+    save_result(dataclasses.replace(synthetic.e1(), images={}), tmp_path, "new")
+    assert load_result(tmp_path, "behaviour", "old") is None
+    saved = load_result(tmp_path, "behaviour", "new")
+    assert saved is not None
+    assert saved.result.images == {}
+    assert not list((tmp_path / "behaviour" / "images").iterdir())
+
+
+def test_a_save_that_fails_leaves_the_old_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_result(synthetic.e3(), tmp_path, "old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(results, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_result(synthetic.e3(), tmp_path, "new")
+    assert load_result(tmp_path, "ordering-probes", "old") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["ordering-probes"]
+
+
+def test_a_file_cut_short_is_computed_again(tmp_path: Path) -> None:
+    folder = save_result(synthetic.e1(), tmp_path, "key")
+    about = folder / "result.json"
+    about.write_text(about.read_text()[:50])
+    assert load_result(tmp_path, "behaviour", "key") is None
+
+
+def test_write_file_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "numbers.csv"
+    write_file(path, "a\n1\n")
+    write_file(path, b"a\n2\n")
+    assert path.read_text() == "a\n2\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_output_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DataError, match=r"Cannot write to the output folder .*taken"):
+        writable_folder(tmp_path / "taken")
+    with pytest.raises(DataError, match="Name a folder"):
+        writable_folder(tmp_path / "taken" / "inside")
+
+
+def test_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    folder = writable_folder(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
