@@ -13,6 +13,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from older_transformers import skip_what_cannot_be_built
 
 
 # One thread is the fastest for tiny models.  With more, the order of sums differs; tests pass then
@@ -31,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip_what_cannot_be_built(items)
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs CUDA, and this machine has none")

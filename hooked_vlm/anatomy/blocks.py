@@ -203,9 +203,15 @@ def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
 
 
 def _core(attn: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Returns the module in which attention is computed: itself, or its part that is called so."""
-    if "self" in dict(attn.named_children()) and not linears_of(attn):
-        return attn.get_submodule("self"), f"{path}.self"
+    """Returns the module in which attention is computed: itself, or its part with several maps.
+
+    BERT calls that part `self`, DINOv2 (up to transformers 5.17) `attention`; the map of the
+    output is in a part of its own.
+    """
+    if not linears_of(attn):
+        for name, part in attn.named_children():
+            if name == "self" or len(linears_of(part)) > 1:
+                return part, f"{path}.{name}"
     return attn, path
 
 

@@ -11,7 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from hooked_vlm.anatomy.parts import block_lists, first_of, has_weights
 from hooked_vlm.anatomy.projector import base_of, find_projector, takes_maps
@@ -120,8 +122,18 @@ def _is_given_embeddings(model: nn.Module, encoder: nn.Module, decoder: nn.Modul
 
 
 def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
-    """Returns what a model answers to one of transformers' `get_…` methods, if it has it."""
+    """Returns what a model answers to one of transformers' `get_…` methods, if it has it.
+
+    Raises `UnsupportedModelError` where a transformers model has it no longer: without the
+    answer another module would be taken for the one that was asked for.
+    """
     found: Any = getattr(model, method, None)
+    if found is None and isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no {method}(), which hooked_vlm reads the model's parts "
+            f"by; transformers {transformers.__version__} seems to have renamed it. Install a "
+            "version from docs/compatibility.md, and report this."
+        )
     try:
         return None if found is None else found(**kwargs)
     except NotImplementedError:

@@ -5,7 +5,7 @@ that holds something, or the prompt of the prefill and more behind it.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,9 +44,10 @@ def count_steps(model: nn.Module, run: Run) -> Iterator[None]:
         run.steps, run.prompt = 0, prompt
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
-        values = output.values() if isinstance(output, ModelOutput) else (output,)
-        plain = (Tensor, str, int, float, tuple, list, dict, type(None))
-        returned[:] = [weakref.ref(value) for value in values if not isinstance(value, plain)]
+        values = output.values() if isinstance(output, ModelOutput) else _values(output)
+        kept = (value for value in values if not isinstance(value, Tensor))
+        # Plain values, and tuples of tensors, take no weak references.
+        returned[:] = [weakref.ref(v) for v in kept if type(v).__weakrefoffset__]
 
     handles = [
         model.register_forward_pre_hook(begin, with_kwargs=True),
@@ -57,6 +58,13 @@ def count_steps(model: nn.Module, run: Run) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _values(output: Any) -> Iterable[Any]:
+    """Returns what a model's own kind of output holds."""
+    if isinstance(output, tuple | list):
+        return output
+    return vars(output).values() if hasattr(output, "__dict__") else ()
 
 
 def _repeats(given: Tensor | None, prompt: Tensor | None) -> bool:

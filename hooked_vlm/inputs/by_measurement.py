@@ -23,7 +23,7 @@ from torch import Tensor
 from hooked_vlm.errors import GridError
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.inputs.pixel_routing import SEVERAL, Routes
-from hooked_vlm.regions.grid import EncoderRows
+from hooked_vlm.regions.grid import EncoderRows, TokenGrid
 
 
 Size = tuple[int, int]
@@ -266,3 +266,19 @@ def _by_cell(tokens: np.ndarray, rows: dict[int, list[tuple[int, int]]]) -> Enco
     if len(counts) != 1 or counts == {0}:
         return None
     return torch.tensor(by_cell)
+
+
+def shows_what_it_says(grid: TokenGrid, pixels_of: Callable[[Image.Image], Tensor]) -> bool:
+    """Whether pixels that a processor makes come from where a grid's scale and offset say.
+
+    `pixels_of` returns the pixels `[1, 3, height, width]` of one image.
+    """
+    for axis, place in enumerate(places_of(pixels_of, grid.image_size)):
+        along = np.ma.masked_invalid(place[0, 0]).mean(axis=axis)  # x by column, y by row
+        seen = np.ma.filled(along, np.nan)
+        given = (np.arange(len(seen)) + 0.5 + grid.offset[axis]) / grid.scale[axis]
+        known = np.isfinite(seen) & (given > 0) & (given < grid.image_size[axis])
+        slack = 4 * grid.image_size[axis] / 255 + 1 / grid.scale[axis]
+        if known.any() and np.abs(seen - given)[known].max() > slack:
+            return False
+    return True

@@ -8,17 +8,20 @@ block over the pixels.  That says how many tokens lead, and finds encoders that 
 shuffle patches.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.source import forward_parameters
 from hooked_vlm.anatomy.vision import Vision, grid_argument
-from hooked_vlm.errors import DataError, GridError, UnsupportedModelError
+from hooked_vlm.errors import DataError, GridError, HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.hooks.stand_ins import run_until
+from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, positions_reached
 from hooked_vlm.inputs.prepare import Images, Inputs, to_pil
@@ -37,6 +40,8 @@ class Encoder(Protocol):
     vision: Vision
     prefixes: dict[Any, int]
     """How many tokens were measured to lead, by what tells the layout: shapes, masks."""
+    shown: set[Any]
+    """Sizes of images, with options, whose grids were compared with the processor's pixels."""
 
     @property
     def device(self) -> torch.device: ...
@@ -61,7 +66,35 @@ def prepare_images(model: Encoder, images: Images, options: Mapping[str, Any]) -
     made = _named(model, dict(processor(images=pictures, return_tensors="pt", **options)))
     grids = find_grids(model, made, [picture.size for picture in pictures])
     warn_if_resized((grid for (grid,) in grids), stacklevel=4)
+
+    def pixels_of(image: Image.Image) -> Tensor:
+        return processor(images=[image], return_tensors="pt", **options)["pixel_values"]
+
+    for (grid,) in grids:
+        _warn_unless_shown(model, grid, pixels_of, repr(sorted(options.items())))
     return Inputs(made, grids)
+
+
+def _warn_unless_shown(model: Encoder, grid: TokenGrid, pixels_of: Any, options: str) -> None:
+    """Warns where a grid's pixels are not those that the processor's settings lead to.
+
+    Asked once for each size of image: the processor is given images whose grey level rises.
+    """
+    key = grid.image_size, options
+    if key in model.shown:
+        return
+    model.shown.add(key)
+    if pixels_of(Image.new("RGB", grid.image_size)).ndim != 4:
+        return  # packed patches, whose images are scaled as wholes
+    if not shows_what_it_says(grid, pixels_of):
+        width, height = grid.image_size
+        warnings.warn(
+            f"Cells of an image of {width}x{height} px show other parts of it than the settings of "
+            f"{type(model.processor).__name__} say. Regions given in pixels may be elsewhere: give "
+            "them in rows and columns, or prepare images of the size that the encoder takes.",
+            HookedVLMWarning,
+            stacklevel=4,
+        )
 
 
 def find_grids(

@@ -23,7 +23,13 @@ from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.inputs.by_measurement import Template, View, make_template, places_of
+from hooked_vlm.inputs.by_measurement import (
+    Template,
+    View,
+    make_template,
+    places_of,
+    shows_what_it_says,
+)
 from hooked_vlm.inputs.by_rule import ImageLayout, token_grids
 from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import (
@@ -146,16 +152,7 @@ class GridFinder:
         pixels = pixel_name(inputs)
         if inputs[pixels].ndim != 4 or len(inputs[pixels]) != 1:
             return True  # packed patches, whose images are scaled as wholes
-        places = places_of(lambda image: process([image])[pixels], grid.image_size)
-        for axis, place in enumerate(places):
-            along = np.ma.masked_invalid(place[0, 0]).mean(axis=axis)  # x by column, y by row
-            seen = np.ma.filled(along, np.nan)
-            given = (np.arange(len(seen)) + 0.5 + grid.offset[axis]) / grid.scale[axis]
-            known = np.isfinite(seen) & (given > 0) & (given < grid.image_size[axis])
-            slack = 4 * grid.image_size[axis] / 255 + 1 / grid.scale[axis]
-            if known.any() and np.abs(seen - given)[known].max() > slack:
-                return False
-        return True
+        return shows_what_it_says(grid, lambda image: process([image])[pixels])
 
     def _agrees(self, size: Size, process: Process) -> bool:
         """Whether the rule's grid for a small image is the measured one (if it can be)."""

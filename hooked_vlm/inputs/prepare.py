@@ -292,6 +292,12 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> di
     base = getattr(hf_model, "base_model", hf_model)
     if mask is None or bool(mask.all()) or not rotary or hasattr(base, "get_rope_index"):
         return {}
+    if "mrope" in str(getattr(hf_model, "config", "")):
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__} gives image tokens positions in several axes (M-RoPE), and "
+            "does not say how (it has no get_rope_index), so prompts of different lengths cannot "
+            "be padded into one batch. Give prompts of one length, or one at a time."
+        )
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 

@@ -48,6 +48,7 @@ class HookedVisionEncoder(HookedModel):
             self.hf_model, vision, name or type(hf_model).__name__
         )
         self.prefixes: dict[Any, int] = {}
+        self.shown: set[Any] = set()
 
     @classmethod
     def from_pretrained(

@@ -37,7 +37,7 @@ class Quoted(nn.Module):
 
 
 class Unresolvable(nn.Module):
-    def forward(self, stream, memory: "SomeCache | None" = None, other: "Nowhere" = None):  # noqa: F821
+    def forward(self, stream, memory: "SomeCache | None" = None, other: "Nowhere" = None):  # noqa: F821 # pyright: ignore[reportUndefinedVariable]
         return stream
 
 

@@ -184,3 +184,14 @@ def test_models_without_the_parts_are_refused():
     blind.eyes.cutter = nn.Linear(1, 1)  # type: ignore[assignment]
     with pytest.raises(UnsupportedModelError, match="Tower has no map that cuts"):
         HookedVLM(blind)
+
+
+@pytest.mark.parametrize("method", ["get_decoder", "get_input_embeddings", "get_output_embeddings"])
+def test_a_question_that_transformers_no_longer_answers_is_an_error(method, monkeypatch):
+    model = tiny("llava").hf_model
+    owner = next(kind for kind in type(model).__mro__ if method in vars(kind))
+    monkeypatch.delattr(owner, method)
+    if hasattr(model, method):  # a base class answers as well
+        pytest.skip(f"{method} is defined twice")
+    with pytest.raises(UnsupportedModelError, match=rf"has no {method}\(\)"):
+        read_anatomy(model)

@@ -1,5 +1,6 @@
 """Vision encoders by themselves: the laws of a wrapped model, and regions of patches."""
 
+import re
 from typing import Any
 
 import pytest
@@ -82,7 +83,10 @@ def test_every_site_fires_once_in_order_with_its_shape(name):
     model, fired = encoder(name), []
     inputs = model.prepare(pictures())
     model.run_with_hooks(inputs, [("*", lambda v, hook: fired.append(hook.name))])
-    assert fired == model.hook_names
+    # In which order an attention makes q, k and v is its own affair (k first, in DINOv2).
+    assert sorted(fired, key=model.hook_names.index) == model.hook_names
+    together = [re.sub(r"hook_[qkv]$", "hook_qkv", name) for name in fired]
+    assert together == [re.sub(r"hook_[qkv]$", "hook_qkv", name) for name in model.hook_names]
     _, cache = model.run_with_cache(inputs)
     rows = 36 + ENCODERS[name][3]
     width = 32
@@ -325,3 +329,31 @@ def test_describe_and_repr():
         repr(model)
         == f"HookedVisionEncoder('tiny dinov2-registers', 3 layers, {len(model.sites)} sites)"
     )
+
+
+class CroppedUnannounced:
+    """A processor that cuts out the middle of a picture, by a setting of another name."""
+
+    do_resize = True
+    size = {"height": SIDE, "width": SIDE}  # noqa: RUF012 - as processors have it
+
+    def __init__(self) -> None:
+        self.own = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
+
+    def __call__(self, **given: Any) -> Any:
+        return self.own(**given)
+
+
+def test_cells_that_show_something_else_than_the_settings_say_are_warned_of():
+    """As where transformers renames the setting that crops: boxes would be of the whole image."""
+    model = HookedVisionEncoder(encoder("clip").hf_model, CroppedUnannounced())
+    said = []
+    for _ in range(2):
+        with pytest.warns(HookedVLMWarning) as caught:  # the image is resized, too
+            model.prepare(Image.new("RGB", (96, 48)))
+        said.append(sum("show other parts of it" in str(w.message) for w in caught))
+    assert said == [1, 0]  # once for each size
+    honest = HookedVisionEncoder(encoder("clip").hf_model, CroppedUnannounced().own)
+    with pytest.warns(HookedVLMWarning) as caught:
+        honest.prepare(Image.new("RGB", (96, 48)))
+    assert not any("show other parts of it" in str(w.message) for w in caught)

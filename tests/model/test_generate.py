@@ -98,7 +98,9 @@ def test_every_step_is_seen_and_counted(family):
         options = {**GREEDY, "use_cache": cached}
         model.generate(inputs, fwd_hooks=hooks, prefill_only=False, **options)
         assert steps == list(enumerate(lengths))
-        assert seen == [0]  # generate() encodes the images once, in front of all steps
+        # generate() encodes the images once, before all steps; up to transformers 5.17 it does so
+        # again wherever there is no cache.
+        assert seen == [0] or (not cached and seen == list(range(5)))
         steps.clear()
         model.generate(inputs, fwd_hooks=hooks, **options)
         assert steps == ([(0, n)] if cached else [(i, n) for i in range(5)])

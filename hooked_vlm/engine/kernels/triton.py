@@ -204,11 +204,10 @@ if triton is not None:
         clean_at += pos * clean_pos_step
         source_at = source + tl.load(source_row + row).to(tl.int64) * source_row_step
         source_at += taken * source_pos_step
-        if UNIT:
-            clean_columns = columns
-            source_columns = columns
-            out_columns = columns
-        else:
+        clean_columns = columns
+        source_columns = columns
+        out_columns = columns
+        if not UNIT:
             clean_columns = columns.to(tl.int64) * clean_last_step
             source_columns = columns.to(tl.int64) * source_last_step
             out_columns = columns.to(tl.int64) * out_last_step
@@ -221,7 +220,6 @@ if triton is not None:
                 axis = 0
                 while axis < n_axes:  # not `range`, which Triton 3.6 cannot interpret on numpy 2.5
                     unit = tl.load(basis + axis * basis_step + columns, mask=there, other=0.0)
-                    unit = unit.to(tl.float32)
                     h += tl.sum(apart * unit, axis=0) * unit
                     axis += 1
         elif UNIT:
