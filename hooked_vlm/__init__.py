@@ -11,6 +11,7 @@ line's `--help` do not wait for torch and transformers.
 import ast
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,10 @@ def _homes() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return list(_homes())
+    if name == "__version__":
+        return version("hooked-vlm")
     if name.startswith("_") or name not in _homes():
         raise AttributeError(f"module 'hooked_vlm' has no attribute {name!r}")
     return getattr(import_module(_homes()[name]), name)

@@ -23,8 +23,9 @@ ORDER = (  # from the ground up; packages of one line do not know each other
     "checks experiments",
     "report",
     "cli",
+    "__main__",
 )
-ROOT = {"__init__.py", "errors.py", "cli.py", "py.typed"}
+ROOT = {"__init__.py", "__main__.py", "errors.py", "cli.py", "py.typed"}
 LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
 ALONE = {
     "matplotlib": "report.look report.charts report.maps",
