@@ -39,7 +39,7 @@ from hooked_vlm.report.charts import curves
 from hooked_vlm.report.look import SLOTS, Look, to_png
 from hooked_vlm.stimuli.pairs import final_token_pair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
-from hooked_vlm.sweeps.attribution_error import Agreement, agreement, agreement_table
+from hooked_vlm.sweeps.attribution_error import EstimateError, agreement_table, attribution_error
 
 
 MODELS = ("tiny-qwen2-vl", "tiny-gemma-3")
@@ -169,7 +169,7 @@ def measured(setting: Setting, name: str, config: Config, fraction: float = 1.0)
     return Measured(joined[0], joined[1], joined[2], (seconds[0], seconds[1]))
 
 
-def compared(found: Measured, metric: str) -> tuple[Agreement, pd.DataFrame, pd.DataFrame]:
+def compared(found: Measured, metric: str) -> tuple[EstimateError, pd.DataFrame, pd.DataFrame]:
     """Returns the agreement over all slots, by slot, and the mean effects by slot."""
     estimate = found.estimate.sel(metric=metric)
     exact, clean = found.exact.sel(metric=metric), found.clean.sel(metric=metric)
@@ -180,7 +180,7 @@ def compared(found: Measured, metric: str) -> tuple[Agreement, pd.DataFrame, pd.
         slots = {"slot": [int(slot) for slot in means["slot"]]}
         rows += interval_rows(bootstrap(means.values), slots, line=line)
     return (
-        agreement(estimate, exact, clean, prompt="pair"),
+        attribution_error(estimate, exact, clean, prompt="pair"),
         agreement_table(estimate, exact, clean, ["slot"], prompt="pair"),
         pd.DataFrame(rows),
     )
@@ -192,7 +192,7 @@ SUMMARY = (
 )
 
 
-def summary_row(model: str, name: str, metric: str, found: Measured, over: Agreement) -> str:
+def summary_row(model: str, name: str, metric: str, found: Measured, over: EstimateError) -> str:
     """Returns a line of the table over all slots."""
     shown = [over.size, over.error, over.pearson, over.spearman, over.sign]
     numbers = [f"{i.estimate:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in shown]

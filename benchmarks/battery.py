@@ -32,7 +32,7 @@ from hooked_vlm.regions.region import Region
 def battery_of(model: HookedVLM, pairs: int, batch: int, family: str) -> list[list[Task]]:
     """Returns the tasks of every batch of pairs."""
     found = []
-    middle = Region.columns((SIDE, SIDE), SIDE // 3, SIDE - SIDE // 3)
+    middle = Region.column_band((SIDE, SIDE), SIDE // 3, SIDE - SIDE // 3)
     zeroed = FIRST - 1 + middle.tokens
     for seed in range(pairs // batch):
         names = ("final_token", "strip", "object", "alpha")

@@ -77,7 +77,7 @@ def make_task(
     third, low, shape = side // 3, (side - 2) // 2, (side, side)
     last = torch.tensor([clean["input_ids"].shape[1] - 1])
     if name in ("strip", "object", "vision"):
-        regions = Region.columns(shape, 0, third), Region.columns(shape, side - third, side)
+        regions = Region.column_band(shape, 0, third), Region.column_band(shape, side - third, side)
         if name == "object":
             left = Region.rectangle(shape, rows=(low, low + 2), cols=(1, 3))
             regions = left, left.shifted(cols=side - 4)

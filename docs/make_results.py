@@ -57,7 +57,7 @@ def page(experiment_id: str, runs: Runs) -> str:
             if step.key not in results:
                 continue
             result = results[step.key]
-            lines += [f"### {model}", said(result.verdict)]
+            lines += [f"### {model}", format_interval(result.verdict)]
             lines += tiles(result)
             for drawing in drawings(result):
                 name = f"{result.anchor}-{drawing.name}-{model}.png".replace("/", "-")
@@ -79,7 +79,7 @@ def tiles(result: Result) -> Iterable[str]:
         yield "; ".join(f"**{tile.value}** {tile.label}" for tile in found) + "."
 
 
-def said(verdict: str) -> str:
+def format_interval(verdict: str) -> str:
     """Returns a verdict whose lines stay apart."""
     return verdict.replace("\n", "\n\n")
 

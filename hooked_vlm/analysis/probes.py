@@ -181,7 +181,7 @@ def object_examples(
         RegionError: an empty region.
         DataError: a region of another grid, or two regions that share a cell.
 
-    >>> slots = [Region.columns((4, 4), 0, 1), Region.columns((4, 4), 3, 4)]
+    >>> slots = [Region.column_band((4, 4), 0, 1), Region.column_band((4, 4), 3, 4)]
     >>> object_examples(torch.zeros(5, 16, 32), slots).X.shape
     torch.Size([40, 32])
     """

@@ -119,7 +119,7 @@ def normalise(text: str) -> str:
     return "".join(character for character in text.lower() if character.isalnum())
 
 
-def agreement(
+def matches_answer(
     logits: Float[Tensor, "pair *axes d_vocab"],
     tokenizer: PreTrainedTokenizerBase,
     answers: Sequence[str],
@@ -155,7 +155,7 @@ def accuracy(
     answers: Sequence[str],
 ) -> Float[Tensor, "*axes"]:
     """Returns the share of pairs whose top answer is right (see `agreement`)."""
-    return agreement(logits, tokenizer, answers).float().mean(dim=0)
+    return matches_answer(logits, tokenizer, answers).float().mean(dim=0)
 
 
 def logit_difference(

@@ -26,7 +26,7 @@ from hooked_vlm.engine.clean_run import (
     with_forwards,
 )
 from hooked_vlm.engine.fused import joined_rows
-from hooked_vlm.engine.stages import Job, Step
+from hooked_vlm.engine.stages import RowPlan, StageEdit
 from hooked_vlm.engine.vision import Early
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.stand_ins import encoder_of, replaying
@@ -52,7 +52,7 @@ def last_position_only(modules: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def trimmed_of(model: Any, clean: Clean, jobs: Sequence[Job]) -> list[nn.Module]:
+def trimmed_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[nn.Module]:
     """Returns parts of the last block that need run for the last position alone, if it is scored.
 
     Attention's output map and the feed-forward part, if no job writes inside the block.
@@ -66,7 +66,7 @@ def trimmed_of(model: Any, clean: Clean, jobs: Sequence[Job]) -> list[nn.Module]
     return [model.hf_model.get_submodule(path) for path in paths if path]
 
 
-def is_idle(model: Any, clean: Clean, job: Job) -> bool:
+def is_idle(model: Any, clean: Clean, job: RowPlan) -> bool:
     """Whether a job leaves the residual stream as it is where it joins, and does nothing else."""
     if job.front or any(not step.between or step.stage != job.stage for step in job.steps):
         return False
@@ -78,7 +78,12 @@ class Growing:
     """Rows of some jobs, on their way through the blocks."""
 
     def __init__(
-        self, model: Any, clean: Clean, jobs: Sequence[Job], start: int, early: Early | None = None
+        self,
+        model: Any,
+        clean: Clean,
+        jobs: Sequence[RowPlan],
+        start: int,
+        early: Early | None = None,
     ) -> None:
         """Takes jobs in the order of their stages; rows carry the positions from `start` on.
 
@@ -158,7 +163,7 @@ class Growing:
             self.n_joined += len(joining)
             self.rows = new if self.rows is None else torch.cat([self.rows.to(like.device), new])
 
-    def joined(self, job: Job) -> Tensor:
+    def joined(self, job: RowPlan) -> Tensor:
         """Returns what a job's rows are in front of the block at which they join."""
         stage = job.stage
         steps, added = job.between(stage), self.clean.added.get(stage)
@@ -173,7 +178,7 @@ class Growing:
         whole = self._edited(behind, self.clean.outputs[stage]) + added
         return self._edited(steps[len(behind) :], whole)[:, self.start :]
 
-    def _brought(self, job: Job) -> Tensor:
+    def _brought(self, job: RowPlan) -> Tensor:
         """Returns the blocks' input of a job that acts in front of them."""
         whole = self.brought[id(job)]
         if self.start:
@@ -182,12 +187,12 @@ class Growing:
                 raise GrowthError("positions in front of an image changed with it")
         return whole
 
-    def _edited(self, steps: Sequence[Step], whole: Tensor) -> Tensor:
+    def _edited(self, steps: Sequence[StageEdit], whole: Tensor) -> Tensor:
         for step in steps:
             whole = self._run_edit(step, whole)
         return whole
 
-    def _edit_rows(self, number: int, steps: Sequence[Step]) -> None:
+    def _edit_rows(self, number: int, steps: Sequence[StageEdit]) -> None:
         """Does what a job that has joined does between two blocks."""
         for step in steps:
             assert self.rows is not None
@@ -220,16 +225,16 @@ class Growing:
 
     # --- what jobs change ------------------------------------------------------------------
 
-    def _edit(self, step: Step) -> Callable[..., Any]:
+    def _edit(self, step: StageEdit) -> Callable[..., Any]:
         (found,) = step.part.hooks_for(self.model, self.clean.inputs)
         return found[1]
 
-    def _run_edit(self, step: Step, whole: Tensor) -> Tensor:
+    def _run_edit(self, step: StageEdit, whole: Tensor) -> Tensor:
         point: HookPoint = self.points[step.site]
         edited = self.edits[id(step)](whole, hook=point)
         return whole if edited is None else edited
 
-    def _on_suffix(self, step: Step, part: Tensor) -> Tensor:
+    def _on_suffix(self, step: StageEdit, part: Tensor) -> Tensor:
         """Shows an edit a prompt's whole length; what is in front of the rows is not changed."""
         if part.shape[1] == self.length:
             return self._run_edit(step, part)

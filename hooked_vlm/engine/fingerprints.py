@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 _KNOWN: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
-def known(model: Any, question: Hashable, find_out: Callable[[], Any]) -> Any:
+def remember(model: Any, question: Hashable, find_out: Callable[[], Any]) -> Any:
     """Returns the answer to a question about a model, found out the first time."""
     answers = _KNOWN.setdefault(model, {})
     if question not in answers:

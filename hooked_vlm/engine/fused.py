@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.engine.clean_run import Clean
-from hooked_vlm.engine.fingerprints import known
+from hooked_vlm.engine.fingerprints import remember
 from hooked_vlm.engine.kernels import patched_rows, way_for
-from hooked_vlm.engine.stages import Job
+from hooked_vlm.engine.stages import RowPlan
 from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.interventions.base import require_made_for
 from hooked_vlm.interventions.indexing import Located
@@ -45,7 +45,7 @@ class Write:
 
 
 def joined_rows(
-    model: Any, clean: Clean, jobs: Sequence[Job], start: int, by_hooks: Callable[[], Tensor]
+    model: Any, clean: Clean, jobs: Sequence[RowPlan], start: int, by_hooks: Callable[[], Tensor]
 ) -> Tensor:
     """Returns rows `[job * prompt, pos, d_model]` from `start` on of jobs that join together.
 
@@ -70,10 +70,10 @@ def joined_rows(
 
     whole = clean.residuals[jobs[0].stage]
     kind = ("fused rows", writes[0].kind, whole.dtype, whole.device, WAYS)
-    return fused_rows(clean, jobs, writes, start) if known(model, kind, agree) else by_hooks()
+    return fused_rows(clean, jobs, writes, start) if remember(model, kind, agree) else by_hooks()
 
 
-def writes_of(model: Any, clean: Clean, jobs: Sequence[Job]) -> list[Write]:
+def writes_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[Write]:
     """Returns what each of some jobs writes where it joins; empty where the kernel is no way."""
     stage = jobs[0].stage
     whole = clean.residuals.get(stage)
@@ -88,7 +88,9 @@ def writes_of(model: Any, clean: Clean, jobs: Sequence[Job]) -> list[Write]:
     return writes if alike else []
 
 
-def fused_rows(clean: Clean, jobs: Sequence[Job], writes: Sequence[Write], start: int) -> Tensor:
+def fused_rows(
+    clean: Clean, jobs: Sequence[RowPlan], writes: Sequence[Write], start: int
+) -> Tensor:
     """Returns the rows of jobs with one write each, by one call of the kernel."""
     whole = clean.residuals[jobs[0].stage]
     steer_at: Tensor | None = None
@@ -126,7 +128,7 @@ def fused_rows(clean: Clean, jobs: Sequence[Job], writes: Sequence[Write], start
     )
 
 
-def _write(model: Any, clean: Clean, job: Job) -> Write | None:
+def _write(model: Any, clean: Clean, job: RowPlan) -> Write | None:
     """Returns a job's only step at its stage, or None where that is no such step."""
     steps = job.between(job.stage)
     if len(steps) != 1 or steps[0].part.heads is not None:

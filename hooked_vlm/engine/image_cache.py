@@ -22,7 +22,13 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.anatomy.source import signature_of
 from hooked_vlm.anatomy.vision import grid_argument
-from hooked_vlm.engine.fingerprints import content_of, is_known, known, shapes_of, ways_of_attending
+from hooked_vlm.engine.fingerprints import (
+    content_of,
+    is_known,
+    remember,
+    shapes_of,
+    ways_of_attending,
+)
 from hooked_vlm.hooks.stand_ins import copied, encoder_of, standing_in
 
 
@@ -166,7 +172,7 @@ class _StandIn:
             except Exception:  # noqa: BLE001 - an encoder may say in any way that it takes no part
                 return None
 
-        return known(self.model, kind, find_out)
+        return remember(self.model, kind, find_out)
 
 
 def _split(leaf: Any, sizes: Sequence[int]) -> Sequence[Any]:

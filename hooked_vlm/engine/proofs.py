@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.engine.clean_run import Clean, GrowthError, run_clean
-from hooked_vlm.engine.fingerprints import forget_known, known, shapes_of, ways_of_attending
+from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.interventions.steer import Steer
 
@@ -88,7 +88,7 @@ def keeps_keys(
         bare = run_clean(model, inputs, base, set(), arguments, want_keys=False)
         return bool(kept.keys) and torch.equal(bare.logits, kept.logits)
 
-    return known(model, "keeps keys", find_out)
+    return remember(model, "keeps keys", find_out)
 
 
 def is_added(model: Any, clean: Clean, base: Sequence[Any]) -> bool:
@@ -103,7 +103,7 @@ def is_added(model: Any, clean: Clean, base: Sequence[Any]) -> bool:
             _is_near(other.added[i], added) for i, added in clean.added.items()
         )
 
-    return known(model, "adds", find_out)
+    return remember(model, "adds", find_out)
 
 
 def _is_near(one: Tensor, other: Tensor) -> bool:

@@ -21,7 +21,7 @@ from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.batch import Growing, is_idle, trimmed_of
 from hooked_vlm.engine.budget import rows_within
 from hooked_vlm.engine.clean_run import Clean, GrowthError, run_clean
-from hooked_vlm.engine.fingerprints import content_of, known, ways_of_attending
+from hooked_vlm.engine.fingerprints import content_of, remember, ways_of_attending
 from hooked_vlm.engine.proofs import (
     is_added,
     is_proved,
@@ -32,7 +32,7 @@ from hooked_vlm.engine.proofs import (
     uncleaned,
 )
 from hooked_vlm.engine.shared import open_runs
-from hooked_vlm.engine.stages import MERGED, Job, in_front, job_of, ordered
+from hooked_vlm.engine.stages import MERGED, RowPlan, in_front, job_of, ordered
 from hooked_vlm.engine.vision import Early, carries_all, merges_first
 from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
 from hooked_vlm.interventions.base import site_of
@@ -53,7 +53,7 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass
-class Report:
+class PassReport:
     """What a run took, and why it took no shorter way."""
 
     passes: int = 0
@@ -84,7 +84,7 @@ def run_growing(
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     memory: int | None = None,
-) -> tuple[list[Tensor], Report]:
+) -> tuple[list[Tensor], PassReport]:
     """Returns the metric of every cell, in order, and how that was done.
 
     `memory` is about how many bytes a pass may take (None: half of what is free).
@@ -105,10 +105,10 @@ def run_growing(
             _check_fronts(model, clean, fronts)
         if any(starts) and not clean.keys:
             _warn_whole_rows(model)
-        report = Report()
+        report = PassReport()
         scores: dict[int, Tensor] = {}
 
-        def note(job: Job, logits: Tensor) -> None:
+        def note(job: RowPlan, logits: Tensor) -> None:
             scores[job.index] = metric(logits)
             if on_progress is not None:
                 on_progress(len(scores), len(cells))
@@ -144,7 +144,7 @@ def _warn_whole_rows(model: Any) -> None:
         )
         return True
 
-    known(model, "carries whole rows", warn)
+    remember(model, "carries whole rows", warn)
 
 
 def whole_rows(model: Any) -> str:
@@ -159,7 +159,7 @@ def whole_rows(model: Any) -> str:
 
 def _jobs(
     model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell]
-) -> tuple[list[Job], list[Any]]:
+) -> tuple[list[RowPlan], list[Any]]:
     """Returns cells as jobs, and those of their interventions that are in front of the blocks."""
     parts = [part for cell in cells for part in ordered(cell.interventions)]
     sites = {site_of(model, part.site).name for part in parts if hasattr(part, "site")}
@@ -178,7 +178,7 @@ def _beginnings(
     model: Any,
     inputs: Mapping[str, Any],
     base: Sequence[Any],
-    jobs: Sequence[Job],
+    jobs: Sequence[RowPlan],
     starts: Sequence[int],
     arguments: Mapping[str, Any],
 ) -> tuple[Clean, Early | None]:
@@ -204,7 +204,7 @@ def _beginnings(
 def _check_fronts(model: Any, clean: Clean, fronts: Sequence[Any]) -> None:
     """Raises `GrowthError` where the blocks get more from in front of them than their input."""
 
-    def grown(job: Job, early: Early) -> Tensor:
+    def grown(job: RowPlan, early: Early) -> Tensor:
         return _logits(model, clean, [job], 0, early)[0]
 
     if not carries_all(model, clean, fronts, grown, bound_of(clean)):
@@ -244,7 +244,13 @@ def _clean(
 
 
 def _check(
-    model: Any, clean: Clean, chunk: Sequence[Job], start: int, report: Report, *, alone: bool
+    model: Any,
+    clean: Clean,
+    chunk: Sequence[RowPlan],
+    start: int,
+    report: PassReport,
+    *,
+    alone: bool,
 ) -> None:
     """Raises `GrowthError` unless a control comes out right in a pass of this kind.
 
@@ -256,7 +262,7 @@ def _check(
     if is_proved(model, kind, chunk[0].stage):
         return None
     beside = next(job for job in chunk if bool(trimmed_of(model, clean, [job])) == bool(trimmed))
-    control = Job(-1, chunk[0].stage, start)
+    control = RowPlan(-1, chunk[0].stage, start)
     # Rows beside it need not be a job's own: what counts is that there are others.
     beside = replace(beside, front=())
     try:
@@ -281,11 +287,11 @@ def bound_of(clean: Clean) -> float:
 def _pass(
     model: Any,
     clean: Clean,
-    chunk: Sequence[Job],
+    chunk: Sequence[RowPlan],
     start: int,
-    report: Report,
+    report: PassReport,
     early: Early | None,
-) -> list[tuple[Job, Tensor]]:
+) -> list[tuple[RowPlan, Tensor]]:
     """Returns each job's logits, in two passes where one does not fit."""
     try:
         logits = _logits(model, clean, chunk, start, early)
@@ -305,7 +311,7 @@ def _pass(
 
 
 def _logits(
-    model: Any, clean: Clean, jobs: Sequence[Job], start: int, early: Early | None = None
+    model: Any, clean: Clean, jobs: Sequence[RowPlan], start: int, early: Early | None = None
 ) -> Tensor:
     """Returns what a pass of some jobs gives, or raises `GrowthError` for why it cannot be had."""
     try:
@@ -319,7 +325,7 @@ def _logits(
 
 
 def starts_of(
-    jobs: Sequence[Job], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
+    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> list[int]:
     """Returns, by job, the first position that its rows carry."""
     length = inputs["input_ids"].shape[1]
@@ -331,7 +337,7 @@ def starts_of(
 
 
 def firsts_of(
-    jobs: Sequence[Job], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
+    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> list[int]:
     """Returns, by job, the first position that its rows cannot do without."""
     length = inputs["input_ids"].shape[1]
@@ -343,11 +349,11 @@ def firsts_of(
     return [max(0, min(job.first, last, length - 1)) for job in jobs]
 
 
-def groups_of(jobs: Sequence[Job], starts: Sequence[int]) -> list[tuple[int, list[Job]]]:
+def groups_of(jobs: Sequence[RowPlan], starts: Sequence[int]) -> list[tuple[int, list[RowPlan]]]:
     """Returns jobs whose rows begin near one another together, with where they all begin."""
     order = sorted(range(len(jobs)), key=lambda i: starts[i])
     near = NEAR * max(starts, default=0)
-    groups: list[tuple[int, list[Job]]] = []
+    groups: list[tuple[int, list[RowPlan]]] = []
     for i in order:
         if not groups or starts[i] - groups[-1][0] > near:
             groups.append((starts[i], []))

@@ -27,7 +27,7 @@ BUDGET = 2**31
 """Bytes kept where no other number is given; what was used longest ago goes first."""
 
 
-class Runs:
+class RunStore:
     """What is kept of a model's runs, within a number of bytes."""
 
     def __init__(self, model: Any, memory: int) -> None:
@@ -76,12 +76,12 @@ class Runs:
         return written, frozenset(kinds), tuple(adapters), autocast
 
 
-_OPEN: dict[int, Runs] = {}
+_OPEN: dict[int, RunStore] = {}
 """By the `id` of the model, which lives as long as its `with` block."""
 
 
 @contextmanager
-def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[Runs]:
+def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[RunStore]:
     """Lets sweeps on the same inputs share encoded images and source runs, within a `with` block.
 
     `memory` is in bytes.  Blocks may be nested: the outermost one counts.
@@ -89,7 +89,7 @@ def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[Runs]:
     if id(model) in _OPEN:
         yield _OPEN[id(model)]
         return
-    runs = _OPEN[id(model)] = Runs(model, memory)
+    runs = _OPEN[id(model)] = RunStore(model, memory)
     try:
         with encoding_once(model, runs):
             yield runs
@@ -116,6 +116,6 @@ def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -
 BEHIND_VISION = ("blocks.", "ln_final.", "hook_logits", "hook_merged_embed")
 
 
-def open_runs(model: Any) -> Runs | None:
+def open_runs(model: Any) -> RunStore | None:
     """Returns a model's open store; none where hooks or dropout would change what is kept."""
     return None if model.is_hooked or model.hf_model.training else _OPEN.get(id(model))

@@ -19,7 +19,7 @@ right about the model."""
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class StageEdit:
     """One intervention on a cell's rows: between two blocks, or at a site inside one."""
 
     part: Any
@@ -44,7 +44,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class RowPlan:
     """A cell as rows of the growing batch."""
 
     index: int
@@ -53,17 +53,17 @@ class Job:
     """The block in front of which its rows join; n_layers: behind all blocks."""
     first: int
     """The first position that anything changes."""
-    steps: tuple[Step, ...] = field(default=())
+    steps: tuple[StageEdit, ...] = field(default=())
     front: tuple[Any, ...] = field(default=())
     """Interventions in front of the blocks, those that all cells begin with among them: then rows
     start as what a pass under these gives."""
 
-    def between(self, stage: int) -> list[Step]:
+    def between(self, stage: int) -> list[StageEdit]:
         """The steps on the residual stream in front of a block, as they come."""
         here = [step for step in self.steps if step.between and step.stage == stage]
         return sorted(here, key=lambda step: not step.is_early)
 
-    def inside(self) -> list[Step]:
+    def inside(self) -> list[StageEdit]:
         """The steps at other sites, in order."""
         return [step for step in self.steps if not step.between]
 
@@ -80,7 +80,7 @@ def ordered(interventions: Sequence[Any]) -> Iterator[Any]:
 
 def job_of(
     model: Any, inputs: Mapping[str, Any], cell: Cell, index: int, *, merged_first: bool = True
-) -> Job | None:
+) -> RowPlan | None:
     """Returns a cell as a job, or None where it changes something that rows cannot carry.
 
     That is: hook functions of one's own, and what all cells begin with where it acts behind the
@@ -101,7 +101,7 @@ def job_of(
         if any(step.stage > 0 or not step.between for step in base):
             return None
         first = min(step.first for step in (*front, *steps))
-        return Job(index, 0, first, tuple(steps), tuple(step.part for step in front))
+        return RowPlan(index, 0, first, tuple(steps), tuple(step.part for step in front))
     stage = min((step.stage for step in own), default=n_layers)
     # What the clean run kept in front of a block has the base's work in it already: it must
     # not come behind a step of the cell's own there, nor lie within the block.
@@ -110,7 +110,7 @@ def job_of(
     if any(a.stage == stage and not _before(a, b) for a in base for b in own if b.stage == stage):
         return None
     first = min((step.first for step in own), default=0)
-    return Job(index, stage, first, tuple(own))
+    return RowPlan(index, stage, first, tuple(own))
 
 
 def in_front(model: Any, interventions: Sequence[Any], *, merged_first: bool = True) -> list[Any]:
@@ -124,14 +124,14 @@ def in_front(model: Any, interventions: Sequence[Any], *, merged_first: bool = T
     return found
 
 
-def _before(base: Step, own: Step) -> bool:
+def _before(base: StageEdit, own: StageEdit) -> bool:
     """Whether a step of the base in front of a block acts before one of the cell's own."""
     return base.is_early or not own.is_early
 
 
 def _steps(
     model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any], merged_first: bool
-) -> list[Step] | None:
+) -> list[StageEdit] | None:
     steps = []
     for part in ordered(interventions):
         if not hasattr(part, "first_position"):
@@ -145,7 +145,7 @@ def _steps(
             first = _first_image_token(model, inputs)
         else:
             first = part.first_position(model, inputs)
-        steps.append(Step(part, name, stage, between, first))
+        steps.append(StageEdit(part, name, stage, between, first))
     return steps
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hooked_vlm.engine.clean_run import Clean, asked
-from hooked_vlm.engine.fingerprints import known, shapes_of, ways_of_attending
-from hooked_vlm.engine.stages import IN_FRONT, MERGED, Job
+from hooked_vlm.engine.fingerprints import remember, shapes_of, ways_of_attending
+from hooked_vlm.engine.stages import IN_FRONT, MERGED, RowPlan
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
 from hooked_vlm.interventions.base import site_of
@@ -67,7 +67,7 @@ class TowerRestart:
                 encoded = _encoded(model, inputs)
             made = cls(model, inputs, blocks, outputs, encoded)
             kind = ("tower", depth, shapes_of(inputs), ways_of_attending(model))
-            return made if known(model, kind, made._is_exact) else None
+            return made if remember(model, kind, made._is_exact) else None
         except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
             return None  # what is wrong, if it is, shows plainly
 
@@ -145,7 +145,7 @@ class Early:
     tower: TowerRestart | None
 
     @classmethod
-    def of(cls, model: Any, inputs: Mapping[str, Any], jobs: Sequence[Job]) -> "Early":
+    def of(cls, model: Any, inputs: Mapping[str, Any], jobs: Sequence[RowPlan]) -> "Early":
         """Records what the jobs' passes through the encoder have in common."""
         fronts = [job.front for job in jobs if job.front]
         tower = TowerRestart.of(model, inputs, fronts) if len(fronts) > 1 else None
@@ -179,14 +179,14 @@ def merges_first(model: Any, inputs: Mapping[str, Any]) -> bool:
             _, cache = model.run_with_cache(asked(inputs), [MERGED, FIRST], stop_at_layer=1)
         return torch.equal(cache[MERGED], cache[FIRST])
 
-    return known(model, "merged embeddings come first", find_out)
+    return remember(model, "merged embeddings come first", find_out)
 
 
 def carries_all(
     model: Any,
     clean: Clean,
     parts: Sequence[Any],
-    grown: Callable[[Job, Early], Tensor],
+    grown: Callable[[RowPlan, Early], Tensor],
     bound: float,
 ) -> bool:
     """Whether the blocks' input carries all that some interventions in front of them change.
@@ -204,13 +204,13 @@ def carries_all(
             return False
 
     return all(
-        known(model, ("is carried", site, kind), partial(is_carried, site))
+        remember(model, ("is carried", site, kind), partial(is_carried, site))
         for site in sorted(sites)
     )
 
 
 def _is_carried(
-    model: Any, clean: Clean, site: str, grown: Callable[[Job, Early], Tensor], bound: float
+    model: Any, clean: Clean, site: str, grown: Callable[[RowPlan, Early], Tensor], bound: float
 ) -> bool:
     """Whether noise at a site does the same to the logits by way of the growing batch."""
 
@@ -221,7 +221,7 @@ def _is_carried(
     inputs = asked(clean.inputs)
     without = model.run_with_hooks(inputs, [], **clean.arguments)
     plain = model.run_with_hooks(inputs, [(site, noisy)], **clean.arguments)
-    job = Job(-1, 0, 0, front=(_Raw(site, noisy),))
+    job = RowPlan(-1, 0, 0, front=(_Raw(site, noisy),))
     found = grown(job, Early(model, clean.inputs, None))
     largest = float(plain.abs().max())
     off, moved = (float((plain - x).abs().max()) / largest for x in (found, without))

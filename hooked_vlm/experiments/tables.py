@@ -34,13 +34,13 @@ def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     return table
 
 
-def said(row: Any) -> str:
+def format_interval(row: Any) -> str:
     """Returns a number with its 95 % interval, as verdicts write it."""
     value, low, high = (f"{round(row[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
-def said_slots(slots: Iterable[int]) -> str:
+def format_slots(slots: Iterable[int]) -> str:
     """Returns slots as verdicts write them, runs folded.
 
     >>> said_slots([0, 2, 3, 4])
@@ -54,7 +54,7 @@ def said_slots(slots: Iterable[int]) -> str:
     return f"slot{'s' if len(array) > 1 else ''} {', '.join(names)}"
 
 
-def said_names(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """Returns words as a sentence lists them.
 
     >>> said_names(["left", "right", "above"])

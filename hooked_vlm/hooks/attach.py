@@ -18,9 +18,9 @@ from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.source import carrier, signature_of
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.hooks.attention import tapped_config
-from hooked_vlm.hooks.dispatch import HookFunction, _Fired
+from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch
 from hooked_vlm.hooks.generation import count_steps
-from hooked_vlm.hooks.hook_point import HookPoint, Packing, Run
+from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call
 from hooked_vlm.hooks.sites import Site
 
@@ -30,7 +30,7 @@ def attach(
     model: nn.Module,
     sites: dict[str, Site],
     points: dict[str, HookPoint],
-    layers: Sequence[tuple[Sequence[tuple[str, HookFunction]], Run]],
+    layers: Sequence[tuple[Sequence[tuple[str, HookFunction]], PassCounter]],
     vision: Vision | None = None,
 ) -> Iterator[None]:
     """Attaches functions to sites of a model for the length of a `with` block.
@@ -38,24 +38,24 @@ def attach(
     `layers` are the open blocks, outermost first: pairs of a site's name and a function,
     and when they act.  Several functions at one site run in that order.
     """
-    by_site: dict[str, list[tuple[HookFunction, Run]]] = {}
+    by_site: dict[str, list[tuple[HookFunction, PassCounter]]] = {}
     for pairs, run in layers:
         for name, fn in pairs:
             by_site.setdefault(name, []).append((fn, run))
-    packing = Packing()
-    fired = [_Fired(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
+    packing = CallContext()
+    fired = [SiteDispatch(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
     with ExitStack() as stack:
         for _, run in layers:
             stack.enter_context(count_steps(model, run))
         if vision is not None and any(f.site.axes.startswith("image") for f in fired):
             _note_call(model, vision, packing, stack)
-        restart = _restart(fired, packing)
+        restart = _reset_counters(fired, packing)
         handles = [model.register_forward_pre_hook(restart, with_kwargs=True)]
         stack.callback(_remove, handles)
         # Prepending reverses the order, and at one module the model's order is the right one.
         for item in reversed([f for f in fired if f.site.tap != "attention"]):
             handles.append(_attach_one(_module_at(model, item.site.module), item))
-        taps: dict[str, list[_Fired]] = {}
+        taps: dict[str, list[SiteDispatch]] = {}
         for item in fired:
             if item.site.tap == "attention":
                 taps.setdefault(item.site.module, []).append(item)
@@ -82,7 +82,7 @@ def _module_at(model: nn.Module, path: str) -> nn.Module:
     return found
 
 
-def _note_call(model: nn.Module, vision: Vision, packing: Packing, stack: ExitStack) -> None:
+def _note_call(model: nn.Module, vision: Vision, packing: CallContext, stack: ExitStack) -> None:
     """Notes what every call of the encoder was given, before anything in it runs."""
     owner = model.get_submodule(vision.path)
     signature = signature_of(type(owner).forward)
@@ -98,7 +98,7 @@ def _note_call(model: nn.Module, vision: Vision, packing: Packing, stack: ExitSt
     stack.callback(owner.register_forward_pre_hook(note, with_kwargs=True, prepend=True).remove)
 
 
-def _restart(fired: Sequence[_Fired], packing: Packing) -> Callable[..., None]:
+def _reset_counters(fired: Sequence[SiteDispatch], packing: CallContext) -> Callable[..., None]:
     """Returns a hook that counts calls, and prompts, anew in every forward pass."""
 
     def restart(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -110,33 +110,33 @@ def _restart(fired: Sequence[_Fired], packing: Packing) -> Callable[..., None]:
     return restart
 
 
-def _attach_one(module: nn.Module, item: _Fired) -> torch.utils.hooks.RemovableHandle:
+def _attach_one(module: nn.Module, item: SiteDispatch) -> torch.utils.hooks.RemovableHandle:
     if item.site.tap == "output":
         return module.register_forward_hook(_output_hook(item), prepend=True)
     key = "inputs_embeds" if item.site.tap == "inputs_embeds" else ""
     return module.register_forward_pre_hook(_input_hook(item, key), with_kwargs=True, prepend=True)
 
 
-def _output_hook(item: _Fired) -> Callable:
+def _output_hook(item: SiteDispatch) -> Callable:
     on_image = item.site.axes.startswith("image")
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         if on_image and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             return None  # a table looked up for something else than the image
         if isinstance(output, ModelOutput):
-            changed = item.on_raw(output[0])
+            changed = item.run_on_module_value(output[0])
             if changed is not None:
                 output[next(iter(output))] = changed
             return output
         if not isinstance(output, tuple):
-            return item.on_raw(output)
-        changed = item.on_raw(output[0])
+            return item.run_on_module_value(output)
+        changed = item.run_on_module_value(output[0])
         return None if changed is None else (changed, *output[1:])
 
     return hook
 
 
-def _input_hook(item: _Fired, key: str) -> Callable:
+def _input_hook(item: SiteDispatch, key: str) -> Callable:
     """Returns a hook on the first positional input, or on the keyword argument that carries it."""
     in_place = item.site.tap == "residual"
     on_image = item.site.axes.startswith("image")
@@ -146,7 +146,7 @@ def _input_hook(item: _Fired, key: str) -> Callable:
         raw = args[0] if name is None else kwargs[name]
         if on_image and isinstance(raw, Tensor) and not raw.is_floating_point():
             return None  # a table looked up for something else than the image
-        changed = item.on_raw(raw)
+        changed = item.run_on_module_value(raw)
         if changed is None:
             return None
         if in_place:
@@ -161,7 +161,7 @@ def _input_hook(item: _Fired, key: str) -> Callable:
 
 
 @contextmanager
-def _tap_attention(module: nn.Module, items: list[_Fired]) -> Iterator[None]:
+def _tap_attention(module: nn.Module, items: list[SiteDispatch]) -> Iterator[None]:
     """Gives an attention module its tap, and its own config back at the end."""
     tapped: Any = module
     config = tapped.config
@@ -174,31 +174,31 @@ def _tap_attention(module: nn.Module, items: list[_Fired]) -> Iterator[None]:
         tapped.config = config
 
 
-def _attention_edit(item: _Fired) -> Callable[[Any], Any]:
+def _attention_edit(item: SiteDispatch) -> Callable[[Any], Any]:
     square = item.site.part in ("attn_scores", "pattern")
 
     def edit(raw: Any) -> Any:
         if square and isinstance(raw, list):
             return _edit_chunks(item, raw)
         if square:
-            if item.asleep:
+            if item.inactive:
                 return raw
             value, changed = item.on_value(raw)
             return value if changed else raw
-        changed = item.on_raw(raw)
+        changed = item.run_on_module_value(raw)
         if changed is None:
             return raw
         if item.site.part in ("rot_k", "v") and any(run.prefill_only for _, run in item.fns):
-            # The key-value cache holds this tensor, for the steps in which the functions sleep.
+            # The key-value cache holds this tensor, for steps in which the functions are inactive.
             return raw.copy_(changed)
         return changed
 
     return edit
 
 
-def _edit_chunks(item: _Fired, chunks: list[Tensor]) -> list[Tensor]:
+def _edit_chunks(item: SiteDispatch, chunks: list[Tensor]) -> list[Tensor]:
     """Shows the square matrices of a packed encoder by image, both axes in raster order."""
-    if item.asleep:
+    if item.inactive:
         return chunks
     layout = item.packing.layout
     assert layout is not None, "a packed encoder ran without its layout having been noted"

@@ -25,7 +25,7 @@ from hooked_vlm.hooks.names import (
     layer_out_of_range,
     resolve_name,
 )
-from hooked_vlm.hooks.patch_order import Images
+from hooked_vlm.hooks.patch_order import VisionActivation
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -39,7 +39,7 @@ class ActivationCache(Mapping[str, Any]):
     """
 
     def __init__(
-        self, activations: Mapping[str, Images], n_layers: Mapping[str, int] | None = None
+        self, activations: Mapping[str, VisionActivation], n_layers: Mapping[str, int] | None = None
     ) -> None:
         """`n_layers` are the model's, by stack (`"blocks"`, `"vision_encoder.blocks"`): what
         negative layers count from.  Without them that is the layers that were cached."""
@@ -178,7 +178,7 @@ class ActivationCache(Mapping[str, Any]):
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ActivationCache":
         """Returns a cache that `save` wrote."""
-        found: dict[str, Images] = {}
+        found: dict[str, VisionActivation] = {}
         lists: dict[str, dict[int, Tensor]] = {}
         with safe_open(path, framework="pt", device=device) as file:
             n_layers = {n: int(layers) for n, layers in (file.metadata() or {}).items()}
@@ -205,7 +205,7 @@ class ActivationCache(Mapping[str, Any]):
         )
 
 
-def _as_list(value: Images) -> list[Tensor]:
+def _as_list(value: VisionActivation) -> list[Tensor]:
     return value if isinstance(value, list) else [value]
 
 

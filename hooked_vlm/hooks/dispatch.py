@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.errors import HookError
-from hooked_vlm.hooks.hook_point import HookPoint, Packing, Run
-from hooked_vlm.hooks.patch_order import Images
+from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
+from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site, read, write
 
 
@@ -24,10 +24,10 @@ HookFunction = Callable[..., Any]
 class Reader:
     """A hook function of the library's own that only looks, such as the cache's."""
 
-    def __init__(self, function: Callable[[Images, HookPoint], None]) -> None:
+    def __init__(self, function: Callable[[VisionActivation, HookPoint], None]) -> None:
         self.function = function
 
-    def __call__(self, activation: Images, hook: HookPoint) -> None:
+    def __call__(self, activation: VisionActivation, hook: HookPoint) -> None:
         self.function(activation, hook)
 
 
@@ -35,30 +35,30 @@ def _parts(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-class _Fired:
+class SiteDispatch:
     """Runs the functions of one site on what flows there."""
 
     def __init__(
         self,
         site: Site,
         point: HookPoint,
-        fns: Sequence[tuple[HookFunction, Run]],
-        packing: Packing,
+        fns: Sequence[tuple[HookFunction, PassCounter]],
+        packing: CallContext,
     ) -> None:
         self.site, self.point, self.fns, self.packing = site, point, fns, packing
 
     @property
-    def asleep(self) -> bool:
+    def inactive(self) -> bool:
         """Whether no function acts in this pass."""
-        return all(self._sleeps(run) for _, run in self.fns)
+        return all(self._is_inactive(run) for _, run in self.fns)
 
-    def _sleeps(self, run: Run) -> bool:
+    def _is_inactive(self, run: PassCounter) -> bool:
         # The vision encoder runs when there are images to encode, which is part of a prefill.
-        return run.asleep and self.site.axes.startswith("batch")
+        return run.inactive and self.site.axes.startswith("batch")
 
-    def on_raw(self, raw: Any) -> Any:
+    def run_on_module_value(self, raw: Any) -> Any:
         """Returns what must flow on in place of `raw`, or None when nothing changed."""
-        if self.asleep:
+        if self.inactive:
             return None
         if isinstance(raw, list):  # by image already
             even = len({tensor.shape for tensor in raw}) == 1
@@ -76,12 +76,12 @@ class _Fired:
         # Not reshaped where it need not be: a view forgets the memory layout of axes of one.
         return written if written.shape == shape else written.reshape(shape)
 
-    def on_value(self, value: Images) -> tuple[Images, bool]:
+    def on_value(self, value: VisionActivation) -> tuple[VisionActivation, bool]:
         """Returns the value after all functions, and whether any of them changed it."""
         any_changed = False
         self.point.call += 1
         for fn, run in self.fns:
-            if self._sleeps(run):
+            if self._is_inactive(run):
                 continue
             self.point.step = max(run.steps, 0)
             window = run.window(self.site.axes)
@@ -96,7 +96,7 @@ class _Fired:
             any_changed |= changed
         return value, any_changed
 
-    def _apply(self, fn: HookFunction, value: Images) -> tuple[Images, bool]:
+    def _apply(self, fn: HookFunction, value: VisionActivation) -> tuple[VisionActivation, bool]:
         if isinstance(fn, Reader):
             fn(value, self.point)
             return value, False
@@ -112,7 +112,7 @@ class _Fired:
             )
         return self._checked(result, value, fn), True
 
-    def _checked(self, result: Any, value: Images, fn: HookFunction) -> Images:
+    def _checked(self, result: Any, value: VisionActivation, fn: HookFunction) -> VisionActivation:
         """Returns a function's result; raises `HookError` if it cannot take the value's place."""
         given, expected = _parts(result), _parts(value)
         ok = isinstance(result, Tensor) == isinstance(value, Tensor) and len(given) == len(expected)
@@ -140,7 +140,7 @@ def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
 class _Snapshot:
     """Tells whether a value was edited in place, by version where torch counts them."""
 
-    def __init__(self, value: Images) -> None:
+    def __init__(self, value: VisionActivation) -> None:
         self.tensors: list[Tensor] = _parts(value)
         counted = not any(tensor.is_inference() for tensor in self.tensors)
         self.versions = [tensor._version for tensor in self.tensors] if counted else []

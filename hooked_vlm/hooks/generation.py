@@ -15,11 +15,11 @@ from transformers.utils import ModelOutput
 
 from hooked_vlm.anatomy.caches import caches_among, is_cache, prompts_among
 from hooked_vlm.errors import HookError
-from hooked_vlm.hooks.hook_point import Run
+from hooked_vlm.hooks.hook_point import PassCounter
 
 
 @contextmanager
-def count_steps(model: nn.Module, run: Run) -> Iterator[None]:
+def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
     """Counts the passes of a generation, and notes which of them repeat its prompt.
 
     Raises `HookError` in a pass that continues another, when the cache between them is of

@@ -40,7 +40,7 @@ class HookPoint:
 
 
 @dataclass(eq=False)
-class Run:
+class PassCounter:
     """When the functions of one `with` block act during a generation."""
 
     prefill_only: bool = False
@@ -54,7 +54,7 @@ class Run:
     """Whether the pass in progress repeats the prompt, as a generation without a cache does."""
 
     @property
-    def asleep(self) -> bool:
+    def inactive(self) -> bool:
         """Whether this pass is past the prefill, and holds no prompt to act on again."""
         return self.prefill_only and self.steps > 0 and not self.repeats
 
@@ -69,7 +69,7 @@ class Run:
 
 
 @dataclass(eq=False)
-class Packing:
+class CallContext:
     """What is known of the vision encoder's call in progress."""
 
     layout: PackedLayout | None = None

@@ -29,7 +29,7 @@ from hooked_vlm.anatomy.vision import Vision, grid_argument
 from hooked_vlm.errors import GridError, UnsupportedModelError
 
 
-Images = Tensor | list[Tensor]
+VisionActivation = Tensor | list[Tensor]
 """`[image, patch, ...]`, or a list of `[patch, ...]` by image where sizes differ."""
 
 
@@ -172,7 +172,7 @@ def packed_layout(
     return PackedLayout(tuple(shapes), order, PackedOrder(inside), PackedOrder(moved))
 
 
-def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> Images:
+def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> VisionActivation:
     """Returns packed rows as `[image, patch, ...]` in raster order (a list if sizes differ)."""
     if packed.shape[0] != order.total:
         raise GridError(
@@ -185,19 +185,21 @@ def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> Images:
     return [packed.index_select(0, rows.to(packed.device)) for rows in order.rows]
 
 
-def from_images(images: Images, order: PackedOrder) -> Shaped[Tensor, "row ..."]:
+def from_images(images: VisionActivation, order: PackedOrder) -> Shaped[Tensor, "row ..."]:
     """Returns images in raster order as packed rows: the inverse of `to_images`."""
     rows = images.flatten(0, 1) if isinstance(images, Tensor) else torch.cat(images)
     return rows.index_select(0, order.places.to(rows.device))
 
 
-def joined(first: Images, second: Images) -> Images:
+def joined(first: VisionActivation, second: VisionActivation) -> VisionActivation:
     """Returns the images of two calls of one module as one: a tensor where all are of one shape."""
     images = [*first, *second]
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
-def cropped(grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout) -> Images:
+def cropped(
+    grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout
+) -> VisionActivation:
     """Returns convolved images, padded to one size, as `[image, patch, channel]` of their own."""
     images = [
         grid[:, :height, :width].flatten(1).T
@@ -207,7 +209,7 @@ def cropped(grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout
 
 
 def uncropped(
-    images: Images, grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout
+    images: VisionActivation, grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout
 ) -> Shaped[Tensor, "image channel row col"]:
     """Returns `grids` with images written into them: the inverse of `cropped`."""
     whole = grids.clone()

@@ -21,8 +21,8 @@ from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.hooks.patch_order import (
-    Images,
     PackedLayout,
+    VisionActivation,
     cropped,
     from_images,
     to_images,
@@ -203,7 +203,7 @@ def _mlp_sites(mlp: Mlp, prefix: str, axes: str, common: dict) -> Iterator[Site]
     yield Site(f"{prefix}hook_post", axes, mlp.down, "input", **common)
 
 
-def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> Images:
+def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> VisionActivation:
     """Returns what flows at a site in the shape users see; a view where that is possible."""
     if _padded(site, raw, layout):
         return cropped(raw, _known(layout))
@@ -218,7 +218,7 @@ def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> Images:
     return _grid_flat(x, site)
 
 
-def write(site: Site, value: Images, raw: Tensor, layout: PackedLayout | None) -> Tensor:
+def write(site: Site, value: VisionActivation, raw: Tensor, layout: PackedLayout | None) -> Tensor:
     """Returns a value in the users' shape as it must flow at a site: the inverse of `read`."""
     if _padded(site, raw, layout):
         return uncropped(value, raw, _known(layout))

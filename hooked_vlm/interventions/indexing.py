@@ -14,11 +14,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.hooks.patch_order import Images
+from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import CellPairs
-from hooked_vlm.regions.positions import OfImage, PromptRow, Span, Union
+from hooked_vlm.regions.positions import AnyOf, InImage, PromptRow, Span
 from hooked_vlm.regions.region import Region
 
 
@@ -107,14 +107,16 @@ def index_of(
     return outer[:, None], inner[:, None], torch.tensor(heads, device=device)[None]
 
 
-def rows_at(value: Images, index: tuple[Tensor, ...]) -> Tensor:
+def rows_at(value: VisionActivation, index: tuple[Tensor, ...]) -> Tensor:
     """Returns a copy of the rows at an index of an activation, listed by image or not."""
     if not isinstance(value, list):
         return value[index]
     return torch.stack([value[image][inner] for image, inner in _by_image(index)])
 
 
-def with_rows_at(value: Images, index: tuple[Tensor, ...], rows: Tensor) -> Images:
+def with_rows_at(
+    value: VisionActivation, index: tuple[Tensor, ...], rows: Tensor
+) -> VisionActivation:
     """Returns a copy of an activation with the rows at an index replaced."""
     if not isinstance(value, list):
         changed = value.clone()
@@ -178,9 +180,9 @@ def _no_positions(site: Site) -> InterventionError:
 def _images(place: Any, row: PromptRow, site: Site) -> list[tuple[TokenGrid, Region]]:
     if place is None:
         return [(grid, Region.everything(grid.shape)) for grid in row.grids]  # type: ignore[misc]
-    if isinstance(place, Union):
+    if isinstance(place, AnyOf):
         return [found for part in place.parts for found in _images(part, row, site)]
-    if isinstance(place, OfImage):
+    if isinstance(place, InImage):
         place.positions(row)  # checks the image's number and the region's shape
         return [(row.grids[place.image], place.region)]  # type: ignore[list-item]
     if not isinstance(place, Region):

@@ -22,9 +22,9 @@ from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
-from hooked_vlm.hooks.hook_point import HookPoint, Run
+from hooked_vlm.hooks.hook_point import HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
-from hooked_vlm.hooks.patch_order import Images as VisionActivation
+from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import joined
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.model.activation_sizes import Footprint
@@ -55,7 +55,7 @@ class HookedModel:
         stacks = ("blocks", f"{VISION}.blocks")
         self._n_layers = {stack: count_layers(stack, sites) for stack in stacks}
         self._vision = vision
-        self._open: list[tuple[list[tuple[str, HookFunction]], Run]] = []
+        self._open: list[tuple[list[tuple[str, HookFunction]], PassCounter]] = []
         self._attached = ExitStack()
         self._said_eager = False
         self._footprint: Footprint | None = None
@@ -99,7 +99,7 @@ class HookedModel:
     ) -> Iterator[None]:
         """Attaches functions to sites by their own names; see `hooks`."""
         self._say_eager(pairs)
-        self._open.append((pairs, Run(prefill_only, is_generation)))
+        self._open.append((pairs, PassCounter(prefill_only, is_generation)))
         try:
             self._reattach()
             yield

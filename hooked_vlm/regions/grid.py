@@ -160,7 +160,7 @@ class TokenGrid:
         A "vertical" strip is every row of those columns (protocol 2.1, left and right); a
         "horizontal" one every column of those rows.
         """
-        make = {"vertical": Region.columns, "horizontal": Region.rows_}
+        make = {"vertical": Region.column_band, "horizontal": Region.row_band}
         if orientation not in make:
             raise RegionError(
                 f"A strip is 'vertical' or 'horizontal', not {orientation!r}."

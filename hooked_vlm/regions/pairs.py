@@ -99,7 +99,7 @@ class CellPairs:
         )
 
 
-def paired(
+def pair_cells(
     a: Region,
     b: Region,
     pairing: str = "published",
@@ -114,7 +114,7 @@ def paired(
     Raises `RegionError` for an empty region, regions of two grids, unequal sizes under
     "published", objects outside their regions or of two shapes, and an unknown pairing.
 
-    >>> left, right = Region.columns((16, 16), 0, 5), Region.columns((16, 16), 11, 16)
+    >>> left, right = Region.column_band((16, 16), 0, 5), Region.column_band((16, 16), 11, 16)
     >>> square = Region.rectangle((16, 16), rows=(6, 9), cols=(0, 3))
     >>> objects = square, square.shifted(cols=12)
     >>> pairs = paired(left, right, "aligned", objects)
@@ -157,7 +157,7 @@ def swap_pairs(
             f"{a.name!r} and {b.name!r} share {len(a & b)} cells, so a swap would write those "
             "twice. Swap disjoint regions."
         )
-    one_way = paired(a, b, pairing, objects)
+    one_way = pair_cells(a, b, pairing, objects)
     return CellPairs(
         one_way.shape, one_way.targets + one_way.sources, one_way.sources + one_way.targets
     )

@@ -4,8 +4,8 @@ Anything with a method `positions(row)` can say where an intervention acts.  `ro
 `PromptRow`, one prompt of a prepared batch; the answer is its positions in that row,
 ascending, padding counted, so that it indexes an activation `[batch, pos, d_model]`.
 Here are the places that are not cells of an image: the last token, explicit positions,
-the tokens of a piece of text, all text; and the two that combine others, `Union` and
-`OfImage`.  A `Region` of image cells (see `region`) answers the same call.
+the tokens of a piece of text, all text; and the two that combine others, `AnyOf` and
+`InImage`.  A `Region` of image cells (see `region`) answers the same call.
 
 What a place means never depends on padding: `LastToken` is the last token of the prompt
 whichever side the padding is on, and explicit positions count from the unpadded prompt.
@@ -67,7 +67,7 @@ class PromptRow:
 
 
 @runtime_checkable
-class Place(Protocol):
+class TokenSelector(Protocol):
     """Anything that can say which positions of a prompt it means."""
 
     def positions(self, where: PromptRow, /) -> Tensor: ...
@@ -76,8 +76,8 @@ class Place(Protocol):
 class _Joinable:
     """Gives a place the `|` operator."""
 
-    def __or__(self, other: Place) -> "Union":
-        return union(self, other) if isinstance(other, Place) else NotImplemented
+    def __or__(self, other: TokenSelector) -> "AnyOf":
+        return union(self, other) if isinstance(other, TokenSelector) else NotImplemented
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class TextTokens(_Joinable):
 
 
 @dataclass(frozen=True)
-class OfImage(_Joinable):
+class InImage(_Joinable):
     """A region of one image of a prompt that has several; see `Region.of_image`."""
 
     region: Any
@@ -223,10 +223,10 @@ class OfImage(_Joinable):
 
 
 @dataclass(frozen=True)
-class Union(_Joinable):
+class AnyOf(_Joinable):
     """Several places as one: all their positions, ascending, each once."""
 
-    parts: tuple[Place, ...]
+    parts: tuple[TokenSelector, ...]
 
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions of all parts, ascending, each once."""
@@ -237,14 +237,14 @@ class Union(_Joinable):
         return " | ".join(map(str, self.parts))
 
 
-def union(*places: Any) -> Union:
+def union(*places: Any) -> AnyOf:
     """Returns the union of places of any kind, with unions inside it laid flat."""
     if not places:
         raise RegionError("A union of no places names no position. Give at least one.")
     parts = []
     for place in places:
-        parts.extend(place.parts if isinstance(place, Union) else [place])
-    return Union(tuple(parts))
+        parts.extend(place.parts if isinstance(place, AnyOf) else [place])
+    return AnyOf(tuple(parts))
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int] | Int[Tensor, " pos"]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_vlm.errors import GridError, RegionError
-from hooked_vlm.regions.positions import ImageCells, OfImage, Place, PromptRow, union
+from hooked_vlm.regions.positions import ImageCells, InImage, PromptRow, TokenSelector, union
 
 
 Cell = tuple[int, int]
@@ -35,7 +35,7 @@ class Region:
     Two regions are equal when their shapes and cells are; the name is for people.
 
     >>> object_ = Region.rectangle((12, 12), rows=(5, 7), cols=(1, 3), name="object")
-    >>> strip = Region.columns((12, 12), 0, 4)
+    >>> strip = Region.column_band((12, 12), 0, 4)
     >>> len(object_), len(strip), len(strip - object_), (5, 1) in object_
     (4, 48, 44, True)
     >>> object_
@@ -93,14 +93,16 @@ class Region:
         return cls(shape, cells, name)
 
     @classmethod
-    def columns(
+    def column_band(
         cls, shape: tuple[int, int], start: int, stop: int, name: str = "strip"
     ) -> "Region":
         """Returns a vertical strip: every row of the columns `start` to `stop` (half-open)."""
         return cls.rectangle(shape, (0, shape[0]), (start, stop), name)
 
     @classmethod
-    def rows_(cls, shape: tuple[int, int], start: int, stop: int, name: str = "strip") -> "Region":
+    def row_band(
+        cls, shape: tuple[int, int], start: int, stop: int, name: str = "strip"
+    ) -> "Region":
         """Returns a horizontal strip: every column of the rows `start` to `stop` (half-open)."""
         return cls.rectangle(shape, (start, stop), (0, shape[1]), name)
 
@@ -123,10 +125,10 @@ class Region:
         return cell in self.cells
 
     def __or__(self, other: Any) -> Any:
-        """Returns the union: a `Region` with a region, a `Union` with any other place."""
+        """Returns the union: a `Region` with a region, an `AnyOf` with any other place."""
         if isinstance(other, Region):
             return self._combined(other, "|")
-        return union(self, other) if isinstance(other, Place) else NotImplemented
+        return union(self, other) if isinstance(other, TokenSelector) else NotImplemented
 
     def __and__(self, other: "Region") -> "Region":
         return self._combined(other, "&")
@@ -232,9 +234,9 @@ class Region:
         order of patches; raises what `patches_by_cell` raises."""
         return self.patches_by_cell(grid).flatten().sort().values
 
-    def of_image(self, image: int) -> OfImage:
+    def of_image(self, image: int) -> InImage:
         """Returns this region in one image of prompts that have several."""
-        return OfImage(self, image)
+        return InImage(self, image)
 
     def check_not_empty(self, use: str) -> None:
         """Raises `RegionError` when the region has no cell; `use` says what it was needed for."""

@@ -25,7 +25,7 @@ from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.page import PAGE, write_report
-from hooked_vlm.report.provenance import Provenance, Stopwatch, parameter_hash, record
+from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run, parameter_hash
 from hooked_vlm.report.results import load_result, run_key, save_result, writable_folder
 
 
@@ -139,7 +139,7 @@ def run(job: Job, listener: Listener) -> Report:
     if len(errors) == len(steps):
         raise errors[0]
     config = {**asdict(job.config), **job.options, **how}
-    provenance = record(
+    provenance = describe_run(
         model.hf_model,
         job.model,
         watch,

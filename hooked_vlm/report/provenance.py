@@ -106,7 +106,7 @@ class Stopwatch:
             self.peak_cuda_mib = peak / 2**20
 
 
-def record(
+def describe_run(
     model: nn.Module,
     name: str,
     watch: Stopwatch,

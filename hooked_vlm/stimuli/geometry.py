@@ -101,7 +101,7 @@ class Geometry:
         _check_slot(slot)
         start = sum(self.strips[:slot])
         stop = start + self.strips[slot]
-        make = Region.columns if _horizontal(axis) else Region.rows_
+        make = Region.column_band if _horizontal(axis) else Region.row_band
         return make(self.shape, start, stop, f"strip {slot}")
 
     def background(self, axis: Axis) -> Region:

@@ -28,7 +28,7 @@ SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
-class Agreement:
+class EstimateError:
     """An estimate beside the exact sweep, over cells and prompts together.
 
     Correlations are NaN where one of the two does not vary.
@@ -51,10 +51,10 @@ class Agreement:
         )
 
 
-QUANTITIES = tuple(field.name for field in fields(Agreement) if field.name != "cells")
+QUANTITIES = tuple(field.name for field in fields(EstimateError) if field.name != "cells")
 
 
-def agreement(
+def attribution_error(
     estimate: xr.DataArray,
     exact: xr.DataArray,
     clean: xr.DataArray | float | int,
@@ -62,7 +62,7 @@ def agreement(
     prompt: str = "batch",
     n_resamples: int = 2_000,
     seed: int = 0,
-) -> Agreement:
+) -> EstimateError:
     """Returns how far `Sweep.attribution` is from `Sweep.run` on the same sweep.
 
     `clean` is the score of the clean run, with the metric's dimensions (0 if both are effects
@@ -97,7 +97,7 @@ def agreement(
         "size": bootstrap_of(sums, lambda s: s[:, 2, 1], **how),
         "sign": bootstrap_of(sums, lambda s: _ratio(s[:, 2, 2], s[:, 2, 3]), **how),
     }
-    return Agreement(**found, cells=x.shape[1])
+    return EstimateError(**found, cells=x.shape[1])
 
 
 def agreement_table(
@@ -122,7 +122,7 @@ def agreement_table(
     rows = []
     for place in _places(exact, by):
         at = exact.isel(place).coords
-        here = agreement(
+        here = attribution_error(
             estimate.isel(place),
             exact.isel(place),
             _clean_at(clean, place),

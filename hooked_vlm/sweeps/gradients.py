@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.errors import HookedVLMWarning, InterventionError
 from hooked_vlm.hooks.hook_point import HookPoint
-from hooked_vlm.hooks.patch_order import Images
+from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.stand_ins import uncached
 
 
@@ -23,7 +23,7 @@ Metric = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
-class Probe:
+class ZeroProbe:
     """A hook function that keeps a site's activation and adds a zero to it.
 
     The gradient of the zero is that of the activation, in the layout that hooks see, whatever
@@ -36,7 +36,7 @@ class Probe:
     zeros: list[Tensor] = field(default_factory=list)
     listed: bool = False
 
-    def __call__(self, activation: Images, hook: HookPoint) -> Images:
+    def __call__(self, activation: VisionActivation, hook: HookPoint) -> VisionActivation:
         if self.values:
             raise InterventionError(
                 f"{hook.name} runs once for each image of these inputs, so an estimate there "
@@ -57,10 +57,10 @@ class Probe:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class DifferentiableRun:
     """A clean run that can be differentiated."""
 
-    probes: Mapping[str, Probe]
+    probes: Mapping[str, ZeroProbe]
     """By site, of those that ran."""
     score: Tensor
     points: Mapping[str, HookPoint]
@@ -123,17 +123,17 @@ def clean_run(
     base: Sequence[Any],
     metric: Metric,
     forward_kwargs: Mapping[str, Any],
-) -> Run:
+) -> DifferentiableRun:
     """Runs a model once under `base`, with a probe at every named site."""
     _refuse_state(model)
-    probes = {name: Probe() for name in names}
+    probes = {name: ZeroProbe() for name in names}
     arguments = {**uncached(model.hf_model), **forward_kwargs}
     with torch.enable_grad(), frozen(model.hf_model), _explained():
         logits = model.run_with_hooks(inputs, [*base, *probes.items()], **arguments)
         score = metric(logits)
     _check_score(score, logits, any(probe.values for probe in probes.values()))
     points = {name: HookPoint(name, model.sites[name].axes, call=0) for name in names}
-    return Run({n: p for n, p in probes.items() if p.values}, score, points)
+    return DifferentiableRun({n: p for n, p in probes.items() if p.values}, score, points)
 
 
 @contextmanager

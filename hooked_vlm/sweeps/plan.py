@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.engine.budget import row_bytes, rows_within
 from hooked_vlm.engine.run import firsts_of, groups_of, starts_of, whole_rows
-from hooked_vlm.engine.stages import Job, job_of
+from hooked_vlm.engine.stages import RowPlan, job_of
 from hooked_vlm.engine.vision import tower_depth
 from hooked_vlm.hooks.names import last_block
 from hooked_vlm.interventions.base import site_of
@@ -139,7 +139,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-class Plan(Sequence[Cell]):
+class CheckedCells(Sequence[Cell]):
     """A sweep's cells, checked, for one model; `explain` says what running them takes."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell]) -> None:
@@ -200,7 +200,7 @@ class Plan(Sequence[Cell]):
             floor += self._rows(costs, job, batch, length, start, keep, last_only)
         for start, group in groups_of(jobs, starts):
             size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
-            for job in (Job(-1, group[0].stage, start), group[0]):
+            for job in (RowPlan(-1, group[0].stage, start), group[0]):
                 proof += self._rows(costs, job, batch, length, start, keep, last_only)
             per_pass = max(1, size // batch)
             for i in range(0, len(group), per_pass):
@@ -219,7 +219,7 @@ class Plan(Sequence[Cell]):
 
     @staticmethod
     def _rows(
-        costs: Costs, job: Job, batch: int, length: int, start: int, keep: int, last_only: bool
+        costs: Costs, job: RowPlan, batch: int, length: int, start: int, keep: int, last_only: bool
     ) -> int:
         n = length - start
         blocks = costs.rows(
@@ -227,7 +227,7 @@ class Plan(Sequence[Cell]):
         )
         return blocks + batch * min(keep, n) * costs.head
 
-    def _early(self, costs: Costs, job: Job) -> float:
+    def _early(self, costs: Costs, job: RowPlan) -> float:
         """Returns what making the rows of a job costs that acts in front of the blocks."""
         if not job.front or not self.model.anatomy.vision:
             return 0.0
@@ -254,7 +254,7 @@ class Plan(Sequence[Cell]):
         return {key: last_block(names) for key, names in wanted.items()}
 
     def _shortcuts(
-        self, costs: Costs, jobs: Sequence[Job], starts: Sequence[int], length: int
+        self, costs: Costs, jobs: Sequence[RowPlan], starts: Sequence[int], length: int
     ) -> tuple[str, ...]:
         n_layers = costs.n_layers
         below = sum(min(job.stage, n_layers) for job in jobs)

@@ -29,7 +29,7 @@ from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, parts_of, source_of
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.sweeps.attribution import first_order
-from hooked_vlm.sweeps.plan import Plan
+from hooked_vlm.sweeps.plan import CheckedCells
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -65,7 +65,7 @@ class Sweep:
             own = tuple(made) if isinstance(made, list | tuple) else (made,)
             yield Cell(values, (*self.base, *own), len(self.base))
 
-    def plan(self, model: Any) -> Plan:
+    def plan(self, model: Any) -> CheckedCells:
         """Returns every cell with everything checked; nothing runs.
 
         `plan.explain(logits_to_keep=1)` says what running it takes, on the `meta` device too.
@@ -76,7 +76,7 @@ class Sweep:
         for cell in cells:
             for intervention in cell.interventions:
                 intervention.check(model, self.inputs)
-        return Plan(model, self.inputs, cells)
+        return CheckedCells(model, self.inputs, cells)
 
     def recorded(self, model: Any) -> list[Cell]:
         """Returns every cell, checked, with its sources recorded.

@@ -7,11 +7,11 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hooked_vlm.analysis.scoring import (
     accuracy,
-    agreement,
     answer_ids,
     candidate_probability,
     is_single_token,
     logit_difference,
+    matches_answer,
     mean_target_probability,
     normalise,
     spellings,
@@ -164,8 +164,8 @@ def test_the_papers_iia_and_binary_agreement_differ():
     """Row 0: `red` has more mass than `blue`, spread over spellings; the top token is `blue`."""
     answers = ["red", "blue"]
     assert top_answer(ROWS, BYTES) == ["blue", "blue"]
-    assert agreement(ROWS, BYTES, answers).tolist() == [False, True]
-    assert agreement(ROWS, BYTES, answers, candidates=["blue", "red"]).tolist() == [True, True]
+    assert matches_answer(ROWS, BYTES, answers).tolist() == [False, True]
+    assert matches_answer(ROWS, BYTES, answers, candidates=["blue", "red"]).tolist() == [True, True]
     assert accuracy(ROWS, BYTES, answers).item() == 0.5
     assert mean_target_probability(ROWS, BYTES, answers).item() == pytest.approx(0.5)
 
@@ -173,7 +173,7 @@ def test_the_papers_iia_and_binary_agreement_differ():
 def test_agreement_follows_the_axes_of_a_sweep():
     sweep = torch.stack([ROWS, ROWS.flip(0)], dim=1)
     for candidates in (None, ["red", "blue"]):
-        hits = agreement(sweep, BYTES, ["red", "blue"], candidates=candidates)
+        hits = matches_answer(sweep, BYTES, ["red", "blue"], candidates=candidates)
         expected = [[candidates is not None, False], [True, candidates is None]]
         assert hits.tolist() == expected
     assert accuracy(sweep, BYTES, ["red", "blue"]).tolist() == [0.5, 0.5]
@@ -221,7 +221,10 @@ def test_logit_difference_of_one_spelling_is_a_difference_of_logits():
         (lambda: candidate_probability(ROWS, BYTES, []), "expected a list of names"),
         (lambda: candidate_probability(ROWS[:, :20], BYTES, ["red"]), "beyond the logits' 20"),
         (lambda: target_probability(ROWS, BYTES, ["red"]), "2 rows of logits"),
-        (lambda: agreement(ROWS, BYTES, ["rid", "blue"], candidates=["red", "blue"]), "mean 'red'"),
+        (
+            lambda: matches_answer(ROWS, BYTES, ["rid", "blue"], candidates=["red", "blue"]),
+            "mean 'red'",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, message):

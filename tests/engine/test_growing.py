@@ -21,7 +21,7 @@ from hooked_vlm.engine.budget import row_bytes, rows_within
 from hooked_vlm.engine.clean_run import GrowthError
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import run_growing, starts_of
-from hooked_vlm.engine.stages import Job, job_of, place_of
+from hooked_vlm.engine.stages import RowPlan, job_of, place_of
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
@@ -241,7 +241,7 @@ def test_a_control_speaks_for_later_passes_of_its_kind() -> None:
 def test_a_short_front_is_carried() -> None:
     """Where little stands in front of the first change, rows are whole: the same bits, no mask."""
     inputs = {"input_ids": torch.zeros(1, 40)}
-    jobs = [Job(0, 1, first) for first in (3, 4, 30)]
+    jobs = [RowPlan(0, 1, first) for first in (3, 4, 30)]
     assert starts_of(jobs, {}, inputs) == [0, 4, 30]
 
 
@@ -313,7 +313,7 @@ def test_rows_of_an_image_block_that_sees_itself_begin_in_front_of_it() -> None:
     model, inputs = tiny("gemma-3"), make_inputs("gemma-3", 2, seed=1)
     inputs["token_type_ids"] = (inputs["input_ids"] == 299).long()
     source = make_inputs("gemma-3", 2, seed=2) | {"token_type_ids": inputs["token_type_ids"]}
-    last_column = Region.columns((3, 3), 2, 3)
+    last_column = Region.column_band((3, 3), 2, 3)
     sweep = Sweep(
         inputs, {"slot": [0, 1, 2]}, lambda slot: Patch(slot, at=last_column, source=source)
     )

@@ -41,7 +41,7 @@ def grid_side(family: str) -> int:
 
 def make(family: str, kind: str, site: Any) -> Any:
     source, n = make_inputs(family, 2, seed=2), grid_side(family)
-    left, right = Region.columns((n, n), 0, 1), Region.columns((n, n), n - 1, n)
+    left, right = Region.column_band((n, n), 0, 1), Region.column_band((n, n), n - 1, n)
     return {
         "clean": lambda: None,
         "swap": lambda: Patch(site, at=swap_pairs(left, right), source=source),

@@ -28,12 +28,12 @@ def grid_side(family: str) -> int:
 
 def make_region(family: str) -> Region:
     n = grid_side(family)
-    return Region.columns((n, n), 0, 1)
+    return Region.column_band((n, n), 0, 1)
 
 
 def make(family: str, kind: str, site: Any, batch: int) -> Any:
     source, n = make_inputs(family, batch, seed=2), grid_side(family)
-    left, right = Region.columns((n, n), 0, 1), Region.columns((n, n), n - 1, n)
+    left, right = Region.column_band((n, n), 0, 1), Region.column_band((n, n), n - 1, n)
     if kind != "zero" and isinstance(site, str) and re.search("hook_[zqv]$", site):
         kind = "zero" if kind == "steer" else kind
     return {

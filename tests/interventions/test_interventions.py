@@ -56,7 +56,7 @@ def side(family: str) -> int:
 
 
 def columns(family: str, start: int, stop: int) -> Region:
-    return Region.columns((side(family), side(family)), start, stop)
+    return Region.column_band((side(family), side(family)), start, stop)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -405,7 +405,7 @@ def test_places_that_do_not_fit_are_refused_before_anything_runs(family: str) ->
     for site in (1, "vision_projector.hook_out", "vision_encoder.hook_out"):
         unequal = Patch(site, at=strip, source=source, source_at=wide)
         refused(family, unequal, RegionError, "Give places of equal size")
-        foreign = Region.columns((n + 1, n), 0, 1)
+        foreign = Region.column_band((n + 1, n), 0, 1)
         refused(family, Patch(site, at=foreign, source=source), RegionError, "visual tokens")
         refused(family, Ablate(site, at=strip - strip), RegionError, "has no cells")
         narrow = torch.ones(7)
@@ -482,7 +482,7 @@ def test_a_vision_site_without_an_image() -> None:
 
 def test_they_print_what_they_do() -> None:
     source = make_inputs("llava", seed=2)
-    region = Region.columns((6, 6), 0, 2, "left strip")
+    region = Region.column_band((6, 6), 0, 2, "left strip")
     shown = str(Chain(Patch(3, at=region, source=source), Ablate("hook_embed", at=LastToken())))
     assert "Patch(3, left strip" in shown
     assert "Ablate(hook_embed, last token, to zero)" in shown

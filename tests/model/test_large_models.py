@@ -28,7 +28,7 @@ from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.encoder import HookedVisionEncoder
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.report.provenance import Stopwatch, record
+from hooked_vlm.report.provenance import Stopwatch, describe_run
 
 
 pytestmark = [
@@ -238,7 +238,7 @@ def test_the_record_of_a_run_names_the_device_that_computed(tmp_path):
     made: dict[str, Any] = {"model_sha256": "", "experiment": "", "config": {}, "seed": 0}
     with Stopwatch() as watch:
         pass
-    assert record(model.hf_model, "llava", watch, **made).device == "cpu"
+    assert describe_run(model.hf_model, "llava", watch, **made).device == "cpu"
 
 
 def test_where_a_module_computes():

@@ -205,7 +205,7 @@ def test_a_cell_of_padding_has_no_box_and_is_never_covered():
     with pytest.raises(GridError, match=r"Cell \(0, 0\) shows only padding"):
         grid.cell_box((0, 0))
     assert grid.cell_box((0, 2)) == (0, 0, 25, 50)
-    assert grid.box(0, 0, 100, 200, rule=1.0) == Region.columns((4, 8), 2, 6)
+    assert grid.box(0, 0, 100, 200, rule=1.0) == Region.column_band((4, 8), 2, 6)
     assert grid.at(0, 0) == (0, 2) and grid.at(99.9, 199) == (3, 5)
 
 

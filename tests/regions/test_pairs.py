@@ -6,12 +6,12 @@ from hypothesis import assume, given, settings
 
 from helpers.toy_grids import make_grid, masks_of_one_grid, regions
 from hooked_vlm.errors import HookedVLMWarning, RegionError
-from hooked_vlm.regions.pairs import CellPairs, paired, swap_pairs
+from hooked_vlm.regions.pairs import CellPairs, pair_cells, swap_pairs
 from hooked_vlm.regions.region import Region
 
 
 GEMMA, QWEN = (16, 16), (12, 12)
-GEMMA_STRIPS = Region.columns(GEMMA, 0, 5, "left"), Region.columns(GEMMA, 11, 16, "right")
+GEMMA_STRIPS = Region.column_band(GEMMA, 0, 5, "left"), Region.column_band(GEMMA, 11, 16, "right")
 GEMMA_SQUARES = (
     Region.rectangle(GEMMA, rows=(6, 9), cols=(0, 3), name="left square"),
     Region.rectangle(GEMMA, rows=(6, 9), cols=(12, 15), name="right square"),
@@ -22,7 +22,7 @@ def test_gemma_s_published_strips_put_objects_one_column_off_and_say_so():
     with pytest.warns(
         HookedVLMWarning, match=r"takes 6 of 9 object cells.*\(6, 0\) meets \(6, 11\)"
     ):
-        pairs = paired(*GEMMA_STRIPS, objects=GEMMA_SQUARES)
+        pairs = pair_cells(*GEMMA_STRIPS, objects=GEMMA_SQUARES)
     met = dict(zip(pairs.targets, pairs.sources, strict=True))
     assert met[0, 0] == (0, 11) and met[0, 1] == (0, 12) and len(pairs) == 80
 
@@ -30,15 +30,15 @@ def test_gemma_s_published_strips_put_objects_one_column_off_and_say_so():
 def test_gemma_s_aligned_strips_put_object_on_object():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pairs = paired(*GEMMA_STRIPS, "aligned", GEMMA_SQUARES)
+        pairs = pair_cells(*GEMMA_STRIPS, "aligned", GEMMA_SQUARES)
     met = dict(zip(pairs.targets, pairs.sources, strict=True))
-    assert pairs.target == Region.columns(GEMMA, 0, 4)
-    assert pairs.source == Region.columns(GEMMA, 12, 16)
+    assert pairs.target == Region.column_band(GEMMA, 0, 4)
+    assert pairs.source == Region.column_band(GEMMA, 12, 16)
     assert {met[cell] for cell in GEMMA_SQUARES[0]} == set(GEMMA_SQUARES[1])
 
 
 def test_qwen_s_strips_are_the_same_either_way():
-    strips = Region.columns(QWEN, 0, 4), Region.columns(QWEN, 8, 12)
+    strips = Region.column_band(QWEN, 0, 4), Region.column_band(QWEN, 8, 12)
     square = Region.rectangle(QWEN, rows=(5, 7), cols=(1, 3))
     objects = square, square.shifted(cols=8)
     with warnings.catch_warnings():
@@ -50,13 +50,16 @@ def test_qwen_s_strips_are_the_same_either_way():
 
 def test_unequal_strips_are_refused_and_can_be_aligned():
     """What'sUp "table" on Gemma: 96 against 64 tokens (protocol 2.1, 2.7)."""
-    strips = Region.columns(GEMMA, 0, 6, "left strip"), Region.columns(GEMMA, 12, 16, "right strip")
+    strips = (
+        Region.column_band(GEMMA, 0, 6, "left strip"),
+        Region.column_band(GEMMA, 12, 16, "right strip"),
+    )
     table = Region.rectangle(GEMMA, rows=(10, 15), cols=(2, 4))
     objects = table, table.shifted(cols=10)
     with pytest.raises(RegionError, match="'left strip' has 96 cells and 'right strip' has 64"):
         swap_pairs(*strips, objects=objects)
-    pairs = paired(*strips, "aligned", objects)
-    assert pairs.target == Region.columns(GEMMA, 2, 6) and len(pairs) == 64
+    pairs = pair_cells(*strips, "aligned", objects)
+    assert pairs.target == Region.column_band(GEMMA, 2, 6) and len(pairs) == 64
 
 
 @given(masks_of_one_grid(2, min_cells=1))
@@ -100,24 +103,26 @@ def test_positions_and_patches_keep_the_pairs_in_step():
 
 
 def test_regions_of_other_shapes_warn_and_bad_pairs_are_refused():
-    row, column = Region.rows_(QWEN, 0, 1, "row"), Region.columns(QWEN, 3, 4, "column")
+    row, column = Region.row_band(QWEN, 0, 1, "row"), Region.column_band(QWEN, 3, 4, "column")
     with pytest.warns(HookedVLMWarning, match="'row' and 'column' are not one shape moved"):
-        paired(row, column)
+        pair_cells(row, column)
     with pytest.raises(RegionError, match="share 1 cells"):
         swap_pairs(row, column)
     with pytest.raises(RegionError, match=r"No pairing 'publishd'.*Did you mean 'published'"):
-        paired(row, row.shifted(rows=1), "publishd")
+        pair_cells(row, row.shifted(rows=1), "publishd")
     with pytest.raises(RegionError, match="aligned pairing moves one object onto the other"):
-        paired(row, row.shifted(rows=1), "aligned")
+        pair_cells(row, row.shifted(rows=1), "aligned")
     with pytest.raises(RegionError, match=r"not inside .*: 1 of its cells are outside"):
-        paired(row, row.shifted(rows=1), objects=(Region(QWEN, ((5, 5),)), Region(QWEN, ((1, 0),))))
+        pair_cells(
+            row, row.shifted(rows=1), objects=(Region(QWEN, ((5, 5),)), Region(QWEN, ((1, 0),)))
+        )
     with pytest.raises(RegionError, match="neither can be laid on the other"):
         objects = Region(QWEN, ((0, 0),)), Region(QWEN, ((1, 0), (1, 1)))
-        paired(row, row.shifted(rows=1), "aligned", objects)
+        pair_cells(row, row.shifted(rows=1), "aligned", objects)
     with pytest.raises(RegionError, match="no cell to pair"):
-        paired(row - row, row)
+        pair_cells(row - row, row)
     with pytest.raises(RegionError, match="Combine regions of one grid"):
-        paired(row, Region.rows_(GEMMA, 0, 1))
+        pair_cells(row, Region.row_band(GEMMA, 0, 1))
     with pytest.raises(RegionError, match="written twice"):
         CellPairs((2, 2), ((0, 0), (0, 0)), ((0, 1), (1, 1)))
     with pytest.raises(RegionError, match="1 cells cannot be written from 2"):

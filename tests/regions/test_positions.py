@@ -9,11 +9,11 @@ from helpers.toy_grids import make_grid
 from hooked_vlm.errors import RegionError
 from hooked_vlm.regions.positions import (
     LastToken,
-    Place,
     Positions,
     PromptRow,
     Span,
     TextTokens,
+    TokenSelector,
     token_pieces,
     union,
 )
@@ -40,7 +40,7 @@ def test_padding_moves_positions_and_changes_nothing_else(place, side):
     plain = place.positions(prompt())
     shift = 3 if side == "left" else 0
     assert torch.equal(place.positions(prompt(3, side)), plain + shift)
-    assert isinstance(place, Place)
+    assert isinstance(place, TokenSelector)
 
 
 def test_last_token_and_positions():

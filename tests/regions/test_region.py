@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from helpers.toy_grids import make_grid, masks_of_one_grid, regions, resized_grids
 from hooked_vlm.errors import GridError, RegionError
-from hooked_vlm.regions.positions import LastToken, PromptRow, Union
+from hooked_vlm.regions.positions import AnyOf, LastToken, PromptRow
 from hooked_vlm.regions.region import Region, union_of
 
 
@@ -86,7 +86,7 @@ def test_patches_of_a_qwen_cell_and_of_a_llava_cell():
 
 def test_names_and_printing():
     square = Region.rectangle((12, 12), rows=(5, 7), cols=(1, 3), name="square")
-    strip = Region.columns((12, 12), 0, 4, name="strip")
+    strip = Region.column_band((12, 12), 0, 4, name="strip")
     assert str(square) == "square (4 of 12x12 cells: rows 5-6, columns 1-2)"
     assert (strip - square).name == "(strip - square)"
     assert repr(strip - square).startswith("Region('(strip - square)', 44 of 12x12 cells, within")
@@ -103,7 +103,7 @@ def test_regions_that_cannot_be_are_refused():
     with pytest.raises(RegionError, match="off the grid"):
         Region.rectangle((4, 4), (0, 2), (0, 2)).shifted(rows=3)
     with pytest.raises(RegionError, match=r"rows 2 to 2 \(half-open\)"):
-        Region.rows_((4, 4), 2, 2)
+        Region.row_band((4, 4), 2, 2)
     with pytest.raises(RegionError, match="0x4 cells has no cell"):
         Region((0, 4), ())
     with pytest.raises(RegionError, match=r"grid of 4x4 cells and 'b' on one of 4x5"):
@@ -147,7 +147,7 @@ def test_a_region_in_a_prompt():
     with pytest.raises(RegionError, match="not in a prompt of 2 images"):
         corner.of_image(2).positions(two)
     both = corner | LastToken() | corner
-    assert isinstance(both, Union) and both.positions(one).tolist() == [4, 11]
+    assert isinstance(both, AnyOf) and both.positions(one).tolist() == [4, 11]
     assert (LastToken() | corner).positions(one).tolist() == [4, 11]
     assert str(both).endswith("| last token | corner (1 of 2x2 cells: rows 1-1, columns 1-1)")
     with pytest.raises(TypeError):

@@ -12,7 +12,7 @@ from torch import nn
 
 from helpers import synthetic_results as synthetic
 from hooked_vlm.report import provenance
-from hooked_vlm.report.provenance import Provenance, Stopwatch, parameter_hash, record
+from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run, parameter_hash
 
 
 def small_model(seed: int = 0, bias: bool = True) -> nn.Module:
@@ -70,7 +70,7 @@ def test_record_survives_json() -> None:
     config = {"pairs": 5, "dtype": "float32"}
     with Stopwatch() as watch:
         time.sleep(0.02)
-    made = record(
+    made = describe_run(
         small_model(), "tiny", watch, model_sha256="abc", experiment="e", config=config, seed=3
     )
     assert Provenance.from_json(made.to_json()) == made

@@ -134,7 +134,7 @@ def test_at_every_site_it_is_the_derivative(family: str) -> None:
 def test_small_steps_give_the_derivative_and_none_the_clean_score(slot: int) -> None:
     model, make = doubled("qwen2-vl")
     inputs = make(1)
-    place, direction = Region.columns((3, 3), 0, 1), torch.randn(48, dtype=torch.float64)
+    place, direction = Region.column_band((3, 3), 0, 1), torch.randn(48, dtype=torch.float64)
     alphas = [0.0, 1e-3, -1e-3, 5.0]
     sweep = Sweep(
         inputs,
@@ -152,7 +152,7 @@ def test_small_steps_give_the_derivative_and_none_the_clean_score(slot: int) -> 
 
 def cells_of(family: str) -> dict[str, Any]:
     n = 6 if family == "llava" else 3
-    pairs = swap_pairs(Region.columns((n, n), 0, 1), Region.columns((n, n), n - 1, n))
+    pairs = swap_pairs(Region.column_band((n, n), 0, 1), Region.column_band((n, n), n - 1, n))
     source = make_inputs(family, 2, seed=2)
     return {
         "swap": Patch(1, at=pairs, source=source),
@@ -187,7 +187,7 @@ def test_prompts_do_not_see_one_another(family: str) -> None:
 def test_images_belong_to_their_prompts(family: str) -> None:
     model, inputs = tiny(family), make_inputs(family, 2, images=2, seed=1)
     n = 6 if family == "llava" else 3
-    place = Region.columns((n, n), 0, 1).of_image(1)
+    place = Region.column_band((n, n), 0, 1).of_image(1)
     site = "vision_encoder.blocks.1.hook_resid_pre"
     sweep = Sweep(inputs, {"site": [site]}, lambda site: Ablate(site, at=place))
     whole = sweep.attribution(model, difference) - difference(model(inputs)).numpy()
@@ -274,7 +274,7 @@ def test_positions_add_up_to_the_sweep(family: str) -> None:
     np.testing.assert_allclose(effects["clean"] + effects.sum("pos"), whole.T, atol=1e-5)
     # Behind the last block only the last position is read.
     assert not effects.sel(slot=3)[:, :-1].any()
-    strip = Region.columns((3, 3) if family != "llava" else (6, 6), 0, 1)
+    strip = Region.column_band((3, 3) if family != "llava" else (6, 6), 0, 1)
     own = Sweep(inputs, {"slot": [1]}, lambda slot: Patch(slot, at=strip, source=source))
     rows = model.grids(inputs)
     positions = torch.stack([strip.positions(row[0]) for row in rows])

@@ -6,7 +6,7 @@ import xarray as xr
 from scipy.stats import pearsonr, spearmanr
 
 from hooked_vlm.errors import DataError
-from hooked_vlm.sweeps.attribution_error import QUANTITIES, agreement, agreement_table
+from hooked_vlm.sweeps.attribution_error import QUANTITIES, agreement_table, attribution_error
 
 
 def sweeps(
@@ -23,7 +23,7 @@ def sweeps(
 
 def test_it_is_of_effects_and_known() -> None:
     estimate, exact, clean = sweeps()
-    found = agreement(estimate, exact, clean)
+    found = attribution_error(estimate, exact, clean)
     x, y = ((a - clean).values.ravel() for a in (estimate, exact))
     assert found.pearson.estimate == pytest.approx(pearsonr(x, y)[0])
     assert found.spearman.estimate == pytest.approx(spearmanr(x, y)[0])
@@ -42,7 +42,7 @@ def test_no_effect_everywhere_does_not_agree() -> None:
     _, exact, clean = sweeps()
     nothing = xr.zeros_like(exact) + clean
     assert np.corrcoef(nothing.values.ravel(), exact.values.ravel())[0, 1] > 0.9
-    found = agreement(nothing, exact, clean)
+    found = attribution_error(nothing, exact, clean)
     assert np.isnan(found.pearson.estimate) and np.isnan(found.spearman.low)
     assert found.sign.estimate == 0
     assert found.error.estimate == pytest.approx(found.size.estimate)
@@ -50,7 +50,7 @@ def test_no_effect_everywhere_does_not_agree() -> None:
 
 def test_perfect_agreement_and_one_prompt() -> None:
     _, exact, clean = sweeps(prompts=1)
-    found = agreement(exact, exact, clean)
+    found = attribution_error(exact, exact, clean)
     assert found.pearson.estimate == pytest.approx(1)
     assert (found.sign.estimate, found.error.estimate) == (1, 0)
     assert np.isnan(found.pearson.low) and np.isnan(found.error.high)
@@ -59,7 +59,7 @@ def test_perfect_agreement_and_one_prompt() -> None:
 def test_signs_are_those_of_effects_that_are_there() -> None:
     exact = xr.DataArray([[0.0, 1.0, -1.0], [0.0, 2.0, 1e-9]], dims=("cell", "batch"))
     estimate = xr.DataArray([[5.0, 1.0, 1.0], [-5.0, 1.0, -1.0]], dims=("cell", "batch"))
-    assert agreement(estimate, exact, 0).sign.estimate == pytest.approx(2 / 3)
+    assert attribution_error(estimate, exact, 0).sign.estimate == pytest.approx(2 / 3)
 
 
 def test_a_table_by_axis() -> None:
@@ -68,7 +68,7 @@ def test_a_table_by_axis() -> None:
     assert list(table.columns) == ["slot", "quantity", "value", "low", "high", "n"]
     assert len(table) == 5 * len(QUANTITIES)
     row = table[(table["slot"] == 3) & (table["quantity"] == "error")].iloc[0]
-    one = agreement(estimate.sel(slot=3), exact.sel(slot=3), clean, n_resamples=200)
+    one = attribution_error(estimate.sel(slot=3), exact.sel(slot=3), clean, n_resamples=200)
     assert (row["value"], row["low"]) == (one.error.estimate, one.error.low)
     both = agreement_table(estimate, exact, clean, ["kind", "slot"], n_resamples=50)
     assert len(both) == 10 * len(QUANTITIES)
@@ -77,10 +77,10 @@ def test_a_table_by_axis() -> None:
 def test_what_cannot_be_compared_is_said() -> None:
     estimate, exact, clean = sweeps()
     with pytest.raises(DataError, match="same sweep and metric"):
-        agreement(estimate.isel(slot=[0]), exact, clean)
+        attribution_error(estimate.isel(slot=[0]), exact, clean)
     with pytest.raises(DataError, match="no axis 'pair'"):
-        agreement(estimate, exact, clean, prompt="pair")
+        attribution_error(estimate, exact, clean, prompt="pair")
     with pytest.raises(DataError, match="no axis 'layer'"):
         agreement_table(estimate, exact, clean, ["layer"])
     with pytest.raises(DataError, match="NaN or infinite"):
-        agreement(estimate.where(estimate > 0), exact, clean)
+        attribution_error(estimate.where(estimate > 0), exact, clean)

@@ -79,7 +79,9 @@ def test_published_sizes_are_planned_without_weights(name: str) -> None:
     side, inputs = _inputs(name)
     shape = (side, side)
     third = side // 3
-    swap = swap_pairs(Region.columns(shape, 0, third), Region.columns(shape, side - third, side))
+    swap = swap_pairs(
+        Region.column_band(shape, 0, third), Region.column_band(shape, side - third, side)
+    )
     slots, source = range(model.cfg.n_layers + 1), dict(inputs)
     sweep = Sweep(
         inputs,

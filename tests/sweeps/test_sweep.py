@@ -36,7 +36,7 @@ def sweep_of(family: str, batch: int = 2) -> Sweep:
     """Kinds of interventions by slot, with two runs and a reference to read from."""
     inputs, source, reference = (make_inputs(family, batch, seed=s) for s in (1, 2, 3))
     n = 6 if family == "llava" else 3
-    left, right = Region.columns((n, n), 0, 1), Region.columns((n, n), n - 1, n)
+    left, right = Region.column_band((n, n), 0, 1), Region.column_band((n, n), n - 1, n)
     pairs = swap_pairs(left, right)
     direction = torch.randn(48)
     made: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_sources_run_once_each() -> None:
 def test_a_mistake_in_the_last_cell_is_found_before_anything_runs(broken: str) -> None:
     model = tiny("qwen2-vl")
     source = make_inputs("qwen2-vl", seed=2)
-    strip, wide = Region.columns((3, 3), 0, 1), Region.columns((3, 3), 1, 3)
+    strip, wide = Region.column_band((3, 3), 0, 1), Region.column_band((3, 3), 1, 3)
     mistakes = {
         "site": Patch("blocks.9.hook_resid_post", source=source),
         "size": Patch(1, at=strip, source_at=wide, source=source),
@@ -131,7 +131,7 @@ def test_a_metric_of_other_axes_is_refused_at_the_first_cell() -> None:
 
 def test_progress_and_labels() -> None:
     model, inputs = tiny("llava"), make_inputs("llava", 2, seed=1)
-    strip = Region.columns((6, 6), 0, 2, "left")
+    strip = Region.column_band((6, 6), 0, 2, "left")
     told: list[tuple[int, int]] = []
     sweep = Sweep(
         inputs,

@@ -31,7 +31,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import probe_regions
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
@@ -313,13 +313,14 @@ def verdict_of(table: pd.DataFrame, right: Outcomes) -> str:
     for kind in ("released", "orthonormal"):
         held, best = (_net(table, kind, q) for q in ("held-out alpha", "best alpha"))
         parts.append(
-            f"{kind}: accuracy changes by {said(held)} with alpha chosen on other items, "
-            f"by {said(best)} with the best alpha ({best['alpha']:g})."
+            f"{kind}: accuracy changes by {format_interval(held)} with alpha chosen on other "
+            "items, "
+            f"by {format_interval(best)} with the best alpha ({best['alpha']:g})."
         )
     held = {kind: _net(table, kind, "held-out alpha") for kind in CONTROLS}
     parts.append(
         "Random directions: "
-        + "; ".join(f"{kind.split(', ')[1]} {said(row)}" for kind, row in held.items())
+        + "; ".join(f"{kind.split(', ')[1]} {format_interval(row)}" for kind, row in held.items())
         + "."
     )
     real, control = _net(table, "released", "held-out alpha"), held[CONTROLS[1]]

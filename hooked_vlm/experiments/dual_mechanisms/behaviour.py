@@ -6,7 +6,7 @@ from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said
+from hooked_vlm.experiments.tables import format_interval, interval_rows
 
 
 ID, NAME, SECTION = "E1", "behaviour", "Table 1"
@@ -61,8 +61,8 @@ def _verdict(table: pd.DataFrame) -> str:
     by = table[table["direction"] != "all"]
     worst = by.sort_values("value").iloc[0]
     alike = by["value"].nunique() == 1
-    return f"Of {every['n']} items the model answers {said(every)} rightly; " + (
-        f"no direction is worse than another (each {said(worst)})."
+    return f"Of {every['n']} items the model answers {format_interval(every)} rightly; " + (
+        f"no direction is worse than another (each {format_interval(worst)})."
         if alike
-        else f"its worst direction is {worst['direction']!r}, with {said(worst)}."
+        else f"its worst direction is {worst['direction']!r}, with {format_interval(worst)}."
     )

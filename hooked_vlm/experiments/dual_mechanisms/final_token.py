@@ -14,12 +14,12 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.scoring import agreement, logit_difference
+from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, said_slots, select
+from hooked_vlm.experiments.tables import format_interval, format_slots, interval_rows, select
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
@@ -95,7 +95,7 @@ def scored(
     found = setting.probabilities(logits, answers)
     tokenizer = setting.model.tokenizer
     columns = [[row[i] for row in answers] for i in range(len(ANSWERS))]
-    more = [agreement(logits, tokenizer, column) for column in columns]
+    more = [matches_answer(logits, tokenizer, column) for column in columns]
     more += [logit_difference(logits, tokenizer, column, columns[0]) for column in columns[1:]]
     return torch.cat([found, *(column.to(found)[:, None] for column in more)], dim=-1)
 
@@ -127,7 +127,7 @@ def _verdict(table: pd.DataFrame) -> str:
     wide = every.pivot(index="slot", columns="quantity", values="value")
     winner = wide[list(ANSWERS)].idxmax(axis=1)
     spans = [
-        f"{said_slots(winner.index[winner == q])} {_WORDS[q]}"
+        f"{format_slots(winner.index[winner == q])} {_WORDS[q]}"
         for q in ANSWERS
         if (winner == q).any()
     ]
@@ -135,7 +135,7 @@ def _verdict(table: pd.DataFrame) -> str:
     peak = ordering.sort_values("value").iloc[-1]
     return (
         f"By the most probable of the three answers, {'; '.join(spans)}. The ordering answer peaks "
-        f"at slot {peak['slot']} with {said(peak)}. {_against_the_paper(winner)}"
+        f"at slot {peak['slot']} with {format_interval(peak)}. {_against_the_paper(winner)}"
     )
 
 

@@ -28,7 +28,7 @@ from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, refer
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -161,15 +161,17 @@ def _verdict(table: pd.DataFrame) -> str:
     for direction in ["all", *directions]:
         accuracy = _accuracy(table, direction)
         parts.append(
-            f"{direction}: {said(accuracy['removed'])} right with vision's order removed, "
-            f"{said(accuracy['intact'])} with it ({_beside_chance(accuracy['removed'])})"
+            f"{direction}: {format_interval(accuracy['removed'])} right with vision's order "
+            "removed, "
+            f"{format_interval(accuracy['intact'])} with it ({_beside_chance(accuracy['removed'])})"
         )
     every = _accuracy(table, "all")
     return (
         f"{parts[0][0].upper()}{parts[0][1:]}. {'; '.join(parts[1:])}. Of its halves, the objects' "
-        f"tokens alone leave {said(every['objects only'])}, the background's alone "
-        f"{said(every['background only'])}; entities alone at their own places leave "
-        f"{said(every['in place'])}, and no picture at all {said(every['mean'])}."
+        f"tokens alone leave {format_interval(every['objects only'])}, the background's alone "
+        f"{format_interval(every['background only'])}; entities alone at their own places leave "
+        f"{format_interval(every['in place'])}, and no picture at all "
+        f"{format_interval(every['mean'])}."
     )
 
 

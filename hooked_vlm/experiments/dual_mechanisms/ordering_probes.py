@@ -26,7 +26,7 @@ from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said
+from hooked_vlm.experiments.tables import format_interval, interval_rows
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import Layout
@@ -268,9 +268,12 @@ def _verdict(table: pd.DataFrame) -> str:
     for axis in dict.fromkeys(table["axis"]):
         here = table[table["axis"] == axis].set_index("quantity")
         parts.append(
-            f"{axis}: {_found(here)}. The probe is right on {said(here.loc['accuracy'])} of "
-            f"held-out object tokens ({said(here.loc['converged'])} if fitted to convergence), "
-            f"its control on {here.loc['shuffled', 'value']:.2f}; {said(here.loc['background'])} "
+            f"{axis}: {_found(here)}. The probe is right on "
+            f"{format_interval(here.loc['accuracy'])} of "
+            f"held-out object tokens ({format_interval(here.loc['converged'])} if fitted to "
+            "convergence), "
+            f"its control on {here.loc['shuffled', 'value']:.2f}; "
+            f"{format_interval(here.loc['background'])} "
             f"of background tokens are given to their own strip (control "
             f"{here.loc['background, shuffled', 'value']:.2f}, chance 0.33)"
         )

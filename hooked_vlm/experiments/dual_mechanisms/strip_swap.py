@@ -14,13 +14,19 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.scoring import agreement, logit_difference
+from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.analysis.statistics import bootstrap, holm, paired_difference, sign_flip_test
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, strips_of
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, said_names, said_slots, select
+from hooked_vlm.experiments.tables import (
+    format_interval,
+    format_names,
+    format_slots,
+    interval_rows,
+    select,
+)
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.overlay import draw_regions
@@ -117,7 +123,7 @@ def scored(
     both = setting.probabilities(logits, list(zip(swapped, clean, strict=True)))
     tokenizer = setting.model.tokenizer
     columns = [
-        agreement(logits, tokenizer, swapped).to(both),
+        matches_answer(logits, tokenizer, swapped).to(both),
         logit_difference(logits, tokenizer, swapped, clean).to(both),
     ]
     return torch.cat([both, torch.stack(columns, dim=-1)], dim=-1)
@@ -195,7 +201,7 @@ def _verdict(table: pd.DataFrame) -> str:
             f"{_compared(select(table, direction=direction, kind='strip - object'))}."
             + (_aligned(here, best["strip"]) if strips == "strip" else "")
         )
-    first = "; ".join(f"{said_names(where)}: {finding}" for finding, where in found.items())
+    first = "; ".join(f"{format_names(where)}: {finding}" for finding, where in found.items())
     return "\n".join(part[0].upper() + part[1:] for part in (f"{first}.", *parts))
 
 
@@ -215,9 +221,9 @@ def _compared(difference: pd.DataFrame) -> str:
         rows = clear[clear["value"] * sign > 0]
         if len(rows):
             most = rows.loc[rows["value"].abs().idxmax()]
-            size = said(most if sign > 0 else _negated(most))
+            size = format_interval(most if sign > 0 else _negated(most))
             size = size if len(rows) == 1 else f"up to {size} (slot {most['slot']})"
-            parts.append(f"{words} at {said_slots(rows['slot'])}, by {size}")
+            parts.append(f"{words} at {format_slots(rows['slot'])}, by {size}")
     return "; ".join(parts) or "strips and objects do not differ clearly at any slot"
 
 
@@ -237,7 +243,7 @@ def _negated(row: pd.Series) -> pd.Series:
 
 
 def _at(row: pd.Series) -> str:
-    return f"{said(row)} (slot {row['slot']})"
+    return f"{format_interval(row)} (slot {row['slot']})"
 
 
 def _peak(rows: pd.DataFrame) -> pd.Series:

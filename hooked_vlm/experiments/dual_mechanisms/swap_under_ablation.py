@@ -21,7 +21,7 @@ from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, str
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, said_names, select
+from hooked_vlm.experiments.tables import format_interval, format_names, interval_rows, select
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording
@@ -179,12 +179,14 @@ def _verdict(table: pd.DataFrame, missing: Sequence[str]) -> str:
         own = best["object"]
         finding = "flip the answer" if own["value"] >= FLIPPED else "do not flip the answer"
         parts.append(
-            f"{direction}: object swaps {finding} (at best {said(own)}, slot {own['slot']}; at "
-            f"slot 0 {said(first)}), strips {said(best[strips_of(kinds)])}, strips without objects "
-            f"{said(best['background'])}, n = {own['n']}."
+            f"{direction}: object swaps {finding} (at best {format_interval(own)}, slot "
+            f"{own['slot']}; at "
+            f"slot 0 {format_interval(first)}), strips {format_interval(best[strips_of(kinds)])}, "
+            "strips without objects "
+            f"{format_interval(best['background'])}, n = {own['n']}."
         )
     if missing:
-        parts.append(f"{said_names(missing)}: no pair is answered rightly under the removal.")
+        parts.append(f"{format_names(missing)}: no pair is answered rightly under the removal.")
     return "\n".join(part[0].upper() + part[1:] for part in parts) or (
         "Too few pairs are answered rightly under the removal for an interval."
     )

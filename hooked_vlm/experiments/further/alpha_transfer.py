@@ -18,7 +18,7 @@ from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, held_out_
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -125,12 +125,13 @@ def _verdict(table: pd.DataFrame, settings: Sequence[str]) -> str:
         helped = others[others["low"] > 0]
         harmed = others[others["high"] < 0]
         words = [
-            f"from {row['source']} (alpha {row['alpha']:g}) {said(row)}"
+            f"from {row['source']} (alpha {row['alpha']:g}) {format_interval(row)}"
             for _, row in others.iterrows()
         ]
         found = f"{len(helped)} of {len(others)} sources help, {len(harmed)} harm"
         parts.append(
-            f"{target} ({said(accuracy)} right as it is): with its own directions and held-out "
-            f"alpha {said(own)}; {', '.join(words)}: {found}."
+            f"{target} ({format_interval(accuracy)} right as it is): with its own directions and "
+            "held-out "
+            f"alpha {format_interval(own)}; {', '.join(words)}: {found}."
         )
     return "\n".join(part[0].upper() + part[1:] for part in parts)

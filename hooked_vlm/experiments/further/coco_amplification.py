@@ -34,7 +34,7 @@ from hooked_vlm.experiments.dual_mechanisms.amplification import (
 from hooked_vlm.experiments.further.coco_spatial import opened
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.regions.region import Region
@@ -131,7 +131,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                 verdict_of(table, outcomes) if config.controls else "",
                 "Probes on held-out items: "
                 + "; ".join(
-                    f"{axis} {said(select(probes, axis=axis).iloc[0])}" for axis in probes["axis"]
+                    f"{axis} {format_interval(select(probes, axis=axis).iloc[0])}"
+                    for axis in probes["axis"]
                 )
                 + ".",
                 *left_out,

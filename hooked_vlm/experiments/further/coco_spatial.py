@@ -18,7 +18,7 @@ from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.stimuli.datasets.coco import SpatialItem, load
 from hooked_vlm.sweeps.sweep import final_logits
 
@@ -109,7 +109,8 @@ def _verdict(table: pd.DataFrame) -> str:
     for axis in dict.fromkeys(table["axis"]):
         here = {str(row["quantity"]): row for _, row in select(table, axis=axis).iterrows()}
         parts.append(
-            f"{axis}: {said(here['accuracy'])} of {here['accuracy']['n']} items right in both "
-            f"orders, {said(here['single'])} of single answers"
+            f"{axis}: {format_interval(here['accuracy'])} of {here['accuracy']['n']} items right "
+            "in both "
+            f"orders, {format_interval(here['single'])} of single answers"
         )
     return "; ".join(parts) + "."

@@ -9,7 +9,7 @@ import xarray as xr
 from hooked_vlm.analysis.statistics import holm, paired_difference, sign_flip_test
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 
 
 DIFFERENCE = "paired difference"
@@ -74,7 +74,7 @@ def said_swaps(table: pd.DataFrame) -> str:
             words.append(f"{kind} no clear difference at any slot")
             continue
         most = clear.iloc[int(clear["value"].abs().to_numpy().argmax())]
-        words.append(f"{kind} up to {said(most)} (slot {int(most['slot'])})")
+        words.append(f"{kind} up to {format_interval(most)} (slot {int(most['slot'])})")
     if not words:
         return "too few pairs are common to compare swaps"
     return f"{'; '.join(words)} (n = {int(rows['n'].iloc[0])} common pairs)"

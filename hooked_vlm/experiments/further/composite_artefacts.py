@@ -30,7 +30,7 @@ from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import said, select
+from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.stimuli import photographs
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.geometry import Layout
@@ -246,8 +246,9 @@ def _probes(table: pd.DataFrame) -> str:
         found = {str(row["quantity"]): row for _, row in here.iterrows()}
         moved = found.get(compared.DIFFERENCE)
         words.append(
-            f"{variant} {said(found['accuracy'])} and {said(found['background'])}"
-            + (f" (by {said(moved)})" if moved is not None and _apart(moved) else "")
+            f"{variant} {format_interval(found['accuracy'])} and "
+            f"{format_interval(found['background'])}"
+            + (f" (by {format_interval(moved)})" if moved is not None and _apart(moved) else "")
         )
     return (
         "Order read from objects, and background given to its strip: "
@@ -270,7 +271,7 @@ def _swaps(table: pd.DataFrame, variants: Sequence[str]) -> str:
             continue
         kinds = (strips_of(list(swapped["kind"])), "object")
         best = [select(swapped, kind=kind).sort_values("value").iloc[-1] for kind in kinds]
-        words.append(f"{variant} {said(best[0])} / {said(best[1])}")
+        words.append(f"{variant} {format_interval(best[0])} / {format_interval(best[1])}")
         if variant != variants[0]:
             less.append(f"{variant}: {compared.said_swaps(here)}")
     if not words:

@@ -26,7 +26,7 @@ from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import Question, swap_pair
@@ -260,7 +260,8 @@ def _verdict(table: pd.DataFrame, n_sites: int) -> str:
             best = swaps.sort_values("value").iloc[-1]
             flips = "flip" if best["value"] >= FLIPPED else "do not flip"
             words.append(
-                f"{kind}s {flips} the answer, at best {said(best)} at layer {best['layer']}"
+                f"{kind}s {flips} the answer, at best {format_interval(best)} at layer "
+                f"{best['layer']}"
             )
         parts.append(f"{direction} ({AXIS_OF[direction]}): {'; '.join(words)}")
     return "\n".join(part[0].upper() + part[1:] + "." for part in parts)

@@ -25,7 +25,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import token_grid
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
@@ -144,9 +144,10 @@ def _verdict(table: pd.DataFrame) -> str:
             read = here.loc["accuracy", "low"] > max(chance, here.loc["shuffled", "high"])
             parts.append(
                 f"{kind}, {label}: {'read' if read else 'not read'}, "
-                f"{said(here.loc['accuracy'])} of held-out object tokens "
-                f"({said(here.loc['converged'])} if fitted to convergence, control "
-                f"{here.loc['shuffled', 'value']:.2f}); background {said(here.loc['background'])} "
+                f"{format_interval(here.loc['accuracy'])} of held-out object tokens "
+                f"({format_interval(here.loc['converged'])} if fitted to convergence, control "
+                f"{here.loc['shuffled', 'value']:.2f}); background "
+                f"{format_interval(here.loc['background'])} "
                 f"(chance {chance:.2f})."
             )
     return "\n".join(parts)

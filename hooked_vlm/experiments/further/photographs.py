@@ -15,7 +15,7 @@ from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.tables import said, select
+from hooked_vlm.experiments.tables import format_interval, select
 
 
 ID, NAME, SECTION = "E9", "photographs", "App. C.8"
@@ -116,10 +116,12 @@ def _probes(table: pd.DataFrame) -> str:
         rises = "rises" if moved["value"] > 0 else "falls"
         finding = "changes little" if abs(moved["value"]) < SHIFT else rises
         parts.append(
-            f"{axis}: objects are read at {said(here['white'].loc['accuracy'])} on white and "
-            f"{said(here['photographs'].loc['accuracy'])} on photographs; the share of background "
-            f"tokens given to their strip {finding}, from {said(background[0])} to "
-            f"{said(background[1])} (by {said(moved)} on the same layouts)."
+            f"{axis}: objects are read at {format_interval(here['white'].loc['accuracy'])} on "
+            "white and "
+            f"{format_interval(here['photographs'].loc['accuracy'])} on photographs; the share of "
+            "background "
+            f"tokens given to their strip {finding}, from {format_interval(background[0])} to "
+            f"{format_interval(background[1])} (by {format_interval(moved)} on the same layouts)."
         )
     return "\n".join(part[0].upper() + part[1:] for part in parts)
 
@@ -139,7 +141,9 @@ def _swaps(table: pd.DataFrame) -> str:
                 kind: select(here, kind=kind).sort_values("value").iloc[-1]
                 for kind in ("strip", "object")
             }
-            words.append(f"{ground} {said(best['strip'])} / {said(best['object'])}")
+            words.append(
+                f"{ground} {format_interval(best['strip'])} / {format_interval(best['object'])}"
+            )
         parts.append(f"{direction}: " + ", ".join(words))
     return (
         "Answers flipped by strips / by objects alone, at their best slots: "

@@ -25,7 +25,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import interval_rows, said, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import final_logits
@@ -159,9 +159,10 @@ def _verdict(table: pd.DataFrame) -> str:
     for direction in dict.fromkeys(table["direction"]):
         here = select(table, direction=direction, quantity="accuracy")
         rows = {str(row["kind"]): row for _, row in here.iterrows()}
-        cells = ", ".join(f"{cell} {said(rows[cell])}" for cell in CELLS)
+        cells = ", ".join(f"{cell} {format_interval(rows[cell])}" for cell in CELLS)
         parts.append(
-            f"{direction}: accuracy with {cells}; interaction {said(rows['interaction'])}: "
+            f"{direction}: accuracy with {cells}; interaction "
+            f"{format_interval(rows['interaction'])}: "
             f"{_kind(rows)}."
         )
     parts = [parts[-1], *parts[:-1]]  # all directions together first

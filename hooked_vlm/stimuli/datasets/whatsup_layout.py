@@ -72,7 +72,7 @@ class CompositeLayout:
         """Returns the columns around a slot."""
         self._box(axis, slot)
         edges = (0, *self.seams, self.n_tokens)
-        return Region.columns(self.shape, edges[slot], edges[slot + 1], f"strip {slot}")
+        return Region.column_band(self.shape, edges[slot], edges[slot + 1], f"strip {slot}")
 
     def background(self, axis: str) -> Region:
         """Returns the cells that hold no object."""
