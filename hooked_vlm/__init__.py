@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.inputs.prepare import Inputs as Inputs
     from hooked_vlm.interventions.ablate import Ablate as Ablate
     from hooked_vlm.interventions.chain import Chain as Chain
+    from hooked_vlm.interventions.hook_at import HookAt as HookAt
     from hooked_vlm.interventions.patch import Patch as Patch
     from hooked_vlm.interventions.recording import Recording as Recording
     from hooked_vlm.interventions.recording import record as record

@@ -226,7 +226,7 @@ class Growing:
     # --- what jobs change ------------------------------------------------------------------
 
     def _edit(self, step: StageEdit) -> Callable[..., Any]:
-        (found,) = step.part.hooks_for(self.model, self.clean.inputs)
+        (found,) = step.part.hooks_for()
         return found[1]
 
     def _run_edit(self, step: StageEdit, whole: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class Growing:
 
     def _on_suffix(self, step: StageEdit, part: Tensor) -> Tensor:
         """Shows an edit a prompt's whole length; what is in front of the rows is not changed."""
-        if part.shape[1] == self.length:
+        if not self.start or part.shape[1] == self.length:  # all positions are there
             return self._run_edit(step, part)
         front = part.new_zeros(part.shape[0], self.length - part.shape[1], *part.shape[2:])
         return self._run_edit(step, torch.cat([front, part], dim=1))[:, front.shape[1] :]

@@ -5,7 +5,7 @@ rows that are there.  Where the kernel can run, and each joining cell is one pat
 along a direction, its rows are made at once and each is written once.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,9 @@ from hooked_vlm.engine.clean_run import Clean
 from hooked_vlm.engine.fingerprints import remember
 from hooked_vlm.engine.kernels import patched_rows, way_for
 from hooked_vlm.engine.stages import RowPlan
-from hooked_vlm.inputs.prepare import rows_of
-from hooked_vlm.interventions.base import require_made_for
 from hooked_vlm.interventions.indexing import Located
 from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.placing import Placed, recorded_at, require_made_for
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.interventions.steer import Steer
 
@@ -52,7 +51,7 @@ def joined_rows(
     The first time for a kind of step the kernel's rows are held against those that hooks make,
     and where they differ, or it cannot run, hooks go on making them.
     """
-    writes = writes_of(model, clean, jobs)
+    writes = writes_of(clean, jobs)
     if not writes:
         return by_hooks()
 
@@ -73,7 +72,7 @@ def joined_rows(
     return fused_rows(clean, jobs, writes, start) if remember(model, kind, agree) else by_hooks()
 
 
-def writes_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[Write]:
+def writes_of(clean: Clean, jobs: Sequence[RowPlan]) -> list[Write]:
     """Returns what each of some jobs writes where it joins; empty where the kernel is no way."""
     stage = jobs[0].stage
     whole = clean.residuals.get(stage)
@@ -81,7 +80,7 @@ def writes_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[Write]:
         return []
     if stage in clean.added or any(job.front for job in jobs):
         return []
-    writes = [write for job in jobs if (write := _write(model, clean, job)) is not None]
+    writes = [write for job in jobs if (write := _write(clean, job)) is not None]
     shapes = {write.values.shape[1:] for write in writes if write.values is not None}
     kinds = {write.kind for write in writes}
     alike = len(writes) == len(jobs) and len(kinds) == 1 and len(shapes) <= 1
@@ -128,29 +127,25 @@ def fused_rows(
     )
 
 
-def _write(model: Any, clean: Clean, job: RowPlan) -> Write | None:
+def _write(clean: Clean, job: RowPlan) -> Write | None:
     """Returns a job's only step at its stage, or None where that is no such step."""
     steps = job.between(job.stage)
-    if len(steps) != 1 or steps[0].part.heads is not None:
+    if len(steps) != 1 or not isinstance(steps[0].part, Placed):
         return None
-    part, inputs = steps[0].part, clean.inputs
+    placed, part = steps[0].part, steps[0].part.part
+    if part.heads is not None:
+        return None
     if type(part) is Steer and part.directions.numel() == part.directions.shape[-1]:
-        site, (targets,) = part.site_and_places(model, inputs)
-        found = Write(targets, steer=part)
+        found = Write(placed.located[0], steer=part)
     elif type(part) is Patch and isinstance(part.source, Recording):
-        site, (targets, sources) = part.site_and_places(model, inputs)
-        values = part.source.cache[site.name]
-        _require(model, site, values, part.source.inputs)
-        found = Write(targets, values, sources)
+        targets, sources = placed.located
+        found = Write(targets, recorded_at(placed, part.source), sources)
     else:
         return None
     here = clean.residuals[job.stage]
-    _require(model, site, here.new_empty(*clean.size, here.shape[-1], device="meta"), inputs)
+    rows = here.new_empty(*clean.size, here.shape[-1], device="meta")
+    require_made_for(placed.where, rows, placed.inputs, ())
     return found
-
-
-def _require(model: Any, site: Any, values: Tensor, inputs: Mapping[str, Any]) -> None:
-    require_made_for(site, values, inputs, rows_of(inputs, model.grids(inputs), text=False))
 
 
 def _tables(values: Sequence[Tensor]) -> tuple[Tensor, dict[int, int]]:

@@ -32,11 +32,10 @@ from hooked_vlm.engine.proofs import (
     uncleaned,
 )
 from hooked_vlm.engine.shared import open_runs
-from hooked_vlm.engine.stages import MERGED, RowPlan, in_front, job_of, ordered
+from hooked_vlm.engine.stages import MERGED, RowPlan, in_front, job_of
 from hooked_vlm.engine.vision import Early, carries_all, merges_first
 from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
-from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell
+from hooked_vlm.interventions.chain import Cell, flattened
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -161,8 +160,8 @@ def _jobs(
     model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell]
 ) -> tuple[list[RowPlan], list[Any]]:
     """Returns cells as jobs, and those of their interventions that are in front of the blocks."""
-    parts = [part for cell in cells for part in ordered(cell.interventions)]
-    sites = {site_of(model, part.site).name for part in parts if hasattr(part, "site")}
+    parts = [part for cell in cells for part in flattened(cell.interventions)]
+    sites = {part.site for part in parts if hasattr(part, "first")}
     merged_first = MERGED not in sites or merges_first(model, inputs)
     found = [
         job_of(model, inputs, cell, i, merged_first=merged_first) for i, cell in enumerate(cells)

@@ -1,12 +1,11 @@
 """Where a cell's rows join the batch, and what is done to them on the way."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell, parts_of
+from hooked_vlm.interventions.chain import Cell, flattened
 
 
 BOUNDARY = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)$")
@@ -68,16 +67,6 @@ class RowPlan:
         return [step for step in self.steps if not step.between]
 
 
-def ordered(interventions: Sequence[Any]) -> Iterator[Any]:
-    """Yields every single intervention in the order in which they act."""
-    for intervention in interventions:
-        inner = getattr(intervention, "parts", None)
-        if inner is None:
-            yield intervention
-        else:
-            yield from ordered(inner)
-
-
 def job_of(
     model: Any, inputs: Mapping[str, Any], cell: Cell, index: int, *, merged_first: bool = True
 ) -> RowPlan | None:
@@ -116,8 +105,8 @@ def job_of(
 def in_front(model: Any, interventions: Sequence[Any], *, merged_first: bool = True) -> list[Any]:
     """Returns those of some interventions that act in front of the language model's blocks."""
     found = []
-    for part in ordered(interventions):
-        name = site_of(model, part.site).name if hasattr(part, "site") else ""
+    for part in flattened(interventions):
+        name = part.site if hasattr(part, "first") else ""
         place = place_of(name, model.cfg.n_layers, merged_first=merged_first)
         if place is not None and place[0] < 0:
             found.append(part)
@@ -133,10 +122,10 @@ def _steps(
     model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any], merged_first: bool
 ) -> list[StageEdit] | None:
     steps = []
-    for part in ordered(interventions):
-        if not hasattr(part, "first_position"):
-            return None  # a hook function, or an intervention unknown here
-        name = site_of(model, part.site).name
+    for part in flattened(interventions):
+        if not hasattr(part, "first"):
+            return None  # an intervention of the user's own
+        name = part.site
         place = place_of(name, model.cfg.n_layers, merged_first=merged_first)
         if place is None:
             return None
@@ -144,7 +133,7 @@ def _steps(
         if name.startswith(("vision_encoder.", "vision_projector.")):
             first = _first_image_token(model, inputs)
         else:
-            first = part.first_position(model, inputs)
+            first = part.first
         steps.append(StageEdit(part, name, stage, between, first))
     return steps
 
@@ -191,10 +180,10 @@ def layers_of(model: Any, interventions: Sequence[Any]) -> list[int] | None:
     What is behind the last block counts as that block.
     """
     layers = []
-    for part in parts_of(interventions):
-        if not hasattr(part, "site"):
-            return None  # a hook function of one's own, or an intervention unknown here
-        name = site_of(model, part.site).name
+    for part in flattened(interventions):
+        if not hasattr(part, "first"):
+            return None  # an intervention of the user's own
+        name = part.site
         block = re.match(r"blocks\.(\d+)\.", name)
         if block is not None:
             layers.append(int(block[1]))

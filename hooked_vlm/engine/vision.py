@@ -24,8 +24,8 @@ from hooked_vlm.engine.fingerprints import remember, shapes_of, ways_of_attendin
 from hooked_vlm.engine.stages import IN_FRONT, MERGED, RowPlan
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
-from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell, parts_of
+from hooked_vlm.interventions.chain import Cell, flattened
+from hooked_vlm.interventions.hook_at import HookAt
 
 
 BUDGET = 2**31
@@ -118,10 +118,10 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 def tower_depth(model: Any, interventions: Sequence[Any]) -> int:
     """Returns how many of the vision encoder's blocks lie below all changes; 0 for no changes."""
     depths = [model.cfg.vision.n_layers]
-    for part in parts_of(interventions):
-        if not hasattr(part, "site"):
+    for part in flattened(interventions):
+        if not hasattr(part, "first"):
             return 0
-        name = site_of(model, part.site).name
+        name = part.site
         block = re.match(r"vision_encoder\.blocks\.(\d+)\.(.*)", name)
         if block is not None:
             depths.append(int(block[1]) + (block[2] == "hook_resid_post"))
@@ -165,7 +165,7 @@ class Early:
 
     def _encodes(self, front: Sequence[Any]) -> bool:
         """Whether any intervention is on pixels' way (some encoders hold their projector)."""
-        names = [site_of(self.model, part.site).name for part in front]
+        names = [part.site for part in front]
         return any(name.startswith(IN_FRONT[:2]) for name in names)
 
 
@@ -193,7 +193,7 @@ def carries_all(
 
     `grown` returns a job's logits by way of the growing batch.
     """
-    names = {site_of(model, part.site).name for part in parts}
+    names = {part.site for part in parts}
     sites = {ENCODER if name.startswith(IN_FRONT[:2]) else name for name in names}
     kind = (clean.signature, shapes_of(clean.inputs), ways_of_attending(model))
 
@@ -221,20 +221,9 @@ def _is_carried(
     inputs = asked(clean.inputs)
     without = model.run_with_hooks(inputs, [], **clean.arguments)
     plain = model.run_with_hooks(inputs, [(site, noisy)], **clean.arguments)
-    job = RowPlan(-1, 0, 0, front=(_Raw(site, noisy),))
+    job = RowPlan(-1, 0, 0, front=(HookAt(site, noisy).place(model, clean.inputs),))
     found = grown(job, Early(model, clean.inputs, None))
     largest = float(plain.abs().max())
     off, moved = (float((plain - x).abs().max()) / largest for x in (found, without))
     # Agreement says something only where there was something to carry.
     return off <= bound and moved >= min(APART * bound, 0.2)
-
-
-@dataclass(frozen=True, eq=False)
-class _Raw:
-    """A hook function where an intervention is expected."""
-
-    site: str
-    fn: Callable[..., Any]
-
-    def hooks_for(self, *_: Any) -> list[tuple[str, Callable[..., Any]]]:
-        return [(self.site, self.fn)]

@@ -5,6 +5,7 @@ Interventions are printable data; use one wherever a hook is taken.
 
 from hooked_vlm.interventions.ablate import Ablate as Ablate
 from hooked_vlm.interventions.chain import Chain as Chain
+from hooked_vlm.interventions.hook_at import HookAt as HookAt
 from hooked_vlm.interventions.patch import Patch as Patch
 from hooked_vlm.interventions.recording import Recording as Recording
 from hooked_vlm.interventions.recording import record as record

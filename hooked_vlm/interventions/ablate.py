@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.interventions.base import _inputs_of, _Intervention, _recorded
-from hooked_vlm.interventions.indexing import Located, index_of, rows_at, with_rows_at
-from hooked_vlm.interventions.recording import Model, Source
+from hooked_vlm.interventions.base import _Intervention
+from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
+from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded_at
+from hooked_vlm.interventions.recording import Source
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,12 +31,12 @@ class Ablate(_Intervention):
     reference_at: Any = None
 
     def _places(
-        self, model: Model, site: Site, inputs: Mapping[str, Any]
+        self, places: Places, site: Site, inputs: Mapping[str, Any]
     ) -> tuple[Located, Located]:
-        located = self._located(site, model, inputs, self.at)
+        located = places.located(site, inputs, self.at)
         if isinstance(self.to, Tensor):
-            self._check_width(model, site, self.to.shape[-1] if self.to.ndim else 0)
-            return located, []
+            self._check_width(places.model, site, self.to.shape[-1] if self.to.ndim else 0)
+            return located, Located()
         kinds = ("zero", "mean", "position_mean")
         if self.to not in kinds:
             raise InterventionError(
@@ -43,14 +44,14 @@ class Ablate(_Intervention):
                 f"{did_you_mean(self.to, kinds)}"
             )
         if self.to == "zero":
-            return located, []
+            return located, Located()
         if self.reference is None:
             raise InterventionError(
                 f"Ablate(to={self.to!r}) needs reference=record(model, inputs, …): the runs whose "
                 "mean is written."
             )
         at = self.at if self.reference_at is None else self.reference_at
-        reference = self._located(site, model, _inputs_of(self.reference), at)
+        reference = places.located(site, inputs_of(self.reference), at)
         sizes = sorted({len(inner) for _, inner in [*located, *reference]})
         if self.to == "position_mean" and len(sizes) != 1:
             raise RegionError(
@@ -59,15 +60,14 @@ class Ablate(_Intervention):
             )
         return located, reference
 
-    def _edit(
-        self, model: Model, site: Site, located: Located, reference: Located
-    ) -> Callable[[Any], Any]:
-        value = self._value(model, site, reference)
+    def _edit(self, placed: Placed) -> Callable[[Any], Any]:
+        site, (located, reference) = placed.where, placed.located
+        value = self._value(placed, reference)
         if self.to == "position_mean":
             value = value.repeat(len(located), *(1 for _ in value.shape[1:]))
 
         def edit(activation: Any) -> Any:
-            index = index_of(located, self.heads, activation[0].device)
+            index = located.index(self.heads, activation[0].device)
             old = rows_at(activation, index)
             if value.ndim:
                 self._check_features(site, old.shape[-1], value.shape[-1])
@@ -75,13 +75,13 @@ class Ablate(_Intervention):
 
         return edit
 
-    def _value(self, model: Model, site: Site, reference: Located) -> Tensor:
+    def _value(self, placed: Placed, reference: Located) -> Tensor:
         if isinstance(self.to, Tensor):
             return self.to
         if self.reference is None or self.to == "zero":
             return torch.zeros(())
-        values = _recorded(model, self.reference, site)
-        rows = rows_at(values, index_of(reference, self.heads, values[0].device))
+        values = recorded_at(placed, self.reference)
+        rows = rows_at(values, reference.index(self.heads, values[0].device))
         if self.to == "mean":
             return rows.mean(0)
         return rows.unflatten(0, (len(reference), -1)).mean(0)

@@ -1,11 +1,12 @@
 """Several interventions in one run: a `Chain` for users, a `Cell` for sweeps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hooked_vlm.errors import InterventionError
 from hooked_vlm.interventions.ablate import Ablate
-from hooked_vlm.interventions.base import Edit, SiteName
+from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
 from hooked_vlm.interventions.recording import Model, Recording
 
 
@@ -54,33 +55,54 @@ class Cell:
         """The interventions of this cell alone."""
         return self.interventions[self.n_base :]
 
+    def placed(self, model: Model, inputs: Mapping[str, Any], places: Places) -> "Cell":
+        """Returns the cell with every intervention checked and located, those in chains too.
+
+        Raises what is wrong with any of them; nothing runs.
+        """
+        base, own = (
+            tuple(_placed(part, model, inputs, places) for part in flattened(these))
+            for these in (self.base, self.own)
+        )
+        return Cell(self.coords, (*base, *own), len(base))
+
     def with_sources(self, recorded: Mapping[int, Recording]) -> "Cell":
         """Returns the cell with its interventions reading recorded runs (by `id` of the inputs)."""
-        return replace(self, interventions=tuple(_sourced(i, recorded) for i in self.interventions))
+        return replace(self, interventions=tuple(_reading(i, recorded) for i in self.interventions))
 
 
-def parts_of(interventions: Sequence[Any]) -> Iterator[Any]:
-    """Yields every single intervention, those inside chains too."""
-    pending = list(interventions)
-    while pending:
-        part = pending.pop()
-        inner = getattr(part, "parts", None)
+def flattened(interventions: Iterable[Any]) -> Iterator[Any]:
+    """Yields every single intervention in the order in which they act, those in chains too."""
+    for intervention in interventions:
+        inner = getattr(intervention, "parts", None)
         if inner is None:
-            yield part
+            yield intervention
         else:
-            pending += inner
+            yield from flattened(inner)
 
 
 def source_of(intervention: Any) -> tuple[str, Any]:
     """Returns the field of an intervention that names another run, and that run (or None)."""
-    name = "reference" if isinstance(intervention, Ablate) else "source"
-    return name, getattr(intervention, name, None)
+    part = intervention.part if isinstance(intervention, Placed) else intervention
+    name = "reference" if isinstance(part, Ablate) else "source"
+    return name, getattr(part, name, None)
 
 
-def _sourced(intervention: Any, recorded: Mapping[int, Recording]) -> Any:
-    if isinstance(intervention, Chain):
-        return Chain(*(_sourced(part, recorded) for part in intervention.parts))
+def _placed(part: Any, model: Model, inputs: Mapping[str, Any], places: Places) -> Any:
+    if hasattr(part, "place"):
+        return part.place(model, inputs, places)
+    if not hasattr(part, "hooks_for"):
+        raise InterventionError(
+            f"{part!r} is no intervention: give Patch, Ablate, Steer, Chain, HookAt or a pair "
+            "(name, function)."
+        )
+    if hasattr(part, "check"):
+        part.check(model, inputs)
+    return part  # an intervention of the user's own: it runs by hooks
+
+
+def _reading(intervention: Any, recorded: Mapping[int, Recording]) -> Any:
     name, source = source_of(intervention)
     if source is not None and id(source) in recorded:
-        return replace(intervention, **{name: recorded[id(source)]})
+        return intervention.reading(**{name: recorded[id(source)]})
     return intervention

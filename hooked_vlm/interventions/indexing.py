@@ -7,6 +7,7 @@ of an index along the site's first axis (prompt or image) and indices along its 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,24 @@ from hooked_vlm.regions.positions import AnyOf, InImage, PromptRow, Span
 from hooked_vlm.regions.region import Region
 
 
-Located = list[tuple[int, Int[Tensor, " _"]]]
+class Located(list[tuple[int, Tensor]]):
+    """Where something is: an index along a site's first axis, and indices along its second."""
+
+    @cached_property
+    def first(self) -> int:
+        """The lowest index along the second axis; 0 where nothing was located."""
+        return min((int(inner.min()) for _, inner in self if len(inner)), default=0)
+
+    @cached_property
+    def _indices(self) -> dict[Any, tuple[Tensor, ...]]:
+        return {}
+
+    def index(self, heads: tuple[int, ...] | None, device: torch.device) -> tuple[Tensor, ...]:
+        """Returns `index_of` these, made once for each device."""
+        key = heads, device
+        if key not in self._indices:
+            self._indices[key] = index_of(self, heads, device)
+        return self._indices[key]
 
 
 def needs_text(place: Any) -> bool:
@@ -40,12 +58,12 @@ def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
     """
     axes = site.axes.split()
     if axes[:2] == ["batch", "pos"]:
-        return [
+        return Located(
             (b, row.real if place is None else place.positions(row)) for b, row in enumerate(rows)
-        ]
+        )
     if axes[0] != "image" or axes[1] not in ("patch", "token"):
         raise _no_positions(site)
-    located = []
+    located = Located()
     for row in rows:
         for grid, region in _images(place, row, site):
             located += _in_encoder(site, region, grid)
@@ -83,12 +101,12 @@ def locate_pairs(
         outer = [
             (_only_grid(t).image, _only_grid(s).image) for t, s in zip(rows, sources, strict=True)
         ]
-    targets = [(o, t) for (o, _), (t, _) in zip(outer, found, strict=True)]
-    return targets, [(o, s) for (_, o), (_, s) in zip(outer, found, strict=True)]
+    targets = Located((o, t) for (o, _), (t, _) in zip(outer, found, strict=True))
+    return targets, Located((o, s) for (_, o), (_, s) in zip(outer, found, strict=True))
 
 
 def index_of(
-    located: Located, heads: Sequence[int] | None, device: torch.device
+    located: Sequence[tuple[int, Tensor]], heads: Sequence[int] | None, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Returns located positions as one index into an activation: row by row, all or some heads.
 
@@ -194,7 +212,7 @@ def _images(place: Any, row: PromptRow, site: Site) -> list[tuple[TokenGrid, Reg
     return [(row.grids[0], place)]  # type: ignore[list-item]
 
 
-def _in_encoder(site: Site, region: Region, grid: TokenGrid) -> Located:
+def _in_encoder(site: Site, region: Region, grid: TokenGrid) -> list[tuple[int, Tensor]]:
     """Returns a region's rows at a vision or projector site, tile by tile."""
     token_site = "token" in site.axes.split()
     rows = grid.projected if token_site else grid.patches

@@ -6,9 +6,10 @@ from typing import Any
 
 from hooked_vlm.errors import InterventionError, RegionError
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.interventions.base import _inputs_of, _Intervention, _recorded, _rows
-from hooked_vlm.interventions.indexing import Located, index_of, locate_pairs, rows_at, with_rows_at
-from hooked_vlm.interventions.recording import Model, Source
+from hooked_vlm.interventions.base import _Intervention
+from hooked_vlm.interventions.indexing import Located, locate_pairs, rows_at, with_rows_at
+from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded_at
+from hooked_vlm.interventions.recording import Source
 from hooked_vlm.regions.pairs import CellPairs
 
 
@@ -27,32 +28,31 @@ class Patch(_Intervention):
     source: Source
     source_at: Any = None
 
-    def _edit(
-        self, model: Model, site: Site, targets: Located, sources: Located
-    ) -> Callable[[Any], Any]:
-        values = _recorded(model, self.source, site)
-        taken = rows_at(values, index_of(sources, self.heads, values[0].device))
+    def _edit(self, placed: Placed) -> Callable[[Any], Any]:
+        targets, sources = placed.located
+        values = recorded_at(placed, self.source)
+        taken = rows_at(values, sources.index(self.heads, values[0].device))
 
         def edit(activation: Any) -> Any:
             here = activation[0]
-            index = index_of(targets, self.heads, here.device)
+            index = targets.index(self.heads, here.device)
             return with_rows_at(activation, index, taken.to(here.device, here.dtype))
 
         return edit
 
     def _places(
-        self, model: Model, site: Site, inputs: Mapping[str, Any]
+        self, places: Places, site: Site, inputs: Mapping[str, Any]
     ) -> tuple[Located, Located]:
-        source_inputs = _inputs_of(self.source)
+        source_inputs = inputs_of(self.source)
         if isinstance(self.at, CellPairs):
-            rows, others = (_rows(model, i, None) for i in (inputs, source_inputs))
+            rows, others = places.rows(inputs), places.rows(source_inputs)
             targets, sources = locate_pairs(site, self.at, rows, others)
         else:
             source_at = self.at if self.source_at is None else self.source_at
-            targets = self._located(site, model, inputs, self.at)
-            sources = self._located(site, model, source_inputs, source_at)
+            targets = places.located(site, inputs, self.at)
+            sources = places.located(site, source_inputs, source_at)
         if len(sources) == 1 and len(targets) > 1:
-            sources = sources * len(targets)
+            sources = Located(sources * len(targets))
         if len(sources) != len(targets):
             raise InterventionError(
                 f"{self} writes {len(targets)} prompts (or images) from a source that has "

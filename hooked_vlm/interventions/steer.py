@@ -11,8 +11,8 @@ from hooked_vlm.analysis.directions import add, scale_projections
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.base import _Intervention
-from hooked_vlm.interventions.indexing import Located, index_of, rows_at, with_rows_at
-from hooked_vlm.interventions.recording import Model
+from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
+from hooked_vlm.interventions.placing import Placed, Places
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,7 +29,7 @@ class Steer(_Intervention):
     alpha: float
     mode: str = "add"
 
-    def _places(self, model: Model, site: Site, inputs: Mapping[str, Any]) -> tuple[Located]:
+    def _places(self, places: Places, site: Site, inputs: Mapping[str, Any]) -> tuple[Located]:
         if self.mode not in ("add", "project"):
             raise InterventionError(
                 f"Steer(mode={self.mode!r}) is not known; use 'add' or 'project'."
@@ -40,20 +40,20 @@ class Steer(_Intervention):
                 f"Steer(mode='add') moves along one direction, and {len(self._rows)} were given. "
                 "Chain one Steer for each, or use mode='project'."
             )
-        self._check_width(model, site, self._rows.shape[-1])
-        return (self._located(site, model, inputs, self.at),)
+        self._check_width(places.model, site, self._rows.shape[-1])
+        return (places.located(site, inputs, self.at),)
 
     @property
     def _rows(self) -> Tensor:
         return self.directions if self.directions.ndim == 2 else self.directions[None]
 
-    def _edit(self, _model: Model, site: Site, located: Located) -> Callable[[Any], Any]:
-        rows = self._rows
+    def _edit(self, placed: Placed) -> Callable[[Any], Any]:
+        site, (located,), rows = placed.where, placed.located, self._rows
 
         def edit(activation: Any) -> Any:
             if self.alpha == 0:
                 return activation
-            index = index_of(located, self.heads, activation[0].device)
+            index = located.index(self.heads, activation[0].device)
             old = rows_at(activation, index)
             self._check_features(site, old.shape[-1], rows.shape[-1])
             if self.mode == "add":

@@ -18,8 +18,7 @@ from hooked_vlm.engine.run import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.stages import RowPlan, job_of
 from hooked_vlm.engine.vision import tower_depth
 from hooked_vlm.hooks.names import last_block
-from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell, parts_of, source_of
+from hooked_vlm.interventions.chain import Cell, flattened, source_of
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.memory import size_text
 
@@ -247,10 +246,10 @@ class CheckedCells(Sequence[Cell]):
     def _sources(self) -> dict[int, int | None]:
         """Returns, by source, the last block that is read of it (None: it runs to the end)."""
         wanted: dict[int, list[str]] = {}
-        for part in (part for cell in self.cells for part in parts_of(cell.interventions)):
+        for part in (part for cell in self.cells for part in flattened(cell.interventions)):
             _, source = source_of(part)
             if source is not None and not isinstance(source, Recording):
-                wanted.setdefault(id(source), []).append(site_of(self.model, part.site).name)
+                wanted.setdefault(id(source), []).append(part.site)
         return {key: last_block(names) for key, names in wanted.items()}
 
     def _shortcuts(

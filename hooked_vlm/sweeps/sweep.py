@@ -25,8 +25,9 @@ from hooked_vlm.engine.restart import run_cells
 from hooked_vlm.engine.run import run_growing, run_plain
 from hooked_vlm.engine.shared import recorded_once
 from hooked_vlm.errors import InterventionError, did_you_mean
-from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell, parts_of, source_of
+from hooked_vlm.interventions.chain import Cell, flattened, source_of
+from hooked_vlm.interventions.hook_at import HookAt
+from hooked_vlm.interventions.placing import Places
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.sweeps.attribution import first_order
 from hooked_vlm.sweeps.plan import CheckedCells
@@ -46,9 +47,9 @@ ENGINES = ("growing", "restart", "plain")
 class Sweep:
     """Interventions over named axes, all on the same inputs.
 
-    `make` is called with one value of every axis, by name, and returns an intervention
-    (or a list of them, or None for the clean run).  `base` is what every cell begins with,
-    in front of its own (a swap *under* an ablation).
+    `make` is called with one value of every axis, by name, and returns an intervention, a
+    pair (site's name, hook function), a list of these, or None for the clean run.  `base` is
+    what every cell begins with, before its own (a swap *under* an ablation).
     """
 
     inputs: Mapping[str, Any]
@@ -60,10 +61,8 @@ class Sweep:
         """Yields the coordinates and interventions of every cell, the last axis fastest."""
         for values in product(*self.axes.values()):
             made = self.make(**dict(zip(self.axes, values, strict=True)))
-            if made is None:
-                made = []
-            own = tuple(made) if isinstance(made, list | tuple) else (made,)
-            yield Cell(values, (*self.base, *own), len(self.base))
+            base, own = _interventions(self.base), _interventions([] if made is None else made)
+            yield Cell(values, (*base, *own), len(base))
 
     def plan(self, model: Any) -> CheckedCells:
         """Returns every cell with everything checked; nothing runs.
@@ -72,10 +71,8 @@ class Sweep:
         """
         if not self.axes or not all(len(values) for values in self.axes.values()):
             raise InterventionError(f"A sweep needs axes with values; given: {dict(self.axes)}.")
-        cells = list(self.cells())
-        for cell in cells:
-            for intervention in cell.interventions:
-                intervention.check(model, self.inputs)
+        places = Places(model)  # each distinct place is located once for the whole sweep
+        cells = [cell.placed(model, self.inputs, places) for cell in self.cells()]
         return CheckedCells(model, self.inputs, cells)
 
     def recorded(self, model: Any) -> list[Cell]:
@@ -86,12 +83,10 @@ class Sweep:
         """
         cells = self.plan(model)
         wanted: dict[int, tuple[Any, set[str]]] = {}
-        for part in (part for cell in cells for part in parts_of(cell.interventions)):
+        for part in (part for cell in cells for part in flattened(cell.interventions)):
             _, source = source_of(part)
             if source is not None and not isinstance(source, Recording):
-                wanted.setdefault(id(source), (source, set()))[1].add(
-                    site_of(model, part.site).name
-                )
+                wanted.setdefault(id(source), (source, set()))[1].add(part.site)
         recorded = {
             key: recorded_once(model, inputs, sorted(n)) for key, (inputs, n) in wanted.items()
         }
@@ -131,7 +126,7 @@ class Sweep:
             )
         scored = self._scored(metric, dims, coords)
         cells = self.recorded(model)
-        scores, said = _executed(
+        scores, said = execute(
             engine, memory, model, self.inputs, cells, scored, on_progress, forward_kwargs
         )
         return self._table([score.float() for score in scores], dims, coords, said)
@@ -191,7 +186,19 @@ class Sweep:
         return xr.DataArray(values, dims=(*self.axes, *dims), coords=labels, attrs={"engine": said})
 
 
-def _executed(
+def _interventions(made: Any) -> tuple[Any, ...]:
+    """Returns what `make` returned as interventions; pairs (name, function) become `HookAt`."""
+    if _is_hook(made) or not isinstance(made, list | tuple):
+        made = [made]
+    return tuple(HookAt(*item) if _is_hook(item) else item for item in made)
+
+
+def _is_hook(item: Any) -> bool:
+    pair = isinstance(item, tuple) and len(item) == 2
+    return pair and isinstance(item[0], str | int) and callable(item[1])
+
+
+def execute(
     engine: str,
     memory: int | None,
     model: Any,

@@ -1,19 +1,13 @@
 """Activation patching, as TransformerLens's users know it, for runs with images.
 
-Take two runs that differ in what you ask about: a clean one, whose activations were
-cached, and a corrupted one, which gives another answer.  Run the corrupted inputs again
-and again, each time with one activation (one layer, one position, one head) replaced by
-the clean one, and measure how much of the clean answer comes back.  Where much does,
-that activation carries what makes the difference; where nothing does, it is not needed,
-or others carry it too.
+The corrupted inputs run again and again, each time with one activation (one layer, position
+or head) replaced by that of a clean run.  The metric measures how much of the clean answer
+comes back; where much does, that activation carries what makes the difference.
 
-Names, setters, argument order and the axes of results are those of
-`transformer_lens.patching`.  What is new: corrupted inputs hold images; `tower=` patches
-the vision encoder (`pos` is then a patch) or the projector; axes are as long as the
-cached activations are (k and v have their own number of heads); and a clean run that
-does not fit the corrupted one is an `InterventionError` before anything runs.  A head's
-"out" is its z.  Patches that map one region to another, and faster sweeps, are written
-with `Patch` and `Sweep`.
+Names, setters, argument order and axes of results are those of `transformer_lens.patching`.
+New: corrupted inputs hold images; `tower=` patches the vision encoder (`pos` is then a patch)
+or the projector; all indices run as one sweep; a clean run that does not fit the corrupted
+one is an `InterventionError` before anything runs.  A head's "out" is its z.
 
     _, clean_cache = model.run_with_cache(clean_inputs)
     scores = get_act_patch_resid_pre(model, corrupted_inputs, clean_cache, metric)  # [layer, pos]
@@ -33,6 +27,10 @@ from torch.nn.functional import pad
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name
 from hooked_vlm.hooks.sites import Site
+from hooked_vlm.interventions.chain import Cell
+from hooked_vlm.interventions.hook_at import HookAt
+from hooked_vlm.interventions.placing import Places
+from hooked_vlm.sweeps.sweep import execute
 
 
 PatchSetter = Callable[[Tensor, list[int], Tensor], Tensor | None]
@@ -59,16 +57,10 @@ def _index_setter(corrupted: Tensor, index: list[int], clean: Tensor) -> Tensor:
     return corrupted
 
 
-layer_pos_patch_setter = _index_setter
-"""Index `[layer, pos]` of `[batch, pos, ...]`."""
-layer_pos_head_vector_patch_setter = _index_setter
-"""Index `[layer, pos, head]` of `[batch, pos, head, d_head]`."""
-layer_head_pattern_patch_setter = _index_setter
-"""Index `[layer, head]` of `[batch, head, query, key]`: the head's whole pattern."""
-layer_head_pos_pattern_patch_setter = _index_setter
-"""Index `[layer, head, dest_pos]` of `[batch, head, query, key]`: where a position looks."""
+# Indices into [batch, pos, ...], [batch, pos, head, d_head] and [batch, head, query, key].
+layer_pos_patch_setter = layer_pos_head_vector_patch_setter = _index_setter
+layer_head_pattern_patch_setter = layer_head_pos_pattern_patch_setter = _index_setter
 layer_head_dest_src_pos_pattern_patch_setter = _index_setter
-"""Index `[layer, head, dest_pos, src_pos]` of `[batch, head, query, key]`: one entry."""
 
 
 def layer_head_vector_patch_setter(corrupted: Tensor, index: list[int], clean: Tensor) -> Tensor:
@@ -82,6 +74,9 @@ def pos_patch_setter(corrupted: Tensor, index: list[int], clean: Tensor) -> Tens
     """Index `[pos]` of `[batch, pos, ...]`, at sites that have no layer."""
     return _index_setter(corrupted, [0, *index], clean)
 
+
+_BY_POSITION = (_index_setter, pos_patch_setter)
+"""Setters that change nothing before the position of their index."""
 
 # --- the one function that patches ----------------------------------------------------------
 
@@ -99,6 +94,7 @@ def generic_activation_patch(
     *,
     tower: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    engine: str = "growing",
 ) -> Any:
     """Returns the metric of the corrupted run with one clean activation put in, for each index.
 
@@ -113,7 +109,8 @@ def generic_activation_patch(
 
     `patching_metric` takes logits `[batch, pos, d_vocab]` and returns one number.  With
     `return_index_df` the result is `(result, index_df)`.  `on_progress(done, total)`
-    counts forward passes: one for each index.
+    counts indices.  All indices run as one sweep, by the fastest `engine` that is allowed (see
+    `Sweep.run`); `engine="plain"` is one whole forward pass for each.
 
     Raises `InterventionError`, before any forward pass, for a site that the cache lacks or
     that cannot be written, for a clean run of another length or image size, for images of
@@ -135,16 +132,20 @@ def generic_activation_patch(
         index_df = pd.DataFrame(list(product(*map(range, sizes))), columns=pd.Index(axes))
     _check_indices(index_df, sizes, layers)
 
-    values = []
-    with torch.no_grad():
-        for done, row in enumerate(index_df.itertuples(index=False), start=1):
-            index = [int(i) for i in row]
-            site = sites[index[axes.index("layer")] if "layer" in axes else None]
-            hook = partial(_patch, setter=patch_setter, index=index, clean=clean_cache[site.name])
-            logits = model.run_with_hooks(corrupted_inputs, [(site.name, hook)])
-            values.append(_number(patching_metric(logits)))
-            if on_progress is not None:
-                on_progress(done, len(index_df))
+    places, cells = Places(model), []
+    for row in index_df.itertuples(index=False):
+        index = [int(i) for i in row]
+        site = sites[index[axes.index("layer")] if "layer" in axes else None]
+        hook = partial(_patch, setter=patch_setter, index=index, clean=clean_cache[site.name])
+        # Setters of ours leave earlier positions alone; one of the user's may read them.
+        by_pos = patch_setter in _BY_POSITION and "pos" in axes
+        edit = HookAt(site.name, hook, index[axes.index("pos")] if by_pos else 0)
+        cells.append(Cell(tuple(index), (edit,)).placed(model, corrupted_inputs, places))
+
+    def metric(logits: Tensor) -> Tensor:
+        return _number(patching_metric(logits))
+
+    values, _ = execute(engine, None, model, corrupted_inputs, cells, metric, on_progress, {})
     result = torch.stack(values) if flat else torch.stack(values).reshape(sizes)
     return (result, index_df) if return_index_df else result
 

@@ -190,7 +190,7 @@ def test_first_layers() -> None:
     }
     for layer, cell in cells.items():
         sweep = Sweep(make_inputs("llava"), {"i": [0]}, make=lambda i, cell=cell: cell)
-        assert first_layer(model, next(sweep.cells())) == layer
+        assert first_layer(model, sweep.plan(model)[0]) == layer
 
 
 def test_residuals_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,12 +262,17 @@ def test_what_lies_below_in_the_encoder() -> None:
     model = tiny("llava")
     assert model.cfg.vision is not None
     n_blocks, site = model.cfg.vision.n_layers, "vision_encoder.blocks.1.{}"
+    inputs = make_inputs("llava")
+
+    def placed(*parts):
+        return [part.place(model, inputs) for part in parts]
+
     depth = {
-        name: tower_depth(model, [Ablate(site.format(name))])
+        name: tower_depth(model, placed(Ablate(site.format(name))))
         for name in ("hook_resid_pre", "attn.hook_z", "hook_resid_post")
     }
     assert depth == {"hook_resid_pre": 1, "attn.hook_z": 1, "hook_resid_post": 2}
-    assert tower_depth(model, [Ablate("vision_projector.hook_out")]) == n_blocks
-    assert tower_depth(model, [Ablate(site.format("hook_resid_post")), Ablate(0)]) == 2
+    assert tower_depth(model, placed(Ablate("vision_projector.hook_out"))) == n_blocks
+    assert tower_depth(model, placed(Ablate(site.format("hook_resid_post")), Ablate(0))) == 2
     assert tower_depth(model, [("hook_embed", lambda x, hook: x)]) == 0
-    assert tower_depth(model, [Ablate("vision_encoder.hook_patch_embed")]) == 0
+    assert tower_depth(model, placed(Ablate("vision_encoder.hook_patch_embed"))) == 0

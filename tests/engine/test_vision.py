@@ -20,7 +20,7 @@ from hooked_vlm.engine.run import BOUNDS, run_growing, run_plain
 from hooked_vlm.engine.stages import in_front, job_of
 from hooked_vlm.engine.vision import TowerRestart, merges_first
 from hooked_vlm.interventions.ablate import Ablate
-from hooked_vlm.interventions.chain import Chain
+from hooked_vlm.interventions.chain import Chain, flattened
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.model.vlm import HookedVLM
@@ -223,10 +223,12 @@ def test_what_changes_nothing_has_the_clean_logits_bit_for_bit(family: str) -> N
 
 def test_what_is_in_front() -> None:
     model = tiny("llava")
-    parts = [Chain(Ablate("hook_embed"), Ablate(2)), Ablate("vision_encoder.hook_out"), Ablate(0)]
+    inputs = make_inputs("llava")
+    chain = Chain(Ablate("hook_embed"), Ablate(2)), Ablate("vision_encoder.hook_out"), Ablate(0)
+    parts = [part.place(model, inputs) for part in flattened(chain)]
     assert [part.site for part in in_front(model, parts)] == [
         "hook_embed",
         "vision_encoder.hook_out",
     ]
-    merged = [Ablate("hook_merged_embed")]
+    merged = [Ablate("hook_merged_embed").place(model, inputs)]
     assert in_front(model, merged) == [] and in_front(model, merged, merged_first=False) == merged

@@ -1,0 +1,178 @@
+"""An intervention bound to a model and inputs: located once, then read by all that runs it.
+
+An intervention is placed for certain inputs.  On others, or on one image of several, its
+indices would still fit somewhere; a wrong number is worse than an error, so the hook
+function refuses to act on anything but what it was placed for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from hooked_vlm.errors import InterventionError
+from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.names import resolve_name, slot_name
+from hooked_vlm.hooks.sites import Site
+from hooked_vlm.inputs.prepare import rows_of
+from hooked_vlm.interventions.indexing import Located, locate, needs_text, rows_needed
+from hooked_vlm.interventions.recording import Model, Recording, Source, record
+from hooked_vlm.regions.positions import PromptRow
+
+
+SiteName = str | int
+"""A hook name, or the number of a slot of the LM's residual stream (slot 0: block 0's input)."""
+
+Edit = tuple[str, Callable[..., Any]]
+
+
+def site_of(model: Model, name: SiteName) -> Site:
+    """Returns a model's site by name or slot, or raises `InterventionError` for a read-only one."""
+    if isinstance(name, int):
+        name = slot_name(name, model.cfg.n_layers)
+    site = model.sites[resolve_name(name, model.sites)]
+    if site.read_only:
+        raise InterventionError(f"{site.name} cannot be written: {site.read_only}.")
+    return site
+
+
+class Places:
+    """Where places lie in inputs, each located once as long as this object is kept."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        # By identity; the objects are kept with the answers, so that no other gets their id.
+        self._rows: dict[Any, tuple[Any, list[PromptRow]]] = {}
+        self._located: dict[Any, tuple[Any, Located]] = {}
+
+    def rows(self, inputs: Mapping[str, Any], *, text: bool = False) -> list[PromptRow]:
+        """Returns the prompts of some inputs, with the text of their tokens if asked for."""
+        key = id(inputs), text
+        if key not in self._rows:
+            self._rows[key] = inputs, rows_of(inputs, self.model.grids(inputs), text)
+        return self._rows[key][1]
+
+    def located(self, site: Site, inputs: Mapping[str, Any], at: Any) -> Located:
+        """Returns where a place is at a site (at all sites by prompt and position it is alike)."""
+        by_position = site.axes.split()[:2] == ["batch", "pos"]
+        key = id(inputs), id(at), None if by_position else site.name
+        if key not in self._located:
+            found = locate(site, at, self.rows(inputs, text=needs_text(at)))
+            self._located[key] = (inputs, at), found
+        return self._located[key][1]
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """An intervention bound to a model and inputs: checks, engines and hooks all read this."""
+
+    part: Any
+    where: Site
+    inputs: Mapping[str, Any]
+    located: tuple[Located, ...]
+    """Where it writes, and where its source is read."""
+    places: Places
+
+    @property
+    def site(self) -> str:
+        """The name of the site."""
+        return self.where.name
+
+    @property
+    def first(self) -> int:
+        """The first position (or row), padding counted, that this changes."""
+        return self.located[0].first
+
+    def hooks_for(self, *_: Any) -> list[Edit]:
+        """Returns the hook that carries this out; a source that is not recorded yet is run."""
+        return [(self.site, self._hook)]
+
+    def reading(self, **sources: Any) -> "Placed":
+        """Returns the same with other runs of the same inputs to read from."""
+        return replace(self, part=replace(self.part, **sources))
+
+    @cached_property
+    def _hook(self) -> Callable[..., Any]:
+        return guarded(
+            self.part._edit(self), self.inputs, self.where, self.places.rows(self.inputs)
+        )
+
+    def __str__(self) -> str:
+        return str(self.part)
+
+
+def recorded_at(placed: Placed, source: "Source") -> Any:
+    """Returns what a source has at a site, checked to be of its prompts (or images)."""
+    model, site = placed.places.model, placed.where
+    run = source if isinstance(source, Recording) else record(model, source, [site.name])
+    values = run.cache[site.name]
+    require_made_for(site, values, run.inputs, placed.places.rows(run.inputs))
+    return values
+
+
+def inputs_of(source: "Source") -> Mapping[str, Any]:
+    return source.inputs if isinstance(source, Recording) else source
+
+
+def guarded(
+    edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, rows: Sequence[PromptRow]
+) -> Callable:
+    """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
+    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+
+    def hook_fn(activation: Any, hook: HookPoint) -> Any:
+        if hook.call > 0 and not site.axes.startswith("batch pos"):
+            raise InterventionError(
+                f"{hook.name} runs once for each image of these inputs, so an intervention there "
+                "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "
+                "image at a time."
+            )
+        _require(site, activation, inputs, needed)
+        return edit(activation)
+
+    return hook_fn
+
+
+def require_made_for(
+    site: Site, activation: Any, inputs: Mapping[str, Any], rows: Sequence[PromptRow]
+) -> None:
+    """Raises `InterventionError` unless an activation is of these prompts, or of their images.
+
+    Images may have more rows than their grids tell (of registers, say), but not fewer.
+    """
+    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+    _require(site, activation, inputs, needed)
+
+
+def _require(
+    site: Site, activation: Any, inputs: Mapping[str, Any], needed: Mapping[int, int] | None
+) -> None:
+    """Does what `require_made_for` says; `needed` are the rows of each image (None: by prompt)."""
+    if needed is None:
+        _require_prompts(site.name, activation, inputs)
+        return
+    for image, n_rows in needed.items():
+        if image < len(activation) and len(activation[image]) < n_rows:
+            raise InterventionError(
+                f"{site.name} has {len(activation[image])} rows for an image that its grid gives "
+                f"{n_rows}: the model merges them in front of this site. Use the same region at a "
+                "block of the vision encoder, at vision_projector.hook_out or at slot 0, or a hook "
+                "function here."
+            )
+
+
+def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> None:
+    ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
+    if ids is None:
+        raise InterventionError(
+            f"There are no positions to intervene at {name}: these inputs have no input_ids. Use "
+            "a hook function: fwd_hooks=[(name, fn)]."
+        )
+    batch, length = ids.shape
+    if (ran := tuple(activation.shape[:2])) != (batch, length):
+        raise InterventionError(
+            f"An intervention at {name} was made for {batch} prompts of {length} positions and "
+            f"ran on {ran[0]} of {ran[1]}. Give hooks(…, inputs=…) the inputs that you run; in a "
+            "generation, interventions act on the prompt: prefill_only=True. Where a model's "
+            "blocks run on other positions than the prompt's, use a hook function there."
+        )
