@@ -18,7 +18,7 @@ from hooked_vlm.sweeps import transformer_lens
 TOWER = "vision_encoder"
 
 
-WITHIN = {"rtol": 1e-4, "atol": 1e-5}
+WITHIN: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 """How far the fast engine may be from passes by hand."""
 
 
