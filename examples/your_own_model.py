@@ -2,7 +2,7 @@
 
     python examples/your_own_model.py [MODEL]
 
-Without MODEL, the script builds a small LLaVA with random weights from its configuration and
+Without MODEL, the script builds a small LLaVA with random weights from a configuration and
 passes tensors directly, without a processor. With MODEL (a folder, a hub name such as
 Qwen/Qwen2-VL-2B-Instruct, or a shipped model), it loads model and processor.
 """
@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from hooked_vlm import Ablate, HookedVLM
 
@@ -28,14 +28,13 @@ if given.model:
     inputs = model.prepare(pixels, "Describe the image.")
 else:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            **sizes, num_hidden_layers=3, image_size=96, patch_size=16
-        ).to_dict(),
-        text_config=LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=100).to_dict(),
+    config = AutoConfig.for_model(
+        "llava",
+        vision_config={**sizes, "num_hidden_layers": 3, "image_size": 96, "patch_size": 16},
+        text_config={**sizes, "num_hidden_layers": 4, "vocab_size": 100},
         image_token_id=99,
     )
-    hf_model = LlavaForConditionalGeneration(config).eval()
+    hf_model = AutoModelForImageTextToText.from_config(config).eval()
     model = HookedVLM(hf_model)  # a processor is needed only for `prepare`
     prompt = [1, *[99] * 36, 5, 6, 7]  # 36 image tokens for 6 x 6 patches
     inputs = {
