@@ -36,7 +36,7 @@ test-oldest: $(VENV)-oldest/.installed ## tests with the oldest versions that py
 	$(VENV)-oldest/bin/python tests/compatibility.py oldest $(ARGS)
 
 conformance: $(VENV)/.installed-test ## every architecture of transformers against every law (under half an hour)
-	$(BIN)/python tests/conformance/run.py --write docs/conformance.md $(ARGS)
+	$(BIN)/python tests/conformance/run.py --write docs/measured/conformance.md $(ARGS)
 
 docs: $(VENV)/.installed ## the documentation's site, into ./site
 	$(PIP) -e '.[docs]'

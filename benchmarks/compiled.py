@@ -152,7 +152,7 @@ def _read(package: Path, cubin: bytes) -> str:
 
 
 def table(d: int) -> str:
-    """Returns what docs/kernels.md holds, as Markdown; the GPUs' numbers by the stroke."""
+    """Returns what docs/measured/kernels.md holds, as Markdown; the GPUs' numbers by the stroke."""
     lines = [
         "| work | warps | registers | spilled, B | occupancy | loads + stores of 128 bits "
         "| bytes moved for each written |",

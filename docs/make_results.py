@@ -61,8 +61,8 @@ def page(experiment_id: str, runs: Runs) -> str:
             lines += tiles(result)
             for drawing in drawings(result):
                 name = f"{result.anchor}-{drawing.name}-{model}.png".replace("/", "-")
-                write_file(OUT / name, to_png(drawing.figure, dpi=DPI))
-                lines += [f"![{drawing.name}]({name})", f"*{drawing.caption}*"]
+                write_file(OUT / "figures" / name, to_png(drawing.figure, dpi=DPI))
+                lines += [f"![{drawing.name}](figures/{name})", f"*{drawing.caption}*"]
     return "\n\n".join(lines) + "\n"
 
 
@@ -96,7 +96,8 @@ def index(runs: Runs) -> str:
     lines = [
         "# What was found",
         f"Generated from a run of `hooked-vlm reproduce` on the shipped models. {made(runs)} "
-        "They are small models trained on these tasks: see [the small models](../zoo.md).",
+        "They are small models trained on these tasks: see "
+        "[the small models](../reference/zoo.md).",
         "| | on | " + " | ".join(runs) + " |\n|---|---|" + "---|" * len(runs),
     ]
     for step in steps("reproduce"):
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path, help="what `hooked-vlm reproduce --out` wrote")
     runs = read(parser.parse_args().folder)
-    for old in OUT.glob("*.png"):
+    for old in (OUT / "figures").glob("*.png"):
         old.unlink()
     for experiment in EXPERIMENTS.values():
         if any(step.experiment is experiment for step in steps("reproduce")):

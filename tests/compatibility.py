@@ -1,8 +1,8 @@
-"""Runs the tests in this environment and writes a row of docs/compatibility.md with its versions.
+"""Runs the tests in this environment and writes a row of docs/measured/compatibility.md.
 
 `python tests/compatibility.py LABEL [pytest's arguments]`, in any environment that has the
 package with its test extra: `make test-newest` and `make test-oldest` call it.  A row is kept
-until the same label is run again; the rows are in docs/compatibility.json.
+until the same label is run again; the rows are in docs/measured/compatibility.json.
 """
 
 import json
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "measured"
 PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "scikit-learn", "scipy", "pandas", "xarray"),
     *("matplotlib", "pillow", "einops", "jaxtyping", "beartype", "accelerate", "pytest"),
@@ -106,7 +107,7 @@ def main(label: str, arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
-        status = subprocess.run(command, cwd=DOCS.parent, check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
         row = environment() | counted(report) | {"date": datetime.now(UTC).date().isoformat()}
     table = DOCS / "compatibility.json"
     rows = json.loads(table.read_text()) if table.exists() else {}

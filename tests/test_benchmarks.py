@@ -251,7 +251,7 @@ def test_cells_of_kernels_do_something(kernels):
 
 
 def test_predictions_stand_in_the_documentation(kernels):
-    page = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "measured" / "kernels.md").read_text()
     assert kernels.roofline.table() in page
 
 

@@ -9,7 +9,14 @@ import torch
 
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-QUICK = {"01_read_and_write", "e3_ordering_probes", "e4_strip_swap"}
+QUICK = {
+    "read_and_write",
+    "patch_a_region",
+    "sweep_over_slots",
+    "your_own_model",
+    "e3_ordering_probes",
+    "e4_strip_swap",
+}
 
 
 @pytest.mark.parametrize(

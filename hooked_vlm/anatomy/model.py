@@ -132,7 +132,7 @@ def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no {method}(), which hooked_vlm reads the model's parts "
             f"by; transformers {transformers.__version__} seems to have renamed it. Install a "
-            "version from docs/compatibility.md, and report this."
+            "version from docs/measured/compatibility.md, and report this."
         )
     try:
         return None if found is None else found(**kwargs)

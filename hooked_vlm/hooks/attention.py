@@ -131,7 +131,7 @@ def hooked_attention(
             f"{type(module).__name__} packs the patches of all images into one sequence and did "
             f"not say where each image ends (arguments: {', '.join(kwargs)}; expected "
             "cu_seq_lens_q), so its attention would mix images. Install a version of transformers "
-            "from docs/compatibility.md, and report this."
+            "from docs/measured/compatibility.md, and report this."
         )
     if not tap.eager:
         function = _base_function(tap.base, module)

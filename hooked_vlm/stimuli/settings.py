@@ -38,7 +38,7 @@ def stimulus_set(
         if data is None:
             raise DataError(
                 f"The setting {name!r} needs your copy of What'sUp: data=FOLDER (--data FOLDER). "
-                "docs/data.md says how it is laid out."
+                "docs/reference/data.md describes its layout."
             )
         return whatsup.composite_set(whatsup.load(data), name.removeprefix("whatsup-"))
     plain, _, ground = name.partition("-")

@@ -1,6 +1,6 @@
 """Runs the conformance suite and prints its table: `make conformance`.
 
-    python tests/conformance/run.py [MODEL_TYPE ...] [--workers 2] [--write docs/conformance.md]
+    python tests/conformance/run.py [MODEL_TYPE ...] [--workers 2] [--write docs/measured/conformance.md]
 
 Without names, every architecture of the installed transformers is tried.
 """

@@ -157,7 +157,7 @@ def test_a_large_model_without_weights():
     pixels = torch.empty(n_patches, 1176, device="meta")
     inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid}
     said = str(estimate_cache(HookedVLM(hf_model), inputs))
-    page = Path(__file__).parents[2] / "docs" / "large-models.md"
+    page = Path(__file__).parents[2] / "docs" / "guide" / "large-models.md"
     assert said in " ".join(page.read_text().split())
 
 

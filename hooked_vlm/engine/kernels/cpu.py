@@ -11,7 +11,7 @@ nearly equal.  Interchanged tokens that several rows share (one pair under many 
 made once, too, and put into the table.  What remains is done block by block, while a block is
 still in the cache.
 
-docs/kernels.md says what else was measured: clone and `index_put`, `torch.where`,
+docs/measured/kernels.md says what else was measured: clone and `index_put`, `torch.where`,
 `torch.compile`.
 """
 

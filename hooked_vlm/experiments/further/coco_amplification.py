@@ -77,8 +77,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Fits probes on what is answered rightly, then asks every item at every strength."""
     if config.data is None:
         raise DataError(
-            "COCO-spatial needs your copy of the photographs: --data FOLDER. docs/data.md says how "
-            "it is laid out."
+            "COCO-spatial needs your copy of the photographs: --data FOLDER. "
+            "docs/reference/data.md describes its layout."
         )
     listed = load(config.data, config.name)
     found = with_boxes(listed.items, config.data)

@@ -42,8 +42,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks every item in both orders of its options; raises `DataError` without `config.data`."""
     if config.data is None:
         raise DataError(
-            "COCO-spatial needs your copy of the photographs: --data FOLDER. docs/data.md says how "
-            "it is laid out."
+            "COCO-spatial needs your copy of the photographs: --data FOLDER. "
+            "docs/reference/data.md describes its layout."
         )
     found = load(config.data, config.name)
     if not found.items:

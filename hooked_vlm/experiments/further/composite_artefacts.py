@@ -145,7 +145,7 @@ def composites(plain: StimulusSet, variant: str, data: Path | None = None) -> St
 def _folder(given: "Config | Path | None") -> Path:
     folder = given.data if isinstance(given, Config) else given
     if folder is None:
-        raise DataError("What'sUp's photographs need --data FOLDER (docs/data.md).")
+        raise DataError("What'sUp's photographs need --data FOLDER (docs/reference/data.md).")
     return folder
 
 

@@ -2,7 +2,7 @@
 
 The paper joins two of them, the left half of one and the right half of another with the same
 reference in the middle, to a picture of three things (protocol 2.2).  A user's copy of the
-data is read as it lies (`docs/data.md`); what does not match is listed, not fatal.
+data is read as it lies (`docs/reference/data.md`); what does not match is listed, not fatal.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Read activations of a vision-language model, look at an attention map, replace one.
+"""Read activations of a vision-language model, inspect an attention map, and edit it.
 
-    python examples/01_read_and_write.py
+    python examples/read_and_write.py
 
-Runs on a small model that ships with the package; any image-text-to-text model of the
-hub works the same: HookedVLM.from_pretrained("Qwen/Qwen2-VL-7B-Instruct").
+The script runs on a small model that ships with the package. Other image-text-to-text models
+work the same way: HookedVLM.from_pretrained("Qwen/Qwen2-VL-7B-Instruct").
 """
 
 import torch
@@ -26,13 +26,13 @@ inputs = model.prepare(image, question, system=SYSTEM_PROMPT)
 grid = inputs.grid
 print(grid)
 
-# Read: everything at once, by TransformerLens's names.
+# Read all activations in one run. The names follow TransformerLens.
 logits, cache = model.run_with_cache(inputs)
 print("answer:", model.tokenizer.decode(logits[0, -1].argmax()))
 print("residual stream:", tuple(cache["resid_post", 3].shape))
 print("the encoder's patterns:", tuple(cache["pattern", 0, "vision_encoder"].shape))
 
-# Where does the last token of the last layer look? Sum its attention over regions.
+# Sum the attention of the last token in the last layer over regions.
 row = PromptRow(inputs["input_ids"][0], inputs["attention_mask"][0], grids=inputs.grids[0])
 last = LastToken().positions(row)
 attention = cache["pattern", -1][0, :, last].mean(0).squeeze(0)
@@ -43,7 +43,7 @@ for slot in range(3):
     print(f"attention on object {slot}: {on_object:.3f}, on its strip: {on_strip:.3f}")
 
 
-# Write: cut the last token off from the image in every layer, and ask again.
+# Write: block the last token's attention to the image in every layer.
 def knock_out(pattern, hook):
     pattern[:, :, last, grid.positions.flatten()] = 0
     return pattern / pattern.sum(-1, keepdim=True)
