@@ -57,7 +57,6 @@ WORK = {
     "patch": {},
     "patch, add": {"mode": "add"},
     "patch, project": {"mode": "project"},
-    "interchange, 4 axes": {"basis": 4},
 }
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far a way's rows may be from the reference's, as a share of the largest number."""
@@ -93,22 +92,10 @@ def make(shape: Shape, work: dict[str, Any], dtype: torch.dtype, device: str) ->
             "direction_row": (torch.arange(rows) % 2).to(device),
             "strength": torch.linspace(-2, 2, rows).to(device),
         }
-    if "basis" in work:
-        columns = torch.randn(d, work["basis"], generator=dice)
-        made["basis"] = torch.linalg.qr(columns)[0].T.contiguous().to(device)
     return made
 
 
 # Each way is written as one would write it without this package's kernel.
-
-
-def _values(given: dict[str, Any], row: Tensor, pos: Tensor) -> Tensor:
-    """The new values of the tokens at some places, by eager torch."""
-    new = given["source"][given["source_row"][row], given["token_map"][row, pos]]
-    if "basis" not in given:
-        return new
-    old = given["clean"][given["clean_row"][row], pos].float()
-    return (old + (new.float() - old) @ given["basis"].T @ given["basis"]).to(new.dtype)
 
 
 def by_index_put(given: dict[str, Any]) -> Tensor:
@@ -116,7 +103,8 @@ def by_index_put(given: dict[str, Any]) -> Tensor:
     out = given["out"]
     torch.index_select(given["clean"], 0, given["clean_row"], out=out)
     row, pos = (given["token_map"] >= 0).nonzero(as_tuple=True)
-    out.index_put_((row, pos), _values(given, row, pos))
+    new = given["source"][given["source_row"][row], given["token_map"][row, pos]]
+    out.index_put_((row, pos), new)
     if "mode" in given:
         row, pos = given["steer_at"].nonzero(as_tuple=True)
         h = out[row, pos].float()
@@ -137,9 +125,6 @@ def by_where(given: dict[str, Any]) -> Tensor:
     taken = (given["token_map"] >= 0)[..., None]
     rows = given["clean"][given["clean_row"]]
     new = given["source"][given["source_row"][:, None], given["token_map"].clamp(min=0)]
-    if "basis" in given:
-        h, basis = rows.float(), given["basis"]
-        new = (h + (new.float() - h) @ basis.T @ basis).to(rows.dtype)
     rows = torch.where(taken, new, rows)
     if "mode" in given:
         h = rows.float()

@@ -30,7 +30,6 @@ def patched_rows(
     direction_row: Int[Tensor, " row"] | None = None,
     strength: Float[Tensor, " row"] | None = None,
     mode: str = "add",
-    basis: Float[Tensor, "axis d"] | None = None,
     out: Float[Tensor, "row pos d"] | None = None,
     by: str | None = None,
     check_values: bool = True,
@@ -45,11 +44,10 @@ def patched_rows(
         clean_row: which prompt a row starts as.
         source_row: which source it takes tokens from.
         steer_at: which tokens move along the row's direction; with it come the next three.
-        directions: in `clean`'s dtype or in float32, like `basis`.
+        directions: in `clean`'s dtype or in float32.
         direction_row: which direction; -1 for none.
         strength: how far; 0 leaves tokens as they are.
         mode: `"add"`, h + a w, or `"project"`, h + a <h, w> w / |w|^2.
-        basis: orthonormal rows; a patched token then changes inside their span only.
         out: where to write; it must not share memory with what is read.
         by: `"triton"` or `"reference"`; None chooses by device.
         check_values: whether to look at index ranges and vectors, not at shapes alone.
@@ -70,7 +68,7 @@ def patched_rows(
     """
     asked = Asked(
         clean, source, token_map, clean_row, source_row, steer_at, directions, direction_row,
-        strength, mode, basis, out,
+        strength, mode, out,
     )  # fmt: skip
     check(asked, check_values)
     if by is not None and by not in WAYS:

@@ -37,18 +37,12 @@ def small(**changes: Any) -> dict[str, Any]:
 @settings(max_examples=40, deadline=None)
 def test_the_definition_is_what_loops_do(given):
     rows = truth(given)
-    basis = given.get("basis")
     for r in range(rows.shape[0]):
         for p in range(rows.shape[1]):
             h = given["clean"][int(given["clean_row"][r]), p]
             token = int(given["token_map"][r, p])
             if token >= 0:
-                new = given["source"][int(given["source_row"][r]), token]
-                if basis is None:
-                    h = new
-                else:
-                    P = basis.double().T @ basis.double()
-                    h = h - h @ P + new @ P
+                h = given["source"][int(given["source_row"][r]), token]
             k = int(given["direction_row"][r]) if "mode" in given else -1
             if k >= 0 and given["steer_at"][r, p]:
                 w, a = given["directions"][k].double(), given["strength"][r].double()
@@ -67,18 +61,6 @@ def test_steering_is_what_the_interventions_do():
             at = given["steer_at"][r]
             torch.testing.assert_close(rows[r, at], moved[at], rtol=1e-6, atol=1e-6)
             assert torch.equal(rows[r, ~at], clean[~at])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_whole_basis_is_a_patch_and_an_empty_one_is_none(dtype):
-    names = ("clean", "source", "token_map", "clean_row", "source_row")
-    given: dict[str, Any] = {name: small()[name] for name in names}
-    given |= {name: given[name].to(dtype) for name in ("clean", "source")}
-    whole = patched_rows(**given, basis=torch.eye(8))
-    torch.testing.assert_close(whole, patched_rows(**given))
-    assert torch.equal(
-        patched_rows(**given, basis=torch.zeros(0, 8)), given["clean"][given["clean_row"]]
-    )
 
 
 @given(arguments((*DTYPES, torch.float64)))
@@ -128,14 +110,17 @@ def asked(**changes: Any) -> Asked:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"clean": torch.zeros(5, 8)}, r"`clean` is \(5, 8\); expected 3 axes"),
-        ({"source": torch.zeros(3, 6, 7)}, "expected clean's width 8"),
-        ({"token_map": torch.zeros(4, 4, dtype=torch.int64)}, r"a column for each of clean's"),
+        ({"clean": torch.zeros(5, 8)}, r"`clean` is \(5, 8\); expected \[prompt, pos, d\]"),
+        ({"source": torch.zeros(3, 6, 7)}, r"\(3, 6, 7\); expected \[source, source_pos, 8\]"),
+        (
+            {"token_map": torch.zeros(4, 4, dtype=torch.int64)},
+            r"`token_map` is \(4, 4\); expected \[row, 5\]",
+        ),
         ({"clean_row": torch.zeros(1, dtype=torch.int64)}, r"\[4\]; nothing is broadcast"),
         ({"strength": torch.ones(1)}, r"`strength` is \(1,\)"),
         ({"strength": None}, "strength is not given; give all four or none"),
-        ({"directions": torch.zeros(8)}, "one vector of clean's width a row"),
-        ({"basis": torch.eye(7)}, r"\[n, 8\]"),
+        ({"directions": torch.zeros(8)}, r"`directions` is \(8,\); expected \[direction, 8\]"),
+        ({"directions": torch.zeros(2, 7)}, r"\[direction, 8\]"),
         ({"out": torch.zeros(4, 5, 7)}, r"\[4, 5, 8\]"),
         ({"mode": "projekt"}, "Did you mean 'project'"),
         ({"source": torch.zeros(3, 6, 8).half()}, "expected torch.float32; convert it first"),
@@ -151,7 +136,6 @@ def asked(**changes: Any) -> Asked:
         ({"source_row": torch.full((4,), -1)}, "between 0 and 2"),
         ({"direction_row": torch.full((4,), 2)}, "-1 for none"),
         ({"directions": torch.zeros(2, 8), "mode": "project"}, r"Directions \[0, 1\] of 2 are"),
-        ({"basis": torch.ones(2, 8)}, "not orthonormal"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
@@ -168,7 +152,7 @@ def test_writing_over_what_is_read_is_refused():
 
 
 def test_values_are_looked_at_unless_told_otherwise():
-    check(asked(basis=torch.ones(2, 8)), values=False)
+    check(asked(token_map=torch.full((4, 5), 6)), values=False)
     with pytest.raises(InterventionError, match="nothing is broadcast"):
         check(asked(clean_row=torch.zeros(1, dtype=torch.int64)), values=False)
 
