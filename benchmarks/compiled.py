@@ -24,7 +24,7 @@ from hooked_vlm.engine.kernels.checks import Asked
 
 ARCHITECTURES = (80, 90)
 WIDTHS = {"Qwen2-VL-7B": 3584, "Gemma-3-4b": 2560}
-WORK = ("patch", "add", "project", "interchange", "interchange, project")
+WORK = ("patch", "add", "project")
 REGISTERS, THREADS, PROGRAMS, REGISTER_UNIT = 65536, 2048, 32, 256
 """Of one multiprocessor of sm_80 and sm_90; a warp takes registers in units."""
 _TYPES = {
@@ -131,13 +131,9 @@ def _arguments(d: int, dtype: torch.dtype, work: str) -> dict[str, Any]:
     tokens = torch.empty(2, 32, d, dtype=dtype)
     row, place = torch.empty(16, dtype=torch.int64), torch.empty(16, 32, dtype=torch.int64)
     asked = Asked(tokens, tokens, place, row, row)
-    if "add" in work or "project" in work:
-        mode = "project" if "project" in work else "add"
-        steering = (place.bool(), torch.empty(2, d, dtype=dtype), row, row.float(), mode)
+    if work != "patch":
+        steering = (place.bool(), torch.empty(2, d, dtype=dtype), row, row.float(), work)
         asked = Asked(tokens, tokens, place, row, row, *steering)
-    if "interchange" in work:
-        fields = {**vars(asked), "basis": torch.empty(4, d)}
-        asked = Asked(**fields)
     return fused.arguments_of(asked, torch.empty(16, 32, d, dtype=dtype))
 
 

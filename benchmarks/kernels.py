@@ -1,9 +1,10 @@
 """Bandwidth of `patched_rows` beside that of a plain copy, and of other ways to the same rows.
 
-    python -m benchmarks.kernels [--quick] [--json FILE] [--threads N]
+    python -m benchmarks.kernels [--quick] [--json FILE]
     python -m benchmarks.kernels --roofline
 
-Runs on CUDA where there is a GPU, else on the CPU.  A row of the tables is one shape; all ways
+Runs on CUDA.  Without a GPU it runs on one small shape, to compare the ways' rows only: there
+`ours` is the definition, which is not made to be fast.  A row of the tables is one shape; all ways
 take turns on it, all write into the same memory, and times are medians.  GB/s counts two bytes
 for each byte of the rows, one read and one written, for everyone: a way that touches memory more
 often shows it as a lower number.  `copy` is `copy_` of as many bytes, the machine's own bandwidth.
@@ -43,12 +44,7 @@ class Shape:
 
 
 SHAPES = {
-    "cpu": (
-        Shape("in the cache", 4, 184, 512, 8),
-        Shape("12 blocks of 512", 4, 184, 512, 128),
-        Shape("Qwen2-VL-7B", 1, 290, 3584, 29),
-        Shape("Gemma-3-4b", 1, 290, 2560, 35),
-    ),
+    "cpu": (Shape("a trial", 4, 184, 512, 8),),
     "cuda": (
         Shape("12 blocks of 512", 4, 184, 512, 512),
         Shape("Qwen2-VL-7B", 4, 290, 3584, 116),
@@ -61,8 +57,6 @@ WORK = {
     "patch": {},
     "patch, add": {"mode": "add"},
     "patch, project": {"mode": "project"},
-    "interchange, 4 axes": {"basis": 4},
-    "interchange, 4 axes, each row its own": {"basis": 4, "own": True},
 }
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far a way's rows may be from the reference's, as a share of the largest number."""
@@ -81,8 +75,6 @@ def make(shape: Shape, work: dict[str, Any], dtype: torch.dtype, device: str) ->
     column = torch.arange(pos) - shape.first
     taken = (column >= 0) & (column % 12 < 6)
     token_map = torch.where(taken, torch.arange(pos), -1).repeat(rows, 1)
-    if work.get("own"):  # no two rows take the same tokens
-        token_map = torch.where(token_map < 0, -1, (token_map + torch.arange(rows)[:, None]) % pos)
     prompt = torch.arange(rows) % shape.prompts
     made: dict[str, Any] = {
         "clean": noise(shape.prompts, pos, d),
@@ -100,22 +92,10 @@ def make(shape: Shape, work: dict[str, Any], dtype: torch.dtype, device: str) ->
             "direction_row": (torch.arange(rows) % 2).to(device),
             "strength": torch.linspace(-2, 2, rows).to(device),
         }
-    if "basis" in work:
-        columns = torch.randn(d, work["basis"], generator=dice)
-        made["basis"] = torch.linalg.qr(columns)[0].T.contiguous().to(device)
     return made
 
 
 # Each way is written as one would write it without this package's kernel.
-
-
-def _values(given: dict[str, Any], row: Tensor, pos: Tensor) -> Tensor:
-    """The new values of the tokens at some places, by eager torch."""
-    new = given["source"][given["source_row"][row], given["token_map"][row, pos]]
-    if "basis" not in given:
-        return new
-    old = given["clean"][given["clean_row"][row], pos].float()
-    return (old + (new.float() - old) @ given["basis"].T @ given["basis"]).to(new.dtype)
 
 
 def by_index_put(given: dict[str, Any]) -> Tensor:
@@ -123,7 +103,8 @@ def by_index_put(given: dict[str, Any]) -> Tensor:
     out = given["out"]
     torch.index_select(given["clean"], 0, given["clean_row"], out=out)
     row, pos = (given["token_map"] >= 0).nonzero(as_tuple=True)
-    out.index_put_((row, pos), _values(given, row, pos))
+    new = given["source"][given["source_row"][row], given["token_map"][row, pos]]
+    out.index_put_((row, pos), new)
     if "mode" in given:
         row, pos = given["steer_at"].nonzero(as_tuple=True)
         h = out[row, pos].float()
@@ -144,9 +125,6 @@ def by_where(given: dict[str, Any]) -> Tensor:
     taken = (given["token_map"] >= 0)[..., None]
     rows = given["clean"][given["clean_row"]]
     new = given["source"][given["source_row"][:, None], given["token_map"].clamp(min=0)]
-    if "basis" in given:
-        h, basis = rows.float(), given["basis"]
-        new = (h + (new.float() - h) @ basis.T @ basis).to(rows.dtype)
     rows = torch.where(taken, new, rows)
     if "mode" in given:
         h = rows.float()
@@ -223,7 +201,6 @@ def machine() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "processor": platform.processor() or platform.machine(),
-        "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "ours": way_for(clean),
@@ -235,15 +212,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two shapes, without torch.compile")
     parser.add_argument("--roofline", action="store_true", help="print predictions and stop")
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.roofline:
         print(roofline.table())
         return
-    if given.threads:
-        torch.set_num_threads(given.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = SHAPES[device][:2] if given.quick else SHAPES[device]
     dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float32]

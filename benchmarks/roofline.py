@@ -54,9 +54,6 @@ WORK = {
     "patch": (0, 2 * ELEMENT),
     "patch, add": (2, 2 * ELEMENT),  # a w, and the sum
     "patch, project": (6, 2 * ELEMENT),  # <h, w>, |w|^2, a w and the sum
-    "interchange, 1 axis": (5, 3 * ELEMENT),  # a difference; for each axis a dot and a step
-    "interchange, 4 axes": (17, 3 * ELEMENT),
-    "interchange, 16 axes": (65, 3 * ELEMENT),
 }
 
 

@@ -9,7 +9,6 @@ fifth of the paper's object triples.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -193,8 +192,3 @@ def mixed_conversation(rng: random.Random, scene: MixedScene) -> list[Turn]:
     turns = [*rng.sample(scene.relations(phrasing), 3), scene.side(rng), scene.listing()]
     rng.shuffle(turns)
     return turns
-
-
-def first_questions(rng: random.Random, scenes: Sequence[MixedScene]) -> list[Turn]:
-    """Returns one question about the middle entity of each scene, in the paper's words."""
-    return [rng.choice(scene.relations()[:2]) for scene in scenes]

@@ -48,11 +48,6 @@ class Direction:
         """The vector's norm."""
         return float(_double(self.vector).norm())
 
-    @property
-    def unit(self) -> Float[Tensor, " d_model"]:
-        """The vector at norm 1; raises `DataError` for the zero vector."""
-        return _unit_rows(_wide(self.vector)[None])[0].to(self.vector.dtype)
-
     def __repr__(self) -> str:
         return f"Direction({self.name!r}, d={len(self.vector)}, norm={self.scale:.4g})"
 

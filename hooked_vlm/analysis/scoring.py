@@ -8,8 +8,8 @@ could only be scored by a piece that other words share.
 
 Three ways to say that a patched run gave the outcome a hypothesis predicts:
 * `target_probability`: the outcome's candidate probability.  Its mean over pairs is what the
-  paper calls IIA (`mean_target_probability`);
-* `agreement`: whether the top answer is the outcome, interchange-intervention accuracy in
+  paper calls IIA;
+* `matches_answer`: whether the top answer is the outcome, interchange-intervention accuracy in
   the usual, binary sense; on clean runs its mean is the `accuracy`;
 * `logit_difference`: log odds of two candidates, which does not saturate.
 
@@ -92,15 +92,6 @@ def target_probability(
     """
     names, columns = _columns(answers, logits)
     return _own(candidate_probability(logits, tokenizer, names), columns)
-
-
-def mean_target_probability(
-    logits: Float[Tensor, "pair *axes d_vocab"],
-    tokenizer: PreTrainedTokenizerBase,
-    answers: Sequence[str],
-) -> Float[Tensor, "*axes"]:
-    """Returns the mean over pairs of `target_probability`: the paper's "IIA"."""
-    return target_probability(logits, tokenizer, answers).mean(dim=0)
 
 
 def top_answer(

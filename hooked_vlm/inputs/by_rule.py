@@ -10,7 +10,6 @@ checked, so that a position never belongs to the wrong image.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -35,21 +34,6 @@ class ImageLayout:
     @property
     def n_tokens(self) -> int:
         return self.rows * self.cols
-
-
-def image_token_runs(
-    input_ids: Int[Tensor, " pos"], image_token_id: int
-) -> list[Int[Tensor, " run"]]:
-    """Returns the positions of the image tokens of one prompt, as unbroken runs.
-
-    Two images with nothing between them make one run, and one image with row separators
-    (Pixtral) makes a run per row: `token_grids` sorts that out.
-    """
-    found = (input_ids == image_token_id).nonzero().flatten()
-    if not len(found):
-        return []
-    breaks = (found.diff() != 1).nonzero().flatten() + 1
-    return list(torch.tensor_split(found, breaks.cpu()))
 
 
 def token_grids(

@@ -220,36 +220,6 @@ class TokenGrid:
             )
         return self._select(mask_coverage(*self.edges, pixels), rule, name)
 
-    def cell_of_patch(self, patch: int) -> Cell:
-        """Returns the cell over an encoder token (`n_prefix` counted): `Region.patches` back."""
-        if self.patches is not None:
-            found = (self.patches[..., 1] == patch).any(-1) & (self.patches[..., 0] == 0).any(-1)
-            if found.sum() == 1:
-                row, col = found.nonzero()[0].tolist()
-                return row, col
-            raise GridError(
-                f"Encoder token {patch} is a patch of {int(found.sum())} cells of this image, "
-                "which the encoder sees in tiles. See grid.patches."
-            )
-        index = patch - self.n_prefix
-        if not 0 <= index < self.patch_rows * self.patch_cols:
-            raise GridError(
-                f"Encoder token {patch} is no patch: patches are {self.n_prefix} to "
-                f"{self.n_prefix + self.patch_rows * self.patch_cols - 1}."
-            )
-        row, col = divmod(index, self.patch_cols)
-        return row * self.rows // self.patch_rows, col * self.cols // self.patch_cols
-
-    def cell_of_position(self, position: int) -> Cell:
-        """Returns the cell at a position of the prompt: `Region.positions` back."""
-        found = (self.positions == position).nonzero()
-        if not len(found):
-            raise GridError(
-                f"Position {position} holds no visual token of this image; they lie between "
-                f"{int(self.positions[0, 0])} and {int(self.positions[-1, -1])}."
-            )
-        return int(found[0, 0]), int(found[0, 1])
-
     def describe(self) -> str:
         """Returns one line, such as "12x12 visual tokens of 28x28 px, 24x24 patches, image
         336x336"; the pixels are those of the image you gave."""

@@ -117,7 +117,7 @@ def pair_cells(
     >>> left, right = Region.column_band((16, 16), 0, 5), Region.column_band((16, 16), 11, 16)
     >>> square = Region.rectangle((16, 16), rows=(6, 9), cols=(0, 3))
     >>> objects = square, square.shifted(cols=12)
-    >>> pairs = paired(left, right, "aligned", objects)
+    >>> pairs = pair_cells(left, right, "aligned", objects)
     >>> len(pairs), pairs.targets[0], pairs.sources[0]
     (64, (0, 0), (0, 12))
     """

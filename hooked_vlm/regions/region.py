@@ -68,13 +68,6 @@ class Region:
         return cls((mask.shape[0], mask.shape[1]), cells, name)
 
     @classmethod
-    def from_tokens(
-        cls, shape: tuple[int, int], tokens: Iterable[int], name: str = "region"
-    ) -> "Region":
-        """Returns the region of the cells with these flat raster indices (`row * cols + col`)."""
-        return cls(shape, tuple(divmod(int(t), shape[1]) for t in tokens), name)
-
-    @classmethod
     def rectangle(
         cls,
         shape: tuple[int, int],

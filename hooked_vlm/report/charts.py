@@ -35,48 +35,24 @@ from hooked_vlm.report.look import (
 
 
 def accuracy(table: pd.DataFrame, *, by: str = "direction", chance: float | None = None) -> Figure:
-    """Draws accuracies with their intervals, one line of the figure per value of `by`.
+    """Draws accuracies with their intervals and numbers, one row per value of `by`.
 
-    `table` has the columns `by`, quantity, value, low, high, n.  Quantities share a line
-    and have their own marks: "accuracy", and beside it the control "shuffled", if there
-    is one.  `chance` is drawn as a dotted line (paper, Table 1).
+    `table` has the columns `by`, quantity, value, low, high, n.  Quantities share a row and
+    have their own marks: "accuracy", and beside it the control "shuffled", if there is one.
+    `chance` is drawn as a dotted line (paper, Table 1).
     """
     _need(table, by, "quantity", "value", "low", "high", "n")
-    names = _in_order(table[by], DIRECTIONS if by == "direction" else CLASSES)
-    looks = _complete(SCORES, table["quantity"])
-    with mpl.rc_context(STYLE):
-        height = 0.7 + 0.25 * len(looks) + 0.27 * len(names) * (1 + len(looks))
-        figure = Figure(figsize=(6.6, height), layout="constrained")
-        axes = figure.subplots()
-        for line, (quantity, look) in enumerate(looks.items()):
-            rows = table[table["quantity"] == quantity].set_index(by)
-            shift = 0.8 * ((line + 0.5) / len(looks) - 0.5)
-            _dots(
-                axes, rows.loc[[name for name in names if name in rows.index]], names, shift, look
-            )
-        labels = [_direction(name) for name in names]
-        axes.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.4, -0.6))
-        axes.set(xlim=(0, 1.01), xlabel="accuracy, with its 95 % interval")
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", visible=True)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        if chance is not None:
-            _chance(axes, chance)
-        if len(looks) > 1:
-            figure.legend(handles=_handles(looks), loc="outside upper left", ncols=2)
-    return figure
-
-
-def _dots(axes: Axes, rows: pd.DataFrame, names: list[str], shift: float, look: Look) -> None:
-    y = np.array([names.index(str(name)) for name in rows.index]) + shift
-    whiskers = {"capsize": 3.5, "lw": 1.6, "ms": 6.5, "clip_on": False}
-    axes.errorbar(
-        rows["value"], y, xerr=_whiskers(rows), fmt=look.marker, color=look.color, **whiskers
+    names = _in_order(table[by], [*DIRECTIONS, *CLASSES])
+    rows = table.set_index(by).loc[names].reset_index()
+    return dots(
+        rows.assign(**{by: rows[by].map(_direction)}),
+        by=by,
+        line="quantity",
+        x_label="accuracy, with its 95 % interval",
+        looks=SCORES,
+        chance=chance,
+        numbers=True,
     )
-    for place, row in zip(y, rows.itertuples(), strict=True):
-        text = f"{row.value:.3f}  [{row.low:.2f}, {row.high:.2f}]   n = {row.n}"
-        at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
-        axes.annotate(text, (1.03, place), **at)
 
 
 def final_token(table: pd.DataFrame) -> Figure:
@@ -127,34 +103,29 @@ def _by_slot(
                 panel = panels[row, column]
                 here = part[part["direction"] == direction]
                 for name, look in looks.items():
-                    _line(panel, here[here[line] == name], look)
+                    _curve(panel, here[here[line] == name], "slot", look)
                 _slot_axis(panel, table["slot"])
                 if row == 0:
                     panel.set_title(_direction(direction))
             panels[row, 0].set_ylabel(label or "mean probability")
         figure.supxlabel(SLOTS, fontsize=10)
-        figure.legend(handles=_handles(looks), loc="outside upper left", ncols=len(looks))
+        _legend(figure, looks, len(looks))
     return figure
 
 
-def _handles(looks: Mapping[str, Look]) -> list[Line2D]:
-    return [
-        Line2D([], [], label=look.label, **{**_drawn(look), "ms": 6}) for look in looks.values()
-    ]
-
-
-def _drawn(look: Look) -> dict[str, Any]:
-    line = {"color": look.color, "ls": look.dashes, "lw": look.width}
-    return {**line, "marker": look.marker, "ms": 3.0 + 0.8 * look.width}
-
-
-def _line(panel: Axes, rows: pd.DataFrame, look: Look) -> None:
-    rows = rows.sort_values("slot")
+def _curve(axes: Axes, rows: pd.DataFrame, x: str, look: Look) -> None:
+    """Draws one line and its band."""
     if rows.empty:
         return
-    slots = rows["slot"].astype(int)
-    panel.fill_between(slots, rows["low"], rows["high"], color=look.color, alpha=0.18, lw=0)
-    panel.plot(slots, rows["value"], **_drawn(look))
+    rows = rows.sort_values(x)
+    at, value, low, high = (rows[name].to_numpy(float) for name in (x, "value", "low", "high"))
+    axes.fill_between(at, low, high, color=look.color, alpha=0.18, lw=0)
+    axes.plot(at, value, **_drawn(look, size=3.0 + 0.8 * look.width))
+
+
+def _drawn(look: Look, size: float = 6) -> dict[str, Any]:
+    line = {"color": look.color, "ls": look.dashes, "lw": look.width}
+    return {**line, "marker": look.marker, "ms": size}
 
 
 def _slot_axis(panel: Axes, slots: pd.Series) -> None:
@@ -163,22 +134,7 @@ def _slot_axis(panel: Axes, slots: pd.Series) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=3))
 
 
-def _chance(axes: Axes, chance: float) -> None:
-    axes.axvline(chance, color="#555555", ls=":", lw=1.4)
-    at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-    axes.annotate("chance", (chance, 1.0), xytext=(4, 0), fontsize=9, color="#555555", **at)
-
-
-def _whiskers(table: pd.DataFrame) -> np.ndarray:
-    value = table["value"].to_numpy(float)
-    # Rounding may leave a bound on the wrong side of the value by one bit.
-    below = np.maximum(value - table["low"].to_numpy(float), 0)
-    above = np.maximum(table["high"].to_numpy(float) - value, 0)
-    return np.stack([below, above])
-
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
-MARKERS = "osv^DPX"
+CHANCE: dict[str, Any] = {"color": "#555555", "ls": ":", "lw": 1.4}
 COLUMNS = 4
 """Panels side by side, unless told otherwise."""
 
@@ -205,7 +161,7 @@ def curves(
     Raises `DataError` for a missing column or an empty table.
     """
     panels = _panels(table, panel, x, line)
-    chosen = _looks(table[line], looks)
+    chosen = _complete(looks or {}, table[line].astype(str))
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
@@ -215,9 +171,9 @@ def curves(
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes, (name, part) in zip(grid.flat, panels, strict=False):
             for key, look in chosen.items():
-                _curve(axes, part[part[line].astype(str) == key].sort_values(x), x, look)
+                _curve(axes, part[part[line].astype(str) == key], x, look)
             if chance is not None:
-                axes.axhline(chance, color="#555555", ls=":", lw=1.4)
+                axes.axhline(chance, **CHANCE)
             axes.set_title(name)
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
@@ -228,7 +184,8 @@ def curves(
             first.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.supxlabel(x_label or x, fontsize=10)
         figure.supylabel(y_label, fontsize=10)
-        _legend(figure, chosen)
+        if len(chosen) > 1:
+            _legend(figure, chosen)
     return figure
 
 
@@ -242,17 +199,22 @@ def dots(
     looks: Mapping[str, Look] | None = None,
     chance: float | None = None,
     limits: tuple[float, float] | None = (0.0, 1.0),
+    numbers: bool = False,
 ) -> Figure:
     """Draws `value` with its interval: a row for each value of `by`, a mark for each `line`.
 
-    One panel for each value of `panel`, side by side.  See `curves` for the rest.
+    One panel for each value of `panel`, side by side.  `numbers` are for shares in one panel:
+    the axis is in per cent, and each mark has its value, interval and n beside it.  See `curves`
+    for the rest.
     """
     panels = _panels(table, panel, by, line)
-    chosen = _looks(table[line], looks)
+    chosen = _complete(looks or {}, table[line].astype(str))
     names = list(dict.fromkeys(table[by].astype(str)))
     with mpl.rc_context(STYLE):
-        width = min(2.8 + 3.6 * len(panels), 11)
-        height = 0.9 + len(names) * (0.2 + 0.14 * len(chosen)) + _legend_height(chosen, width)
+        width = 6.6 if numbers else min(2.8 + 3.6 * len(panels), 11)
+        # Inches of each row, and of each mark in it.
+        row, mark = (0.27, 0.27) if numbers else (0.2, 0.14)
+        height = 0.9 + len(names) * (row + mark * len(chosen)) + _legend_height(chosen, width)
         figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
         for axes, (name, part) in zip(grid.flat, panels, strict=True):
@@ -260,18 +222,11 @@ def dots(
                 shift = 0.7 * ((index + 0.5) / len(chosen) - 0.5)
                 rows = part[part[line].astype(str) == key]
                 y = np.array([names.index(str(value)) for value in rows[by]]) + shift
-                axes.errorbar(
-                    rows["value"],
-                    y,
-                    xerr=_whiskers(rows),
-                    fmt=look.marker,
-                    color=look.color,
-                    capsize=3,
-                    lw=1.5,
-                    ms=6,
-                )
+                _whiskers(axes, rows, y, look)
+                if numbers:
+                    _write(axes, rows, y)
             if chance is not None:
-                axes.axvline(chance, color="#555555", ls=":", lw=1.4)
+                axes.axvline(chance, **CHANCE)
             axes.set_title(name)
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x", visible=True)
@@ -279,43 +234,50 @@ def dots(
         first.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
         if limits is not None:
             first.set_xlim(limits[0] - 0.02, limits[1] + 0.02)
-        figure.supxlabel(x_label, fontsize=10)
-        _legend(figure, chosen)
+        if numbers:
+            _in_per_cent(first, x_label, chance)
+        else:
+            figure.supxlabel(x_label, fontsize=10)
+        if len(chosen) > 1:
+            _legend(figure, chosen, 2 if numbers else None)
     return figure
 
 
-def _curve(axes: Axes, rows: pd.DataFrame, x: str, look: Look) -> None:
+def _whiskers(axes: Axes, rows: pd.DataFrame, y: np.ndarray, look: Look) -> None:
+    """Draws values and their intervals at some heights."""
     if rows.empty:
         return
-    at = rows[x].to_numpy(float)
-    how = {"color": look.color, "linestyle": look.dashes, "linewidth": look.width}
-    axes.plot(at, rows["value"], marker=look.marker, ms=4.5, **how)
-    low, high = rows["low"].to_numpy(float), rows["high"].to_numpy(float)
-    axes.fill_between(at, low, high, color=look.color, alpha=0.18, lw=0)
+    value, low, high = (rows[name].to_numpy(float) for name in ("value", "low", "high"))
+    # Rounding may leave a bound on the wrong side of the value by one bit.
+    sides = np.maximum([value - low, high - value], 0)
+    how = {"capsize": 3, "lw": 1.5, "ms": 6, "clip_on": False}
+    axes.errorbar(value, y, xerr=sides, fmt=look.marker, color=look.color, **how)
+
+
+def _write(axes: Axes, rows: pd.DataFrame, y: np.ndarray) -> None:
+    """Writes values, intervals and counts to the right of the panel."""
+    at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
+    for place, row in zip(y, rows.itertuples(), strict=True):
+        text = f"{row.value:.3f}  [{row.low:.2f}, {row.high:.2f}]   n = {row.n}"
+        axes.annotate(text, (1.03, place), **at)
+
+
+def _in_per_cent(axes: Axes, label: str, chance: float | None) -> None:
+    axes.set(xlim=(0, 1.01), xlabel=label)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    if chance is not None:
+        at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+        color = CHANCE["color"]
+        axes.annotate("chance", (chance, 1.0), xytext=(4, 0), fontsize=9, color=color, **at)
 
 
 def _panels(
     table: pd.DataFrame, panel: str | None, *columns: str
 ) -> Sequence[tuple[str, pd.DataFrame]]:
-    needed = [*columns, *([panel] if panel else []), "value", "low", "high"]
-    missing = [column for column in needed if column not in table]
-    if missing:
-        raise DataError(
-            f"The table has the columns {list(table.columns)}; this figure also needs {missing}."
-        )
-    if table.empty:
-        raise DataError("The table has no rows, so there is nothing to draw.")
+    _need(table, *columns, *([panel] if panel else []), "value", "low", "high")
     if panel is None:
         return [("", table)]
     return [(str(name), table[table[panel] == name]) for name in dict.fromkeys(table[panel])]
-
-
-def _looks(found: pd.Series, looks: Mapping[str, Look] | None) -> dict[str, Look]:
-    names = list(dict.fromkeys(found.astype(str)))
-    known = dict(looks or {})
-    ordered = [name for name in known if name in names] + [n for n in names if n not in known]
-    spare = iter([(c, m) for c, m in zip(COLORS, MARKERS, strict=True)] * len(ordered))
-    return {name: known.get(name) or Look(name, *next(spare)) for name in ordered}
 
 
 def _legend_columns(looks: Mapping[str, Look], width: float) -> int:
@@ -328,13 +290,8 @@ def _legend_height(looks: Mapping[str, Look], width: float) -> float:
     return 0.22 * -(-len(looks) // _legend_columns(looks, width))
 
 
-def _legend(figure: Figure, looks: Mapping[str, Look]) -> None:
-    """Adds a legend above the panels."""
-    if len(looks) < 2:
-        return
-    handles = [
-        Line2D([], [], color=k.color, marker=k.marker, ls=k.dashes, lw=k.width, label=k.label)
-        for k in looks.values()
-    ]
-    columns = _legend_columns(looks, figure.get_figwidth())
+def _legend(figure: Figure, looks: Mapping[str, Look], columns: int | None = None) -> None:
+    """Adds a legend above the panels, in as many columns as fit unless told otherwise."""
+    handles = [Line2D([], [], label=look.label, **_drawn(look)) for look in looks.values()]
+    columns = columns or _legend_columns(looks, figure.get_figwidth())
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)

@@ -9,6 +9,7 @@ and every line has its own marker, for print without colour.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_vlm.errors import DataError
+
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
+BLUE, ORANGE, GREEN, PINK, _, _, GREY = COLORS
+MARKERS = "osv^DPX"
+"""The markers of these colours, for what has no look of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +37,23 @@ class Look:
 
 
 KINDS = {
-    "strip": Look("strips through the whole image", "#D55E00", "s", width=4.0),
-    "strip, aligned": Look("strips, object laid on object", "#CC79A7", "D"),
-    "object": Look("object cells alone", "#0072B2", "o"),
-    "background": Look("strips without their object cells", "#6B6B6B", "^", (0, (4, 2))),
+    "strip": Look("strips through the whole image", ORANGE, "s", width=4.0),
+    "strip, aligned": Look("strips, object laid on object", PINK, "D"),
+    "object": Look("object cells alone", BLUE, "o"),
+    "background": Look("strips without their object cells", GREY, "^", (0, (4, 2))),
 }
 STAGES = {
-    "clean": Look("clean answer", "#6B6B6B", "o"),
-    "ordering": Look("ordering: the clean colour at the counterfactual's place", "#D55E00", "s"),
-    "attribute": Look("attribute: the counterfactual's colour", "#0072B2", "^"),
+    "clean": Look("clean answer", GREY, "o"),
+    "ordering": Look("ordering: the clean colour at the counterfactual's place", ORANGE, "s"),
+    "attribute": Look("attribute: the counterfactual's colour", BLUE, "^"),
 }
 SCORES = {
-    "accuracy": Look("held-out object tokens", "#0072B2", "o"),
-    "converged": Look("the same, fitted to convergence", "#009E73", "v"),
-    "shuffled": Look("its control, fitted to shuffled labels", "#6B6B6B", "D"),
-    "background": Look("background tokens given to their strip", "#D55E00", "s"),
-    "background, shuffled": Look("its control", "#6B6B6B", "^"),
+    "accuracy": Look("held-out object tokens", BLUE, "o"),
+    "converged": Look("the same, fitted to convergence", GREEN, "v"),
+    "shuffled": Look("its control, fitted to shuffled labels", GREY, "D"),
+    "background": Look("background tokens given to their strip", ORANGE, "s"),
+    "background, shuffled": Look("its control", GREY, "^"),
 }
-OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for a kind this file has no row for
 DIRECTIONS = {
     "left": "to the left of",
     "right": "to the right of",
@@ -96,8 +102,10 @@ def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
 def _complete(looks: Mapping[str, Look], found: pd.Series) -> dict[str, Look]:
     """The looks of what was found, in their order, with one made up for an unknown name."""
     names = _in_order(found, looks)
-    spare = iter(OTHERS * len(names))
-    return {name: looks.get(name) or Look(name, next(spare), "D") for name in names}
+    used = {looks[name].color for name in names if name in looks}
+    # Colours that are taken come last.
+    spare = cycle(sorted(zip(COLORS, MARKERS, strict=True), key=lambda pair: pair[0] in used))
+    return {name: looks.get(name) or Look(name, *next(spare)) for name in names}
 
 
 def _in_order(found: pd.Series, order: Mapping[str, object] | Sequence[str]) -> list[str]:

@@ -110,11 +110,11 @@ def agreement_table(
     n_resamples: int = 2_000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Returns `agreement` at every value of some axes, such as `by=["kind", "slot"]`.
+    """Returns `attribution_error` at every value of some axes, such as `by=["kind", "slot"]`.
 
     One row for each quantity there, with the columns `by`, quantity, value, low, high and n.
 
-    Raises `DataError` as `agreement` does, and for an axis that is not there.
+    Raises `DataError` as `attribution_error` does, and for an axis that is not there.
     """
     wrong = [name for name in by if name not in exact.dims or name == prompt]
     if wrong:

@@ -1,4 +1,4 @@
-"""Rows made by the kernel are those that hooks make; the CPU's kernel stands in for the GPU's."""
+"""Rows made by the kernel are those that hooks make; the definition stands in for the kernel."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from hooked_vlm.sweeps.sweep import Sweep
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lets the CPU's kernel make rows, and counts its calls."""
+    """Lets the definition make rows, and counts its calls."""
     made: list[int] = []
     true = fused.fused_rows
 
@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(len(rows))
         return rows
 
-    monkeypatch.setattr(fused, "WAYS", ("cpu",))
+    monkeypatch.setattr(fused, "WAYS", ("reference",))
     monkeypatch.setattr(fused, "fused_rows", counted)
     return made
 
@@ -46,7 +46,7 @@ def test_the_same_logits_come_of_them(family: str, data: st.DataObject) -> None:
     )
     keep = data.draw(st.sampled_from([{}, {"logits_to_keep": 1}]))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(fused, "WAYS", ("cpu",))
+        patch.setattr(fused, "WAYS", ("reference",))
         compared(tiny(family), sweep_of(family, list(dict.fromkeys(kinds)), sites), **keep)
 
 
@@ -97,7 +97,7 @@ def test_a_kernel_that_is_off_or_fails_is_not_used(monkeypatch: pytest.MonkeyPat
     def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise Exception("a compiler's own kind of error")
 
-    monkeypatch.setattr(fused, "WAYS", ("cpu",))
+    monkeypatch.setattr(fused, "WAYS", ("reference",))
     for kernel in (wrong, failing):
         forget(model)
         monkeypatch.setattr(fused, "patched_rows", kernel)

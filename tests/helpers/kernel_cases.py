@@ -31,7 +31,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 @st.composite
 def arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict[str, Any]:
-    """Draws everything: shapes, layouts, maps, whether and how to steer and to interchange."""
+    """Draws everything: shapes, layouts, maps, whether and how to steer."""
     size = st.integers(1, 4)
     prompts, sources, rows, pos, source_pos = (draw(size) for _ in range(5))
     d = draw(st.sampled_from([1, 3, 8, 17, 48]))
@@ -66,9 +66,6 @@ def arguments(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict
             "strength": noise(rows) * numbers(0, 2, rows),
         }
     if draw(st.booleans()):
-        axes = draw(st.integers(1, min(3, d)))
-        given["basis"] = torch.linalg.qr(noise(d, axes))[0].T
-    if draw(st.booleans()):
         given["out"] = torch.full((rows + 2, pos, d), torch.nan, dtype=dtype)[1:-1]
     return given
 
@@ -84,7 +81,7 @@ def truth(given: dict[str, Any]) -> Tensor:
 
 def is_exact(given: dict[str, Any]) -> bool:
     """Whether no dot product is asked for, so that every bit is prescribed."""
-    return given.get("mode") != "project" and given.get("basis") is None
+    return given.get("mode") != "project"
 
 
 def assert_close(rows: Tensor, given: dict[str, Any], roundings: float = 1.01) -> None:

@@ -60,6 +60,12 @@ def regions(masks: list[np.ndarray]) -> list[Region]:
     return [Region.from_mask(mask, f"r{i}") for i, mask in enumerate(masks)]
 
 
+def cell_of_patch(grid: TokenGrid, patch: int) -> tuple[int, int]:
+    """Returns the cell over an encoder token, prefix counted: `Region.patches` back."""
+    row, col = divmod(patch - grid.n_prefix, grid.patch_cols)
+    return row * grid.rows // grid.patch_rows, col * grid.cols // grid.patch_cols
+
+
 @st.composite
 def resized_grids(draw: st.DrawFn) -> TokenGrid:
     """Draws grids over images of any size that were resized, then cropped or padded."""

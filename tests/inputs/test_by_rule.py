@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import GridError
-from hooked_vlm.inputs.by_rule import ImageLayout, image_token_runs, token_grids
+from hooked_vlm.inputs.by_rule import ImageLayout, token_grids
 
 
 IMG, SEP = 9, 7
@@ -18,12 +18,6 @@ def layout(rows: int, cols: int) -> ImageLayout:
 def ids(*runs: int) -> torch.Tensor:
     """Returns one prompt: a positive number is a run of image tokens, 0 is a text token."""
     return torch.cat([torch.full((n or 1,), IMG if n else 1) for n in runs])
-
-
-def test_runs():
-    runs = image_token_runs(ids(0, 3, 0, 0, 2), IMG)
-    assert [run.tolist() for run in runs] == [[1, 2, 3], [6, 7]]
-    assert image_token_runs(ids(0, 0), IMG) == []
 
 
 @given(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers.toy_grids import make_grid, resized_grids, visible_cells
+from helpers.toy_grids import cell_of_patch, make_grid, resized_grids, visible_cells
 from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError
 from hooked_vlm.regions.grid import warn_if_resized
 from hooked_vlm.regions.region import Region
@@ -44,7 +44,8 @@ def test_object_positions_of_the_paper(rows, cell_px, gap, cell, position):
     row, col = cell
     square = (col * cell_px, row * cell_px, (col + 1) * cell_px, (row + 1) * cell_px)
     assert grid.box(*square).positions(grid).tolist() == [position]
-    assert grid.at(square[0], square[1]) == grid.cell_of_position(position) == cell
+    assert grid.at(square[0], square[1]) == cell
+    assert grid.positions[cell] == position
 
 
 def test_coverage_rules_differ_on_partly_covered_cells():
@@ -85,8 +86,8 @@ def test_pixel_cell_position_and_back(grid, data):
     box = grid.cell_box(cell)
     assert box[0] <= x < box[2] and box[1] <= y < box[3]
     region = grid.cells([cell])
-    assert grid.cell_of_position(int(region.positions(grid)[0])) == cell
-    assert {grid.cell_of_patch(int(p)) for p in region.patches(grid)} == {cell}
+    assert region.positions(grid).tolist() == [grid.positions[cell]]
+    assert {cell_of_patch(grid, int(p)) for p in region.patches(grid)} == {cell}
 
 
 @given(resized_grids(), st.data())
@@ -221,10 +222,6 @@ def test_wrong_input_is_named():
         grid.mask(np.ones((112, 84), dtype=bool))
     with pytest.raises(GridError, match=r"mask is uint8 of shape"):
         grid.mask(np.ones((84, 112), dtype=np.uint8))
-    with pytest.raises(GridError, match="Encoder token 48 is no patch: patches are 0 to 47"):
-        grid.cell_of_patch(48)
-    with pytest.raises(GridError, match=r"Position 3 holds no visual token.* between 4 and 15"):
-        grid.cell_of_position(3)
     with pytest.raises(GridError, match="ascend in raster order"):
         make_grid(3, 4, positions=torch.arange(12).reshape(4, 3).T)
     with pytest.raises(GridError, match="must be positive"):

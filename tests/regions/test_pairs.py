@@ -91,8 +91,8 @@ def test_positions_and_patches_keep_the_pairs_in_step():
     pairs = swap_pairs(Region((4, 4), ((0, 0), (1, 1))), Region((4, 4), ((0, 1), (1, 2))))
     target, source = pairs.positions(target_grid, source_grid)
     for t, s, cell, other in zip(target, source, pairs.targets, pairs.sources, strict=True):
-        assert target_grid.cell_of_position(int(t)) == cell
-        assert source_grid.cell_of_position(int(s)) == other
+        assert target_grid.positions[cell] == t
+        assert source_grid.positions[other] == s
     target, source = pairs.patches(target_grid)
     assert len(target) == 4 * len(pairs)
     # Each patch is written from the same corner of the other cell: one cell to the right.

@@ -1,6 +1,6 @@
 """The one pass over memory that makes a batch of patched and steered rows.
 
-`reference.py` says what it means; `cpu.py` and `triton.py` do the same, faster.
+`reference.py` defines the result in plain torch; `triton.py` computes it faster, on a GPU.
 """
 
 from dataclasses import replace
@@ -9,16 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_vlm.engine.kernels import cpu, reference, triton
+from hooked_vlm.engine.kernels import reference, triton
 from hooked_vlm.engine.kernels.checks import Asked, check
 from hooked_vlm.errors import InterventionError, did_you_mean
 
 
-WAYS = {
-    "reference": reference.patched_rows,
-    "cpu": cpu.patched_rows,
-    "triton": triton.patched_rows,
-}
+WAYS = {"reference": reference.patched_rows, "triton": triton.patched_rows}
 """Every implementation, by the name that `by` takes."""
 
 
@@ -34,7 +30,6 @@ def patched_rows(
     direction_row: Int[Tensor, " row"] | None = None,
     strength: Float[Tensor, " row"] | None = None,
     mode: str = "add",
-    basis: Float[Tensor, "axis d"] | None = None,
     out: Float[Tensor, "row pos d"] | None = None,
     by: str | None = None,
     check_values: bool = True,
@@ -49,13 +44,12 @@ def patched_rows(
         clean_row: which prompt a row starts as.
         source_row: which source it takes tokens from.
         steer_at: which tokens move along the row's direction; with it come the next three.
-        directions: in `clean`'s dtype or in float32, like `basis`.
+        directions: in `clean`'s dtype or in float32.
         direction_row: which direction; -1 for none.
         strength: how far; 0 leaves tokens as they are.
         mode: `"add"`, h + a w, or `"project"`, h + a <h, w> w / |w|^2.
-        basis: orthonormal rows; a patched token then changes inside their span only.
         out: where to write; it must not share memory with what is read.
-        by: `"triton"`, `"cpu"` or `"reference"`; None chooses by device.
+        by: `"triton"` or `"reference"`; None chooses by device.
         check_values: whether to look at index ranges and vectors, not at shapes alone.
 
     Raises:
@@ -74,7 +68,7 @@ def patched_rows(
     """
     asked = Asked(
         clean, source, token_map, clean_row, source_row, steer_at, directions, direction_row,
-        strength, mode, basis, out,
+        strength, mode, out,
     )  # fmt: skip
     check(asked, check_values)
     if by is not None and by not in WAYS:
@@ -92,6 +86,4 @@ def patched_rows(
 
 def way_for(clean: Tensor) -> str:
     """Returns how activations like these are patched: by device, and by what is installed."""
-    if triton.can_run(clean):
-        return "triton"
-    return "cpu" if clean.device.type == "cpu" else "reference"
+    return "triton" if triton.can_run(clean) else "reference"

@@ -15,37 +15,37 @@ from hooked_vlm.errors import InterventionError, did_you_mean
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("add", "project")
-_ORTHONORMAL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""By the basis's dtype, how far its Gram matrix may be from the identity."""
+AXES = {
+    "clean": ("prompt", "pos", "d"),
+    "source": ("source", "source_pos", "d"),
+    "token_map": ("row", "pos"),
+    "clean_row": ("row",),
+    "source_row": ("row",),
+    "steer_at": ("row", "pos"),
+    "directions": ("direction", "d"),
+    "direction_row": ("row",),
+    "strength": ("row",),
+    "out": ("row", "pos", "d"),
+}
+"""The axes of each tensor: a name that several tensors share is one size."""
+STEERING = ("steer_at", "directions", "direction_row", "strength")
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """The arguments of one call; `reference.patched_rows` says what they mean."""
+    """The arguments of one call, as `patched_rows` describes them; `AXES` has their shapes."""
 
     clean: Tensor
-    """`[prompt, pos, d]`."""
     source: Tensor
-    """`[source, source_pos, d]`."""
     token_map: Tensor
-    """`[row, pos]`, integers: -1 keeps the clean token, else the source position to take."""
     clean_row: Tensor
-    """`[row]`, integers: which prompt."""
     source_row: Tensor
-    """`[row]`, integers: which source."""
     steer_at: Tensor | None = None
-    """`[row, pos]`, booleans."""
     directions: Tensor | None = None
-    """`[direction, d]`."""
     direction_row: Tensor | None = None
-    """`[row]`, integers: which direction, -1 for none."""
     strength: Tensor | None = None
-    """`[row]`."""
     mode: str = "add"
-    basis: Tensor | None = None
-    """`[axis, d]`, orthonormal."""
     out: Tensor | None = None
-    """`[row, pos, d]`: where to write."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,7 +81,7 @@ def check(asked: Asked, values: bool = True) -> None:
     """Raises `InterventionError` for whatever cannot be done as asked.
 
     With `values`, what the tensors hold is looked at too (index ranges, directions of no
-    length, a basis that is not orthonormal).  On a GPU that waits for everything that is
+    length).  On a GPU that waits for everything that is
     queued; leave it out where the caller has made the numbers itself.
     """
     _check_shapes(asked)
@@ -93,39 +93,20 @@ def check(asked: Asked, values: bool = True) -> None:
 
 
 def _check_shapes(asked: Asked) -> None:
-    for name, n_axes in (("clean", 3), ("source", 3), ("token_map", 2)):
-        given = getattr(asked, name)
-        if given.ndim != n_axes:
-            raise _wrong(name, tuple(given.shape), f"{n_axes} axes")
-    rows, pos, d = asked.shape
-    if asked.source.shape[-1] != d:
-        raise _wrong("source", tuple(asked.source.shape), f"clean's width {d} as its last axis")
-    if asked.token_map.shape[1] != asked.clean.shape[1]:
-        raise _wrong(
-            "token_map",
-            (rows, pos),
-            f"[row, {asked.clean.shape[1]}], a column for each of clean's positions",
-        )
-    steering = {
-        name: getattr(asked, name)
-        for name in ("steer_at", "directions", "direction_row", "strength")
-    }
-    missing = [name for name, given in steering.items() if given is None]
-    if missing and len(missing) < len(steering):
+    missing = [name for name in STEERING if getattr(asked, name) is None]
+    if missing and len(missing) < len(STEERING):
         raise InterventionError(
-            f"patched_rows steers with {', '.join(steering)}, and {', '.join(missing)} "
+            f"patched_rows steers with {', '.join(STEERING)}, and {', '.join(missing)} "
             "is not given; give all four or none."
         )
-    expected = {"clean_row": (rows,), "source_row": (rows,), "direction_row": (rows,)}
-    expected |= {"strength": (rows,), "steer_at": (rows, pos), "out": (rows, pos, d)}
-    for name, shape in expected.items():
-        given = getattr(asked, name)
-        if given is not None and tuple(given.shape) != shape:
-            raise _wrong(name, tuple(given.shape), f"{list(shape)}; nothing is broadcast")
-    for name in ("directions", "basis"):
-        given = getattr(asked, name)
-        if given is not None and (given.ndim != 2 or given.shape[1] != d):
-            raise _wrong(name, tuple(given.shape), f"[n, {d}]: one vector of clean's width a row")
+    sizes: dict[str, int] = {}
+    for name, tensor in asked.tensors():
+        axes, shape = AXES[name], tuple(tensor.shape)
+        found = dict(zip(axes, shape, strict=False))
+        if len(axes) != len(shape) or any(sizes.get(axis, n) != n for axis, n in found.items()):
+            expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            raise _wrong(name, shape, f"[{expected}]; nothing is broadcast")
+        sizes |= found
 
 
 def _check_kinds(asked: Asked) -> None:
@@ -138,8 +119,7 @@ def _check_kinds(asked: Asked) -> None:
     if dtype not in DTYPES:
         raise _wrong("clean", dtype, "float32, float16, bfloat16 or float64")
     allowed: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(("source", "out"), (dtype,))
-    # Directions and bases may keep the precision in which they were found.
-    allowed |= dict.fromkeys(("directions", "basis"), (dtype, torch.float32))
+    allowed["directions"] = (dtype, torch.float32)  # may keep the precision they were found in
     integers = (torch.int64, torch.int32)
     allowed |= dict.fromkeys(("token_map", "clean_row", "source_row", "direction_row"), integers)
     allowed |= {"steer_at": (torch.bool,), "strength": (torch.float32, asked.wide)}
@@ -212,15 +192,6 @@ def _check_vectors(asked: Asked) -> None:
             raise InterventionError(
                 f"Directions {zero} of {len(asked.directions)} are zero, and mode='project' "
                 "divides by their length; leave them out, with direction_row -1."
-            )
-    if asked.basis is not None:
-        basis = asked.basis.double() if asked.basis.device.type != "mps" else asked.basis
-        gram = basis @ basis.T
-        off = float((gram - torch.eye(len(gram)).to(gram)).abs().max()) if len(gram) else 0.0
-        if not off <= _ORTHONORMAL[asked.basis.dtype]:
-            raise InterventionError(
-                f"The rows of `basis` are not orthonormal: products of two of them are off by "
-                f"{off:.2g}. Pass them through directions.orthonormalise(rows, center=False)."
             )
 
 

@@ -17,28 +17,21 @@ def patched_rows(asked: Asked) -> Float[Tensor, "row pos d"]:
     Row r starts as prompt `clean_row[r]`.  In this order:
 
     1. **Patch.**  Where `token_map[r, p]` is not -1, its token p becomes token
-       `token_map[r, p]` of source `source_row[r]`.  With a `basis` only the part inside its
-       span does: h becomes h - hP + h'P, with h' the source's token and P the projection on
-       the basis's rows.
+       `token_map[r, p]` of source `source_row[r]`.
     2. **Steer.**  Where `steer_at[r, p]`, along w = `directions[direction_row[r]]` with
        a = `strength[r]`: h becomes h + a w (`mode="add"`) or h + a <h, w> w / |w|^2
        (`mode="project"`).  A direction of -1 or a strength of 0 leaves the token alone.
 
     A token that is only copied keeps its bits.  All arithmetic, sums included, is in float32
     (float64 for float64), and what comes of it is rounded once, to the activations' dtype,
-    when it is written: between an interchange and a steer nothing is rounded.
+    when it is written.
     """
     rows = asked.clean[asked.clean_row.long()]
     taken = (asked.token_map >= 0)[..., None]
     if bool(taken.any()):
         token = asked.token_map.clamp(min=0).long()
         source = asked.source[asked.source_row.long()[:, None], token]
-        if asked.basis is None:
-            rows = torch.where(taken, source, rows)
-        else:
-            h, basis = rows.to(asked.wide), asked.basis.to(asked.wide)
-            inside = ((source.to(asked.wide) - h) @ basis.T) @ basis
-            rows = torch.where(taken, h + inside, h)
+        rows = torch.where(taken, source, rows)
     if asked.moved is not None:
         rows = torch.where(asked.moved[..., None], _steered(asked, rows.to(asked.wide)), rows)
     rows = rows.to(asked.clean.dtype)

@@ -1,9 +1,9 @@
 """`patched_rows` as one Triton kernel: every byte of the rows is written once.
 
 One program makes one token.  Which tensor the token comes from is known before anything of it
-is loaded, so a copied token is loaded once, from the clean run or from the source and never
-from both; an interchange loads both, which it needs.  The token's whole width lies in registers
-while its dot products are formed, so that nothing is read twice.
+is loaded, so a token is loaded once, from the clean run or from the source and never from both.
+The token's whole width lies in registers while its dot product is formed, so that nothing is
+read twice.
 
 Triton comes with CUDA builds of torch.  Without it this file imports, and `can_run` says no.
 """
@@ -76,12 +76,10 @@ def warps_for(d: int, element_size: int) -> list[int]:
 def arguments_of(asked: Asked, out: Tensor) -> dict[str, Any]:
     """Returns what the kernel is launched with, by name."""
     steered = asked.moved is not None
-    vectors = {"directions": asked.directions, "basis": asked.basis}
-    # Small, and read by every program: a copy is nothing beside the rows.
-    vectors = {
-        name: None if each is None else each if each.stride(-1) == 1 else each.contiguous()
-        for name, each in vectors.items()
-    }
+    directions = asked.directions
+    if directions is not None and directions.stride(-1) != 1:
+        # Small, and read by every program: a copy is nothing beside the rows.
+        directions = directions.contiguous()
     small = ("token_map", "clean_row", "source_row", "steer_at", "direction_row", "strength")
     given: dict[str, Any] = {name: getattr(asked, name) for name in small}
     given = {name: None if each is None else each.contiguous() for name, each in given.items()}
@@ -90,16 +88,13 @@ def arguments_of(asked: Asked, out: Tensor) -> dict[str, Any]:
         given[name] = tensor
         for axis, step in zip(("row", "pos", "last"), tensor.stride(), strict=True):
             given[f"{name}_{axis}_step"] = step
-    for name, tensor in vectors.items():
-        given[name] = tensor
-        given[f"{name}_step"] = 0 if tensor is None else tensor.stride(0)
     return given | {
+        "directions": directions,
+        "directions_step": 0 if directions is None else directions.stride(0),
         "n_pos": asked.shape[1],
-        "n_axes": 0 if asked.basis is None else len(asked.basis),
         "D": asked.shape[2],
         "BLOCK": _block(asked.shape[2]),
         "STEER": asked.mode if steered else "",
-        "IN_SPAN": asked.basis is not None,
         "UNIT": all(tensor.stride(-1) == 1 for tensor in large.values()),
     }
 
@@ -134,7 +129,7 @@ def _tuned() -> Any:
     """The kernel with its tuner: the number of warps is the only thing that it chooses."""
     return triton.autotune(
         configs=[triton.Config({}, num_warps=n) for n in WARPS],
-        key=["D", "STEER", "IN_SPAN", "UNIT"],  # and every dtype, by itself
+        key=["D", "STEER", "UNIT"],  # and every dtype, by itself
         prune_configs_by={"early_config_prune": _worth_trying},
     )(kernel)
 
@@ -172,9 +167,7 @@ if triton is not None:
         directions,
         direction_row,
         strength,
-        basis,
         n_pos,
-        n_axes,
         out_row_step,
         out_pos_step,
         out_last_step,
@@ -185,11 +178,9 @@ if triton is not None:
         source_pos_step,
         source_last_step,
         directions_step,
-        basis_step,
         D: tl.constexpr,  # width
         BLOCK: tl.constexpr,  # the power of two from there on
         STEER: tl.constexpr,  # "add", "project" or "" for neither
-        IN_SPAN: tl.constexpr,  # whether there is a basis
         UNIT: tl.constexpr,  # whether every last stride is 1
     ):
         # 64 bits: a batch of a few hundred long rows has more elements than 31 bits count.
@@ -212,17 +203,7 @@ if triton is not None:
             source_columns = columns.to(tl.int64) * source_last_step
             out_columns = columns.to(tl.int64) * out_last_step
 
-        if IN_SPAN:
-            h = tl.load(clean_at + clean_columns, mask=there, other=0.0).to(tl.float32)
-            if is_taken:
-                apart = tl.load(source_at + source_columns, mask=there, other=0.0)
-                apart = apart.to(tl.float32) - h
-                axis = 0
-                while axis < n_axes:  # not `range`, which Triton 3.6 cannot interpret on numpy 2.5
-                    unit = tl.load(basis + axis * basis_step + columns, mask=there, other=0.0)
-                    h += tl.sum(apart * unit, axis=0) * unit
-                    axis += 1
-        elif UNIT:
+        if UNIT:
             # One load, from wherever the token is: the choice is one of addresses.
             at = tl.where(is_taken, source_at, clean_at)
             h = tl.load(at + columns, mask=there, other=0.0)

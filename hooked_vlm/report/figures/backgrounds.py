@@ -9,7 +9,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look
 from hooked_vlm.report import maps as plots
 from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
-from hooked_vlm.report.look import Look
+from hooked_vlm.report.look import BLUE, ORANGE, Look
 
 
 def _grids(result: Result) -> Iterator[Drawing]:
@@ -106,10 +106,10 @@ def _named(swaps: pd.DataFrame) -> pd.DataFrame:
 
 
 LINES = {
-    "strip on white": Look("strips, white", "#D55E00", "s", (0, (4, 2))),
-    "object on white": Look("objects, white", "#0072B2", "o", (0, (4, 2))),
-    "strip on photographs": Look("strips, photographs", "#D55E00", "s"),
-    "object on photographs": Look("objects, photographs", "#0072B2", "o"),
+    "strip on white": Look("strips, white", ORANGE, "s", (0, (4, 2))),
+    "object on white": Look("objects, white", BLUE, "o", (0, (4, 2))),
+    "strip on photographs": Look("strips, photographs", ORANGE, "s"),
+    "object on photographs": Look("objects, photographs", BLUE, "o"),
 }
 
 

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts
 from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
-from hooked_vlm.report.look import Look
+from hooked_vlm.report.look import BLUE, GREEN, GREY, ORANGE, PINK, Look
 
 
 KINDS = {
-    "released": Look("as released", "#D55E00", "s"),
-    "orthonormal": Look("orthonormal directions", "#0072B2", "o"),
-    "written, first": Look("as written, first class", "#009E73", "^"),
-    "written, last": Look("as written, last class", "#CC79A7", "v"),
-    "random, same norms": Look("random, same norms", "#6B6B6B", "D", (0, (4, 2))),
+    "released": Look("as released", ORANGE, "s"),
+    "orthonormal": Look("orthonormal directions", BLUE, "o"),
+    "written, first": Look("as written, first class", GREEN, "^"),
+    "written, last": Look("as written, last class", PINK, "v"),
+    "random, same norms": Look("random, same norms", GREY, "D", (0, (4, 2))),
     "random, same energy": Look("random, same energy", "#000000", "X", (0, (1, 2))),
 }
 QUANTITIES = ("accuracy", "corrected", "broken")

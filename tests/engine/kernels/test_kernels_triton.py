@@ -50,10 +50,8 @@ def test_a_compiled_kernel_refuses_tensors_of_the_cpu():
 def test_the_kernel_is_the_definition_on_the_gpu(given, is_wide, layout):
     moved: dict[str, Any] = dict(given)
     if is_wide:  # a real model's width, in several 128-bit accesses a thread
-        for name in {"clean", "source", "directions", "basis", "out"} & given.keys():
+        for name in {"clean", "source", "directions", "out"} & given.keys():
             moved[name] = torch.cat([given[name]] * 64, dim=-1)
-        if "basis" in given:
-            moved["basis"] = moved["basis"] / 8
     moved = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in moved.items()}
     moved |= {name: laid_out(moved[name], layout) for name in ("clean", "source")}
     rows = patched_rows(**moved)
