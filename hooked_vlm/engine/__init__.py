@@ -2,8 +2,8 @@
 
 The clean run is made once, and its residual stream kept where cells start.  A second pass
 through the wrapped model's own blocks carries every cell as rows of one batch: a cell's rows
-join in front of the first block that it changes, and carry only the positions from the first
-changed one on, with the clean run's keys and values in front of them.
+join before the first block that it changes, and carry only the positions from the first
+changed one on, with the clean run's keys and values before theirs.
 """
 
 from hooked_vlm.engine.shared import shared_runs as shared_runs

@@ -87,9 +87,9 @@ def causal_mask(start: int, length: int, device: torch.device) -> Tensor:
 
 
 def is_closed(mask: Tensor | None, start: int) -> bool:
-    """Whether no position in front of `start` sees one from `start` on.
+    """Whether no position before `start` sees one from `start` on.
 
-    Then their keys and values are the clean run's whatever happens behind.  No mask: causal.
+    Then their keys and values are the clean run's whatever happens after.  No mask: causal.
     """
     if mask is None or start == 0:
         return True

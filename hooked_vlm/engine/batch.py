@@ -2,8 +2,8 @@
 
 The model's forward runs as ever on the clean prompts; its blocks are stood in for.  Each hands
 its clean input on unchanged, and runs the real block on the rows that have joined so far.  The
-last one hands on the rows instead, so that the model's own norm and head finish them.  Rows
-carry a suffix of their prompt; `Prefix` puts the clean run's keys and values in front of theirs,
+last one returns the rows instead, so that the model's own norm and head finish them.  Rows
+carry a suffix of their prompt; `Prefix` puts the clean run's keys and values before theirs,
 where transformers' blocks expect a key-value cache.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.caches import cache_parameter, mask_parameter
 from hooked_vlm.anatomy.source import carrier, first_argument
 from hooked_vlm.engine.arguments import Fit, causal_mask, mask_of
+from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.clean_run import (
     Clean,
-    GrowthError,
     asked,
     blocks_of,
     signature_of,
@@ -87,7 +87,7 @@ class Growing:
     ) -> None:
         """Takes jobs in the order of their stages; rows carry the positions from `start` on.
 
-        `early` makes the rows of jobs that act in front of the blocks.
+        `early` makes the rows of jobs that act before the blocks.
         """
         self.model, self.clean, self.start = model, clean, start
         self.jobs = list(jobs)
@@ -118,7 +118,7 @@ class Growing:
             raise GrowthError(f"{len(logits)} rows of logits came of {len(self.jobs)} cells")
         logits = logits.unflatten(0, (len(self.jobs), self.batch))
         missing = self.clean.logits.shape[1] - logits.shape[2]
-        if missing > 0:  # all positions were asked for: those in front are the clean run's
+        if missing > 0:  # all positions were asked for: those before are the clean run's
             front = self.clean.logits[:, :missing].expand(len(self.jobs), -1, -1, -1)
             logits = torch.cat([front, logits], dim=2)
         return logits
@@ -142,7 +142,7 @@ class Growing:
         return forward
 
     def _between(self, stage: int, like: Tensor) -> None:
-        """Lets jobs join in front of a block, and does what they do there."""
+        """Lets jobs join before a block, and does what they do there."""
         for number, job in enumerate(self.jobs[: self.n_joined]):
             self._edit_rows(number, [step for step in job.between(stage) if step.is_behind])
         added = self.clean.added.get(stage)
@@ -164,7 +164,7 @@ class Growing:
             self.rows = new if self.rows is None else torch.cat([self.rows.to(like.device), new])
 
     def joined(self, job: RowPlan) -> Tensor:
-        """Returns what a job's rows are in front of the block at which they join."""
+        """Returns what a job's rows are before the block at which they join."""
         stage = job.stage
         steps, added = job.between(stage), self.clean.added.get(stage)
         if job.front:
@@ -179,12 +179,12 @@ class Growing:
         return self._edited(steps[len(behind) :], whole)[:, self.start :]
 
     def _brought(self, job: RowPlan) -> Tensor:
-        """Returns the blocks' input of a job that acts in front of them."""
+        """Returns the blocks' input of a job that acts before them."""
         whole = self.brought[id(job)]
         if self.start:
             front = self.clean.residuals[0][:, : self.start]
             if not torch.equal(whole[:, : self.start], front):
-                raise GrowthError("positions in front of an image changed with it")
+                raise GrowthError("positions before an image changed with it")
         return whole
 
     def _edited(self, steps: Sequence[StageEdit], whole: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class Growing:
         return whole if edited is None else edited
 
     def _on_suffix(self, step: StageEdit, part: Tensor) -> Tensor:
-        """Shows an edit a prompt's whole length; what is in front of the rows is not changed."""
+        """Gives an edit a prompt's whole length; positions before the rows' are not changed."""
         if not self.start or part.shape[1] == self.length:  # all positions are there
             return self._run_edit(step, part)
         front = part.new_zeros(part.shape[0], self.length - part.shape[1], *part.shape[2:])
@@ -259,17 +259,17 @@ class Growing:
 
 
 class Prefix:
-    """The clean keys and values of the positions in front of the rows', for every job."""
+    """The clean keys and values of the positions before the rows', for every job."""
 
     def __init__(self, key: Tensor, value: Tensor, start: int, n_jobs: int) -> None:
         self.key, self.value, self.start, self.n_jobs = key, value, start, n_jobs
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Returns the rows' keys and values behind the clean run's."""
+        """Returns the rows' keys and values after the clean run's."""
         return self._behind(self.key, key), self._behind(self.value, value)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """How many positions stand in front."""
+        """How many positions come before."""
         return self.start
 
     def _behind(self, clean: Tensor, own: Tensor) -> Tensor:

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.engine.arguments import is_closed, mask_of
+from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.fingerprints import shapes_of
-from hooked_vlm.errors import HookError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
-
-
-class GrowthError(HookError):
-    """Why a model, or a sweep, cannot be run as one growing batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +24,9 @@ class Clean:
     arguments: Mapping[str, Any]
     logits: Tensor
     residuals: Mapping[int, Tensor]
-    """In front of blocks, by their number (n_layers: behind all), from position `first` on."""
+    """Before blocks, by their number (n_layers: after all), from position `first` on."""
     outputs: Mapping[int, Tensor]
-    """What the block in front handed on, where the model adds something to that (`added`)."""
+    """What the block before returned, where the model adds something to that (`added`)."""
     added: Mapping[int, Tensor]
     """What a model adds between two blocks (visual features, in DeepStack), by the later one."""
     keys: Sequence[tuple[Tensor, Tensor]]
@@ -60,7 +56,7 @@ def run_clean(
 
     Where `starts` says from which positions on rows will go, only what they need is kept.
 
-    Raises `GrowthError` for a model whose blocks do not hand on one residual stream.
+    Raises `GrowthError` for a model whose blocks do not return one residual stream.
     """
     blocks = blocks_of(model)
     n_layers = len(blocks)
@@ -79,7 +75,7 @@ def run_clean(
             stack.callback(block.register_forward_hook(seen.behind).remove)
         norm = model.anatomy.lm.final_norm
         if norm is None:
-            raise GrowthError("there is no final norm behind its blocks")
+            raise GrowthError("there is no final norm after its blocks")
         last = model.hf_model.get_submodule(norm)
         handle = last.register_forward_pre_hook(seen.before(n_layers), with_kwargs=True)
         stack.callback(handle.remove)
@@ -122,7 +118,7 @@ class _Seen:
         self._handed: Tensor | None = None
 
     def before(self, i: int) -> Callable[..., None]:
-        """Returns a hook in front of block i, or behind all."""
+        """Returns a hook before block i, or after all."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             taken = first_argument(module, args, kwargs).detach()
@@ -142,11 +138,11 @@ class _Seen:
         return hook
 
     def behind(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Is a hook behind any block."""
+        """Is a hook after any block."""
         self._handed = (output[0] if isinstance(output, tuple) else output).detach()
 
     def is_closed(self) -> bool:
-        """Whether, by the masks so far, nothing in front of a start looks ahead of it."""
+        """Whether, by the masks so far, nothing before a start looks ahead of it."""
         masks = {id(mask): mask for mask in self.masks}.values()
         return all(is_closed(mask, start) for mask in masks for start in {*self.starts})
 
@@ -199,7 +195,7 @@ class Recorder:
     """Notes the keys and values that a block makes, and hands them back as they are."""
 
     def __init__(self, last: int | None = None) -> None:
-        """Notes the positions in front of `last`; all, where there is none."""
+        """Notes the positions before `last`; all, where there is none."""
         self.last = last
         self.found: list[tuple[Tensor, Tensor]] = []
 

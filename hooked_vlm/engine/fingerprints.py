@@ -1,4 +1,4 @@
-"""What is found out once for a model, and kept as long as the model is."""
+"""Facts measured once for each model, and cached for the model's lifetime."""
 
 from collections.abc import Callable, Hashable, Mapping
 from hashlib import blake2b
@@ -14,7 +14,7 @@ _KNOWN: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
 def remember(model: Any, question: Hashable, find_out: Callable[[], Any]) -> Any:
-    """Returns the answer to a question about a model, found out the first time."""
+    """Returns the answer to a question about a model, measured the first time."""
     answers = _KNOWN.setdefault(model, {})
     if question not in answers:
         answers[question] = find_out()
@@ -22,12 +22,12 @@ def remember(model: Any, question: Hashable, find_out: Callable[[], Any]) -> Any
 
 
 def is_known(model: Any, question: Hashable) -> bool:
-    """Whether the answer to a question about a model was found out."""
+    """Whether the answer to a question about a model was measured."""
     return question in _KNOWN.get(model, {})
 
 
 def forget_known(model: Any) -> None:
-    """Lets everything about a model be found out anew."""
+    """Forgets everything measured about a model, so that it is measured again."""
     _KNOWN.pop(model, None)
 
 

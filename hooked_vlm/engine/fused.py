@@ -1,6 +1,6 @@
 """Rows that join the batch together, made by `patched_rows` in one pass over memory.
 
-Hook by hook, a joining row is copied whole, written to, cut to its suffix and put behind the
+Hook by hook, a joining row is copied whole, written to, cut to its suffix and appended to the
 rows that are there.  Where the kernel can run, and each joining cell is one patch or one step
 along a direction, its rows are made at once and each is written once.
 """
@@ -149,7 +149,7 @@ def _write(clean: Clean, job: RowPlan) -> Write | None:
 
 
 def _tables(values: Sequence[Tensor]) -> tuple[Tensor, dict[int, int]]:
-    """Returns distinct sources one behind the other, and each one's first row there."""
+    """Returns distinct sources concatenated, and each one's first row there."""
     distinct = list({id(x): x for x in values}.values())
     offsets, taken = {}, 0
     for x in distinct:

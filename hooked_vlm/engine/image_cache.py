@@ -7,7 +7,7 @@ depend on which images were there before it.
 
 Which arguments go by image is read off their shapes, and how outputs are put together is found
 out by trying: once for each size of images the encoder runs on a whole batch too, and everything
-it returns must be what its images by themselves give, one behind the other along some axis.
+it returns must be what its images by themselves give, concatenated along some axis.
 Where it is not (an encoder whose images see each other), batches count as a whole.
 """
 

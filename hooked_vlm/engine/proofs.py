@@ -1,19 +1,21 @@
-"""What is found out once for a model, or for a model and a shape of inputs, and kept.
+"""Facts measured once for each model, or for a model and a shape of inputs, and cached.
 
 How rows are fitted to a block depends on the shapes of what the block is called with, on
 where rows start, and on how attention is computed; not on what is in them, nor on how many
 rows there are.  So a control that came out right speaks for all passes of that kind, and
-later ones go without.  `forget` lets everything be found out anew.
+later ones go without.  `forget` drops them all.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from hooked_vlm.engine.clean_run import Clean, GrowthError, run_clean
+from hooked_vlm.engine.attempts import GrowthError, attempt
+from hooked_vlm.engine.clean_run import Clean, run_clean
 from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.interventions.steer import Steer
@@ -35,7 +37,7 @@ def prove(model: Any, kind: Hashable, stage: int) -> None:
 
 
 def forget(model: Any) -> None:
-    """Lets everything about a model be found out anew."""
+    """Forgets everything measured about a model, so that it is measured again."""
     forget_known(model)
     _PROVED.pop(model, None)
     _CALLED.pop(model, None)
@@ -81,9 +83,10 @@ def keeps_keys(
     """Whether a clean run can keep keys and values, and is then the run without."""
 
     def find_out() -> bool:
+        keeping = partial(run_clean, model, inputs, base, set(), arguments, want_keys=True)
         try:
-            kept = run_clean(model, inputs, base, set(), arguments, want_keys=True)
-        except (GrowthError, RuntimeError, TypeError, KeyError, ValueError, AttributeError):
+            kept = attempt(keeping, "a run that keeps keys failed")
+        except GrowthError:
             return False  # blocks that keep something else, such as the state of a recurrence
         bare = run_clean(model, inputs, base, set(), arguments, want_keys=False)
         return bool(kept.keys) and torch.equal(bare.logits, kept.logits)

@@ -1,7 +1,7 @@
 """Cells of a sweep run from where they first differ from the clean run.
 
 An intervention at block l of the language model leaves the vision encoder and all blocks
-below l as they were.  So the clean pass runs once, its residual stream in front of the
+below l as they were.  So the clean pass runs once, its residual stream before the
 blocks in question and the encoder's output are kept, and every cell runs from its first
 changed block on.  The numbers are those of `run.run_plain`, bit for bit: before a model
 is trusted with it, clean passes run both ways and must agree exactly, and whatever cannot
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.run import run_plain
 from hooked_vlm.engine.stages import first_layer, layers_of
 from hooked_vlm.engine.vision import TowerRestart
-from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
 from hooked_vlm.interventions.chain import Cell
 
@@ -68,7 +68,7 @@ class Restart:
     base: Sequence[Any]
     """Interventions that every cell begins with."""
     residuals: Mapping[int, Tensor]
-    """The residual stream in front of a block, by its index, under `base`."""
+    """The residual stream before a block, by its index, under `base`."""
     encoded: Sequence[Any] | None
     """What each call of the vision encoder returned; None where it was not called."""
     plain: Tensor
@@ -90,14 +90,18 @@ class Restart:
         layers = [first_layer(model, cell) for cell in cells]
         if touched is None or None in layers:
             return None
-        # What the base does at a block must be behind the start.
+        # What the base does at a block must be after the start.
         lowest = max(touched, default=-1)
         starts = {layer for layer in layers if layer is not None and layer > max(lowest, 0)}
-        try:
+
+        def proved() -> "Restart | None":
             made = cls._recorded(model, inputs, arguments, base, starts)
             return made if made._is_exact() else None
-        except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
-            return None  # this model cannot be cut here: what is wrong, if it is, shows plainly
+
+        try:
+            return attempt(proved, "the model could not be restarted between its blocks")
+        except GrowthError:
+            return None  # what is wrong, if it is, shows in a plain pass
 
     @classmethod
     def _recorded(
@@ -133,7 +137,7 @@ class Restart:
     def _is_exact(self) -> bool:
         """Whether clean passes from the first and the last start give the plain one's logits.
 
-        The first one runs twice: what it is given must not wear out.
+        The first one runs twice, to catch replay that mutates the recorded tensors.
         """
         first, last = min(self.residuals, default=0), max(self.residuals, default=0)
         for layer in (first, last, first):

@@ -1,4 +1,4 @@
-"""Executing a sweep's cells: plainly, or as a growing batch behind a control for each kind of pass.
+"""Executing a sweep's cells: plainly, or as a growing batch after a control for each kind of pass.
 
 `run_plain`, one hooked forward pass for each cell, is the definition that any faster way of
 executing a sweep is tested against.
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine.arguments import is_closed
+from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.batch import Growing, is_idle, trimmed_of
 from hooked_vlm.engine.budget import rows_within
-from hooked_vlm.engine.clean_run import Clean, GrowthError, run_clean
+from hooked_vlm.engine.clean_run import Clean, run_clean
 from hooked_vlm.engine.fingerprints import content_of, remember, ways_of_attending
 from hooked_vlm.engine.proofs import (
     is_added,
@@ -34,7 +35,7 @@ from hooked_vlm.engine.proofs import (
 from hooked_vlm.engine.shared import open_runs
 from hooked_vlm.engine.stages import MERGED, RowPlan, in_front, job_of
 from hooked_vlm.engine.vision import Early, carries_all, merges_first
-from hooked_vlm.errors import HookedVLMError, HookedVLMWarning
+from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
@@ -159,7 +160,7 @@ def whole_rows(model: Any) -> str:
 def _jobs(
     model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell]
 ) -> tuple[list[RowPlan], list[Any]]:
-    """Returns cells as jobs, and those of their interventions that are in front of the blocks."""
+    """Returns cells as jobs, and those of their interventions that are before the blocks."""
     parts = [part for cell in cells for part in flattened(cell.interventions)]
     sites = {part.site for part in parts if hasattr(part, "first")}
     merged_first = MERGED not in sites or merges_first(model, inputs)
@@ -201,7 +202,7 @@ def _beginnings(
 
 
 def _check_fronts(model: Any, clean: Clean, fronts: Sequence[Any]) -> None:
-    """Raises `GrowthError` where the blocks get more from in front of them than their input."""
+    """Raises `GrowthError` where the blocks get more from before them than their input."""
 
     def grown(job: RowPlan, early: Early) -> Tensor:
         return _logits(model, clean, [job], 0, early)[0]
@@ -227,17 +228,19 @@ def _clean(
     how = repr(sorted(arguments.items())), ways_of_attending(model)
     key = ("clean", content_of(inputs), how) if runs else ()
     kept = runs.get(key) if runs else None
-    try:
-        want_keys = want_keys and keeps_keys(model, inputs, base, arguments)
-        if kept and stages <= kept.residuals.keys() and (kept.keys or not want_keys):
+
+    def run() -> Clean:
+        keep = want_keys and keeps_keys(model, inputs, base, arguments)
+        if kept and stages <= kept.residuals.keys() and (kept.keys or not keep):
             return kept
-        needed = starts if want_keys and not runs else ()
-        clean = run_clean(model, inputs, base, stages, arguments, want_keys, needed)
-        if clean.added and not is_added(model, clean, base):
+        needed = starts if keep and not runs else ()
+        made = run_clean(model, inputs, base, stages, arguments, keep, needed)
+        if made.added and not is_added(model, made, base):
             raise GrowthError("it changes the residual stream between its blocks")
-    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise GrowthError(f"its clean run failed: {error}") from error
-    if runs:
+        return made
+
+    clean = attempt(run, "its clean run failed")
+    if runs and clean is not kept:
         runs.keep(key, clean, (clean.residuals, clean.keys, clean.encoded, clean.logits))
     return clean
 
@@ -313,14 +316,9 @@ def _logits(
     model: Any, clean: Clean, jobs: Sequence[RowPlan], start: int, early: Early | None = None
 ) -> Tensor:
     """Returns what a pass of some jobs gives, or raises `GrowthError` for why it cannot be had."""
-    try:
-        return Growing(model, clean, jobs, start, early).run()
-    except torch.OutOfMemoryError:
-        raise
-    except HookedVLMError as error:
-        raise GrowthError(str(error)) from error
-    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-        raise GrowthError(f"a block refused the rows: {error}") from error
+    return attempt(
+        lambda: Growing(model, clean, jobs, start, early).run(), "a block refused the rows"
+    )
 
 
 def starts_of(
@@ -343,7 +341,7 @@ def firsts_of(
     keep = arguments.get("logits_to_keep", 0)
     if not isinstance(keep, int):
         return [0] * len(jobs)
-    # All positions (0): those in front are the clean run's.
+    # All positions (0): those before are the clean run's.
     last = length - keep if keep else length - 1
     return [max(0, min(job.first, last, length - 1)) for job in jobs]
 

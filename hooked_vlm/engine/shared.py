@@ -4,7 +4,7 @@
         strips = strip_sweep.run(model, metric)
         tokens = token_sweep.run(model, metric)  # the same prompts: nothing is encoded again
 
-What counts is what is in the inputs, not which object holds it.  Nothing is kept behind the
+What counts is what is in the inputs, not which object holds it.  Nothing is kept after the
 `with` block, and nothing is taken from before a weight was changed.
 """
 

@@ -13,8 +13,8 @@ INSIDE = re.compile(r"blocks\.(\d+)\.")
 BEHIND = ("ln_final.", "hook_logits")
 MERGED = "hook_merged_embed"
 IN_FRONT = ("vision_encoder.", "vision_projector.", "hook_embed")
-"""Where names begin of what the language model's blocks know by their input alone, if `early` is
-right about the model."""
+"""Prefixes of sites whose edits reach the blocks only through block 0's input, if `Early` proves
+it for the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +24,16 @@ class StageEdit:
     part: Any
     site: str
     stage: int
-    """The block that comes next (between blocks), or that the site is in; n_layers: behind all.
+    """The block that comes next (between blocks), or that the site is in; n_layers: after all.
 
-    -1 stands for whatever comes in front of all blocks."""
+    -1 stands for whatever comes before all blocks."""
     between: bool
     first: int
     """The first position that it changes."""
 
     @property
     def is_behind(self) -> bool:
-        """Whether it is on what a block hands on, rather than on what the next one takes."""
+        """Whether it is on what a block returns, rather than on what the next one takes."""
         return self.site.endswith("hook_resid_post")
 
     @property
@@ -49,16 +49,16 @@ class RowPlan:
     index: int
     """The cell's number in its sweep; -1 for the control, which changes nothing."""
     stage: int
-    """The block in front of which its rows join; n_layers: behind all blocks."""
+    """The block before which its rows join; n_layers: after all blocks."""
     first: int
     """The first position that anything changes."""
     steps: tuple[StageEdit, ...] = field(default=())
     front: tuple[Any, ...] = field(default=())
-    """Interventions in front of the blocks, those that all cells begin with among them: then rows
+    """Interventions before the blocks, those that all cells begin with among them: then rows
     start as what a pass under these gives."""
 
     def between(self, stage: int) -> list[StageEdit]:
-        """The steps on the residual stream in front of a block, as they come."""
+        """The steps on the residual stream before a block, as they come."""
         here = [step for step in self.steps if step.between and step.stage == stage]
         return sorted(here, key=lambda step: not step.is_early)
 
@@ -72,7 +72,7 @@ def job_of(
 ) -> RowPlan | None:
     """Returns a cell as a job, or None where it changes something that rows cannot carry.
 
-    That is: hook functions of one's own, and what all cells begin with where it acts behind the
+    That is: hook functions of one's own, and what all cells begin with where it acts after the
     first of the cell's own.  `merged_first` says that the merged embeddings are what the first
     block takes, and nothing is done to them on the way.
     """
@@ -82,7 +82,7 @@ def job_of(
         return None
     n_layers = model.cfg.n_layers
     if any(step.stage < 0 for step in own):
-        # The pass that makes the rows carries out what is in front, of all cells' beginning too;
+        # The pass that makes the rows carries out what comes before, of all cells' beginning too;
         # what that does to the blocks' input has to be done to the rows.
         front = [step for step in (*base, *own) if step.stage < 0]
         steps = [step for step in (*base, *own) if step.stage >= 0]
@@ -92,8 +92,8 @@ def job_of(
         first = min(step.first for step in (*front, *steps))
         return RowPlan(index, 0, first, tuple(steps), tuple(step.part for step in front))
     stage = min((step.stage for step in own), default=n_layers)
-    # What the clean run kept in front of a block has the base's work in it already: it must
-    # not come behind a step of the cell's own there, nor lie within the block.
+    # What the clean run kept before a block has the base's work in it already: it must
+    # not come after a step of the cell's own there, nor lie within the block.
     if any(step.stage > stage or (step.stage == stage and not step.between) for step in base):
         return None
     if any(a.stage == stage and not _before(a, b) for a in base for b in own if b.stage == stage):
@@ -103,7 +103,7 @@ def job_of(
 
 
 def in_front(model: Any, interventions: Sequence[Any], *, merged_first: bool = True) -> list[Any]:
-    """Returns those of some interventions that act in front of the language model's blocks."""
+    """Returns those of some interventions that act before the language model's blocks."""
     found = []
     for part in flattened(interventions):
         name = part.site if hasattr(part, "first") else ""
@@ -114,7 +114,7 @@ def in_front(model: Any, interventions: Sequence[Any], *, merged_first: bool = T
 
 
 def _before(base: StageEdit, own: StageEdit) -> bool:
-    """Whether a step of the base in front of a block acts before one of the cell's own."""
+    """Whether a step of the base before a block acts before one of the cell's own."""
     return base.is_early or not own.is_early
 
 
@@ -165,7 +165,7 @@ def place_of(site: str, n_layers: int, *, merged_first: bool = True) -> tuple[in
 
 
 def first_layer(model: Any, cell: Cell) -> int | None:
-    """Returns the first LM block that a cell changes something of, or None in front of them.
+    """Returns the first LM block that a cell changes something of, or None before them.
 
     0 stands for the embeddings too: all blocks run.  A cell without interventions of its own
     starts at the last block.
@@ -177,7 +177,7 @@ def first_layer(model: Any, cell: Cell) -> int | None:
 def layers_of(model: Any, interventions: Sequence[Any]) -> list[int] | None:
     """Returns the LM blocks that interventions change something of, or None for any other place.
 
-    What is behind the last block counts as that block.
+    What is after the last block counts as that block.
     """
     layers = []
     for part in flattened(interventions):

@@ -1,9 +1,9 @@
-"""Cells that edit the vision encoder or act elsewhere in front of the language model's blocks.
+"""Cells that edit the vision encoder or act elsewhere before the language model's blocks.
 
 In the encoder every token sees all others, so cells have only the blocks below their first
-change in common with the clean run; those hand on what they did in it.  In a growing batch,
+change in common with the clean run; those return what they returned in it.  In a growing batch,
 what comes of the encoder and of edits on pixels' way or on embeddings, the blocks' input,
-joins in front of block 0.  That is right where the blocks get nothing else that depends on
+joins before block 0.  That is right where the blocks get nothing else that depends on
 the encoder (as in DeepStack or by cross-attention they do), so it is tried out on noise, once
 for a model and a kind of inputs.
 """
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import Clean, asked
 from hooked_vlm.engine.fingerprints import remember, shapes_of, ways_of_attending
 from hooked_vlm.engine.stages import IN_FRONT, MERGED, RowPlan
-from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
 from hooked_vlm.interventions.chain import Cell, flattened
 from hooked_vlm.interventions.hook_at import HookAt
@@ -31,7 +31,7 @@ from hooked_vlm.interventions.hook_at import HookAt
 BUDGET = 2**31
 """Bytes of what blocks returned that may be kept."""
 BEHIND_BLOCKS = ("vision_encoder.hook_out", "vision_projector.", "blocks.", "ln_final.", "hook_")
-"""Where names begin that no block of the vision encoder comes behind."""
+"""Prefixes of sites after which no block of the vision encoder runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +61,19 @@ class TowerRestart:
             return None
         paths = [block.path for block in model.anatomy.vision.blocks[:depth]]
         blocks = [model.hf_model.get_submodule(path) for path in paths]
-        try:
+
+        def recorded() -> "TowerRestart | None":
             with ExitStack() as stack:
                 outputs = [stack.enter_context(recording(block)) for block in blocks]
                 encoded = _encoded(model, inputs)
             made = cls(model, inputs, blocks, outputs, encoded)
             kind = ("tower", depth, shapes_of(inputs), ways_of_attending(model))
             return made if remember(model, kind, made._is_exact) else None
-        except (HookedVLMError, RuntimeError, KeyError, TypeError, ValueError):
-            return None  # what is wrong, if it is, shows plainly
+
+        try:
+            return attempt(recorded, "the encoder's blocks could not be recorded")
+        except GrowthError:
+            return None  # what is wrong, if it is, shows in a plain pass
 
     def _is_exact(self) -> bool:
         with self._replaying(len(self.blocks)):
@@ -84,7 +88,7 @@ class TowerRestart:
 
     @contextmanager
     def below(self, interventions: Sequence[Any]) -> Iterator[None]:
-        """Lets the blocks below some interventions hand on what they did, in a `with` block."""
+        """Replays the blocks below some interventions, for the length of a `with` block."""
         with self._replaying(tower_depth(self.model, interventions)):
             yield
 
@@ -97,7 +101,7 @@ class TowerRestart:
 
 
 def _encoded(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
-    """Returns all that the encoder hands on, from a pass that ends behind it."""
+    """Returns all that the encoder returns, from a pass that ends after it."""
     with recording(encoder_of(model)) as found:
         site = "vision_encoder.blocks.0.hook_resid_pre"
         model.run_with_cache(inputs, [site], stop_at_layer=0)
@@ -138,7 +142,7 @@ APART = 20.0
 
 @dataclass(frozen=True, eq=False)
 class Early:
-    """Makes the blocks' input of jobs that act in front of them."""
+    """Makes the blocks' input of jobs that act before them."""
 
     model: Any
     inputs: Mapping[str, Any]
@@ -189,7 +193,7 @@ def carries_all(
     grown: Callable[[RowPlan, Early], Tensor],
     bound: float,
 ) -> bool:
-    """Whether the blocks' input carries all that some interventions in front of them change.
+    """Whether the blocks' input carries all that some interventions before them change.
 
     `grown` returns a job's logits by way of the growing batch.
     """
@@ -198,9 +202,10 @@ def carries_all(
     kind = (clean.signature, shapes_of(clean.inputs), ways_of_attending(model))
 
     def is_carried(site: str) -> bool:
+        carried = partial(_is_carried, model, clean, site, grown, bound)
         try:
-            return _is_carried(model, clean, site, grown, bound)
-        except (HookedVLMError, RuntimeError, TypeError, KeyError, ValueError):
+            return attempt(carried, "noise in the encoder could not be carried")
+        except GrowthError:
             return False
 
     return all(

@@ -1,7 +1,7 @@
 """Where a place of a prompt or a region of an image lies in one site's activation.
 
 The same region means positions in the language model, patches in the vision encoder and
-tokens behind the projector.  `locate` turns it into indices for the site at hand: pairs
+tokens after the projector.  `locate` turns it into indices for the site at hand: pairs
 of an index along the site's first axis (prompt or image) and indices along its second;
 `rows_at` and `with_rows_at` read and write there.
 """

@@ -155,7 +155,7 @@ def _require(
         if image < len(activation) and len(activation[image]) < n_rows:
             raise InterventionError(
                 f"{site.name} has {len(activation[image])} rows for an image that its grid gives "
-                f"{n_rows}: the model merges them in front of this site. Use the same region at a "
+                f"{n_rows}: the model merges them before this site. Use the same region at a "
                 "block of the vision encoder, at vision_projector.hook_out or at slot 0, or a hook "
                 "function here."
             )

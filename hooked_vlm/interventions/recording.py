@@ -40,14 +40,14 @@ Source = Recording | Mapping[str, Any]
 def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
     """Runs a model on some inputs and returns the named activations with those inputs.
 
-    The pass ends behind the last block of the language model that is named, and keeps no
+    The pass ends after the last block of the language model that is named, and keeps no
     key-value cache.
     """
     options: dict[str, Any] = {}
     if isinstance(model.cfg, HookedVLMConfig):
         whole: Any = model
         last, lm = last_block(names), whole.anatomy.lm
-        # Behind all blocks it ends in front of the final norm: no vocabulary is computed.
+        # After all blocks it ends before the final norm: no vocabulary is computed.
         if last is not None and last < len(lm.blocks) - (lm.final_norm is None):
             options["stop_at_layer"] = last + 1
         options |= uncached(whole.hf_model)

@@ -50,7 +50,7 @@ def first_order(
 ) -> tuple[list[Tensor], str]:
     """Returns every cell's estimated metric `[batch, ...]`, and a word on what was run.
 
-    One forward pass, and one backward pass for each entry of the metric behind the batch.  Kept
+    One forward pass, and one backward pass for each entry of the metric after the batch.  Kept
     besides are the activations at the sites that cells edit, and the gradients there of one
     entry at a time.
 
@@ -184,7 +184,7 @@ def _owners(model: Any, inputs: Mapping[str, Any], axes: str, rows: int, batch: 
         )
     if batch == 1:
         return torch.zeros(rows, dtype=torch.long)
-    # An image that is cut into tiles has them all behind its first row.
+    # An image that is cut into tiles has them all after its first row.
     grids = [(grid, b) for b, row in enumerate(model.grids(inputs)) for grid in row]
     grids += [(grid.overview, b) for grid, b in grids if grid.overview is not None]
     firsts = sorted((grid.image, b) for grid, b in grids)

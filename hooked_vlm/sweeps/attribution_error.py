@@ -67,7 +67,7 @@ def attribution_error(
 
     `clean` is the score of the clean run, with the metric's dimensions (0 if both are effects
     already).  `prompt` names the axis of independent prompts, which intervals resample; with
-    one prompt they are NaN.  Entries of the metric behind the batch count as cells: select one
+    one prompt they are NaN.  Entries of the metric after the batch count as cells: select one
     first unless their units are the same.
 
     Raises `DataError` for arrays of different shapes, and where there is no axis of prompts.

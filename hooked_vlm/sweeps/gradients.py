@@ -1,6 +1,6 @@
 """A clean run that can be differentiated: a probe at every site, and what torch would not say.
 
-Nothing in front of the first probe is differentiated, no parameter gets a gradient, and all
+Nothing before the first probe is differentiated, no parameter gets a gradient, and all
 that a parameter's gradient would need is not kept.
 """
 
@@ -27,7 +27,7 @@ class ZeroProbe:
     """A hook function that keeps a site's activation and adds a zero to it.
 
     The gradient of the zero is that of the activation, in the layout that hooks see, whatever
-    the model makes of its own tensor behind it, and whether or not anything in front of it has
+    the model makes of its own tensor after it, and whether or not anything before it has
     a gradient: so nothing below the first site is differentiated.
     """
 

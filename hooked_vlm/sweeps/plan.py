@@ -161,7 +161,7 @@ class CheckedCells(Sequence[Cell]):
     def explain(self, memory: int | None = None, **forward_kwargs: Any) -> Explanation:
         """Returns which shortcuts apply and what they save; nothing runs.
 
-        Takes the keyword arguments of `Sweep.run`.  Whether positions in front of the first
+        Takes the keyword arguments of `Sweep.run`.  Whether positions before the first
         change look ahead is known once the clean run has shown its masks; here it is assumed
         that none does, but in an image block where the inputs mark one (`token_type_ids`).
         """
@@ -227,7 +227,7 @@ class CheckedCells(Sequence[Cell]):
         return blocks + batch * min(keep, n) * costs.head
 
     def _early(self, costs: Costs, job: RowPlan) -> float:
-        """Returns what making the rows of a job costs that acts in front of the blocks."""
+        """Returns what making the rows of a job costs that acts before the blocks."""
         if not job.front or not self.model.anatomy.vision:
             return 0.0
         n_blocks = self.model.cfg.vision.n_layers
@@ -264,12 +264,11 @@ class CheckedCells(Sequence[Cell]):
         return (
             f"Blocks below a cell's first change are the clean run's: {below} of "
             f"{len(jobs) * n_layers} block passes left out.",
-            f"Positions in front of it are the clean run's: {front} of {len(jobs) * length} left "
-            "out.",
+            f"Positions before it are the clean run's: {front} of {len(jobs) * length} left out.",
             f"The vision encoder runs once for the clean run and once for each source, not for "
             f"each cell ({_flops(float(costs.vision))} each).",
             *[
-                f"Cells in front of the blocks begin where they change something there: {kept} of "
+                f"Cells before the blocks begin where they change something there: {kept} of "
                 f"{len(early) * encoder} passes through blocks of the encoder left out."
             ][: bool(early)],
         )
@@ -277,8 +276,8 @@ class CheckedCells(Sequence[Cell]):
 
 def _proof(operations: float) -> str:
     return (
-        f"In front of the first such sweep goes a control, for {_flops(operations)} more: it has "
-        "to come out as the clean run did."
+        f"Before the first sweep of this kind a no-op control runs, for {_flops(operations)} more: "
+        "it must match the clean run."
     )
 
 

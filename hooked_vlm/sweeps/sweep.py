@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_vlm.engine.clean_run import GrowthError
+from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.restart import run_cells
 from hooked_vlm.engine.run import run_growing, run_plain
 from hooked_vlm.engine.shared import recorded_once
@@ -143,7 +143,7 @@ class Sweep:
         """Returns a first-order estimate of `run`, of the same dimensions and labels.
 
         The clean run (under `base`) is made and differentiated once for each entry of the metric
-        behind the batch, whatever the number of cells; see `attribution` for what that leaves
+        after the batch, whatever the number of cells; see `attribution` for what that leaves
         out, and `attribution_error` for how far off it was.
 
         Raises what `run` raises, and `InterventionError` where there is no gradient to go by.

@@ -51,7 +51,7 @@ _TOWERS = {"vision": VISION, VISION: VISION, "projector": PROJECTOR, PROJECTOR: 
 
 
 def _index_setter(corrupted: Tensor, index: list[int], clean: Tensor) -> Tensor:
-    """Patches what lies at the index, the layer left out, along the axes behind the batch."""
+    """Patches what lies at the index, the layer left out, along the axes after the batch."""
     where = (slice(None), *index[1:])
     corrupted[where] = clean[where]
     return corrupted
@@ -312,11 +312,11 @@ def _ready(name: str, axes: str, setter: PatchSetter, **fixed: Any) -> Callable[
 
 
 get_act_patch_resid_pre = _ready("resid_pre", "layer pos", layer_pos_patch_setter)
-"""Patches the residual stream in front of each block: `[layer, pos]`."""
+"""Patches the residual stream before each block: `[layer, pos]`."""
 get_act_patch_resid_mid = _ready("resid_mid", "layer pos", layer_pos_patch_setter)
 """Patches the residual stream between attention and MLP: `[layer, pos]`."""
 get_act_patch_resid_post = _ready("resid_post", "layer pos", layer_pos_patch_setter)
-"""Patches the residual stream behind each block: `[layer, pos]`."""
+"""Patches the residual stream after each block: `[layer, pos]`."""
 get_act_patch_attn_out = _ready("attn_out", "layer pos", layer_pos_patch_setter)
 """Patches what attention adds to the residual stream: `[layer, pos]`."""
 get_act_patch_mlp_out = _ready("mlp_out", "layer pos", layer_pos_patch_setter)

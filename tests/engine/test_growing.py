@@ -16,9 +16,9 @@ from helpers.growing_sweeps import compared, make_region, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine import run as growing_run
 from hooked_vlm.engine.arguments import Fit, causal_mask, is_closed
+from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.batch import Growing
 from hooked_vlm.engine.budget import row_bytes, rows_within
-from hooked_vlm.engine.clean_run import GrowthError
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import run_growing, starts_of
 from hooked_vlm.engine.stages import RowPlan, job_of, place_of

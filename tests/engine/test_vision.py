@@ -14,7 +14,7 @@ from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, make_region
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine import vision
-from hooked_vlm.engine.clean_run import GrowthError
+from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import BOUNDS, run_growing, run_plain
 from hooked_vlm.engine.stages import in_front, job_of
