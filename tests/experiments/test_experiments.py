@@ -317,7 +317,7 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
     assert swaps == ["squares", "shapes", "objects"]
 
 
-@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
+@pytest.mark.filterwarnings("ignore:.*do not have the same shape")
 @pytest.mark.parametrize(("layout", "differ"), [("qwen2-vl", False), ("gemma-3", True)])
 def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
     layout: str, differ: bool

@@ -190,7 +190,7 @@ def test_names_that_a_tokenizer_splits_are_left_out(copy: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Pairing")  # strips as published put objects a column off
-@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
+@pytest.mark.filterwarnings("ignore:.*do not have the same shape")
 @pytest.mark.parametrize("reference", whatsup.REFERENCES)
 @pytest.mark.parametrize("n_tokens", [8, 12, 16, 24])
 def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int) -> None:

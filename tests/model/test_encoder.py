@@ -207,7 +207,7 @@ def test_images_of_another_size_have_grids_of_their_own(name):
     processor = processor_of(name)
     processor.size = {"height": 32, "width": 64}
     model = HookedVisionEncoder(encoder(name).hf_model, processor)
-    with pytest.warns(HookedVLMWarning, match="made 64x32 px"):
+    with pytest.warns(HookedVLMWarning, match="to 64x32 px"):
         inputs = model.prepare(pictures(2, side=64))
     grid = inputs.grids[1][0]
     assert grid.shape == (4, 8)

@@ -225,7 +225,7 @@ def test_wrong_input_is_named():
         grid.cell_of_patch(48)
     with pytest.raises(GridError, match=r"Position 3 holds no visual token.* between 4 and 15"):
         grid.cell_of_position(3)
-    with pytest.raises(GridError, match="ascend in raster order"):
+    with pytest.raises(GridError, match="do not ascend in raster order"):
         make_grid(3, 4, positions=torch.arange(12).reshape(4, 3).T)
     with pytest.raises(GridError, match="must be positive"):
         make_grid(3, 4, scale=(0.0, 1.0))

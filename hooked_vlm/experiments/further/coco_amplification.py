@@ -165,7 +165,7 @@ def inputs_of(model, group: Sequence[BoxedItem], style: str) -> Inputs:
     texts = [text for item in group for text in item.item.questions(style)]
     with warnings.catch_warnings():
         # Photographs may be resized: the boxes are laid on the grid of the resized picture.
-        warnings.filterwarnings("ignore", "The image processor made", HookedVLMWarning)
+        warnings.filterwarnings("ignore", "The image processor changed", HookedVLMWarning)
         return model.prepare(pictures, texts)
 
 
