@@ -32,7 +32,7 @@ from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.region import Region
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image processor made")
+pytestmark = pytest.mark.filterwarnings("ignore:The image processor changed")
 Box = tuple[int, int, int, int]
 EMBED, FIRST = "hook_merged_embed", "vision_encoder.blocks.0.hook_resid_pre"
 PROJECTED = "vision_projector.hook_out"

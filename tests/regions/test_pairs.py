@@ -65,8 +65,6 @@ def test_unequal_strips_are_refused_and_can_be_aligned():
 @given(masks_of_one_grid(2, min_cells=1))
 @settings(deadline=None, max_examples=60)
 @pytest.mark.filterwarnings("ignore:.*same shape:hooked_vlm.errors.HookedVLMWarning")
-    "ignore:.*do not have the same shape:hooked_vlm.errors.HookedVLMWarning"
-)
 def test_a_swap_is_its_own_inverse(masks):
     a, b = regions(masks)
     b = b - a
