@@ -323,7 +323,7 @@ def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
     layout: str, differ: bool
 ) -> None:
     expected = (
-        pytest.warns(HookedVLMWarning, match="puts object on object") if differ else nullcontext()
+        pytest.warns(HookedVLMWarning, match="To map object to object") if differ else nullcontext()
     )
     with expected:
         regions = SwapRegions.of(PAPER_GEOMETRY[layout], ("horizontal", "vertical"))

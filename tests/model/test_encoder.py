@@ -323,7 +323,7 @@ def test_describe_and_repr():
     assert lines[0].startswith(
         "tiny dinov2-registers: 3 layers, d_model=32, 4 heads of 8, d_mlp=64"
     )
-    assert lines[0].endswith("5 tokens in front of the patches")
+    assert lines[0].endswith("5 tokens before the patches")
     assert any("hook_resid_post" in line and "[image patch d_vision=32]" in line for line in lines)
     assert (
         repr(model)
