@@ -351,9 +351,9 @@ def test_cells_that_show_something_else_than_the_settings_say_are_warned_of():
     for _ in range(2):
         with pytest.warns(HookedVLMWarning) as caught:  # the image is resized, too
             model.prepare(Image.new("RGB", (96, 48)))
-        said.append(sum("show other parts of it" in str(w.message) for w in caught))
+        said.append(sum("show other parts of the image" in str(w.message) for w in caught))
     assert said == [1, 0]  # once for each size
     honest = HookedVisionEncoder(encoder("clip").hf_model, CroppedUnannounced().own)
     with pytest.warns(HookedVLMWarning) as caught:
         honest.prepare(Image.new("RGB", (96, 48)))
-    assert not any("show other parts of it" in str(w.message) for w in caught)
+    assert not any("show other parts of the image" in str(w.message) for w in caught)
