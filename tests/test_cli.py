@@ -159,7 +159,7 @@ def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
         (("run", "behavior", "--model", "m"), "Did you mean 'behaviour'?"),
         (("run", "behaviour", "--model", "m", "--dtype", "bfloat"), "Did you mean 'bfloat16'"),
         (("run", "behaviour", "--model", "m", "--device", "gpu"), "There is no device 'gpu'"),
-        (("run", "behaviour", "--model", "m", "--device", "cuda:99"), "CUDA devices here"),
+        (("run", "behaviour", "--model", "m", "--device", "cuda:99"), "CUDA devices"),
         (("run", "behaviour", "--model", "m", "--pairs", "0"), "pairs=0"),
     ],
 )

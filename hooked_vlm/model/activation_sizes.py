@@ -260,9 +260,7 @@ class Counts:
             return [(1, patches)] * images
         found = [(frames, rows * cols) for frames, rows, cols in self._grid.tolist()]
         total = sum(frames * n for frames, n in found)
-        told_merged = (
-            images == 1 and total and not patches % total
-        )  # packed, and the grid counts merged patches
+        told_merged = images == 1 and total and not patches % total  # merged
         return [(frames, n * (patches // total)) for frames, n in found] if told_merged else found
 
 

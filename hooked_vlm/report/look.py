@@ -1,9 +1,9 @@
-"""How figures look: colours, markers, names, and the checks of what they are drawn from.
+"""Colours, markers and labels of figures, and checks of the data they are drawn from.
 
-Figures are built from tables and labelled arrays without pyplot, so drawing one leaves no
-global state and opens no window, and nothing is computed on the way: what a figure shows
-stands in its table.  Colours are Okabe and Ito's, which stay apart for colour-blind readers,
-and every line has its own marker, for print without colour.
+Figures are made from tables and labelled arrays without pyplot, so drawing changes no global
+state and opens no window.  A figure computes nothing: every value it shows is in its table.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish, and every line has
+its own marker, for print without colour.
 """
 
 import io
@@ -20,13 +20,13 @@ from hooked_vlm.errors import DataError
 
 @dataclass(frozen=True)
 class Look:
-    """How one quantity or kind is drawn, the same in every figure."""
+    """The style of one quantity or kind, the same in every figure."""
 
     label: str
     color: str
     marker: str
     dashes: str | tuple[int, tuple[int, int]] = "-"
-    width: float = 1.8  # more where another line often runs just over it
+    width: float = 1.8  # wider where another line often covers this one
 
 
 KINDS = {
@@ -47,7 +47,7 @@ SCORES = {
     "background": Look("background tokens given to their strip", "#D55E00", "s"),
     "background, shuffled": Look("its control", "#6B6B6B", "^"),
 }
-OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for a kind this file has no row for
+OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for kinds without a style of their own
 DIRECTIONS = {
     "left": "to the left of",
     "right": "to the right of",
@@ -94,7 +94,7 @@ def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
 
 
 def _complete(looks: Mapping[str, Look], found: pd.Series) -> dict[str, Look]:
-    """The looks of what was found, in their order, with one made up for an unknown name."""
+    """Returns the styles of the names found, in order, with a spare style for unknown names."""
     names = _in_order(found, looks)
     spare = iter(OTHERS * len(names))
     return {name: looks.get(name) or Look(name, next(spare), "D") for name in names}
@@ -119,10 +119,13 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
     missing = [column for column in columns if column not in table]
     if missing:
         raise DataError(
-            f"The table has the columns {list(table.columns)}; this figure also needs {missing}."
+            f"The table has the columns {list(table.columns)}; this figure also needs {missing}. "
+            "Give the table of the experiment's result."
         )
     if table.empty:
-        raise DataError("The table has no rows, so there is nothing to draw.")
+        raise DataError(
+            "The table has no rows, so there is nothing to draw. Give a table with rows."
+        )
 
 
 def _need_dims(array: xr.DataArray, *dims: str) -> None:
