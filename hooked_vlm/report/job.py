@@ -76,8 +76,9 @@ def check(job: Job) -> list[Step]:
     steps = registry.steps(job.experiment, job.setting)
     if job.config.pairs < 1 or job.config.batch_size < 1:
         raise DataError(
-            f"--pairs and --batch-size must be at least 1 (got {job.config.pairs} and "
-            f"{job.config.batch_size})."
+            f"--pairs must be at least 1 (got {job.config.pairs})."
+            if job.config.pairs < 1
+            else f"--batch-size must be at least 1 (got {job.config.batch_size})."
         )
     check_options([step.experiment.config for step in steps], job.options)
     for step in steps:

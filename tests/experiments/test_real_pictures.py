@@ -174,11 +174,11 @@ def test_a_setting_of_composites(copy: Path) -> None:
         48,
         3,
     )
-    with pytest.raises(DataError, match=r"not one\. Experiments that show one thing alone"):
+    with pytest.raises(DataError, match=r"not one\. Experiments that show one object alone"):
         stimuli.scene((None, "red", None), "horizontal", layout)
     with pytest.raises(DataError, match="needs your copy of What'sUp"):
         stimulus_set("whatsup-chair")
-    with pytest.raises(DataError, match="Around 'table' 0 things"):
+    with pytest.raises(DataError, match="Around 'table' 0 objects"):
         stimulus_set("whatsup-table", data=copy)
 
 
@@ -478,7 +478,7 @@ def test_amplification_on_photographs_with_boxes(
     config = coco_amplification.Config(
         data=boxed, alphas=(0.0, 2.0), control_alphas=(0.0, 2.0), controls=2
     )
-    with pytest.raises(DataError, match=r"horizontal: \d of 6 items right, too few"):
+    with pytest.raises(DataError, match=r"horizontal: \d of 6 items correct, too few"):
         coco_amplification.run(model, config, lambda *_: None)  # it was not taught such questions
     observed = coco_amplification.observed
 
@@ -495,7 +495,7 @@ def test_amplification_on_photographs_with_boxes(
     assert (unchanged["value"] == 0).all() and (unchanged["n"] == 11).all()
     read = table[table["quantity"] == "probe, held out"]
     assert list(read["axis"]) == ["horizontal", "vertical"] and (read["n"] == 1).all()
-    assert "Of 11 items" in result.verdict and "horizontal" in result.verdict
+    assert "(11 items)" in result.verdict and "horizontal" in result.verdict
 
 
 def test_a_probe_of_photographs_is_given_the_means_of_boxes(boxed: Path) -> None:

@@ -1,10 +1,10 @@
 """Q6, two signals on and off: are the two mechanisms redundant or complementary? (paper, 5.3)
 
-The paper calls the language model's own ordering secondary because accuracy falls little or
-much without vision's.  That is one cell of four.  Here each signal is taken away alone and
-both together, on the same questions: vision's by E5's removal, the language model's by
-cutting the attention of image tokens to one another in all of its blocks, so that they
-cannot be compared there.  The interaction says whether one covers for the other.
+The paper calls the language model's own ordering secondary because of the accuracy without
+vision's.  That is one of four conditions.  Here each signal is removed alone, and both
+together, on the same questions.  Vision's is removed as in E5; the language model's is removed
+by masking the attention of image tokens to each other in all blocks.  The interaction shows
+whether one signal can replace the other.
 """
 
 from collections.abc import Sequence
