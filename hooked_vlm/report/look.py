@@ -31,7 +31,7 @@ class Look:
 
 KINDS = {
     "strip": Look("strips through the whole image", "#D55E00", "s", width=4.0),
-    "strip, aligned": Look("strips, object laid on object", "#CC79A7", "D"),
+    "strip, aligned": Look("strips, aligned object on object", "#CC79A7", "D"),
     "object": Look("object cells alone", "#0072B2", "o"),
     "background": Look("strips without their object cells", "#6B6B6B", "^", (0, (4, 2))),
 }
@@ -44,7 +44,7 @@ SCORES = {
     "accuracy": Look("held-out object tokens", "#0072B2", "o"),
     "converged": Look("the same, fitted to convergence", "#009E73", "v"),
     "shuffled": Look("its control, fitted to shuffled labels", "#6B6B6B", "D"),
-    "background": Look("background tokens given to their strip", "#D55E00", "s"),
+    "background": Look("background tokens assigned to their strip", "#D55E00", "s"),
     "background, shuffled": Look("its control", "#6B6B6B", "^"),
 }
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for kinds without a style of their own

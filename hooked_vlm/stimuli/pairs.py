@@ -87,7 +87,7 @@ class SwapPair:
 
     @property
     def questions(self) -> tuple[Question, Question]:
-        """What a model must answer rightly for the pair to be kept."""
+        """The questions that a model must answer correctly for the pair to be kept."""
         return self.clean, self.counterfactual
 
 
@@ -119,7 +119,7 @@ class FinalTokenPair:
 
     @property
     def questions(self) -> tuple[Question, Question]:
-        """What a model must answer rightly for the pair to be kept."""
+        """The questions that a model must answer correctly for the pair to be kept."""
         return self.clean, self.counterfactual
 
 

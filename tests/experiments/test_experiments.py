@@ -209,7 +209,7 @@ def test_e4_speaks_of_no_difference_that_is_only_significant() -> None:
         }
     )
     said = strip_swap._compared(table)
-    assert said == "objects do more than strips at slot 1, by 0.20 [0.10, 0.30]"
+    assert said == "objects flip more answers than strips at slot 1, by 0.20 [0.10, 0.30]"
 
 
 def test_the_controls_of_e4_have_the_cells_they_say() -> None:
