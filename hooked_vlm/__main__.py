@@ -1,4 +1,4 @@
-"""`python -m hooked_vlm` is the command line `hooked-vlm`."""
+"""Runs the command line `hooked-vlm` as `python -m hooked_vlm`."""
 
 from hooked_vlm.cli import main
 

@@ -1,9 +1,9 @@
-"""The command line: `hooked-vlm run`, `demo`, `sites` and `list`.
+"""The command line: `hooked-vlm run`, `demo`, `reproduce`, `sites`, `check` and `list`.
 
-The only file that prints and exits.  It turns words into a `Job`, shows how far the job
-is, and turns every error that is the user's to mend into one line and exit status 2.
-torch and transformers take seconds to import, so each command imports what it needs when
-it runs, and `--help` answers at once.
+Only this file prints results and exits.  It converts arguments to a `Job`, shows the job's
+progress, and prints every `HookedVLMError` as one line with exit status 2.  torch and
+transformers take seconds to import, so each command imports them only when it runs, and
+`--help` answers at once.
 """
 
 import os
@@ -37,35 +37,40 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
 ]
-Out = Annotated[Path, typer.Option(help="Folder for the report; made if it is not there.")]
+Out = Annotated[Path, typer.Option(help="Folder for the report; created if missing.")]
 Pairs = Annotated[int, typer.Option(help="Image pairs per direction.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
 Setting = Annotated[
     str | None,
     typer.Option(
-        help="Stimuli: squares, shapes, objects, or one of them with -photos. By default the "
+        help="Stimuli: squares, shapes, objects, or one of them with -photos. Default: the "
         "experiment's own."
     ),
 ]
 Cutouts = Annotated[
-    Path | None, typer.Option(help="Your own cut-outs for objects: a folder of <name>.png.")
+    Path | None, typer.Option(help="Folder with your own cut-outs of objects, <name>.png.")
 ]
 Backgrounds = Annotated[
-    Path | None, typer.Option(help="Your own photographs for the -photos settings: a folder.")
+    Path | None, typer.Option(help="Folder with your own photographs for the -photos settings.")
 ]
 Data = Annotated[Path | None, typer.Option(help="The folder of What'sUp or COCO-spatial.")]
 OtherWords = Annotated[bool, typer.Option("--other-words", help="Ask in a second phrasing.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option("--set", help="An experiment's own option, NAME=VALUE; may be repeated."),
+    typer.Option("--set", help="Option of an experiment, NAME=VALUE; may be repeated."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")]
 Jobs = Annotated[
-    int, typer.Option(help="Models at a time; 0: all on a CPU with a core for each, else one.")
+    int,
+    typer.Option(
+        help="Number of models to run at the same time. 0: all, if each has a CPU core; else one."
+    ),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier run left.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Ignore results of an earlier run and compute them again.")
+]
 
 
 @app.command()
@@ -123,7 +128,7 @@ def demo(
     fresh: Fresh = False,
     jobs: Jobs = 0,
 ) -> None:
-    """Run the dual-mechanisms suite on every shipped model, side by side."""
+    """Run the dual-mechanisms suite on every shipped model and write one report."""
     from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config
     from hooked_vlm.report.job import Job
@@ -141,7 +146,7 @@ def reproduce(
     out: Out,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="May be repeated; by default every shipped model."),
+        typer.Option(help="Model to run; may be repeated. Default: every shipped model."),
     ] = None,
     pairs: Pairs = 50,
     seed: Seed = 0,
@@ -155,7 +160,7 @@ def reproduce(
     fresh: Fresh = False,
     jobs: Jobs = 0,
 ) -> None:
-    """Run every experiment on every setting; run it again to go on after an interruption."""
+    """Run every experiment on every setting. Run the same command again to resume."""
     from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config
     from hooked_vlm.report.job import Job
@@ -200,12 +205,12 @@ def check(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
     every_layer: Annotated[
         bool,
-        typer.Option("--every-layer", help="Write at every layer, not at three."),
+        typer.Option("--every-layer", help="Check all layers instead of three."),
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Check hooks, grids and generation on a model: a `no` is a number not to be trusted."""
+    """Check hooks, grids, generation and sweeps on a model. Exit status 1 if a check fails."""
     from hooked_vlm.checks.checkup import check_model
     from hooked_vlm.checks.laws import NO
     from hooked_vlm.model.vlm import HookedVLM
@@ -218,13 +223,13 @@ def check(
             print(f"{finding.law:<18} {finding.verdict:<4} {finding.note}".rstrip())
             broken += finding.verdict == NO
     if broken:
-        print(f"{broken} laws do not hold on {model}.")
+        print(f"{broken} check{'s' if broken > 1 else ''} failed on {model}.")
         raise typer.Exit(1)
 
 
 @app.command("list")
 def list_() -> None:
-    """Print the suites, the experiments and the shipped models."""
+    """List the suites, the experiments and the shipped models."""
     from hooked_vlm import zoo
     from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES
 
@@ -241,7 +246,7 @@ def list_() -> None:
 
 
 def main() -> None:
-    """Runs the command line; what the user can mend is one line on stderr and status 2."""
+    """Runs the command line; prints a `HookedVLMError` as one line on stderr, with status 2."""
     try:
         app()
     except HookedVLMError as error:
@@ -256,17 +261,19 @@ def _options(given: list[str]) -> dict[str, str]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
-            raise DataError(f"--set {text!r} is not NAME=VALUE, as in --set alphas=0,4,8.")
+            raise DataError(
+                f"--set {text!r} was given; expected NAME=VALUE, as in --set alphas=0,4,8."
+            )
         options[name.strip().replace("-", "_")] = value
     return options
 
 
 def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> None:
-    """Runs jobs, several at a time where that is faster, and writes their index."""
+    """Runs jobs, in parallel processes where that is faster, and writes their index page."""
     from hooked_vlm.report import job as runner
     from hooked_vlm.report import page
 
-    for job in made:  # all of them before the first one runs
+    for job in made:  # check all jobs before the first one runs
         runner.check(job)
     if not jobs:
         apart = runner.device_of(made[0].device) == "cpu" and (os.cpu_count() or 1) >= len(made)
@@ -284,7 +291,7 @@ def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> No
 
 
 def _run_apart(made: Sequence["Job"], jobs: int) -> None:
-    """Runs each job in a process of its own, with an even share of the processor's cores."""
+    """Runs each job in its own process, with an equal share of the CPU's cores."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     waiting, failed = list(made), []
@@ -299,12 +306,15 @@ def _run_apart(made: Sequence["Job"], jobs: int) -> None:
             job, process = running.pop(0)
             if process.wait():
                 failed.append(job.model)
-    except KeyboardInterrupt:  # which the other processes get as well
+    except KeyboardInterrupt:  # the child processes receive it too
         for _, process in running:
             process.wait()
         sys.exit(INTERRUPTED)
     if failed:
-        print(f"hooked-vlm: {', '.join(failed)} failed, see above.", file=sys.stderr)
+        print(
+            f"hooked-vlm: the run failed for {', '.join(failed)}. See the messages above.",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -335,8 +345,8 @@ def _run(job: "Job") -> "Report":
     except KeyboardInterrupt:
         print(
             f"hooked-vlm: interrupted after {listener.finished} of {listener.of or 'the'} "
-            f"experiments on {job.model}; finished ones are in {job.out / runner.RESULTS}. "
-            "Run the same command again to go on from there.",
+            f"experiments on {job.model}; their results are in {job.out / runner.RESULTS}. "
+            "Run the same command again to resume.",
             file=sys.stderr,
         )
         sys.exit(INTERRUPTED)

@@ -1,9 +1,9 @@
-"""Every error and warning that hooked_vlm raises on purpose.
+"""All errors and warnings that hooked_vlm raises on purpose.
 
-One base class, `HookedVLMError`, so that a caller can catch them all; one child for
-each thing a user can get wrong.  Messages say three things, in this order: what was
-given, what was expected, what to do about it.  The base is a `ValueError` (never a
-`KeyError`, whose text Python prints with its newlines escaped).
+All errors derive from `HookedVLMError`, so a caller can catch them together; each subclass
+is one kind of wrong use.  A message has three parts, in this order: the value given, the
+value expected, and the remedy.  The base class is a `ValueError` and not a `KeyError`,
+because Python prints the message of a `KeyError` with escaped newlines.
 """
 
 import difflib
@@ -11,7 +11,16 @@ from collections.abc import Iterable
 
 
 class HookedVLMError(ValueError):
-    """Base of all errors that hooked_vlm raises on purpose."""
+    """Base class of all errors that hooked_vlm raises on purpose.
+
+    >>> from hooked_vlm import Region
+    >>> try:
+    ...     Region.column_band((4, 4), 3, 6)
+    ... except HookedVLMError as error:
+    ...     print(type(error).__name__, error)
+    RegionError strip needs columns 3 to 6 (half-open), and the grid has 4.
+    Give 0 <= start < stop <= 4.
+    """
 
 
 class UnknownHookError(HookedVLMError):
@@ -19,23 +28,23 @@ class UnknownHookError(HookedVLMError):
 
 
 class UnsupportedModelError(HookedVLMError):
-    """A model whose module tree lacks a part that was asked for."""
+    """A model without a part that is needed, or of a kind that is not supported."""
 
 
 class HookError(HookedVLMError):
-    """A hook function that returned something the model cannot go on with."""
+    """A hook function with a wrong result, or a use of hooks that cannot work."""
 
 
 class GridError(HookedVLMError):
-    """Images, visual tokens and positions that do not fit together."""
+    """Images, visual tokens and positions that are inconsistent."""
 
 
 class NoGridError(GridError):
-    """An image whose visual tokens make no grid over it, or none that can be found."""
+    """An image whose visual tokens form no grid, or whose grid cannot be found."""
 
 
 class NoGradientError(GridError):
-    """A measurement that needs a gradient, through layers that have none."""
+    """A measurement that needs a gradient through layers that have none."""
 
 
 class RegionError(GridError):
@@ -51,11 +60,11 @@ class DataError(HookedVLMError):
 
 
 class ScoringError(HookedVLMError):
-    """An answer that cannot be scored, such as one that is not a single token."""
+    """An answer that cannot be scored, such as an answer of several tokens."""
 
 
 class CacheMemoryError(HookedVLMError):
-    """A cache that will not fit in the memory where it is to be kept."""
+    """A cache that does not fit into the memory of its device."""
 
 
 class MissingExtraError(HookedVLMError, ImportError):
@@ -63,7 +72,15 @@ class MissingExtraError(HookedVLMError, ImportError):
 
 
 class HookedVLMWarning(UserWarning):
-    """Something that changes what a number means, though not whether it can be had."""
+    """The result is computed, but may not mean what the user expects.
+
+    To treat such a result as an error:
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", HookedVLMWarning)
+    ...     # model.prepare(image, text) now raises instead of warning
+    """
 
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:

@@ -159,8 +159,11 @@ def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
         (("run", "behavior", "--model", "m"), "Did you mean 'behaviour'?"),
         (("run", "behaviour", "--model", "m", "--dtype", "bfloat"), "Did you mean 'bfloat16'"),
         (("run", "behaviour", "--model", "m", "--device", "gpu"), "There is no device 'gpu'"),
-        (("run", "behaviour", "--model", "m", "--device", "cuda:99"), "CUDA devices here"),
-        (("run", "behaviour", "--model", "m", "--pairs", "0"), "pairs=0"),
+        (("run", "behaviour", "--model", "m", "--device", "cuda:99"), "CUDA devices"),
+        (
+            ("run", "behaviour", "--model", "m", "--pairs", "0"),
+            "--pairs must be at least 1",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_found_before_any_work(

@@ -1,20 +1,20 @@
 """Directions in activation space, and pure functions that move activations along them.
 
 A probe's class weights are directions w_k.  The paper amplifies them in two ways (protocol
-2.6, E7): as it writes, h + alpha w (`add`); as its released experiment ran,
+2.6, E7): its text has h + alpha w (`add`); its released experiment used
 h + alpha sum_k <h, w_k> w_k / |w_k|^2 (`scale_projections`).
 
-The second formula treats the w_k as if they were orthogonal, and a softmax's are not.  With
-two classes they are nearly anti-parallel, so the one axis that separates them is counted
-twice.  With any number, adding one vector to every w_k changes no probability: that common
-component is left over from the initialisation, carries no code, and is amplified all the
-same.  `orthonormalise` removes both: it centres the w_k (the classes' differences are all
-that a softmax sees) and returns an orthonormal basis of what is left, one direction fewer
+The second formula treats the w_k as orthogonal, but the weights of a softmax are not.  With
+two classes they are nearly anti-parallel, so the single axis that separates them is counted
+twice.  With any number of classes, adding one vector to every w_k changes no probability.
+This common component comes from the initialisation, has no information about the classes, and
+is amplified too.  `orthonormalise` corrects both: it centres the w_k (a softmax depends only
+on their differences) and returns an orthonormal basis of the result, with one direction fewer
 than there are classes.
 
-A control must move activations as far as the real directions do, or "random does less" says
-nothing.  `random_controls` rotates the directions at random, which keeps their norms and
-angles; with activations given, it rotates them so that the projection energy matches too.
+A control must move activations as far as the real directions do, or a smaller effect of random
+directions means nothing.  `random_controls` rotates the directions at random, which keeps
+their norms and angles; with activations given, it also matches the projection energy.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,16 +27,16 @@ from torch import Tensor
 from hooked_vlm.errors import DataError
 
 
-# A direction shorter than this share of the longest is rounding, not a direction.
+# A direction shorter than this share of the longest one is a rounding error.
 _RANK_TOLERANCE = 1e-6
-# Powers of the second moment that are tried; beyond them float64 no longer tells the columns
-# of a tilted frame apart.
+# Powers of the second moment to try; beyond them float64 cannot distinguish the columns of a
+# tilted frame.
 _TILTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One vector in a site's activation space, with where it came from."""
+    """One vector in a site's activation space, with its origin."""
 
     vector: Float[Tensor, " d_model"]
     name: str
@@ -61,8 +61,8 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "direction d_model"]
     widths = sorted({len(direction.vector) for direction in directions})
     if len(widths) != 1:
         raise DataError(
-            f"Cannot stack {len(directions)} directions of widths {widths}; "
-            "give at least one, all from the same site."
+            f"Cannot stack {len(directions)} directions of widths {widths}. "
+            "Give at least one direction, all from the same site."
         )
     return torch.stack([direction.vector for direction in directions])
 
@@ -86,7 +86,7 @@ def scale_projections(
 ) -> Float[Tensor, "*batch d_model"]:
     """Returns `h + alpha * sum_k <h, w_k> w_k / |w_k|^2`; for alpha = 0, `h` itself.
 
-    The directions' lengths do not matter.  For orthonormal ones, alpha = -1 erases their
+    The directions' lengths do not matter.  For orthonormal directions, alpha = -1 erases their
     span.  Computed in at least float32 and returned in `h`'s dtype.
 
     Raises:
@@ -101,14 +101,14 @@ def scale_projections(
 def orthonormalise(
     directions: Float[Tensor, "direction d_model"], *, center: bool = True
 ) -> Float[Tensor, "rank d_model"]:
-    """Returns an orthonormal basis of the directions' span, centred unless told otherwise.
+    """Returns an orthonormal basis of the directions' span; by default they are centred first.
 
-    It is the Q of a QR decomposition with positive diagonal, so the first row keeps the sign
-    and meaning of the first (centred) direction; rows that depend on earlier ones are left
-    out.  Centre a softmax's class weights: K classes give at most K - 1 directions.
+    It is the Q of a QR decomposition with positive diagonal, so the first row has the sign and
+    meaning of the first (centred) direction.  Linearly dependent rows are left out.  Centre the
+    class weights of a softmax: K classes give at most K - 1 directions.
 
     Raises:
-        DataError: no direction is left, all being equal (or zero, if not centred).
+        DataError: no direction is left, because all are equal (or zero, if not centred).
 
     >>> orthonormalise(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]))
     tensor([[1., 0., 0.]])
@@ -116,12 +116,12 @@ def orthonormalise(
     rows = _double(directions)
     if center:
         rows = rows - rows.mean(dim=0)
-    # Against the uncentred lengths, so that rounding in equal directions is not kept.
+    # Lengths before centring, so that the rounding error of equal directions counts as zero.
     longest = _double(directions).norm(dim=1).max()
     basis: list[Tensor] = []
     for row in rows:
         rest = row
-        for _ in range(2):  # once more for rounding: "twice is enough" (Kahan)
+        for _ in range(2):  # the second pass removes rounding errors: "twice is enough" (Kahan)
             for kept in basis:
                 rest = rest - (rest @ kept) * kept
         if rest.norm() > _RANK_TOLERANCE * longest:
@@ -129,7 +129,7 @@ def orthonormalise(
     if not basis:
         raise DataError(
             f"{len(rows)} directions leave nothing to orthonormalise: they are all "
-            f"{'equal' if center else 'zero'}. A probe of at least two classes is needed."
+            f"{'equal' if center else 'zero'}. Give directions of a probe of at least two classes."
         )
     return torch.stack(basis).to(directions.device, directions.dtype)
 
@@ -139,8 +139,8 @@ def projection_energy(
 ) -> float:
     """Returns the mean over tokens of `|sum_k <h, w_k> w_k / |w_k|^2|^2`.
 
-    That is the squared length of what `scale_projections` adds per unit of alpha; for
-    orthonormal directions, the energy of `h` inside their span.
+    This is the squared length of the change by `scale_projections` per unit of alpha.  For
+    orthonormal directions it is the energy of `h` inside their span.
     """
     tokens = _double(h).reshape(-1, h.shape[-1])
     unit = _unit_rows(_double(directions)).to(tokens.device)
@@ -154,18 +154,19 @@ def random_controls(
     *,
     match_energy_on: Float[Tensor, "*batch d_model"] | None = None,
 ) -> Float[Tensor, "seed direction d_model"]:
-    """Returns, per seed, the directions rotated at random: same norms and angles, elsewhere.
+    """Returns for each seed a random rotation of the directions, with the same norms and angles.
 
     Without `match_energy_on` the rotations are uniform.  With it (activations `h` at the
-    site) each control also has the directions' `projection_energy` on `h`: its axes are
-    drawn from a Gaussian whose covariance is the activations' second moment to a power t,
-    and t is solved for.  t = 0 is the uniform rotation; t towards infinity and -infinity
-    reaches the most and the least energetic placements, so a solution lies between.
+    site) each control also has the directions' `projection_energy` on `h`.  Its axes are
+    drawn from a Gaussian whose covariance is the activations' second moment to a power t, and
+    t is computed to match the energy.  t = 0 is the uniform rotation; t towards infinity and
+    -infinity gives the most and the least energetic placements, so the solution is between.
 
     Raises:
         DataError: a direction is zero, or no placement of a seed reaches the energy to one
             part in a million.
     """
+    # Write the directions in their own axes; a control has the same coordinates in other axes.
     rows = _double(directions.detach())
     strengths, axes = _spectrum(rows)
     matcher = None
@@ -183,7 +184,7 @@ def random_controls(
 
 @dataclass(frozen=True, eq=False)
 class _EnergyMatcher:
-    """Solves for the tilt at which a random frame meets the directions' energy."""
+    """Computes the tilt at which a random frame has the directions' energy."""
 
     moments: Tensor
     """Eigenvalues `[d_model]`, rising, of the second moment of the activations."""
@@ -207,20 +208,23 @@ class _EnergyMatcher:
         if t is None or abs(excess(t)) > 1e-6:
             raise DataError(
                 f"No random placement of seed {seed} has the directions' projection energy "
-                f"{self.target:.4g}: they lie at the edge of what these activations vary in. "
+                f"{self.target:.4g}, which is at the limit of these activations' variation. "
                 "Use another seed or more activations, or match norms only."
             )
         return self.eigenvectors @ self._tilted(gaussian, t)
 
     def _tilted(self, gaussian: Tensor, t: float) -> Tensor:
-        """The frame of `gaussian`, given covariance moments^t, in the eigenvectors' basis."""
-        # Where no token varies the logarithm is floored; any floor keeps the order.
+        """Returns the frame of `gaussian` with covariance moments^t, in the eigenvectors' basis."""
+        # The logarithm is floored where no token varies; any floor keeps the order.
         tilt = t / 2 * (self.moments / self.moments[-1]).clamp(min=1e-12).log()
         return _orthonormal((tilt - tilt.max()).exp()[:, None] * gaussian)
 
 
 def _root(excess: Callable[[float], float]) -> float | None:
-    """The tilt at which the energy meets its target: searched outwards from 0, then halved in."""
+    """Returns the tilt at which the energy has its target value, or None.
+
+    The search goes outwards from 0 to a bracket, and then bisects it.
+    """
     sign = 1.0 if excess(0.0) <= 0 else -1.0
     reach = next((each for each in _TILTS if sign * excess(sign * each) >= 0), None)
     if reach is None:
@@ -233,7 +237,7 @@ def _root(excess: Callable[[float], float]) -> float | None:
 
 
 def _spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Strengths `[rank]`, falling, and axes `[d_model, rank]` of the scaling formula."""
+    """Returns strengths `[rank]`, descending, and axes `[d_model, rank]` of the scaling formula."""
     _, singular, axes = torch.linalg.svd(_unit_rows(rows), full_matrices=False)
     kept = singular > _RANK_TOLERANCE * singular[0]
     return singular[kept].square(), axes[kept].T
@@ -241,7 +245,7 @@ def _spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _orthonormal(columns: Tensor) -> Tensor:
     q, r = torch.linalg.qr(columns)
-    # With the signs of R's diagonal fixed, Q depends continuously on the columns.
+    # With fixed signs of R's diagonal, Q depends continuously on the columns.
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
 
@@ -250,7 +254,7 @@ def _unit_rows(directions: Tensor) -> Tensor:
     if not (norms > 0).all():
         zero = (norms[:, 0] == 0).nonzero()[:, 0].tolist()
         raise DataError(
-            f"Directions {zero} of {len(directions)} are zero; a direction needs a length."
+            f"Directions {zero} of {len(directions)} are zero. Give directions with a norm above 0."
         )
     return directions / norms
 

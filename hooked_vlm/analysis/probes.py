@@ -1,18 +1,18 @@
-"""Linear probes on activations, and the examples, splits and controls they need.
+"""Linear probes on activations, and their examples, splits and controls.
 
 `LinearProbe` is the paper's probe (protocol 2.7) with scikit-learn's interface: multinomial
 logistic regression, fitted by 200 full-batch AdamW steps from a random start, in torch on
-any device.  It is deliberately not fitted to convergence, and features are not standardised;
-for another protocol any scikit-learn classifier takes the same arrays.
+any device.  It is deliberately not fitted to convergence, and features are not standardised.
+For another protocol, any scikit-learn classifier takes the same arrays.
 
-The tokens of one object are near copies of one another and those of one image are related,
-so images, not tokens, are split (`split_by_image`), and images, not tokens, are counted
+The tokens of one object are nearly equal and the tokens of one image are correlated.
+Therefore splits are by image (`split_by_image`), and each image counts as one trial
 (`held_out_accuracy`).
 
-High accuracy alone may only say that the features are rich.  `shuffled_labels` is the
-control: within each image, the labels are dealt anew among its objects.  All tokens of an
-object still share a label, each image still holds the same labels as often, and only the
-link between place and label is gone; a probe fitted and scored on such labels is at chance.
+High accuracy may only mean that the features are rich.  `shuffled_labels` is the control: it
+shuffles the labels among the objects of each image.  All tokens of an object still share a
+label, and each image has the same labels, but the relation between place and label is removed.
+A probe that is fitted and scored on such labels is at chance.
 """
 
 import math
@@ -39,11 +39,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     """Multinomial linear probe, fitted as the paper fits it (protocol 2.7).
 
     Logits are `X @ weight_.T + bias_`.  The start is `weight_ ~ N(0, 1) / sqrt(d)` from a
-    generator seeded with `seed` (drawn on the CPU, so that every device starts alike) and
-    `bias_ = 0`.  AdamW decays weights and biases alike, torch's default.
+    generator seeded with `seed` (drawn on the CPU, so the start is the same on every device)
+    and `bias_ = 0`.  AdamW decays weights and biases, torch's default.
 
-    `X` is `[example, d]` and `y` `[example]` in anything scikit-learn takes, or tensors; a
-    tensor is fitted where it lies unless `device` says otherwise.  Fitted attributes:
+    `X` is `[example, d]` and `y` `[example]`, as tensors or any type that scikit-learn takes; a
+    tensor is fitted on its own device unless `device` is given.  Fitted attributes:
     `classes_` (sorted labels), `weight_` `[class, d]` and `bias_` `[class]` (float32 tensors
     on the CPU), `loss_curve_` (mean cross-entropy before each step), `n_features_in_`.
 
@@ -53,7 +53,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     ([np.str_('left'), np.str_('right')], 1.0)
     """
 
-    # Without annotations: scikit-learn wants any value stored here and complaints left to fit.
+    # Without annotations: scikit-learn requires that any value is stored and checked in fit.
     def __init__(self, *, lr=1e-3, weight_decay=1e-4, n_steps=200, seed=0, device=None):
         self.lr = lr
         self.weight_decay = weight_decay
@@ -65,19 +65,20 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         """Fits to features `[example, d]` and labels `[example]`; returns the probe.
 
         Raises:
-            ValueError: scikit-learn's, for features or labels it would refuse too.
+            ValueError: raised by scikit-learn for invalid features or labels.
         """
         if self.n_steps < 1:
-            raise DataError(f"n_steps={self.n_steps}: a fit needs at least 1 step.")
+            raise DataError(f"n_steps={self.n_steps} was given; a fit needs at least 1 step.")
         device = self._device(X)
         X, y = validate_data(self, _array(X), _array(y), dtype=np.float32)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise DataError(
-                f"The labels hold one class only, {self.classes_[0]!r}; a probe needs two or more."
+                f"The labels hold one class only, {self.classes_[0]!r}. Give labels of two or more "
+                "classes."
             )
-        # A caller's inference_mode would leave parameters that no optimiser can train.
+        # Parameters made in a caller's inference_mode could not be trained.
         with torch.inference_mode(False), torch.enable_grad():
             features, targets = torch.tensor(X, device=device), torch.tensor(codes, device=device)
             self.weight_, self.bias_, self.loss_curve_ = self._descend(features, targets)
@@ -107,7 +108,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         if features.shape[-1] != self.weight_.shape[1]:
             raise DataError(
                 f"The probe was fitted to {self.weight_.shape[1]} features and given "
-                f"{features.shape[-1]} (shape {tuple(features.shape)}); the last axis must be d."
+                f"{features.shape[-1]} (shape {tuple(features.shape)}). Give features with d as "
+                "the last axis."
             )
         weight, bias = self.weight_.to(features.device), self.bias_.to(features.device)
         return features.float() @ weight.T + bias
@@ -117,7 +119,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     ) -> Float[Tensor, "*image row col class"]:
         """Returns class probabilities at every cell of a grid of tokens (E3's heat maps).
 
-        The probe was fitted to object tokens; this asks what it reads in all the others.
+        The probe was fitted to object tokens; the map also shows its result at all other tokens.
         """
         return self.logits(features).softmax(dim=-1)
 
@@ -134,14 +136,14 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
             loss = torch.nn.functional.cross_entropy(X @ weight.T + bias, y)
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())  # fetched at the end: one wait for the GPU, not 200
+            losses.append(loss.detach())  # copied at the end: one GPU synchronisation, not 200
         return weight.detach().cpu(), bias.detach().cpu(), torch.stack(losses).cpu().numpy()
 
     def _scores(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
         X = validate_data(self, _array(X), dtype=np.float32, reset=False)
-        # In float64: a float32 product depends, by 2e-6, on the processor and on how many other
-        # rows are scored with a row.
+        # In float64, because a float32 product depends, by 2e-6, on the processor and on the
+        # number of rows that are scored together.
         weight, bias = self.weight_.double().numpy(), self.bias_.double().numpy()
         return X.astype(np.float64) @ weight.T + bias
 
@@ -153,17 +155,17 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Probe examples, and what they have in common: which image, which object."""
+    """Probe examples, with the image and the object of each."""
 
     X: Float[Tensor, "example d"]
     y: Int[np.ndarray, " example"]
-    """The slot, 0, 1, 2, ..., of the object that the token lies on."""
+    """The slot (0, 1, 2, ...) of the token's object."""
     images: Int[np.ndarray, " example"]
     objects: Int[np.ndarray, " example"]
     """One number per object of an image; its examples share a label."""
 
     def of_images(self, images: Int[np.ndarray, " image"] | Sequence[int]) -> "Examples":
-        """Returns the examples of these images, in their present order."""
+        """Returns the examples of these images, in their current order."""
         kept = np.isin(self.images, np.asarray(images))
         rows = torch.from_numpy(kept).to(self.X.device)
         return Examples(self.X[rows], self.y[kept], self.images[kept], self.objects[kept])
@@ -219,11 +221,11 @@ def split_by_image(
 
 
 def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
-    """Returns the same examples with labels dealt anew among each image's objects.
+    """Returns the same examples with labels shuffled among each image's objects.
 
-    Fit *and score* the control on these: where the code is strong, a probe fitted to
-    shuffled labels gives every slot one label, so against the true labels its accuracy is
-    0, 1/3 or 1 by luck, while against shuffled ones it is at chance.
+    Fit *and score* the control on these examples.  With strong features, a probe fitted to
+    shuffled labels gives every slot one label, so its accuracy on the true labels is 0, 1/3 or
+    1 by chance, while its accuracy on shuffled labels is at chance level.
 
     Raises:
         DataError: an object with several labels, or no image with two labels to exchange.
@@ -231,7 +233,10 @@ def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
     objects, first, member = np.unique(examples.objects, return_index=True, return_inverse=True)
     labels, image_of = examples.y[first], examples.images[first]
     if not np.array_equal(labels[member], examples.y):
-        raise DataError("An object's examples have different labels; the control deals by object.")
+        raise DataError(
+            "An object's examples have different labels, and the control shuffles labels by "
+            "object. Give every example of an object the same label."
+        )
     rng = np.random.default_rng(seed)
     dealt = labels.copy()
     for image in np.unique(image_of):
@@ -239,8 +244,8 @@ def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
         dealt[mine] = rng.permutation(labels[mine])
     if all(len(np.unique(labels[image_of == image])) < 2 for image in np.unique(image_of)):
         raise DataError(
-            f"None of {len(objects)} objects shares its image with one of another label, so "
-            "dealing labels within images changes nothing."
+            f"None of {len(objects)} objects shares its image with an object of another label, so "
+            "shuffling labels within images changes nothing. Give images with several labels."
         )
     return replace(examples, y=dealt[member])
 
@@ -248,12 +253,12 @@ def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
 def held_out_accuracy(
     probe: ClassifierMixin, examples: Examples, *, level: float = 0.95
 ) -> Interval:
-    """Returns the mean over images of the share of tokens read rightly, Wilson's interval.
+    """Returns the mean over images of the share of correct tokens, with Wilson's interval.
 
     The probe may be any fitted scikit-learn classifier.
 
-    Each image counts as one trial, which is conservative (see `statistics.wilson`): the
-    tokens of an image are far from independent.
+    Each image counts as one trial, because the tokens of an image are far from independent.
+    This is conservative (see `statistics.wilson`).
     """
     right = probe.predict(examples.X) == examples.y  # type: ignore[attr-defined]
     images, member = np.unique(examples.images, return_inverse=True)
@@ -273,7 +278,7 @@ def class_directions(probe: LinearProbe, provenance: str = "") -> list[Direction
 
 
 def _array(values: Any) -> Any:
-    """A tensor as a numpy array (bfloat16, which numpy lacks, as float32); others as they are."""
+    """Returns a tensor as a numpy array (bfloat16 as float32); other values unchanged."""
     if not isinstance(values, Tensor):
         return values
     values = values.detach().cpu()
@@ -285,12 +290,12 @@ def _check_regions(regions: Sequence[Region], n_tokens: int) -> None:
         rows, cols = region.shape
         if rows * cols != n_tokens:
             raise DataError(
-                f"The region of slot {slot}, {region!r}, lies on a grid of {rows * cols} tokens "
-                f"and the features have {n_tokens} per image; build it on the images' grid."
+                f"The region of slot {slot}, {region!r}, is on a grid of {rows * cols} tokens, "
+                f"and the features have {n_tokens} per image. Make it from the images' grid."
             )
         for other in regions[:slot]:
             if len(region & other):
                 raise DataError(
                     f"{region!r} and {other!r} share {len(region & other)} cells; a token can be "
-                    "an example of one slot only."
+                    "an example of one slot only. Give disjoint regions."
                 )

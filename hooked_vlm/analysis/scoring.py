@@ -1,21 +1,20 @@
-"""From next-token logits to answers and numbers (protocol 2.4).
+"""Computes answers and scores from next-token logits (protocol 2.4).
 
-A one-token answer can be spelled in several ways: `red`, `Red`, ` red`, ` Red`.  A
-*candidate's* probability is the softmax mass of its spellings, each token id counted once
-(in some tokenizers ` red` and `red` are one token).  A name is usable when `red` and `Red`
-are one token each; a spelling with a space that is not one token is left out, since it
-could only be scored by a piece that other words share.
+A one-token answer has several spellings: `red`, `Red`, ` red`, ` Red`.  A *candidate's*
+probability is the softmax mass of its spellings, with each token id counted once (in some
+tokenizers ` red` and `red` are one token).  A name is usable when `red` and `Red` are one
+token each.  A spelling with a space that is not one token is left out, because its first
+piece may belong to other words.
 
-Three ways to say that a patched run gave the outcome a hypothesis predicts:
-* `target_probability`: the outcome's candidate probability.  Its mean over pairs is what the
-  paper calls IIA;
+There are three measures of whether a patched run gives the outcome of a hypothesis:
+* `target_probability`: the outcome's candidate probability.  The paper calls its mean over
+  pairs IIA;
 * `matches_answer`: whether the top answer is the outcome, interchange-intervention accuracy in
   the usual, binary sense; on clean runs its mean is the `accuracy`;
 * `logit_difference`: log odds of two candidates, which does not saturate.
 
-Everything is computed in float32 or better: in bfloat16 borderline answers change.
-`logits` are those of the scored position, `[pair, *axes, d_vocab]`, and answers are given
-one per pair.
+Everything is computed in float32 or better, because borderline answers change in bfloat16.
+`logits` are those of the scored position, `[pair, *axes, d_vocab]`, with one answer per pair.
 """
 
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from hooked_vlm.errors import ScoringError, did_you_mean
 
 
 def spellings(name: str) -> tuple[str, str, str, str]:
-    """Returns the four ways a name is looked for.
+    """Returns the four spellings of a name.
 
     >>> spellings("red")
     ('red', 'Red', ' red', ' Red')
@@ -52,7 +51,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
         ScoringError: the name is empty, or not one token in lower case and capitalised.
     """
     if not normalise(name):
-        raise ScoringError(f"The answer {name!r} has no letter or digit; give a word.")
+        raise ScoringError(f"The answer {name!r} has no letter or digit. Give a word.")
     for spelling in spellings(name)[:2]:
         if _token(tokenizer, spelling) is None:
             raise ScoringError(
@@ -145,7 +144,7 @@ def accuracy(
     tokenizer: PreTrainedTokenizerBase,
     answers: Sequence[str],
 ) -> Float[Tensor, "*axes"]:
-    """Returns the share of pairs whose top answer is right (see `agreement`)."""
+    """Returns the share of pairs whose top answer is correct (see `matches_answer`)."""
     return matches_answer(logits, tokenizer, answers).float().mean(dim=0)
 
 
@@ -155,12 +154,12 @@ def logit_difference(
     answers: Sequence[str],
     others: Sequence[str],
 ) -> Float[Tensor, " pair *axes"]:
-    """Returns each pair's log odds of its answer against the other one.
+    """Returns each pair's log odds of its answer against the other answer.
 
-    A candidate's logit is the logsumexp over its spellings, so that the difference is
-    exactly log p(answer) - log p(other) of `candidate_probability`.  (The best spelling's
-    logit alone would jump when a model changes from `red` to `Red`.)  With one spelling
-    each it is the usual difference of two logits.
+    A candidate's logit is the logsumexp over its spellings, so the difference is exactly
+    log p(answer) - log p(other) of `candidate_probability`.  (The logit of the best spelling
+    alone would jump when a model changes from `red` to `Red`.)  With one spelling each it is
+    the usual difference of two logits.
 
     Raises:
         ScoringError: as `candidate_probability`, or not one answer and one other per pair.
@@ -177,9 +176,9 @@ def logit_difference(
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """The id of a text that is one known token, else None."""
+    """Returns the id of a text that is one known token, else None."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    # A word-level tokenizer turns every unknown word into one and the same token.
+    # A word-level tokenizer encodes every unknown word as the same token.
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
@@ -195,27 +194,29 @@ def _candidate_ids(
     tokenizer: PreTrainedTokenizerBase, names: Sequence[str], d_vocab: int
 ) -> list[list[int]]:
     if isinstance(names, str) or not names:
-        raise ScoringError(f"Candidates were given as {names!r}; expected a list of names.")
+        raise ScoringError(
+            f"Candidates were given as {names!r}; expected a non-empty list of names."
+        )
     ids = [answer_ids(tokenizer, name) for name in names]
     owner: dict[int, str] = {}
     for name, mine in zip(names, ids, strict=True):
         for index in mine:
             if index >= d_vocab:
                 raise ScoringError(
-                    f"Token {index} of {name!r} is beyond the logits' {d_vocab} entries; the "
-                    "tokenizer belongs to another model."
+                    f"Token {index} of {name!r} is beyond the logits' {d_vocab} entries. Use the "
+                    "tokenizer of this model."
                 )
             if owner.setdefault(index, name) != name:
                 raise ScoringError(
                     f"The candidates {owner[index]!r} and {name!r} share the token "
                     f"{tokenizer.convert_ids_to_tokens(index)!r}, so its probability would count "
-                    "for both; give names that differ by more than case."
+                    "for both. Give names that differ by more than case."
                 )
     return ids
 
 
 def _columns(answers: Sequence[str], logits: Tensor) -> tuple[list[str], Int[Tensor, " pair"]]:
-    """The different names among the answers, and for each pair which of them is its own."""
+    """Returns the different names among the answers, and for each pair the index of its own."""
     if isinstance(answers, str) or len(answers) != len(logits):
         raise ScoringError(
             f"{len(logits)} rows of logits need one answer each; got {answers!r}"[:300] + "."
@@ -226,7 +227,7 @@ def _columns(answers: Sequence[str], logits: Tensor) -> tuple[list[str], Int[Ten
 
 
 def _own(values: Tensor, columns: Tensor) -> Tensor:
-    """Entry `columns[i]` of the last axis of `values[i]`, for every pair i."""
+    """Returns entry `columns[i]` of the last axis of `values[i]`, for every pair i."""
     index = columns.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
     return values.gather(-1, index.expand(*values.shape[:-1], 1)).squeeze(-1)
 

@@ -1,4 +1,4 @@
-"""What a transformers model is made of, read from its modules and their source.
+"""Detects the parts of a transformers model from its module tree and its source code.
 
-Nothing here asks for a family's name, and nothing runs the model.
+Detection never uses the name of a model family and never runs the model.
 """

@@ -1,10 +1,10 @@
-"""Reading transformer blocks off a module tree: attention, feed-forward, and what is added.
+"""Detects the parts of transformer blocks: attention, feed-forward, norms and their outputs.
 
-A part is recognised by what it is (a linear map, a list of blocks), by when its parent's
-`forward` calls it (see `source`), and by the handful of names that transformers uses
-throughout (`q_proj`, `qkv`, `…norm…`).  What cannot be told is left out rather than
-guessed: a block whose attention computes in a way of its own still has its residual
-stream, and a mixture of experts still has its output.
+A part is detected by its type (a linear map, a list of blocks), by its place in the calls of
+its parent's `forward` (see `source`), and by a few names that transformers uses throughout
+(`q_proj`, `qkv`, `…norm…`).  A part that cannot be detected reliably is left out.  For
+example, a block with an unknown kind of attention still has its residual stream, and a
+mixture of experts still has its output.
 """
 
 import re
@@ -30,16 +30,17 @@ from hooked_vlm.anatomy.source import called_children, forward_parameters, forwa
 
 
 def _adds_inside(module: nn.Module) -> bool:
-    """Whether a part adds the residual itself, and normalises the sum (as BERT's do)."""
+    """Whether a part adds the residual itself and normalises the sum (as in BERT)."""
     return "input_tensor" in forward_parameters(module) and bool(linears_of(module))
 
 
 def read_block(block: nn.Module, path: str, config: Any) -> Block:
-    """Returns the parts of one block; `config` is that of its stack."""
+    """Returns the parts of one block; `config` is the config of its stack."""
+    # 1. Sort the block's children into norms, scales, attentions and feed-forward parts.
     children = dict(block.named_children())
     order = called_children(block)
     norms = [name for name in order if is_norm(name, children[name])]
-    # What acts on an addend alone: a scale, or a short convolution behind attention and MLP.
+    # Modules that act on an addend only: a scale, or a short convolution after attention or MLP.
     scales = [n for n in order if n not in norms and (is_scale(children[n]) or "sconv" in n)]
     working = [n for n in order if n not in norms + scales and has_weights(children[n])]
     attentions = [n for n in working if is_attention(n, children[n])]
@@ -49,7 +50,7 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
     last = next((n for n in rest if re.search("mlp|feed_forward|ffn|moe", n)), None)
     last = last or (rest[-1] if rest else None)
     maps = [n for n in rest if is_linear(children[n])]
-    direct = last in maps and len(maps) > 1  # fc1 and fc2 are the block's own
+    direct = last in maps and len(maps) > 1  # fc1 and fc2 are children of the block
 
     def full(name: str | None) -> str | None:
         return f"{path}.{name}" if name else None
@@ -57,6 +58,7 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
     def attention(name: str | None) -> Attention | None:
         return read_attention(children[name], f"{path}.{name}", config) if name else None
 
+    # 2. Read the MLP: its maps may be inside one part, in two parts, or in the block itself.
     attn_out, ln2 = None, None
     post_norm = last is not None and _adds_inside(children[last])
     if last is None:
@@ -69,17 +71,20 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
         mlp = _mlp({n: children[n] for n in maps}, path)
     else:
         mlp = _mlp(linears_of(children[last]), f"{path}.{last}")
+    # 3. Assign the norms by their place in the order of calls.
     before, between, after = _norms_around(order, norms, mixer, maps[0] if direct else last)
-    # One norm between the two belongs to the MLP; of two, the first still belongs to attention.
-    # With none in front of attention the block is post-norm, and neither reads the residual.
+    # A single norm between attention and MLP belongs to the MLP; of two, the first belongs to
+    # attention.  Without a norm before attention the block is post-norm, and no norm reads the
+    # residual stream.
     pre_norm = bool(before)
     ln2 = between[-1] if between and pre_norm else None
     attn_out = between[0] if len(between) > 1 or (between and not pre_norm) else mixer
-    if cross is not None:  # three parts, whose norms cannot be told apart by counting
+    if cross is not None:  # with three parts, counting norms does not identify them
         attn_out, ln2, after = (mixer, None, after if pre_norm else [])
     if post_norm and attn is not None:
         attn_out, ln2, after = f"{attn}.output.dense", None, []
         last = f"{last}.{next(iter(linears_of(children[str(last)])))}"
+    # 4. A layer scale after a part, if there is one, gives what the part adds to the residual.
     scaled = _scale_between(order, scales, mixer, maps[0] if direct else last)
     mlp_out = _scale_between(order, scales, last) or (after[0] if after and last else last)
     return Block(
@@ -101,7 +106,7 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
 def _scale_between(
     order: list[str], scales: list[str], start: str | None, stop: str | None = None
 ) -> str | None:
-    """Returns the layer scale that a block calls on what one of its parts adds, if it does."""
+    """Returns the layer scale that a block applies to the output of one of its parts, if any."""
     if start not in order:
         return None
     behind = order[order.index(start) + 1 : order.index(stop) if stop in order else None]
@@ -109,7 +114,7 @@ def _scale_between(
 
 
 def _self_and_cross(names: list[str]) -> tuple[str | None, str | None]:
-    """Returns a block's own attention, and a second one onto an encoder's output."""
+    """Returns a block's self-attention, and its cross-attention to an encoder's output."""
     own = next((n for n in names if not _is_cross(n)), None)
     other = next((n for n in names if _is_cross(n)), None)
     return (own, other) if own else (other, None)
@@ -139,12 +144,14 @@ def _norms_around(
 
 def _mlp(linears: dict[str, Any], path: str) -> Mlp | None:
     """Returns the MLP's maps, or None where its linear maps are not direct children (experts)."""
+    # The map back to the residual width is found by name, else it is the last one called.
     names = [n for n in linears if linears[n].out_features > 1 and "router" not in n]
     down = next((n for n in reversed(names) if re.search(r"down|fc2|w2|out|4h_to_h", n)), None)
     down = down or (names[-1] if names else None)
     ups = [n for n in names if n != down]
     if down is None or not ups or len(names) > 3:
         return None
+    # Of the maps into the MLP, a gated MLP has two: separate, or fused into one output.
     d_mlp = linears[down].in_features
     gate = next((name for name in ups if "gate" in name), ups[0])
     linear = next((name for name in ups if name != gate), None)
@@ -160,7 +167,8 @@ def _mlp(linears: dict[str, Any], path: str) -> Mlp | None:
 
 
 def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
-    """Returns an attention's parts, or None where it is of another kind (linear, recurrent)."""
+    """Returns an attention's parts, or None for another kind (linear, recurrent)."""
+    # 1. Number and width of heads, from the output map and the config.
     linears = attention_maps(attn)
     core, core_path = _core(attn, path)
     own = getattr(core, "config", None) or config
@@ -171,6 +179,7 @@ def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
         return None
     d_out = linears[out].in_features // n_heads
     d_head = d_head or d_out
+    # 2. The projections of queries, keys and values.
     found = {letter: _projection(core, linears, letter, n_heads, d_head) for letter in "qkv"}
     if found["v"] is not None and linears[found["v"].path].out_features % d_out:
         found["v"] = None
@@ -184,8 +193,8 @@ def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
         letter: Projection(f"{path}.{p.path}", p.layout, p.index) if p else None
         for letter, p in found.items()
     }
+    # 3. How it computes.  Some modules look up an implementation but not in the registry.
     parameters = forward_parameters(core)
-    # Some look the implementation up in a way that finds none but their own.
     looked_up = re.search(r"ALL_ATTENTION_FUNCTIONS(\.get_interface|\[)", source)
     dispatched = bool(looked_up) and hasattr(core, "config")
     return Attention(
@@ -203,10 +212,10 @@ def read_attention(attn: nn.Module, path: str, config: Any) -> Attention | None:
 
 
 def _core(attn: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Returns the module in which attention is computed: itself, or its part with several maps.
+    """Returns the module that computes attention: the given one, or its child with several maps.
 
-    BERT calls that part `self`, DINOv2 (up to transformers 5.17) `attention`; the map of the
-    output is in a part of its own.
+    In BERT that child is called `self`, in DINOv2 (up to transformers 5.17) `attention`; the
+    output map is in another child.
     """
     if not linears_of(attn):
         for name, part in attn.named_children():
@@ -219,7 +228,7 @@ _OUT = r"(^|\.)(o|out|wo|proj|c_proj|dense|projection)$|(o|out|output)_proj|proj
 
 
 def _heads(attn: nn.Module, config: Any, width: int) -> tuple[int | None, int | None]:
-    """Returns the number of heads and the width of one, as far as the module or config says."""
+    """Returns the number and the width of heads; None where neither module nor config has it."""
     d_value = first_of(attn, "v_head_dim", "head_dim", "attention_head_size")
     d_head = first_of(attn, "qk_head_dim", "head_dim", "attention_head_size")
     n_heads = first_of(attn, "num_heads", "num_attention_heads", "n_heads")
@@ -235,7 +244,8 @@ def _heads(attn: nn.Module, config: Any, width: int) -> tuple[int | None, int | 
 def _projection(
     attn: nn.Module, linears: dict[str, Any], letter: str, n_heads: int, d_head: int
 ) -> Projection | None:
-    """Returns where q, k or v comes out: of `q_proj`, `query`, `wq`, or of a fused map."""
+    """Returns the map that computes q, k or v: `q_proj`, `query`, `wq`, or a fused map."""
+    # A map of its own, by name.
     words = {"q": "query", "k": "key", "v": "value"}
     names = (f"{letter}_proj", letter, f"w{letter}", words[letter], f"{letter}_linear")
     pattern = rf"^(self\.|attention\.)?({'|'.join(names)})$"
@@ -246,6 +256,7 @@ def _projection(
         if size % d_head:
             return None
         return Projection(name, "h2d" if gated else "")
+    # A fused map: all three with equally many heads, or fewer heads of keys and values.
     fused = next((n for n in linears if re.search(r"qkv|query_key_value|att_proj", n)), None)
     if fused is None:
         return None

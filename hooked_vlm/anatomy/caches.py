@@ -1,9 +1,8 @@
-"""Key-value caches, token ids and masks among a module's arguments, by type before name.
+"""Finds key-value caches, token ids and masks among a module's arguments, by type before name.
 
 transformers renames keywords (5.24 calls `past_key_values` `cache`).  A lookup by one
-spelling then finds nothing and reads as "there is none", which changes numbers without an
-error.  So a cache is recognised by its type, and the keyword that takes one by the
-annotation in the signature of what is called.
+spelling would then find no cache and change results without an error.  Therefore a cache is
+detected by its type, and the keyword that takes a cache by its annotation in the signature.
 """
 
 import inspect
@@ -19,11 +18,11 @@ from hooked_vlm.anatomy.source import forward_parameters, once_per_function, sig
 
 
 PROMPTS = ("decoder_input_ids", "input_ids", "inputs_embeds")
-"""Under which keywords the language model is given the tokens that it runs on."""
+"""Keywords under which a language model takes its input tokens or embeddings."""
 
 
 def is_cache(value: Any) -> bool:
-    """Whether a value is a key-value cache: a transformers `Cache`, or what answers like one."""
+    """Whether a value is a key-value cache: a `Cache`, or an object with `get_seq_length()`."""
     return isinstance(value, Cache) or callable(getattr(value, "get_seq_length", None))
 
 
@@ -35,8 +34,8 @@ def caches_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
 def cache_parameter(module: nn.Module) -> str | None:
     """Returns the keyword under which a module's `forward` takes a key-value cache (None: none).
 
-    The annotation decides: the first parameter whose type admits a `Cache`.  Where nothing
-    is annotated, as in remote code, a parameter that is named like one.
+    Returns the first parameter whose annotation admits a `Cache`.  A parameter without an
+    annotation, as in remote code, is detected by its name.
     """
     return _cache_parameter(type(module).forward)
 
@@ -45,7 +44,7 @@ def cache_parameter(module: nn.Module) -> str | None:
 def _cache_parameter(function: Callable) -> str | None:
     try:
         hints = typing.get_type_hints(inspect.unwrap(function))
-    except (NameError, TypeError, AttributeError):  # an annotation that names what is not imported
+    except (NameError, TypeError, AttributeError):  # an annotation with a name that is not imported
         hints = {}
     for name, parameter in signature_of(function).parameters.items():
         hint = hints.get(name, parameter.annotation)

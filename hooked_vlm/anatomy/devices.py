@@ -1,8 +1,8 @@
-"""Where a module computes and in which dtype, and how much memory is free there.
+"""Device and dtype in which a module computes, and free memory of a device.
 
-A weight does not always say.  Offloaded weights lie on the `meta` device between passes,
-and accelerate's hooks say where they are fetched to; quantised ones are packed integers,
-or no parameters at all.
+The weights alone do not determine them.  Offloaded weights are on the `meta` device between
+passes, and accelerate's hooks hold the device they are fetched to.  Quantised weights are
+packed integers, or no parameters at all.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Returns where a module computes; None when it has no tensors that would say.
+    """Returns the device on which a module computes; None when it has no tensors.
 
-    That is the `meta` device only for a module whose weights come from nowhere.
+    The result is `meta` only when no hook fetches the module's weights to another device.
     """
     found = _first_tensor(module)
     if found is not None and not found.is_meta:
@@ -32,16 +32,16 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def compute_dtype(*modules: nn.Module) -> torch.dtype:
     """Returns the dtype of the first parameter that is neither packed nor 8-bit; else fp32.
 
-    Later modules are asked when earlier ones have no such parameter.
+    The modules are searched in the given order.
     """
     dtypes = (p.dtype for module in modules for p in module.parameters())
     return next((dtype for dtype in dtypes if dtype in _COMPUTED_IN), torch.float32)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the memory that is free on a device; None when it cannot be known."""
+    """Returns the free memory of a device in bytes; None when it is unknown."""
     if device.type == "cuda":
-        # What torch holds in reserve is free to it, and to nobody else.
+        # Memory that torch has reserved but not allocated is free for this process.
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
     if device.type != "cpu":

@@ -1,7 +1,7 @@
-"""What a block is made of, and how one module by itself is recognised.
+"""Descriptions of a block's parts, and tests that detect the kind of a single module.
 
-A part is recognised by what it is: a linear map, a norm, a list of blocks.  The frozen
-descriptions here hold module paths and sizes, no modules.
+A module's kind (a linear map, a norm, a list of blocks) is detected from its attributes and
+its name.  The frozen descriptions hold module paths and sizes, not modules.
 """
 
 import re
@@ -16,14 +16,14 @@ from hooked_vlm.anatomy.source import called_children
 
 @dataclass(frozen=True)
 class Projection:
-    """Where queries, keys or values come out, and which part of that output they are."""
+    """The module that computes queries, keys or values, and their part of its output."""
 
     path: str
     layout: str = ""
-    """`""`: all of it; `"3hd"`, `"h3d"`: a fused output of these axes; `"h2d"`: with a gate
-    behind each head's queries; `"a:b"`: these columns."""
+    """`""`: the whole output; `"3hd"`, `"h3d"`: a fused output with these axes; `"h2d"`: each
+    head's queries are followed by a gate; `"a:b"`: these columns."""
     index: int = 0
-    """Which of the three in a fused output: q, k, v."""
+    """Index in a fused output: 0, 1, 2 for q, k, v."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Attention:
     n_key_value_heads: int
     d_head: int
     dispatched: bool
-    """Whether it goes through transformers' attention interface (else no scores, pattern)."""
+    """Whether it uses transformers' attention interface (else scores and pattern have no site)."""
     rotary: bool
     packed: bool
-    """Whether all images' patches come as one sequence, delimited by `cu_seqlens`."""
+    """Whether the patches of all images form one sequence, delimited by `cu_seqlens`."""
     cross: bool = False
-    """Whether keys and values come from elsewhere than the queries."""
+    """Whether keys and values come from another sequence than the queries."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Block:
-    """One block; `attn_out` and `mlp_out` are what is added to the residual.
+    """One block; `attn_out` and `mlp_out` are the modules whose output is added to the residual.
 
     `attn` is None where a block mixes tokens by other means (a convolution, a recurrence);
-    `attn_out` is then what that part adds.
+    `attn_out` is then the module that mixes them.
     """
 
     path: str
@@ -78,15 +78,15 @@ class Block:
     post_norm: bool = False
     """Whether the residual itself is normalised after each addition (as in BERT)."""
     windowed: bool = False
-    """Whether attention gets the image cut into windows, each a row of its own (as in SAM)."""
+    """Whether attention runs on windows of the image, each as one batch row (as in SAM)."""
 
 
 def first_of(owner: Any, *names: str) -> Any:
-    """Returns the first of these attributes that is set, else None."""
+    """Returns the value of the first of these attributes that is not None, else None."""
     for name in names:
         try:
             value = getattr(owner, name, None)
-        except ValueError:  # a config whose layers differ refuses to give one value for all
+        except ValueError:  # raised by a config whose layers have different values
             continue
         if value is not None:
             return value
@@ -94,37 +94,37 @@ def first_of(owner: Any, *names: str) -> Any:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map, quantised or not: it says its in and out sizes."""
+    """Whether a module is a linear map, quantised or not: it has in_features and out_features."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def is_norm(name: str, module: nn.Module | None = None) -> bool:
-    """Whether a child is a normalisation, by its name or its class."""
+    """Whether a child is a normalisation, by its name or its class name."""
     named = re.search(r"norm|(^|_)ln", name) is not None
     return named or (module is not None and "Norm" in type(module).__name__)
 
 
 def is_scale(module: nn.Module) -> bool:
-    """Whether a module is a layer scale: nothing but one factor for each feature."""
+    """Whether a module is a layer scale: its only parameter is one factor per feature."""
     own = list(module.parameters(recurse=False))
     alone = len(own) == 1 and not is_linear(module) and not any(True for _ in module.children())
     return alone and own[0].ndim == 1
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Whether a module has parameters anywhere in it, or linear maps that keep theirs packed."""
+    """Whether a module contains parameters, or linear maps with packed weights."""
     parameters = any(True for _ in module.parameters())
     return parameters or any(is_linear(part) for part in module.modules())
 
 
 def linears_of(module: nn.Module) -> dict[str, Any]:
-    """Returns the linear children of a module in the order they are called."""
+    """Returns the linear children of a module in the order of their calls."""
     children = dict(module.named_children())
     return {n: children[n] for n in called_children(module) if is_linear(children[n])}
 
 
 def attention_maps(attn: nn.Module) -> dict[str, Any]:
-    """Returns an attention's linear maps; of its parts (`self.query`) where it has none itself."""
+    """Returns an attention's linear maps; without any, those of its children (`self.query`)."""
     own = linears_of(attn)
     if own:
         return own
@@ -137,13 +137,13 @@ def attention_maps(attn: nn.Module) -> dict[str, Any]:
 
 
 def is_attention(name: str, module: nn.Module) -> bool:
-    """Whether a block's child is attention: so named, and with projections of its own."""
+    """Whether a block's child is attention: by its name or class, and with projections inside."""
     named = re.search(r"attn|attention", name, re.I) or "Attention" in type(module).__name__
     return bool(named) and not is_norm(name, module) and bool(attention_maps(module))
 
 
 def block_lists(stack: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yields the lists of blocks in a module: lists in which some block has attention."""
+    """Yields the lists of blocks in a module: module lists in which some block has attention."""
     for path, module in stack.named_modules():
         if isinstance(module, nn.ModuleList) and any(
             is_attention(*child) for block in module for child in block.named_children()

@@ -1,6 +1,6 @@
-"""Which module maps an image encoder's features into the language model.
+"""Detects the module that maps an image encoder's features into the language model.
 
-Read from the source of the functions that call it, like the rest of the anatomy.
+It is read from the source of the functions that call it, like the rest of the anatomy.
 """
 
 import re
@@ -12,7 +12,7 @@ from hooked_vlm.anatomy.source import called_children, self_calls
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """Returns the model without its head, as transformers has it."""
+    """Returns the model without its head (transformers' `base_model`)."""
     return getattr(model, "base_model", model)
 
 
@@ -21,9 +21,10 @@ def find_projector(
 ) -> str | None:
     """Returns the path of the module that maps encoder features into the language model.
 
-    That is the last child that `get_image_features` calls after the encoder; where it
-    calls none (the Qwen-VL layout), the last child that the encoder calls after its blocks.
+    It is the last child that `get_image_features` calls after the encoder.  Where there is
+    none (the Qwen-VL layout), it is the last child that the encoder calls after its blocks.
     """
+    # Outside the encoder: a child of the model, called after the encoder.
     for owner in dict.fromkeys((base_of(model), model)):
         function = getattr(type(owner), "get_image_features", None)
         calls = self_calls(function or type(owner).forward)
@@ -44,6 +45,7 @@ def find_projector(
         ]
         if after:
             return paths[id(children[after[-1]])]
+    # Inside the encoder: its last child with linear maps that is neither a norm nor a block.
     inner = dict(encoder.named_children())
     last = [n for n in self_calls(type(encoder).forward) if n in inner and not is_norm(n, inner[n])]
     last = [n for n in last if not isinstance(inner[n], nn.ModuleList)]
@@ -52,7 +54,7 @@ def find_projector(
 
 
 def takes_maps(projector: nn.Module) -> bool:
-    """Whether the first thing that a projector does to its input is to convolve it."""
+    """Whether a projector's first operation is a convolution."""
     children = dict(projector.named_children())
     first = next(iter(called_children(projector)), None)
     return isinstance(children[first] if first else projector, nn.Conv2d)
@@ -61,7 +63,10 @@ def takes_maps(projector: nn.Module) -> bool:
 def _between(
     names: list[str], children: dict[str, nn.Module], encoder: nn.Module, decoder: nn.Module
 ) -> list[str]:
-    """Returns what a forward that encodes images by itself calls between encoder and decoder."""
+    """Returns the names that a `forward` calls between the encoder and the decoder.
+
+    Used for models without `get_image_features`, whose `forward` encodes images itself.
+    """
     start = next((i for i, n in enumerate(names) if children[n] is encoder), None)
     if start is None:
         return []

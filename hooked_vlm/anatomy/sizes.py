@@ -1,4 +1,4 @@
-"""The sizes of a wrapped model, under TransformerLens's names."""
+"""The sizes of a wrapped model, with TransformerLens's names."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,16 +32,16 @@ class VisionConfig(StackConfig):
     merge: int
     """Side of the square of patches that the encoder merges into one visual token (1: none)."""
     n_prefix: int
-    """Encoder tokens in front of the patches, such as CLIP's class token."""
+    """Number of encoder tokens before the patches, such as CLIP's class token."""
     image_size: int | None
     """Side in pixels of the only image size accepted; None when any size is."""
     last_read: int
-    """The last block whose output reaches the language model."""
+    """Index of the last block whose output reaches the language model."""
 
 
 @dataclass(frozen=True)
 class HookedVLMConfig(StackConfig):
-    """Sizes of the language model, with the vision encoder's under `vision`."""
+    """Sizes of the language model; `vision` has those of the vision encoder."""
 
     d_vocab: int
     model_name: str
@@ -54,7 +54,7 @@ class HookedVLMConfig(StackConfig):
 
 @dataclass(frozen=True)
 class EncoderConfig(VisionConfig):
-    """Sizes of a vision encoder that is wrapped by itself."""
+    """Sizes of a vision encoder that is wrapped without a language model."""
 
     model_name: str
     attn_implementation: str
@@ -63,15 +63,15 @@ class EncoderConfig(VisionConfig):
 
     @property
     def vision(self) -> "EncoderConfig":
-        """These sizes themselves, where code that serves both asks for the vision encoder's."""
+        """Returns this config, so that code for `HookedVLM` and for encoders can be the same."""
         return self
 
 
 def read_config(model: nn.Module, anatomy: Anatomy, name: str) -> HookedVLMConfig:
-    """Returns the sizes of a model with a given anatomy."""
+    """Returns the sizes of a model with the given anatomy."""
     unembed: Any = model.get_submodule(anatomy.unembed)
     embed = model.get_submodule(anatomy.embed)
-    # A packed weight has another shape than the map that it stands for.
+    # A packed (quantised) weight has another shape than its map, so out_features comes first.
     d_vocab = getattr(unembed, "out_features", None) or unembed.weight.shape[0]
     return HookedVLMConfig(
         **_stack(anatomy.lm),
@@ -86,7 +86,7 @@ def read_config(model: nn.Module, anatomy: Anatomy, name: str) -> HookedVLMConfi
 
 
 def read_encoder_config(model: nn.Module, vision: Vision, name: str) -> EncoderConfig:
-    """Returns the sizes of a vision encoder with a given anatomy."""
+    """Returns the sizes of a vision encoder with the given anatomy."""
     block = model.get_submodule(vision.blocks[0].path)
     return EncoderConfig(
         **_vision_sizes(vision),

@@ -1,15 +1,14 @@
-"""The order in which a module's `forward` calls its children, read from its source.
+"""Reads from source code in which order a module's `forward` calls its children.
 
-A module tree says which parts a transformer block has, but not in which order they
-run, and the order is what gives a layer norm its meaning: Gemma-3's
-`post_attention_layernorm` comes before the residual addition, Qwen2's, of the same
-name, after it.  The source of `forward` says so without a forward pass, for models on
-the `meta` device and for a user's own modules alike.  Expressions are read in the
-order Python evaluates them, so `self.down(self.act(self.gate(x)) * self.up(x))` gives
-`act`'s argument first: gate, act, up, down.
+A module tree has the parts of a transformer block, but not the order in which they run.
+The order determines the role of a layer norm: Gemma-3's `post_attention_layernorm` runs
+before the residual addition, Qwen2's norm of the same name after it.  The source of
+`forward` gives the order without a forward pass, for models on the `meta` device and for
+modules written by the user.  Expressions are read in Python's order of evaluation, so
+`self.down(self.act(self.gate(x)) * self.up(x))` gives gate, act, up, down.
 
-All blocks of a model share one `forward`, so what is read of a function is kept for as
-long as that function lives.  A class that is defined anew has another function.
+All blocks of a model share one `forward`, so results are cached for the lifetime of that
+function.  A class that is defined again has another function.
 """
 
 import ast
@@ -27,18 +26,18 @@ Read = TypeVar("Read")
 
 
 def once_per_function(read: Callable[[Callable], Read]) -> Callable[[Callable], Read]:
-    """Makes `read` read each function once, and forget it when the function goes."""
+    """Decorates `read` to cache its result per function, for the lifetime of that function."""
     known: WeakKeyDictionary[Callable, Read] = WeakKeyDictionary()
 
     @wraps(read)
     def kept(function: Callable) -> Read:
-        plain = getattr(function, "__func__", function)  # a bound method would hold its module
+        plain = getattr(function, "__func__", function)  # a bound method keeps its module
         try:
             return known[plain]
         except KeyError:
             known[plain] = found = read(plain)
             return found
-        except TypeError:  # a callable that cannot be referred to weakly, or hashed
+        except TypeError:  # a callable that cannot be hashed or weakly referenced
             return read(function)
 
     return kept
@@ -46,7 +45,7 @@ def once_per_function(read: Callable[[Callable], Read]) -> Callable[[Callable], 
 
 @once_per_function
 def forward_source(function: Callable) -> str:
-    """Returns the source of a function under all its decorators, or `""` if there is none."""
+    """Returns the source of a function without its decorators, or `""` if there is none."""
     try:
         return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
     except (OSError, TypeError):
@@ -54,9 +53,9 @@ def forward_source(function: Callable) -> str:
 
 
 class _SelfCalls(ast.NodeVisitor):
-    """Collects `name` of every `self.name(...)` and `self.a.name(...)` in evaluation order.
+    """Collects the dotted name of every `self.name(...)` and `self.a.name(...)`, in order.
 
-    A loop over `self.name` counts as a call of it, before what the loop's body calls.
+    A loop over `self.name` counts as a call of `self.name` before the calls in the loop's body.
     """
 
     def __init__(self) -> None:
@@ -116,7 +115,7 @@ POSITIONAL = "*"
 def keywords_of(function: Callable, path: str) -> set[str] | None:
     """Returns the keywords (not None) with which a function calls `self.path`; None if never.
 
-    `POSITIONAL` stands for arguments without a keyword, and for keywords that are unpacked.
+    `POSITIONAL` represents positional arguments.
     """
     source = forward_source(function)
     calls = [
@@ -138,8 +137,8 @@ def keywords_of(function: Callable, path: str) -> set[str] | None:
 def called_children(module: nn.Module) -> list[str]:
     """Returns the names of a module's children in the order its `forward` calls them.
 
-    Children that the source does not name (or all, where there is no source) follow in
-    the order in which they were declared.
+    Children without a call in the source (or all, without source) follow in the order of
+    their declaration.
     """
     children = dict(module.named_children())
     calls = (name.split(".")[0] for name in self_calls(type(module).forward))
@@ -149,24 +148,24 @@ def called_children(module: nn.Module) -> list[str]:
 
 @once_per_function
 def signature_of(function: Callable) -> inspect.Signature:
-    """Returns the signature of a function under its decorators."""
+    """Returns the signature of a function without its decorators."""
     return inspect.signature(inspect.unwrap(function))
 
 
 def forward_parameters(module: nn.Module) -> list[str]:
-    """Returns the names of the parameters of a module's `forward`, under its decorators."""
+    """Returns the parameter names of a module's `forward`, without its decorators."""
     return list(signature_of(type(module).forward).parameters)
 
 
 def carrier(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
     """Returns the keyword under which a call gives a module's first argument (None: by position).
 
-    A block's first argument is its residual stream, whatever it is called.
+    A block's first argument is its residual stream, under any name.
     """
     return None if args else next(name for name in forward_parameters(module) if name in kwargs)
 
 
 def first_argument(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """Returns what a call gives as a module's first argument."""
+    """Returns the value that a call gives as a module's first argument."""
     name = carrier(module, args, kwargs)
     return args[0] if name is None else kwargs[name]

@@ -1,13 +1,14 @@
-"""A vision encoder: its blocks, what stands around them, and where its output leaves it.
+"""Detects the parts of a vision encoder: its blocks, the modules around them, and its output.
 
-Inside a vision-language model it is read with the rest.  By itself, a dual encoder or a
-vision-language model is asked for its image encoder; whatever takes pixels and nothing else
-is one already.  Its anatomy is read the same way (`read_vision`), so that both have the same
-sites.  There is no projector to say what is read, so the output is what the last block or
-the norm behind it makes of every row, and no block is behind that.
+`read_vision` reads an encoder inside a vision-language model, and `read_tower` reads one
+without a language model, so both have the same sites.  `find_tower` returns the image
+encoder of a dual encoder or a vision-language model; a model that takes only pixels is its
+own encoder.  Without a projector, the encoder's output is the output of the last block, or
+of the norm after it, for every row.
 
-Assumed is one residual stream: one list of blocks that see all patches.  Convolutional
-networks, stages of different widths and attention in windows are refused.
+The encoder must have one residual stream: one list of blocks that process all patches.
+Convolutional networks, stages of different widths and attention in windows are rejected
+with `UnsupportedModelError`.
 """
 
 import ast
@@ -39,7 +40,7 @@ from hooked_vlm.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of blocks that share one residual stream."""
+    """A list of blocks that share one residual stream."""
 
     path: str
     blocks: tuple[Block, ...]
@@ -48,16 +49,16 @@ class Stack:
 
     @property
     def attention(self) -> Attention | None:
-        """The first block's attention that has one; sizes of a stack are taken from it."""
+        """The attention of the first block that has one; it gives the sizes of the stack."""
         return next((block.attn for block in self.blocks if block.attn), None)
 
 
 @dataclass(frozen=True)
 class Vision(Stack):
-    """The vision encoder, and what the projector reads of it."""
+    """The vision encoder, and the layers that the projector reads."""
 
     patch_embed: str | None
-    """The module whose output is the patches; a convolution's has the grid as its last axes."""
+    """The module whose output is the patches; a convolution's output ends with the grid axes."""
     patch_conv: bool
     pos_embed: str | None
     merge: int
@@ -69,11 +70,11 @@ class Vision(Stack):
     image_size: int | None
     """Side in pixels of the only image size accepted; None when any size is."""
     packed: bool
-    """Whether the patches of all images come as one sequence, with their grids beside it."""
+    """Whether the patches of all images form one sequence, with the grids in another argument."""
     feature_maps: bool = False
-    """Whether the projector gets maps, channels first, rather than rows of features."""
+    """Whether the projector takes feature maps, channels first, instead of rows of features."""
     deepstack: tuple[str, ...] = ()
-    """Further projectors, whose outputs are added to the language model's first layers."""
+    """Additional projectors, whose outputs are added to the language model's first layers."""
 
     @property
     def last_read(self) -> int:
@@ -84,9 +85,9 @@ class Vision(Stack):
 
 
 def read_stack(stack: nn.Module, paths: dict[int, str], without: nn.Module | None = None) -> Stack:
-    """Returns the longest run of blocks in a module; none where no block has attention.
+    """Returns the longest list of blocks in a module; an empty stack if no block has attention.
 
-    `without` is a part of it that does not count: an image encoder inside a decoder.
+    `without` is a submodule to ignore, such as an image encoder inside a decoder.
     """
     config = getattr(stack, "config", None)
     other = set() if without is None else {id(module) for module in without.modules()}
@@ -107,7 +108,7 @@ def read_stack(stack: nn.Module, paths: dict[int, str], without: nn.Module | Non
 
 
 def _final_norm(stack: nn.Module, list_path: str, paths: dict[int, str]) -> str | None:
-    """Returns the path of the norm behind the blocks, called by one of their owners."""
+    """Returns the path of the norm after the blocks, called by a module that contains them."""
     parts = list_path.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         owner, inner = stack.get_submodule(".".join(parts[:depth])), parts[depth]
@@ -126,30 +127,35 @@ def _final_norm(stack: nn.Module, list_path: str, paths: dict[int, str]) -> str 
 def read_vision(
     encoder: nn.Module, paths: dict[int, str], config: Any, model: nn.Module | None = None
 ) -> Vision:
-    """Returns the parts of a vision encoder; `config` is that of the whole model."""
+    """Returns the parts of a vision encoder; `config` is the config of the whole model."""
+    # 1. Blocks, patch embedding and position embedding.
     stack = read_stack(encoder, paths)
     embed = _patch_embed(encoder)
     if embed is None and stack.blocks:
         raise UnsupportedModelError(
-            f"{type(encoder).__name__} has no map that cuts the image into patches."
+            f"{type(encoder).__name__} has no map that cuts the image into patches. Give one "
+            "with a convolution or a linear map over patches."
         )
     named = dict(encoder.named_modules())
     position = next(
         (m for p, m in named.items() if re.search(r"pos\w*_emb\w*$", p) and has_weights(m)), None
     )
     called = position is not None and _is_called(encoder, paths[id(position)], paths[id(encoder)])
+    # 2. Sizes of patches and images.  A packed encoder takes images of any size.
     own = getattr(encoder, "config", None)
     conv = isinstance(embed, nn.Conv2d | nn.Conv3d)
     patch_size = embed.kernel_size[-1] if conv else _side(first_of(own, "patch_size"))
     packed = grid_argument(encoder) is not None
     side = _side(first_of(own, "image_size"))
     side = None if packed or not side else side
+    # 3. Tokens before the patches: what the position table has beyond the patches, or parameters.
     n_prefix = 0
     if side and patch_size and isinstance(position, nn.Embedding):
         n_prefix = max(position.num_embeddings - (side // patch_size) ** 2, 0)
         n_prefix = n_prefix if n_prefix <= _MOST_PREFIX else 0
     elif heads := [n for n, _ in _parameters(encoder) if re.search(_LEADING, n)]:
         n_prefix = len(heads) + (first_of(own, "num_register_tokens") or 0)
+    # 4. Merging of patches inside the encoder.
     merge = first_of(encoder, "spatial_merge_size")
     if merge is None and "spatial_merge_size" in forward_source(type(encoder).forward):
         merge = first_of(own, "spatial_merge_size")
@@ -172,7 +178,7 @@ def read_vision(
 
 
 _LEADING = r"(^|\.)(cls_token|class_embedding|distillation_token)$"
-_MOST_PREFIX = 16  # class and register tokens; more than that is a table for other image sizes
+_MOST_PREFIX = 16  # class and register tokens; a larger excess is a table for other image sizes
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -180,24 +186,24 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _is_called(encoder: nn.Module, path: str, root: str) -> bool:
-    """Whether a module's parent calls it (rather than reading its weight)."""
+    """Whether a module's parent calls it, instead of reading its weight."""
     inner = path.removeprefix(root).lstrip(".").rpartition(".")
     parent = encoder.get_submodule(inner[0])
     calls = self_calls(type(parent).forward)
     if "interpolate_pos_encoding=True" in forward_source(type(encoder).forward):
-        return False  # it reads the table at other places instead
+        return False  # the encoder then interpolates the weight instead of calling the module
     return not forward_source(type(parent).forward) or inner[2] in calls
 
 
 def _side(size: Any) -> int | None:
-    """Returns an image or patch size as one number, where it is a square's."""
+    """Returns an image or patch size as one number; None if it is not square."""
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         size = size[0]
     return size if isinstance(size, int) else None
 
 
 def _patch_embed(encoder: nn.Module) -> Any:
-    """Returns the first convolution that cuts patches, or the first linear map named for it."""
+    """Returns the convolution that cuts patches, or the first linear map with a matching name."""
     modules = list(encoder.named_modules())
     convs = [m for _, m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)]
     cutting = [m for m in convs if m.stride == m.kernel_size and m.kernel_size[-1] > 1]
@@ -215,7 +221,7 @@ _GRID_ARGUMENT = r"grid_t?hws?$|target_sizes$|image_sizes$"
 
 
 def grid_argument(encoder: nn.Module) -> str | None:
-    """Returns the parameter by which a packed encoder is told its images' sizes, if it is one."""
+    """Returns the parameter that takes the images' sizes in a packed encoder; None for others."""
     names = forward_parameters(encoder)
     return next((name for name in names if re.search(_GRID_ARGUMENT, name)), None)
 
@@ -226,7 +232,8 @@ def _deepstack(model: nn.Module, paths: dict[int, str]) -> Iterator[str]:
         leaf = path.rpartition(".")[2]
         if not isinstance(module, nn.ModuleList) or not re.search(_DEEPSTACK, leaf):
             continue
-        if leaf not in seen:  # of the same name elsewhere: another route, taken on request only
+        # A second list of the same name belongs to another, optional route.
+        if leaf not in seen:
             yield from (paths[id(child)] for child in module if id(child) in paths)
         seen.add(leaf)
 
@@ -235,7 +242,7 @@ _DEEPSTACK = "deepstack|^merger_list$|layerwise_projectors|spatial_projectors"
 
 
 def _read_layers(config: Any, n_blocks: int) -> tuple[int, ...] | None:
-    """Returns the residual slots named by `vision_feature_layer`, counted from the front."""
+    """Returns the residual slots of `vision_feature_layer` as non-negative numbers."""
     layers = getattr(config, "vision_feature_layer", None)
     if layers is None or not n_blocks:
         return None
@@ -245,17 +252,17 @@ def _read_layers(config: Any, n_blocks: int) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision encoder's parts, and the module whose output is the encoder's."""
+    """A vision encoder's parts, and the module whose output is the encoder's output."""
 
     vision: Vision
     out: str | None
-    """None where a norm runs twice, on all rows and on pooled ones, and cannot be told apart."""
+    """None where one norm runs on all rows and on pooled rows, so its calls are ambiguous."""
 
 
 def find_tower(model: Any) -> Any:
-    """Returns the image encoder of a model that takes text as well, and any other model itself.
+    """Returns the image encoder of a model that also takes text; returns other models unchanged.
 
-    Raises `UnsupportedModelError` where there is text and no image encoder to be found.
+    Raises `UnsupportedModelError` for a model that takes text and has no image encoder.
     """
     if "input_ids" not in forward_parameters(model):
         return model
@@ -265,18 +272,19 @@ def find_tower(model: Any) -> Any:
         found = getattr(model, "vision_model", None)
     if found is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes text and names no image encoder of its own "
-            '(get_encoder(modality="image"), vision_model). Give HookedVisionEncoder the module '
-            "that encodes images."
+            f'{type(model).__name__} takes text, and neither get_encoder(modality="image") nor '
+            "vision_model gives an image encoder. Give HookedVisionEncoder the module that "
+            "encodes images."
         )
     return found
 
 
 def read_tower(model: nn.Module) -> Tower:
-    """Reads a vision encoder's anatomy; paths are relative to `model`, heads stand outside.
+    """Returns a vision encoder's anatomy; paths are relative to `model`, heads are excluded.
 
-    Raises `UnsupportedModelError` for an encoder without one residual stream of patches.
+    Raises `UnsupportedModelError` for an encoder without a single residual stream of patches.
     """
+    # Verify that there is one list of blocks, then read it, then verify that none uses windows.
     paths = {id(module): path for path, module in model.named_modules()}
     encoder = _without_heads(model)
     name = type(encoder).__name__
@@ -284,25 +292,26 @@ def read_tower(model: nn.Module) -> Tower:
     if not stages:
         raise UnsupportedModelError(
             f"{name} has no list of transformer blocks with attention, so it has no residual "
-            "stream to hook: it is convolutional, or mixes patches by other means."
+            "stream to hook: it is convolutional, or mixes patches by other means. Give a vision "
+            "transformer."
         )
     if len(stages) > 1:
         raise UnsupportedModelError(
             f"{name} keeps its blocks in {len(stages)} lists ({', '.join(stages[:3])}, …), so it "
-            "has several residual streams, of other widths or of merged patches; only encoders "
-            "with one are supported."
+            "has several residual streams of different widths or of merged patches. Give an "
+            "encoder with one list of blocks."
         )
     vision = read_vision(encoder, paths, None)
     if any(_in_windows(model.get_submodule(block.path)) for block in vision.blocks):
         raise UnsupportedModelError(
             f"{name} cuts its patches into windows inside its blocks, so they are not in raster "
-            "order there; such encoders are not supported."
+            "order there. Give an encoder without window attention."
         )
     return Tower(vision, _out(model, vision))
 
 
 def _without_heads(model: nn.Module) -> nn.Module:
-    """Returns the part of a model that makes patches into rows: its base, if that takes pixels."""
+    """Returns the model without its heads: its base, if the base takes pixels."""
     base = getattr(model, "base_model", model)
     pixels = getattr(model, "main_input_name", "pixel_values")
     return base if pixels in forward_parameters(base) else model
@@ -313,7 +322,7 @@ def _in_windows(block: nn.Module) -> bool:
 
 
 def _out(model: nn.Module, vision: Vision) -> str | None:
-    """Returns the path of the module whose output is all rows of the encoder's output."""
+    """Returns the path of the module whose output has all rows of the encoder's output."""
     last = vision.blocks[-1].path
     if vision.final_norm is None:
         return last
@@ -325,13 +334,14 @@ def _out(model: nn.Module, vision: Vision) -> str | None:
 
 
 def _calls_on_pooled(function: Any, name: str) -> list[bool]:
-    """Returns, call by call of `self.name`, whether it is given pooled rows (`x[:, 0]`)."""
+    """Returns for each call of `self.name` whether its argument is pooled rows (`x[:, 0]`)."""
+    # A variable as argument is resolved to the expression last assigned to it.
     assigned: dict[str, ast.expr] = {}
     pooled = []
     tree = ast.parse(forward_source(function))
     for node in sorted(
         (n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.Call)),
-        # An assignment's own call comes first: `x = self.norm(x)` is given the earlier x.
+        # In `x = self.norm(x)` the call sees the earlier x, so the call comes first.
         key=lambda n: (n.end_lineno or 0, isinstance(n, ast.Assign)),
     ):
         if isinstance(node, ast.Assign):

@@ -1,1 +1,1 @@
-"""The checks that every wrapped model must pass, by `hooked-vlm check` and in the tests."""
+"""The checks that every wrapped model must pass, used by `hooked-vlm check` and the tests."""

@@ -1,9 +1,9 @@
-"""A check of one model, as its user has it: `hooked-vlm check MODEL`.
+"""Runs all checks on one model: `hooked-vlm check MODEL`.
 
-The laws of `laws`, on a picture of noise and a short prompt made by the model's own
-processor, and sweeps by every engine.  By default sites are written in the first, the middle
-and the last block of each tower, which is where an anatomy that was misread shows;
-`every_layer` takes them all.
+The checks are those of `laws`, on an image of noise and a short prompt prepared by the model's
+own processor, and a sweep with every engine.  By default, sites are written in the first,
+middle and last block of each tower, where errors in the detected anatomy appear.  With
+`every_layer`, all blocks are written.
 """
 
 import re
@@ -25,7 +25,7 @@ QUESTION = "What is this?"
 
 
 def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding]:
-    """Yields what holds of a model, law by law, as each is checked.
+    """Yields the finding of each check as soon as it is done.
 
     Raises `UnsupportedModelError` for a model without a vision encoder or a processor.
     """
@@ -55,10 +55,10 @@ def _prepared(model: HookedVLM, side: int, seed: int) -> Inputs:
 
 
 def _safely(law: Callable[..., Finding], name: str, model: HookedVLM, *given: Any) -> Finding:
-    """Returns what a law finds; what it raises is a finding too, and ends no check-up."""
+    """Returns the finding of a check; an error is a finding too and does not end the run."""
     try:
         return law(model, *given)
-    except Exception as error:  # noqa: BLE001 - whatever a model raises is the finding
+    except Exception as error:  # noqa: BLE001 - any error of the model is the finding
         said = (str(error).splitlines() or [""])[0]
         return Finding(name, NO, f"{type(error).__name__}: {said[:200]}")
 

@@ -1,11 +1,10 @@
-"""Laws that every wrapped model must keep, each checked by running the model.
+"""Checks that every wrapped model must pass; each runs the model.
 
-A tool that opens up models is believed as far as it was checked on the model at hand.
-Each law here takes a `HookedVLM` and some of its inputs and says what holds: that a site
-that fires can be written and the logits notice, or refuses; that writing back what was
-read changes nothing; that the residual stream adds up; that patterns are patterns.
-`hooked-vlm check MODEL` runs them on a user's model, and the conformance suite on every
-architecture that transformers knows.  Nothing is trained and no weight is touched.
+Each check takes a `HookedVLM` and inputs and returns a `Finding`.  The checks verify that a
+write at a site changes the logits or raises, that writing back a value that was read changes
+nothing, that the parts of a block sum to its residual stream, and that the rows of a pattern
+sum to one.  `hooked-vlm check MODEL` runs them on a user's model, and the conformance suite
+on every architecture in transformers.  No check trains or changes weights.
 """
 
 import fnmatch
@@ -35,11 +34,11 @@ YES, NO, NONE = "yes", "no", "n/a"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one law found on one model."""
+    """The result of one check on one model."""
 
     law: str
     verdict: str
-    """`"yes"`, `"no"`, or `"n/a"` where the model has nothing that the law is about."""
+    """`"yes"`, `"no"`, or `"n/a"` where the check does not apply to the model."""
     note: str = ""
 
 
@@ -52,7 +51,7 @@ def finding(law: str, problems: Sequence[str], found: bool = True, note: str = "
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Runs without gradients, and without the warning that patterns cost eager attention."""
+    """Runs without gradients, and without the warning that patterns use eager attention."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attention scores or patterns", HookedVLMWarning)
         yield
@@ -69,17 +68,17 @@ SITE_GROUPS: dict[str, tuple[str, ...]] = {
     "vision MLP": (f"{VISION}.blocks.*.mlp.*", f"{VISION}.blocks.*.hook_mlp_out"),
     "projector": (f"{VISION}.hook_out", f"{PROJECTOR}.*"),
 }
-"""The columns of sites: which names belong to each."""
+"""Groups of sites, by patterns of their names; each is a column of the conformance table."""
 
 
 def group_of(model: HookedVLM, group: str) -> list[str]:
-    """Returns the names of a model's sites that belong to a column."""
+    """Returns the names of a model's sites that belong to a group."""
     patterns = SITE_GROUPS[group]
     return [n for n in model.hook_names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
 def each(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """Returns a hook function that does the same to a tensor and to each tensor of a list."""
+    """Returns a hook function that applies `function` to a tensor or to each tensor of a list."""
 
     def hook_function(value: Any, hook: Any) -> Any:
         return [function(v) for v in value] if isinstance(value, list) else function(value)
@@ -88,14 +87,14 @@ def each(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 
 def perturbed(tensor: Tensor) -> Tensor:
-    """Returns a tensor that differs from the given one everywhere, by about half its size."""
+    """Returns a tensor that differs from the given one in every value, by about half of it."""
     noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
     scale = tensor.float().clamp(-1e3, 1e3).std(correction=0).clamp(min=0.1)
     return (tensor.float() * 1.5 + scale * noise.to(tensor.device)).to(tensor.dtype)
 
 
 def check_parity(model: HookedVLM, inputs: Inputs) -> Finding:
-    """No hook, or hooks that only read: logits equal to transformers', bit for bit."""
+    """Verifies that logits without hooks, and with reading hooks, equal transformers' logits."""
     with quiet():
         base = model.hf_model(**inputs).logits
         problems = [] if torch.equal(model(inputs), base) else ["forward changes the logits"]
@@ -107,7 +106,7 @@ def check_parity(model: HookedVLM, inputs: Inputs) -> Finding:
 
 
 def check_fires(model: HookedVLM, inputs: Inputs) -> Finding:
-    """Every name in `hook_dict` fires on a run with an image."""
+    """Verifies that every name in `hook_dict` fires on a run with an image."""
     ran: dict[str, int] = {}
 
     def note(_value: Any, hook: Any) -> None:
@@ -123,9 +122,10 @@ def check_fires(model: HookedVLM, inputs: Inputs) -> Finding:
 def check_sites(
     model: HookedVLM, inputs: Inputs, group: str, names: Sequence[str] | None = None
 ) -> Finding:
-    """Each site of a group: a write changes the logits or is refused; the identity does not.
+    """Verifies for each site of a group that a write changes the logits or raises.
 
-    `names` are those to check; all of the group without.
+    Writing back the value that was read must not change the logits.  `names` are the sites to
+    check, by default all of the group.
     """
     names = group_of(model, group) if names is None else names
     problems = []
@@ -136,7 +136,7 @@ def check_sites(
 
 
 def check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
-    """Yields what is wrong with one site."""
+    """Yields the problems of one site."""
     warnings.filterwarnings("ignore", ".*never ran.*", HookedVLMWarning)
     try:
         base = model.run_with_hooks(inputs, [(name, lambda _value, hook: None)])
@@ -147,7 +147,7 @@ def check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
         if not torch.equal(same, base):
             yield f"{name}: writing back what was read moves logits by {_gap(same, base):.1e}"
         changed = model.run_with_hooks(inputs, [(name, each(perturbed))])
-    except Exception as error:  # noqa: BLE001 - whatever a model raises is the finding
+    except Exception as error:  # noqa: BLE001 - any error of the model is the finding
         yield f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
         return
     if torch.equal(changed, base):
@@ -165,11 +165,11 @@ def _refuses(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
 
 
 def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
-    """The residual stream adds up: `pre + attn_out == mid`, `mid + mlp_out == post`, `post` is
-    the next block's `pre`.
+    """Verifies the sums of the residual stream.
 
-    Where a block scales what it adds, or adds something of its own between two blocks, the
-    note says so.
+    In each block `pre + attn_out == mid` and `mid + mlp_out == post`, and `post` equals the
+    next block's `pre`.  The note names models that scale the parts before adding them, or add
+    something between two blocks.
     """
     problems, notes = [], set()
     with quiet():
@@ -189,12 +189,12 @@ def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
                 if any(".deepstack." in name for name in model.sites):
                     notes.add("DeepStack adds between blocks; it has sites of its own")
                 else:
-                    problems.append(f"{prefix}blocks.{i}: something is added behind it, unnamed")
+                    problems.append(f"{prefix}blocks.{i}: a part without a site is added after it")
     return finding("residual", problems, note="; ".join(sorted(notes)))
 
 
 def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
-    """Rows of patterns sum to one, and zeroing columns equals masking their scores."""
+    """Verifies that rows of patterns sum to one, and that zeroing a key equals masking it."""
     names = [n for n in model.hook_names if n.endswith("attn.hook_pattern")]
     problems, notes = [], set[str]()
     with quiet():
@@ -203,6 +203,7 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
         real = _real_rows(inputs, base)
         if not torch.allclose(logits[real], base[real], atol=1e-3, rtol=1e-3):
             problems.append(f"reading patterns moves logits by {_gap(logits, base):.1e}")
+        # Rows sum to one, or to less in models with attention sinks.
         for name, value in cache.items():
             rows = [v.sum(-1) for v in (value if isinstance(value, list) else [value])]
             if all(torch.allclose(r, torch.ones_like(r), atol=1e-3) for r in rows):
@@ -221,14 +222,14 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
 
 
 def _has_sinks(model: HookedVLM, name: str) -> bool:
-    """Whether the attention of a site has scores beside those of the keys."""
+    """Whether the attention of a site has scores other than those of the keys."""
     attention = model.hf_model.get_submodule(model.sites[name].module)
     sources = [forward_source(type(module).forward) for module in attention.modules()]
     return any("sink" in source for source in sources)
 
 
 def _real_rows(inputs: Inputs, logits: Tensor) -> Tensor:
-    """Returns which positions hold a token: what padding computes means nothing."""
+    """Returns a mask of positions with a token; values at padding have no meaning."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.shape != logits.shape[:2]:
         return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
@@ -236,12 +237,12 @@ def _real_rows(inputs: Inputs, logits: Tensor) -> Tensor:
 
 
 def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
-    """Yields what is wrong when one key is cut out of a pattern and, alike, of its scores."""
+    """Yields a problem when removing a key from a pattern differs from masking its scores."""
 
     def cut(weights: Tensor) -> Tensor:
         weights = weights.clone()
-        # What a softmax without the key would divide by: the other keys and the sinks.  As
-        # 1 - weight it would be rounding where the key has nearly all of it.
+        # The divisor of a softmax without this key: the weights of the other keys and the
+        # sinks.  1 - weight would be a rounding error where the key has almost all weight.
         rest = weights[..., 1:, 1:].sum(-1, keepdim=True)
         sinks = 1 - rest - weights[..., 1:, :1]
         rest = rest + sinks.where(sinks > 1e-5, torch.zeros_like(sinks))
@@ -264,10 +265,10 @@ def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator
 
 
 def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
-    """Each cell of each image's grid is where its pixels go, in the encoder as in the prompt.
+    """Verifies by a measurement that each cell of a grid has its pixels' rows and position.
 
-    Compared with a measurement: with attention between patches off, a position of the prompt
-    depends on its own patches alone (see `pixel_routing`).
+    With attention between patches switched off, a position of the prompt depends only on its
+    own patches (see `pixel_routing`).
     """
     no_grid = getattr(inputs, "no_grid", "")
     grids = model.grids(inputs)
@@ -277,12 +278,14 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
         routes = measure_routes(model, inputs)
     except GridError as error:
         return Finding("grid", NONE, str(error))
+    # The cells' rows at the encoder and at the projector.
     length, problems = inputs["input_ids"].shape[-1], []
     for row in grids:
         for grid in row:
             views = [grid] if grid.overview is None else [grid, grid.overview]
             for view in views:
                 problems += _misplaced(view, routes, length)
+    # Every position that a pixel reaches must belong to a grid.
     reached = {int(p) for p in routes.pixels.unique() if p >= 0}
     shown = {
         view.prompt * length + int(p)
@@ -298,7 +301,7 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
 
 
 def _misplaced(grid: TokenGrid, routes: Routes, length: int) -> Iterator[str]:
-    """Yields what does not stand where a grid says, at the encoder and at the projector."""
+    """Yields the cells whose rows at the encoder or the projector differ from the measured ones."""
     for site, measured in routes.rows.items():
         token_site = site.startswith(PROJECTOR)
         given = grid.projected if token_site else grid.patches
@@ -317,9 +320,9 @@ def _misplaced(grid: TokenGrid, routes: Routes, length: int) -> Iterator[str]:
 
 
 def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
-    """Greedy generation under hooks equals transformers' own, with and without the cache."""
+    """Verifies that generation under hooks equals transformers' own, with and without a cache."""
     greedy: dict[str, Any] = {"max_new_tokens": steps, "do_sample": False}
-    if model.anatomy.image_token_id is not None:  # said, it would stand for an image that is not
+    if model.anatomy.image_token_id is not None:  # a generated one would need an image
         greedy["suppress_tokens"] = [model.anatomy.image_token_id]
     watch = [("blocks.*.hook_resid_post", lambda _value, hook: None)]
     problems = []
@@ -338,7 +341,7 @@ def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
 
 
 def check_start_layer(model: HookedVLM, inputs: Inputs) -> Finding:
-    """Starting from a layer with its own residual gives the full run's logits."""
+    """Verifies that a run from a layer with its own residual stream gives the full logits."""
     with quiet():
         base = model(inputs, **uncached(model.hf_model))
         layer = model.cfg.n_layers - 1

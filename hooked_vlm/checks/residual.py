@@ -1,4 +1,4 @@
-"""Whether the parts of a block sum to what its residual stream gains."""
+"""Verifies that the parts of a block sum to the change of its residual stream."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from hooked_vlm.hooks.names import VISION
 
 
 class BlockSums:
-    """The activations of one block, and whether they sum."""
+    """The activations of one block, and the checks of their sums."""
 
     def __init__(self, cache: Mapping[str, Any], prefix: str) -> None:
         self.cache, self.prefix = cache, prefix
@@ -19,12 +19,12 @@ class BlockSums:
         return self.cache.get(f"{self.prefix}{name}")
 
     def sums(self) -> Iterator[str]:
-        """Yields each sum of a block that does not come out, or `"scaled …"`."""
+        """Yields each wrong sum of a block, or `"scaled …"` for a part scaled by features."""
         pre, mid, post = (self.get(f"resid_{place}") for place in ("pre", "mid", "post"))
         attn, cross, mlp = (self.get(f"{part}_out") for part in ("attn", "cross_attn", "mlp"))
         if cross is not None or pre is None or post is None:
             return
-        if mid is not None and attn is not None and not _alike(mid, attn):  # it works in windows
+        if mid is not None and attn is not None and not _alike(mid, attn):  # attention in windows
             pre, mid, attn = mid, None, None
         if mid is not None and attn is not None:
             yield from self._sum("attn_out", mid, pre, attn)
@@ -56,7 +56,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _add(a: Any, b: Any) -> list[Tensor]:
-    """Returns sums; what does not have one shape gives an empty tensor, which equals nothing."""
+    """Returns sums; unequal shapes give an empty tensor, which equals no activation."""
     pairs = zip(_listed(a), _listed(b), strict=True)
     return [x + y if x.shape == y.shape else x.new_zeros(0) for x, y in pairs]
 
@@ -71,7 +71,7 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def _proportional(whole: Any, start: Any, added: Any) -> bool:
-    """Whether what was gained is `added` times one factor for every feature."""
+    """Whether the change of the residual is `added` times one factor for each feature."""
     for w, s, a in zip(_listed(whole), _listed(start), _listed(added), strict=True):
         if w.shape != s.shape or w.shape != a.shape:
             return False

@@ -1,8 +1,8 @@
-"""The law of sweeps: the fastest engine gives what plain hooked passes give, or does not run.
+"""Verifies that the fastest engine of a sweep gives the logits of plain hooked passes.
 
-Cells are chosen so that every shortcut is tried: slots of the language model in the middle and at
-the end of the prompt and everywhere, merged embeddings, blocks of the vision encoder, and what
-lies behind it.
+The cells use every shortcut of the engines: slots of the language model at positions in the
+middle of the prompt, at its end and at all positions; merged embeddings; blocks of the vision
+encoder; and the sites after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,11 @@ Site = str | int
 def check_sweep(
     model: HookedVLM, inputs: Mapping[str, Any], source: Mapping[str, Any], every: bool = True
 ) -> Finding:
-    """Returns whether patches from another run have the same logits by every engine.
+    """Verifies that patches from another run give the same logits with every engine.
 
-    Within `engine.run.BOUNDS` of the largest logit, by the model's dtype.  `source` are inputs
-    of the same shapes; without `every` the first, middle and last layers stand for all.
+    The allowed difference, relative to the largest logit, is `engine.run.BOUNDS` for the
+    model's dtype.  `source` are inputs of the same shapes.  Without `every`, only the first,
+    middle and last layers are checked.
     """
     bound = BOUNDS.get(model.cfg.dtype, BOUNDS[torch.bfloat16])
     grown: list[str] = []
@@ -39,7 +40,7 @@ def check_sweep(
         try:
             off, engine = _compared(model, inputs, source, cells)
         except (InterventionError, GridError):
-            continue  # refused before anything ran, and by every engine
+            continue  # every engine raises before it runs
         if engine.startswith("growing"):
             grown.append(name)
         else:
@@ -56,7 +57,7 @@ def check_sweep(
 def _groups(
     model: HookedVLM, inputs: Mapping[str, Any], every: bool
 ) -> dict[str, list[tuple[Site, Any]]]:
-    """Returns sites and places by what they have in common."""
+    """Returns groups of (site, place) that one sweep can hold."""
     ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
     middle = 0 if ids is None else ids.shape[1] // 2
     places = [Positions((middle, middle + 1)), None, LastToken()]
@@ -89,7 +90,7 @@ def _compared(
     source: Mapping[str, Any],
     cells: Sequence[tuple[Site, Any]],
 ) -> tuple[float, str]:
-    """Returns how far the engines are apart, over the largest logit, and which one ran."""
+    """Returns the engines' difference relative to the largest logit, and the fastest engine."""
     sweep = Sweep(
         inputs,
         {"cell": range(len(cells))},

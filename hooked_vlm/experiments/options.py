@@ -1,4 +1,4 @@
-"""What a user may choose about an experiment, and how it tells how far it is."""
+"""The options of experiments, and the type of their progress callback."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -9,25 +9,25 @@ from hooked_vlm.errors import DataError, did_you_mean
 
 
 OnProgress = Callable[[int, int], None]
-"""Told `(done, total)` in whatever unit the experiment counts; the first call may be (0, n)."""
+"""Called with `(done, total)` in units of the experiment; the first call may be (0, n)."""
 
 C = TypeVar("C", bound="Config")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a user may choose; every experiment takes these, and may add fields of its own."""
+    """The options of every experiment; an experiment may add its own fields."""
 
     pairs: int = 50
     """Clean/counterfactual pairs per direction (protocol 2.5)."""
     seed: int = 0
     batch_size: int = 16
     setting: str = "squares"
-    """Which stimuli: `squares`, `shapes`, `objects`, each also with `-photos`."""
+    """The stimuli: `squares`, `shapes`, `objects`, each also with `-photos`."""
     cutouts: Path | None = None
-    """A folder of `<name>.png` in the place of the shipped cut-outs."""
+    """A folder of `<name>.png` to use instead of the shipped cut-outs."""
     backgrounds: Path | None = None
-    """A folder of photographs in the place of the shipped ones."""
+    """A folder of photographs to use instead of the shipped ones."""
     data: Path | None = None
     """The folder of What'sUp or COCO-spatial, for the settings that need it."""
     other_words: bool = False
@@ -37,9 +37,8 @@ class Config:
 def specialise(kind: type[C], base: Config, options: Mapping[str, str], setting: str) -> C:
     """Returns an experiment's own configuration: common fields, options from text, a setting.
 
-    Options that the experiment has no field for are left out.  Tuples are given with commas.
-
-    Raises `DataError` for a value that is not of its field's type.
+    Options without a field in the experiment are ignored.  Items of tuples are separated by
+    commas.  Raises `DataError` for a value that is not of its field's type.
     """
     known = {field.name for field in fields(kind)}
     types = get_type_hints(kind)
@@ -54,7 +53,7 @@ def check_options(kinds: list[type[Config]], options: Mapping[str, str]) -> None
     for name in options:
         if name not in known:
             raise DataError(
-                f"There is no option {name!r} here.{did_you_mean(name, known)} Known are: "
+                f"There is no option {name!r} here.{did_you_mean(name, known)} Use one of: "
                 f"{', '.join(known)}."
             )
 
@@ -78,4 +77,6 @@ def parse(name: str, text: str, kind: Any) -> Any:
         return None if text in ("", "none") else Path(text)
     except (ValueError, KeyError):
         shown = getattr(kind, "__name__", str(kind))
-        raise DataError(f"Option {name}={text!r} is not of the type {shown}.") from None
+        raise DataError(
+            f"Option {name}={text!r} is not of the type {shown}. Give a value of that type."
+        ) from None

@@ -1,8 +1,8 @@
 """The experiments by name, and the suites that group them.
 
-The command line, the reports and the tests know experiments from here alone.  An
-experiment is a function of a model, a configuration and a callback that it tells how far
-it is; everything else here is words for a reader.
+The command line, the reports and the tests find experiments only here.  An experiment is a
+function of a model, a configuration and a progress callback; the other fields are text for
+readers.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from hooked_vlm.stimuli.settings import SETTINGS
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One claim of the paper, or one question that it leaves open, as something that runs."""
+    """A runnable experiment on one claim of the paper, or on one question that it leaves open."""
 
     id: str
     name: str
@@ -48,7 +48,7 @@ class Experiment:
     run: Callable[[Any, Any, OnProgress], Result]
     """`run(model, config, on_progress)`, with a `HookedVLM` as its model."""
     config: type[Config]
-    """What `run` takes; its defaults are the paper's."""
+    """The configuration of `run`; its defaults are the paper's."""
 
 
 def _experiment(module: Any) -> Experiment:
@@ -81,7 +81,7 @@ MODULES = (
     coco_amplification,
 )
 NEED_DATA = (coco_spatial, coco_amplification)
-"""What runs on a user's copy of COCO-spatial alone."""
+"""Experiments that need a user's copy of COCO-spatial."""
 PAPER = tuple(
     name
     for name in (
@@ -93,7 +93,7 @@ PAPER = tuple(
     )
     if name in {module.NAME for module in MODULES}
 )
-"""What the paper does on each of its synthetic settings."""
+"""The paper's experiments on each of its synthetic settings."""
 EXPERIMENTS: dict[str, Experiment] = {module.NAME: _experiment(module) for module in MODULES}
 SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),
@@ -108,7 +108,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         for setting in whatsup.SETTINGS
     ),
 }
-"""Lists of experiments, each with a setting behind a colon where that is fixed."""
+"""Lists of experiments; a fixed setting follows after a colon."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,19 @@ class Step:
 
     @property
     def name(self) -> str:
-        """What it is called in a record: `"strip-swap on shapes"`."""
+        """Its name in a record: `"strip-swap on shapes"`."""
         return f"{self.experiment.name} on {self.setting}"
 
     @property
     def key(self) -> str:
-        """The `Result.key` of what it finds."""
+        """The `Result.key` of its result."""
         return f"{self.experiment.name}-{self.setting}"
 
 
 def steps(name: str, setting: str | None = None) -> list[Step]:
-    """Returns what a suite, or the experiment of a name or id, runs, in order.
+    """Returns the steps of a suite, or of the experiment with this name or id, in order.
 
-    Where neither the suite nor `setting` says on what, it is the experiment's own default.
+    The setting is the suite's, else `setting`, else the experiment's default.
     """
     found = []
     for member in SUITES.get(name, (name,)):
@@ -143,9 +143,9 @@ def steps(name: str, setting: str | None = None) -> list[Step]:
 
 
 def select(name: str) -> Experiment:
-    """Returns the experiment of a name or id.
+    """Returns the experiment with a name or id.
 
-    Raises `DataError` with the nearest names for a name that is neither that nor a suite.
+    Raises `DataError` with the nearest names for an unknown name.
     """
     for experiment in EXPERIMENTS.values():
         if name in (experiment.name, experiment.id, experiment.id.lower()):
@@ -153,5 +153,5 @@ def select(name: str) -> Experiment:
     known = [*SUITES, *EXPERIMENTS]
     raise DataError(
         f"There is no experiment {name!r}.{did_you_mean(name, known)} "
-        f"Known are: {', '.join(known)}."
+        f"Use one of: {', '.join(known)}."
     )

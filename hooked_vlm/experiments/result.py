@@ -1,9 +1,9 @@
-"""What an experiment hands over: numbers, arrays and pictures, and what they say.
+"""The result of an experiment: numbers, arrays, pictures and a verdict.
 
-An experiment computes and does not draw; the report draws and does not compute.  A
-`Result` is all that passes between them.  Every number stands once, as one row of a
-tidy table with its interval and its count, so that a figure, a sentence of the verdict
-and a line of the CSV can never disagree.
+Experiments compute and do not draw; the report draws and does not compute.  A `Result` is the
+only interface between them.  Every number exists once, as one row of a tidy table with its
+interval and its count, so a figure, a sentence of the verdict and a line of the CSV always
+agree.
 """
 
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ class Result:
     """One experiment on one model."""
 
     id: str
-    """Where it stands in the paper's list of claims: `"E4"`."""
+    """Its id in the list of claims: `"E4"`."""
     name: str
-    """What the command line calls it: `"strip-swap"`."""
+    """Its name on the command line: `"strip-swap"`."""
     title: str
     claim: str
     """What the paper reports for its models, in one or two sentences."""
@@ -33,21 +33,21 @@ class Result:
     arrays: dict[str, xr.DataArray] = field(default_factory=dict)
     """Labelled arrays too large for a table, such as probe maps by item, row and column."""
     images: dict[str, Image.Image] = field(default_factory=dict)
-    """Stimuli, with the regions drawn over them where they matter."""
+    """Stimuli, with regions drawn over them where they are relevant."""
     setting: str = ""
-    """The stimuli it ran on: `"shapes"`; empty where there is no choice."""
+    """The setting of its stimuli: `"shapes"`; empty where there is no choice."""
     verdict: str
-    """What was found on this model, computed from `table`, with intervals."""
+    """The finding on this model in sentences, computed from `table`, with intervals."""
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """How it was computed, and what a reader should know before using the numbers."""
+    """How the numbers were computed, and what to know before using them."""
 
     @property
     def key(self) -> str:
-        """A name that no other result of a run has: `"strip-swap-shapes"`."""
+        """A unique name within a run: `"strip-swap-shapes"`."""
         return f"{self.name}-{self.setting}" if self.setting else self.name
 
     @property
     def anchor(self) -> str:
-        """Where it stands on a page: `"E4-shapes"`."""
+        """Its anchor on a page: `"E4-shapes"`."""
         return f"{self.id}-{self.setting}" if self.setting else self.id

@@ -1,8 +1,8 @@
-"""A setting bound to a model: pictures that fill whole tokens, prompts, answers.
+"""A setting for one model: pictures whose objects fill whole tokens, prompts and answers.
 
-It turns questions into model inputs and final logits into scores.  The canvas is the one
-the paper uses for the model's kind of encoder: its own size where that is fixed, 12x12
-visual tokens where any size goes.
+It converts questions to model inputs and final logits to scores.  The canvas is the paper's
+for the model's kind of encoder: the encoder's image size if it is fixed, else 12x12 visual
+tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,11 +39,11 @@ class Setting:
     """Stimuli for one model: `inputs`, `logits` and `is_right` of lists of questions."""
 
     def __init__(self, model: Any, stimuli: StimulusSet, batch_size: int) -> None:
-        """Checks that the model can be asked: raises before any long work starts.
+        """Verifies that the model can answer the setting's questions, before any long work.
 
-        `UnsupportedModelError` for a model without a vision encoder or processor,
-        `ScoringError` for an answer that its tokenizer splits, `DataError` for an encoder
-        whose visual tokens do not make a square grid.
+        Raises `UnsupportedModelError` for a model without a vision encoder or processor,
+        `ScoringError` for an answer that its tokenizer splits, and `DataError` for an encoder
+        whose visual tokens do not form a square grid.
         """
         model.require_vision()
         if stimuli.skip_split_names:
@@ -56,7 +56,7 @@ class Setting:
 
     @classmethod
     def of(cls, model: Any, config: Config) -> "Setting":
-        """Returns the setting that a configuration names, for a model."""
+        """Returns the setting of a configuration, for a model."""
         stimuli = stimulus_set(
             config.setting,
             cutouts=config.cutouts,
@@ -68,12 +68,12 @@ class Setting:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """The directions that can be asked for."""
+        """The directions of the questions."""
         return self.stimuli.directions
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes that they lie on."""
+        """The axes of the directions."""
         return self.stimuli.axes
 
     def picture(self, question: Question) -> Image.Image:
@@ -85,7 +85,7 @@ class Setting:
         return self.inputs_of([self.picture(q) for q in questions], questions)
 
     def inputs_of(self, pictures: Sequence[Image.Image], questions: Sequence[Question]) -> Inputs:
-        """Returns the model's inputs for questions put to other pictures than their own."""
+        """Returns the model's inputs for questions with other pictures than their own."""
         return self.model.prepare(
             list(pictures),
             [self.stimuli.prompt(q) for q in questions],
@@ -107,15 +107,15 @@ class Setting:
         return torch.cat(parts)
 
     def is_right(self, questions: Sequence[Question]) -> list[bool]:
-        """Returns whether the model's top answer to each question is right."""
+        """Returns whether the model's top answer to each question is correct."""
         answers = top_answer(self.logits(questions), self.model.tokenizer)
         return [answer == normalise(q.target) for answer, q in zip(answers, questions, strict=True)]
 
     def pairs(self, make: Any, k: int, config: Config) -> dict[str, list[Any]]:
         """Returns each direction's pairs, drawn and filtered as the paper does (protocol 2.5).
 
-        A direction of which the model answers no pair rightly is left out (`sample_tuples`
-        warns of it); raises `DataError` when that leaves none.
+        A direction without a correctly answered pair is left out, and `sample_tuples` warns
+        about it.  Raises `DataError` when no direction is left.
         """
         accept = right_on_both(make, self.is_right)
         return self.pairs_accepted(make, k, config, accept)
@@ -123,7 +123,7 @@ class Setting:
     def pairs_accepted(
         self, make: Any, k: int, config: Config, accept: BatchFilter
     ) -> dict[str, list[Any]]:
-        """Returns each direction's pairs that a filter of one's own lets pass, as `pairs` does."""
+        """Returns each direction's pairs as `pairs` does, with another filter."""
         middle = self.stimuli.with_middle
         tuples = sample_tuples(
             self.names,
@@ -138,9 +138,9 @@ class Setting:
         }
         if not pairs:
             raise DataError(
-                "The model answers no pair of a clean and a counterfactual picture rightly, in any "
-                "direction, so there is nothing to intervene on. Run the behaviour experiment to "
-                "see what it answers."
+                "The model answers no pair of a clean and a counterfactual picture correctly, in "
+                "any direction, so there is nothing to intervene on. Run the behaviour experiment "
+                "to see the model's accuracy."
             )
         return pairs
 
@@ -158,14 +158,15 @@ def _whole_names(stimuli: StimulusSet, tokenizer: Any) -> StimulusSet:
     kept = tuple(name for name in stimuli.names if is_single_token(tokenizer, name))
     if len(kept) < 3:
         raise DataError(
-            f"Of the {len(stimuli.names)} names of {stimuli.title} this model's tokenizer has "
-            f"{len(kept)} as one token ({', '.join(kept) or 'none'}); at least 3 are needed."
+            f"This model's tokenizer has {len(kept)} of the {len(stimuli.names)} names of "
+            f"{stimuli.title} as one token ({', '.join(kept) or 'none'}); at least 3 are needed. "
+            "Use another setting."
         )
     return replace(stimuli, names=kept)
 
 
 def token_grid(model: Any) -> tuple[int, int]:
-    """Returns the visual tokens a side of the canvas that stimuli have, and pixels of one."""
+    """Returns the number of visual tokens on a side of the canvas, and the pixels of one."""
     vision = model.cfg.vision
     side = vision.image_size or PAPER_TOKENS * vision.patch_size * vision.merge
     blank = Image.new("RGB", (side, side), "white")
@@ -173,6 +174,6 @@ def token_grid(model: Any) -> tuple[int, int]:
     if rows != cols or side % rows:
         raise DataError(
             f"A picture of {side}x{side} px becomes {rows}x{cols} visual tokens in this model; the "
-            "stimuli need a square grid of whole pixels."
+            "stimuli need a square grid of cells of whole pixels. Use another model."
         )
     return rows, side // rows

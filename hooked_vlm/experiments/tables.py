@@ -1,4 +1,4 @@
-"""Rows of a result's table, choices from it, and how intervals are put into words."""
+"""Makes and selects rows of a result's table, and formats intervals, slots and names."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from hooked_vlm.analysis.statistics import Interval
 def interval_rows(
     interval: Interval, axes: Mapping[str, Sequence[Any]], **columns: Any
 ) -> list[dict]:
-    """Returns tidy rows of an interval whose arrays have the given axes, in order."""
+    """Returns one tidy row per number of an interval whose arrays have the given axes."""
     shape = [len(values) for values in axes.values()]
     numbers = [
         np.broadcast_to(part, shape) for part in (interval.estimate, interval.low, interval.high)
@@ -28,22 +28,26 @@ def interval_rows(
 
 
 def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
-    """Returns the rows of a table with these values."""
+    """Returns the rows of a table that have the given values."""
     for column, value in wanted.items():
         table = table[table[column] == value]
     return table
 
 
 def format_interval(row: Any) -> str:
-    """Returns a number with its 95 % interval, as verdicts write it."""
+    """Returns a number with its 95 % interval as text.
+
+    >>> format_interval({"value": 0.951, "low": 0.9, "high": 1.0})
+    '0.95 [0.90, 1.00]'
+    """
     value, low, high = (f"{round(row[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
 def format_slots(slots: Iterable[int]) -> str:
-    """Returns slots as verdicts write them, runs folded.
+    """Returns slots as text, with runs as ranges.
 
-    >>> said_slots([0, 2, 3, 4])
+    >>> format_slots([0, 2, 3, 4])
     'slots 0, 2-4'
     """
     array = np.asarray(sorted(slots), dtype=int)
@@ -55,9 +59,9 @@ def format_slots(slots: Iterable[int]) -> str:
 
 
 def format_names(names: Sequence[str]) -> str:
-    """Returns words as a sentence lists them.
+    """Returns names as a list in a sentence.
 
-    >>> said_names(["left", "right", "above"])
+    >>> format_names(["left", "right", "above"])
     'left, right and above'
     """
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -1,7 +1,7 @@
-"""The paper's own figures, as data, so that a report can set its findings beside them.
+"""The paper's numbers as data, so that a report can show them next to its own results.
 
-From the tables and figures of arXiv 2603.22278 (v1 and v2, where they differ).  A figure that
-the paper gives only as a curve is not here.
+They come from the tables and figures of arXiv 2603.22278 (v1 and v2, where they differ).
+Numbers that the paper shows only as a curve are left out.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ TARGETS = (
 
 
 def targets(experiment: str, setting: str = "") -> list[Target]:
-    """Returns the paper's figures for an experiment: on a setting, or all where it has none there.
+    """Returns the paper's numbers for an experiment: those on a setting, or all if there are none.
 
     >>> [target.value for target in targets("E5", "shapes")]
     ['0.62', '0.64']

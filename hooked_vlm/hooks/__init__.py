@@ -1,6 +1,6 @@
-"""Named activations: where they are, their shapes, and how functions reach them.
+"""Named activations: their modules, their shapes, and the functions that run on them.
 
-Names are TransformerLens's; activations of a vision encoder are in raster order by image.
+Names are TransformerLens's.  Activations of a vision encoder are in raster order, by image.
 """
 
 from hooked_vlm.hooks.cache import ActivationCache as ActivationCache

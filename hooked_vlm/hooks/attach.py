@@ -1,9 +1,9 @@
-"""The one place that attaches functions to a model and removes them.
+"""Attaches functions to a model and removes them; no other module does so for sites.
 
 PyTorch handles exist only while a `with attach(...)` block is open and are removed in its
-`finally`, whatever raises; nothing is attached that was not asked for.  Forward hooks go in
-front of those that transformers keeps for collecting hidden states: behind them, an edit of
-the layer that a projector reads would be lost.
+`finally`, also after an error.  Only the requested sites get a hook.  Our forward hooks run
+before the hooks with which transformers collects hidden states: after them, an edit of the
+layer that a projector reads would be lost.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,17 +33,19 @@ def attach(
     layers: Sequence[tuple[Sequence[tuple[str, HookFunction]], PassCounter]],
     vision: Vision | None = None,
 ) -> Iterator[None]:
-    """Attaches functions to sites of a model for the length of a `with` block.
+    """Attaches functions to sites of a model for the duration of a `with` block.
 
-    `layers` are the open blocks, outermost first: pairs of a site's name and a function,
-    and when they act.  Several functions at one site run in that order.
+    `layers` are the open blocks, outermost first: pairs of a site's name and a function, and
+    the counter that decides in which passes they run.  Functions at one site run in this order.
     """
+    # 1. Collect the functions by site.
     by_site: dict[str, list[tuple[HookFunction, PassCounter]]] = {}
     for pairs, run in layers:
         for name, fn in pairs:
             by_site.setdefault(name, []).append((fn, run))
     packing = CallContext()
     fired = [SiteDispatch(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
+    # 2. Register hooks that track passes and calls, then those of the sites.
     with ExitStack() as stack:
         for _, run in layers:
             stack.enter_context(count_steps(model, run))
@@ -52,9 +54,11 @@ def attach(
         restart = _reset_counters(fired, packing)
         handles = [model.register_forward_pre_hook(restart, with_kwargs=True)]
         stack.callback(_remove, handles)
-        # Prepending reverses the order, and at one module the model's order is the right one.
+        # Prepended hooks run in reverse order of registration, and at one module the sites must
+        # run in the order of the model.
         for item in reversed([f for f in fired if f.site.tap != "attention"]):
             handles.append(_attach_one(_module_at(model, item.site.module), item))
+        # 3. Sites inside attention share one tap per attention module.
         taps: dict[str, list[SiteDispatch]] = {}
         for item in fired:
             if item.site.tap == "attention":
@@ -70,20 +74,20 @@ def _remove(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> None:
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module:
-    """Returns `model.get_submodule(path)` in a fifth of the time; every run asks at every site.
+    """Returns `model.get_submodule(path)` in a fifth of the time; called per run and site.
 
-    Nothing is remembered between runs, so a module that the user puts in is found.
+    Nothing is cached between runs, so a module that the user replaces is found.
     """
     found: nn.Module | None = model
     for name in path.split("."):
         found = found._modules.get(name)
-        if found is None:  # the whole model, or a path that wrappers answer for
+        if found is None:  # the whole model, or a path that a wrapper resolves
             return model.get_submodule(path)
     return found
 
 
 def _note_call(model: nn.Module, vision: Vision, packing: CallContext, stack: ExitStack) -> None:
-    """Notes what every call of the encoder was given, before anything in it runs."""
+    """Records the layout or the number of images of each encoder call, before the encoder runs."""
     owner = model.get_submodule(vision.path)
     signature = signature_of(type(owner).forward)
 
@@ -99,7 +103,7 @@ def _note_call(model: nn.Module, vision: Vision, packing: CallContext, stack: Ex
 
 
 def _reset_counters(fired: Sequence[SiteDispatch], packing: CallContext) -> Callable[..., None]:
-    """Returns a hook that counts calls, and prompts, anew in every forward pass."""
+    """Returns a hook that resets the counts of calls and prompts at each forward pass."""
 
     def restart(module: nn.Module, args: tuple, kwargs: dict) -> None:
         for item in fired:
@@ -122,7 +126,7 @@ def _output_hook(item: SiteDispatch) -> Callable:
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         if on_image and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
-            return None  # a table looked up for something else than the image
+            return None  # an embedding table called with ids, not with image features
         if isinstance(output, ModelOutput):
             changed = item.run_on_module_value(output[0])
             if changed is not None:
@@ -137,7 +141,7 @@ def _output_hook(item: SiteDispatch) -> Callable:
 
 
 def _input_hook(item: SiteDispatch, key: str) -> Callable:
-    """Returns a hook on the first positional input, or on the keyword argument that carries it."""
+    """Returns a hook on the first positional input, or on the keyword argument in its place."""
     in_place = item.site.tap == "residual"
     on_image = item.site.axes.startswith("image")
 
@@ -145,11 +149,11 @@ def _input_hook(item: SiteDispatch, key: str) -> Callable:
         name = key if kwargs.get(key) is not None else carrier(module, args, kwargs)
         raw = args[0] if name is None else kwargs[name]
         if on_image and isinstance(raw, Tensor) and not raw.is_floating_point():
-            return None  # a table looked up for something else than the image
+            return None  # an embedding table called with ids, not with image features
         changed = item.run_on_module_value(raw)
         if changed is None:
             return None
-        if in_place:
+        if in_place:  # the skip connection must see the change too
             if changed is not raw:
                 raw.copy_(changed)
             return None
@@ -162,7 +166,7 @@ def _input_hook(item: SiteDispatch, key: str) -> Callable:
 
 @contextmanager
 def _tap_attention(module: nn.Module, items: list[SiteDispatch]) -> Iterator[None]:
-    """Gives an attention module its tap, and its own config back at the end."""
+    """Gives an attention module a config with a tap, and restores its own config at the end."""
     tapped: Any = module
     config = tapped.config
     packed = bool(items[0].site.order)
@@ -189,7 +193,8 @@ def _attention_edit(item: SiteDispatch) -> Callable[[Any], Any]:
         if changed is None:
             return raw
         if item.site.part in ("rot_k", "v") and any(run.prefill_only for _, run in item.fns):
-            # The key-value cache holds this tensor, for steps in which the functions are inactive.
+            # The key-value cache holds this tensor, and later steps, in which the functions are
+            # inactive, read it.  Written in place, the edit lasts.
             return raw.copy_(changed)
         return changed
 
@@ -197,9 +202,10 @@ def _attention_edit(item: SiteDispatch) -> Callable[[Any], Any]:
 
 
 def _edit_chunks(item: SiteDispatch, chunks: list[Tensor]) -> list[Tensor]:
-    """Shows the square matrices of a packed encoder by image, both axes in raster order."""
+    """Runs the functions on a packed encoder's square matrices, in raster order by image."""
     if item.inactive:
         return chunks
+    # Reorder queries and keys, run the functions, then restore the order.
     layout = item.packing.layout
     assert layout is not None, "a packed encoder ran without its layout having been noted"
     orders = _chunk_orders(layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device)
@@ -213,12 +219,12 @@ def _edit_chunks(item: SiteDispatch, chunks: list[Tensor]) -> list[Tensor]:
 
 
 def _reordered(square: Tensor, order: Tensor) -> Tensor:
-    """Returns `[head, query, key]` with both positions taken in another order."""
-    # A gather takes half the time of a second index, which would step through memory.
+    """Returns `[head, query, key]` with both positions in another order."""
+    # A gather takes half the time of a second index_select, whose access is strided.
     return square.index_select(1, order).gather(2, order.expand(square.shape))
 
 
 def _chunk_orders(layout: PackedLayout, lengths: list[int], device: Any) -> list[Tensor]:
-    """Returns, for each run of packed rows, its rows in raster order."""
+    """Returns for each chunk of packed rows its rows in raster order."""
     rank = layout.order("blocks", sum(lengths)).places
     return [torch.argsort(part).to(device) for part in rank.split(lengths)]

@@ -1,16 +1,16 @@
-"""One attention function for every tower, active only where something was asked of it.
+"""The attention function that serves all attention sites, active only in modules with a hook.
 
-transformers sends every attention through a registry, by the name in the module's
-config.  While a run asks for an attention site, that one module is given a stand-in
-for its config that names our function and carries the tap; all other modules, and the
-mask-making of their parents, go on as they were.  Rotated queries and keys are shown
-and passed on to whatever implementation the model had; scores and patterns exist only
-in the eager arithmetic, so that one layer runs it, bit for bit as transformers does.
+transformers looks up every attention function in a registry, by the name in the module's
+config.  While a run uses an attention site, that one module gets a replacement of its config
+with the name of our function and the tap.  All other modules, and the mask code of their
+parents, are unchanged.  Rotated queries and keys are passed to the tap and then to the
+model's own implementation.  Scores and patterns exist only in eager attention, so that layer
+computes eager attention, bit for bit as transformers does.
 
-The mask arrives in the form the model's own implementation takes: None (SDPA's "plain
-causal"), boolean, two-dimensional (FlashAttention), or additive.  `additive_mask` turns
-each into eager's form, and refuses rather than guesses where a missing mask could mean
-either causal or not: an attention that silently stops being causal is a wrong number.
+The mask has the form of the model's own implementation: None (plain causal in SDPA), boolean,
+two-dimensional (FlashAttention), or additive.  `additive_mask` converts each into eager's
+form.  It raises where a missing mask could mean causal or not causal, because an attention
+that silently loses causality gives wrong results.
 """
 
 import sys
@@ -27,16 +27,16 @@ from hooked_vlm.errors import HookError, UnsupportedModelError
 
 
 NAME = "hooked_vlm"
-# transformers hands a packed encoder's whole sequence to any implementation with "flash"
-# in its name, and calls all others once per image; we want every image in one call.
+# transformers passes a packed encoder's whole sequence to an implementation with "flash" in
+# its name, and calls all others once per image; we need all images in one call.
 PACKED_NAME = "hooked_vlm_flash_layout"
 
 
 class AttentionTap:
-    """What one attention module is asked for during a run: a function per quantity.
+    """The functions that act inside one attention module during a run, by quantity.
 
-    Each function takes the tensor (scores and patterns: a list of them by chunk when the
-    module is packed) and returns the one to go on with.
+    Each function takes the tensor (for scores and patterns of a packed module, a list of
+    tensors by chunk) and returns the tensor with which the computation continues.
     """
 
     def __init__(self, base: str, edits: dict[str, Callable[[Any], Any]]) -> None:
@@ -45,20 +45,20 @@ class AttentionTap:
 
     @property
     def eager(self) -> bool:
-        """Whether scores or patterns are asked for."""
+        """Whether a function acts on scores or patterns, which need eager attention."""
         return bool(self.edits.keys() & {"attn_scores", "pattern"})
 
     def apply(self, part: str, value: Any) -> Any:
-        """Returns the value after this part's function, or as it is when there is none."""
+        """Returns the result of this part's function, or the value itself without a function."""
         edit = self.edits.get(part)
         return value if edit is None else edit(value)
 
 
 class _Name(str):
-    """The name that our function is looked up by, which passes for the model's own as well.
+    """The registered name of our function, which also equals the name of the model's own.
 
-    Some attentions ask for it before they dispatch ("is it eager or sdpa?") and compute
-    something else when it is neither.
+    Some attention modules compare the name with "eager" or "sdpa" before they look it up, and
+    compute something else when it is neither.
     """
 
     base: str
@@ -73,7 +73,7 @@ class _Name(str):
 
 
 class TappedConfig:
-    """A module's config with another attention implementation, and the tap, in front of it."""
+    """A module's config with our attention implementation and the tap; the rest is delegated."""
 
     def __init__(self, config: Any, name: str, tap: AttentionTap) -> None:
         self._config = config
@@ -93,10 +93,10 @@ def implementation(module: nn.Module) -> str:
 
 
 def tapped_config(module: nn.Module, edits: dict[str, Callable], packed: bool) -> TappedConfig:
-    """Returns the config to give an attention module for the length of a run.
+    """Returns the config that an attention module gets for the duration of a run.
 
-    A module may already be tapped, by another wrapper of the same model: then both act,
-    the newer first, as PyTorch's prepended hooks do.
+    The module may already have a tap from another wrapper of the same model.  Then both act,
+    the newer one first, as with PyTorch's prepended hooks.
     """
     config: Any = module.config
     outer = getattr(config, "hooked_vlm_tap", None)
@@ -120,7 +120,8 @@ def hooked_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes attention as the module's own implementation does, through its tap."""
+    """Computes attention as the module's own implementation does, and runs its tap."""
+    # 1. Rotated queries and keys, and values.
     config: Any = module.config
     tap: AttentionTap = config.hooked_vlm_tap
     query, key = tap.apply("rot_q", query), tap.apply("rot_k", key)
@@ -128,11 +129,12 @@ def hooked_attention(
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None and config._attn_implementation == PACKED_NAME:
         raise HookError(
-            f"{type(module).__name__} packs the patches of all images into one sequence and did "
-            f"not say where each image ends (arguments: {', '.join(kwargs)}; expected "
-            "cu_seq_lens_q), so its attention would mix images. Install a version of transformers "
-            "from docs/measured/compatibility.md, and report this."
+            f"{type(module).__name__} packs the patches of all images into one sequence and gave "
+            f"no image boundaries (arguments: {', '.join(kwargs)}; expected cu_seq_lens_q), so "
+            "its attention would mix images. Install a version of transformers from "
+            "docs/measured/compatibility.md, and report this."
         )
+    # 2. Without scores or patterns, the model's own implementation computes the rest.
     if not tap.eager:
         function = _base_function(tap.base, module)
         options = {"scaling": scaling, "dropout": dropout}
@@ -141,6 +143,7 @@ def hooked_attention(
         options |= {n: v for n, v in kwargs.items() if not n.startswith(("cu_seq", "max_length"))}
         chunks = _chunks(bounds, query, key, value)
         return torch.cat([function(module, *c, None, **options)[0] for c in chunks], dim=1), None
+    # 3. Scores and patterns: eager attention, verified against the model's own.
     _refuse_other_arithmetic(kwargs)
     options = {"scaling": scaling, "softcap": kwargs.get("softcap")}
     if bounds is None:
@@ -151,6 +154,7 @@ def hooked_attention(
         weights = tap.apply("pattern", pattern(weights, query.dtype, kwargs.get("sinks")))
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         return attend(weights, value), weights
+    # 4. A packed encoder: the same, image by image.
     chunks = _chunks(bounds, query, key, value)
     by_chunk = tap.apply("attn_scores", [scores(q, k, None, **options) for q, k, _ in chunks])
     by_chunk = tap.apply("pattern", [pattern(weights, query.dtype) for weights in by_chunk])
@@ -169,7 +173,7 @@ def _base_function(base: str, module: nn.Module) -> Callable:
 
 
 def _eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' eager attention, for modules whose file does not define one."""
+    """Computes transformers' eager attention, for modules whose file does not define it."""
     weights = pattern(scores(query, key, attention_mask, scaling), query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return attend(weights, value), weights
@@ -189,9 +193,9 @@ def _refuse_other_arithmetic(kwargs: dict[str, Any]) -> None:
 
 
 BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By dtype, how far our attention may be from the module's own, as a share of the largest value.
+"""Largest allowed difference from the module's own attention, relative to its largest value.
 
-Eager attention takes its softmax in float32 whatever the dtype, so float64 is no closer.
+Eager attention computes its softmax in float32 for every dtype, so float64 is no closer.
 """
 _VERIFIED: set[Hashable] = set()
 
@@ -204,12 +208,13 @@ def _verify(
     kwargs: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> None:
-    """Compares our arithmetic with the module's own, once for each way in which it is called.
+    """Verifies our arithmetic against the module's own, once for each kind of call.
 
-    An attention may come to take an argument that changes its scores (as sinks, soft-capping
-    and position biases did), under any name.  Raises `UnsupportedModelError` where ours then
-    gives something else.
+    A future attention may take a new argument that changes its scores (as sinks, soft-capping
+    and position biases did), under any name.  Raises `UnsupportedModelError` when our result
+    then differs.
     """
+    # 1. The kind of call: module, implementation, dtype, device and arguments.
     query, key, value = qkv
     plain = (str, bool, int, float, type(None))
     named = {n: v if isinstance(v, plain) else type(v) for n, v in kwargs.items()}
@@ -217,12 +222,13 @@ def _verify(
     kind = (type(module), base, query.dtype, query.device.type, str(sorted(named.items(), key=str)))
     if kind in _VERIFIED or query.is_meta:
         return
+    # 2. Compare our output with the module's own.
     call = {"scaling": options["scaling"], "dropout": 0.0, **kwargs}
     with torch.no_grad():
         theirs = _base_function(base, module)(module, query, key, value, given_mask, **call)[0]
         weights = scores(query, key, mask, **options, bias=kwargs.get("position_bias"))
         ours = attend(pattern(weights, query.dtype, kwargs.get("sinks")), value)
-        # Padding sees no key at all, and implementations differ in what they make of that.
+        # Padding positions attend to no key, and implementations differ in the result.
         sees = weights.amax(dim=-1).transpose(1, 2) > torch.finfo(query.dtype).min / 2
         ours, theirs = (torch.where(sees[..., None], out, 0) for out in (ours, theirs))
         off = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
@@ -230,13 +236,13 @@ def _verify(
         raise UnsupportedModelError(
             f"The scores and pattern sites do not reproduce {type(module).__name__}: its "
             f"{base!r} attention, called with {', '.join(sorted(kwargs)) or 'no options'}, differs "
-            f"from theirs by {off:.2g} of the largest value. Hook q, k, v or z instead."
+            f"from eager attention by {off:.2g} of the largest value. Hook q, k, v or z instead."
         )
     _VERIFIED.add(kind)
 
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
-    """Repeats key or value heads until there are as many as query heads."""
+    """Repeats key or value heads to the number of query heads."""
     if x.shape[1] == n_heads:
         return x
     return x.repeat_interleave(n_heads // x.shape[1], dim=1)
@@ -250,7 +256,7 @@ def scores(
     softcap: float | None = None,
     bias: Tensor | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """Returns the pre-softmax attention scores, position bias and additive mask included."""
+    """Returns the attention scores before the softmax, with position bias and additive mask."""
     key = repeat_heads(key, query.shape[1])
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = torch.matmul(query, key.transpose(2, 3)) * factor
@@ -265,9 +271,9 @@ def pattern(
     dtype: torch.dtype,
     sinks: Tensor | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """Returns the attention pattern: a softmax over keys, taken in fp32.
+    """Returns the attention pattern: a softmax over keys, computed in fp32.
 
-    With `sinks`, one more score for each query takes its share, and rows sum to less than one.
+    With `sinks`, each query has one more score in the softmax, so rows sum to less than one.
     """
     if sinks is not None:
         all_scores = torch.cat([weights, sinks], dim=-1).float()
@@ -278,7 +284,7 @@ def pattern(
 def attend(
     weights: Float[Tensor, "batch head query key"], value: Float[Tensor, "batch kv_head key d_head"]
 ) -> Float[Tensor, "batch query head d_head"]:
-    """Returns the pattern's mixture of values, positions before heads."""
+    """Returns the values weighted by the pattern, with positions before heads."""
     out = torch.matmul(weights, repeat_heads(value, weights.shape[1]))
     return out.transpose(1, 2).contiguous()
 
@@ -294,9 +300,10 @@ def additive_mask(
 ) -> Tensor | None:
     """Returns the mask as eager attention adds it: 0 where allowed, the dtype's minimum elsewhere.
 
-    `base` is the implementation the mask was made for.  Raises `HookError` where a
-    causal attention got no mask and `base` does not say that none means plain causal.
+    `base` is the implementation the mask was made for.  Raises `HookError` where a causal
+    attention got no mask, unless None means plain causal for `base`.
     """
+    # 1. Masks that need no change, or only a conversion from boolean.
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     n_query, n_key = query.shape[2], key.shape[2]
     if mask is not None and not isinstance(mask, Tensor):
@@ -317,6 +324,7 @@ def additive_mask(
             "implementation, so its pattern would not be causal. Load the model with "
             "attn_implementation='sdpa' or 'eager'."
         )
+    # 2. None or a two-dimensional padding mask: build the causal part here.
     allowed = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device)
     if causal:
         allowed = allowed.tril(n_key - n_query)
@@ -334,7 +342,7 @@ def _as_additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _register() -> None:
-    """Registers the function for attention and for masks: with either alone, causality is lost."""
+    """Registers our attention and its masks; with only one of the two, causality is lost."""
     for name in (NAME, PACKED_NAME):
         AttentionInterface.register(name, hooked_attention)
         AttentionMaskInterface.register(name, eager_mask)

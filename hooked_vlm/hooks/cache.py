@@ -1,10 +1,10 @@
-"""Activations of one run, by name.
+"""The activations of one run, by name.
 
-An `ActivationCache` is a read-only mapping from hook names to tensors that also takes
+An `ActivationCache` is a read-only mapping from hook names to tensors that also accepts
 TransformerLens's short forms: `cache["resid_post", 3]`, `cache["k6"]`, and
-`cache["pattern", 0, "vision_encoder"]` for the tower.  It holds no model and no
-weights; whatever needs those (a logit lens, say) is a function of the cache and the
-model.  Vision sites of images of different sizes are lists by image.
+`cache["pattern", 0, "vision_encoder"]` for the vision encoder.  It holds no model and no
+weights; an analysis that needs them (such as a logit lens) takes the cache and the model.
+Vision sites of images of different sizes are lists by image.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +31,8 @@ from hooked_vlm.hooks.patch_order import VisionActivation
 class ActivationCache(Mapping[str, Any]):
     """A mapping from hook names to the activations of one run.
 
+    `model.run_with_cache(inputs)` returns the logits and such a cache.
+
     >>> cache = ActivationCache({"blocks.0.hook_resid_post": torch.zeros(1, 5, 8)})
     >>> cache["resid_post", 0].shape
     torch.Size([1, 5, 8])
@@ -41,18 +43,17 @@ class ActivationCache(Mapping[str, Any]):
     def __init__(
         self, activations: Mapping[str, VisionActivation], n_layers: Mapping[str, int] | None = None
     ) -> None:
-        """`n_layers` are the model's, by stack (`"blocks"`, `"vision_encoder.blocks"`): what
-        negative layers count from.  Without them that is the layers that were cached."""
+        """`n_layers` are the model's numbers of layers, by stack (`"blocks"`,
+        `"vision_encoder.blocks"`): negative layers count from them.  Without `n_layers`,
+        negative layers count from the last cached layer."""
         self._activations = dict(activations)
         self.n_layers = dict(n_layers or {})
 
     def __getitem__(self, key: str | tuple) -> Any:
         """Returns an activation by full name, short name, or `(short name, layer[, type])`.
 
-        That is a tensor, or a list of them by image at the vision sites of images of
-        different sizes.
-
-        Raises `UnknownHookError`, which names what was cached, when there is none.
+        The result is a tensor, or a list of tensors by image at vision sites when the images
+        have different sizes.  Raises `UnknownHookError` when the activation was not cached.
         """
         name = get_act_name(*key) if isinstance(key, tuple) else key
         if name in self._activations:
@@ -88,7 +89,7 @@ class ActivationCache(Mapping[str, Any]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cached tensors take up."""
+        """Size of the cached tensors in bytes."""
         return sum(t.nbytes for value in self.values() for t in _as_list(value))
 
     def to(self, device: str | torch.device) -> "ActivationCache":
@@ -102,14 +103,20 @@ class ActivationCache(Mapping[str, Any]):
         """
         sizes = {v.shape[0] for n, v in self.items() if isinstance(v, Tensor) and not _is_vision(n)}
         if sizes - {1}:
-            raise DataError(f"The cache holds batches of {sorted(sizes)}; only 1 can be removed.")
+            raise DataError(
+                f"The cache holds batches of {sorted(sizes)}; only 1 can be removed. Select one "
+                "prompt first: cache.select([0])."
+            )
         return ActivationCache(
             {n: v if _is_vision(n) or isinstance(v, list) else v[0] for n, v in self.items()},
             self.n_layers,
         )
 
     def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
-        """Returns the cache for some prompts of the batch: LM sites only, all else is by image."""
+        """Returns the cache for some prompts of the batch, without vision sites.
+
+        Vision sites are by image and not by prompt, so they are left out.
+        """
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
         kept = {n: v for n, v in self.items() if isinstance(v, Tensor) and not _is_vision(n)}
         return ActivationCache({n: v[index] for n, v in kept.items()}, self.n_layers)
@@ -117,7 +124,7 @@ class ActivationCache(Mapping[str, Any]):
     def stack(
         self, name: str, layers: Sequence[int] | None = None, tower: str | None = None
     ) -> Float[Tensor, "layer ..."]:
-        """Returns one site of every cached layer (or of those given), stacked in front.
+        """Returns one site of every cached layer (or of `layers`), stacked along a first axis.
 
         >>> cache = ActivationCache(
         ...     {f"blocks.{i}.hook_mlp_out": torch.ones(1, 2, 4) for i in (0, 1)}
@@ -128,11 +135,14 @@ class ActivationCache(Mapping[str, Any]):
         if layers is None:
             layers = [i for i in range(self._n_layers(tower)) if (name, i, tower) in self]
         if not layers:
-            raise UnknownHookError(f"The cache holds no layer of {name!r}.")
+            raise UnknownHookError(
+                f"The cache holds no layer of {name!r}. Widen names_filter to cache it."
+            )
         found = [self[name, layer, tower] for layer in layers]
         if any(isinstance(value, list) for value in found):
             raise DataError(
-                f"{name!r} is a list by image (sizes differ), so layers cannot be stacked."
+                f"{name!r} is a list by image (sizes differ), so layers cannot be stacked. Stack "
+                "the layers of one image."
             )
         return torch.stack(found)  # type: ignore[arg-type]
 
@@ -141,7 +151,7 @@ class ActivationCache(Mapping[str, Any]):
     ) -> Tensor | tuple[Tensor, list[str]]:
         """Returns the residual stream at every slot: `[slot, batch, pos, d_model]`.
 
-        Slot 0 is block 0's input and slot l the output of block l-1, as in the paper.
+        Slot 0 is the input of block 0, and slot l the output of block l-1, as in the paper.
         """
         n_layers = self._n_layers(tower)
         slots = torch.stack(
@@ -153,9 +163,10 @@ class ActivationCache(Mapping[str, Any]):
     def decompose_resid(
         self, tower: str | None = None, return_labels: bool = False
     ) -> Tensor | tuple[Tensor, list[str]]:
-        """Returns what each part wrote to the residual stream; the parts sum to its last slot.
+        """Returns the contribution of each part to the residual stream: `[part, batch, pos, ...]`.
 
-        Parts are the input of block 0, then every layer's attention and MLP outputs.
+        Parts are the input of block 0, then the attention and MLP output of every layer.  Their
+        sum is the last slot of the residual stream.
         """
         parts, labels = [self["resid_pre", 0, tower]], ["embed"]
         for layer in range(self._n_layers(tower)):
@@ -165,7 +176,7 @@ class ActivationCache(Mapping[str, Any]):
         return (stacked, labels) if return_labels else stacked
 
     def save(self, path: str | Path) -> None:
-        """Writes the cache to a safetensors file, whole or not at all."""
+        """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`."""
         tensors = {}
         for name, value in self.items():
             for i, tensor in enumerate(_as_list(value)):
@@ -177,7 +188,7 @@ class ActivationCache(Mapping[str, Any]):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ActivationCache":
-        """Returns a cache that `save` wrote."""
+        """Returns the cache that `save` wrote to `path`."""
         found: dict[str, VisionActivation] = {}
         lists: dict[str, dict[int, Tensor]] = {}
         with safe_open(path, framework="pt", device=device) as file:

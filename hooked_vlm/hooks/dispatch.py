@@ -1,8 +1,7 @@
-"""Running the functions of one site on what flows there.
+"""Runs the hook functions of one site on the site's activation.
 
-A hook function is `fn(activation, hook)`; it returns a replacement of the same shape
-and dtype, or None to leave the activation as it is (an edit in place counts as a
-replacement).
+A hook function is `fn(activation, hook)`.  It returns a replacement of the same shape and
+dtype, or None to keep the activation.  An edit in place counts as a replacement.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ HookFunction = Callable[..., Any]
 
 
 class Reader:
-    """A hook function of the library's own that only looks, such as the cache's."""
+    """A hook function of this library that only reads, such as the cache's."""
 
     def __init__(self, function: Callable[[VisionActivation, HookPoint], None]) -> None:
         self.function = function
@@ -36,7 +35,7 @@ def _parts(value: Any) -> list:
 
 
 class SiteDispatch:
-    """Runs the functions of one site on what flows there."""
+    """Runs the functions of one site on the site's activation."""
 
     def __init__(
         self,
@@ -53,14 +52,14 @@ class SiteDispatch:
         return all(self._is_inactive(run) for _, run in self.fns)
 
     def _is_inactive(self, run: PassCounter) -> bool:
-        # The vision encoder runs when there are images to encode, which is part of a prefill.
+        # The vision encoder runs only when there are images to encode: always in a prefill.
         return run.inactive and self.site.axes.startswith("batch")
 
     def run_on_module_value(self, raw: Any) -> Any:
-        """Returns what must flow on in place of `raw`, or None when nothing changed."""
+        """Returns the replacement of the module's value `raw`, or None when nothing changed."""
         if self.inactive:
             return None
-        if isinstance(raw, list):  # by image already
+        if isinstance(raw, list):  # already split by image
             even = len({tensor.shape for tensor in raw}) == 1
             value, changed = self.on_value(torch.stack(raw) if even else raw)
             return list(value) if changed else None
@@ -73,11 +72,11 @@ class SiteDispatch:
         if not changed:
             return None
         written = write(self.site, value, raw, self.packing.layout)
-        # Not reshaped where it need not be: a view forgets the memory layout of axes of one.
+        # Reshape only if needed: a view loses the memory layout of axes of size one.
         return written if written.shape == shape else written.reshape(shape)
 
     def on_value(self, value: VisionActivation) -> tuple[VisionActivation, bool]:
-        """Returns the value after all functions, and whether any of them changed it."""
+        """Returns the value after all functions, and whether any function changed it."""
         any_changed = False
         self.point.call += 1
         for fn, run in self.fns:
@@ -113,7 +112,7 @@ class SiteDispatch:
         return self._checked(result, value, fn), True
 
     def _checked(self, result: Any, value: VisionActivation, fn: HookFunction) -> VisionActivation:
-        """Returns a function's result; raises `HookError` if it cannot take the value's place."""
+        """Returns a function's result; raises `HookError` if it cannot replace the value."""
         given, expected = _parts(result), _parts(value)
         ok = isinstance(result, Tensor) == isinstance(value, Tensor) and len(given) == len(expected)
         ok = ok and all(
@@ -125,12 +124,12 @@ class SiteDispatch:
         raise HookError(
             f"The hook function {getattr(fn, '__name__', fn)!r} at {self.point.name} returned "
             f"{_describe(result)}; expected {_describe(value)} with axes [{self.site.axes}]. "
-            "Return a tensor of the activation's shape, dtype and device, or None to leave it."
+            "Return a tensor of the activation's shape, dtype and device, or None to keep it."
         )
 
 
 def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
-    """Returns an activation with the axis of images or prompts that a module folded away."""
+    """Returns an activation with its axis of images or prompts restored, if it was folded."""
     n_axes = len(site.axes.split()) - (1 if site.heads else 0)
     if raw.ndim != n_axes - 1 or site.tap == "attention" or not n_rows or len(raw) % n_rows:
         return raw
@@ -138,7 +137,10 @@ def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
 
 
 class _Snapshot:
-    """Tells whether a value was edited in place, by version where torch counts them."""
+    """Detects in-place edits of a value, by torch's version counter where there is one.
+
+    Inference tensors have no version counter, so they are copied and compared.
+    """
 
     def __init__(self, value: VisionActivation) -> None:
         self.tensors: list[Tensor] = _parts(value)

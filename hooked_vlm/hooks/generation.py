@@ -1,7 +1,7 @@
-"""Which forward pass of a generation is in progress: the prefill, or a later step.
+"""Detects which forward pass of a generation is in progress: the prefill, or a later step.
 
-What is counted is what runs.  A pass continues another when it is given a key-value cache
-that holds something, or the prompt of the prefill and more behind it.
+Each pass that runs is counted.  A pass continues the previous one when its arguments have a
+non-empty key-value cache, or the prompt of the prefill followed by more tokens.
 """
 
 import weakref
@@ -20,10 +20,10 @@ from hooked_vlm.hooks.hook_point import PassCounter
 
 @contextmanager
 def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
-    """Counts the passes of a generation, and notes which of them repeat its prompt.
+    """Counts the passes of a generation, and records which of them repeat its prompt.
 
-    Raises `HookError` in a pass that continues another, when the cache between them is of
-    no kind that is known: its functions would act as if it were the first.
+    Raises `HookError` in a pass that continues another with an unknown kind of cache, because
+    it would be counted as a first pass.
     """
     returned: list[weakref.ref] = []
 
@@ -36,17 +36,17 @@ def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
         _refuse_unknown_cache((*args, *kwargs.values()), returned)
         if run.is_generation and run.steps >= 0:
             raise HookError(
-                "One generation began twice: a later pass was given neither a key-value cache "
-                f"that holds anything nor its prompt again (arguments: {', '.join(kwargs)}), so "
-                "generated positions cannot be told from the prompt. Expected a transformers.Cache "
-                "among the arguments. Generate with use_cache=False."
+                "One generation began twice: a later pass was given neither a non-empty key-value "
+                f"cache nor its prompt again (arguments: {', '.join(kwargs)}; expected a "
+                "transformers.Cache among them), so generated positions cannot be distinguished "
+                "from the prompt. Generate with use_cache=False."
             )
         run.steps, run.prompt = 0, prompt
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
         values = output.values() if isinstance(output, ModelOutput) else _values(output)
         kept = (value for value in values if not isinstance(value, Tensor))
-        # Plain values, and tuples of tensors, take no weak references.
+        # Plain values and tuples of tensors cannot be weakly referenced.
         returned[:] = [weakref.ref(v) for v in kept if type(v).__weakrefoffset__]
 
     handles = [
@@ -61,14 +61,14 @@ def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
 
 
 def _values(output: Any) -> Iterable[Any]:
-    """Returns what a model's own kind of output holds."""
+    """Returns the values in an output that is not a transformers `ModelOutput`."""
     if isinstance(output, tuple | list):
         return output
     return vars(output).values() if hasattr(output, "__dict__") else ()
 
 
 def _repeats(given: Tensor | None, prompt: Tensor | None) -> bool:
-    """Whether a pass without a cache is given the prompt of the prefill, and more behind it."""
+    """Whether the input is the prompt of the prefill followed by more tokens."""
     if given is None or prompt is None or given.ndim != prompt.ndim or len(given) != len(prompt):
         return False
     length = prompt.shape[1]
@@ -76,13 +76,13 @@ def _repeats(given: Tensor | None, prompt: Tensor | None) -> bool:
 
 
 def _refuse_unknown_cache(given: Sequence[Any], returned: Sequence[weakref.ref]) -> None:
-    """Raises `HookError` when a pass is given an object that the pass before it returned."""
+    """Raises `HookError` when a pass gets an object of the previous pass that is no known cache."""
     kept = [found for found in (ref() for ref in returned) if found is not None]
     strange = next((value for value in given if any(value is found for found in kept)), None)
     if strange is not None and not is_cache(strange):
         raise HookError(
             f"This pass was given the {type(strange).__name__} that the pass before returned, "
-            "which is no key-value cache of a known kind: expected a transformers.Cache, or an "
-            "object with get_seq_length(). Whether the pass continues a prompt is not known, so "
+            "which is not a known kind of key-value cache: expected a transformers.Cache, or an "
+            "object with get_seq_length(). It is unknown whether the pass continues a prompt, so "
             "hook.step and prefill_only would be wrong. Generate with use_cache=False."
         )

@@ -1,7 +1,8 @@
-"""What a hook function is told: where it runs, in which pass, and on what.
+"""The context of a hook function: its site, the pass, and the call.
 
-`HookPoint` is the user's; `Run` says when the functions of one `with` block act, and
-`Packing` what is known of the images and prompts of the forward pass in progress.
+`HookPoint` is passed to the user's functions.  `PassCounter` decides in which passes the
+functions of one `with` block act, and `CallContext` describes the images and prompts of the
+forward pass in progress.
 """
 
 from dataclasses import dataclass, field
@@ -14,40 +15,53 @@ from hooked_vlm.hooks.patch_order import PackedLayout
 
 @dataclass(eq=False)
 class HookPoint:
-    """What a hook function is told about where it runs."""
+    """The site at which a hook function runs, passed to it as `hook`.
+
+    >>> from PIL import Image
+    >>> from hooked_vlm import HookedVLM
+    >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
+    >>> def show(activation, hook):
+    ...     print(hook.name, [hook.axes], "layer", hook.layer(), "step", hook.step)
+    >>> logits = model.run_with_hooks(inputs, [("blocks.1.hook_resid_post", show)])
+    blocks.1.hook_resid_post ['batch pos d_model'] layer 1 step 0
+    """
 
     name: str
     axes: str
     """The names of the activation's axes, in order, separated by blanks."""
     read_only: str = ""
-    """Why a write here is refused; empty when it is allowed."""
+    """Why the site cannot be written; empty when it can."""
     ctx: dict = field(default_factory=dict)
-    """Room for a user's functions to keep things between calls."""
+    """A dict in which the user's functions can store values between calls."""
     step: int = 0
-    """Which forward pass of a generation this is: 0 is the prefill.
+    """Number of the forward pass in a generation: 0 is the prefill.
 
-    A pass continues one before it when it is given a key-value cache that holds something, or,
-    without a cache, the same prompt and more; any other pass is a new prefill."""
+    A pass continues the previous one when it gets a non-empty key-value cache or, without a
+    cache, the same prompt followed by more tokens; any other pass is a new prefill."""
     call: int = -1
-    """Which call of its module in this pass: some projectors run once for each image."""
+    """Number of the module's call in this pass: some projectors run once for each image."""
 
     def layer(self) -> int:
-        """Returns the block this point is in; raises `HookError` when it is in none."""
+        """Returns the number of the site's block; raises `HookError` when it is in no block."""
         parts = self.name.split(".")
         if "blocks" not in parts:
-            raise HookError(f"{self.name} is not inside a block, so it has no layer.")
+            raise HookError(
+                f"{self.name} is not inside a block, so it has no layer. Call layer() only at "
+                "sites whose name contains 'blocks'."
+            )
         return int(parts[parts.index("blocks") + 1])
 
 
 @dataclass(eq=False)
 class PassCounter:
-    """When the functions of one `with` block act during a generation."""
+    """Counts passes, and decides in which of them the functions of one `with` block act."""
 
     prefill_only: bool = False
     is_generation: bool = False
     """Whether the block holds one generation, and so exactly one prefill."""
     steps: int = -1
-    """Which forward pass of a generation is in progress: 0 is the prefill."""
+    """Number of the forward pass in progress: 0 is the prefill."""
     prompt: Tensor | None = None
     """The token ids (or embeddings) of the prefill."""
     repeats: bool = False
@@ -55,11 +69,11 @@ class PassCounter:
 
     @property
     def inactive(self) -> bool:
-        """Whether this pass is past the prefill, and holds no prompt to act on again."""
+        """Whether this pass comes after the prefill and does not repeat the prompt."""
         return self.prefill_only and self.steps > 0 and not self.repeats
 
     def window(self, axes: str) -> tuple[slice, ...] | None:
-        """Returns the slice of a repeated, uncached pass that is the prompt (None: all of it)."""
+        """Returns the slice with the prompt in a pass that repeats it (None: the whole pass)."""
         names = axes.split()
         if not self.prefill_only or self.steps <= 0 or names[0] != "batch":
             return None
@@ -70,11 +84,11 @@ class PassCounter:
 
 @dataclass(eq=False)
 class CallContext:
-    """What is known of the vision encoder's call in progress."""
+    """Images and prompts of the forward pass in progress."""
 
     layout: PackedLayout | None = None
     """The order of patches, where the encoder packs them."""
     n_images: int = 1
-    """How many images it was given, where it takes them one by one."""
+    """Number of images in the encoder's call, where it does not pack them."""
     n_prompts: int = 0
-    """How many prompts the language model was given; 0 before that is known."""
+    """Number of prompts in the language model's call; 0 while unknown."""

@@ -1,11 +1,10 @@
 """The grammar of hook names, and the spellings that are accepted for them.
 
-A name is `[vision_encoder.]blocks.{layer}.{site}` for what repeats with the layers and
-`{site}`, `vision_encoder.{site}` or `vision_projector.{site}` for what does not.  The
-sites carry TransformerLens's names; its bridge's spellings of the same places
-(`blocks.3.attn.q.hook_out`, `vision_encoder.encoder_layers.0.hook_in`) are accepted
-and turned into ours.  Whatever resolves to no site of the model at hand is an
-`UnknownHookError` with the nearest names, never a filter that quietly matches nothing.
+The name of a site in a block is `[vision_encoder.]blocks.{layer}.{site}`; other names are
+`{site}`, `vision_encoder.{site}` or `vision_projector.{site}`.  The sites have
+TransformerLens's names.  The spellings of its bridge (`blocks.3.attn.q.hook_out`,
+`vision_encoder.encoder_layers.0.hook_in`) are accepted and converted.  A name or filter that
+matches no site of the model raises `UnknownHookError` with the nearest names.
 """
 
 import fnmatch
@@ -37,7 +36,7 @@ _RENAMED = (
     (r"hook_vision_proj_(in|out)$", r"hook_\1"),
 )
 
-# Short site names and where they live inside a block, as in TransformerLens's get_act_name.
+# Short site names and their place inside a block, as in TransformerLens's get_act_name.
 _IN_ATTENTION = {"q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern"}
 _IN_MLP = {"pre", "post", "pre_linear"}
 _SHORT = {
@@ -55,10 +54,10 @@ _TOWERS = {"vision": VISION, VISION: VISION, "projector": PROJECTOR, PROJECTOR: 
 
 
 def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
-    """Returns the full hook name for a short one, as TransformerLens's function does.
+    """Returns the full hook name of a short name, as TransformerLens's function does.
 
-    `layer_type` may also name the tower: `"vision_encoder"` (or `"vision"`), and
-    `"vision_projector"` (or `"projector"`).  Full names pass through.
+    `layer_type` may also be a tower: `"vision_encoder"` (or `"vision"`), or
+    `"vision_projector"` (or `"projector"`).  Full names are returned unchanged.
 
     >>> get_act_name("resid_post", 3)
     'blocks.3.hook_resid_post'
@@ -71,6 +70,7 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     """
     if ("." in name or name.startswith("hook_")) and layer is None and layer_type is None:
         return name
+    # "k6" has its layer in the name.
     match = re.match(r"([a-z_]+)(\d+)([a-z]?.*)", name)
     if match and layer is None:
         name, layer, layer_type = match[1], int(match[2]), match[3] or layer_type
@@ -108,10 +108,10 @@ def slot_name(slot: int, n_layers: int, tower: str = "") -> str:
 
 
 def resolve_name(name: str, known: Iterable[str], n_layers: Mapping[str, int] | None = None) -> str:
-    """Returns the site a name means, or raises `UnknownHookError` with the nearest names.
+    """Returns the site with this name, or raises `UnknownHookError` with the nearest names.
 
-    Negative layers count from the end of the known ones, or of `n_layers`, by stack
-    (`"blocks"`, `"vision_encoder.blocks"`), where only some are known.
+    Negative layers count from the end of the known layers.  Where only some layers are known,
+    `n_layers` gives the number by stack (`"blocks"`, `"vision_encoder.blocks"`).
     """
     known = list(known)
     if name in (lookup := set(known)):
@@ -132,8 +132,8 @@ def _layer_pattern(name: str) -> re.Match[str] | None:
 def last_block(names: NamesFilter) -> int | None:
     """Returns the highest block of the language model among site names, or None.
 
-    Sites of the vision encoder and projector come before block 0, and count as -1.  None for
-    any other site, and for patterns and functions, which may select some.
+    Sites of the vision encoder and projector run before block 0 and count as -1.  The result
+    is None for other sites, and for patterns and functions, which may select other sites.
 
     >>> last_block(["blocks.2.hook_resid_pre", "blocks.10.hook_mlp_out"])
     10
@@ -149,7 +149,7 @@ def last_block(names: NamesFilter) -> int | None:
 
 
 def count_layers(prefix: str, known: Iterable[str]) -> int:
-    """Returns how many layers the known names make of `"blocks"` or `"vision_encoder.blocks"`."""
+    """Returns the number of layers of `"blocks"` or `"vision_encoder.blocks"` in known names."""
     layers = [int(m[2]) for n in known if (m := _layer_pattern(n)) and m[1] == prefix]
     return max(layers, default=-1) + 1
 
@@ -163,7 +163,7 @@ def _from_the_end(name: str, known: list[str], n_layers: Mapping[str, int]) -> s
 
 
 def layer_out_of_range(name: str, n_layers: Mapping[str, int]) -> str:
-    """Returns what to say of a name whose layer no stack of so many layers has, else `""`."""
+    """Returns the message for a name whose layer is out of range, else `""`."""
     match = _layer_pattern(name)
     n = n_layers.get(match[1], 0) if match else 0
     if not match or not n or -n <= int(match[2]) < n:
@@ -188,9 +188,9 @@ def _unknown(name: str, canonical: str, known: list[str]) -> str:
 def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
     """Returns the known names that a filter selects, in the model's order.
 
-    A filter is None (all), a name, a pattern with `*`, a sequence of either, or a
-    function of the name.  Raises `UnknownHookError` when a name or a filter selects
-    nothing: an empty cache is never what was meant.
+    A filter is None (all names), a name, a pattern with `*`, a sequence of names and patterns,
+    or a function of the name.  Raises `UnknownHookError` when a name, a pattern or the whole
+    filter selects no site.
     """
     if names_filter is None:
         return list(known)
@@ -198,7 +198,8 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
         chosen = {name for name in known if names_filter(name)}
         if not chosen:
             raise UnknownHookError(
-                f"The names_filter selects none of this model's {len(known)} sites."
+                f"The names_filter selects none of this model's {len(known)} sites. "
+                "See model.hook_dict for their names."
             )
         return [name for name in known if name in chosen]
     patterns = [names_filter] if isinstance(names_filter, str) else names_filter
@@ -215,5 +216,7 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
             )
         chosen.update(found)
     if not chosen:
-        raise UnknownHookError("The names_filter is empty: it names no site.")
+        raise UnknownHookError(
+            "The names_filter is empty: it names no site. Give at least one name, or None for all."
+        )
     return [name for name in known if name in chosen]

@@ -1,17 +1,16 @@
-"""From a vision encoder's own order of patches to raster order by image, and back.
+"""Converts between a vision encoder's own order of patches and raster order by image.
 
-Encoders keep patches in whatever order suits them.  The Qwen-VL layout packs the
-patches of all images into one sequence and walks each image in 2x2 blocks, so that
-four neighbours merge into one visual token.  Users see `[image, patch, ...]` in raster
-(row-major) order everywhere; `to_images` makes that view and `from_images` puts a
-changed one back exactly.  Images of different sizes come as a list by image, never
-padded into one tensor.
+Encoders differ in their order of patches.  The Qwen-VL layout packs the patches of all
+images into one sequence, in 2x2 blocks within each image, so that four neighbours merge into
+one visual token.  Users always see `[image, patch, ...]` in raster (row-major) order:
+`to_images` makes that view, and `from_images` is its exact inverse.  Images of different
+sizes are a list by image; they are never padded into one tensor.
 
-Encoders that take images of any size get all patches in one sequence, and beside it the
-grid of each image, under one of a few names (`anatomy.vision.grid_argument`).  Those of the
-Qwen2.5-VL kind also sort their patches by attention window before the first block, and
-put back only what leaves the merger; transformers computes that order with a function
-of its own, and we ask the same function, so that both always agree.
+Encoders for images of any size take all patches in one sequence, and the grid of each image
+in another argument, which has one of a few names (`anatomy.vision.grid_argument`).  Encoders
+like Qwen2.5-VL's also sort their patches by attention window before the first block, and
+restore the order only after the merger.  We call the function with which transformers
+computes that order, so both always agree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,47 +50,48 @@ class PackedOrder:
 
     @cached_property
     def flat(self) -> Int[Tensor, " row"]:
-        """The packed rows of all images, one behind the other."""
+        """The packed rows of all images, one image after the other."""
         return torch.cat(self.rows)
 
     @cached_property
     def places(self) -> Int[Tensor, " row"]:
-        """Where each packed row stands in `flat`."""
+        """The index of each packed row in `flat`."""
         return torch.argsort(self.flat)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """Orders of the rows of one call of a packed encoder, at each of its stages."""
+    """The orders of rows in one call of a packed encoder, at each of its stages."""
 
     shapes: tuple[tuple[int, int, int], ...]
     """Frames, patch rows and patch columns of each image."""
     patches: PackedOrder
-    """Patches as they come in."""
+    """Patches in the order of the encoder's input."""
     blocks: PackedOrder
-    """Patches inside the blocks, where an encoder with window attention has reordered them."""
+    """Patches inside the blocks, which an encoder with window attention reorders."""
     tokens: PackedOrder
     """Merged tokens, in the order of the blocks."""
     merge: int = 1
-    """Side of the square of patches merged into a token, where it is one for all images."""
+    """Side of the square of patches that are merged into one token."""
 
     def order(self, stage: str, n_rows: int) -> PackedOrder:
         """Returns the order of the rows at a stage of the encoder.
 
-        `"patches"`, `"blocks"` and `"tokens"` are as above, class tokens in front of each image
-        included.  At `"features"` the number of
-        rows tells: patches, or what an encoder has merged of them.  What an encoder or a
-        projector merges in raster order follows in raster order as well.  `"outside"` is a
-        projector that is no part of the encoder.
+        `"patches"`, `"blocks"` and `"tokens"` are the attributes above, with class tokens before
+        each image if there are any.  At `"features"` the number of rows decides between patches
+        and merged tokens.  Rows that an encoder or a projector merges in raster order are in
+        raster order.  `"outside"` is a projector outside the encoder.
         """
-        if stage == "outside":  # the encoder has put back what it reordered
+        if stage == "outside":  # the encoder has restored the order
             return self.patches if n_rows == self.patches.total else self._raster(n_rows)
         if stage == "features":
             stage = "blocks" if n_rows == self.blocks.total else "tokens"
         found: PackedOrder = getattr(self, stage)
+        # The grids may count merged blocks instead of patches; then there are more rows.
         finer = self.finer
         if finer is not None and finer.blocks.total <= n_rows:
             return finer.order(stage, n_rows)
+        # A few more rows for each image are class tokens; a fraction of the rows is a merge.
         extra, rest = divmod(n_rows - found.total, len(self.shapes))
         if extra > 0 and not rest and extra <= _MOST_PREFIX:
             return _behind_prefix(found, extra)
@@ -102,16 +102,16 @@ class PackedLayout:
         return found
 
     def _raster(self, n_rows: int) -> PackedOrder:
-        """Returns rows as they come: each image's share of them, in raster order."""
+        """Returns the order of rows that are in raster order already, split by image."""
         if n_rows and not self.patches.total % n_rows:
             return self._merged(self.patches.total // n_rows)
         if len(self.shapes) > 1:
-            return self.tokens  # which says that it does not fit: whose are they?
-        return PackedOrder((torch.arange(n_rows),))  # separators among the tokens of one image
+            return self.tokens  # wrong length on purpose: `to_images` then raises GridError
+        return PackedOrder((torch.arange(n_rows),))  # one image's tokens, with separators
 
     @cached_property
     def finer(self) -> "PackedLayout | None":
-        """The layout of an encoder that is told its grids in merged blocks, not in patches."""
+        """The layout if the grids count merged blocks instead of patches; None without merging."""
         if self.merge < 2:
             return None
         side = self.merge
@@ -128,7 +128,7 @@ _MOST_PREFIX = 16
 
 
 def _behind_prefix(order: PackedOrder, prefix: int) -> PackedOrder:
-    """Returns the order of rows with class tokens in front of each image's, which stay there."""
+    """Returns the order of rows with class tokens before the rows of each image."""
     images = []
     for i, rows in enumerate(order.rows):
         start = int(rows.min()) + i * prefix
@@ -143,11 +143,12 @@ def packed_layout(
 ) -> PackedLayout:
     """Returns the layout of an encoder that packs images in blocks of `merge` x `merge` patches.
 
-    `grid_thw` counts frames, patch rows and patch columns of each image; frames of one
+    `grid_thw` has the frames, patch rows and patch columns of each image; the frames of an
     image follow each other in its raster order.  `merge` may differ by image.
-    `window_index` says, for an encoder with window attention, which merged block of
-    patches each place inside the blocks holds.
+    `window_index`, for an encoder with window attention, is the merged block of patches at
+    each place inside the blocks.
     """
+    # 1. The order by image without windows: squares of `merge` x `merge` patches in a row.
     patches, tokens, start, first = [], [], 0, 0
     shapes = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
     merges = [merge] * len(shapes) if isinstance(merge, int) else list(merge)
@@ -155,7 +156,7 @@ def packed_layout(
         if height % side or width % side:
             raise GridError(
                 f"An image of {height}x{width} patches cannot be merged in squares of "
-                f"{side}x{side}."
+                f"{side}x{side}. Resize it so that both numbers are multiples of {side}."
             )
         n_patches = frames * height * width
         blocks = torch.arange(n_patches).view(frames, height // side, width // side, side, side)
@@ -166,6 +167,7 @@ def packed_layout(
     order = PackedOrder(tuple(patches))
     if window_index is None:
         return PackedLayout(tuple(shapes), order, order, PackedOrder(tuple(tokens)), max(merges))
+    # 2. Windows move whole squares of patches.
     place, side = torch.argsort(window_index.cpu()), merges[0]
     inside = tuple(place[rows // side**2] * side**2 + rows % side**2 for rows in patches)
     moved = tuple(place[rows] for rows in tokens)
@@ -176,8 +178,9 @@ def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> VisionAc
     """Returns packed rows as `[image, patch, ...]` in raster order (a list if sizes differ)."""
     if packed.shape[0] != order.total:
         raise GridError(
-            f"The encoder packed {packed.shape[0]} rows where its grid_thw makes {order.total}; "
-            "this model's layout is not the one read from its module tree."
+            f"The encoder packed {packed.shape[0]} rows where its grid_thw makes {order.total}: "
+            "this model's layout differs from the one detected from its module tree. Report this "
+            "with the model's name."
         )
     if order.even:
         raster = packed.index_select(0, order.flat.to(packed.device))
@@ -192,7 +195,7 @@ def from_images(images: VisionActivation, order: PackedOrder) -> Shaped[Tensor, 
 
 
 def joined(first: VisionActivation, second: VisionActivation) -> VisionActivation:
-    """Returns the images of two calls of one module as one: a tensor where all are of one shape."""
+    """Returns the images of two calls of one module together: a tensor if their shapes agree."""
     images = [*first, *second]
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
@@ -200,7 +203,7 @@ def joined(first: VisionActivation, second: VisionActivation) -> VisionActivatio
 def cropped(
     grids: Shaped[Tensor, "image channel row col"], layout: PackedLayout
 ) -> VisionActivation:
-    """Returns convolved images, padded to one size, as `[image, patch, channel]` of their own."""
+    """Returns convolved images, padded to one size, as `[image, patch, channel]` unpadded."""
     images = [
         grid[:, :height, :width].flatten(1).T
         for grid, (_, height, width) in zip(grids, layout.shapes, strict=True)
@@ -230,9 +233,9 @@ def layout_of_call(encoder: Any, arguments: Mapping[str, Any], vision: Vision) -
 def _grid_thw(
     name: str | None, arguments: Mapping[str, Any], patch_size: int
 ) -> Int[Tensor, "image 3"]:
-    """Returns frames, patch rows and patch columns of each image, under whatever name."""
+    """Returns frames, patch rows and patch columns of each image, from the argument `name`."""
     if name is None or arguments.get(name) is None:
-        # Pixtral's encoder called alone: all images fill the batch.
+        # Pixtral's encoder without a language model: all images have the size of the batch.
         *_, height, width = arguments["pixel_values"].shape
         grid = torch.tensor([[height // patch_size, width // patch_size]])
         grid = grid.expand(len(arguments["pixel_values"]), 2)
@@ -243,7 +246,7 @@ def _grid_thw(
 
 
 def _in_patches(grid_thw: Int[Tensor, "image 3"], pixels: Any) -> Int[Tensor, "image 3"]:
-    """Returns a grid in patches, where an encoder is told it in merged blocks of them."""
+    """Returns the grid in patches, also where the argument counts merged blocks of patches."""
     if not isinstance(pixels, Tensor):
         return grid_thw
     factor, rest = divmod(len(pixels), int(grid_thw.prod(-1).sum()))
@@ -254,9 +257,9 @@ def _in_patches(grid_thw: Int[Tensor, "image 3"], pixels: Any) -> Int[Tensor, "i
 
 
 def window_index(encoder: Any, grid_thw: Int[Tensor, "image 3"]) -> Tensor | None:
-    """Returns which merged block of patches each place inside the blocks holds (None: as it came).
+    """Returns the merged block of patches at each place inside the blocks (None: not reordered).
 
-    Raises `UnsupportedModelError` when the encoder reorders patches in a way not known here.
+    Raises `UnsupportedModelError` when the encoder reorders patches in an unknown way.
     """
     if "window_index" not in forward_source(type(encoder).forward):
         return None
@@ -272,8 +275,9 @@ def window_index(encoder: Any, grid_thw: Int[Tensor, "image 3"]) -> Tensor | Non
         )
     except (ImportError, AttributeError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{type(encoder).__name__} keeps its patches in an order of its own, and this version "
-            f"of transformers does not say which ({error}). Sites of its blocks cannot be shown in "
-            "raster order."
+            f"{type(encoder).__name__} reorders its patches, and transformers' "
+            f"get_vision_window_index does not give the order ({error}), so sites of its blocks "
+            "cannot be shown in raster order. Install a version of transformers from "
+            "docs/measured/compatibility.md, and report this."
         ) from error
     return found

@@ -1,10 +1,10 @@
-"""The sites of a model: where each named activation is, and how users see it.
+"""The sites of a model: the module of each named activation, and its documented shape.
 
-A `Site` is data: a name, its axes, the module whose input or output carries it, and
-the view that turns what flows there (fused projections, packed patches, heads folded
-into one axis) into the documented shape and back.  `read` and `write` are exact
-inverses, so writing back what was read changes nothing, bit for bit.  `describe_sites`
-prints them as a tree with typed shapes, the layers folded together.
+A `Site` is data: a name, its axes, the module whose input or output carries it, and the
+conversion between the module's tensor (fused projections, packed patches, heads folded into
+one axis) and the documented shape.  `read` and `write` are exact inverses, so writing back a
+value that was read changes no bit.  `describe_sites` returns the sites as a tree with typed
+shapes, with all layers in one entry.
 """
 
 import re
@@ -34,9 +34,9 @@ from hooked_vlm.hooks.patch_order import (
 class Site:
     """One named activation.
 
-    `tap` says how the module carries it: its `"output"`, its `"input"`, the `"residual"`
-    that it reads and a skip connection carries on (written in place so that both see a
-    change), the decoder's `"inputs_embeds"`, or a quantity inside its `"attention"`.
+    `tap` is how the module carries it: its `"output"`, its `"input"`, the `"residual"` that it
+    reads and that also passes a skip connection (written in place so that both see a change),
+    the decoder's `"inputs_embeds"`, or a quantity inside its `"attention"`.
     """
 
     name: str
@@ -44,28 +44,28 @@ class Site:
     module: str
     tap: str
     part: str = ""
-    """Which quantity of the attention, at an `"attention"` tap."""
+    """The quantity of the attention, at an `"attention"` tap."""
     layout: str = ""
-    """How a projection's output holds several things (see `anatomy.parts.Projection`)."""
+    """The layout of a fused projection's output (see `anatomy.parts.Projection`)."""
     index: int = 0
-    """Which of them this is."""
+    """The index of this site in the fused output."""
     heads: int = 0
-    """Number of heads to split the last axis into; 0 leaves it."""
+    """Number of heads into which the last axis is split; 0: it is not split."""
     order: str = ""
-    """`"patches"`, `"blocks"` or `"tokens"` (see `PackedLayout`) where rows are packed."""
+    """The stage of `PackedLayout.order` where rows are packed; empty where they are not."""
     conv: bool = False
     """Whether the output is a convolution's, with the grid as its last axes."""
     read_only: str = ""
-    """Why a write here is refused; empty when it is allowed."""
+    """Why the site cannot be written; empty when it can."""
 
 
 def list_sites(anatomy: Anatomy) -> dict[str, Site]:
-    """Returns every site of a model by name, in the order in which a forward pass meets them."""
+    """Returns every site of a model by name, in the order of a forward pass."""
     sites = [Site("hook_embed", "batch pos d_model", anatomy.embed, "output")]
     if anatomy.vision is not None:
         sites += _vision_sites(anatomy.vision, anatomy.projector)
     if anatomy.merges:
-        # A language model alone makes its embeddings inside: hook_embed is all there is.
+        # Without this case the decoder embeds token ids itself, and hook_embed is the only site.
         merged = ("hook_merged_embed", "batch pos d_model", anatomy.lm.path, "inputs_embeds")
         sites.append(Site(*merged))
     lm = anatomy.lm
@@ -79,7 +79,7 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
 
 
 def list_encoder_sites(vision: Vision, out: str | None) -> dict[str, Site]:
-    """Returns every site of a vision encoder by itself; `out` is what its output comes from."""
+    """Returns every site of an encoder without a language model; `out` is its output's module."""
     sites = list(_vision_sites(vision, None))
     if out is not None:
         order = "blocks" if vision.packed else ""
@@ -161,7 +161,7 @@ def _block_sites(
 
 def _attention_sites(attn: Attention, prefix: str, rows: str, common: dict) -> Iterator[Site]:
     q_axes = f"{rows} head d_head"
-    # Across to an encoder's output, keys stand at its positions and not at the prompt's.
+    # In cross-attention, keys and values have the encoder's positions.
     kv_rows = f"{rows.split()[0]} source" if attn.cross else rows
     kv_head = "head" if attn.n_key_value_heads == attn.n_heads else "kv_head"
     kv_axes = f"{kv_rows} {kv_head} d_head"
@@ -204,7 +204,7 @@ def _mlp_sites(mlp: Mlp, prefix: str, axes: str, common: dict) -> Iterator[Site]
 
 
 def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> VisionActivation:
-    """Returns what flows at a site in the shape users see; a view where that is possible."""
+    """Returns a module's tensor in the documented shape of a site; a view where possible."""
     if _padded(site, raw, layout):
         return cropped(raw, _known(layout))
     x = raw.flatten(2).transpose(1, 2) if site.conv else raw
@@ -219,14 +219,16 @@ def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> VisionActivati
 
 
 def write(site: Site, value: VisionActivation, raw: Tensor, layout: PackedLayout | None) -> Tensor:
-    """Returns a value in the users' shape as it must flow at a site: the inverse of `read`."""
+    """Returns a value of the documented shape as the module's tensor: the inverse of `read`."""
     if _padded(site, raw, layout):
         return uncropped(value, raw, _known(layout))
+    # 1. Restore the encoder's own order of rows.
     if site.order:
         x = from_images(value, _known(layout).order(site.order, sum(map(len, value))))
     else:
         assert isinstance(value, Tensor), "only packed encoders have lists by image"
         x = value
+    # 2. Restore heads, fused parts and grid axes.
     if site.tap == "attention":
         x = x[None] if site.order else x
         return x.transpose(1, 2)
@@ -240,7 +242,7 @@ def write(site: Site, value: VisionActivation, raw: Tensor, layout: PackedLayout
     if site.conv:
         x = x.reshape(len(raw), -1, x.shape[-1]).transpose(1, 2)
     x = x.reshape(raw.shape)
-    # In the memory layout that was there: another one can move the last bits of what follows.
+    # 3. Restore the memory layout: another one can change the last bits of later results.
     if x.stride() == raw.stride() and not site.conv:
         return x
     reach = 1 + sum((n - 1) * step for n, step in zip(raw.shape, raw.stride(), strict=True))
@@ -250,7 +252,7 @@ def write(site: Site, value: VisionActivation, raw: Tensor, layout: PackedLayout
 
 
 def _padded(site: Site, raw: Tensor, layout: PackedLayout | None) -> bool:
-    """Whether images of different sizes pass here as one padded batch, to be packed behind."""
+    """Whether images of different sizes are one padded batch here, and packed afterwards."""
     if not (site.order and site.conv) or raw.ndim != 4 or layout is None:
         return False
     height, width = (max(shape[i] for shape in layout.shapes) for i in (1, 2))
@@ -263,7 +265,7 @@ def _known(layout: PackedLayout | None) -> PackedLayout:
 
 
 def _part(site: Site, x: Tensor) -> Tensor:
-    """Returns the view of a projection's output that a site is, heads split off."""
+    """Returns the site's part of a projection's output as a view, with heads split."""
     if ":" in site.layout:
         start, stop = map(int, site.layout.split(":"))
         x = x[..., start:stop]
@@ -277,7 +279,7 @@ def _part(site: Site, x: Tensor) -> Tensor:
 
 
 def _grid_flat(x: Tensor, site: Site) -> Tensor:
-    """Returns patches as one axis where an encoder keeps them as rows and columns."""
+    """Returns patches as one axis where an encoder has axes of rows and columns."""
     wanted = len(site.axes.split())
     if site.axes.startswith(("image", "window")) and x.ndim > wanted:
         return x.flatten(1, x.ndim - wanted + 1)
@@ -285,13 +287,14 @@ def _grid_flat(x: Tensor, site: Site) -> Tensor:
 
 
 def _rows(x: Tensor, site: Site) -> Tensor:
-    """Drops the leading axis of one that some packed encoders keep."""
+    """Returns packed rows without the leading axis of size one that some encoders keep."""
     inner = 2 if site.heads or site.tap == "attention" else 1
     return x.flatten(0, x.ndim - inner - 1)
 
 
 def describe_sites(cfg: HookedVLMConfig | EncoderConfig, sites: dict[str, Site]) -> str:
-    """Returns one line a site: its name, its axes with the sizes that are fixed, its limits."""
+    """Returns one line per site: its name, its axes with fixed sizes, and its limits."""
+    # Sites that differ only in the layer become one entry.
     lines = _headers(cfg)
     lines.append(f"attention: {cfg.attn_implementation}, {cfg.dtype} on {cfg.device}")
     folded: dict[str, list[Site]] = {}
@@ -315,7 +318,7 @@ def _headers(cfg: HookedVLMConfig | EncoderConfig) -> list[str]:
     v = cfg.vision
     encoder = f"{_sizes(v)}, patch={v.patch_size}px, merge={v.merge}x{v.merge}" if v else ""
     if isinstance(cfg, EncoderConfig):
-        return [f"{cfg.model_name}: {encoder}, {cfg.n_prefix} tokens in front of the patches"]
+        return [f"{cfg.model_name}: {encoder}, {cfg.n_prefix} tokens before the patches"]
     lines = [f"{cfg.model_name}: {_sizes(cfg)}, d_vocab={cfg.d_vocab}"]
     return [*lines, f"vision encoder: {encoder}"] if v else lines
 

@@ -1,10 +1,10 @@
-"""Running part of a model, with something else in the place of the rest.
+"""Runs part of a model, with replacements for the other modules.
 
-All of it runs the wrapped model's own forward, so positions (M-RoPE among them), masks and
-whatever else it makes in front of its layers are its own.  `run_until` ends the pass by
-an exception in front of a layer; `skipping` lets the layers below one pass their input on
-unchanged, which costs nothing, and the caller puts the residual stream in there.
-`recording` notes what a module returns in one pass, `replaying` returns it in others.
+All functions run the wrapped model's own forward, so it computes positions (including
+M-RoPE), masks and everything else before its layers.  `run_until` ends the pass before a
+layer by an exception.  `skipping` makes the blocks below a layer return their input, which
+takes almost no time; the caller then sets the residual stream at that layer.  `recording`
+collects the outputs of a module in one pass, and `replaying` returns them in others.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from hooked_vlm.anatomy.vision import Stack
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
 
 
-class _Stopped(Exception):  # noqa: N818 - it is no error
+class _Stopped(Exception):  # noqa: N818 - not an error
     """Carries the residual stream out of a forward pass that `run_until` ends."""
 
     def __init__(self, residual: Tensor) -> None:
@@ -28,9 +28,9 @@ class _Stopped(Exception):  # noqa: N818 - it is no error
 
 
 def layer_index(layer: int, n_layers: int, word: str, behind: bool = True) -> int:
-    """Returns a layer counted from the front; `n_layers` means `behind` the last, if allowed."""
+    """Returns a layer as a non-negative number; with `behind`, `n_layers` means after the last."""
     if not -n_layers <= layer < n_layers + behind:
-        more = f" (and {n_layers} for behind the last)" if behind else ""
+        more = f" (and {n_layers} for after the last)" if behind else ""
         raise UnknownHookError(
             f"{word}={layer} is out of range: this model has LM layers 0 to {n_layers - 1}{more}."
         )
@@ -38,18 +38,21 @@ def layer_index(layer: int, n_layers: int, word: str, behind: bool = True) -> in
 
 
 def uncached(model: nn.Module) -> dict[str, bool]:
-    """Returns the keyword that keeps a model from making a key-value cache, if it takes that."""
+    """Returns the keyword that turns off a model's key-value cache, if the model takes it."""
     own = inspect.signature(inspect.unwrap(type(model).forward)).parameters
     known = "use_cache" in own or any(p.kind is p.VAR_KEYWORD for p in own.values())
     return {"use_cache": False} if known else {}
 
 
 def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -> Tensor:
-    """Returns the residual stream in front of an LM block, ending the pass of `run` there."""
+    """Returns the residual stream before an LM block, and ends the pass of `run` there."""
     layer = layer_index(layer, len(lm.blocks), "stop_at_layer")
     behind = lm.final_norm if layer == len(lm.blocks) else lm.blocks[layer].path
     if behind is None:
-        raise UnsupportedModelError("This model has no final norm to stop in front of.")
+        raise UnsupportedModelError(
+            f"stop_at_layer={layer} is after the last block, and this model has no final norm to "
+            f"stop at. Read blocks.{layer - 1}.hook_resid_post instead."
+        )
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
         raise _Stopped(first_argument(module, args, kwargs))
@@ -61,12 +64,15 @@ def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -
         return stopped.residual
     finally:
         handle.remove()
-    raise HookError(f"The forward pass ended before it reached LM layer {layer}.")
+    raise HookError(
+        f"The forward pass ended before it reached LM layer {layer}. Check that the inputs run "
+        "through the language model."
+    )
 
 
 @contextmanager
 def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Puts another `forward` in the place of a module's own, for the length of a `with` block."""
+    """Replaces a module's `forward` for the duration of a `with` block."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -80,10 +86,10 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 @contextmanager
 def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[None]:
-    """Lets blocks return their input, for the length of a `with` block.
+    """Makes blocks return their input for the duration of a `with` block.
 
-    `tuples` says which of them return their hidden state as the first of a tuple, by the
-    length of that tuple (0: they return it alone).
+    `tuples` has for each block the length of the tuple whose first item is its hidden state
+    (0: the block returns the hidden state alone).
     """
 
     def passed(block: nn.Module, length: int) -> Callable[..., Any]:
@@ -100,11 +106,11 @@ def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[Non
 
 
 EMBEDDINGS = ("hook_embed", "hook_merged_embed")
-"""Sites in front of the first block."""
+"""Sites before the first block."""
 
 
 def noting(own: Callable[..., Any], name: str, written: set[str]) -> Callable[..., Any]:
-    """Returns a hook function that adds its site's name to `written` when it changes something."""
+    """Returns a hook function that adds its site's name to `written` when `own` changes it."""
 
     def noted(activation: Any, hook: Any) -> Any:
         changed = own(activation, hook=hook)
@@ -116,7 +122,7 @@ def noting(own: Callable[..., Any], name: str, written: set[str]) -> Callable[..
 
 
 def returns_tuples(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[int]:
-    """Returns how long a tuple each block returns (0: none), as one pass of `run` shows."""
+    """Returns the length of each block's output tuple (0: no tuple), measured in one pass."""
     found = [0] * len(blocks)
 
     def note(i: int) -> Callable[..., None]:
@@ -136,7 +142,7 @@ def returns_tuples(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[
 
 @contextmanager
 def recording(module: nn.Module | None) -> Iterator[list[Any]]:
-    """Collects what a module returns, call by call, for the length of a `with` block."""
+    """Collects copies of a module's outputs, call by call, for the duration of a `with` block."""
     found: list[Any] = []
     if module is None:
         yield found
@@ -150,9 +156,9 @@ def recording(module: nn.Module | None) -> Iterator[list[Any]]:
 
 @contextmanager
 def replaying(module: nn.Module | None, outputs: Sequence[Any] | None) -> Iterator[None]:
-    """Lets a module return recorded outputs, call by call, for the length of a `with` block.
+    """Makes a module return recorded outputs, call by call, for the duration of a `with` block.
 
-    Raises `HookError` where it is called more often than was recorded.
+    Raises `HookError` when the module is called more often than in the recording.
     """
     if module is None or outputs is None:
         yield
@@ -164,8 +170,8 @@ def replaying(module: nn.Module | None, outputs: Sequence[Any] | None) -> Iterat
             return copied(next(waiting))
         except StopIteration:
             raise HookError(
-                f"{type(module).__name__} was called more often than the {len(outputs)} times "
-                "that were recorded."
+                f"{type(module).__name__} was called more than {len(outputs)} times, which is "
+                "the number of calls in the recording. Record and replay the same inputs."
             ) from None
 
     with standing_in(module, forward):
@@ -173,7 +179,7 @@ def replaying(module: nn.Module | None, outputs: Sequence[Any] | None) -> Iterat
 
 
 def copied(output: Any) -> Any:
-    """A copy, so that what a model does to an encoder's output in place is not kept."""
+    """Returns a copy, so that in-place changes by the model do not reach the recording."""
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, output)
 
 

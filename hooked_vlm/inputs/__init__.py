@@ -1,3 +1,3 @@
-"""From images and texts to tensors, with a grid of visual tokens for every image."""
+"""Converts images and texts to model inputs, with a grid of visual tokens for every image."""
 
 from hooked_vlm.inputs.prepare import Inputs as Inputs

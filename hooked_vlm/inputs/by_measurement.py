@@ -1,14 +1,14 @@
-"""Grids that are measured rather than known: for any processor, tiling and order.
+"""Measures grids of visual tokens, for any processor, tiling and order.
 
-`pixel_routing` says which position of the prompt each element of the pixel tensor reaches.  Which
-part of the *image* such an element shows, the processor itself can tell: given an image
-whose grey level rises from left to right, it resizes, crops, pads and tiles that too, and
-leaves in every element the place it came from (a second image tells top from bottom; a
-black and a white one undo the normalisation, and show where the processor put padding).
+`pixel_routing` measures which position of the prompt each element of the pixel tensor reaches.
+The place of such an element in the *image* is measured with the processor.  An image whose
+grey level rises from left to right is resized, cropped, padded and tiled like any other, so
+the value of each element gives the x coordinate it came from.  A second image gives the y
+coordinate.  A black and a white image undo the normalisation and mark padding.
 
-Both together give each visual token its rectangle of the image.  Tokens of one scale make a
-view: tiles fit together into one grid, and a thumbnail makes another.  What makes no whole
-grid is refused, not guessed.
+Together they give the rectangle of the image that each visual token shows.  Tokens of one
+scale form a view: the tiles form one grid, and a thumbnail forms another.  Tokens that do not
+form a complete grid raise `GridError`.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class View:
     """One grid of visual tokens over an image: the tiles together, or the thumbnail."""
 
     tokens: Int[np.ndarray, "row col"]
-    """Which of the image's tokens in the prompt each cell is, counted from its first."""
+    """For each cell the number of its token in the prompt, counted from the image's first."""
     scale: tuple[float, float]
     offset: tuple[float, float]
     processed_size: Size
@@ -44,14 +44,14 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """How an image of one size stands in a prompt, wherever it stands."""
+    """The layout of the tokens of an image of one size, at any position in a prompt."""
 
     n_tokens: int
-    """Image tokens in all, separators of the same id counted."""
+    """Number of image tokens, including separators with the same id."""
     views: tuple[View, ...]
-    """From the finest to the coarsest."""
+    """The views, from the finest to the coarsest."""
     n_encoder_images: int
-    """How many images (tiles) the encoder sees of it."""
+    """Number of images (tiles) that the encoder makes of it."""
 
 
 def ramp_images(size: Size) -> list[Image.Image]:
@@ -66,10 +66,10 @@ def ramp_images(size: Size) -> list[Image.Image]:
 def places_of(
     process: Callable[[Image.Image], Tensor], size: Size
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """Returns where in the image each element of the pixel tensor came from: x and y in pixels.
+    """Returns the x and y (in pixels of the image) that each element of the pixel tensor shows.
 
-    NaN marks padding, which looks alike whatever the image.  `process` is the image
-    processor, down to the tensor that the model takes.
+    NaN marks padding, whose value does not depend on the image.  `process` returns the pixel
+    tensor of an image.
     """
     black, white, right, down = (
         process(image).double().cpu().numpy() for image in ramp_images(size)
@@ -90,19 +90,20 @@ def make_template(
     image_tokens: Int[Tensor, " token"],
     cell_px: Callable[[int], int],
 ) -> Template:
-    """Returns the template of an image that stands alone in a prompt.
+    """Returns the template of an image that is the only one in a prompt.
 
-    `image_tokens` are the positions of that prompt that hold the image token; `cell_px` gives
-    the side in processed pixels of a token made of that many encoder patches.
+    `image_tokens` are the positions of the image token in that prompt; `cell_px` returns the
+    side in processed pixels of a token made of a given number of encoder patches.
 
-    Raises `GridError` when a token shows no single place of the image, or the places make no
-    grid.
+    Raises `GridError` when a token shows several places of the image, or when the places do
+    not form a grid.
     """
     positions = routes.pixels.cpu().numpy()
     if (positions == SEVERAL).any():
         raise GridError(
-            "Its visual tokens have no place in the image: each depends on several parts of it "
-            "(a resampler, a Q-former, or overlapping convolutions), so no grid is made."
+            "Its visual tokens have no place in the image: each depends on several parts of the "
+            "image (a resampler, a Q-former, or overlapping convolutions). Use token positions "
+            "instead of regions."
         )
     index_of = {int(p): k for k, p in enumerate(image_tokens.tolist())}
     cells = _cells(positions, places, index_of)
@@ -117,7 +118,7 @@ def make_template(
 
 @dataclass(frozen=True)
 class _Cell:
-    """What one visual token shows: its number, its centre and its size, in image pixels."""
+    """One visual token: its number, and the centre and size of what it shows, in pixels."""
 
     token: int
     x: float
@@ -129,6 +130,7 @@ class _Cell:
 def _cells(
     positions: np.ndarray, places: tuple[np.ndarray, np.ndarray], index_of: dict[int, int]
 ) -> list[_Cell]:
+    # Group the pixel elements by the position that they reach.
     flat = positions.ravel()
     order = np.argsort(flat, kind="stable")
     starts = np.searchsorted(flat[order], sorted(index_of))
@@ -139,13 +141,14 @@ def _cells(
         elements = order[start:stop]
         seen = elements[np.isfinite(x[elements])]
         if not len(elements):
-            continue  # a separator, which shows nothing
+            continue  # a separator, which no pixel reaches
         if len(seen) < len(elements):
             raise GridError(
-                "The processor padded this image into its tiles, and which of the padded tokens "
-                "is where cannot be measured. Give an image that fills its tiles (its shape as a "
-                "multiple of the model's tile)."
+                "The processor padded this image into its tiles, and the places of padded tokens "
+                "cannot be measured. Give an image that fills its tiles (with sides that are "
+                "multiples of the model's tile)."
             )
+        # The spread of the places, plus one step for the width of a pixel, is the cell's size.
         boxes = []
         for place in (x, y):
             values = np.unique(np.round(place[seen], 6))
@@ -166,7 +169,7 @@ def _split_by_scale(cells: Sequence[_Cell]) -> list[list[_Cell]]:
 
 
 def _split_repeats(cells: Sequence[_Cell]) -> list[list[_Cell]]:
-    """Returns one view, or several where the same places are shown more than once."""
+    """Returns one view, or several where several tokens show the same place."""
     views: list[list[_Cell]] = []
     taken: list[set[tuple[int, int]]] = []
     width, height = (np.median([getattr(c, side) for c in cells]) for side in ("width", "height"))
@@ -190,6 +193,7 @@ def _view(
     rows: dict[int, list[tuple[int, int]]],
     cell_px: Callable[[int], int],
 ) -> View:
+    # Sort the cells into rows and columns by their centres.
     x, x_index = _lattice([cell.x for cell in cells], [cell.width for cell in cells])
     y, y_index = _lattice([cell.y for cell in cells], [cell.height for cell in cells])
     n_rows, n_cols = len(y), len(x)
@@ -199,8 +203,10 @@ def _view(
     if len(cells) != tokens.size or (tokens < 0).any():
         raise GridError(
             f"Its {len(cells)} visual tokens of one scale make no grid: their centres lie in "
-            f"{n_rows} rows and {n_cols} columns."
+            f"{n_rows} rows and {n_cols} columns, which need {n_rows * n_cols} tokens. Use token "
+            "positions instead of regions."
         )
+    # The affine map from image pixels to the pixels of the view.
     counts = {len(patches.get(int(t), ())) for t in tokens.ravel()}
     px = cell_px(counts.pop() if len(counts) == 1 else 1)
     scale, offset = [], []
@@ -220,7 +226,7 @@ def _view(
 
 
 def _lattice(centres: Sequence[float], sizes: Sequence[float]) -> tuple[np.ndarray, list[int]]:
-    """Returns the distinct centres along an axis, and which of them each cell has."""
+    """Returns the distinct centres along an axis, and for each cell the index of its centre."""
     step = float(np.median(sizes))
     order = np.argsort(centres)
     ordered = np.array(centres)[order]
@@ -232,11 +238,11 @@ def _lattice(centres: Sequence[float], sizes: Sequence[float]) -> tuple[np.ndarr
 
 
 def _edges(centres: np.ndarray, side: float, length: int) -> tuple[float, float]:
-    """Returns where the first cell begins and how long a cell is, in image pixels; of one cell
-    alone that is its own `side`.
+    """Returns the start of the first cell and the length of a cell, in image pixels.
 
-    Grey levels are 256, so a long axis is known to a pixel or two only: cells that end at
-    the image's borders within that are taken to end there.
+    For a single cell the length is its own `side`.  There are 256 grey levels, so places on a
+    long axis are exact only to a pixel or two.  Cells that end at the image's borders within
+    that tolerance are aligned with the borders.
     """
     n = len(centres)
     step, first = np.polyfit(np.arange(n), centres, 1) if n > 1 else (side, centres[0])
@@ -250,7 +256,7 @@ def _edges(centres: np.ndarray, side: float, length: int) -> tuple[float, float]
 def _encoder_rows(
     routes: Routes, site: str, index_of: dict[int, int]
 ) -> dict[int, list[tuple[int, int]]]:
-    """Returns the (image, row) pairs of a site that each token of the prompt is made of."""
+    """Returns for each token of the prompt the (image, row) pairs of a site that reach it."""
     found: dict[int, list[tuple[int, int]]] = {}
     for image, positions in enumerate(routes.rows.get(site, [])):
         for row, position in enumerate(positions.tolist()):
@@ -260,7 +266,7 @@ def _encoder_rows(
 
 
 def _by_cell(tokens: np.ndarray, rows: dict[int, list[tuple[int, int]]]) -> EncoderRows | None:
-    """Returns `[row, col, k, 2]` of (image, row), or None where cells differ in how many."""
+    """Returns `[row, col, k, 2]` of (image, row), or None where cells have different numbers."""
     by_cell = [[rows.get(int(t), []) for t in line] for line in tokens]
     counts = {len(pairs) for line in by_cell for pairs in line}
     if len(counts) != 1 or counts == {0}:
@@ -269,7 +275,7 @@ def _by_cell(tokens: np.ndarray, rows: dict[int, list[tuple[int, int]]]) -> Enco
 
 
 def shows_what_it_says(grid: TokenGrid, pixels_of: Callable[[Image.Image], Tensor]) -> bool:
-    """Whether pixels that a processor makes come from where a grid's scale and offset say.
+    """Whether a processor's pixels agree with a grid's scale and offset.
 
     `pixels_of` returns the pixels `[1, 3, height, width]` of one image.
     """

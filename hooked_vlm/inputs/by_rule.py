@@ -1,10 +1,9 @@
-"""Finding the images in the prompts: image tokens -> one `TokenGrid` per image.
+"""Finds the images in prompts: from image tokens to one `TokenGrid` per image.
 
-A processor expands each image's placeholder into as many image tokens as the image has
-visual tokens, and nothing in the ids says where one image ends and the next begins, or how
-many make a row.  That is known from the images: an `ImageLayout` for each, in the order in
-which the vision encoder gets them.  Here the two are brought together, and every number is
-checked, so that a position never belongs to the wrong image.
+A processor expands each image's placeholder into one image token per visual token.  The ids
+alone do not mark where one image ends and the next begins, or the length of a row.  An
+`ImageLayout` for each image, in the encoder's order, has these numbers.  This module combines
+ids and layouts and verifies every count, so that no position is assigned to a wrong image.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from hooked_vlm.regions.grid import TokenGrid
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What is known of one image before it is found in a prompt; sizes are (width, height)."""
+    """The sizes of one image, without its place in a prompt; sizes are (width, height)."""
 
     rows: int
     cols: int
@@ -44,8 +43,8 @@ def token_grids(
 ) -> list[TokenGrid]:
     """Returns one `TokenGrid` per image, in the order of `layouts` (the encoder's).
 
-    Images fill the image tokens of the prompts in order, each taking as many as its layout
-    has.  Where `images_per_prompt` is not given, each prompt takes images until its image
+    The image tokens of the prompts are assigned to the images in order, as many to each image
+    as its layout has.  Without `images_per_prompt`, each prompt takes images until its image
     tokens are used up.
 
     Raises `GridError` when the counts do not agree, or when a row of an image's tokens is
@@ -54,20 +53,22 @@ def token_grids(
     grids: list[TokenGrid] = []
     if images_per_prompt is not None and len(images_per_prompt) != len(input_ids):
         raise GridError(
-            f"images_per_prompt has {len(images_per_prompt)} entries for {len(input_ids)} prompts."
+            f"images_per_prompt has {len(images_per_prompt)} entries for {len(input_ids)} prompts. "
+            "Give one number per prompt."
         )
     for prompt, ids in enumerate(input_ids):
         found = (ids == image_token_id).nonzero().flatten()
         rest = list(layouts[len(grids) :])
         count = _count(rest, len(found)) if images_per_prompt is None else images_per_prompt[prompt]
         wanted = sum(layout.n_tokens for layout in rest[:count])
+        # Verify the counts before any token is assigned.
         if wanted != len(found) or count > len(rest):
             sizes = ", ".join(f"{layout.rows}x{layout.cols}" for layout in rest[:count])
             raise GridError(
                 f"Prompt {prompt} has {len(found)} image tokens (id {image_token_id}), and its "
-                f"{min(count, len(rest))} images ({sizes or 'none left'}) make {wanted}. Every "
-                "image needs its placeholder in the text, and placeholders must be expanded by "
-                "the model's own processor."
+                f"{min(count, len(rest))} images ({sizes or 'none left'}) make {wanted}. Give one "
+                "placeholder per image in the text, and expand placeholders with the model's own "
+                "processor."
             )
         for layout in rest[:count]:
             tokens, found = found[: layout.n_tokens], found[layout.n_tokens :]
@@ -75,13 +76,13 @@ def token_grids(
     if len(grids) != len(layouts):
         raise GridError(
             f"{len(layouts)} images were given and the prompts have image tokens for "
-            f"{len(grids)}. Every image needs its placeholder in the text."
+            f"{len(grids)}. Give one placeholder per image in the text."
         )
     return grids
 
 
 def _count(layouts: Sequence[ImageLayout], n_tokens: int) -> int:
-    """Returns how many of the next images it takes to use up `n_tokens`."""
+    """Returns the number of next images that together have `n_tokens` tokens."""
     count = used = 0
     while used < n_tokens and count < len(layouts):
         used += layouts[count].n_tokens
@@ -97,7 +98,7 @@ def _grid(tokens: Int[Tensor, " token"], layout: ImageLayout, prompt: int, image
             f"Image {image} of prompt {prompt} should be {layout.rows} rows of {layout.cols} "
             f"visual tokens, but row {int(broken[0])} is interrupted by other tokens: "
             f"positions {positions[broken[0]].tolist()}. Its grid is not {layout.rows}x"
-            f"{layout.cols}."
+            f"{layout.cols}; use prepare(images, texts), which measures it."
         )
     return TokenGrid(
         positions=positions,

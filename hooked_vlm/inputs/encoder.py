@@ -1,11 +1,10 @@
-"""From images to what a vision encoder takes by itself, with a grid for every image.
+"""Converts images to the inputs of a vision encoder, with a grid for every image.
 
-A cell of such a grid is a patch, and its position the row of the encoder's sequence that
-holds it, class and register tokens counted.  Where that is follows from a rule (leading
-tokens, then patches in raster order), and the rule is not believed on its word: once for
-each size of image it is measured, by the gradient of the rows that go into the first
-block over the pixels.  That says how many tokens lead, and finds encoders that drop or
-shuffle patches.
+A cell of such a grid is a patch, and its position is the patch's row in the encoder's
+sequence, counting class and register tokens.  The positions follow a rule (leading tokens,
+then patches in raster order).  The rule is verified by a measurement, once for each size of
+image: the gradient of the first block's input rows with respect to the pixels.  It gives the
+number of leading tokens, and detects encoders that drop or shuffle patches.
 """
 
 import warnings
@@ -39,9 +38,9 @@ class Encoder(Protocol):
     processor: Any
     vision: Vision
     prefixes: dict[Any, int]
-    """How many tokens were measured to lead, by what tells the layout: shapes, masks."""
+    """Measured numbers of leading tokens, by shapes and masks of the inputs."""
     shown: set[Any]
-    """Sizes of images, with options, whose grids were compared with the processor's pixels."""
+    """Image sizes, with options, whose grids were compared with the processor's pixels."""
 
     @property
     def device(self) -> torch.device: ...
@@ -56,12 +55,12 @@ def prepare_images(model: Encoder, images: Images, options: Mapping[str, Any]) -
     if processor is None:
         raise UnsupportedModelError(
             "This HookedVisionEncoder was made without an image processor, so it cannot prepare "
-            "images: pass one, HookedVisionEncoder(hf_model, processor), or give forward() the "
+            "images. Pass one, HookedVisionEncoder(hf_model, processor), or give forward() the "
             "tensors that the wrapped model takes."
         )
     given = list(images) if isinstance(images, list | tuple) else [images]
     if not given or any(image is None for image in given):
-        raise DataError("No image was given: give one, or a list with one or more.")
+        raise DataError("No image was given. Give one image, or a list of one or more images.")
     pictures = [to_pil(image) for image in given]
     made = _named(model, dict(processor(images=pictures, return_tensors="pt", **options)))
     grids = find_grids(model, made, [picture.size for picture in pictures])
@@ -76,22 +75,23 @@ def prepare_images(model: Encoder, images: Images, options: Mapping[str, Any]) -
 
 
 def _warn_unless_shown(model: Encoder, grid: TokenGrid, pixels_of: Any, options: str) -> None:
-    """Warns where a grid's pixels are not those that the processor's settings lead to.
+    """Warns when the processor's pixels do not agree with its settings.
 
-    Asked once for each size of image: the processor is given images whose grey level rises.
+    Measured once for each size of image, with images whose grey level rises.
     """
     key = grid.image_size, options
     if key in model.shown:
         return
     model.shown.add(key)
     if pixels_of(Image.new("RGB", grid.image_size)).ndim != 4:
-        return  # packed patches, whose images are scaled as wholes
+        return  # packed patches: the whole image is scaled
     if not shows_what_it_says(grid, pixels_of):
         width, height = grid.image_size
         warnings.warn(
-            f"Cells of an image of {width}x{height} px show other parts of it than the settings of "
-            f"{type(model.processor).__name__} say. Regions given in pixels may be elsewhere: give "
-            "them in rows and columns, or prepare images of the size that the encoder takes.",
+            f"Cells of an image of {width}x{height} px show other parts of the image than the "
+            f"settings of {type(model.processor).__name__} imply, so regions given in pixels may "
+            "be misplaced. Give regions in rows and columns, or prepare images of the size that "
+            "the encoder takes.",
             HookedVLMWarning,
             stacklevel=4,
         )
@@ -100,20 +100,24 @@ def _warn_unless_shown(model: Encoder, grid: TokenGrid, pixels_of: Any, options:
 def find_grids(
     model: Encoder, inputs: Mapping[str, Any], image_sizes: Sequence[Size] | None = None
 ) -> tuple[tuple[TokenGrid, ...], ...]:
-    """Returns the grid of each image of some inputs, each in a tuple of its own.
+    """Returns the grid of each image of the inputs, each in a tuple of its own.
 
-    `image_sizes` are (width, height) of the images as the user gave them; without them,
-    pixels are those that the encoder sees.  Raises `GridError` when the inputs do not tell,
-    and when the patches do not stand in raster order behind the leading tokens.
+    `image_sizes` are (width, height) of the given images; without them, pixels are those of
+    the processed images.  Raises `GridError` when the inputs do not determine the grid, and
+    when the patches are not in raster order after the leading tokens.
     """
     pixels, patch = inputs[pixel_name(model)], model.vision.patch_size
     if not patch:
-        raise GridError("This encoder's patches have no one size, so they make no grid of pixels.")
+        raise GridError(
+            "This encoder has no fixed patch size, so its patches form no grid of pixels. Use rows "
+            "of the encoder's sequence instead of regions."
+        )
     shapes = _patch_grids(model, inputs)
     if image_sizes is not None and len(image_sizes) != len(shapes):
         raise GridError(
             f"{len(image_sizes)} images became {len(shapes)} pictures for the encoder: this "
-            "processor cuts images into tiles, and an encoder alone has no grid over those."
+            "processor cuts images into tiles, and HookedVisionEncoder makes no grid over tiles. "
+            "Turn off tiling in the processor's options, or wrap the whole model with HookedVLM."
         )
     processor = getattr(model.processor, "image_processor", model.processor)
     grids = []
@@ -132,17 +136,19 @@ def find_grids(
 
 
 def pixel_name(model: Encoder) -> str:
-    """Returns the name by which an encoder takes its pixels: its first parameter, if no other."""
+    """Returns the name of an encoder's pixels: `pixel_values`, else its first parameter."""
     parameters = [name for name in forward_parameters(model.hf_model) if name != "self"]
     return "pixel_values" if "pixel_values" in parameters else parameters[0]
 
 
 def _named(model: Encoder, made: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a processor made under the names by which the encoder takes it, and ready."""
+    """Returns a processor's output under the encoder's parameter names, on its device."""
     parameters = forward_parameters(model.hf_model)
     pixels = made.pop("pixel_values")
     if not isinstance(pixels, Tensor):
-        raise GridError("The processor made pictures of several sizes. Prepare them one by one.")
+        raise GridError(
+            "The processor returned pictures of several sizes. Prepare the images one by one."
+        )
     pixels = pixels.to(model.dtype)
     packed = grid_argument(model.hf_model)
     if packed is not None and "image_grid_thw" in made:
@@ -152,7 +158,8 @@ def _named(model: Encoder, made: dict[str, Any]) -> dict[str, Any]:
     other_size = pixels.ndim == 4 and set(pixels.shape[2:]) != {vision.image_size}
     if other_size and "interpolate_pos_encoding" in parameters:
         inputs["interpolate_pos_encoding"] = True
-    if "noise" in parameters and pixels.ndim == 4:  # patches are shuffled by it: ascending is not
+    # The encoder shuffles patches by sorting this noise; ascending values keep their order.
+    if "noise" in parameters and pixels.ndim == 4:
         n_patches = pixels[0, 0].numel() // vision.patch_size**2
         inputs["noise"] = torch.arange(n_patches).expand(len(pixels), -1).float()
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
@@ -170,8 +177,8 @@ def _patch_grids(model: Encoder, inputs: Mapping[str, Any]) -> list[Size]:
     pixels = inputs[pixel_name(model)]
     if pixels.ndim != 4:
         raise GridError(
-            f"Pixels of shape {tuple(pixels.shape)} are no [image, channel, height, width], and "
-            "nothing beside them says how many patches an image has."
+            f"Pixels of shape {tuple(pixels.shape)} are no [image, channel, height, width], and no "
+            "other input has the number of patches of an image. Use prepare(images)."
         )
     return [(pixels.shape[2] // patch, pixels.shape[3] // patch)] * len(pixels)
 
@@ -181,8 +188,8 @@ def _product(numbers: Sequence[int]) -> int:
 
 
 def _prefix(model: Encoder, inputs: Mapping[str, Any], image: int, shape: Size) -> int:
-    """Returns how many tokens lead an image's patches, measured once for each shape of input."""
-    if model.vision.packed:  # sites of packed encoders are put into raster order as they are read
+    """Returns the number of tokens before an image's patches, measured once per input shape."""
+    if model.vision.packed:  # sites of packed encoders are read in raster order
         return model.vision.n_prefix
     name = pixel_name(model)
     pixels = inputs[name]
@@ -198,7 +205,7 @@ def _prefix(model: Encoder, inputs: Mapping[str, Any], image: int, shape: Size) 
 
 
 def _measured(model: Encoder, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
-    """Returns, for each element of one image's pixels, the row of block 0's input it reaches."""
+    """Returns for each element of one image's pixels the row of block 0's input it reaches."""
     with torch.inference_mode(False), torch.enable_grad():
         copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         pixels = copies[name].requires_grad_(True)
@@ -207,7 +214,8 @@ def _measured(model: Encoder, inputs: dict[str, Any], name: str) -> Int[Tensor, 
 
 
 def _leading(reached: Int[Tensor, "..."], shape: Size, patch: int) -> int:
-    """Returns how many rows lead the patches, which must then follow in raster order."""
+    """Returns the number of rows before the patches, and verifies their raster order."""
+    # Group the pixels by patch, in raster order.
     rows, cols = shape
     if reached.ndim == 3:
         cut = reached[:, : rows * patch, : cols * patch]
@@ -216,17 +224,25 @@ def _leading(reached: Int[Tensor, "..."], shape: Size, patch: int) -> int:
     else:
         by_patch = reached[: rows * cols].flatten(1)
     if bool((by_patch == SEVERAL).any()):
-        raise GridError("The encoder's patches overlap, so its rows are not cells of a grid.")
+        raise GridError(
+            "The encoder's patches overlap, so its rows are not cells of a grid. Use rows of the "
+            "encoder's sequence instead of regions."
+        )
     found = by_patch.max(1).values
     lost = found == NOWHERE
     if bool(lost.any()):
         raise GridError(
             f"{int(lost.sum())} of {rows}x{cols} patches reach no row of the encoder, which drops "
-            "them (masked pre-training: load it with mask_ratio=0.0), so the rest make no grid."
+            "them, so the other patches form no grid. If the encoder was pre-trained with masks, "
+            "load it with mask_ratio=0.0."
         )
+    # All pixels of a patch must reach one row, and the rows must ascend in raster order.
     agree = (by_patch == found[:, None]) | (by_patch == NOWHERE)
     leading = int(found[0])
     raster = leading + torch.arange(rows * cols, device=found.device)
     if not bool(agree.all()) or not torch.equal(found, raster):
-        raise GridError("The encoder does not keep its patches in raster order, row by row.")
+        raise GridError(
+            "The encoder does not keep its patches in raster order, row by row. Use rows of the "
+            "encoder's sequence instead of regions."
+        )
     return leading

@@ -1,11 +1,10 @@
-"""The grids of the images in some inputs: by rule where the inputs tell, else by measurement.
+"""Finds the grids of images: by a rule for two common layouts, otherwise by a measurement.
 
-Two layouts are so common that a rule serves them: images packed with their grids of
-patches beside them, and one picture of fixed size for each image.  The rule is not
-believed on its word: the first time a model is given an image, its answer for a small one
-is compared with a measurement (`pixel_routing`), and a model for which they differ is measured
-from then on.  All other layouts (tiles, thumbnails, separators between rows) are measured,
-once for each size of image.
+A rule gives the grids of two layouts: packed images with their patch grids in another input,
+and one picture of fixed size for each image.  The rule is verified by a measurement: before
+the first image of a model, the rule's grid of a small image is compared with the measured
+grid (`pixel_routing`).  When they differ, this model's grids are always measured.  All other
+layouts (tiles, thumbnails, separators between rows) are measured once for each size of image.
 """
 
 import warnings
@@ -66,16 +65,16 @@ class Wrapped(Protocol):
 
 
 class GridFinder:
-    """Finds the images of one model's inputs, and keeps what it has measured."""
+    """Finds the images of one model's inputs, and caches its measurements."""
 
     def __init__(self, model: Wrapped) -> None:
         self.model = model
         self.templates: dict[Any, Template] = {}
         self.shown: dict[Any, bool] = {}
         self.trusts_rule: bool | None = None
-        """Whether the rule was found to agree with a measurement; None: not compared yet."""
+        """Whether the rule agrees with a measurement; None: not compared yet."""
         self.placeholder: str | None = None
-        """What stands for an image in front of a prompt that is no chat; None: not tried yet."""
+        """The image placeholder before a prompt without a chat template; None: not known yet."""
 
     def by_rule(
         self,
@@ -83,23 +82,28 @@ class GridFinder:
         image_sizes: Sequence[Size] | None = None,
         images_per_prompt: Sequence[int] | None = None,
     ) -> Grids:
-        """Returns the grids that the inputs' own tensors tell; raises `GridError` if they do not.
+        """Returns the grids that the inputs determine; raises `GridError` if they do not.
 
-        `image_sizes` are (width, height) of the images as the user gave them; without them,
-        pixels are those that the encoder sees.
+        `image_sizes` are (width, height) of the given images; without them, pixels are those of
+        the processed images.
         """
         ids, vision = _prompt_ids(inputs), self.model.anatomy.vision
         if vision is None or not holds_pixels(inputs):
             return ((),) * len(ids)
         image_token = self.model.anatomy.image_token_id
         if image_token is None:
-            raise GridError("The model's config names no image token, so no image can be found.")
+            raise GridError(
+                "The model's config has no image_token_id, so no image can be found in the prompt. "
+                "Use prepare(images, texts), which measures the positions."
+            )
         patch_grids = _patch_grids(inputs, vision)
         if image_sizes is not None and len(image_sizes) != len(patch_grids):
             raise GridError(
                 f"{len(image_sizes)} images became {len(patch_grids)} pictures for the encoder: "
-                "this model cuts images into tiles."
+                "this model cuts images into tiles. Use prepare(images, texts), which measures "
+                "their grids."
             )
+        # Several patches may become one token: in the encoder, or pooled after it.
         n_tokens = int((ids == image_token).sum())
         pool = vision.merge if vision.merge > 1 else _pool(n_tokens, patch_grids)
         processor = getattr(self.model.processor, "image_processor", None)
@@ -122,9 +126,9 @@ class GridFinder:
     ) -> Grids:
         """Returns the grids of the images of prepared inputs, a tuple for each prompt.
 
-        `process` makes inputs of one image, in the way these were made (`key` names that
-        way).  Raises `NoGridError` when neither the rule nor a measurement finds them, and
-        `GridError` for images and placeholders that do not go together.
+        `process` makes inputs from images, with the options of the given inputs; `key`
+        identifies these options.  Raises `NoGridError` when neither the rule nor a measurement
+        finds a grid, and `GridError` when the numbers of images and placeholders differ.
         """
         try:
             sizes = [size for row in sizes_by_prompt for size in row]
@@ -138,9 +142,9 @@ class GridFinder:
         return self._measured(inputs, sizes_by_prompt, process, key, None)
 
     def _shows(self, grid: TokenGrid, process: Process, key: Any) -> bool:
-        """Whether a grid's cells show what its rule says, as the processor's own ramps tell.
+        """Whether a rule's grid agrees with the processor, measured once per size of image.
 
-        Asked once for each size of image, of models that take one picture for each image.
+        Only models that take one picture for each image are measured.
         """
         name = grid.image_size, key, "rule"
         if name not in self.shown:
@@ -151,14 +155,14 @@ class GridFinder:
         inputs = process([_noise(grid.image_size)])
         pixels = pixel_name(inputs)
         if inputs[pixels].ndim != 4 or len(inputs[pixels]) != 1:
-            return True  # packed patches, whose images are scaled as wholes
+            return True  # packed patches: the whole image is scaled
         return shows_what_it_says(grid, lambda image: process([image])[pixels])
 
     def _agrees(self, size: Size, process: Process) -> bool:
-        """Whether the rule's grid for a small image is the measured one (if it can be)."""
+        """Whether the rule's grid of a small image equals the measured one, if it is measurable."""
         vision = self.model.anatomy.vision
         assert vision is not None
-        if vision.packed:  # any size will do, and one that is not square shows a transposition
+        if vision.packed:  # any size is possible; a size that is not square detects transposition
             side = vision.patch_size * max(vision.merge, 2)
             size = 4 * side, 3 * side
         inputs = process([_noise(size)])
@@ -168,21 +172,22 @@ class GridFinder:
             template = self._template(size, process)
         except NoGradientError as error:
             warnings.warn(
-                f"{error} Grids follow the usual layout's rule, which was not compared.",
+                f"{error} Grids follow the rule of the usual layout, which was not compared with "
+                "a measurement. Check one grid with draw_regions.",
                 HookedVLMWarning,
                 stacklevel=5,
             )
             return True
         except GridError:
-            return False  # a measurement says that there is no grid, or none of this kind
+            return False  # the measurement finds no grid, or no grid of this kind
         rule = self.by_rule(inputs, [size], [1])[0][0]
         measured = _grids(template, _image_positions(inputs, self.model.anatomy), size, 0, 0)
         same = rule.shape == measured.shape and torch.equal(rule.positions, measured.positions)
         if same and _same_patches(rule, measured):
             return True
         warnings.warn(
-            f"The visual tokens of {type(self.model.hf_model).__name__} do not stand where the "
-            "usual layout has them; its grids are measured instead.",
+            f"The visual tokens of {type(self.model.hf_model).__name__} do not follow the usual "
+            "layout's order; its grids are measured instead.",
             HookedVLMWarning,
             stacklevel=7,
         )
@@ -207,14 +212,15 @@ class GridFinder:
                 if len(found) != template.n_tokens:
                     raise GridError(
                         f"Prompt {prompt} has too few image tokens for its {len(sizes)} images: an "
-                        f"image of {size[0]}x{size[1]} px has {template.n_tokens}."
+                        f"image of {size[0]}x{size[1]} px has {template.n_tokens}. Check that the "
+                        "processor did not truncate the prompt."
                     )
                 grids.append(_grids(template, [found], size, prompt, first))
                 first += template.n_encoder_images
             if len(rest):
                 raise GridError(
                     f"Prompt {prompt} has {len(rest)} image tokens more than its {len(sizes)} "
-                    "images have."
+                    "images have. Give every image that the prompt contains."
                 )
             rows.append(tuple(grids))
         return tuple(rows)
@@ -227,10 +233,11 @@ class GridFinder:
         key: Any,
         reason: GridError | None,
     ) -> list[Template]:
-        """Returns the templates of the images of one prompt, measured where they are new.
+        """Returns the templates of the images of one prompt, and measures those not cached.
 
-        Some processors cut an image into fewer tiles where a prompt has several: if those of
-        single images do not make up the prompt's tokens, as many images are measured together.
+        Some processors cut each image into fewer tiles when a prompt has several images.  If the
+        templates of single images do not add up to the prompt's tokens, templates are measured
+        with as many images as the prompt has.
         """
         for company in dict.fromkeys((1, len(sizes))):
             found = []
@@ -250,7 +257,7 @@ class GridFinder:
         return found
 
     def _template(self, size: Size, process: Process, company: int = 1) -> Template:
-        """Returns the measured template of images of one size, as many as that in a prompt."""
+        """Returns the measured template of an image, with `company` images of its size."""
         vision = self.model.anatomy.vision
         assert vision is not None
         inputs = process([_noise(size)] * company)
@@ -261,11 +268,17 @@ class GridFinder:
         def pixels(image: Image.Image) -> Tensor:
             made = process([image] * company)[name]
             if made.shape != shape:
-                raise GridError("The processor cuts images of one size in different ways.")
+                raise GridError(
+                    f"The processor cuts images of one size in different ways: {tuple(made.shape)} "
+                    f"and {tuple(shape)}. Use token positions instead of regions."
+                )
             return made
 
         if len(_prompt_ids(inputs)) != 1:
-            raise GridError("The processor makes several prompts of one.")
+            raise GridError(
+                f"The processor returned {len(_prompt_ids(inputs))} prompts for one. Use token "
+                "positions instead of regions."
+            )
         (positions,) = _image_positions(inputs, self.model.anatomy, routes.pixels)
         patch = vision.patch_size or 1
         template = make_template(
@@ -279,7 +292,7 @@ class GridFinder:
 
 
 def _same_patches(rule: TokenGrid, measured: TokenGrid) -> bool:
-    """Whether a rule finds the encoder's rows of each cell where a measurement does."""
+    """Whether the rule and the measurement give the same encoder rows for each cell."""
     if measured.patches is None:
         return True
     try:
@@ -300,8 +313,8 @@ def _prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
     ids = inputs.get("input_ids")
     if ids is None:
         raise NoGridError(
-            "These inputs have no input_ids: the image does not stand among the tokens of a "
-            "prompt, so no position shows a part of it."
+            "These inputs have no input_ids: the image is not among the tokens of a prompt, so no "
+            "position shows a part of the image. Use sites of the vision encoder."
         )
     return ids
 
@@ -311,21 +324,24 @@ def _image_positions(
 ) -> list[Tensor]:
     """Returns the positions of image tokens, prompt by prompt.
 
-    Where the config names no image token, it is the one that all positions `reached` by
-    pixels of a single prompt hold.
+    Where the config has no image token, the image tokens are the positions `reached` by the
+    pixels of a single prompt.
     """
     ids, token = _prompt_ids(inputs), anatomy.image_token_id
     if token is None and reached is not None:
         return [reached[reached >= 0].unique()]
     if token is None:
-        raise NoGridError("The model's config names no image token, so no image can be found.")
+        raise NoGridError(
+            "The model's config has no image_token_id, so no image can be found in the prompt. Use "
+            "token positions instead of regions."
+        )
     return [(row == token).nonzero().flatten() for row in ids]
 
 
 def _grids(
     template: Template, positions: Sequence[Tensor], size: Size, prompt: int, first: int
 ) -> TokenGrid:
-    """Returns the grid of an image, with its thumbnail if there is one."""
+    """Returns the grid of an image, with its thumbnail as `overview` if there is one."""
     (tokens,) = positions
     overview = None
     for view in reversed(template.views):
@@ -364,14 +380,14 @@ def _patch_grids(inputs: Mapping[str, Any], vision: Vision) -> list[tuple[int, i
     if pixels.ndim != 4 or not patch or vision.packed:
         raise GridError(
             f"Pixels of shape {tuple(pixels.shape)} are no [image, 3, height, width] of one "
-            "size: where this model's visual tokens are must be measured, and that takes the "
-            "model's processor. Use prepare(images, texts)."
+            "size, so the grids must be measured with the model's processor. Use "
+            "prepare(images, texts)."
         )
     return [(pixels.shape[2] // patch, pixels.shape[3] // patch)] * len(pixels)
 
 
 def _pool(n_tokens: int, patch_grids: Sequence[tuple[int, int]]) -> int:
-    """Returns the side of the squares of patches pooled into one token behind the encoder."""
+    """Returns the side of the squares of patches pooled into one token after the encoder."""
     n_patches = sum(rows * cols for rows, cols in patch_grids)
     side = isqrt(n_patches // n_tokens) if n_tokens else 0
     if not side or side**2 * n_tokens != n_patches:

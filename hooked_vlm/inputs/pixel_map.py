@@ -1,11 +1,10 @@
-"""From the pixels of the image you gave to the pixels that the vision encoder sees.
+"""Maps the pixels of the given image to the pixels that the vision encoder sees.
 
-An image processor may pad an image to a square, resize it and cut out its centre.  All of
-that is one affine map per axis: `processed = original * scale - offset`.  It is read off
-the attributes that transformers' image processors share, in the order in which they act:
-pad, resize, crop.  Processors with a rule of their own for the new size (Qwen2-VL's
-multiples of 28, Pixtral's longest edge) leave nothing out of the picture, so there the two
-sizes alone give the map.
+An image processor may pad an image to a square, resize it and crop its centre.  Together
+these are one affine map per axis: `processed = original * scale - offset`.  The map is
+computed from the attributes that transformers' image processors share, in their order: pad,
+resize, crop.  Processors with their own rule for the new size (Qwen2-VL's multiples of 28,
+Pixtral's longest edge) crop nothing, so the two sizes determine the map.
 
 All sizes are `(width, height)` and all pairs `(x, y)`, as in PIL.
 """
@@ -29,14 +28,13 @@ def pixel_transform(
 ) -> tuple[Pair, Pair]:
     """Returns `(scale, offset)`, each `(x, y)`, with `processed = original * scale - offset`.
 
-    `image_size` is the given image's size, `processed_size` what the encoder sees of it
-    (without the padding that fills a batch), both `(width, height)` in pixels.  A positive
-    offset was cropped away, a negative one was padded on.  Without an image processor the
-    whole image is taken to be scaled to the processed size.
+    `image_size` is the size of the given image, `processed_size` the size of the image that the
+    encoder sees (without padding that fills a batch), both `(width, height)` in pixels.  A
+    positive offset was cropped, a negative one was padded.  Without an image processor, the map
+    scales the whole image to the processed size.
 
     Raises `GridError` for a size that is not positive.  Warns with `HookedVLMWarning` when
-    the processor's settings do not lead to `processed_size`, and then falls back on scaling
-    the whole image.
+    the processor's settings do not give `processed_size`, and then scales the whole image.
     """
     for word, size in (("image", image_size), ("processed image", processed_size)):
         if min(size) < 1:
@@ -44,6 +42,7 @@ def pixel_transform(
     whole = _divided(processed_size, image_size), (0.0, 0.0)
     if image_processor is None:
         return whole
+    # Pad, resize and crop, in the processor's order.
     before_resize, start = image_size, (0, 0)
     if _pads_to_square(image_processor, processed_size):
         side = max(image_size)
@@ -55,7 +54,7 @@ def pixel_transform(
         _warn_unexplained(image_processor, image_size, processed_size, after_crop)
         return whole
     scale = _divided(resized, before_resize)
-    # A pixel moves by the padding first, is scaled, and loses what was cut.
+    # A pixel is moved by the padding, scaled, and moved back by the crop.
     offset = (cut[0] - start[0] * scale[0], cut[1] - start[1] * scale[1])
     return scale, offset
 
@@ -71,10 +70,10 @@ def _pads_to_square(processor: Any, processed_size: Size) -> bool:
 
 
 def _resized(processor: Any, size: Size) -> Size | None:
-    """Returns the size after resizing, or None when the processor has a rule of its own."""
+    """Returns the size after resizing, or None when the processor has its own rule."""
     if not getattr(processor, "do_resize", False):
         return size
-    # One rule serves every processor that does not override `resize`.
+    # The rule below is that of every processor that does not override `resize`.
     if getattr(type(processor), "resize", None) not in (
         PilBackend.resize,
         TorchvisionBackend.resize,
@@ -97,9 +96,9 @@ def _resized(processor: Any, size: Size) -> Size | None:
 
 
 def _crop(processor: Any, size: Size) -> tuple[tuple[int, int], Size]:
-    """Returns what is cut off at the left and the top, and the size after the crop.
+    """Returns the pixels cropped at the left and the top, and the size after the crop.
 
-    A crop larger than the image pads it: negative numbers.
+    The numbers are negative for a crop larger than the image, which pads it.
     """
     if not getattr(processor, "do_center_crop", False):
         return (0, 0), size
@@ -107,7 +106,7 @@ def _crop(processor: Any, size: Size) -> tuple[tuple[int, int], Size]:
     crop = rule["width"], rule["height"]
     left, top = ((given - wanted) // 2 for given, wanted in zip(size, crop, strict=True))
     if getattr(processor, "backend", "pil") == "torchvision":
-        # It rounds towards zero where the numpy backend rounds down: one pixel, in padding.
+        # torchvision rounds towards zero, numpy rounds down: they differ by a pixel of padding.
         left, top = (int((given - wanted) / 2) for given, wanted in zip(size, crop, strict=True))
     return (left, top), crop
 
@@ -115,9 +114,9 @@ def _crop(processor: Any, size: Size) -> tuple[tuple[int, int], Size]:
 def _warn_unexplained(processor: Any, given: Size, processed: Size, expected: Size) -> None:
     warnings.warn(
         f"{type(processor).__name__} made {processed[0]}x{processed[1]} px of an image of "
-        f"{given[0]}x{given[1]} px, where its settings lead to {expected[0]}x{expected[1]}. "
-        "Cells are placed as if the whole image had been scaled to that size; check one with "
-        "draw_regions before you trust regions given in pixels.",
+        f"{given[0]}x{given[1]} px, and its settings lead to {expected[0]}x{expected[1]}. "
+        "Cells are placed as if the whole image was scaled to the actual size. Check a region "
+        "with draw_regions before you use regions given in pixels.",
         HookedVLMWarning,
         stacklevel=3,
     )

@@ -1,17 +1,17 @@
-"""Where in the prompt each pixel goes: measured on the model itself, for any layout.
+"""Measures which position of the prompt each pixel reaches, for any layout.
 
-Processors tile, pad, pool, interleave separators and append thumbnails, each in a way of
-its own.  Instead of a rule for every family, the way of a pixel can be measured.  With
-the vision encoder's attention switched off (`attn_out` written to zero in every block)
-nothing moves between patches, so a visual token depends on its own pixels and no others.
-Give position p of the prompt the weight 1 where bit b of p is set, and else 0: the gradient
-of that weighted sum, over the gradient of the unweighted one, is bit b of the position that
-a pixel reaches.  One forward pass and log2(positions) backward passes tell it for all pixels
-at once, exactly, in any dtype.  A pixel that reaches several positions (a Q-former, a
-resampler) gives a ratio that is neither 0 nor 1, and is reported as such.
+Processors tile, pad, pool, insert separators and append thumbnails in different ways.
+Instead of a rule for every family, the route of a pixel is measured on the model.  With the
+vision encoder's attention switched off (`attn_out` is zero in every block), no information
+moves between patches, so a visual token depends only on its own pixels.
 
-The same works for the encoder's rows and the projector's: they are functions of nothing
-but the image too.
+Position p of the prompt gets weight 1 where bit b of p is set, and weight 0 otherwise.  The
+gradient of the weighted sum, divided by the gradient of the unweighted sum, is bit b of the
+position that a pixel reaches.  One forward pass and log2(positions) backward passes give the
+positions of all pixels, exactly, in any dtype.  A pixel that reaches several positions (a
+Q-former, a resampler) gives a ratio other than 0 and 1, and is marked `SEVERAL`.
+
+The rows of the encoder and the projector are measured in the same way.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from hooked_vlm.hooks.sites import Site
 
 NOWHERE, SEVERAL = -1, -2
 _SURE = 0.05
-"""How far from 0 and 1 a ratio of gradients may be: rounding, not a mixture."""
+"""Largest distance of a gradient ratio from 0 or 1 that counts as a rounding error."""
 
 
 @runtime_checkable
@@ -49,18 +49,19 @@ class Runnable(Protocol):
 class Routes:
     """For each element of the pixel tensor, and each row of a site, the position it reaches.
 
-    Positions count through the whole batch (prompt times length plus position); `NOWHERE`
-    marks what reaches none (padding, or class tokens), `SEVERAL` what reaches more than one.
+    Positions count through the whole batch (prompt times length plus position).  `NOWHERE`
+    marks elements that reach no position (padding, class tokens), `SEVERAL` those that reach
+    more than one.
     """
 
     pixels: Int[Tensor, "..."]
     rows: dict[str, list[Int[Tensor, " _"]]]
-    """By site, and by image as the encoder counts them."""
+    """By site, then by image in the encoder's order."""
 
 
 @dataclass(eq=False)
 class _Capture:
-    """Keeps what passes a site as part of the graph, call by call."""
+    """A hook function that keeps a site's values as part of the graph, call by call."""
 
     tensors: list[Tensor] = field(default_factory=list)
 
@@ -71,7 +72,7 @@ class _Capture:
 
 
 def attention_sites(model: Runnable) -> list[str]:
-    """Returns the sites through which patches of the vision encoder see each other."""
+    """Returns the sites through which information moves between the encoder's patches."""
     return [
         name
         for name, site in model.sites.items()
@@ -82,7 +83,7 @@ def attention_sites(model: Runnable) -> list[str]:
 
 
 def holds_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether some inputs hold an image."""
+    """Whether the inputs contain an image."""
     return bool(_pixel_names(inputs))
 
 
@@ -103,22 +104,26 @@ def pixel_name(inputs: Mapping[str, Any]) -> str:
     """Returns the name of the tensor that holds the pixels; raises `GridError` without one."""
     found = _pixel_names(inputs)
     if not found:
-        raise GridError("These inputs hold no pixels, so there is no image to find in the prompt.")
+        raise GridError(
+            "These inputs hold no pixels, so there is no image to find in the prompt. Give inputs "
+            "with pixel_values."
+        )
     return found[0]
 
 
 def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
-    """Returns where pixels, encoder rows and projected tokens end up in the prompt.
+    """Returns the prompt positions that pixels, encoder rows and projected tokens reach.
 
     Raises `GridError` when the encoder's attention cannot be switched off, or when no
-    position of the prompt depends on a pixel (cross-attention), and `NoGradientError` when
-    layers on the way have no gradient (quantised ones).
+    position of the prompt depends on a pixel (cross-attention).  Raises `NoGradientError` when
+    a layer between pixels and prompt has no gradient (a quantised layer).
     """
     attention = attention_sites(model)
     if not attention:
         raise GridError(
             "The vision encoder has no attention that can be switched off (it is convolutional, or "
-            "of an unknown kind), so the way of a pixel cannot be measured."
+            "of an unknown kind), so the route of a pixel cannot be measured. Use token positions "
+            "instead of regions."
         )
     captures = {
         name: _Capture()
@@ -127,9 +132,9 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
     }
     try:
         found = _reached(model, inputs, attention, captures)
-    except RuntimeError as error:  # torch's, where an operation has no derivative
+    except RuntimeError as error:  # torch raises it for an operation without a derivative
         raise NoGradientError(
-            f"The way of a pixel could not be measured by its gradient: {error}"
+            f"The route of a pixel could not be measured by its gradient: {error}"
         ) from error
     sites, start = {}, 1
     for name, capture in captures.items():
@@ -145,9 +150,9 @@ def _reached(
     attention: list[str],
     captures: Mapping[str, _Capture],
 ) -> list[Tensor]:
-    """Returns the positions that the pixels, and then what is captured, reach."""
+    """Returns the positions that the pixels reach, then those that captured rows reach."""
     key = pixel_name(inputs)
-    # MLPs mix no patches, but without them there is little left to differentiate.
+    # MLPs do not mix patches; they are switched off only to save time in the backward passes.
     mlps = [
         name
         for name, site in model.sites.items()
@@ -176,12 +181,12 @@ def _reached(
 
 def _no_gradient() -> NoGradientError:
     return NoGradientError(
-        "The way of a pixel cannot be measured, because quantised layers pass no gradient on."
+        "The route of a pixel cannot be measured, because quantised layers pass no gradient on."
     )
 
 
 def _packed(model: nn.Module) -> bool:
-    """Whether some linear map of a model keeps its weight in a form that has no gradient."""
+    """Whether a linear map of the model has packed weights, which have no gradient."""
     return any(
         is_linear(part) and not any(p.is_floating_point() for p in part.parameters())
         for part in model.modules()
@@ -196,13 +201,17 @@ def _zero(value: Any, hook: Any) -> Any:
 
 def positions_reached(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:
     """Returns, element by element, the flat position that each source reaches."""
+    # A random projection gives one number per position whose gradient is not zero by chance.
     weights = torch.randn(residual.shape[-1], generator=torch.Generator().manual_seed(0))
     per_position = (residual.float() * weights.to(residual.device)).sum(-1).flatten()
     index = torch.arange(len(per_position), device=residual.device)
 
     def gradients(total: Tensor) -> list[Tensor]:
         if not total.requires_grad:
-            raise GridError("No position of the prompt depends on a pixel of the image.")
+            raise GridError(
+                "No position of the prompt depends on a pixel of the image. Use sites of the "
+                "vision encoder."
+            )
         found = torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
         return [
             torch.zeros_like(s) if g is None else g.detach()
@@ -212,9 +221,10 @@ def positions_reached(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:
     whole = gradients(per_position.sum())
     if all(not g.any() for g in whole):
         raise GridError(
-            "No position of the prompt depends on a pixel of the image: the language model reaches "
-            "it by cross-attention. Use sites of the vision encoder."
+            "No position of the prompt depends on a pixel of the image: the language model reads "
+            "the image by cross-attention. Use sites of the vision encoder."
         )
+    # One backward pass for each bit of the position.
     positions = [torch.zeros_like(g, dtype=torch.long) for g in whole]
     several = [torch.zeros_like(g, dtype=torch.bool) for g in whole]
     for bit in range(max(len(per_position) - 1, 1).bit_length()):
@@ -231,7 +241,10 @@ def positions_reached(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:
 
 
 def _of_rows(elements: Int[Tensor, "row ..."]) -> Int[Tensor, " row"]:
-    """Returns the position that each row reaches: what all its features that matter agree on."""
+    """Returns the position that each row reaches: the one on which all its features agree.
+
+    Features that reach no position are ignored.
+    """
     rows = elements.flatten(1)
     high = rows.max(dim=1).values
     low = rows.masked_fill(rows == NOWHERE, torch.iinfo(torch.long).max).min(dim=1).values

@@ -1,8 +1,8 @@
-"""From images and prompts to what a model takes, with a grid for every image.
+"""Converts images and prompts to model inputs, with a grid for every image.
 
-`prepare_inputs` lays out the chat, lets the model's own processor do its work, passes
-everything the processor made through verbatim, and keeps what the processor throws
-away: which position of which prompt shows which part of which image.
+`prepare_inputs` applies the chat template and calls the model's own processor.  The result
+has all tensors of the processor, unchanged, and the grids: which position of which prompt
+shows which part of which image.
 """
 
 import re
@@ -45,8 +45,16 @@ class Prepares(Wrapped, Protocol):
 class Inputs(Mapping[str, Any]):
     """Model inputs by name, and the grids of their images.
 
-    Pass it to `forward`, `run_with_cache` and the rest, or to the wrapped model as
+    Pass it to `forward`, `run_with_cache` and other methods, or to the wrapped model as
     `hf_model(**inputs)`.
+
+    >>> from hooked_vlm import HookedVLM
+    >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
+    >>> sorted(inputs)
+    ['attention_mask', 'image_grid_thw', 'input_ids', 'mm_token_type_ids', 'pixel_values']
+    >>> inputs.grid.shape
+    (4, 6)
     """
 
     def __init__(
@@ -61,10 +69,10 @@ class Inputs(Mapping[str, Any]):
         self.grids = tuple(tuple(row) for row in grids)
         """For each prompt, the grids of its images."""
         self.texts = tuple(texts)
-        """The prompts as the processor got them, chat template applied."""
+        """The prompts passed to the processor, after the chat template."""
         self.tokenizer = tokenizer
         self.no_grid = no_grid
-        """Why the images have no grid, where they have none."""
+        """Why the images have no grid; empty when they have one."""
 
     def __getitem__(self, name: str) -> Any:
         return self.tensors[name]
@@ -81,14 +89,14 @@ class Inputs(Mapping[str, Any]):
 
     @property
     def grid(self) -> TokenGrid:
-        """The grid of the only image; raises `GridError` when there is more than one, or none."""
+        """The grid of the only image; raises `GridError` for no image and for several images."""
         if self.no_grid:
             raise NoGridError(self.no_grid)
         found = [grid for row in self.grids for grid in row]
         if len(found) != 1:
             raise GridError(
-                f"These inputs hold {len(found)} images in {len(self.grids)} prompts; "
-                "say which: inputs.grids[prompt][image]."
+                f"These inputs hold {len(found)} images in {len(self.grids)} prompts; inputs.grid "
+                "needs exactly one. Use inputs.grids[prompt][image]."
             )
         return found[0]
 
@@ -116,8 +124,10 @@ def prepare_inputs(
             f"Images were given, and {type(processor).__name__} has no image processor. Wrap the "
             "model with its AutoProcessor, not with its tokenizer."
         )
+    # 1. The processor's tensors.
     chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
     made, prompts = _processed(model, by_prompt, texts, system, chat, processor_kwargs)
+    # 2. The grids of the images.  Images without a grid give a warning, not an error.
     grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
     no_grid = ""
     if any(by_prompt):
@@ -145,13 +155,14 @@ def _processed(
     chat: bool,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns what the model's own processor makes, on the model's device, and the prompts."""
+    """Returns the processor's tensors on the model's device, and the prompts."""
     processor, options = model.processor, dict(options)
     prompts = [
         _chat(processor, text, len(i), system) if chat else _plain(model, text, len(i))
         for text, i in zip(texts, by_prompt, strict=True)
     ]
     _check_placeholders(processor, prompts, by_prompt)
+    # A chat template may begin with the token that the tokenizer would add again.
     bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
     if bos and prompts[0].startswith(bos):
         options.setdefault("add_special_tokens", False)
@@ -173,7 +184,7 @@ def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
 
 
 def _plain(model: Prepares, text: str, n_images: int) -> str:
-    """Returns the text with the image placeholders that it lacks in front of it."""
+    """Returns the text with its missing image placeholders added at the beginning."""
     finder = model.grid_finder
     if n_images and finder.placeholder is None:
         finder.placeholder = placeholder(model)
@@ -189,14 +200,14 @@ def _check_placeholders(
             if prompt.count(token) > len(images):
                 raise DataError(
                     f"Prompt {i} has {prompt.count(token)} image placeholders ({token}) and "
-                    f"{len(images)} images were given for it; give as many images, or write the "
-                    "text without placeholders: they are put in front of it."
+                    f"{len(images)} images were given for it. Give as many images, or write the "
+                    "text without placeholders: they are added at its beginning."
                 )
 
 
 def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]:
     if not n_prompts:
-        raise DataError("No prompt was given: texts is empty.")
+        raise DataError("No prompt was given: texts is empty. Give at least one text.")
     if images is None:
         return [[] for _ in range(n_prompts)]
     if not isinstance(images, list | tuple):
@@ -205,8 +216,8 @@ def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]
         images = [list(images)]
     if len(images) != n_prompts:
         raise DataError(
-            f"{len(images)} images (or lists of images) were given for {n_prompts} prompts; give "
-            "each prompt its image, its list of images, or None."
+            f"{len(images)} images (or lists of images) were given for {n_prompts} prompts. Give "
+            "each prompt one image, a list of images, or None."
         )
     nested = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
     return [[to_pil(image) for image in row if image is not None] for row in nested]
@@ -215,7 +226,7 @@ def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]
 def to_pil(image: OneImage) -> Image.Image:
     """Returns a PIL image, `[height, width, 3]` array or `[3, height, width]` tensor as RGB.
 
-    Integers are taken as 0..255 and floats as 0..1; raises `DataError` for anything else.
+    Integers must be in 0..255 and floats in 0..1; raises `DataError` for anything else.
     """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -255,7 +266,7 @@ def to_pil(image: OneImage) -> Image.Image:
 
 
 def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
-    """Warns where padding changes a model's results: its positions are counted from the start."""
+    """Warns when padding changes results because positions count from the padding's start."""
     mask = made.get("attention_mask" if "input_ids" in made else "decoder_attention_mask")
     if mask is None or bool(mask.all()) or _is_rotary(model):
         return
@@ -283,19 +294,19 @@ def _is_rotary(model: Prepares) -> bool:
 
 
 def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> dict[str, Tensor]:
-    """Returns position ids that count from each prompt's own first token, where padding needs them.
+    """Returns position ids that count from each prompt's first token, where padding needs them.
 
-    transformers counts positions from the start of the padding unless it is told (its
-    M-RoPE models count from the mask themselves, and so do those with a table of positions).
+    By default transformers counts positions from the start of the padding.  Its M-RoPE models
+    and models with a table of positions count from the mask, so they need no position ids.
     """
-    mask = made.get("attention_mask") if "input_ids" in made else None  # else of patches
+    mask = made.get("attention_mask") if "input_ids" in made else None  # else a mask of patches
     base = getattr(hf_model, "base_model", hf_model)
     if mask is None or bool(mask.all()) or not rotary or hasattr(base, "get_rope_index"):
         return {}
     if "mrope" in str(getattr(hf_model, "config", "")):
         raise UnsupportedModelError(
-            f"{type(hf_model).__name__} gives image tokens positions in several axes (M-RoPE), and "
-            "does not say how (it has no get_rope_index), so prompts of different lengths cannot "
+            f"{type(hf_model).__name__} gives image tokens positions in several axes (M-RoPE) and "
+            "has no get_rope_index() that computes them, so prompts of different lengths cannot "
             "be padded into one batch. Give prompts of one length, or one at a time."
         )
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
@@ -304,9 +315,9 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> di
 def rows_of(
     inputs: Mapping[str, Any], grids: Sequence[Sequence[TokenGrid]], text: bool
 ) -> list[PromptRow]:
-    """Returns each prompt of some inputs as places see it, with its tokens' text if asked for.
+    """Returns each prompt of the inputs as a `PromptRow`, with its tokens' text if `text`.
 
-    Where there is no text at all, each image stands for a prompt of no tokens.
+    Inputs without text have one prompt without tokens for each image.
     """
     part = "" if "input_ids" in inputs else "decoder_"
     ids, mask = inputs.get(f"{part}input_ids"), inputs.get(f"{part}attention_mask")
@@ -314,8 +325,8 @@ def rows_of(
         ids = torch.zeros(len(grids), 0, dtype=torch.long)
     if len(grids) != len(ids):
         raise GridError(
-            f"The processor made {len(ids)} rows of {len(grids)} prompts, so whose image is where "
-            "is not known. Use hook functions: fwd_hooks=[(name, fn)]."
+            f"The processor made {len(ids)} rows of {len(grids)} prompts, so images cannot be "
+            "assigned to rows. Use hook functions instead of places: fwd_hooks=[(name, fn)]."
         )
     mask = torch.ones_like(ids) if mask is None else mask
     tokenizer = getattr(inputs, "tokenizer", None) if text else None

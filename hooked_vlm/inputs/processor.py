@@ -1,10 +1,9 @@
-"""What a model's own processor is asked for, and what its answer lacks.
+"""Calls a model's own processor, and verifies and completes its output.
 
-Processors differ in how they take the images of several prompts.  A list for each prompt
-says which image is whose, and nearly all take that; one flat list says it only where each
-prompt has exactly one image, so it is the second choice there and none elsewhere.
-Processors that put every image where its number says are held to that as well: a prompt
-without an image must come out without image tokens.
+Processors differ in how they take the images of several prompts.  A list of images for each
+prompt is unambiguous, and nearly all processors take it.  A flat list is unambiguous only
+where each prompt has exactly one image, so it is used only there, as the second choice.  The
+output is verified: a prompt without an image must have no image tokens.
 """
 
 import inspect
@@ -26,17 +25,17 @@ Nested = Sequence[Sequence[Image.Image]]
 """The images of each prompt."""
 
 _OF_STRUCTURE = (ValueError, TypeError, AttributeError, IndexError)
-"""What processors raise for images that are nested in a way they do not know."""
+"""Errors that processors raise for an unknown nesting of images."""
 
 
 def model_inputs(
     model: Wrapped, prompts: Sequence[str], images: Nested, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what the model's processor makes of prompts and their images, and a decoder's start.
+    """Returns the processor's tensors for prompts and images, and a decoder's start tokens.
 
-    `options` go to the processor.  Tensors that nothing in the model reads are left out, as
-    transformers' `generate` raises for them.  Raises `DataError` where the processor loses
-    which image belongs to which prompt.
+    `options` are passed to the processor.  Tensors that the model does not read are left out,
+    because transformers' `generate` raises for them.  Raises `DataError` when the processor
+    does not keep which image belongs to which prompt.
     """
     processor, hf_model = model.processor, model.hf_model
     asked: dict[str, Any] = dict(text=list(prompts), return_tensors="pt", **options)
@@ -46,15 +45,15 @@ def model_inputs(
     _check_assigned(model, made, asked, images)
     made |= _decoder_start(model, made, prompts)
     if "labels" not in options and "input_ids" not in made:
-        made.pop("labels", None)  # the prompt again, which the decoder starts with
+        made.pop("labels", None)  # a copy of the prompt, with which the decoder starts
     return {name: value for name, value in made.items() if _is_read(hf_model, name)}
 
 
 def placeholder(model: Wrapped) -> str:
-    """Returns the text that stands for an image in front of a prompt that is no chat.
+    """Returns the image placeholder for prompts without a chat template (`""`: none needed).
 
-    Processors tell by what they do: some put the tokens of an image there by themselves, and
-    a placeholder would be one token more (`""`); others refuse all but one of their tokens.
+    It is found by trying.  Some processors add the tokens of an image themselves, so that a
+    placeholder would be one token too many.  Others accept only one of their tokens.
     """
     candidates = placeholders(model.processor)
     lengths = {text: _length(model, text) for text in ("", *candidates)}
@@ -66,14 +65,14 @@ def placeholder(model: Wrapped) -> str:
 
 
 def placeholders(processor: Any) -> list[str]:
-    """Returns the texts that may stand for an image in a prompt."""
+    """Returns the texts that may be the placeholder of an image in a prompt."""
     tokens = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
-    # Some keep the token itself, which str() turns into its text.
+    # Some processors have a token object, which str() converts to its text.
     return list(dict.fromkeys(str(token) for token in tokens if token))
 
 
 def _length(model: Wrapped, text: str) -> int | None:
-    """Returns how many tokens a prompt with one image becomes; None if it is refused."""
+    """Returns the number of tokens of a prompt with one image; None if the processor raises."""
     asked = {"text": [f"{text}."], "return_tensors": "pt"}
     try:
         made = _called(model.processor, [[Image.new("RGB", (224, 224))]], asked)
@@ -98,7 +97,7 @@ def _called(processor: Any, images: Nested, asked: Mapping[str, Any]) -> dict[st
 
 
 def _gives_types_on_demand(processor: Any, hf_model: nn.Module) -> bool:
-    """Whether the model takes a kind for every token that the processor only makes if asked to."""
+    """Whether the model takes token type ids that the processor returns only on request."""
     defaults = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
     known = defaults.get("text_kwargs", {}).get("return_mm_token_type_ids")
     known = getattr(processor, "return_mm_token_type_ids", known)
@@ -108,12 +107,12 @@ def _gives_types_on_demand(processor: Any, hf_model: nn.Module) -> bool:
 def _check_assigned(
     model: Wrapped, made: Mapping[str, Any], asked: Mapping[str, Any], images: Nested
 ) -> None:
-    """Raises where it is not told, or told wrongly, which image belongs to which prompt."""
+    """Raises `DataError` when the output does not keep which image belongs to which prompt."""
     counts = [len(row) for row in images]
     if not any(counts) or set(counts) == {1}:
         return
     held = _image_tokens(model, made)
-    if held is None:  # whatever belongs to a prompt belongs to it by its number
+    if held is None:  # no image tokens: images belong to prompts by their index
         told = not any(_is_flat(name, value, sum(counts)) for name, value in made.items())
     else:
         told = [bool(n) for n in held] == [bool(n) for n in counts] and not any(
@@ -123,15 +122,15 @@ def _check_assigned(
     if not told:
         raise DataError(
             f"{', '.join(map(str, counts))} images were given for {len(counts)} prompts, and "
-            f"{type(model.processor).__name__} does not say which belongs to which prompt: it "
-            "takes exactly one for each."
+            f"{type(model.processor).__name__} does not keep which image belongs to which prompt. "
+            "Give exactly one image for each prompt."
         )
 
 
 def _counts_once(
     model: Wrapped, asked: Mapping[str, Any], prompt: str, images: Sequence[Image.Image], n: int
 ) -> bool:
-    """Whether several images become no more than the `n` tokens of one, put in front unasked."""
+    """Whether several images give only the `n` tokens of one image, without a placeholder."""
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     written = [*placeholders(model.processor)]
     if model.anatomy.image_token_id is not None:
@@ -143,7 +142,7 @@ def _counts_once(
 
 
 def _image_tokens(model: Wrapped, made: Mapping[str, Any]) -> list[int] | None:
-    """Returns how many tokens of images each prompt holds; None where no prompt holds any."""
+    """Returns each prompt's number of image tokens; None where no prompt has any."""
     ids = made.get("input_ids")
     if ids is None:
         return None
@@ -163,7 +162,7 @@ def _is_mask_of_images(name: str, value: Any, ids: Tensor) -> bool:
 
 
 def _is_flat(name: str, value: Any, n_images: int) -> bool:
-    """Whether a tensor holds pictures one after another, whichever prompt they belong to."""
+    """Whether a tensor has all pictures in one axis, without the prompts they belong to."""
     pixels = ("pixel_values", "flattened_patches")
     return (
         name in pixels and isinstance(value, Tensor) and value.ndim < 5 and len(value) == n_images
@@ -173,10 +172,10 @@ def _is_flat(name: str, value: Any, n_images: int) -> bool:
 def _decoder_start(
     model: Wrapped, made: Mapping[str, Any], prompts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Returns the tokens that an encoder-decoder's answer starts from, one row for each prompt.
+    """Returns the tokens with which an encoder-decoder's answer starts, one row per prompt.
 
-    Where no tokens of the prompt go into the encoder, they are the beginning of the answer.
-    The token that every answer starts with is in front of them, as `generate` would put it.
+    When the encoder does not take the prompt, the answer starts with the prompt's tokens.  The
+    start token comes before them, as in `generate`.
     """
     config = getattr(model.hf_model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
@@ -210,7 +209,7 @@ def _start_token(hf_model: nn.Module) -> int:
 
 
 def _is_read(hf_model: nn.Module, name: str) -> bool:
-    """Whether a model takes an argument of a name, or something in it that it is handed on to."""
+    """Whether a model, or a module to which it passes its arguments, reads an argument."""
     own = inspect.signature(inspect.unwrap(type(hf_model).forward)).parameters
     if name in own or not any(p.kind is p.VAR_KEYWORD for p in own.values()):
         return name in own

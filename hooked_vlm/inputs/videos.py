@@ -1,9 +1,9 @@
-"""Videos: one grid of visual tokens for every frame.
+"""Finds the frames of videos: one grid of visual tokens for every frame.
 
-Models that take videos as packed patches (the Qwen-VL layout) are given frames, rows and
-columns of patches for each, and hold the place of every merged patch with the video token.
-A frame here is what the encoder makes of it: two pictures in time where it folds two into
-one patch.  Regions, boxes and interventions work on a frame's grid as on an image's.
+Models that take videos as packed patches (the Qwen-VL layout) get the numbers of frames, rows
+and columns of patches of each video, and their prompts have one video token for every merged
+patch.  A frame here is a frame of the encoder, which may combine two successive pictures into
+one patch.  Regions, boxes and interventions work on a frame's grid as on an image's grid.
 """
 
 from collections.abc import Mapping
@@ -24,24 +24,27 @@ Frames = tuple[tuple[tuple[TokenGrid, ...], ...], ...]
 
 
 def frame_grids(model: Wrapped, inputs: Mapping[str, Any]) -> Frames:
-    """Returns the grids of the frames of the videos in some inputs.
+    """Returns the grids of the frames of the videos in the inputs.
 
-    Pixels are those that the encoder sees.  `grid.patches` and `grid.projected` are rows of
-    the whole video, frames one after the other.
+    Pixels are those of the processed video.  `grid.patches` and `grid.projected` are rows of
+    the whole video, one frame after the other.
 
-    Raises `GridError` where the inputs do not say how many patches a video has, or where the
-    prompts do not hold as many video tokens.
+    Raises `GridError` when the inputs have no patch counts of the videos, or when the prompts
+    have another number of video tokens.
     """
     vision, ids = model.anatomy.vision, inputs["input_ids"]
     sizes = inputs.get("video_grid_thw")
     if vision is None or sizes is None:
         raise GridError(
-            "These inputs hold no video_grid_thw, which says how many frames, rows and columns of "
-            "patches each video has."
+            "These inputs hold no video_grid_thw, which has the frames, rows and columns of "
+            "patches of each video. Give inputs of a processor that packs video patches."
         )
     token = first_of(model.hf_model.config, "video_token_id", "video_token_index")
     if token is None:
-        raise GridError("The model's config names no video token, so no video can be found.")
+        raise GridError(
+            "The model's config has no video_token_id, so no video can be found in the prompt. "
+            "Give a model that takes videos."
+        )
     rest = [tuple(row) for row in sizes.tolist()]
     found, video = [], 0
     for prompt, row in enumerate(ids):
@@ -49,20 +52,27 @@ def frame_grids(model: Wrapped, inputs: Mapping[str, Any]) -> Frames:
         videos = []
         while len(positions):
             if not rest:
-                raise GridError(f"Prompt {prompt} has more video tokens than its videos have.")
+                raise GridError(
+                    f"Prompt {prompt} has {len(positions)} video tokens more than its videos "
+                    "have. Give every video that the prompt contains."
+                )
             frames, height, width = rest.pop(0)
             count = frames * height * width // vision.merge**2
             if len(positions) < count:
                 raise GridError(
                     f"Prompt {prompt} has {len(positions)} video tokens left for a video of "
-                    f"{frames} frames of {height}x{width} patches, which makes {count}."
+                    f"{frames} frames of {height}x{width} patches, which makes {count}. Check "
+                    "that the processor did not truncate the prompt."
                 )
             shape = frames, height, width
             videos.append(_frames(positions[:count], shape, vision, prompt, video))
             positions, video = positions[count:], video + 1
         found.append(tuple(videos))
     if rest:
-        raise GridError(f"{len(rest)} videos have no video tokens in the prompts.")
+        raise GridError(
+            f"{len(rest)} videos have no video tokens in the prompts. Give one placeholder per "
+            "video in the text."
+        )
     return tuple(found)
 
 

@@ -1,14 +1,13 @@
-"""Loading processors where torchvision is missing.
+"""Loads processors without torchvision.
 
-transformers' video processors need torchvision, and a processor that can take videos
-will not load without one even when only images are wanted.  `images_only` makes the
-same processor class without the parts that are not for images and text; image
-processors fall back to PIL by themselves.
+transformers' video processors need torchvision, so a processor that can take videos does not
+load without torchvision even for images only.  `images_only` makes the same processor class
+without the parts for other inputs than images and text; image processors use PIL instead.
 
-transformers reads the parts of a processor off the signature of its class's `__init__`,
-and the options it may be given off that function's code, so nothing may wrap it.  An
-object is therefore made by a class that differs in letting parts be missing, and then
-becomes one of a class that names only the parts it has.
+transformers reads the parts of a processor from the signature of its class's `__init__`, and
+the accepted options from that function's code, so `__init__` must not be wrapped.  Therefore
+an object is made by a class that accepts missing parts, and its class is then replaced by one
+that has only the remaining parts.
 """
 
 import inspect
@@ -28,11 +27,11 @@ _READ_BY = {
     "videos": ("video_processor",),
     **dict.fromkeys(("audio", "audios"), ("audio_processor", "feature_extractor")),
 }
-"""The parts that read what a processor is given, by the names of its arguments."""
+"""For arguments of a processor, the parts that read them."""
 
 
 class _Absent:
-    """Stands for a part that is missing while a processor reads defaults off it."""
+    """Replaces a missing part while a processor reads defaults from its attributes."""
 
     def __init__(self, default: str | None = None) -> None:
         self._default = default
@@ -44,7 +43,7 @@ class _Absent:
 
 
 class _Construction(type):
-    """Makes an object whose missing parts are None, then gives it its class."""
+    """Makes an object whose missing parts are None, then sets its class."""
 
     full: type[ProcessorMixin]
     parts: tuple[str, ...]
@@ -52,7 +51,7 @@ class _Construction(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         names = cls.parts
-        if len(args) < len(names):  # only the parts that there are
+        if len(args) < len(names):  # only the remaining parts were given
             names = [name for name in names if name not in cls.absent]
         given = dict(zip(names, args, strict=False))
         doubled = sorted(given.keys() & kwargs.keys())
@@ -62,8 +61,8 @@ class _Construction(type):
         for name in cls.absent:
             if given.get(name) is not None:
                 raise UnsupportedModelError(
-                    f"A {name} was given to a {cls.__name__} that is for images alone; give none, "
-                    "or use the class that it was made from."
+                    f"A {name} was given to a {cls.__name__} for images and text only. Give none, "
+                    "or use the original class."
                 )
         parts = [_Absent() if name in cls.absent else given.get(name) for name in cls.parts]
         made = cls.full(*parts, *args[len(names) :], **kwargs)
@@ -75,10 +74,10 @@ class _Construction(type):
 
 @cache
 def images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """Returns a processor class of the same name and behaviour that takes images and text alone.
+    """Returns a processor class of the same name and behaviour for images and text only.
 
-    Its `image_processor` and tokenizers are those of the class, the other parts None.
-    Constructed with keywords, or with positions: all parts, or all but the missing ones.
+    Its `image_processor` and tokenizers are those of the class; the other parts are None.  The
+    constructor takes all parts, or all but the missing ones, by keyword or by position.
     """
     parts = tuple(processor_class.get_attributes())
     absent = tuple(n for n in parts if n != "image_processor" and "tokenizer" not in n)
@@ -100,7 +99,7 @@ def images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
 
 def _members(base: Any, parts: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:
-    """Returns what a class for images alone does in another way than the class it is made from."""
+    """Returns the methods in which the class for images only differs from the original class."""
     kept = [name for name in parts if name not in absent]
 
     def loaded(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
@@ -124,7 +123,7 @@ def _members(base: Any, parts: Sequence[str], absent: Sequence[str]) -> dict[str
             return base.apply_chat_template(self, *args, **kwargs)
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _standing_in(self, absent, ""):  # one looks whether a file of that name is there
+        with _standing_in(self, absent, ""):  # it looks for a file with this name
             return base.save_pretrained(self, *args, **kwargs)
 
     return {
@@ -145,15 +144,15 @@ def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def _refuse_absent(
     base: Any, absent: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
-    """Raises where a processor is given what a part that is missing would have to read."""
+    """Raises `MissingExtraError` for an argument that a missing part would have to read."""
     given = inspect.signature(base.__call__).bind_partial(*args).arguments | kwargs
     for name, parts in _READ_BY.items():
         missing = [part for part in parts if part in absent]
         if missing and given.get(name) is not None:
             raise MissingExtraError(
-                f"{name} was given to a {base.__name__} without a {missing[0]}: it was made for "
-                "images alone, as is done where torchvision is missing. Install torchvision and "
-                "load the processor anew, or give images alone."
+                f"{name} was given to a {base.__name__} without a {missing[0]}: torchvision is "
+                "not installed, so the processor was loaded for images and text only. Install "
+                "torchvision and load the processor again, or give only images."
             )
 
 
@@ -161,7 +160,7 @@ def _refuse_absent(
 def _standing_in(
     processor: Any, absent: Sequence[str], default: str | None = None
 ) -> Iterator[None]:
-    """Lets some code read defaults off missing parts, as a chat template does for videos."""
+    """Lets code read defaults from missing parts, as a chat template does for videos."""
     before = {name: getattr(processor, name) for name in absent}
     for name, value in before.items():
         setattr(processor, name, _Absent(default) if value is None else value)
@@ -173,9 +172,10 @@ def _standing_in(
 
 
 def load_processor(name: str, **kwargs: Any) -> Any:
-    """Returns the processor of a folder or hub name, for images alone if it could not load whole.
+    """Returns the processor of a folder or hub name.
 
-    That is, if it has a part for videos and torchvision is missing.
+    A processor with a part for videos is loaded for images and text only when torchvision is
+    not installed.
     """
     if is_torchvision_available() or kwargs.get("trust_remote_code"):
         return AutoProcessor.from_pretrained(name, **kwargs)
@@ -186,7 +186,7 @@ def load_processor(name: str, **kwargs: Any) -> Any:
 
 
 def _processor_class(name: str, kwargs: dict[str, Any]) -> Any:
-    """Returns the class that a processor was saved as, or the usual one of the model, or None."""
+    """Returns the saved class of a processor, else the usual class of the model, else None."""
     for read in (ProcessorMixin.get_processor_dict, ImageProcessingMixin.get_image_processor_dict):
         try:
             saved, _ = read(name, **kwargs)

@@ -1,12 +1,12 @@
-"""How many numbers flow at each site, from sizes alone: nothing runs.
+"""Computes the number of values at each site from sizes only; the model does not run.
 
-A site's size is a width, which its module or the config tells (features, heads), times a
-count of rows, which the inputs tell (positions, patches, visual tokens, or pairs of them).
-Widths are read once for a model; counts once for some inputs, and only those asked for.
-What inputs cannot tell (how long the source of a cross-attention is) counts as None.
+A site's size is a width (features, heads), from its module or the config, times a number of
+rows (positions, patches, visual tokens, or pairs of them), from the inputs.  Widths are read
+once for a model.  Numbers of rows are computed once for each inputs, and only when needed.
+A number that the inputs do not determine (the length of a cross-attention's source) is None.
 
-Assumed: prompts are as long as their ids, every image goes through the encoder in one
-call, and what the projector reads is the encoder's output, however it is folded.
+Assumptions: prompts are as long as their ids, the encoder runs once for all images, and the
+projector reads the encoder's output, folded in any way.
 """
 
 import re
@@ -29,13 +29,13 @@ from hooked_vlm.inputs.pixel_routing import holds_pixels, pixel_name
 
 @dataclass(frozen=True)
 class Width:
-    """How many numbers a site holds for each of the things that it has one row for."""
+    """The number of values in one row of a site."""
 
     per: str
-    """What a row stands for (a property of `Counts`)."""
+    """The kind of a row: the name of a property of `Counts`."""
     numbers: int
     inside: bool
-    """Whether it is in the vision encoder or the projector."""
+    """Whether the site is in the vision encoder or the projector."""
 
 
 class Footprint:
@@ -62,10 +62,10 @@ class Footprint:
         self._bound = self.summed(list(sites))
 
     def summed(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Returns the widths of some sites together, by what a row stands for.
+        """Returns the sums of the sites' widths, by kind of row.
 
-        A pair for each: in the language model, and in the vision encoder or projector.
-        Runs repeat themselves, so the last answer is kept.
+        Each is a pair: in the language model, and in the vision encoder or projector.
+        Successive runs often use the same sites, so the last result is cached.
         """
         names = list(names)
         if names == self._summed[0]:
@@ -78,9 +78,9 @@ class Footprint:
         return self._summed[1]
 
     def at_most(self, inputs: Mapping[str, Any]) -> int:
-        """Returns a number that the numbers at all sites together do not exceed.
+        """Returns an upper bound of the number of values at all sites together.
 
-        It reads shapes alone, so it costs microseconds and waits for no GPU.  Sites of
+        It reads only shapes, so it takes microseconds and does not wait for a GPU.  Sites of
         unknown size are left out.
         """
         batch, pos = _prompts(self.hf_model, inputs) or (0, 0)
@@ -138,7 +138,7 @@ class Footprint:
         return sizes.get(axes[-1]) or tower.d_model
 
     def _beside(self, site: Site, tower: StackConfig) -> int:
-        """Returns the width of rotated queries and keys, or values, off the linear maps there."""
+        """Returns the width of rotated queries and keys, or of values, from related linear maps."""
         if site.part != "v":
             same = self.sites.get(f"{_inside(site)}hook_{site.part[-1]}")
             return self._linear(same) if same else 0
@@ -153,7 +153,7 @@ class Footprint:
         return z.heads if z else 0
 
     def _linear(self, site: Site) -> int:
-        """Returns the width that a linear map says a site has, or 0 where there is none."""
+        """Returns the width of a linear map's site, or 0 where the module is no linear map."""
         module: Any = self.hf_model.get_submodule(site.module)
         if site.tap not in ("input", "output") or not is_linear(module):
             return 0
@@ -165,24 +165,24 @@ class Footprint:
 
 
 class Counts:
-    """How many rows of each kind some inputs make; None where they do not tell."""
+    """The numbers of rows of each kind for some inputs; None where they are not determined."""
 
     def __init__(self, footprint: Footprint, inputs: Mapping[str, Any]) -> None:
         self._of, self._inputs = footprint, inputs
 
     def __getitem__(self, per: str) -> int | None:
-        """Returns the count of a kind, 0 for those of images where there is none."""
+        """Returns the number of rows of a kind; 0 for image rows without an image."""
         return getattr(self, per, None)
 
     @cached_property
     def position(self) -> int | None:
-        """Positions of all prompts, padding counted."""
+        """Positions of all prompts, including padding."""
         shape = _prompts(self._of.hf_model, self._inputs)
         return None if shape is None else shape[0] * shape[1]
 
     @cached_property
     def pair(self) -> int | None:
-        """Pairs of a query's and a key's position."""
+        """Pairs of a query position and a key position."""
         shape = _prompts(self._of.hf_model, self._inputs)
         return None if shape is None else shape[0] * shape[1] ** 2
 
@@ -193,7 +193,7 @@ class Counts:
 
     @cached_property
     def patch(self) -> int:
-        """Rows of the encoder: patches and what stands in front of them."""
+        """Rows of the encoder: patches and the tokens before them."""
         return self.bare_patch + self._prefix * len(self._images)
 
     @cached_property
@@ -203,7 +203,7 @@ class Counts:
 
     @cached_property
     def patch_pair(self) -> int:
-        """Pairs of rows of the encoder that see each other: those of one frame."""
+        """Pairs of encoder rows that attend to each other: those of one frame."""
         return sum(frames * (patches + self._prefix) ** 2 for frames, patches in self._images)
 
     @cached_property
@@ -223,12 +223,12 @@ class Counts:
 
     @cached_property
     def feature(self) -> int:
-        """Numbers that the projector reads."""
+        """Number of values that the projector reads."""
         vision = self._of.vision
         if vision is None or not self._images:
             return 0
         config = getattr(self._of.hf_model, "config", None)
-        # The one name by which transformers' configs say that the class token is left out.
+        # The option with which transformers' configs exclude the class token.
         cut = getattr(config, "vision_feature_select_strategy", None) == "default"
         rows = self.patch - (len(self._images) if cut else 0)
         return rows * vision.d_model * len(vision.read_layers or (0,))
@@ -239,7 +239,7 @@ class Counts:
 
     @cached_property
     def _grid(self) -> Tensor | None:
-        """Frames, rows and columns of patches of each image, where the inputs say them."""
+        """Frames, rows and columns of patches of each image, where the inputs have them."""
         vision = self._of.vision
         if vision is None or not vision.packed:
             return None
@@ -260,17 +260,17 @@ class Counts:
             return [(1, patches)] * images
         found = [(frames, rows * cols) for frames, rows, cols in self._grid.tolist()]
         total = sum(frames * n for frames, n in found)
-        told_merged = images == 1 and total and not patches % total  # packed, in larger units
+        told_merged = images == 1 and total and not patches % total  # merged
         return [(frames, n * (patches // total)) for frames, n in found] if told_merged else found
 
 
 def _inside(site: Site) -> str:
-    """Returns the part of a site's name that its siblings share."""
+    """Returns the prefix of a site's name that it shares with the other sites of its module."""
     return site.name.rpartition("hook_")[0]
 
 
 def _prompts(hf_model: nn.Module | None, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Returns how many prompts there are, and their length for the decoder."""
+    """Returns the number of prompts, and their length for the decoder."""
     config = getattr(hf_model, "config", None)
     names = ("decoder_input_ids", "decoder_inputs_embeds")
     if not getattr(config, "is_encoder_decoder", False):
@@ -280,9 +280,9 @@ def _prompts(hf_model: nn.Module | None, inputs: Mapping[str, Any]) -> tuple[int
 
 
 def _pixels(inputs: Mapping[str, Any], vision: Vision | None) -> tuple[int, int]:
-    """Returns how many images the pixels' shape shows, and the patches of each (packed: as one)."""
+    """Returns the number of images, and the patches of each; packed images count as one."""
     name = pixel_name(inputs) if holds_pixels(inputs) else None
-    if name is None and _prompts(None, inputs) is None:  # an encoder alone may call them otherwise
+    if name is None and _prompts(None, inputs) is None:  # an encoder may use another name
         floats = (n for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point())
         name = next(floats, None)
     if vision is None or name is None:
@@ -299,7 +299,7 @@ _GRID = re.compile(r"grid_t?hws?$|target_sizes$|image_sizes$")
 
 
 def _full_layers(hf_model: nn.Module, vision: Vision | None) -> frozenset[int] | None:
-    """Returns the vision blocks without attention windows, if others have them; else None."""
+    """Returns the vision blocks without attention windows; None if no block has windows."""
     if vision is None or not vision.packed:
         return None
     encoder = hf_model.get_submodule(vision.path)
@@ -309,7 +309,7 @@ def _full_layers(hf_model: nn.Module, vision: Vision | None) -> frozenset[int] |
 
 
 def _window_lengths(footprint: Footprint, grid: Tensor | None) -> list[int] | None:
-    """Returns how many patches each attention window holds, as transformers itself counts them."""
+    """Returns the number of patches in each attention window, computed by transformers."""
     if footprint.vision is None or grid is None:
         return None
     encoder: Any = footprint.hf_model.get_submodule(footprint.vision.path)

@@ -1,9 +1,9 @@
-"""What every wrapped model has, with a language model or without: sites by name, and running.
+"""The base class of wrapped models: sites by name, hooks and caches.
 
-A `HookedModel` holds a transformers model, its sites and their hook points; it attaches
-functions to them, keeps what flows there, and says what never ran.  It is abstract: what a
-model is made of (`forward`, `prepare`, `run_with_cache`) is said by the final classes,
-`vlm.HookedVLM` and `encoder.HookedVisionEncoder`.
+A `HookedModel` holds a transformers model, its sites and their hook points.  It attaches
+functions to sites, caches activations, and warns about sites that never ran.  It is
+abstract: the final classes, `vlm.HookedVLM` and `encoder.HookedVisionEncoder`, define
+`forward`, `prepare` and `run_with_cache`.
 """
 
 import sys
@@ -32,10 +32,10 @@ from hooked_vlm.model.memory import require_memory
 
 
 ModelInputs = Mapping[str, Any]
-"""What `prepare` returns, or any mapping of the tensors the wrapped model's forward takes."""
+"""The result of `prepare`, or any mapping of the tensors that the wrapped model's forward takes."""
 
 FwdHook = Any
-"""`(name, function)`, the name a string, a pattern or a function of names; or an intervention."""
+"""`(name, function)`, where name is a string, a pattern or a predicate; or an intervention."""
 
 Wrapped = TypeVar("Wrapped", bound="HookedModel")
 
@@ -46,7 +46,7 @@ class HookedModel:
     cfg: HookedVLMConfig | EncoderConfig
 
     def __init__(self, hf_model: nn.Module, sites: dict[str, Site], vision: Vision | None) -> None:
-        """Holds a model, its sites in the order in which a pass meets them, and its encoder."""
+        """Wraps a model with its sites, in the order of a forward pass, and its encoder."""
         self.hf_model = hf_model
         self.sites: dict[str, Site] = sites
         self.hook_dict: dict[str, HookPoint] = {
@@ -62,12 +62,12 @@ class HookedModel:
 
     @property
     def hook_names(self) -> list[str]:
-        """The names of all sites, in the order in which a forward pass meets them."""
+        """The names of all sites, in the order of a forward pass."""
         return list(self.sites)
 
     @property
     def footprint(self) -> Footprint:
-        """How wide each site is, for estimates of memory (see `memory.estimate_cache`)."""
+        """The width of each site, for estimates of memory (see `memory.estimate_cache`)."""
         if self._footprint is None:
             self._footprint = Footprint(self.hf_model, self.sites, self.cfg, self._vision)
         return self._footprint
@@ -79,11 +79,11 @@ class HookedModel:
         inputs: ModelInputs | None = None,
         prefill_only: bool = False,
     ) -> Iterator[Wrapped]:
-        """Attaches hook functions for the length of a `with` block.
+        """Attaches hook functions for the duration of a `with` block.
 
-        Blocks nest: outer functions run first.  Interventions among `fwd_hooks` need the
-        `inputs` they will act on.  Raises `UnknownHookError` for a name of no site before
-        anything is attached; whatever happens inside, nothing stays attached after.
+        In nested blocks, outer functions run first.  Interventions among `fwd_hooks` need the
+        `inputs` they will act on.  Raises `UnknownHookError` for an unknown name before any
+        function is attached.  All functions are removed at the end, also after an error.
         """
         with self._attached_to_sites(self._pairs(fwd_hooks, inputs), prefill_only):
             yield self
@@ -97,7 +97,7 @@ class HookedModel:
         prefill_only: bool = False,
         is_generation: bool = False,
     ) -> Iterator[None]:
-        """Attaches functions to sites by their own names; see `hooks`."""
+        """Attaches functions to sites with exact names; see `hooks`."""
         self._say_eager(pairs)
         self._open.append((pairs, PassCounter(prefill_only, is_generation)))
         try:
@@ -115,7 +115,7 @@ class HookedModel:
         prefill_only: bool = False,
         is_generation: bool = False,
     ) -> Any:
-        """Returns what `run` returns under hook functions; warns when a named site never ran."""
+        """Returns the result of `run` under hook functions; warns when a named site never ran."""
         pairs = self._pairs(fwd_hooks, inputs)
         ran: set[str] = set()
         note = Reader(lambda _, hook: ran.add(hook.name))
@@ -136,18 +136,20 @@ class HookedModel:
         check_memory: bool,
         stop_at_layer: int | None = None,
     ) -> tuple[Any, ActivationCache]:
-        """Returns what `run` returns, and the cache of the sites that a filter selects.
+        """Returns the result of `run`, and the cache of the sites that a filter selects.
 
-        With `stop_at_layer` it need not reach them all.
+        With `stop_at_layer`, the pass may end before some of these sites; they are not cached.
         """
+        # 1. Select the sites, and verify that their cache fits into memory.
         names = select_names(names_filter, self.hook_names)
         if check_memory:
             warning = require_memory(self, inputs, names, stop_at_layer, device)
             if warning:
                 warnings.warn(warning, HookedVLMWarning, stacklevel=_callers_level())
+        # 2. Run with a reader at each site.
         pairs = self._pairs(fwd_hooks, inputs)
         found: dict[str, VisionActivation] = {}
-        # A later hook may edit, in place, memory that an earlier site shares.
+        # A later hook may edit memory in place that an earlier site shares, hence the copy.
         copy = bool(pairs) or bool(self._open)
 
         def keep(tensor: Tensor) -> Tensor:
@@ -157,12 +159,13 @@ class HookedModel:
         def store(value: VisionActivation, hook: HookPoint) -> None:
             kept = [keep(v) for v in value] if isinstance(value, list) else keep(value)
             if hook.call > 0 and hook.axes.startswith("image") and hook.name in found:
-                kept = joined(found[hook.name], kept)  # its module runs once for each image
+                kept = joined(found[hook.name], kept)  # the module runs once for each image
             found[hook.name] = kept
 
         reader = Reader(store)
         with self._attached_to_sites([*pairs, *((name, reader) for name in names)]):
             output = run()
+        # 3. Warn about named sites that never ran.  All other filters select sites loosely.
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
         kept = {name: found[name] for name in names if name in found}
@@ -170,7 +173,7 @@ class HookedModel:
 
     @property
     def is_hooked(self) -> bool:
-        """Whether hooks are open, by `with model.hooks(...)`."""
+        """Whether a `with model.hooks(...)` block is open."""
         return bool(self._open)
 
     @property
@@ -179,7 +182,7 @@ class HookedModel:
         return {name for pairs, _ in self._open for name, _ in pairs}
 
     def _reattach(self) -> None:
-        """Attaches the functions of all open blocks anew, so that the outer ones run first."""
+        """Attaches the functions of all open blocks again, so that outer functions run first."""
         self._attached.close()
         if self._open:
             self._attached.enter_context(
@@ -194,21 +197,24 @@ class HookedModel:
         for item in fwd_hooks:
             if hasattr(item, "hooks_for"):
                 if inputs is None:
-                    raise HookError(f"{item} needs the inputs it acts on: hooks(…, inputs=inputs).")
+                    raise HookError(
+                        f"{item} needs the inputs it acts on, and none were given. Use "
+                        "hooks(…, inputs=inputs)."
+                    )
                 pairs += self._resolved(item.hooks_for(self, inputs))
             elif isinstance(item, tuple) and len(item) == 2 and callable(item[1]):
                 pairs += self._resolved([item])
             else:
                 raise HookError(
-                    f"{item!r} is not a hook: give (name, function), the name a string, a pattern "
-                    "or a function of names, or an intervention such as Patch(…)."
+                    f"{item!r} is not a hook. Give (name, function), where name is a string, a "
+                    "pattern or a function of names; or an intervention such as Patch(…)."
                 )
         return pairs
 
     def _resolved(
         self, hooks: Iterable[tuple[Any, HookFunction]]
     ) -> list[tuple[str, HookFunction]]:
-        """Returns (site name, function) pairs for functions under names, patterns or filters."""
+        """Returns (site name, function) pairs for functions with names, patterns or filters."""
         pairs: list[tuple[str, HookFunction]] = []
         for name, fn in hooks:
             known = isinstance(name, str) and name in self.sites
@@ -217,7 +223,7 @@ class HookedModel:
         return pairs
 
     def _say_eager(self, pairs: list[tuple[str, Callable]]) -> None:
-        """Warns, once, that scores and patterns come from eager attention in their layers."""
+        """Warns once per model that layers with hooked scores or patterns run eager attention."""
         wanted = {
             self.sites[name].module
             for name, _ in pairs
@@ -228,10 +234,11 @@ class HookedModel:
             return
         self._said_eager = True
         warnings.warn(
-            f"Attention scores or patterns were asked for in {len(wanted)} layers: those layers "
-            f"run eager attention in place of {' and '.join(sorted(bases))}, which costs memory "
-            "and can change outputs in the last bits. Leave these sites out with names_filter, or "
-            "load with attn_implementation='eager' to have every run alike. (Said once per model.)",
+            f"Attention scores or patterns are hooked in {len(wanted)} layers: these layers "
+            f"run eager attention in place of {' and '.join(sorted(bases))}, which needs memory "
+            "and can change outputs in the last bits. Exclude these sites with names_filter, or "
+            "load with attn_implementation='eager' so that all runs use it. (Shown once per "
+            "model.)",
             HookedVLMWarning,
             stacklevel=_callers_level(),
         )
@@ -240,15 +247,15 @@ class HookedModel:
         if names:
             shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
             warnings.warn(
-                f"{len(names)} of the sites asked for never ran, so nothing was read or written "
-                f"there: {shown}. Vision sites run only when the inputs hold an image.",
+                f"{len(names)} of the sites requested never ran, so nothing was read or written "
+                f"there: {shown}. Vision sites run only when the inputs have an image.",
                 HookedVLMWarning,
                 stacklevel=_callers_level(),
             )
 
 
 def _callers_level() -> int:
-    """Returns the `stacklevel` at which a warning names the line that called these classes."""
+    """Returns the `stacklevel` with which a warning shows the line that called these classes."""
     own = (__name__, "hooked_vlm.model.vlm", "hooked_vlm.model.encoder", "contextlib")
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__") in own:

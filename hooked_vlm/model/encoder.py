@@ -1,12 +1,12 @@
-"""`HookedVisionEncoder`: a vision encoder by itself, with the sites it has inside a VLM.
+"""`HookedVisionEncoder`: a vision encoder without a language model, with the sites of a VLM's.
 
     model = HookedVisionEncoder.from_pretrained("facebook/dinov2-base")
     inputs = model.prepare([image, other])
     output, cache = model.run_with_cache(inputs)
     cache["resid_post", 3, "vision_encoder"], output.last_hidden_state
 
-`inputs.grids[0][0]` is the grid of the first image: its cells are patches, so that regions
-made from pixels say what to patch, ablate or steer.
+`inputs.grids[0][0]` is the grid of the first image.  Its cells are patches, and regions made
+from pixels select the patches to patch, ablate or steer.
 """
 
 from collections.abc import Sequence
@@ -28,15 +28,23 @@ from hooked_vlm.model.loading import load_image_model
 
 
 class HookedVisionEncoder(HookedModel):
-    """A vision encoder whose activations can be read, replaced and steered by name."""
+    """A vision encoder whose activations can be read, replaced and steered by name.
+
+    >>> from PIL import Image
+    >>> model = HookedVisionEncoder.from_pretrained("tiny-gemma-3")
+    >>> inputs = model.prepare(Image.new("RGB", (192, 192)))
+    >>> output, cache = model.run_with_cache(inputs, "vision_encoder.blocks.*.hook_resid_post")
+    >>> inputs.grids[0][0].shape, cache["resid_post", 0, "vision_encoder"].shape
+    ((24, 24), torch.Size([1, 576, 64]))
+    """
 
     def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
         """Wraps a loaded encoder; `processor` is only needed for `prepare`.
 
-        Of a model that takes text as well (CLIP, SigLIP, a VLM), the image encoder is wrapped.
+        For a model that also takes text (CLIP, SigLIP, a VLM), its image encoder is wrapped.
 
-        Raises `UnsupportedModelError` for a model without one residual stream of patches:
-        convolutional, in stages, or with attention in windows.
+        Raises `UnsupportedModelError` for a model without a single residual stream of patches:
+        a convolutional one, one with stages, or one with attention in windows.
         """
         tower = read_tower(find_tower(hf_model))
         vision = tower.vision
@@ -60,7 +68,7 @@ class HookedVisionEncoder(HookedModel):
         device_map: Any = None,
         **kwargs: Any,
     ) -> "HookedVisionEncoder":
-        """Loads what `AutoModel` makes of a local folder or hub name; safetensors only.
+        """Loads a shipped model, a local folder or a hub name with `AutoModel`; safetensors only.
 
         Other keyword arguments go to transformers' `from_pretrained`
         (`attn_implementation`, `revision`, …).  Remote code runs only when
@@ -73,16 +81,16 @@ class HookedVisionEncoder(HookedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder computes, and so where inputs belong."""
+        """The device on which the encoder computes; inputs belong there."""
         return execution_device(self.hf_model) or self.cfg.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the encoder computes in, and so what pixels belong in."""
+        """The dtype in which the encoder computes; pixels belong in it."""
         return self.cfg.dtype
 
     def describe(self) -> str:
-        """Returns the sites as a tree with their shapes, layers folded together."""
+        """Returns the sites as a tree with their shapes, with all layers in one entry."""
         return describe_sites(self.cfg, self.sites)
 
     def __repr__(self) -> str:
@@ -92,26 +100,26 @@ class HookedVisionEncoder(HookedModel):
         )
 
     def prepare(self, images: Images, **processor_kwargs: Any) -> Inputs:
-        """Turns an image, or a list of them, into the encoder's inputs, each with a grid.
+        """Converts an image, or a list of images, to the encoder's inputs, each with a grid.
 
         Images are PIL, numpy `[height, width, 3]` or tensors `[3, height, width]`, with
-        values in 0..255 (integers) or 0..1 (floats).  Cells of a grid are patches, and its
-        positions the encoder's rows, class and register tokens counted.
+        values in 0..255 (integers) or 0..1 (floats).  The cells of a grid are patches, and its
+        positions are the encoder's rows, counting class and register tokens.
 
         Raises `GridError` when the patches cannot be placed on the image.  Warns when the
-        processor resizes an image, because cells move.
+        processor resizes an image, because this changes the size of cells.
         """
         return prepare_images(self, images, processor_kwargs)
 
     def grids(self, inputs: ModelInputs) -> tuple:
-        """Returns the `TokenGrid` of each image of any inputs, each in a tuple of its own.
+        """Returns the `TokenGrid` of each image of the inputs, each in a tuple of its own.
 
-        For inputs that `prepare` did not make, pixels are those the encoder sees.
+        For inputs that `prepare` did not make, pixels are those of the processed images.
         """
         return inputs.grids if isinstance(inputs, Inputs) else find_grids(self, inputs)
 
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Any:
-        """Runs the wrapped encoder and returns its own output; keyword arguments go to it."""
+        """Runs the wrapped encoder with the keyword arguments and returns its output."""
         return self.hf_model(**inputs, **kwargs)
 
     __call__ = forward
@@ -119,7 +127,7 @@ class HookedVisionEncoder(HookedModel):
     def run_with_hooks(
         self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
     ) -> Any:
-        """Runs once under hook functions or interventions, and returns the encoder's own output.
+        """Runs once under hook functions or interventions, and returns the encoder's output.
 
         Warns when a named site never ran.
         """
@@ -138,9 +146,9 @@ class HookedVisionEncoder(HookedModel):
         """Runs once and returns `(output, cache)`; cached tensors are detached.
 
         `names_filter` selects sites by name, pattern, a sequence of these, or a function.
-        Values are cached as they are after `fwd_hooks`, which may edit them.  `device`
-        moves the cached tensors as they are taken.  Raises `CacheMemoryError` before
-        anything runs when the cache will not fit, unless `check_memory=False`.
+        Values are cached after `fwd_hooks` have run, which may edit them.  `device` is where
+        cached tensors are moved.  Raises `CacheMemoryError` before the run when the cache does
+        not fit into memory, unless `check_memory=False`.
         """
 
         def run() -> Any:

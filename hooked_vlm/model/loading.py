@@ -1,7 +1,7 @@
-"""Loading models: shipped ones by name, folders and hub names by transformers.
+"""Loads models: shipped models by name, folders and hub names with transformers.
 
-Only safetensors are loaded, never pickles, and no remote code runs unless the user
-passes `trust_remote_code=True`.
+Only safetensors are loaded, never pickles.  Remote code runs only when the user passes
+`trust_remote_code=True`.
 """
 
 import warnings
@@ -33,15 +33,18 @@ def load_pretrained(
     device_map: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """Returns a model and its processor, by the name of a shipped model, a folder or a hub name.
+    """Returns a model and its processor; `name` is a shipped model, a folder or a hub name.
 
-    Raises `UnsupportedModelError` when nothing of that name can be loaded, and
+    Raises `UnsupportedModelError` when no model of that name can be loaded, and
     `MissingExtraError` for a `device_map` without accelerate.
     """
     if _is_shipped(name):
         chosen: Any = torch.float32 if dtype == "auto" else dtype
         if device_map is not None:
-            raise UnsupportedModelError(f"{name} is small: give device=…, not device_map.")
+            raise UnsupportedModelError(
+                f"device_map={device_map!r} was given for {name}, which is small enough for one "
+                "device: give device=…, not device_map."
+            )
         return load(name, dtype=chosen, device=device or "cpu", **kwargs)
     model = _from_pretrained(AutoModelForImageTextToText, name, dtype, device_map, kwargs)
     try:
@@ -59,10 +62,10 @@ def load_image_model(
     device_map: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """Returns what `AutoModel` makes of a name, a dual encoder whole, and its image processor.
+    """Returns the model that `AutoModel` loads and its image processor.
 
-    Names, options and errors are those of `load_pretrained`.  Warns, and returns None in
-    its place, when there is no image processor.
+    Names, options and errors are those of `load_pretrained`; a dual encoder is loaded whole.
+    Without an image processor, warns and returns None in its place.
     """
     if _is_shipped(name):
         options = {"dtype": dtype, "device": device, "device_map": device_map, **kwargs}
@@ -74,9 +77,9 @@ def load_image_model(
     except (OSError, ValueError, ImportError) as error:  # some image processors need torchvision
         processor = None
         warnings.warn(
-            f"No image processor was loaded for {name!r}, so prepare() will not work: give "
-            "run_with_cache and the rest the tensors the encoder takes. transformers says: "
-            f"{str(error).strip().splitlines()[0]}",
+            f"No image processor was loaded for {name!r}, so prepare() will raise. transformers "
+            f"reports: {str(error).strip().splitlines()[0]} Give run_with_cache and other methods "
+            "the tensors that the encoder takes.",
             HookedVLMWarning,
             stacklevel=3,
         )
@@ -90,7 +93,7 @@ def _is_shipped(name: str) -> bool:
 def _from_pretrained(auto: Any, name: str, dtype: Any, device_map: Any, kwargs: Any) -> Any:
     if device_map is not None and not is_accelerate_available():
         raise MissingExtraError(
-            f"device_map={device_map!r} needs accelerate, which is not installed: "
+            f"device_map={device_map!r} needs accelerate, which is not installed. Run "
             "pip install 'hooked-vlm[gpu]', or give device='cuda'."
         )
     try:
@@ -110,6 +113,6 @@ def _not_loaded(name: str, error: Exception) -> UnsupportedModelError:
     shipped = ", ".join(available())
     return UnsupportedModelError(
         f"Could not load {name!r}: it is none of the shipped models ({shipped}), and "
-        f"transformers says: {str(error).strip().splitlines()[0]}"
+        f"transformers reports: {str(error).strip().splitlines()[0]}"
         f"{did_you_mean(name, available())}"
     )

@@ -1,11 +1,12 @@
-"""What a cache will need, said before anything runs, and refused where it cannot fit.
+"""Estimates the memory of a cache before a run, and raises when the cache does not fit.
 
     print(estimate_cache(model, inputs))
     The cache needs about 31 GB: blocks.*.attn.hook_pattern 12 GB, …
     names_filter="blocks.*.hook_resid_post" needs 0.4 GB, …
 
-Sizes are `activation_sizes`', so nothing runs.  Bytes are those of `ActivationCache.nbytes`:
-sites that share memory (a block's output is the next one's input) count twice.
+Sizes come from `activation_sizes`, so the model does not run.  Bytes are counted as in
+`ActivationCache.nbytes`: sites that share memory (a block's output is the input of the next
+block) count twice.
 """
 
 import re
@@ -23,7 +24,7 @@ from hooked_vlm.model.activation_sizes import Counts, Footprint
 
 
 _NOT_WORTH_ASKING = 2**26
-"""Bytes below which nobody's memory is asked after."""
+"""Below this size in bytes, free memory is not queried."""
 _LARGEST_NUMBER = 8
 """Bytes of a number in the widest dtype."""
 
@@ -43,15 +44,15 @@ class Sized(Protocol):
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """The memory that one cache will need; `print` it."""
+    """The estimated memory of one cache; `print` shows it as text."""
 
     nbytes: int
     by_group: Mapping[str, int]
-    """Bytes by site, its layers together under a pattern that `names_filter` takes."""
+    """Bytes by site; all layers of a site form one pattern that `names_filter` takes."""
     cheaper: Mapping[str, int]
-    """Filters that keep less, as they are written, and their bytes."""
+    """Filters that select fewer sites, as source text, and their bytes."""
     unknown: tuple[str, ...] = ()
-    """Sites, likewise, that are not counted, because the inputs do not tell their size."""
+    """Patterns of sites that are not counted, because the inputs do not determine their size."""
 
     def __str__(self) -> str:
         largest = sorted(self.by_group.items(), key=lambda item: -item[1])
@@ -61,12 +62,12 @@ class CacheEstimate:
         if self.cheaper:
             text += f" {self.advice}."
         if self.unknown:
-            text += f" Not counted, as the inputs do not tell: {', '.join(self.unknown)}."
+            text += f" Not counted, because their size is unknown: {', '.join(self.unknown)}."
         return text
 
     @property
     def advice(self) -> str:
-        """The cheaper filters and what they need, in a line."""
+        """The cheaper filters and the memory they need, as one line."""
         return ", ".join(f"{text} needs {size_text(n)}" for text, n in self.cheaper.items())
 
 
@@ -76,18 +77,18 @@ def estimate_cache(
     names_filter: NamesFilter = None,
     stop_at_layer: int | None = None,
 ) -> CacheEstimate:
-    """Returns what `model.run_with_cache` with these arguments will cache, without running it.
+    """Returns the memory that `model.run_with_cache` needs with these arguments, without running.
 
-    Exact for sites whose size the inputs tell, which is all of them in models of the
-    Qwen-VL, Gemma 3 and LLaVA kind.  Raises `UnknownHookError` for a filter that selects
-    nothing.
+    The estimate is exact for sites whose size the inputs determine.  In models like Qwen-VL,
+    Gemma 3 and LLaVA these are all sites.  Raises `UnknownHookError` for a filter that selects
+    no site.
     """
     names = select_names(names_filter, model.hook_names)
     return _estimate(model, inputs, _reached(model, names, stop_at_layer))
 
 
 def _reached(model: Sized, names: Sequence[str], layer: int | None) -> Sequence[str]:
-    """Returns those of some sites that a pass reaches which ends in front of an LM block."""
+    """Returns the sites that a pass reaches when it ends before an LM block."""
     if layer is None:
         return names
     n_layers, known = model.footprint.cfg.n_layers, model.hook_names
@@ -104,11 +105,10 @@ def require_memory(
     stop_at_layer: int | None,
     device: str | torch.device | None,
 ) -> str | None:
-    """Raises `CacheMemoryError` for a cache that will not fit where it is to be kept.
+    """Raises `CacheMemoryError` for a cache that does not fit into the memory of its device.
 
-    Returns a warning about one that takes more than half of what is free.  Asks for the
-    free memory only when the cache is not small, and for its size only when the inputs are
-    not.
+    Returns a warning for a cache that takes more than half of the free memory.  Small inputs
+    are skipped without an estimate, and small caches without a query of the free memory.
     """
     if model.footprint.at_most(inputs) * _LARGEST_NUMBER < _NOT_WORTH_ASKING:
         return None
@@ -121,19 +121,19 @@ def require_memory(
         if free is None or needed <= free / 2:
             continue
         have = f"{size_text(needed)} and {size_text(free)} are free on {place}"
-        advice = _estimate(model, inputs, names).advice or "cache fewer sites, by names_filter"
+        advice = _estimate(model, inputs, names).advice or "cache fewer sites with names_filter"
         if needed > free:
-            elsewhere = "" if place.type == "cpu" else "; or keep it elsewhere: device='cpu'"
+            elsewhere = "" if place.type == "cpu" else "; or cache on the CPU: device='cpu'"
             raise CacheMemoryError(
                 f"This cache needs about {have}: {advice}{elsewhere}; "
-                "pass check_memory=False to try anyway."
+                "pass check_memory=False to run without this check."
             )
         warning = f"This cache takes more than half of the free memory, about {have}: {advice}."
     return warning
 
 
 def size_text(nbytes: int) -> str:
-    """Returns a number of bytes as people say it.
+    """Returns a number of bytes as text with a unit.
 
     >>> size_text(31_400_000_000), size_text(410_000_000), size_text(1_500)
     ('31 GB', '0.4 GB', '2 kB')
@@ -167,7 +167,7 @@ def _estimate(model: Sized, inputs: Mapping[str, Any], names: Sequence[str]) -> 
 
 
 def _filters(model: Sized, names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Returns filters that are worth a thought, as they are written, and what they select."""
+    """Returns suggestions for cheaper filters, as source text, and the sites they select."""
     square = ("attn_scores", "pattern")
     residual = "blocks.*.hook_resid_post"
     every = model.hook_names
@@ -186,7 +186,7 @@ def _filters(model: Sized, names: Sequence[str]) -> list[tuple[str, list[str]]]:
 def _by_name(
     model: Sized, inputs: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, int | None]:
-    """Returns the bytes of each of some sites; None where the inputs do not tell."""
+    """Returns the bytes of each site; None where the inputs do not determine them."""
     footprint, (text, vision) = model.footprint, _itemsizes(model)
     counts = Counts(footprint, inputs)
     rows: dict[str, int | None] = {}
@@ -201,7 +201,10 @@ def _by_name(
 
 
 def _total(model: Sized, inputs: Mapping[str, Any], names: Sequence[str]) -> int:
-    """Returns the bytes of some sites together, those of unknown size left out; in no time."""
+    """Returns the bytes of the sites together, without sites of unknown size.
+
+    It uses cached sums of widths, so it takes almost no time.
+    """
     text, vision = _itemsizes(model)
     counts = Counts(model.footprint, inputs)
     return sum(
@@ -225,7 +228,7 @@ def _by_device(
     names: Sequence[str],
     device: str | torch.device | None,
 ) -> dict[torch.device, int]:
-    """Returns the bytes that will lie on each device; `device` is where all are moved to."""
+    """Returns the bytes on each device; with `device`, all tensors are moved there."""
     spread = getattr(model.hf_model, "hf_device_map", None) or {}
     if device is None and len(set(spread.values())) < 2:
         device = execution_device(model.hf_model)

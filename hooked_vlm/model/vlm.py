@@ -1,8 +1,8 @@
-"""`HookedVLM`: a transformers vision-language model with every activation named.
+"""`HookedVLM`: a transformers vision-language model with a name for every activation.
 
-The wrapped model stays the user's: no weight is copied, no module replaced, and a
-forward pass with no hook attached is transformers' own.  What is added is a name for
-each activation (`hook_dict`), and running under functions attached to those names.
+The wrapped model is not changed: no weight is copied, no module is replaced, and a forward
+pass without hooks is transformers' own.  The wrapper adds a name for each activation
+(`hook_dict`) and runs with functions attached to these names.
 
     model = HookedVLM.from_pretrained("tiny-qwen2-vl")
     inputs = model.prepare(image, "The color of the square above the red square is ")
@@ -41,7 +41,19 @@ from hooked_vlm.model.loading import load_pretrained
 
 
 class HookedVLM(HookedModel):
-    """A vision-language model whose activations can be read, replaced and steered by name."""
+    """A vision-language model whose activations can be read, replaced and steered by name.
+
+    >>> from PIL import Image
+    >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
+    >>> logits, cache = model.run_with_cache(inputs, "blocks.*.hook_resid_post")
+    >>> cache["resid_post", 0].shape
+    torch.Size([1, 42, 128])
+    >>> site = "blocks.0.hook_resid_post"
+    >>> edited = model.run_with_hooks(inputs, [(site, lambda x, hook: 0 * x)])
+    >>> torch.equal(edited, logits)
+    False
+    """
 
     def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
         """Wraps a loaded model; `processor` is only needed for `prepare`.
@@ -82,7 +94,7 @@ class HookedVLM(HookedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the text embedding computes, and so where inputs belong."""
+        """The device on which the text embedding computes; inputs belong there."""
         return execution_device(self.hf_model.get_submodule(self.anatomy.embed)) or self.cfg.device
 
     @property
@@ -90,7 +102,8 @@ class HookedVLM(HookedModel):
         """The processor's tokenizer; raises `UnsupportedModelError` when there is no processor."""
         if self.processor is None:
             raise UnsupportedModelError(
-                "This HookedVLM was made without a processor: pass one to it."
+                "This HookedVLM was made without a processor, so it has no tokenizer. Pass one: "
+                "HookedVLM(hf_model, processor)."
             )
         return getattr(self.processor, "tokenizer", self.processor)
 
@@ -99,12 +112,12 @@ class HookedVLM(HookedModel):
         if self.cfg.vision is None:
             raise UnsupportedModelError(
                 f"{self.cfg.model_name} has no vision encoder, so it takes no images and has no "
-                "vision_encoder or vision_projector sites."
+                "vision_encoder or vision_projector sites. Load a vision-language model."
             )
         return self.cfg.vision
 
     def describe(self) -> str:
-        """Returns the sites as a tree with their shapes, layers folded together."""
+        """Returns the sites as a tree with their shapes, with all layers in one entry."""
         return describe_sites(self.cfg, self.sites)
 
     def __repr__(self) -> str:
@@ -125,22 +138,22 @@ class HookedVLM(HookedModel):
         chat: bool | None = None,
         **processor_kwargs: Any,
     ) -> Inputs:
-        """Turns images and prompts into model inputs, with a `TokenGrid` for every image.
+        """Converts images and prompts to model inputs, with a `TokenGrid` for every image.
 
-        One prompt: an image (or a list of images) and a string.  A batch: a list of
-        strings and a list that holds each prompt's image or list of images.  Images are
+        For one prompt, give an image (or a list of images) and a string.  For a batch, give a
+        list of strings and a list with each prompt's image or list of images.  Images are
         PIL, numpy `[height, width, 3]` or tensors `[3, height, width]`, with values in
         0..255 (integers) or 0..1 (floats).  The chat template is used unless
-        `chat=False` or the processor has none; images stand before the text.  Prompts
-        of different lengths are padded on the left, and positions are counted from
-        each prompt's own first token, so padding changes no result.
+        `chat=False` or the processor has none; images come before the text.  Prompts
+        of different lengths are padded on the left, and positions count from each prompt's
+        first token, so padding changes no result.
 
-        Warns when the processor resizes an image, because cells move.
+        Warns when the processor resizes an image, because this changes the size of cells.
         """
         if self.processor is None:
             raise UnsupportedModelError(
                 "This HookedVLM was made without a processor, so it cannot prepare images and "
-                "texts: pass one, HookedVLM(hf_model, processor), or give forward() the tensors "
+                "texts. Pass one, HookedVLM(hf_model, processor), or give forward() the tensors "
                 "that the wrapped model takes."
             )
         if images is not None:
@@ -150,16 +163,16 @@ class HookedVLM(HookedModel):
         )
 
     def grids(self, inputs: ModelInputs) -> tuple:
-        """Returns the `TokenGrid`s of any inputs, a tuple for each prompt.
+        """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
 
-        For inputs that `prepare` did not make, pixels are those the encoder sees.
+        For inputs that `prepare` did not make, pixels are those of the processed images.
         """
         return inputs.grids if isinstance(inputs, Inputs) else self.grid_finder.by_rule(inputs)
 
     # --- running --------------------------------------------------------------------------
 
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Float[Tensor, "batch pos d_vocab"]:
-        """Runs the wrapped model and returns its logits; keyword arguments go to its forward."""
+        """Runs the wrapped model with the keyword arguments and returns its logits."""
         return self.hf_model(**inputs, **kwargs).logits
 
     __call__ = forward
@@ -169,7 +182,7 @@ class HookedVLM(HookedModel):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Runs once under hook functions or interventions, and returns the logits.
 
-        Warns when a named site never ran, such as a vision site on a prompt with no image.
+        Warns when a named site never ran, such as a vision site without an image.
         """
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
@@ -187,14 +200,14 @@ class HookedVLM(HookedModel):
         """Runs once and returns `(logits, cache)`; cached tensors are detached.
 
         `names_filter` selects sites by name, pattern (`"blocks.*.hook_resid_post"`), a
-        sequence of these, or a function.  With `stop_at_layer=l` the pass ends in front
-        of LM block l and the residual stream there is returned in place of logits.
-        Values are cached as they are after `fwd_hooks`, which may edit them.  `device`
-        moves the cached tensors as they are taken.
+        sequence of these, or a function.  With `stop_at_layer=l` the pass ends before LM
+        block l, and the residual stream there is returned in place of logits.
+        Values are cached after `fwd_hooks` have run, which may edit them.  `device` is where
+        cached tensors are moved.
 
-        Raises `CacheMemoryError` before anything runs when the cache will not fit in the
-        free memory of where it is kept, unless `check_memory=False`; warns above half of it
-        (see `memory.estimate_cache`).
+        Raises `CacheMemoryError` before the run when the cache does not fit into the free
+        memory of its device, unless `check_memory=False`.  Warns when the cache takes more
+        than half of the free memory (see `memory.estimate_cache`).
         """
 
         def run() -> Tensor:
@@ -219,10 +232,10 @@ class HookedVLM(HookedModel):
     ) -> Int[Tensor, "batch pos"]:
         """Generates with transformers' own `generate` under hooks; returns prompt and new ids.
 
-        With `prefill_only` the functions act on the prompt alone.  Without a key-value
-        cache (`use_cache=False`) every step runs the prompt anew, and the functions are
-        given that part of it each time, so both ways generate the same.  Otherwise they
-        run at every step; `hook.step` counts.
+        With `prefill_only` the functions act only on the prompt.  Without a key-value cache
+        (`use_cache=False`) every step runs the prompt again, and the functions act on the
+        prompt's positions in each step, so the result is the same.  With
+        `prefill_only=False` the functions run at every step; `hook.step` is its number.
         """
 
         def run() -> Tensor:
@@ -231,7 +244,10 @@ class HookedVLM(HookedModel):
         return self._run_hooked(run, fwd_hooks, inputs, prefill_only, is_generation=True)
 
     def block_outputs(self, run: Callable[[], Any]) -> list[int]:
-        """Returns how long a tuple each LM block returns (0: none), watching `run` if need be."""
+        """Returns the length of each LM block's output tuple (0: no tuple).
+
+        It is measured once, in one pass of `run`, and cached.
+        """
         if self._tuples is None:
             blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
             with torch.no_grad():
@@ -248,15 +264,16 @@ class HookedVLM(HookedModel):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Runs LM blocks `layer` and above on a residual stream, and returns the logits.
 
-        `inputs` are those of the whole prompt: positions and masks come from them.  Blocks
-        below `layer` are skipped; there is no key-value cache.  With the residual stream
-        that `run_with_cache(inputs, stop_at_layer=layer)` returned, the logits are those of
-        the full run.  TransformerLens's `start_at_layer`.
+        `inputs` are those of the whole prompt; positions and masks are computed from them.
+        Blocks below `layer` are skipped, and there is no key-value cache.  With the residual
+        stream of `run_with_cache(inputs, stop_at_layer=layer)`, the logits are those of the
+        full run.  This is TransformerLens's `start_at_layer`.
 
-        Warns of hooks in skipped blocks, which do not run, and of writes to embeddings, which
-        `residual` replaces.  The vision encoder runs as ever: where it feeds later blocks too
-        (cross-attention, DeepStack) they read it, elsewhere nothing does.
+        Warns about hooks in skipped blocks, which do not run, and about writes to embeddings,
+        which `residual` replaces.  The vision encoder runs as usual, for models in which later
+        blocks read it (cross-attention, DeepStack).
         """
+        # 1. A function that writes the residual stream at `layer`, and those of the user above.
         blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
         layer = layer_index(layer, len(blocks), "layer", behind=False)
         kwargs = {**uncached(self.hf_model), **kwargs}
@@ -270,12 +287,13 @@ class HookedVLM(HookedModel):
             for name, fn in pairs
             if not name.startswith(skipped)
         ]
+        # 2. Run with the blocks below `layer` replaced, then warn about functions without effect.
         with skipping(blocks[:layer], tuples[:layer]):
             logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
         self._warn_unran({name for name, _ in pairs if name.startswith(skipped)})
         if lost:
             warnings.warn(
-                f"What was written to {', '.join(sorted(lost))} has no effect: the run starts "
+                f"The write to {', '.join(sorted(lost))} has no effect: the run starts "
                 f"from the residual stream that was given for layer {layer}. Write to "
                 f"blocks.{layer}.hook_resid_pre, or change `residual`.",
                 HookedVLMWarning,

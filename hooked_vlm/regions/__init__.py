@@ -1,4 +1,4 @@
-"""Where things are in an image and a prompt: grids, cells, and token positions."""
+"""Places in an image and a prompt: token grids, regions of cells, and token positions."""
 
 from hooked_vlm.regions.grid import TokenGrid as TokenGrid
 from hooked_vlm.regions.overlay import draw_regions as draw_regions

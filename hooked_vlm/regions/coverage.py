@@ -1,9 +1,9 @@
 """Which cells of a grid a box or a mask covers, and by how much.
 
-Cells are given by the edges of their columns and rows in pixels of the image, so partial
-coverage is exact, also where cells are not a whole number of pixels.  A named rule turns
-coverage into a yes or no for each cell: "any" (some of it is covered), "center" (its
-centre is), or a fraction (at least that part of its area is).
+Cells are given by the edges of their columns and rows in pixels of the image.  Partial
+coverage is therefore exact, even where cells are not a whole number of pixels.  A named rule
+selects cells: "any" (some of the cell is covered), "center" (the cell's centre is covered),
+or a fraction (at least that part of the cell's area is covered).
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float, Shaped
 from hooked_vlm.errors import RegionError, did_you_mean
 
 
-# Pixels need not be whole numbers, and are not floats only.
+# Pixel coordinates may be whole numbers or fractions.
 Px = int | float
 Box = tuple[Px, Px, Px, Px]
 
-# Cell edges are quotients of pixel counts: an edge of a box this close to one lies on it.
+# Cell edges are quotients of pixel counts, so they carry rounding errors.  A box edge within
+# this distance of a cell edge counts as lying on it.
 TOLERANCE_PX = 1e-6
 
 
@@ -32,7 +33,7 @@ class Coverage:
     """Whether the cell's centre is covered."""
 
     def select(self, rule: str | Px) -> Bool[np.ndarray, "row col"]:
-        """Returns the cells that belong by `rule`; raises `RegionError` for an unknown rule."""
+        """Returns the cells that `rule` selects; raises `RegionError` for an unknown rule."""
         if rule == "any":
             return self.part > 0
         if rule == "center":
@@ -44,10 +45,10 @@ class Coverage:
             )
         if not 0 < rule <= 1:
             raise RegionError(
-                f"Coverage rule {rule} is not a fraction in (0, 1]. For any overlap at all use "
-                "'any'."
+                f"Coverage rule {rule} is not a fraction in (0, 1]. To select cells with any "
+                "overlap, use 'any'."
             )
-        return self.part >= rule - 1e-9  # a cell covered in full may come out as 0.999…
+        return self.part >= rule - 1e-9  # rounding may give 0.999… for a fully covered cell
 
 
 def box_coverage(
@@ -57,6 +58,7 @@ def box_coverage(
 ) -> Coverage:
     """Returns how much of each cell a box `(x0, y0, x1, y1)` covers."""
     covered, centers = [], []
+    # A box is a product of two intervals, so each axis is computed by itself.
     for edges, low, high in ((y_edges, box[1], box[3]), (x_edges, box[0], box[2])):
         covered.append(_overlap(edges, np.array([low]), np.array([high]))[:, 0])
         middle = (edges[:-1] + edges[1:]) / 2
@@ -70,6 +72,7 @@ def mask_coverage(
     mask: Bool[np.ndarray, "height width"],
 ) -> Coverage:
     """Returns how much of each cell the True pixels of a mask cover."""
+    # For each axis: the length that each cell shares with each pixel, and each centre's pixel.
     weights, middles = [], []
     for edges, n_pixels in zip((y_edges, x_edges), mask.shape, strict=True):
         pixel = np.arange(n_pixels)

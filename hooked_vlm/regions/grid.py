@@ -1,15 +1,15 @@
-"""Where an image is in a prompt: pixel box <-> visual token <-> encoder patch <-> position.
+"""Maps between an image's pixels, visual tokens, encoder patches and prompt positions.
 
 A `TokenGrid` is one image's rectangle of visual tokens ("cells").  It holds the position
 of every cell in the language model's input, the vision encoder's patch grid under the
-cells, and the affine map from the pixels of the image you gave to the pixels that the
-encoder saw.  From pixels it makes `Region`s, which every activation can be indexed with.
+cells, and the affine map from the pixels of the given image to the pixels that the
+encoder sees.  It makes `Region`s from pixels; a region indexes any activation.
 
-Boxes and masks are in pixels of the image you gave: x to the right, y down, half-open
-`(x0, y0, x1, y1)`, as in PIL.  Which of the partly covered cells belong is a named rule:
-"any" (some of it is covered), "center" (its centre is), or a fraction (at least that part
-of its area is).  Area and centre of a cell are those of what it shows of the image;
-padding that the processor added does not count.
+Boxes and masks are in pixels of the given image: x to the right, y down, half-open
+`(x0, y0, x1, y1)`, as in PIL.  A named rule decides about partly covered cells: "any" (some
+of the cell is covered), "center" (the cell's centre is covered), or a fraction (at least
+that part of the cell's area is covered).  Area and centre refer to the part of the image
+that the cell shows; padding that the processor added does not count.
 """
 
 import warnings
@@ -26,54 +26,70 @@ from hooked_vlm.regions.region import Cell, Region, union_of
 
 
 EncoderRows = Int[Tensor, "row col _ 2"]
-"""For each cell the (image, row) pairs of what it is made of, at a site of the encoder or
-projector; images (tiles) are counted from the first that the encoder makes of this one."""
+"""For each cell, the (image, row) pairs that it consists of at a site of the encoder or
+projector.  Images are the encoder's tiles, counted from the first tile of this image."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenGrid:
-    """One image's visual tokens, in the prompt, over the patches and over the pixels."""
+    """One image's visual tokens: their prompt positions, encoder patches and pixels.
+
+    >>> from PIL import Image
+    >>> from hooked_vlm import HookedVLM
+    >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    >>> grid = model.prepare(Image.new("RGB", (96, 64)), "What is this?").grid
+    >>> print(grid)
+    4x6 visual tokens of 16x16 px, 8x12 patches, image 96x64
+    >>> grid.at(x=50, y=20), grid.cell_box((1, 3))
+    ((1, 3), (48.0, 16.0, 64.0, 32.0))
+    >>> grid.box(0, 0, 32, 32, name="corner")
+    Region('corner', 4 of 4x6 cells: rows 0-1, columns 0-1)
+    """
 
     positions: Int[Tensor, "row col"]
-    """Positions in the prompt's row of `input_ids`, padding counted."""
+    """Positions in the prompt's row of `input_ids`, including padding."""
     patch_rows: int
     patch_cols: int
     n_prefix: int
-    """Encoder tokens in front of the patches (a CLS token), else 0."""
+    """Number of encoder tokens before the patches (such as a CLS token)."""
     image_size: tuple[int, int]
-    """(width, height) in pixels of the image you gave."""
+    """(width, height) in pixels of the given image."""
     scale: tuple[float, float]
     offset: tuple[float, float]
     """`processed_px = original_px * scale - offset`, each (x, y)."""
     processed_size: tuple[int, int]
-    """(width, height) in pixels of what the encoder sees."""
+    """(width, height) in pixels of the image that the encoder sees."""
     prompt: int = 0
     """Row of the batch."""
     image: int = 0
-    """Index among all images of the batch, in the encoder's order: of the first tile, if cut."""
+    """Index among all images of the batch, in the encoder's order; of the first tile, if the
+    image was cut into tiles."""
     patches: EncoderRows | None = None
-    """The encoder's rows of each cell, class tokens counted; None: one image's, in raster order."""
+    """The encoder's rows of each cell, counting class tokens; None: one image in raster order."""
     projected: EncoderRows | None = None
-    """The projector's rows of each cell; None: one image's, in raster order."""
+    """The projector's rows of each cell; None: one image in raster order."""
     overview: "TokenGrid | None" = None
-    """The thumbnail that goes with an image cut into tiles: the same picture, coarser cells."""
+    """Grid of the thumbnail of an image cut into tiles: the same picture, coarser cells."""
 
     def __post_init__(self) -> None:
         flat = self.positions.flatten()
         if self.positions.ndim != 2 or not flat.numel():
             raise GridError(
-                f"Positions of shape {tuple(self.positions.shape)} are not a grid. Give [row, col]."
+                f"Positions of shape {tuple(self.positions.shape)} are not a grid. Give a "
+                "non-empty tensor [row, col]."
             )
         ascending = bool((flat.diff() > 0).all())
-        if self.patches is not None:  # tiles follow each other, so rows of the whole do not
+        # Tiles follow each other in the prompt, so a row of the whole image is not contiguous.
+        if self.patches is not None:
             ascending = len(flat.unique()) == len(flat)
         if flat.min() < 0 or not ascending:
             raise GridError(
-                "Positions must ascend in raster order, row by row: they are those of visual "
-                f"tokens in a prompt. The first row given is {self.positions[0].tolist()}."
+                f"Positions do not ascend in raster order: the first row given is "
+                f"{self.positions[0].tolist()}. Expected the prompt positions of the visual "
+                "tokens, which must be >= 0 and ascend in raster order, row by row."
             )
         if min(self.scale) <= 0:
-            raise GridError(f"Scale {self.scale} must be positive in x and y.")
+            raise GridError(f"Scale (x, y) is {self.scale}; both numbers must be positive.")
 
     @property
     def rows(self) -> int:
@@ -93,7 +109,7 @@ class TokenGrid:
 
     @property
     def cell_size(self) -> tuple[float, float]:
-        """(width, height) of one cell, in pixels of the image you gave."""
+        """(width, height) of one cell, in pixels of the given image."""
         return (
             self.processed_size[0] / self.cols / self.scale[0],
             self.processed_size[1] / self.rows / self.scale[1],
@@ -101,7 +117,7 @@ class TokenGrid:
 
     @property
     def is_resized(self) -> bool:
-        """Whether the encoder sees other pixels than those of the image you gave."""
+        """Whether the encoder sees a resized, padded or cropped copy of the given image."""
         return self.processed_size != self.image_size or self.scale != (1.0, 1.0)
 
     @property
@@ -111,15 +127,15 @@ class TokenGrid:
 
     @property
     def visible_box(self) -> Box:
-        """The part of the given image that the cells show: all of it, unless it was cropped."""
+        """The part of the given image that the cells show: the whole image unless cropped."""
         x, y = self.edges
         return float(x[0]), float(y[0]), float(x[-1]), float(y[-1])
 
     def cell_box(self, cell: Cell) -> Box:
-        """Returns the cell's box `(x0, y0, x1, y1)` in the image you gave, clipped to it.
+        """Returns the cell's box `(x0, y0, x1, y1)` in the given image, clipped to the image.
 
-        Raises `RegionError` for a cell off the grid, `GridError` for one that shows only
-        padding.
+        Raises `RegionError` for a cell outside the grid and `GridError` for a cell that shows
+        only padding.
         """
         ((row, col),) = self.cells([cell]).cells
         x, y = self.edges
@@ -132,9 +148,9 @@ class TokenGrid:
         return box
 
     def at(self, x: Px, y: Px) -> Cell:
-        """Returns the cell that shows the point `(x, y)` of the image you gave.
+        """Returns the cell that shows the point `(x, y)` of the given image.
 
-        Raises `RegionError` for a point outside the image, or in a part that was cropped away.
+        Raises `RegionError` for a point outside the image or in a cropped part.
         """
         if not (0 <= x < self.image_size[0] and 0 <= y < self.image_size[1]):
             raise RegionError(
@@ -155,10 +171,10 @@ class TokenGrid:
         return Region(self.shape, tuple(cells), name)
 
     def strip(self, orientation: str, start: int, stop: int, name: str | None = None) -> Region:
-        """Returns a strip across the whole image, of token range `start` to `stop` (half-open).
+        """Returns a strip across the whole image: the token range `start` to `stop` (half-open).
 
-        A "vertical" strip is every row of those columns (protocol 2.1, left and right); a
-        "horizontal" one every column of those rows.
+        A "vertical" strip has every row of those columns (protocol 2.1, left and right); a
+        "horizontal" strip has every column of those rows.
         """
         make = {"vertical": Region.column_band, "horizontal": Region.row_band}
         if orientation not in make:
@@ -173,7 +189,7 @@ class TokenGrid:
         return Region.everything(self.shape, name)
 
     def background(self, *regions: Region, name: str = "background") -> Region:
-        """Returns every cell that is in none of the regions (which may leave none)."""
+        """Returns every cell that is in none of the regions; the result may be empty."""
         return (~union_of(regions)).named(name) if regions else self.all(name)
 
     def box(
@@ -185,10 +201,10 @@ class TokenGrid:
         rule: str | Px = "any",
         name: str = "box",
     ) -> Region:
-        """Returns the cells that a pixel box of the image you gave covers, by `rule`.
+        """Returns the cells that a pixel box of the given image covers, by `rule`.
 
-        Raises `RegionError` for a box that is empty or reaches outside the image, that lies in
-        a part that was cropped away, or that covers no cell by this rule.
+        Raises `RegionError` for a box that is empty, reaches outside the image, lies in a
+        cropped part, or covers no cell by this rule.
         """
         width, height = self.image_size
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
@@ -205,10 +221,10 @@ class TokenGrid:
         rule: str | Px = "any",
         name: str = "mask",
     ) -> Region:
-        """Returns the cells that a boolean mask of the image you gave covers, by `rule`.
+        """Returns the cells that a boolean mask of the given image covers, by `rule`.
 
-        Raises `GridError` when the mask is not boolean or not of the image's size, and
-        `RegionError` when it covers no cell by this rule.
+        Raises `GridError` when the mask is not boolean or does not have the image's size, and
+        `RegionError` when the mask covers no cell by this rule.
         """
         pixels = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
         width, height = self.image_size
@@ -220,9 +236,43 @@ class TokenGrid:
             )
         return self._select(mask_coverage(*self.edges, pixels), rule, name)
 
+    def cell_of_patch(self, patch: int) -> Cell:
+        """Returns the cell that contains an encoder token: the inverse of `Region.patches`.
+
+        `patch` counts the `n_prefix` tokens before the patches.
+        """
+        if self.patches is not None:
+            found = (self.patches[..., 1] == patch).any(-1) & (self.patches[..., 0] == 0).any(-1)
+            if found.sum() == 1:
+                row, col = found.nonzero()[0].tolist()
+                return row, col
+            raise GridError(
+                f"Encoder token {patch} belongs to {int(found.sum())} cells of this image, not to "
+                "exactly one: the encoder sees the image in tiles. grid.patches lists each "
+                "cell's (tile, token) pairs."
+            )
+        index = patch - self.n_prefix
+        if not 0 <= index < self.patch_rows * self.patch_cols:
+            raise GridError(
+                f"Encoder token {patch} is no patch: patches are {self.n_prefix} to "
+                f"{self.n_prefix + self.patch_rows * self.patch_cols - 1}."
+            )
+        row, col = divmod(index, self.patch_cols)
+        return row * self.rows // self.patch_rows, col * self.cols // self.patch_cols
+
+    def cell_of_position(self, position: int) -> Cell:
+        """Returns the cell at a position of the prompt: the inverse of `Region.positions`."""
+        found = (self.positions == position).nonzero()
+        if not len(found):
+            raise GridError(
+                f"Position {position} holds no visual token of this image; its visual tokens lie "
+                f"between {int(self.positions[0, 0])} and {int(self.positions[-1, -1])}."
+            )
+        return int(found[0, 0]), int(found[0, 1])
+
     def describe(self) -> str:
         """Returns one line, such as "12x12 visual tokens of 28x28 px, 24x24 patches, image
-        336x336"; the pixels are those of the image you gave."""
+        336x336"; cell sizes are in pixels of the given image."""
         width, height = self.cell_size
         resized = f", seen as {_px(self.processed_size)}" if self.is_resized else ""
         return (
@@ -236,19 +286,20 @@ class TokenGrid:
 
     @property
     def edges(self) -> tuple[Float[np.ndarray, " edges_x"], Float[np.ndarray, " edges_y"]]:
-        """Returns where the columns and the rows of cells begin and end in the given image."""
+        """The edges of the columns (x) and of the rows (y) of cells, in pixels of the image."""
         edges = []
         for axis, cells in enumerate((self.cols, self.rows)):
             processed = np.arange(cells + 1) * self.processed_size[axis] / cells
             original = (processed + self.offset[axis]) / self.scale[axis]
-            # A quotient that should be a whole pixel is one, or a point there has no certain cell.
+            # Rounding errors would make the cell of a point on an edge ambiguous, so quotients
+            # within the tolerance of a whole pixel become that pixel.
             whole = original.round()
             original = np.where(np.abs(original - whole) < TOLERANCE_PX, whole, original)
             edges.append(original.clip(0.0, self.image_size[axis]))
         return edges[0], edges[1]
 
     def _select(self, coverage: Coverage, rule: str | Px, name: str) -> Region:
-        """Returns the covered cells; none is an error that says why."""
+        """Returns the covered cells; raises `RegionError` with the reason when there are none."""
         region = Region.from_mask(coverage.select(rule), name)
         if region:
             return region
@@ -261,17 +312,17 @@ class TokenGrid:
             )
         raise RegionError(
             f"{name!r} covers no cell. The cells show {_ranges(self.visible_box)} of the image of "
-            f"{_px(self.image_size)}; the rest was cropped away by the image processor, or "
-            "nothing was marked."
+            f"{_px(self.image_size)}; either the marked part was cropped away by the image "
+            "processor, or nothing was marked. Mark pixels inside the visible part."
         )
 
 
 def warn_if_resized(grids: Iterable[TokenGrid], stacklevel: int = 3) -> None:
-    """Warns with `HookedVLMWarning`, once per size, of images that the processor changed.
+    """Warns with `HookedVLMWarning`, once per size, about images that the processor changed.
 
-    Cells are then not where they would be on the image you gave: the warning says to what
-    size the image went and how large a cell is in its own pixels.  `stacklevel` is that of
-    `warnings.warn`: which caller's line is shown.
+    Cells of a changed image are not whole multiples of the encoder's cells in its own pixels.
+    The warning names the processed size and the size of a cell in pixels of the given image.
+    `stacklevel` is that of `warnings.warn`.
     """
     changed = {(g.image_size, g.processed_size, g.shape): g for g in grids if g.is_resized}
     for grid in changed.values():
@@ -282,11 +333,11 @@ def warn_if_resized(grids: Iterable[TokenGrid], stacklevel: int = 3) -> None:
         )
         width, height = grid.cell_size
         warnings.warn(
-            f"The image processor made {_px(grid.processed_size)} of an image of "
-            f"{_px(grid.image_size)}, so cells move: each of the {grid.rows}x{grid.cols} visual "
+            f"The image processor changed an image of {_px(grid.image_size)} to "
+            f"{_px(grid.processed_size)}: each of the {grid.rows}x{grid.cols} visual "
             f"tokens shows {width:.4g}x{height:.4g} px of your image.{cropped} Regions made by "
-            f"its TokenGrid follow; a stimulus whose objects must fill whole cells should be "
-            f"drawn at {_px(grid.processed_size)}.",
+            f"its TokenGrid account for this. If objects must fill whole cells, draw the image "
+            f"at {_px(grid.processed_size)}.",
             HookedVLMWarning,
             stacklevel=stacklevel,
         )

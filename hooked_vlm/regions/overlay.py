@@ -1,8 +1,8 @@
-"""Regions drawn over the image they belong to, to see at a glance what is meant.
+"""Draws regions over the image they belong to.
 
-The picture has the pixels of the image you gave, so a cell is drawn where `cell_box` says,
-also when the processor resized, padded or cropped the image: a pixel belongs to the cell
-that its centre lies in, and what was cropped away is greyed out, since no cell shows it.
+The picture has the pixels of the given image, and each cell is drawn at its `cell_box`, even
+when the processor resized, padded or cropped the image.  A pixel belongs to the cell that
+contains the pixel's centre.  Cropped parts are greyed out, since no cell shows them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette: colour-blind readers can distinguish these colours.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 _GRID_LINE = np.array([128, 128, 128])
 _CROPPED = np.array([96, 96, 96])
@@ -35,23 +35,34 @@ def draw_regions(
     """Returns the image with the grid's lines, the regions in colour, and a legend below.
 
     `image` is the image the grid was made for.  A mapping gives the regions other names.
-    Where regions overlap, the later ones lie over the earlier.  `zoom` enlarges every pixel
-    to `zoom x zoom` first, for small images.  Without `labels` there is no legend, and the
-    picture has exactly the (zoomed) image's size.
+    Later regions are drawn over earlier ones.  `zoom` first enlarges every pixel to
+    `zoom x zoom`, for small images.  With `labels=False` the result has no legend and exactly
+    the (zoomed) image's size.
 
-    Raises `GridError` for an image of another size, `RegionError` for an empty region, one of
-    another grid, or an opacity outside 0 to 1.
+    Raises `GridError` for an image of another size, and `RegionError` for an empty region, a
+    region of another grid, or an opacity outside 0 to 1.
+
+    >>> from PIL import Image
+    >>> from hooked_vlm import HookedVLM
+    >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    >>> image = Image.new("RGB", (96, 64), "white")
+    >>> grid = model.prepare(image, "What is this?").grid
+    >>> draw_regions(image, grid, grid.box(0, 0, 32, 32), labels=False, zoom=2).size
+    (192, 128)
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     named = _named(regions)
     _check(picture, grid, named, opacity, zoom)
+    # Enlarge the image, and find the cell of each pixel row and column.
     pixels = np.asarray(picture.convert("RGB")).astype(np.float64)
     pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
     rows, cols = _cell_of_pixels(grid, zoom)
+    # Grey out what no cell shows, then draw the grid's lines.
     on_grid = (rows >= 0)[:, None] & (cols >= 0)
     pixels[~on_grid] = 0.35 * pixels[~on_grid] + 0.65 * _CROPPED
     lines = _lines(rows, cols) & on_grid
     pixels[lines] = 0.5 * pixels[lines] + 0.5 * _GRID_LINE
+    # Tint each region, and draw its outline in full colour.
     for index, region in enumerate(named.values()):
         inside = region.mask[np.ix_(rows, cols)] & on_grid
         color = np.array(_rgb(index))
@@ -68,10 +79,13 @@ def _check(
     if picture.size != grid.image_size:
         raise GridError(
             f"The image is {picture.size[0]}x{picture.size[1]} px, and the grid was made for one "
-            f"of {grid.image_size[0]}x{grid.image_size[1]} px. Draw on the image that was prepared."
+            f"of {grid.image_size[0]}x{grid.image_size[1]} px. Give the image that was prepared."
         )
     if not 0 <= opacity <= 1 or zoom < 1:
-        raise RegionError(f"opacity={opacity}, zoom={zoom}: give opacity in [0, 1] and zoom >= 1.")
+        raise RegionError(
+            f"opacity={opacity} and zoom={zoom} were given; opacity must be in [0, 1] and zoom "
+            "at least 1."
+        )
     for region in regions.values():
         region.check_not_empty("cell to draw")
         region.check_same_grid(grid.all())
@@ -94,8 +108,10 @@ def _named(regions: Region | Sequence[Region] | Mapping[str, Region]) -> dict[st
 def _cell_of_pixels(
     grid: TokenGrid, zoom: int
 ) -> tuple[Int[np.ndarray, " height"], Int[np.ndarray, " width"]]:
-    """Returns the grid row of each picture row and the grid column of each picture column; -1
-    where no cell shows the pixel."""
+    """Returns the grid row of each picture row and the grid column of each picture column.
+
+    The value is -1 where no cell shows the pixel.
+    """
     found = []
     for axis, edges in ((1, grid.edges[1]), (0, grid.edges[0])):
         centers = (np.arange(grid.image_size[axis] * zoom) + 0.5) / zoom
@@ -129,7 +145,7 @@ def _with_legend(picture: Image.Image, regions: Mapping[str, Region]) -> Image.I
     font, line, gap = ImageFont.load_default(_FONT_PX), _FONT_PX + 7, 6
     texts = [f"{name}: {len(r)} cell{'s' * (len(r) != 1)}" for name, r in regions.items()]
     widths = [line + int(font.getlength(text)) + 2 * gap for text in texts]
-    # Entries flow like words: the next row begins where one would cross the picture's edge.
+    # Entries wrap like words: a new row begins where an entry would cross the picture's edge.
     places, x, y = [], gap, gap
     for width in widths:
         if x > gap and x + width > picture.width:

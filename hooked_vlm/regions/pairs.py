@@ -1,19 +1,19 @@
-"""Which cell is written from which: pairings of two regions, for interchange.
+"""Pairs the cells of two regions for interchange: which cell is written from which.
 
-A swap writes the cells of A from those of B in another run, and B's from A's.  What it
-says about objects depends on which cell meets which.  Two pairings are offered:
+A swap writes the cells of A from the cells of B in another run, and B's from A's.  The
+pairing decides which object cell is written from which.  There are two pairings:
 
-- "published": the k-th cell of A in raster order with the k-th of B, as the paper's code
-  does.  On Gemma-3's 16x16 tokens with strips of 5, 6 and 5 columns that pairs column 0
-  with 11, 1 with 12, and so on; but the objects begin in columns 0 and 12, so an object
+- "published": the k-th cell of A in raster order is paired with the k-th of B, as in the
+  paper's code.  On Gemma-3's 16x16 tokens with strips of 5, 6 and 5 columns, column 0 is
+  paired with 11, 1 with 12, and so on.  The objects begin in columns 0 and 12, so an object
   lands one column off.
-- "aligned": B is A moved so that A's object falls onto B's, and both strips are cropped to
-  what the move has in common.  There that pairs columns 0-3 with 12-15; columns 4 and 11
-  stay as they are.
+- "aligned": A is moved so that its object falls onto B's object, and both strips are cropped
+  to the common part.  In the same example columns 0-3 are paired with 12-15; columns 4 and 11
+  are not written.
 
-Either way the swap is its own inverse.  Regions of unequal size cannot be paired as
-published (protocol 2.1 has such a case: 96 against 64 tokens), and a pairing that does not
-take object cells to object cells warns.
+With either pairing the swap is its own inverse.  Regions of unequal size cannot be paired as
+published (protocol 2.1 has such a case: 96 against 64 tokens).  A `HookedVLMWarning` is given
+for a pairing that does not map object cells to object cells.
 """
 
 import warnings
@@ -33,7 +33,7 @@ PAIRINGS = ("published", "aligned")
 
 @dataclass(frozen=True)
 class CellPairs:
-    """Cells to write (`targets`) and the cells they are written from (`sources`), in step."""
+    """Cells to write (`targets`) and the cells they are written from (`sources`), pairwise."""
 
     shape: tuple[int, int]
     targets: tuple[Cell, ...]
@@ -46,7 +46,10 @@ class CellPairs:
                 "many sources as targets."
             )
         if len(set(self.targets)) != len(self.targets):
-            raise RegionError("A cell would be written twice. Each target may occur once.")
+            raise RegionError(
+                f"{len(self.targets) - len(set(self.targets))} of {len(self.targets)} cells would "
+                "be written twice. Give each target once."
+            )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -76,11 +79,11 @@ class CellPairs:
     ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         """Returns positions `(targets, sources)` in the prompts of the two grids.
 
-        The sources' grid is the targets' own where none is given.  Raises `RegionError` when
-        a grid has another shape.
+        `source_grid` defaults to `target_grid`.  Raises `RegionError` when a grid has another
+        shape.
         """
         source_grid = target_grid if source_grid is None else source_grid
-        # Region.positions sorts by raster order and would lose the pairing: it only checks.
+        # Called only for its checks: Region.positions sorts in raster order and loses the pairing.
         self.target.positions(target_grid)
         self.source.positions(source_grid)
         return (
@@ -105,11 +108,11 @@ def pair_cells(
     pairing: str = "published",
     objects: tuple[Region, Region] | None = None,
 ) -> CellPairs:
-    """Returns pairs that write the cells of `a` from those of `b`.
+    """Returns pairs that write the cells of `a` from the cells of `b`.
 
-    `objects` are the object cells inside `a` and inside `b`; "aligned" needs them, and with
-    "published" they are checked: a `HookedVLMWarning` says so when object cells do not meet
-    object cells (without them, when the two regions are not one shape moved).
+    `objects` are the object cells inside `a` and inside `b`.  The "aligned" pairing needs them.
+    The "published" pairing checks them, and gives a `HookedVLMWarning` when object cells are
+    not paired with object cells.  Without `objects` it warns when `b` is not `a` translated.
 
     Raises `RegionError` for an empty region, regions of two grids, unequal sizes under
     "published", objects outside their regions or of two shapes, and an unknown pairing.
@@ -135,8 +138,8 @@ def pair_cells(
         )
     if objects is None:
         raise RegionError(
-            "The aligned pairing moves one object onto the other. Give objects=(object cells in "
-            "the first region, object cells in the second)."
+            "No objects were given; the aligned pairing moves one object onto the other. Give "
+            "objects=(object cells in the first region, object cells in the second)."
         )
     return _aligned(a, b, objects)
 
@@ -149,13 +152,20 @@ def swap_pairs(
 ) -> CellPairs:
     """Returns pairs that write `a` from `b` and `b` from `a` (protocol 2.6, E4).
 
-    Applying it twice gives back what was there.  Takes and raises what `paired` does, and
-    raises `RegionError` when the regions share cells.
+    Applying the swap twice restores the activations.  Takes and raises what `pair_cells` does,
+    and raises `RegionError` when the regions share cells.
+
+    >>> left, right = Region.column_band((2, 4), 0, 1), Region.column_band((2, 4), 3, 4)
+    >>> pairs = swap_pairs(left, right)
+    >>> pairs.targets
+    ((0, 0), (1, 0), (0, 3), (1, 3))
+    >>> pairs.sources
+    ((0, 3), (1, 3), (0, 0), (1, 0))
     """
     if not a.isdisjoint(b):
         raise RegionError(
             f"{a.name!r} and {b.name!r} share {len(a & b)} cells, so a swap would write those "
-            "twice. Swap disjoint regions."
+            "twice. Give disjoint regions."
         )
     one_way = pair_cells(a, b, pairing, objects)
     return CellPairs(
@@ -167,24 +177,26 @@ def _published(a: Region, b: Region, objects: tuple[Region, Region] | None) -> C
     if len(a) != len(b):
         raise RegionError(
             f"{a.name!r} has {len(a)} cells and {b.name!r} has {len(b)}; cells can only be paired "
-            "one to one. Choose regions of equal size, or pairing='aligned', which crops both to "
-            "their common part around the objects."
+            "one to one. Give regions of equal size, or use pairing='aligned', which crops both "
+            "to their common part around the objects."
         )
+    # Without objects, only the regions' shapes can be compared.
     if objects is None and _move(a, b) is None:
         _warn(
-            f"{a.name!r} and {b.name!r} are not one shape moved, so cells that meet do not lie "
-            "alike in their regions: an object inside one is scattered in the other."
+            f"{a.name!r} and {b.name!r} do not have the same shape, so paired cells have different "
+            "places in their regions: an object inside one is scattered in the other."
         )
+    # With objects, verify that object cells are paired with object cells.
     if objects is not None:
         met = dict(zip(a.cells, b.cells, strict=True))
         landed = {met[cell] for cell in objects[0].cells}
         hits = sum(cell in objects[1] for cell in landed)
         if landed != set(objects[1].cells):
             _warn(
-                f"Pairing {a.name!r} with {b.name!r} in raster order takes {hits} of "
-                f"{len(landed)} object cells to object cells: {objects[0].cells[0]} meets "
+                f"Pairing {a.name!r} with {b.name!r} in raster order maps {hits} of "
+                f"{len(landed)} object cells to object cells: {objects[0].cells[0]} is paired with "
                 f"{met[objects[0].cells[0]]}, and the other object begins at "
-                f"{objects[1].cells[0]}. pairing='aligned' puts object on object."
+                f"{objects[1].cells[0]}. To map object to object, use pairing='aligned'."
             )
     return CellPairs(a.shape, a.cells, b.cells)
 
@@ -193,8 +205,8 @@ def _aligned(a: Region, b: Region, objects: tuple[Region, Region]) -> CellPairs:
     move = _move(*objects)
     if move is None:
         raise RegionError(
-            f"The objects {objects[0]} and {objects[1]} are not one shape moved, so neither can "
-            "be laid on the other. Give objects of one shape."
+            f"The objects {objects[0]} and {objects[1]} do not have the same shape, so neither "
+            "can be moved onto the other. Give objects of one shape."
         )
     there = {cell: (cell[0] + move[0], cell[1] + move[1]) for cell in a.cells}
     targets = tuple(cell for cell in a.cells if there[cell] in b)
@@ -206,12 +218,12 @@ def _check_objects(a: Region, b: Region, objects: tuple[Region, Region]) -> None
         if not inside <= region:
             raise RegionError(
                 f"The object {inside} is not inside {region}: {len(inside - region)} of its cells "
-                "are outside. Give objects in the order of the regions."
+                "are outside. Give the objects in the order of the regions."
             )
 
 
 def _move(a: Region, b: Region) -> Cell | None:
-    """Returns `(rows, cols)` that take one region onto the other, or None when none does."""
+    """Returns the translation `(rows, cols)` from `a` to `b`; None when there is none."""
     move = b.cells[0][0] - a.cells[0][0], b.cells[0][1] - a.cells[0][1]
     moved = tuple((r + move[0], c + move[1]) for r, c in a.cells)
     return move if moved == b.cells else None

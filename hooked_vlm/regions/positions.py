@@ -1,14 +1,14 @@
-"""Places in a prompt: which positions of the language model's input an object means.
+"""Places in a prompt: objects that select positions of the language model's input.
 
-Anything with a method `positions(row)` can say where an intervention acts.  `row` is a
-`PromptRow`, one prompt of a prepared batch; the answer is its positions in that row,
-ascending, padding counted, so that it indexes an activation `[batch, pos, d_model]`.
-Here are the places that are not cells of an image: the last token, explicit positions,
-the tokens of a piece of text, all text; and the two that combine others, `AnyOf` and
-`InImage`.  A `Region` of image cells (see `region`) answers the same call.
+Any object with a method `positions(row)` selects where an intervention acts.  `row` is a
+`PromptRow`, one prompt of a prepared batch.  The method returns positions in that row,
+ascending and including padding, so they index an activation `[batch, pos, d_model]`.
+This module has the places that are not cells of an image: the last token, explicit
+positions, the tokens of a piece of text, all text, and the two that combine others, `AnyOf`
+and `InImage`.  A `Region` of image cells (see `region`) has the same method.
 
-What a place means never depends on padding: `LastToken` is the last token of the prompt
-whichever side the padding is on, and explicit positions count from the unpadded prompt.
+A place does not depend on padding: `LastToken` is the prompt's last token with padding on
+either side, and explicit positions count from the unpadded prompt.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from hooked_vlm.errors import RegionError
 
 @runtime_checkable
 class ImageCells(Protocol):
-    """What a region needs to know of an image; `TokenGrid` is one."""
+    """The attributes of an image that a region needs; `TokenGrid` implements them."""
 
     @property
     def rows(self) -> int: ...
@@ -54,9 +54,9 @@ class PromptRow:
 
     input_ids: Int[Tensor, " pos"]
     attention_mask: Int[Tensor, " pos"]
-    """1 where there is a token, 0 where there is padding."""
+    """1 for a token, 0 for padding."""
     tokens: tuple[str, ...] | None = None
-    """The text of each position (`token_pieces`); joined, they are the prompt."""
+    """The text of each position (see `token_pieces`); joined, they are the prompt."""
     grids: tuple[ImageCells, ...] = ()
     """The token grids of this prompt's images, in the order of the prompt."""
 
@@ -68,7 +68,7 @@ class PromptRow:
 
 @runtime_checkable
 class TokenSelector(Protocol):
-    """Anything that can say which positions of a prompt it means."""
+    """Any object that selects positions of a prompt."""
 
     def positions(self, where: PromptRow, /) -> Tensor: ...
 
@@ -82,10 +82,14 @@ class _Joinable:
 
 @dataclass(frozen=True)
 class LastToken(_Joinable):
-    """The last input position of each prompt, wherever its padding is.
+    """The last token of each prompt, with padding on either side.
 
     With a chat template and its generation prompt, this is the position that predicts the
     first token of the answer.
+
+    >>> ids, mask = torch.tensor([5, 6, 7, 0]), torch.tensor([1, 1, 1, 0])
+    >>> LastToken().positions(PromptRow(ids, mask))
+    tensor([2])
     """
 
     def positions(self, where: PromptRow) -> Int[Tensor, " 1"]:
@@ -108,13 +112,13 @@ class Positions(_Joinable):
             raise RegionError("Positions(()) names no position. Give at least one index.")
 
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
-        """Returns the positions, ascending; raises `RegionError` for one off the prompt."""
+        """Returns the positions, ascending; raises `RegionError` for one outside the prompt."""
         real = _real_of(where)
         for index in self.indices:
             if not -len(real) <= index < len(real):
                 raise RegionError(
-                    f"Position {index} is not in a prompt of {len(real)} tokens (padding not "
-                    f"counted). Use {-len(real)} to {len(real) - 1}."
+                    f"Position {index} is not in a prompt of {len(real)} tokens (without "
+                    f"padding). Use {-len(real)} to {len(real) - 1}."
                 )
         return real[list(self.indices)].unique()
 
@@ -124,11 +128,16 @@ class Positions(_Joinable):
 
 @dataclass(frozen=True)
 class Span(_Joinable):
-    """The tokens that a piece of the prompt's text is made of.
+    """The tokens that contain a piece of the prompt's text.
 
-    A token counts when any of its characters lies in the piece, so `Span("red")` is the one
-    token " red" too.  A piece that occurs more than once must say which is meant:
+    A token belongs when any of its characters lies in the piece, so `Span("red")` also selects
+    the single token " red".  For a piece that occurs more than once, `occurrence` is required:
     `occurrence=0` is the first, `-1` the last.
+
+    >>> tokens = ("The", " red", " square", ".")
+    >>> row = PromptRow(torch.arange(4), torch.ones(4, dtype=torch.long), tokens)
+    >>> Span("red square").positions(row)
+    tensor([1, 2])
     """
 
     text: str
@@ -136,13 +145,13 @@ class Span(_Joinable):
 
     def __post_init__(self) -> None:
         if not self.text:
-            raise RegionError("Span('') is empty. Give the text whose tokens you mean.")
+            raise RegionError("Span('') is empty. Give the text whose tokens to select.")
 
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the tokens' positions, ascending.
 
         Raises `RegionError` when the prompt's text is not known, does not contain the piece,
-        or contains it more than once while `occurrence` is not given.
+        or contains it more than once and `occurrence` is None.
         """
         if where.tokens is None:
             raise RegionError(
@@ -156,7 +165,7 @@ class Span(_Joinable):
         hit, end = [], 0
         for piece in pieces:
             begin, end = end, end + len(piece)
-            # An empty piece begins a character that a later token completes.
+            # An empty piece is the beginning of a character that a later token completes.
             hit.append(begin < stop and end > start if piece else start <= begin < stop)
         return real[torch.tensor(hit)]
 
@@ -164,12 +173,12 @@ class Span(_Joinable):
         found = _occurrences(prompt, self.text)
         if not found:
             raise RegionError(
-                f"The prompt does not contain {self.text!r}. Its text is {_shortened(prompt)!r}; "
-                "spaces and capitals count."
+                f"The prompt does not contain {self.text!r}. Its text is {_shortened(prompt)!r}. "
+                "Give a part of that text; spaces and capitals must match."
             )
         if self.occurrence is None and len(found) > 1:
             raise RegionError(
-                f"The prompt contains {self.text!r} {len(found)} times. Say which is meant: "
+                f"The prompt contains {self.text!r} {len(found)} times. Give the occurrence: "
                 f"Span({self.text!r}, occurrence=0) is the first, occurrence=-1 the last."
             )
         which = self.occurrence or 0
@@ -195,7 +204,9 @@ class TextTokens(_Joinable):
         for grid in where.grids:
             text[grid.positions.flatten().to(text.device)] = False
         if not text.any():
-            raise RegionError("This prompt has no text token: all of it is image or padding.")
+            raise RegionError(
+                "This prompt has no text token: every position is a visual token or padding."
+            )
         return text.nonzero().flatten()
 
     def __str__(self) -> str:
@@ -224,7 +235,7 @@ class InImage(_Joinable):
 
 @dataclass(frozen=True)
 class AnyOf(_Joinable):
-    """Several places as one: all their positions, ascending, each once."""
+    """The union of several places: all their positions, ascending, each once."""
 
     parts: tuple[TokenSelector, ...]
 
@@ -238,9 +249,9 @@ class AnyOf(_Joinable):
 
 
 def union(*places: Any) -> AnyOf:
-    """Returns the union of places of any kind, with unions inside it laid flat."""
+    """Returns the union of places of any kind; nested unions are flattened."""
     if not places:
-        raise RegionError("A union of no places names no position. Give at least one.")
+        raise RegionError("A union of no places names no position. Give at least one place.")
     parts = []
     for place in places:
         parts.extend(place.parts if isinstance(place, AnyOf) else [place])
@@ -251,10 +262,10 @@ def token_pieces(tokenizer: Any, ids: Sequence[int] | Int[Tensor, " pos"]) -> tu
     """Returns the text that each token adds to the decoded prompt.
 
     Joined, the pieces are the decoded text, special tokens included.  A character made of
-    several tokens stands in the last of them, and the ones before it are empty.
+    several tokens belongs to the last of them; the pieces of the earlier tokens are empty.
 
-    Each token is decoded behind the one before it, because tokenizers of the SentencePiece
-    kind drop a leading space from whatever is decoded first.
+    Each token is decoded together with the token before it, because SentencePiece tokenizers
+    drop a leading space from the first decoded token.
     """
     ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     memory: dict[tuple[int, ...], str] = {}
@@ -267,10 +278,11 @@ def token_pieces(tokenizer: Any, ids: Sequence[int] | Int[Tensor, " pos"]) -> tu
         return memory[window]
 
     pieces, begin = [], 0
-    # ids[begin:i] is a stretch that decodes to whole characters; i extends it.
+    # ids[begin:i] decodes to whole characters; token i extends it.
     for i in range(len(ids)):
         anchor = max(begin - 1, 0)
         before, after = decode(*ids[anchor:begin]), decode(*ids[anchor : i + 1])
+        # A replacement character marks an incomplete one; UTF-8 needs at most four bytes.
         unfinished = after.endswith("\N{REPLACEMENT CHARACTER}") and i + 1 - begin < 4
         if unfinished and i + 1 < len(ids):
             pieces.append("")
@@ -296,5 +308,5 @@ def _occurrences(text: str, piece: str) -> list[int]:
 
 
 def _shortened(text: str, limit: int = 300) -> str:
-    """Returns the end of a long text: image tokens stand first, what was asked last."""
+    """Returns the end of a long text: image tokens come first, the question last."""
     return text if len(text) <= limit else f"…{text[-limit:]}"

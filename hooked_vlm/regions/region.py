@@ -1,14 +1,14 @@
 """Regions: sets of cells of an image's grid of visual tokens.
 
-A region knows the shape of its grid and nothing of any prompt, so the same object says
-which cells of a heat map, which rows of the projector's output, which patches of the
-vision encoder and which positions of the language model are meant.  Its cells stand in
-raster order (row by row, left to right), and so does everything derived from them.
+A region has the shape of its grid and does not depend on a prompt.  The same region
+therefore selects cells of a heat map, rows of the projector's output, patches of the vision
+encoder and positions of the language model.  Its cells are in raster order (row by row,
+left to right), and so are all indices derived from them.
 
-Regions are made by a `TokenGrid` from pixels, by a stimulus that knows where its objects
-are, or here from cells; they combine as sets (`|`, `&`, `-`, `~`).  An algebra result may
-be empty, but to use an empty region is an error: an intervention on nothing looks just
-like an intervention without effect.  Geometry and regions: protocol 2.1.
+Regions are made by a `TokenGrid` from pixels, by a stimulus from its objects, or here from
+cells.  They combine as sets (`|`, `&`, `-`, `~`).  A combination may be empty, but using an
+empty region raises `RegionError`: an intervention on no cell could not be distinguished from
+an intervention without effect.  Geometry and regions: protocol 2.1.
 """
 
 import operator
@@ -32,7 +32,7 @@ Cell = tuple[int, int]
 class Region:
     """A set of cells `(row, col)` on a grid of `shape` `(rows, cols)`, in raster order.
 
-    Two regions are equal when their shapes and cells are; the name is for people.
+    Two regions are equal when their shapes and cells are equal; the name is only a label.
 
     >>> object_ = Region.rectangle((12, 12), rows=(5, 7), cols=(1, 3), name="object")
     >>> strip = Region.column_band((12, 12), 0, 4)
@@ -55,7 +55,7 @@ class Region:
         if off:
             raise RegionError(
                 f"Region {self.name!r} has {len(off)} of {len(cells)} cells off the grid, the "
-                f"first at {off[0]} (row, column). The grid has rows 0 to {rows - 1} and columns "
+                f"first at {off[0]} (row, column). Use rows 0 to {rows - 1} and columns "
                 f"0 to {cols - 1}."
             )
         object.__setattr__(self, "shape", (rows, cols))
@@ -79,7 +79,7 @@ class Region:
         for word, (start, stop), size in (("rows", rows, shape[0]), ("columns", cols, shape[1])):
             if not 0 <= start < stop <= size:
                 raise RegionError(
-                    f"{name} was asked for {word} {start} to {stop} (half-open), and the grid has "
+                    f"{name} needs {word} {start} to {stop} (half-open), and the grid has "
                     f"{size}. Give 0 <= start < stop <= {size}."
                 )
         cells = tuple((r, c) for r in range(*rows) for c in range(*cols))
@@ -118,7 +118,7 @@ class Region:
         return cell in self.cells
 
     def __or__(self, other: Any) -> Any:
-        """Returns the union: a `Region` with a region, an `AnyOf` with any other place."""
+        """Returns the union: a `Region` for a region, an `AnyOf` for any other place."""
         if isinstance(other, Region):
             return self._combined(other, "|")
         return union(self, other) if isinstance(other, TokenSelector) else NotImplemented
@@ -133,16 +133,16 @@ class Region:
         return Region.from_mask(~self.mask, f"~{self.name}")
 
     def __le__(self, other: "Region") -> bool:
-        """Tells whether every cell of this region is in the other."""
+        """Returns whether every cell of this region is in the other."""
         return not self - other
 
     def isdisjoint(self, other: "Region") -> bool:
-        """Tells whether the two regions share no cell."""
+        """Returns whether the two regions share no cell."""
         return not self & other
 
     def ring(self, width: int = 1, name: str | None = None) -> "Region":
-        """Returns the cells around the region: within `width` cells of it, diagonals too,
-        and not in it; what the image's border cuts off is left out."""
+        """Returns the cells around the region: those within `width` cells of it (including
+        diagonals) that are not in it.  Cells beyond the image's border are left out."""
         if width < 1:
             raise RegionError(f"A ring of width {width} has no cell. Give a width of 1 or more.")
         self.check_not_empty("ring around it")
@@ -156,7 +156,7 @@ class Region:
     def shifted(self, rows: int = 0, cols: int = 0) -> "Region":
         """Returns the region moved down by `rows` and right by `cols`.
 
-        Raises `RegionError` when a cell would leave the grid.
+        Raises `RegionError` when a moved cell is outside the grid.
         """
         return Region(self.shape, tuple((r + rows, c + cols) for r, c in self.cells), self.name)
 
@@ -170,16 +170,16 @@ class Region:
 
     @property
     def tokens(self) -> Int[Tensor, " token"]:
-        """Flat raster indices `row * cols + col`, which index the projector's output
-        `[image, token, d_model]`; raises `RegionError` when the region is empty."""
+        """Flat raster indices `row * cols + col`; they index the projector's output
+        `[image, token, d_model]`.  Raises `RegionError` when the region is empty."""
         self.check_not_empty("visual token of it")
         return torch.tensor([r * self.shape[1] + c for r, c in self.cells])
 
     def positions(self, where: ImageCells | PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions of the cells in the language model's input, in raster order.
 
-        `where` is the image's `TokenGrid`, or a prompt with exactly one image (with several,
-        say which: `region.of_image(1)`).  Raises `RegionError` for an empty region and for a
+        `where` is the image's `TokenGrid`, or a prompt with exactly one image (for several
+        images use `region.of_image(1)`).  Raises `RegionError` for an empty region and for a
         grid of another shape.
         """
         grid = self._only_image(where) if isinstance(where, PromptRow) else where
@@ -187,24 +187,27 @@ class Region:
         return grid.positions.flatten()[self.tokens.to(grid.positions.device)].long()
 
     def patches_by_cell(self, grid: ImageCells) -> Int[Tensor, "cell patch"]:
-        """Returns the vision encoder's token indices of each cell's patches, in raster order
-        of cells and, within each cell, of patches; encoder tokens in front (a CLS token) are
-        counted.
+        """Returns the vision encoder's token indices of each cell's patches.
+
+        Cells are in raster order, and so are the patches within each cell.  Indices count the
+        encoder tokens before the patches (such as a CLS token).
 
         Raises `RegionError` as `positions` does, and `GridError` when the patch grid is not a
-        multiple of the token grid, so that no patch belongs to one cell alone.
+        multiple of the token grid: patches then do not belong to single cells.
         """
         self._check_fits(grid)
         self.check_not_empty("patch of it")
+        # Tiles: each cell's patches were measured and are looked up.
         if grid.patches is not None:
             return self._measured_patches(grid.patches)
+        # One image: each cell is a block of `tall` x `wide` patches.
         tall, odd_rows = divmod(grid.patch_rows, grid.rows)
         wide, odd_cols = divmod(grid.patch_cols, grid.cols)
         if odd_rows or odd_cols or not tall or not wide:
             raise GridError(
                 f"The patch grid {grid.patch_rows}x{grid.patch_cols} is not a multiple of the "
                 f"token grid {grid.rows}x{grid.cols}, so its patches do not belong to single "
-                "cells. Use positions in the language model instead."
+                "cells. Use a site of the language model or the projector instead."
             )
         row, col = torch.tensor(self.cells).T[:, :, None, None]
         patch_row = row * tall + torch.arange(tall)[:, None]
@@ -217,22 +220,23 @@ class Region:
         if len(image.unique()) > 1:
             raise GridError(
                 f"{self.name!r} lies in {len(image.unique())} tiles, which the vision encoder sees "
-                "as images of their own, so its patches are not those of one image. An "
-                "intervention at a vision site finds them; grid.patches has them by cell."
+                "as separate images, so its patches have no indices within one image. Give the "
+                "region itself to an intervention at a vision site, or read grid.patches, which "
+                "lists each cell's (tile, token) pairs."
             )
         return index
 
     def patches(self, grid: ImageCells) -> Int[Tensor, " patch"]:
         """Returns the vision encoder's token indices of all patches of the region, in raster
-        order of patches; raises what `patches_by_cell` raises."""
+        order of patches.  Raises what `patches_by_cell` raises."""
         return self.patches_by_cell(grid).flatten().sort().values
 
     def of_image(self, image: int) -> InImage:
-        """Returns this region in one image of prompts that have several."""
+        """Returns this region in image number `image` of prompts with several images."""
         return InImage(self, image)
 
     def check_not_empty(self, use: str) -> None:
-        """Raises `RegionError` when the region has no cell; `use` says what it was needed for."""
+        """Raises `RegionError` when the region has no cell; `use` names the missing item."""
         if not self.cells:
             raise RegionError(
                 f"{self.name!r} has no cells, so there is no {use}. Check the regions it was made "
@@ -249,7 +253,7 @@ class Region:
             )
 
     def sketch(self) -> str:
-        """Returns the grid as text, one line per row: `#` in the region, `-` outside.
+        """Returns the grid as text, one line per row: `#` inside the region, `-` outside.
 
         >>> print(Region.rectangle((3, 4), rows=(1, 3), cols=(0, 2)).sketch())
         ----
@@ -277,7 +281,7 @@ class Region:
         if not isinstance(other, Region):
             return NotImplemented
         self.check_same_grid(other)
-        # |, & of boolean arrays; a - b is a & ~b, for which numpy has no minus sign.
+        # numpy has no minus for boolean arrays: a - b is a & ~b.
         a, b = self.mask, other.mask
         mask = a | b if sign == "|" else a & (b if sign == "&" else ~b)
         return Region.from_mask(mask, f"({self.name} {sign} {other.name})")
@@ -286,7 +290,7 @@ class Region:
         if len(row.grids) != 1:
             raise RegionError(
                 f"{self.name!r} is a region of one image, and this prompt has {len(row.grids)}. "
-                "Say which is meant: region.of_image(0)."
+                "Name the image: region.of_image(0)."
             )
         return row.grids[0]
 

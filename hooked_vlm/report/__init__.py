@@ -1,1 +1,1 @@
-"""From results to figures and pages, and to what a run leaves on disk."""
+"""Makes figures, report pages and saved results from the results of experiments."""

@@ -1,10 +1,9 @@
-"""Runs experiments on a model into a folder, and picks up where an earlier run stopped.
+"""Runs experiments on a model, writes them into a folder, and resumes interrupted runs.
 
-Order matters here.  Everything that can be wrong with what the user asked for (a misspelt
-experiment, a folder that takes no files, a device that is not there) is found before the
-model is loaded, because loading is slow; a model that cannot be loaded is found before
-the first experiment; and each finished experiment is on disk before the next one starts,
-so that an interruption costs one experiment at most.
+The order of steps matters.  Errors in the arguments (an unknown experiment, a folder without
+write permission, a missing device) are raised before the model is loaded, because loading is
+slow.  The model is loaded before the first experiment.  Each finished experiment is written to
+disk before the next one starts, so an interruption loses at most one experiment.
 """
 
 import time
@@ -35,28 +34,28 @@ RESULTS = "results"  # the folder, inside the output folder, that holds finished
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, on what, into which folder."""
+    """An experiment or suite, its model and options, and the output folder."""
 
     experiment: str
-    """A suite or one experiment."""
+    """The name of a suite or of one experiment."""
     model: str
     """A shipped model, a local folder or a hub name."""
     out: Path
     _: KW_ONLY
     config: Config = field(default_factory=Config)
     setting: str | None = None
-    """What to run on, where a suite does not say; None: each experiment's own default."""
+    """The setting, where the suite does not fix it; None: each experiment's default."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Fields of single experiments' own configurations, as text: `{"alphas": "0,4,8"}`."""
+    """Options of single experiments, as text: `{"alphas": "0,4,8"}`."""
     device: str = "auto"
     dtype: str = "auto"
     fresh: bool = False
-    """Compute again what an earlier run left."""
+    """Whether to ignore results of an earlier run and compute them again."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Report:
-    """What a job left behind."""
+    """The results of a job, the record of its run, and the report page."""
 
     results: Sequence[Result]
     provenance: Provenance
@@ -65,7 +64,7 @@ class Report:
 
 @runtime_checkable
 class Listener(Protocol):
-    """Is told how a job gets on."""
+    """Receives the progress of a job."""
 
     def begin(self, step: Step, place: int, of: int) -> None: ...
     def step(self, done: int, total: int) -> None: ...
@@ -73,12 +72,13 @@ class Listener(Protocol):
 
 
 def check(job: Job) -> list[Step]:
-    """Returns a job's steps, or raises `DataError` for what is wrong without any model."""
+    """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model."""
     steps = registry.steps(job.experiment, job.setting)
     if job.config.pairs < 1 or job.config.batch_size < 1:
         raise DataError(
-            f"pairs={job.config.pairs} and batch_size={job.config.batch_size} were given; "
-            "both must be at least 1."
+            f"--pairs must be at least 1 (got {job.config.pairs})."
+            if job.config.pairs < 1
+            else f"--batch-size must be at least 1 (got {job.config.batch_size})."
         )
     check_options([step.experiment.config for step in steps], job.options)
     for step in steps:
@@ -86,7 +86,7 @@ def check(job: Job) -> list[Step]:
     if job.dtype not in DTYPES:
         raise DataError(
             f"There is no dtype {job.dtype!r}.{did_you_mean(job.dtype, DTYPES)} "
-            f"Known are: {', '.join(DTYPES)}."
+            f"Use one of: {', '.join(DTYPES)}."
         )
     device_of(job.device)
     writable_folder(job.out)
@@ -99,18 +99,20 @@ def own(job: Job, step: Step) -> Config:
 
 
 def run(job: Job, listener: Listener) -> Report:
-    """Runs a job and writes its report; returns what it left behind.
+    """Runs a job, writes its report and returns it.
 
-    Raises `HookedVLMError` for what cannot work, before anything long starts.  Whatever is
-    raised later, `KeyboardInterrupt` too, finished experiments stay in `job.out/results`,
-    and the same job finds them there.
+    Raises `HookedVLMError` for wrong arguments before the model is loaded.  After a later
+    error, or a `KeyboardInterrupt`, finished experiments remain in `job.out/results`, and the
+    same job reads them from there.
     """
+    # 1. Verify the arguments, then load the model.
     steps = check(job)
     device = device_of(job.device)
     model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
     sha256 = parameter_hash(model.hf_model)
     how = {"device": device, "dtype": job.dtype}
     results, seconds, reused, errors = [], {}, [], []
+    # 2. Run each step, or read its result from an earlier run with the same key.
     with Stopwatch() as watch, shared_runs(model):
         for place, step in enumerate(steps, start=1):
             listener.begin(step, place, len(steps))
@@ -123,6 +125,7 @@ def run(job: Job, listener: Listener) -> Report:
                 try:
                     found = step.experiment.run(model, config, listener.step)
                 except (DataError, RegionError, ScoringError) as error:
+                    # In a suite, the other experiments may still run on this model.
                     if len(steps) == 1:
                         raise
                     found = _not_run(step, error)
@@ -138,6 +141,7 @@ def run(job: Job, listener: Listener) -> Report:
             listener.end(took, saved is not None)
     if len(errors) == len(steps):
         raise errors[0]
+    # 3. Write the record and the report.
     config = {**asdict(job.config), **job.options, **how}
     provenance = describe_run(
         model.hf_model,
@@ -155,7 +159,7 @@ def run(job: Job, listener: Listener) -> Report:
 
 
 def _not_run(step: Step, error: Exception) -> Result:
-    """Returns what stands for an experiment that a model cannot be given; the others go on."""
+    """Returns the result of an experiment that cannot run on the model, with the reason."""
     experiment = step.experiment
     return Result(
         id=experiment.id,
@@ -169,49 +173,51 @@ def _not_run(step: Step, error: Exception) -> Result:
 
 
 def read(job: Job) -> Report:
-    """Returns what a finished job left behind, from its folder.
+    """Returns the report of a finished job from its folder.
 
-    Raises `DataError` where it is not finished, or was another job.
+    Raises `DataError` when the job is not finished, or when the folder has another job.
     """
     record_file = job.out / "provenance.json"
     if not record_file.exists():
-        raise DataError(f"There is no finished run in '{job.out}'.")
+        raise DataError(f"There is no finished run in '{job.out}'. Run the job first.")
     provenance = Provenance.from_json(record_file.read_text())
     results = []
     for step in check(job):
         key = _key(job, step, provenance.model_sha256)
         saved = load_result(job.out / RESULTS, step.key, key)
         if saved is None:
-            raise DataError(f"{step.name} in '{job.out}' is missing, or is of another run.")
+            raise DataError(
+                f"{step.name} in '{job.out}' is missing, or is of another run. Run the job again."
+            )
         results.append(saved.result)
     return Report(results=results, provenance=provenance, page=job.out / PAGE)
 
 
 def _key(job: Job, step: Step, sha256: str) -> str:
-    """Returns the hash of all that a step's numbers depend on."""
+    """Returns the hash of everything that a step's numbers depend on."""
     chosen = {**asdict(own(job, step)), "device": device_of(job.device), "dtype": job.dtype}
     return run_key(step.experiment.name, chosen, sha256, metadata.version("hooked-vlm"))
 
 
 def device_of(name: str) -> str:
-    """Returns a device that is there (`"auto"`: the GPU if there is one), or raises `DataError`."""
+    """Returns an available device (`"auto"`: the GPU if there is one), or raises `DataError`."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise DataError(
-            f"There is no device {name!r}; give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+            f"There is no device {name!r}. Give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DataError(
-            f"Device {name!r} was asked for, and torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} CUDA devices here. Use --device cpu, or a torch build "
-            "and driver with CUDA."
+            f"Device {name!r} was given, and torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} CUDA devices. Use --device cpu, or install a torch "
+            "build and driver with CUDA."
         )
     return name
 
 
 def dtype_of(name: str) -> Any:
-    """Returns torch's dtype of a name; `"auto"` stays, for transformers to choose."""
+    """Returns the torch dtype of a name; `"auto"` is returned unchanged, for transformers."""
     return name if name == "auto" else getattr(torch, name)

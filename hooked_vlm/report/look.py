@@ -1,9 +1,9 @@
-"""How figures look: colours, markers, names, and the checks of what they are drawn from.
+"""Colours, markers and labels of figures, and checks of the data they are drawn from.
 
-Figures are built from tables and labelled arrays without pyplot, so drawing one leaves no
-global state and opens no window, and nothing is computed on the way: what a figure shows
-stands in its table.  Colours are Okabe and Ito's, which stay apart for colour-blind readers,
-and every line has its own marker, for print without colour.
+Figures are made from tables and labelled arrays without pyplot, so drawing changes no global
+state and opens no window.  A figure computes nothing: every value it shows is in its table.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish, and every line has
+its own marker, for print without colour.
 """
 
 import io
@@ -27,18 +27,18 @@ MARKERS = "osv^DPX"
 
 @dataclass(frozen=True)
 class Look:
-    """How one quantity or kind is drawn, the same in every figure."""
+    """The style of one quantity or kind, the same in every figure."""
 
     label: str
     color: str
     marker: str
     dashes: str | tuple[int, tuple[int, int]] = "-"
-    width: float = 1.8  # more where another line often runs just over it
+    width: float = 1.8  # wider where another line often covers this one
 
 
 KINDS = {
     "strip": Look("strips through the whole image", ORANGE, "s", width=4.0),
-    "strip, aligned": Look("strips, object laid on object", PINK, "D"),
+    "strip, aligned": Look("strips, aligned object on object", PINK, "D"),
     "object": Look("object cells alone", BLUE, "o"),
     "background": Look("strips without their object cells", GREY, "^", (0, (4, 2))),
 }
@@ -51,7 +51,7 @@ SCORES = {
     "accuracy": Look("held-out object tokens", BLUE, "o"),
     "converged": Look("the same, fitted to convergence", GREEN, "v"),
     "shuffled": Look("its control, fitted to shuffled labels", GREY, "D"),
-    "background": Look("background tokens given to their strip", ORANGE, "s"),
+    "background": Look("background tokens assigned to their strip", ORANGE, "s"),
     "background, shuffled": Look("its control", GREY, "^"),
 }
 DIRECTIONS = {
@@ -100,7 +100,7 @@ def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
 
 
 def _complete(looks: Mapping[str, Look], found: pd.Series) -> dict[str, Look]:
-    """The looks of what was found, in their order, with one made up for an unknown name."""
+    """Returns the styles of the names found, in order, with a spare style for unknown names."""
     names = _in_order(found, looks)
     used = {looks[name].color for name in names if name in looks}
     # Colours that are taken come last.
@@ -127,10 +127,13 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
     missing = [column for column in columns if column not in table]
     if missing:
         raise DataError(
-            f"The table has the columns {list(table.columns)}; this figure also needs {missing}."
+            f"The table has the columns {list(table.columns)}; this figure also needs {missing}. "
+            "Give the table of the experiment's result."
         )
     if table.empty:
-        raise DataError("The table has no rows, so there is nothing to draw.")
+        raise DataError(
+            "The table has no rows, so there is nothing to draw. Give a table with rows."
+        )
 
 
 def _need_dims(array: xr.DataArray, *dims: str) -> None:

@@ -1,10 +1,9 @@
-"""One page that shows what was found, and the files behind it.
+"""Writes the report: one HTML page, and the files with its figures and numbers.
 
-The page is for a reader who was not there: what the paper claims, what this model does,
-the figure, the numbers, how they were computed and how to compute them again.  It is a
-single HTML file with its pictures inside, so that it can be mailed, archived and opened
-years later without a network.  Beside it stand the same figures as files, every number
-of every experiment as one tidy table, and the record of the run.
+For each experiment the page has the paper's claim, this model's result, the figure, the
+numbers, and how they were computed.  It is a single HTML file with embedded pictures, so it
+can be sent, archived and opened without a network.  The same folder has the figures as files,
+every number of every experiment as one tidy table, and the record of the run.
 """
 
 import base64
@@ -29,13 +28,13 @@ from hooked_vlm.report.results import write_file
 
 
 PAGE = "report.html"
-PX_PER_INCH = 88  # on the page, so that every figure's text is of one size
+PX_PER_INCH = 88  # on the page, so that the text of all figures has one size
 COLUMNS = ("direction", "axis", "kind", "slot", "site", "quantity", "value", "low", "high", "n")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A key number for the top of the page."""
+    """A key number at the top of the page."""
 
     value: str
     label: str
@@ -44,8 +43,8 @@ class Tile:
 def write_report(results: Sequence[Result], provenance: Provenance, out: Path) -> Path:
     """Writes the report of one model into the folder `out`; returns the page's path.
 
-    Beside `report.html` it leaves `figures/*.png`, `numbers.csv` (all tables, one row per
-    number) and `provenance.json`.  Each file is replaced as a whole or not at all.
+    It writes `report.html`, `figures/*.png`, `numbers.csv` (all tables, one row per number)
+    and `provenance.json`.  Each file is replaced as a whole or not at all.
     """
     sections = [_section(result, out) for result in results]
     page = _template("report.html.j2").render(
@@ -58,14 +57,14 @@ def write_report(results: Sequence[Result], provenance: Provenance, out: Path) -
     )
     write_file(out / "numbers.csv", numbers(results, provenance.title).to_csv(index=False))
     write_file(out / "provenance.json", provenance.to_json())
-    write_file(out / PAGE, page)  # last: where the page is, the rest is
+    write_file(out / PAGE, page)  # last, so that a page implies complete files
     return out / PAGE
 
 
 def write_index(
     reports: Mapping[str, tuple[Sequence[Result], Provenance]], out: Path, *, title: str
 ) -> Path:
-    """Writes `out/index.html`, which sets several models' reports side by side.
+    """Writes `out/index.html`, which shows the reports of several models side by side.
 
     `reports` maps each report's folder, relative to `out`, to its results and record.
     """
@@ -93,7 +92,7 @@ def write_index(
 
 
 def numbers(results: Sequence[Result], model: str) -> pd.DataFrame:
-    """Returns every number of every result as one tidy table, a row each."""
+    """Returns every number of every result as one tidy table, one row per number."""
     tables = [
         result.table.assign(
             model=model, experiment=result.id, name=result.name, setting=result.setting
@@ -111,9 +110,9 @@ def numbers(results: Sequence[Result], model: str) -> pd.DataFrame:
 
 
 def key_numbers(results: Sequence[Result]) -> list[Tile]:
-    """Returns the few numbers that stand on top: each a range over directions or axes.
+    """Returns the key numbers for the top of the page, each a range over directions or axes.
 
-    Of an experiment on several settings, those of the first.
+    For an experiment on several settings, they are those of the first setting.
     """
     tiles = []
     first = {result.id: result for result in reversed(results)}
@@ -161,7 +160,7 @@ def _shown(drawing: Drawing, png: bytes) -> dict[str, Any]:
 
 
 def _stimuli(result: Result) -> list[dict[str, str]]:
-    """The pictures that no figure shows already."""
+    """Returns the pictures that no figure shows."""
     shown = (
         {str(item) for item in result.arrays["item_maps"]["item"].values}
         if ("item_maps" in result.arrays)
@@ -175,7 +174,7 @@ def _stimuli(result: Result) -> list[dict[str, str]]:
 
 
 def _glance(table: pd.DataFrame) -> pd.DataFrame:
-    """For numbers over slots, each line's highest value and where it stands."""
+    """Returns for numbers over slots each line's highest value and its slot."""
     groups = [c for c in ("direction", "axis", "kind", "quantity") if c in table]
     if "slot" not in table or not groups:
         return table.iloc[:0]
@@ -184,7 +183,7 @@ def _glance(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table(table: pd.DataFrame) -> str:
-    """The table as HTML, its interval in one cell and its numbers to three places."""
+    """Returns the table as HTML, with each interval in one cell and three decimal places."""
     if table.empty:
         return ""
     shown = table.drop(columns=["low", "high"], errors="ignore").copy()
@@ -207,7 +206,7 @@ def _interval(low: float, high: float) -> str:
 
 
 def _three(value: float) -> str:
-    """Three places, and no sign on a zero."""
+    """Returns a number with three decimal places, and zero without a sign."""
     return f"{round(value, 3) + 0.0:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""How far a job is: bars on a terminal, a line now and then in a log."""
+"""Shows the progress of a job: bars on a terminal, otherwise a line every few seconds."""
 
 import contextlib
 import logging
@@ -22,7 +22,7 @@ from rich.progress import (
 
 
 class Listener(contextlib.AbstractContextManager):
-    """Shows how a job gets on: bars on a terminal, a line now and then in a log."""
+    """Shows the progress of a job: bars on a terminal, otherwise a line every few seconds."""
 
     def __init__(self, console: Console, model: str) -> None:
         self.finished, self.of = 0, 0
@@ -49,7 +49,7 @@ class Listener(contextlib.AbstractContextManager):
         self._bars.stop()
 
     def begin(self, step: Any, place: int, of: int) -> None:
-        """Is told of a `registry.Step`."""
+        """Shows that a `registry.Step` begins."""
         self.of = of
         self._name = f"{self._model} {place}/{of} {step.experiment.id} {step.name}"
         self._start = self._said = time.monotonic()
@@ -60,7 +60,7 @@ class Listener(contextlib.AbstractContextManager):
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total)
         now = time.monotonic()
-        if done == 0:  # what came before (drawing pairs, say) tells nothing of what is left
+        if done == 0:  # preparation (such as drawing pairs) is no measure of the time left
             self._start = self._said = now
         if now - self._said > 10 and done:
             spent = now - self._start
@@ -82,7 +82,7 @@ class Listener(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves stderr to progress and warnings of one line each."""
+    """Restricts stderr to progress and to warnings of one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 

@@ -1,11 +1,10 @@
-"""Where a number came from, in one record: what ran, on what, with what, for how long.
+"""The record of a run: model, experiment, options, software, device, time and memory.
 
-A result that cannot be run again is an anecdote.  The record names the model by a hash
-over its parameters rather than by its name alone, because a hub name can change its
-weights and a local folder has no version; it names the source by its commit where there
-is one; and it states time and peak memory, which papers leave out and readers need.
+The record identifies the model by a hash of its parameters as well as by its name, because
+the weights behind a hub name can change and a local folder has no version.  It has the commit
+of this package's source where there is one, and the time and peak memory of the run.
 
-`Stopwatch` measures a block, `record` puts the rest beside it.  The record is plain JSON.
+`Stopwatch` measures a block, and `describe_run` makes the record, which is plain JSON.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn", "pandas"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """One run, described so that it can be run again."""
+    """One run, with everything that is needed to repeat it."""
 
     model: str
     """The name or folder that the user gave."""
@@ -57,19 +56,19 @@ class Provenance:
     started: str
     """UTC, ISO 8601."""
     wall_seconds: float
-    """Of this run; see `seconds` for experiments that an earlier run computed."""
+    """Duration of this run; `seconds` includes experiments that an earlier run computed."""
     seconds: dict[str, float]
-    """Of each experiment, when it was computed."""
+    """Duration of each experiment in the run that computed it."""
     reused: list[str]
-    """Experiments whose results were read back from an earlier run."""
+    """Experiments whose results were read from an earlier run."""
     peak_memory_mib: float
-    """Highest resident memory of the process since it started, not of this run alone."""
+    """Highest resident memory of the process since its start, not only during this run."""
     peak_cuda_memory_mib: float | None
     """Highest allocation over all CUDA devices during the run; `None` without CUDA."""
 
     @property
     def title(self) -> str:
-        """What to call the model on a page: a hub name in full, a folder by its last part."""
+        """The model's name on a page: the full hub name, or the last part of a folder."""
         path = Path(self.model)
         return path.name if path.is_absolute() or self.model.startswith(".") else self.model
 
@@ -118,9 +117,9 @@ def describe_run(
     seconds: Mapping[str, float] | None = None,
     reused: Sequence[str] = (),
 ) -> Provenance:
-    """Returns the record of one run of `experiment` on `model`, which the user calls `name`.
+    """Returns the record of one run of `experiment` on `model`; `name` is the user's name for it.
 
-    `model_sha256` is what `parameter_hash` gives; hashing a large model twice is a waste.
+    `model_sha256` is the result of `parameter_hash`, passed because hashing is slow.
     """
     device = execution_device(model) or torch.device("cpu")
     return Provenance(
@@ -152,9 +151,9 @@ def describe_run(
 def parameter_hash(model: nn.Module) -> str:
     """Returns the SHA-256 over names, dtypes, shapes and bytes of a model's parameters.
 
-    Parameters go in by order of name, so the hash is that of the weights and not of the
-    order in which modules were built.  Tied weights count once.  A parameter that is
-    off-loaded to disk (on the meta device) goes in without its bytes.
+    Parameters are sorted by name, so the hash does not depend on the order in which modules
+    were built.  Tied weights count once.  For a parameter off-loaded to disk (on the meta
+    device), only name, dtype and shape count.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -168,7 +167,7 @@ def parameter_hash(model: nn.Module) -> str:
 def source_commit() -> str | None:
     """Returns the commit of the hooked_vlm source, or `None` where it is not in a repository."""
     folder = Path(__file__).parents[1]
-    # An installed copy may lie inside somebody else's repository; only a tracked one counts.
+    # An installed copy may be inside another repository, which does not track its files.
     if _git(folder, "ls-files", "--error-unmatch", "report/provenance.py") is None:
         return None
     commit = _git(folder, "rev-parse", "HEAD")
@@ -185,7 +184,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
             timeout=10,
             check=True,
         )
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, no answer in time
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a time-out
         return None
     return answer.stdout.strip()
 

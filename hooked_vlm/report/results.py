@@ -1,13 +1,12 @@
-"""Results on disk, whole or not at all, and found again only by a run that would repeat them.
+"""Saves results of experiments, and loads them for runs that would repeat them.
 
-A long run that is interrupted should cost what is left of it, not what was done.  So each
-finished experiment is written to a folder of its own, under a key that hashes everything
-its numbers depend on: the experiment, its configuration, the model's weights and this
-package's source.  The next run reads back what has the same key and computes the
-rest.  Nothing is pickled: a table is CSV, an array safetensors, a picture PNG, and the
-rest JSON, so a folder can be read without this package and opened from a stranger.
+Each finished experiment is written to its own folder, with a key that hashes everything its
+numbers depend on: the experiment, its configuration, the model's weights and this package's
+source.  The next run reads the results with the same key and computes the others.  Nothing is
+pickled: tables are CSV, arrays safetensors, pictures PNG, and the rest JSON.  A folder can
+therefore be read without this package, and opened safely when it comes from others.
 
-Files appear by renaming a finished temporary one, so that a reader never sees half of one.
+Each file is written under a temporary name and then renamed, so no reader sees a partial file.
 """
 
 import dataclasses
@@ -31,13 +30,13 @@ from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.result import Result
 
 
-FORMAT = 3  # raised when the files below change, so that old folders are computed again
+FORMAT = 3  # increase it when the files below change, so that old results are computed again
 
 
 def run_key(experiment: str, config: Mapping[str, Any], model_sha256: str, version: str) -> str:
-    """Returns the hash of all that an experiment's numbers and words depend on.
+    """Returns the hash of everything that an experiment's numbers and sentences depend on.
 
-    A version stands for its source only once it is released, so the source counts too.
+    Unreleased versions can share a number and differ in source, so the source counts too.
     """
     everything = [FORMAT, experiment, dict(config), model_sha256, version, _source_sha256()]
     text = json.dumps(everything, sort_keys=True, default=str)
@@ -53,7 +52,7 @@ def _source_sha256() -> str:
 
 
 def writable_folder(path: Path) -> Path:
-    """Returns `path` as a folder that exists and takes files, or raises `DataError`."""
+    """Creates the folder `path` if needed and returns it; raises `DataError` if not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path):
@@ -61,13 +60,13 @@ def writable_folder(path: Path) -> Path:
     except OSError as error:
         raise DataError(
             f"Cannot write to the output folder '{path}': {error.strerror or error}. "
-            "Name a folder that you may write to."
+            "Name a folder with write permission."
         ) from None
     return path
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is either there in full or as it was before."""
+    """Writes a file completely, or leaves the existing file unchanged."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,15 +79,15 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Saved:
-    """A result as it was found on disk."""
+    """A result that was loaded from disk."""
 
     result: Result
     seconds: float
-    """How long it took when it was computed."""
+    """Seconds that its computation took."""
 
 
 def save_result(result: Result, folder: Path, key: str, seconds: float = 0.0) -> Path:
-    """Writes a result under `folder/<its key>`, in place of an older one; returns that folder."""
+    """Writes a result to `folder/<its key>`, replacing an older one; returns that folder."""
     target = folder / result.key
     folder.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{result.key}-", dir=folder))
@@ -122,14 +121,16 @@ def read_result(folder: Path) -> Result:
     try:
         about = json.loads((folder / "result.json").read_text())
     except (OSError, json.JSONDecodeError):
-        raise DataError(f"There is no result in '{folder}'.") from None
+        raise DataError(
+            f"There is no result in '{folder}'. Give a folder inside a run's results/."
+        ) from None
     return _read(folder, about)
 
 
 def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
     arrays, labels = {}, {}
     for name, array in result.arrays.items():
-        # safetensors writes memory as it lies: a transposed array would come back scrambled.
+        # safetensors writes raw memory, so a transposed array must be made contiguous first.
         arrays[name] = np.ascontiguousarray(array.values)
         labels[name] = {
             "dims": list(array.dims),
@@ -158,7 +159,7 @@ def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
 def _read(folder: Path, about: dict[str, Any]) -> Result:
     arrays = load_file(folder / "arrays.safetensors")
     # Read as text and then converted, which is exact; read_csv's own parsing rounds.
-    columns = about["columns"]  # none where an experiment could not be run: no file to parse
+    columns = about["columns"]  # empty for an experiment that could not run
     table = pd.read_csv(folder / "table.csv", dtype=str).astype(columns) if columns else None
     fields = {field.name for field in dataclasses.fields(Result)}
     words = {word: value for word, value in about.items() if word in fields}
@@ -182,4 +183,4 @@ def _read(folder: Path, about: dict[str, Any]) -> Result:
 
 def _picture(path: Path) -> Image.Image:
     with Image.open(path) as picture:
-        return picture.copy()  # opened lazily otherwise, and the folder may be replaced
+        return picture.copy()  # open() is lazy, and the folder may be replaced later

@@ -1,4 +1,4 @@
-"""Stimuli: pictures whose answers, regions and counterfactuals are known."""
+"""Stimuli: pictures with known answers, regions and counterfactuals."""
 
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY as PAPER_GEOMETRY
 from hooked_vlm.stimuli.geometry import Geometry as Geometry

@@ -1,9 +1,9 @@
-"""Where the entities of a stimulus stand: on whole visual tokens, for every model.
+"""The places of a stimulus's entities, aligned with whole visual tokens for every model.
 
-Three entities stand in a row or in a column, each on a square of whole visual tokens,
-so that "the object's tokens" and "its strip" are exact (paper, section 4; the numbers
-are those of its appendix).  With N tokens a side, objects of S tokens and gaps of g,
-the first object begins at (N - (3S + 2g)) // 2 and all are centred across.  A strip is
+Three entities are placed in a row or in a column, each on a square of whole visual tokens, so
+the tokens of an object and of its strip are exact (paper, section 4, with the numbers of its
+appendix).  With N tokens on a side, objects of S tokens and gaps of g tokens, the first object
+begins at (N - (3S + 2g)) // 2, and all objects are centred on the other axis.  A strip has
 every token of the columns (or rows) around an object.
 """
 
@@ -22,7 +22,7 @@ AXES = ("horizontal", "vertical")
 
 @runtime_checkable
 class Layout(Protocol):
-    """Where three slots and their strips are, on a square grid of visual tokens."""
+    """The places of three slots and their strips on a square grid of visual tokens."""
 
     @property
     def canvas(self) -> int: ...
@@ -54,11 +54,14 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if sum(self.strips) != self.n_tokens:
-            raise DataError(f"Strips {self.strips} do not tile {self.n_tokens} tokens.")
+            raise DataError(
+                f"Strips {self.strips} do not tile {self.n_tokens} tokens: their sum is "
+                f"{sum(self.strips)}. Give three widths whose sum is {self.n_tokens}."
+            )
         if 3 * self.object_tokens + 2 * self.gap_tokens > self.n_tokens:
             raise DataError(
                 f"Three objects of {self.object_tokens} tokens with gaps of {self.gap_tokens} do "
-                f"not fit in {self.n_tokens} tokens."
+                f"not fit in {self.n_tokens} tokens. Give smaller objects or gaps."
             )
 
     @property
@@ -105,7 +108,7 @@ class Geometry:
         return make(self.shape, start, stop, f"strip {slot}")
 
     def background(self, axis: Axis) -> Region:
-        """Returns the cells that hold no object."""
+        """Returns the cells without an object."""
         objects = [self.object_region(axis, slot) for slot in range(3)]
         return (~(objects[0] | objects[1] | objects[2])).named("background")
 
@@ -118,7 +121,7 @@ PAPER_GEOMETRY = {
 
 
 def geometry_for(n_tokens: int, token_px: int) -> Geometry:
-    """Returns the paper's layout for a token count it uses, else one made by its proportions.
+    """Returns the paper's layout for its token counts, else a layout with its proportions.
 
     Raises `DataError` for fewer than five tokens a side, where three objects with gaps
     between them do not fit.
@@ -127,17 +130,20 @@ def geometry_for(n_tokens: int, token_px: int) -> Geometry:
         if paper.n_tokens == n_tokens:
             return Geometry(n_tokens, token_px, paper.object_tokens, paper.gap_tokens, paper.strips)
     if n_tokens < 5:
-        raise DataError(f"{n_tokens} tokens a side cannot hold three objects with gaps between.")
+        raise DataError(
+            f"{n_tokens} tokens a side cannot hold three objects with gaps between them. Use a "
+            "canvas of at least 5 tokens a side."
+        )
     size = max(1, n_tokens // 6)
     gap = min(size, (n_tokens - 3 * size) // 2)
-    # An outer strip ends in the middle of the gap, as it does in all of the paper's layouts.
+    # An outer strip ends in the middle of the gap, as in all of the paper's layouts.
     side = (n_tokens - 3 * size - 2 * gap) // 2 + size + (gap + 1) // 2
     return Geometry(n_tokens, token_px, size, gap, (side, n_tokens - 2 * side, side))
 
 
 def _check_slot(slot: int) -> None:
     if slot not in (0, 1, 2):
-        raise DataError(f"Slot {slot} does not exist: slots are 0, 1 and 2.")
+        raise DataError(f"Slot {slot} does not exist. Use 0, 1 or 2.")
 
 
 def _horizontal(axis: Axis) -> bool:

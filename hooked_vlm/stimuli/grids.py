@@ -1,7 +1,7 @@
 """Grids: k x k cells, each with a random shape of a random colour (paper, App. C.6).
 
-Every cell is a square block of whole visual tokens with its object in the middle, so that a
-column and a row of the grid are columns and rows of tokens.
+Every cell is a square block of whole visual tokens with its object in the middle, so a column
+and a row of the grid are columns and rows of tokens.
 """
 
 import random
@@ -22,7 +22,7 @@ Cell = tuple[str, str]
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Where the cells of a k x k grid are, in visual tokens."""
+    """The places of the cells of a k x k grid, in visual tokens."""
 
     k: int
     n_tokens: int
@@ -53,7 +53,7 @@ class GridLayout:
 
     @property
     def start(self) -> int:
-        """The first token of the first cell: what is left over is shared by both ends."""
+        """The first token of the first cell; tokens left over are split between both ends."""
         return (self.n_tokens - self.k * self.block) // 2
 
     def span(self, index: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class GridLayout:
 
 
 def random_cells(k: int, rng: random.Random) -> list[list[Cell]]:
-    """Returns the cells of a picture by row and column, each drawn on its own."""
+    """Returns the cells of a picture by row and column, each drawn independently."""
     return [
         [(rng.choice(tuple(shapes.PAINT)), rng.choice(tuple(COLORS))) for _ in range(k)]
         for _ in range(k)
@@ -88,7 +88,10 @@ def random_cells(k: int, rng: random.Random) -> list[list[Cell]]:
 def draw(cells: Sequence[Sequence[Cell]], layout: GridLayout) -> Image.Image:
     """Returns a white canvas with the cells' shapes; raises `DataError` for another k."""
     if len(cells) != layout.k or any(len(row) != layout.k for row in cells):
-        raise DataError(f"The layout has {layout.k}x{layout.k} cells; given are {cells}.")
+        raise DataError(
+            f"The layout has {layout.k}x{layout.k} cells, and {cells} were given. Give as many "
+            "rows and columns."
+        )
     image = Image.new("RGB", (layout.canvas, layout.canvas), "white")
     pen = ImageDraw.Draw(image)
     for r, row in enumerate(cells):

@@ -1,8 +1,8 @@
-"""Objects: cut-outs of everyday things in a row or in a column (paper, 4).
+"""Objects: cut-outs of everyday objects in a row or in a column (paper, 4).
 
-The package ships thirteen (MIT licence, see `assets/NOTICE.md`), among them the paper's
-eight names; a user's own folder of `<name>.png` files with an alpha channel does as well.
-The eight give P(8,3) = 336 ordered triples and 1344 items.
+The package ships thirteen cut-outs (MIT licence, see `assets/NOTICE.md`), including the
+paper's eight names.  A user's own folder of `<name>.png` files with an alpha channel can be
+used instead.  The eight names give P(8,3) = 336 ordered triples and 1344 items.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ Cutouts = Mapping[str, Image.Image]
 
 
 def prompt(question: Question) -> str:
-    """Returns what is asked: the object in a direction from the middle one.
+    """Returns the question for the object in a direction from the middle object.
 
     >>> prompt(Question(("orange", "apple", "pot"), "above"))
     'The object above the apple is a(n) '
@@ -38,20 +38,20 @@ def prompt(question: Question) -> str:
 
 @cache
 def shipped() -> Cutouts:
-    """Returns the cut-outs that come with the package, the paper's eight first."""
+    """Returns the shipped cut-outs, the paper's eight first."""
     return load_cutouts(_SHIPPED)
 
 
 def load_cutouts(folder: Path) -> Cutouts:
     """Returns the cut-outs of a folder of `<name>.png`, the paper's names first, then by name.
 
-    Raises `DataError` for a folder that is missing or without PNG files, for a file that is
-    no picture, and for one without transparent pixels, which would paint a box.
+    Raises `DataError` for a missing folder or one without PNG files, for a file that is no
+    picture, and for a picture without transparent pixels, which would paint a box.
     """
     files = {path.stem: path for path in sorted(folder.glob("*.png"))}
     if not files:
         raise DataError(
-            f"There are no <name>.png files in '{folder}'; Objects needs three or more."
+            f"There are no <name>.png files in '{folder}'. Give a folder with three or more."
         )
     order = [*(n for n in NAMES if n in files), *(n for n in files if n not in NAMES)]
     return {name: _load(files[name]) for name in order}
@@ -66,8 +66,8 @@ def _load(path: Path) -> Image.Image:
     lowest, _ = image.getchannel("A").getextrema()
     if lowest == 255:
         raise DataError(
-            f"'{path}' has no transparent pixel. A cut-out needs an alpha channel; otherwise a "
-            "box of its own background is pasted."
+            f"'{path}' has no transparent pixel, so it would be pasted as a box with its own "
+            "background. Give a cut-out with an alpha channel."
         )
     return image
 

@@ -1,18 +1,17 @@
-"""Clean / counterfactual pairs, drawn exactly as the paper draws them (protocol 2.5).
+"""Clean / counterfactual pairs, drawn exactly as in the paper (protocol 2.5).
 
-A *tuple* is k entity names without repetition.  `sample_tuples` draws tuples per
-direction with one random stream; `swap_pair` (k = 3) and `final_token_pair` (k = 5) turn
-a tuple into two layouts, the question that is asked of each, and the answers that tell
-the hypotheses apart.  Entities are plain strings: drawing them is the business of the
-setting (Squares, Shapes, Objects).
+A *tuple* has k different entity names.  `sample_tuples` draws tuples for each direction with
+one random stream.  `swap_pair` (k = 3) and `final_token_pair` (k = 5) convert a tuple to two
+layouts, the question for each, and the answers that distinguish the hypotheses.  Entities are
+plain strings; the setting (Squares, Shapes, Objects) draws them.
 
-The layouts are built so that the *clean* answer is always t0: left and above ask for slot
-0, right and below for slot 2, and the clean layout is mirrored for the latter two.  The
-middle entity is the reference that both prompts name.
+In all layouts the *clean* answer is t0: left and above ask for slot 0, right and below for
+slot 2, and the clean layout is mirrored for the latter two.  The middle entity is the
+reference that both prompts name.
 
-Which draws are kept depends on a model, through `accept`; the stream of draws does not,
-except for where it stops.  That is why the stream of a later direction depends on how
-many draws the earlier ones consumed, and why batching has to be exact about it.
+The model decides through `accept` which draws are kept, and thereby where a direction stops
+drawing.  The draws of a later direction therefore depend on the number of draws that earlier
+directions consumed, and batching must consume exactly as many as a one-by-one loop.
 """
 
 import random
@@ -33,7 +32,7 @@ BatchFilter = Callable[[str, list[tuple[str, ...]]], Sequence[bool]]
 
 
 def target_slot(direction: str) -> int:
-    """Returns the slot that a direction asks for: 0 for left and above, 2 otherwise.
+    """Returns the slot of a direction's answer: 0 for left and above, 2 otherwise.
 
     Raises:
         DataError: `direction` is none of left, right, above, below.
@@ -48,7 +47,7 @@ def target_slot(direction: str) -> int:
 
 @dataclass(frozen=True)
 class Question:
-    """One image and what is asked about it; named as a setting's items are."""
+    """One image and the question about it."""
 
     entities: Layout
     direction: str
@@ -60,7 +59,7 @@ class Question:
 
     @property
     def target(self) -> str:
-        """The right answer: the entity in the asked direction of the reference."""
+        """The correct answer: the entity in the asked direction of the reference."""
         return self.entities[target_slot(self.direction)]
 
     @property
@@ -78,26 +77,26 @@ class SwapPair:
 
     @property
     def clean_answer(self) -> str:
-        """The right answer on the clean image, t0: nothing was transferred."""
+        """The correct answer on the clean image, t0: nothing was transferred."""
         return self.clean.target
 
     @property
     def swapped_answer(self) -> str:
-        """The right answer on the counterfactual image, t2: the swap flipped the answer."""
+        """The correct answer on the counterfactual image, t2: the swap flipped the answer."""
         return self.counterfactual.target
 
     @property
     def questions(self) -> tuple[Question, Question]:
-        """What a model must answer rightly for the pair to be kept."""
+        """The questions that a model must answer correctly for the pair to be kept."""
         return self.clean, self.counterfactual
 
 
 @dataclass(frozen=True)
 class FinalTokenPair:
-    """Two images asked in opposite directions, for the final-token interchange (E2).
+    """Two images with questions in opposite directions, for the final-token interchange (E2).
 
-    The prompts name the same reference.  What the patched run then answers tells what the
-    final token carries: the three answers below are three different entities.
+    The prompts name the same reference.  The answer of the patched run shows what the final
+    token carries, because the three answers below are three different entities.
     """
 
     clean: Question
@@ -105,7 +104,7 @@ class FinalTokenPair:
 
     @property
     def clean_answer(self) -> str:
-        """t0, the right answer on the clean image: nothing was transferred."""
+        """t0, the correct answer on the clean image: nothing was transferred."""
         return self.clean.target
 
     @property
@@ -115,12 +114,12 @@ class FinalTokenPair:
 
     @property
     def attribute_answer(self) -> str:
-        """t3, the right answer on the counterfactual image: the answer itself moved."""
+        """t3, the correct answer on the counterfactual image: the answer itself was transferred."""
         return self.counterfactual.target
 
     @property
     def questions(self) -> tuple[Question, Question]:
-        """What a model must answer rightly for the pair to be kept."""
+        """The questions that a model must answer correctly for the pair to be kept."""
         return self.clean, self.counterfactual
 
 
@@ -170,17 +169,16 @@ def sample_tuples(
     accept_batch: BatchFilter | None = None,
     directions: Sequence[str] = DIRECTIONS,
 ) -> dict[str, list[tuple[str, ...]]]:
-    """Returns direction -> accepted k-tuples of `names`, the paper's draws exactly.
+    """Returns direction -> accepted k-tuples of `names`, with exactly the paper's draws.
 
-    One `random.Random(seed)` runs through left, right, above, below (or the `directions`
-    given, in their order); a draw is
-    `rng.sample(names, k)`.  Every draw is one of the direction's `max_attempts`, also one
-    that repeats a tuple already seen in this direction and is skipped (the paper does not
-    say; a loop that counts its rounds does this).  A tuple once rejected counts as seen.
+    One `random.Random(seed)` is used for left, right, above, below (or the given `directions`,
+    in their order); a draw is `rng.sample(names, k)`.  Every draw counts as one of the
+    direction's `max_attempts`, including draws that repeat a tuple of this direction and are
+    skipped (the paper does not specify this).  A rejected tuple is not tried again.
 
-    `accept(direction, tuple)` is the model's filter; without one every tuple is kept.
-    `accept_batch(direction, tuples)` is the same filter for a list at once: it is asked
-    about the same tuples in the same order, so the result is the same.
+    `accept(direction, tuple)` is the model's filter; without it every tuple is kept.
+    `accept_batch(direction, tuples)` is the same filter for a list of tuples: it gets the same
+    tuples in the same order, so the result is the same.
 
     Raises:
         DataError: fewer than k different names, or both filters given.
@@ -208,10 +206,10 @@ def right_on_both(
     pair_of: Callable[[str, tuple[str, ...]], SwapPair | FinalTokenPair],
     is_right: Callable[[list[Question]], Sequence[bool]],
 ) -> BatchFilter:
-    """Returns the paper's filter for `sample_tuples(accept_batch=...)`: right on both images.
+    """Returns the paper's filter for `sample_tuples(accept_batch=...)`: correct on both images.
 
     `pair_of` is `swap_pair` or `final_token_pair`; `is_right` runs the model on a list of
-    questions.  Each question is put to the model once, also where tuples share it.
+    questions.  The model runs once for each question, also where tuples share it.
     """
     known: dict[Question, bool] = {}
 
@@ -239,11 +237,11 @@ def _unseen_draws(
 def _collect(
     direction: str, draws: Iterator[tuple[str, ...]], wanted: int, judge: BatchFilter
 ) -> tuple[list[tuple[str, ...]], int]:
-    """Accepted tuples, at most `wanted`, and the number that was judged.
+    """Returns at most `wanted` accepted tuples, and the number of judged tuples.
 
-    Drawing ahead is safe for as many tuples as are still wanted: a one-by-one loop cannot
-    stop before it has judged them all, since it needs every one of them accepted to stop.
-    So the stream is never read further than that loop would read it.
+    A batch has as many tuples as are still missing.  A one-by-one loop would judge all of them
+    too, because it stops only when all missing tuples are accepted.  So the stream is never
+    read further than by that loop.
     """
     kept: list[tuple[str, ...]] = []
     judged = 0
@@ -256,7 +254,7 @@ def _collect(
         if len(verdicts) != len(batch):
             raise DataError(
                 f"accept_batch was given {len(batch)} tuples and returned {len(verdicts)} "
-                "verdicts; it must return one per tuple, in order."
+                "verdicts. Return one verdict per tuple, in order."
             )
         kept += [drawn for drawn, good in zip(batch, verdicts, strict=True) if good]
         judged += len(batch)
@@ -267,7 +265,7 @@ def _batched(
     accept: Callable[[str, tuple[str, ...]], bool] | None, accept_batch: BatchFilter | None
 ) -> BatchFilter:
     if accept is not None and accept_batch is not None:
-        raise DataError("sample_tuples was given both accept and accept_batch; pass one of them.")
+        raise DataError("sample_tuples was given both accept and accept_batch. Pass one of them.")
     if accept_batch is not None:
         return accept_batch
     return lambda direction, batch: [accept is None or accept(direction, drawn) for drawn in batch]
@@ -284,8 +282,8 @@ def _warn_if_short(
     if short:
         warnings.warn(
             f"Too few tuples were accepted in {attempts} attempts per direction. "
-            f"{'; '.join(short)}. Intervals will be wider; the model may be wrong on the clean "
-            "or the counterfactual image, or there are too few names.",
+            f"{'; '.join(short)}. Intervals will be wider. Either the model answers the clean or "
+            "the counterfactual image incorrectly, or there are too few names.",
             HookedVLMWarning,
             stacklevel=3,
         )
@@ -314,5 +312,5 @@ def _distinct(names: Sequence[str], count: int | None) -> tuple[str, ...]:
 
 
 def _facing(direction: str, target: str, middle: str, other: str) -> Layout:
-    """The layout in which `target` lies in the asked direction of `middle`."""
+    """Returns the layout in which `target` is in the asked direction of `middle`."""
     return (target, middle, other) if target_slot(direction) == 0 else (other, middle, target)

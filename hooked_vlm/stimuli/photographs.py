@@ -1,9 +1,9 @@
-"""Photographs behind the stimuli: the same layouts on natural images (paper, App. C.8).
+"""Photographs as backgrounds: the same layouts on natural images (paper, App. C.8).
 
-The paper does not say where its photographs are from.  The package ships nine that are in
-the public domain or under CC0 (`assets/NOTICE.md`): six `SCENES` to measure on and three
+The paper does not give the source of its photographs.  The package ships nine photographs in
+the public domain or under CC0 (`assets/NOTICE.md`): six `SCENES` for measurements and three
 `TEXTURES`.  The shipped models were trained on the textures and never on the scenes.  A
-user's own folder of pictures does as well.
+user's own folder of pictures can be used instead.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 @cache
 def shipped(name: str) -> Image.Image:
-    """Returns a photograph that comes with the package, 336x336 px.
+    """Returns a shipped photograph, 336x336 px.
 
     Raises `DataError` for an unknown name.
     """
@@ -41,7 +41,8 @@ def load_photographs(folder: Path) -> dict[str, Image.Image]:
     files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in _ENDINGS]
     if not files:
         raise DataError(
-            f"There are no pictures ({', '.join(_ENDINGS)}) in '{folder}' to use as backgrounds."
+            f"There are no pictures ({', '.join(_ENDINGS)}) in '{folder}' to use as backgrounds. "
+            "Give a folder with at least one."
         )
     return {path.stem: _load(path) for path in files}
 
@@ -55,5 +56,5 @@ def _load(path: Path) -> Image.Image:
 
 
 def fitted(photograph: Image.Image, side: int) -> Image.Image:
-    """Returns a photograph as a square canvas: its middle, scaled."""
+    """Returns the middle of a photograph, scaled to a square canvas."""
     return ImageOps.fit(photograph, (side, side), Image.Resampling.LANCZOS)

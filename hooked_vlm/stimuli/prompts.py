@@ -30,8 +30,8 @@ SIDES = {
         "vertical": "Is the {subject} {first} or {second} the {reference}? Answer with one word.",
     },
 }
-"""How COCO-spatial is asked, without a system message: of Qwen2-VL by "reference", of Gemma 3
-by "choice"; each item twice, with the options in both orders."""
+"""The questions of COCO-spatial, without a system message: "reference" for Qwen2-VL, "choice"
+for Gemma 3; each item is asked twice, with the options in both orders."""
 
 OPTIONS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
 OTHER_WORDS = {
@@ -39,7 +39,8 @@ OTHER_WORDS = {
     "shapes": "What color is the shape {preposition} the {reference}?",
     "objects": "Which object is {preposition} the {reference}?",
 }
-"""A second phrasing of each setting's question, ours, to tell an effect from its wording."""
+"""A second phrasing of each setting's question (ours), to check that results do not depend on
+the wording."""
 
 
 def side_prompt(

@@ -1,7 +1,8 @@
-"""What a setting is: which entities there are, how they look, and what is asked.
+"""A setting as data: its entities, their pictures, and its questions.
 
-It is data: names, a function that draws, one that words the question, and the places of
-objects and strips.  Nothing here knows a model; `experiments.setting.Setting` binds the two.
+A `StimulusSet` has names, a function that draws a picture, a function that writes the
+question, and the places of objects and strips.  It does not depend on a model;
+`experiments.setting.Setting` binds it to one.
 """
 
 import random
@@ -27,25 +28,25 @@ class StimulusSet:
 
     name: str
     title: str
-    """What a report calls it: "Shapes on photographs"."""
+    """Its title in reports: "Shapes on photographs"."""
     names: tuple[str, ...]
-    """The entities that may stand in an outer slot (and in the middle one, unless `middle`)."""
+    """The entities of the outer slots (and of the middle slot, unless `middle` is given)."""
     draw: Draw
     prompt: Callable[[Question], str]
     directions: tuple[str, ...] = DIRECTIONS
     system: str | None = SYSTEM_PROMPT
     grounds: Mapping[str, Image.Image] = field(default_factory=dict)
-    """Photographs to draw on, by name; none: white."""
+    """Background photographs by name; empty: white."""
     middle: str | None = None
-    """The entity that always stands in the middle (What'sUp); None: any."""
+    """The entity that is always in the middle (What'sUp); None: any."""
     skip_split_names: bool = False
-    """Whether names that a model's tokenizer splits are left out, rather than refused."""
+    """Whether names that a model's tokenizer splits are left out; otherwise they raise."""
     layout: Callable[[int, int], Layout] = geometry_for
-    """(visual tokens a side, pixels of one) -> where objects and strips are."""
+    """(visual tokens a side, pixels of one) -> the places of objects and strips."""
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes that the directions lie on."""
+        """The axes of the directions."""
         horizontal = any(d in ("left", "right") for d in self.directions)
         vertical = any(d in ("above", "below") for d in self.directions)
         return tuple(
@@ -53,7 +54,7 @@ class StimulusSet:
         )
 
     def items(self, directions: Sequence[str] | None = None) -> list[Question]:
-        """Returns all questions, those of one direction together, in the order of the names."""
+        """Returns all questions, grouped by direction, in the order of the names."""
         outer = 2 if self.middle else 3
         return [
             Question(self.with_middle(names), direction)
@@ -62,21 +63,21 @@ class StimulusSet:
         ]
 
     def with_middle(self, names: Sequence[str]) -> Any:
-        """Returns names with the fixed middle one put in its place, if there is one."""
+        """Returns the names with the fixed middle entity inserted, if there is one."""
         return (names[0], self.middle, *names[1:]) if self.middle else tuple(names)
 
     def ground_of(self, question: Question) -> str | None:
-        """Returns the name of the photograph behind a question's picture.
+        """Returns the name of the background photograph of a question's picture.
 
-        It hangs on the reference alone, so that a clean picture and its counterfactual
-        stand on the same one.
+        It depends only on the reference, so a clean picture and its counterfactual have the
+        same background.
         """
         if not self.grounds:
             return None
         return random.Random(question.reference).choice(list(self.grounds))
 
     def picture(self, question: Question, layout: Layout) -> Image.Image:
-        """Returns the picture that a question is about."""
+        """Returns the picture of a question."""
         return self.scene(question.entities, question.axis, layout, self.ground_of(question))
 
     def scene(

@@ -1,6 +1,6 @@
 """The settings by name: Squares, Shapes, Objects, each on white or on photographs; What'sUp.
 
-A setting is what the paper varies while its experiments stay the same.
+A setting defines the stimuli; every experiment runs on any of them.
 """
 
 from collections.abc import Callable
@@ -29,23 +29,23 @@ def stimulus_set(
 ) -> StimulusSet:
     """Returns a setting: `squares`, `shapes` or `objects`, one of them with `-photos`, `whatsup-…`.
 
-    `cutouts` and `backgrounds` are folders of a user's own pictures, in the place of the
-    shipped ones; `data` is the folder of What'sUp; `other_words` asks in a second phrasing.
+    `cutouts` and `backgrounds` are folders of a user's own pictures, used instead of the
+    shipped ones; `data` is the folder of What'sUp; `other_words` selects a second phrasing.
 
     Raises `DataError` for an unknown name or an unusable folder.
     """
     if name in whatsup.SETTINGS:
         if data is None:
             raise DataError(
-                f"The setting {name!r} needs your copy of What'sUp: data=FOLDER (--data FOLDER). "
-                "docs/reference/data.md describes its layout."
+                f"The setting {name!r} needs your copy of What'sUp: give data=FOLDER (--data "
+                "FOLDER). docs/reference/data.md describes the folder's layout."
             )
         return whatsup.composite_set(whatsup.load(data), name.removeprefix("whatsup-"))
     plain, _, ground = name.partition("-")
     if plain not in _MAKE or ground not in ("", "photos"):
         known = (*SETTINGS, *whatsup.SETTINGS)
         raise DataError(
-            f"There is no setting {name!r}.{did_you_mean(name, known)} Known are: "
+            f"There is no setting {name!r}.{did_you_mean(name, known)} Use one of: "
             f"{', '.join(known)}."
         )
     names, draw, prompt = _MAKE[plain](cutouts)
@@ -80,7 +80,8 @@ def _objects(cutouts: Path | None) -> tuple[tuple[str, ...], Draw, Callable[[Que
     loaded = objects.load_cutouts(cutouts)
     if len(loaded) < 5:
         raise DataError(
-            f"'{cutouts}' has {len(loaded)} cut-outs; pairs of five different ones are drawn."
+            f"'{cutouts}' has {len(loaded)} cut-outs; pairs need five different ones. Give a "
+            "folder with five or more."
         )
     return tuple(loaded), partial(objects.draw, cutouts=loaded), objects.prompt
 
@@ -91,4 +92,4 @@ _MAKE: dict[str, Callable[[Path | None], Any]] = {
     "objects": _objects,
 }
 SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE))
-"""The settings that need no data beyond the package."""
+"""The settings that need only data of the package."""

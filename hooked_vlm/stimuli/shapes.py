@@ -1,8 +1,8 @@
 """Shapes: three shapes of different forms and colours in a row or in a column (paper, 4).
 
-Each colour has its own shape, so an entity is named by its colour, which is also the
-answer: 120 ordered triples and 480 items, as in Squares.  The question names the middle
-entity by colour and shape.  Sizes are the paper's, in a box of side s (protocol 2.2).
+Each colour has its own shape, so the colour is both the entity's name and the answer.  There
+are 120 ordered triples and 480 items, as in Squares.  The question names the middle entity by
+colour and shape.  Sizes are the paper's, in a box of side s (protocol 2.2).
 """
 
 import math
@@ -36,7 +36,7 @@ STAR_RATIO = 0.381966
 
 
 def prompt(question: Question) -> str:
-    """Returns what is asked: the colour of the shape in a direction from the middle one.
+    """Returns the question for the colour of the shape in a direction from the middle one.
 
     >>> prompt(Question(("red", "green", "blue"), "left"))
     'The color of the shape to the left of the green circle is '

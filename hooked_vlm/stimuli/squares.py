@@ -40,7 +40,7 @@ def prompt(question: Question) -> str:
 def canvas(
     entities: Sequence[str | None], geometry: Geometry, background: Image.Image | None
 ) -> Image.Image:
-    """Returns what entities are drawn on: white, or a copy of a background scaled to fit.
+    """Returns the canvas for entities: white, or a copy of a background scaled to fit.
 
     Raises `DataError` for other than three slots.
     """

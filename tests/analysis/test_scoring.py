@@ -215,7 +215,7 @@ def test_logit_difference_of_one_spelling_is_a_difference_of_logits():
     ("call", "message"),
     [
         (lambda: candidate_probability(ROWS, BYTES, ["red", "Red"]), "share the token 'red'"),
-        (lambda: candidate_probability(ROWS, BYTES, []), "expected a list of names"),
+        (lambda: candidate_probability(ROWS, BYTES, []), "expected a non-empty list of names"),
         (lambda: candidate_probability(ROWS[:, :20], BYTES, ["red"]), "beyond the logits' 20"),
         (lambda: target_probability(ROWS, BYTES, ["red"]), "2 rows of logits"),
         (

@@ -109,7 +109,7 @@ def test_shipped_models_lend_their_towers_and_processors():
             "LlamaForCausalLM",
             "LlamaConfig",
             {n: v for n, v in SIZES.items() if "size" in n} | {"num_hidden_layers": 1},
-            "takes text and names no image encoder",
+            "takes text, and neither get_encoder",
         ),
     ],
 )

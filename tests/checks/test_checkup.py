@@ -95,4 +95,4 @@ def test_the_command_says_so_with_its_exit_code(
     assert ended.value.code == code
     said = capsys.readouterr().out
     assert f"grid               {verdict:<4} 4x4" in said
-    assert ("1 laws do not hold on tiny-gemma-3." in said) == bool(code)
+    assert ("1 check failed on tiny-gemma-3." in said) == bool(code)

@@ -271,7 +271,9 @@ def test_what_is_added_behind_a_block_is_found(stack: str) -> None:
     model, inputs = fresh("llava")
     block = model.hf_model.get_submodule(model.sites[f"{stack}blocks.0.hook_resid_post"].module)
     block.register_forward_hook(shifted)
-    assert_broken(laws.check_residual(model, inputs), f"{stack}blocks.0: something is added behind")
+    assert_broken(
+        laws.check_residual(model, inputs), f"{stack}blocks.0: a part without a site is added after"
+    )
 
 
 # --- patterns ------------------------------------------------------------------------------

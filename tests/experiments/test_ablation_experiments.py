@@ -43,7 +43,10 @@ def test_without_the_planted_order_the_answer_is_gone(coded: str) -> None:
     assert set(found) == set(REMOVALS)
     assert found["intact"] == found["itself"] == 1
     assert found["removed"] < 0.5 and found["mean"] < 0.5
-    assert "not apart from chance" in e5(coded).verdict or "below chance" in e5(coded).verdict
+    assert (
+        "not distinguishable from chance" in e5(coded).verdict
+        or "below chance" in e5(coded).verdict
+    )
 
 
 def test_the_halves_tell_where_the_order_was() -> None:

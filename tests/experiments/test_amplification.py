@@ -97,7 +97,7 @@ def test_corrected_and_broken_are_counted_apart() -> None:
     assert rows.loc["net", "value"] == 0
     verdict = amplification.verdict_of(table, right)
     assert "2 could be corrected" in verdict
-    assert "does not improve answers beyond random directions" in verdict
+    assert "does not improve accuracy beyond random directions" in verdict
 
 
 def test_a_strength_is_chosen_on_the_other_half() -> None:
@@ -147,4 +147,4 @@ def test_strength_is_carried_over_from_every_setting_to_every_other() -> None:
     assert intact["squares"] == 1
     transferred = net[net["kind"] == "transferred"]
     assert set(transferred["alpha"]) <= {0.0, 4.0}
-    assert "of 1 sources help" in result.verdict
+    assert " of 1, that harm: " in result.verdict

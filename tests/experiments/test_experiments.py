@@ -76,9 +76,9 @@ def test_e1_counts_every_item_once() -> None:
     assert result.table["direction"].tolist() == ["left", "right", "above", "below", "all"]
     assert result.table["n"].tolist() == [120, 120, 120, 120, 480]
     assert (result.table["value"] == 1).all()
-    assert "Of 480 items" in result.verdict
+    assert "(480 items)" in result.verdict
     assert "1.00" in result.verdict
-    assert "no direction is worse than another" in result.verdict
+    assert "equal in all directions" in result.verdict
 
 
 def test_e2_finds_the_three_stages_that_were_planted() -> None:
@@ -188,8 +188,10 @@ def test_e4_tells_the_two_mechanisms_apart(coded: str) -> None:
     found = "alone do not, as in" if coded == "background" else "flip the answer too"
     assert first.startswith("Left, right, above and below: ")
     assert found in first
-    clear = "strips do more than objects at slots 0-1, by up to 1.00 [1.00, 1.00] (slot 0)"
-    unclear = "strips and objects do not differ clearly at any slot"
+    clear = (
+        "strips flip more answers than objects at slots 0-1, by up to 1.00 [1.00, 1.00] (slot 0)"
+    )
+    unclear = "no clear difference between strips and objects at any slot"
     # Two pairs are too few for a sign-flip test, however large their difference is.
     assert result.verdict.count(unclear) == 4
     many = rows(result, direction="left", kind="strip - object").assign(p_holm=0.001)
@@ -207,7 +209,7 @@ def test_e4_speaks_of_no_difference_that_is_only_significant() -> None:
         }
     )
     said = strip_swap._compared(table)
-    assert said == "objects do more than strips at slot 1, by 0.20 [0.10, 0.30]"
+    assert said == "objects flip more answers than strips at slot 1, by 0.20 [0.10, 0.30]"
 
 
 def test_the_controls_of_e4_have_the_cells_they_say() -> None:
@@ -317,13 +319,13 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
     assert swaps == ["squares", "shapes", "objects"]
 
 
-@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
+@pytest.mark.filterwarnings("ignore:.*do not have the same shape")
 @pytest.mark.parametrize(("layout", "differ"), [("qwen2-vl", False), ("gemma-3", True)])
 def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
     layout: str, differ: bool
 ) -> None:
     expected = (
-        pytest.warns(HookedVLMWarning, match="puts object on object") if differ else nullcontext()
+        pytest.warns(HookedVLMWarning, match="To map object to object") if differ else nullcontext()
     )
     with expected:
         regions = SwapRegions.of(PAPER_GEOMETRY[layout], ("horizontal", "vertical"))

@@ -51,7 +51,7 @@ def test_the_order_is_found_at_the_depth_where_it_was_written(coded: str) -> Non
         assert shares[2] > 0.7
     else:
         assert shares[2] < 0.5
-    assert "order is read from the objects" in result.verdict
+    assert "a probe reads the order" in result.verdict
 
 
 def test_the_planted_head_attends_to_the_object_of_its_own_strip() -> None:

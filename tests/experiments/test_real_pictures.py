@@ -76,7 +76,7 @@ def test_what_matches_is_read_and_the_rest_is_listed(copy: Path, inside: bool) -
     assert all(item.path.exists() and len(item.captions) == 4 for item in found.items)
     assert {i.satellite for i in found.items} == set(SATELLITES)
     said = "\n".join(found.problems)
-    assert "red_on_chair.jpeg' is not there" in said
+    assert "red_on_chair.jpeg' is missing" in said
     assert "'red_beside_chair' is not <satellite>_<preposition>_<reference>" in said
     assert "'blue_on_stool.jpeg' has no four captions" in said
     assert "no image_path" in said
@@ -118,7 +118,7 @@ def test_faults_of_a_list_are_said(copy: Path) -> None:
     assert len(found.items) == 2 * 16 - 1  # one listed twice is one
     said = "\n".join(found.problems)
     assert "'red_left_of_chair.jpeg' is entry 0 too" in said
-    assert "'red_right_of_chair.jpeg' has the right caption 'A blue thing under a chair'" in said
+    assert "'red_right_of_chair.jpeg' has the correct caption 'A blue thing under a chair'" in said
     listing.write_text(json.dumps({"items": entries}))
     with pytest.raises(DataError, match="holds a dict; expected is a list"):
         whatsup.load(copy)
@@ -174,11 +174,11 @@ def test_a_setting_of_composites(copy: Path) -> None:
         48,
         3,
     )
-    with pytest.raises(DataError, match=r"not one\. Experiments that show one thing alone"):
+    with pytest.raises(DataError, match=r"not one\. Experiments that show one object alone"):
         stimuli.scene((None, "red", None), "horizontal", layout)
     with pytest.raises(DataError, match="needs your copy of What'sUp"):
         stimulus_set("whatsup-chair")
-    with pytest.raises(DataError, match="Around 'table' 0 things"):
+    with pytest.raises(DataError, match="Around 'table' 0 objects"):
         stimulus_set("whatsup-table", data=copy)
 
 
@@ -190,7 +190,7 @@ def test_names_that_a_tokenizer_splits_are_left_out(copy: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Pairing")  # strips as published put objects a column off
-@pytest.mark.filterwarnings("ignore:.*are not one shape moved")
+@pytest.mark.filterwarnings("ignore:.*do not have the same shape")
 @pytest.mark.parametrize("reference", whatsup.REFERENCES)
 @pytest.mark.parametrize("n_tokens", [8, 12, 16, 24])
 def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int) -> None:
@@ -380,7 +380,7 @@ def test_pairs_that_two_kinds_of_picture_keep_are_compared() -> None:
     assert [row["n"] for row in rows] == [7, 7]
     assert rows[1]["value"] == pytest.approx(0.3) and rows[1]["p_holm"] < 0.05
     said = compared.said_swaps(pd.DataFrame(rows))
-    assert said.startswith("strip up to 0.3") and "n = 7 common pairs" in said
+    assert said.startswith("strip: up to 0.3") and "7 common pairs" in said
     assert compared.swap_rows(of(0.0, "a", "b"), of(0.0, "b", "c"), seed=0) == []
     assert "too few pairs" in compared.said_swaps(
         pd.DataFrame(columns=["part", "quantity", "kind"])
@@ -454,7 +454,7 @@ def test_boxes_are_those_of_the_captions_things(boxed: Path) -> None:
     found = coco_boxes.with_boxes(coco.load(boxed).items, boxed)
     assert len(found.items) == 11
     assert set(found.problems) == {
-        "picture 2: 2 boxes of 'cup'; the largest counts",
+        "picture 2: 2 boxes of 'cup'; the largest is used",
         "picture 12: no box of 'dog'",
     }
     for one in found.items:
@@ -478,7 +478,7 @@ def test_amplification_on_photographs_with_boxes(
     config = coco_amplification.Config(
         data=boxed, alphas=(0.0, 2.0), control_alphas=(0.0, 2.0), controls=2
     )
-    with pytest.raises(DataError, match=r"horizontal: \d of 6 items right, too few"):
+    with pytest.raises(DataError, match=r"horizontal: \d of 6 items correct, too few"):
         coco_amplification.run(model, config, lambda *_: None)  # it was not taught such questions
     observed = coco_amplification.observed
 
@@ -495,7 +495,7 @@ def test_amplification_on_photographs_with_boxes(
     assert (unchanged["value"] == 0).all() and (unchanged["n"] == 11).all()
     read = table[table["quantity"] == "probe, held out"]
     assert list(read["axis"]) == ["horizontal", "vertical"] and (read["n"] == 1).all()
-    assert "Of 11 items" in result.verdict and "horizontal" in result.verdict
+    assert "(11 items)" in result.verdict and "horizontal" in result.verdict
 
 
 def test_a_probe_of_photographs_is_given_the_means_of_boxes(boxed: Path) -> None:

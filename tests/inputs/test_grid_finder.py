@@ -32,7 +32,7 @@ from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.region import Region
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image processor made")
+pytestmark = pytest.mark.filterwarnings("ignore:The image processor changed")
 Box = tuple[int, int, int, int]
 EMBED, FIRST = "hook_merged_embed", "vision_encoder.blocks.0.hook_resid_pre"
 PROJECTED = "vision_projector.hook_out"
@@ -189,7 +189,7 @@ def test_a_wrong_rule_is_found_out_and_the_order_followed(order: str, where: str
     order_ = ORDERS[order]
     model = with_projector(Reordered, order_) if where == "projector" else with_features(order_)
     image = suite.picture(64, 64)
-    with pytest.warns(HookedVLMWarning, match="do not stand where the usual layout has them"):
+    with pytest.warns(HookedVLMWarning, match="do not follow the usual layout"):
         inputs = model.prepare(image, "Where?")
     assert model.grid_finder.trusts_rule is False
     grid, first = inputs.grid, int(inputs.grid.positions.min())
@@ -226,7 +226,7 @@ def test_patches_that_stand_elsewhere_are_found_out() -> None:
         lambda module, args, out: torch.cat([out[:, :1], out[:, 1:].flip(1)], 1)
     )
     image = suite.picture(64, 64)
-    with pytest.warns(HookedVLMWarning, match="do not stand where"):
+    with pytest.warns(HookedVLMWarning, match="do not follow the usual layout"):
         grid = turned.prepare(image, "Where?").grid
     assert torch.equal(grid.positions, model.prepare(image, "Where?").grid.positions)
     found = Region.everything(grid.shape).patches_by_cell(grid).flatten()
@@ -474,7 +474,7 @@ def test_a_rule_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "why"),
-    [("idefics2", "no place in the image"), ("mllama", "reaches it by cross-attention")],
+    [("idefics2", "no place in the image"), ("mllama", "reads the image by cross-attention")],
 )
 def test_without_a_grid_it_is_said_why_and_the_model_runs(model_type: str, why: str) -> None:
     model = made(model_type)

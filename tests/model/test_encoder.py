@@ -207,7 +207,7 @@ def test_images_of_another_size_have_grids_of_their_own(name):
     processor = processor_of(name)
     processor.size = {"height": 32, "width": 64}
     model = HookedVisionEncoder(encoder(name).hf_model, processor)
-    with pytest.warns(HookedVLMWarning, match="made 64x32 px"):
+    with pytest.warns(HookedVLMWarning, match="to 64x32 px"):
         inputs = model.prepare(pictures(2, side=64))
     grid = inputs.grids[1][0]
     assert grid.shape == (4, 8)
@@ -323,7 +323,7 @@ def test_describe_and_repr():
     assert lines[0].startswith(
         "tiny dinov2-registers: 3 layers, d_model=32, 4 heads of 8, d_mlp=64"
     )
-    assert lines[0].endswith("5 tokens in front of the patches")
+    assert lines[0].endswith("5 tokens before the patches")
     assert any("hook_resid_post" in line and "[image patch d_vision=32]" in line for line in lines)
     assert (
         repr(model)
@@ -351,9 +351,9 @@ def test_cells_that_show_something_else_than_the_settings_say_are_warned_of():
     for _ in range(2):
         with pytest.warns(HookedVLMWarning) as caught:  # the image is resized, too
             model.prepare(Image.new("RGB", (96, 48)))
-        said.append(sum("show other parts of it" in str(w.message) for w in caught))
+        said.append(sum("show other parts of the image" in str(w.message) for w in caught))
     assert said == [1, 0]  # once for each size
     honest = HookedVisionEncoder(encoder("clip").hf_model, CroppedUnannounced().own)
     with pytest.warns(HookedVLMWarning) as caught:
         honest.prepare(Image.new("RGB", (96, 48)))
-    assert not any("show other parts of it" in str(w.message) for w in caught)
+    assert not any("show other parts of the image" in str(w.message) for w in caught)

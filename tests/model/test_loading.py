@@ -58,7 +58,7 @@ def test_only_safetensors_are_loaded(tmp_path):
     model.config.save_pretrained(tmp_path)
     prepared("llava").processor.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsupportedModelError, match=r"transformers says: .*safetensors"):
+    with pytest.raises(UnsupportedModelError, match=r"transformers reports: .*safetensors"):
         HookedVLM.from_pretrained(str(tmp_path))
 
 

@@ -222,7 +222,11 @@ def test_wrong_input_is_named():
         grid.mask(np.ones((112, 84), dtype=bool))
     with pytest.raises(GridError, match=r"mask is uint8 of shape"):
         grid.mask(np.ones((84, 112), dtype=np.uint8))
-    with pytest.raises(GridError, match="ascend in raster order"):
+    with pytest.raises(GridError, match="Encoder token 48 is no patch: patches are 0 to 47"):
+        grid.cell_of_patch(48)
+    with pytest.raises(GridError, match=r"Position 3 holds no visual token.* between 4 and 15"):
+        grid.cell_of_position(3)
+    with pytest.raises(GridError, match="do not ascend in raster order"):
         make_grid(3, 4, positions=torch.arange(12).reshape(4, 3).T)
     with pytest.raises(GridError, match="must be positive"):
         make_grid(3, 4, scale=(0.0, 1.0))

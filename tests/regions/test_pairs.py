@@ -20,7 +20,7 @@ GEMMA_SQUARES = (
 
 def test_gemma_s_published_strips_put_objects_one_column_off_and_say_so():
     with pytest.warns(
-        HookedVLMWarning, match=r"takes 6 of 9 object cells.*\(6, 0\) meets \(6, 11\)"
+        HookedVLMWarning, match=r"maps 6 of 9 object cells.*\(6, 0\) is paired with \(6, 11\)"
     ):
         pairs = pair_cells(*GEMMA_STRIPS, objects=GEMMA_SQUARES)
     met = dict(zip(pairs.targets, pairs.sources, strict=True))
@@ -64,7 +64,7 @@ def test_unequal_strips_are_refused_and_can_be_aligned():
 
 @given(masks_of_one_grid(2, min_cells=1))
 @settings(deadline=None, max_examples=60)
-@pytest.mark.filterwarnings("ignore:.*not one shape moved:hooked_vlm.errors.HookedVLMWarning")
+@pytest.mark.filterwarnings("ignore:.*same shape:hooked_vlm.errors.HookedVLMWarning")
 def test_a_swap_is_its_own_inverse(masks):
     a, b = regions(masks)
     b = b - a
@@ -104,7 +104,7 @@ def test_positions_and_patches_keep_the_pairs_in_step():
 
 def test_regions_of_other_shapes_warn_and_bad_pairs_are_refused():
     row, column = Region.row_band(QWEN, 0, 1, "row"), Region.column_band(QWEN, 3, 4, "column")
-    with pytest.warns(HookedVLMWarning, match="'row' and 'column' are not one shape moved"):
+    with pytest.warns(HookedVLMWarning, match="'row' and 'column' do not have the same shape"):
         pair_cells(row, column)
     with pytest.raises(RegionError, match="share 1 cells"):
         swap_pairs(row, column)
@@ -116,7 +116,7 @@ def test_regions_of_other_shapes_warn_and_bad_pairs_are_refused():
         pair_cells(
             row, row.shifted(rows=1), objects=(Region(QWEN, ((5, 5),)), Region(QWEN, ((1, 0),)))
         )
-    with pytest.raises(RegionError, match="neither can be laid on the other"):
+    with pytest.raises(RegionError, match="neither can be moved onto the other"):
         objects = Region(QWEN, ((0, 0),)), Region(QWEN, ((1, 0), (1, 1)))
         pair_cells(row, row.shifted(rows=1), "aligned", objects)
     with pytest.raises(RegionError, match="no cell to pair"):

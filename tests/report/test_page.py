@@ -138,7 +138,7 @@ def test_a_result_without_figures_has_its_table(tmp_path: Path) -> None:
     result = dataclasses.replace(synthetic.e1(), id="E99", images={})
     page = Page(write_report([result], synthetic.provenance(), tmp_path))
     assert page.sources == []
-    assert "All 4 numbers" in page.text
+    assert "All numbers (4 rows)" in page.text
 
 
 def test_missing_intervals_leave_their_cells_empty(tmp_path: Path) -> None:

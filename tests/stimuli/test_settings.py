@@ -160,7 +160,7 @@ def test_a_folder_of_ones_own_photographs(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "advice"),
-    [("shape", "'shapes'"), ("squares-photo", "'squares-photos'"), ("objects-white", "Known are")],
+    [("shape", "'shapes'"), ("squares-photo", "'squares-photos'"), ("objects-white", "Use one of")],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest(name, advice):
     with pytest.raises(DataError, match=advice):

@@ -1,14 +1,14 @@
-"""E7, amplification: does more of the ordering signal correct wrong answers? (paper, 5.4)
+"""E7, amplification: does a stronger ordering signal correct wrong answers? (paper, 5.4)
 
 The directions of an ordering probe are amplified in every image token at the language
-model's input.  The paper writes `h + alpha w`; its released experiment ran `h + alpha
-sum_k <h, w_k> w_k / |w_k|^2` over the probe's classes.  Both are here, and the second with
-orthonormal directions, which counts the classes' shared axis once.
+model's input.  The paper's formula is `h + alpha w`; its released experiment used `h + alpha
+sum_k <h, w_k> w_k / |w_k|^2` over the probe's classes.  Both are computed, and the second also
+with orthonormal directions, which count the axis shared by the classes once.
 
-Three things that the paper leaves open are closed: all items are asked, so that answers
-*broken* stand beside those corrected; random directions are seeded and matched in norm or
-in projection energy; and alpha is chosen on one half of the items and reported on the other,
-beside the best alpha on the items themselves.
+There are three additions to the paper.  All items are asked, so *broken* answers are reported
+as well as corrected ones.  Random directions are seeded and matched in norm or in projection
+energy.  Alpha is chosen on one half of the items and reported on the other half, in addition
+to the best alpha on the same items.
 """
 
 import random
@@ -54,7 +54,7 @@ Outcomes = Mapping[str, Bool[np.ndarray, "seed alpha item"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Strengths(common.Config):
-    """How strongly directions are amplified, and how many random ones beside them."""
+    """The strengths of amplification, and the number of random directions as controls."""
 
     alphas: tuple[float, ...] = tuple(float(a) for a in range(16))
     controls: int = 3
@@ -99,22 +99,22 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "are amplified at slot 0, in all image tokens.",
             "'released' is the formula that the paper's experiment ran; 'orthonormal' the same "
             "over centred, orthonormal directions. 'written' is h + alpha w; the paper does not "
-            "say which w, so the probe's first and last class stand side by side: neither depends "
+            "specify w, so the probe's first and last class are both reported; neither depends "
             "on the question.",
             "'corrected' is a share of the answers that were wrong at alpha 0, 'broken' of those "
-            "that were right (Wilson intervals); 'net' is the change in accuracy over all items "
-            "(bootstrap over items). Random directions are the same ones turned at random, for "
-            f"{config.controls} seeds: with their norms and angles, and with their projection "
-            "energy on the image tokens too; an item counts by its mean over seeds.",
+            "that were correct (Wilson intervals); 'net' is the change in accuracy over all items "
+            "(bootstrap over items). Random directions are random rotations of the directions, for "
+            f"{config.controls} seeds: with the same norms and angles, and in addition with the "
+            "same projection energy on the image tokens; an item counts by its mean over seeds.",
             "'held-out alpha': chosen for accuracy on half of the items, reported on the other "
-            "half, both ways round. 'best alpha': chosen on the reported items, as published.",
+            "half, for both halves. 'best alpha': chosen on the reported items, as published.",
         ),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is asked about one axis, and along which directions tokens are moved."""
+    """The questions of one axis, and the directions along which tokens are moved."""
 
     asked: Sequence[Question]
     directions: Float[Tensor, "class d_model"]
@@ -142,7 +142,7 @@ class Plan:
         )
 
     def conditions(self, config: Config) -> dict["Condition", Steer]:
-        """Returns what is done under every condition."""
+        """Returns the intervention of every condition."""
         return conditions(self.directions, self.controls, self.region, config)
 
 
@@ -156,7 +156,7 @@ def conditions(
     region: Region,
     config: Strengths,
 ) -> dict[Condition, Steer]:
-    """Returns every formula at every strength, and every control's seeds at some."""
+    """Returns every formula at every strength, and every control at its own strengths."""
     real = {
         "written, first": (w[0], "add"),
         "written, last": (w[-1], "add"),
@@ -180,7 +180,7 @@ def conditions(
 def matched_controls(
     fitted: Float[Tensor, "class d_model"], tokens: Float[Tensor, "*batch d_model"], seeds: range
 ) -> dict[str, Float[Tensor, "seed class d_model"]]:
-    """Returns random directions of the same norms, and of the same energy on tokens too."""
+    """Returns random directions of the same norms, and others with the same energy on tokens."""
     if not seeds:
         return {}
     return {
@@ -192,7 +192,7 @@ def matched_controls(
 def fit_directions(
     setting: Setting, questions: Sequence[Question], seed: int
 ) -> tuple[Float[Tensor, "class d_model"], Float[Tensor, "image token d_model"]]:
-    """Returns the class weights of an ordering probe of one axis, and the tokens it was given."""
+    """Returns the class weights of an ordering probe of one axis, and the tokens of its fit."""
     features = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
     axis = questions[0].axis
     examples = object_examples(features, probe_regions(setting.geometry, axis))
@@ -207,7 +207,7 @@ def outcomes(
     config: Config,
     kinds: Sequence[str] = (*FORMULAS, *CONTROLS),
 ) -> dict[str, Bool[np.ndarray, "seed alpha item"]]:
-    """Returns whether each answer is right, for every kind, seed and strength."""
+    """Returns whether each answer is correct, for every kind, seed and strength."""
     made = {key: steer for key, steer in plan.conditions(config).items() if key[0] in kinds}
     targets = [normalise(question.target) for question in batch]
     return answered(setting.model, setting.inputs(batch), targets, made)
@@ -304,31 +304,30 @@ def held_out_change(
 
 
 def verdict_of(table: pd.DataFrame, right: Outcomes) -> str:
-    """Says how many answers amplification changed, beside random directions."""
+    """Returns in words how amplification changes accuracy, compared with random directions."""
     base = right["released"][0, 0]
     parts = [
-        f"Of {len(base)} items {base.mean():.2f} are answered rightly as they are, so "
+        f"Accuracy without amplification {base.mean():.2f} ({len(base)} items), so "
         f"{int((~base).sum())} could be corrected."
     ]
     for kind in ("released", "orthonormal"):
         held, best = (_net(table, kind, q) for q in ("held-out alpha", "best alpha"))
         parts.append(
             f"{kind}: accuracy changes by {format_interval(held)} with alpha chosen on other "
-            "items, "
-            f"by {format_interval(best)} with the best alpha ({best['alpha']:g})."
+            f"items, by {format_interval(best)} with the best alpha ({best['alpha']:g})."
         )
     held = {kind: _net(table, kind, "held-out alpha") for kind in CONTROLS}
     parts.append(
-        "Random directions: "
+        "Random directions, alpha chosen on other items: "
         + "; ".join(f"{kind.split(', ')[1]} {format_interval(row)}" for kind, row in held.items())
         + "."
     )
     real, control = _net(table, "released", "held-out alpha"), held[CONTROLS[1]]
     apart = real["low"] > max(control["high"], 0)
     parts.append(
-        "Amplified ordering corrects more than it breaks, and more than random directions do."
+        "Amplified ordering improves accuracy, and more than random directions do."
         if apart
-        else "Amplified ordering does not improve answers beyond random directions."
+        else "Amplified ordering does not improve accuracy beyond random directions."
     )
     return "\n".join(part[0].upper() + part[1:] for part in parts)
 

@@ -1,4 +1,4 @@
-"""E1, behaviour: does the model answer the questions at all? (paper, Table 1)"""
+"""E1, behaviour: accuracy of the model on the setting's questions (paper, Table 1)."""
 
 import pandas as pd
 
@@ -10,15 +10,15 @@ from hooked_vlm.experiments.tables import format_interval, interval_rows
 
 
 ID, NAME, SECTION = "E1", "behaviour", "Table 1"
-TITLE = "Does the model answer at all?"
+TITLE = "Does the model answer correctly?"
 CLAIM = (
-    "Qwen2-VL-7B and Gemma-3-4b answer 0.98 to 1.00 of Squares, Shapes and Objects rightly, and "
-    "0.73 and 0.62 of What'sUp."
+    "Accuracy of Qwen2-VL-7B and Gemma-3-4b is 0.98 to 1.00 on Squares, Shapes and Objects; on "
+    "What'sUp it is 0.73 and 0.62."
 )
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Asks all items of the setting and counts right top-1 answers, by direction."""
+    """Asks all items of the setting and counts correct top-1 answers, by direction."""
     setting = Setting.of(model, config)
     questions = setting.stimuli.items()
     on_progress(0, len(questions))
@@ -45,7 +45,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         config={"items": len(questions), "geometry": repr(setting.geometry)},
         notes=(
             "All ordered triples of the setting's names in each direction, in the paper's layout. "
-            "An answer is right when the most probable next token, lower-cased and stripped of "
+            "An answer is correct when the most probable next token, lower-cased and stripped of "
             "all but letters and digits, is the target.",
         ),
     )
@@ -61,8 +61,8 @@ def _verdict(table: pd.DataFrame) -> str:
     by = table[table["direction"] != "all"]
     worst = by.sort_values("value").iloc[0]
     alike = by["value"].nunique() == 1
-    return f"Of {every['n']} items the model answers {format_interval(every)} rightly; " + (
-        f"no direction is worse than another (each {format_interval(worst)})."
+    return f"Accuracy {format_interval(every)} ({every['n']} items); " + (
+        f"equal in all directions ({format_interval(worst)} each)."
         if alike
-        else f"its worst direction is {worst['direction']!r}, with {format_interval(worst)}."
+        else f"lowest for {worst['direction']!r}: {format_interval(worst)} ({worst['n']} items)."
     )

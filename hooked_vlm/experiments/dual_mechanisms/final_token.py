@@ -1,9 +1,9 @@
-"""E2, final-token interchange: when does the last position know what? (paper, 5.1, Fig. 3)
+"""E2, final-token interchange: at which slots does the last position hold ordering and attribute?
 
-The residual vector of the last input position is replaced, at one slot at a time, by
-that of a run on other colours under the opposite question.  Three answers tell what was
-carried over: the clean one (nothing yet), the clean image's colour at the place the
-counterfactual asks for (the place), and the counterfactual's own colour (the answer).
+(paper, 5.1, Fig. 3)  The residual vector of the last input position is replaced, at one slot
+at a time, by that of a run on other colours with the opposite question.  The answer shows what
+was transferred: the clean answer (nothing), the clean image's colour at the place that the
+counterfactual asks for (the ordering), or the counterfactual's own colour (the attribute).
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E2", "final-token", "5.1, Fig. 3"
-TITLE = "When does the final token know what?"
+TITLE = "At which slots does the final token hold ordering and attribute?"
 CLAIM = (
     "In Qwen2-VL-7B (28 layers) on Squares, layers 0-19 keep the clean answer, 20-22 transfer the "
     "ordering and 23-27 the attribute."
@@ -38,7 +38,7 @@ ANSWERS = ("clean", "ordering", "attribute")
 AGREEMENTS = tuple(f"agreement, {answer}" for answer in ANSWERS)
 """Whether the top answer is each of the three."""
 LOG_ODDS = ("log odds, ordering", "log odds, attribute")
-"""Of each of the others against the clean answer."""
+"""Log odds of the ordering and the attribute answer against the clean answer."""
 QUANTITIES = (*ANSWERS, *AGREEMENTS, *LOG_ODDS)
 
 
@@ -79,10 +79,12 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Slot 0 is the input of block 0 (visual tokens merged in), slot l the output of block "
             "l-1; the last input position, generation prompt included, is written at one slot.",
             "Probabilities, which the paper calls IIA, sum over the spellings of a colour that are "
-            "single tokens; 'agreement' is the share of pairs whose top answer it is, 'log odds' "
-            "its log odds against the clean answer. Intervals "
-            "are 95 % bootstrap intervals over pairs; a pair counts only if the model answers "
-            "both of its images rightly without intervention.",
+            "single tokens. 'agreement' is the share of pairs with this top answer, 'log odds' "
+            "the log odds against the clean answer. Intervals are 95 % bootstrap intervals over "
+            "pairs. A pair counts only if the model answers both of its images correctly without "
+            "intervention.",
+            "The verdict names for each slot the most probable of the three answers: 'clean' keeps "
+            "the clean answer, 'ordering' and 'attribute' transfer these from the counterfactual.",
         ),
     )
 
@@ -127,14 +129,14 @@ def _verdict(table: pd.DataFrame) -> str:
     wide = every.pivot(index="slot", columns="quantity", values="value")
     winner = wide[list(ANSWERS)].idxmax(axis=1)
     spans = [
-        f"{format_slots(winner.index[winner == q])} {_WORDS[q]}"
+        f"{format_slots(winner.index[winner == q]).partition(' ')[2]} {q}"
         for q in ANSWERS
         if (winner == q).any()
     ]
     ordering = select(every, quantity="ordering")
     peak = ordering.sort_values("value").iloc[-1]
     return (
-        f"By the most probable of the three answers, {'; '.join(spans)}. The ordering answer peaks "
+        f"Top answer by slot: {'; '.join(spans)}. The ordering answer peaks "
         f"at slot {peak['slot']} with {format_interval(peak)}. {_against_the_paper(winner)}"
     )
 
@@ -145,11 +147,4 @@ def _against_the_paper(winner: pd.Series) -> str:
         return f"Unlike in the paper, there is no {' and no '.join(missing)} stage."
     if winner.tolist() == sorted(winner, key=ANSWERS.index):
         return "The three stages follow each other as in the paper."
-    return "The three stages all appear, but do not follow each other as in the paper."
-
-
-_WORDS = {
-    "clean": "keep the clean answer",
-    "ordering": "transfer the ordering",
-    "attribute": "transfer the attribute",
-}
+    return "All three stages appear, but not in the paper's order."

@@ -1,11 +1,11 @@
-"""Removing the order that vision gives, at the language model's input (paper, 5.3; protocol 2.6).
+"""Removes the vision encoder's order at the language model's input (paper, 5.3; protocol 2.6).
 
-Every image token at slot 0 is replaced: an entity's tokens by those of a picture that holds
-it alone, in the middle, and the background by the same cells of an empty picture.  What
-things there are is still told, and each still stands at its place in the prompt; what the
-vision encoder wrote about their order is gone.  It is not a mean ablation.
+Every image token at slot 0 is replaced: an entity's tokens by those of a picture with this
+entity alone in the middle, and the background by the same cells of an empty picture.  The
+identities of the entities and their positions in the prompt remain; the vision encoder's
+information about their order is removed.  It is not a mean ablation.
 
-`REMOVALS` names the recipe, what stands beside it to tell its parts apart, and its controls.
+`REMOVALS` has the recipe, its parts, and its controls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from hooked_vlm.stimuli.pairs import Question
 
 
 SLOT = 0
-"""Where order is removed: the language model's input, the image merged in."""
+"""The slot at which the order is removed: the language model's input with the image merged."""
 MIDDLE = 1
 SLOTS = range(3)
 
@@ -38,7 +38,7 @@ SLOTS = range(3)
 class References:
     """Slot-0 activations of the pictures that a removal reads, prompt by prompt.
 
-    Each is run when it is first asked for: not every removal reads all of them.
+    Each picture is run on first use, since not every removal needs all of them.
     """
 
     setting: Setting
@@ -46,32 +46,32 @@ class References:
 
     @property
     def axis(self) -> str:
-        """The one axis of all questions."""
+        """The axis of all questions."""
         return self.questions[0].axis
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Of the questions' own pictures."""
+        """The inputs with the questions' own pictures."""
         return self.setting.inputs(self.questions)
 
     @cached_property
     def itself(self) -> Recording:
-        """The questions' own pictures."""
+        """Activations of the questions' own pictures."""
         return embedded(self.setting.model, self.inputs)
 
     @cached_property
     def in_middle(self) -> Sequence[Recording]:
-        """By slot: the picture that holds that slot's entity alone, in the middle."""
+        """By slot: activations of the picture with that slot's entity alone in the middle."""
         return [self._shown(lambda q, s=slot: alone(q.entities[s], MIDDLE)) for slot in SLOTS]
 
     @cached_property
     def in_place(self) -> Sequence[Recording]:
-        """By slot: the picture that holds that slot's entity alone, where it stood."""
+        """By slot: activations of the picture with that slot's entity alone at its own place."""
         return [self._shown(lambda q, s=slot: alone(q.entities[s], s)) for slot in SLOTS]
 
     @cached_property
     def empty(self) -> Recording:
-        """The picture that holds nothing."""
+        """Activations of the empty picture."""
         return self._shown(lambda _: (None, None, None))
 
     def cells(self, slot: int) -> Region:
@@ -80,7 +80,7 @@ class References:
 
     @property
     def background(self) -> Region:
-        """The cells of no object."""
+        """The cells without an object."""
         return self.setting.geometry.background(self.axis)
 
     def _shown(self, entities: Callable[[Question], tuple[str | None, ...]]) -> Recording:
@@ -93,19 +93,23 @@ class References:
 
 
 def references(setting: Setting, questions: Sequence[Question]) -> References:
-    """Returns what removals read for some questions of one axis.
+    """Returns the activations that removals read for questions of one axis.
 
     Raises `DataError` for questions of several axes, and where objects and background do
     not cover every cell of the grid exactly once.
     """
     if len({question.axis for question in questions}) != 1:
-        raise DataError("A removal takes questions of one axis; objects stand elsewhere in others.")
+        raise DataError(
+            "A removal takes questions of one axis, because objects have other places on the "
+            f"other axis; got {sorted({question.axis for question in questions})}. Run each axis "
+            "by itself."
+        )
     check_cover(setting.geometry, questions[0].axis)
     return References(setting, questions)
 
 
 def alone(name: str, slot: int) -> tuple[str | None, ...]:
-    """Returns the entities of a picture that holds one, in a slot.
+    """Returns the entities of a picture with one entity, in a slot.
 
     >>> alone("red", 1)
     (None, 'red', None)
@@ -114,7 +118,7 @@ def alone(name: str, slot: int) -> tuple[str | None, ...]:
 
 
 def embedded(model: Any, inputs: Inputs) -> Recording:
-    """Returns the recorded input of the first block; the others do not run."""
+    """Returns the recorded input of the first block; later blocks do not run."""
     site = slot_name(SLOT, model.cfg.n_layers)
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, site, stop_at_layer=1)
@@ -122,14 +126,14 @@ def embedded(model: Any, inputs: Inputs) -> Recording:
 
 
 def check_cover(layout: Layout, axis: str) -> None:
-    """Raises `DataError` unless objects and background are every cell exactly once."""
+    """Raises `DataError` unless objects and background cover every cell exactly once."""
     parts = [layout.object_region(axis, slot) for slot in SLOTS] + [layout.background(axis)]
     counts = np.sum([part.mask for part in parts], axis=0)
     if not (counts == 1).all():
         raise DataError(
             f"Objects and background of this layout cover {int((counts == 0).sum())} cells never "
-            f"and {int((counts > 1).sum())} more than once, {axis}; a removal must write every "
-            "image token once."
+            f"and {int((counts > 1).sum())} more than once ({axis}); a removal must write every "
+            "image token once. Use a layout whose parts cover the grid."
         )
 
 
@@ -151,12 +155,12 @@ def _background_only(found: References) -> list[Any]:
 
 
 def _itself(found: References) -> list[Any]:
-    """The same writes, of what is there already: nothing may change, not a bit."""
+    """Returns writes of the existing activations, which must not change any bit."""
     return [*_objects(found, [found.itself] * 3, None), _background(found, found.itself)]
 
 
 def _mean(found: References) -> list[Any]:
-    """Every image token becomes the mean of all image tokens: no picture is left."""
+    """Returns a write of the mean image token to every image token: no picture remains."""
     whole = found.background | found.cells(0) | found.cells(1) | found.cells(2)
     return [Ablate(SLOT, at=whole, to="mean", reference=found.itself)]
 
@@ -186,10 +190,10 @@ REMOVALS: Mapping[str, Callable[[References], list[Any]]] = {
     "mean": _mean,
     "itself": _itself,
 }
-"""Name -> what is written at slot 0.
+"""The interventions at slot 0, by name.
 
-`removed` is the paper's recipe; `objects only` and `background only` are its halves; `in
-place` reads each entity from the picture where it stands alone at its own place, so only
-what entities tell of each other is gone; `mean` leaves no picture, and `itself` writes what
-is there.
+`removed` is the paper's recipe; `objects only` and `background only` are its halves.  `in
+place` reads each entity from a picture with this entity alone at its own place, so only the
+information of entities about each other is removed.  `mean` writes the mean image token, and
+`itself` writes the existing activations.
 """

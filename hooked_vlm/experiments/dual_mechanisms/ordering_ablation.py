@@ -1,9 +1,9 @@
-"""E5, ordering ablation: what is left without the order that vision gives? (paper, 5.3.1)
+"""E5, ordering ablation: accuracy without the order from the vision encoder (paper, 5.3.1).
 
-At the language model's input, every entity's tokens are those of a picture in which it
-stands alone, in the middle, and the background is an empty picture's.  A model that knows
-the order from its vision encoder alone falls to chance; one that forms an order itself,
-from the positions of tokens in the prompt, does not.
+At the language model's input, every entity's tokens are replaced by those of a picture with
+this entity alone in the middle, and the background by that of an empty picture.  If the order
+comes only from the vision encoder, accuracy falls to chance.  If the language model computes
+an order itself, from the positions of tokens in the prompt, accuracy stays above chance.
 """
 
 import random
@@ -34,7 +34,7 @@ from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E5", "ordering-ablation", "5.3.1, Fig. 8, Table 5"
-TITLE = "How much is left without the order that vision gives?"
+TITLE = "How accurate is the model without the order from the vision encoder?"
 CLAIM = (
     "Accuracy falls towards chance (0.33) and stays above it: Qwen2-VL-7B 0.60, 0.62 and 0.43 and "
     "Gemma-3-4b 0.57, 0.64 and 0.54 on Squares, Shapes and Objects."
@@ -45,7 +45,7 @@ QUANTITIES = ("accuracy", "probability")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
-    """`items` is how many questions of each direction are asked, drawn with the seed; 0: all."""
+    """`items` is the number of questions of each direction, drawn with the seed; 0: all."""
 
     items: int = 120
 
@@ -73,15 +73,15 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         verdict=_verdict(table),
         config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},
         notes=(
-            "At slot 0 every image token is written once: an entity's by those of a picture that "
-            "holds it alone in the middle ('removed'), the background's by an empty picture's.",
-            "'objects only' and 'background only' are the two halves of it. 'in place' reads each "
-            "entity from the picture where it stands alone at its own place: what the encoder "
-            "tells of that place stays. 'mean' writes the mean image token everywhere, so that no "
-            "picture is left, and 'itself' what is there already: it must equal 'intact'.",
+            "'removed': at slot 0 every image token is replaced, an entity's tokens by those of a "
+            "picture with this entity alone in the middle, the background by an empty picture's.",
+            "'objects only' and 'background only' are its two halves. 'in place' reads each entity "
+            "from a picture with this entity alone at its own place, so the encoder's information "
+            "about that place remains. 'mean' writes the mean image token everywhere, so no "
+            "picture remains. 'itself' writes the existing tokens and must equal 'intact'.",
             "Accuracies have 95 % Wilson intervals; 'difference' is the paired difference to "
             "'intact', with a bootstrap interval over items and a sign-flip test, Holm-adjusted "
-            "over the kinds of a direction. 'probability' is the right answer's.",
+            "over the kinds of a direction. 'probability' is that of the correct answer.",
             f"Computed in {_dtype(model)}. The paper computes this in float32, since borderline "
             "answers depend on precision.",
         ),
@@ -98,7 +98,7 @@ def sampled(setting: Setting, direction: str, n: int, seed: int) -> list[Questio
 
 
 def _scores(setting: Setting, batch: Sequence[Question]) -> np.ndarray:
-    """Returns `[kind, item, quantity]`: whether the answer is right, and its probability."""
+    """Returns `[kind, item, quantity]`: whether the answer is correct, and its probability."""
     found = references(setting, batch)
     targets = [normalise(question.target) for question in batch]
 
@@ -161,16 +161,16 @@ def _verdict(table: pd.DataFrame) -> str:
     for direction in ["all", *directions]:
         accuracy = _accuracy(table, direction)
         parts.append(
-            f"{direction}: {format_interval(accuracy['removed'])} right with vision's order "
-            "removed, "
-            f"{format_interval(accuracy['intact'])} with it ({_beside_chance(accuracy['removed'])})"
+            f"{direction}: accuracy {format_interval(accuracy['removed'])} with vision's order "
+            f"removed ({_beside_chance(accuracy['removed'])}), "
+            f"{format_interval(accuracy['intact'])} intact"
         )
     every = _accuracy(table, "all")
     return (
-        f"{parts[0][0].upper()}{parts[0][1:]}. {'; '.join(parts[1:])}. Of its halves, the objects' "
-        f"tokens alone leave {format_interval(every['objects only'])}, the background's alone "
-        f"{format_interval(every['background only'])}; entities alone at their own places leave "
-        f"{format_interval(every['in place'])}, and no picture at all "
+        f"{parts[0][0].upper()}{parts[0][1:]}. {'; '.join(parts[1:])}. Accuracy after other "
+        f"replacements: objects only {format_interval(every['objects only'])}, background only "
+        f"{format_interval(every['background only'])}, entities alone at their own places "
+        f"{format_interval(every['in place'])}, mean image token everywhere "
         f"{format_interval(every['mean'])}."
     )
 
@@ -183,4 +183,4 @@ def _accuracy(table: pd.DataFrame, direction: str) -> dict[str, Any]:
 def _beside_chance(row: pd.Series) -> str:
     if row["low"] > CHANCE:
         return "above chance"
-    return "below chance" if row["high"] < CHANCE else "not apart from chance"
+    return "below chance" if row["high"] < CHANCE else "not distinguishable from chance"

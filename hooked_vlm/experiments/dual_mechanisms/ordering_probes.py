@@ -1,8 +1,8 @@
-"""E3, ordering probes: is an object's place in the order in its visual tokens, and beyond?
+"""E3, ordering probes: can the order be read from object tokens and from the background?
 
-(paper, 5.2.1, Fig. 4)  A linear probe is fitted to the projector's output at object
-tokens alone, with the object's slot as its label, and applied to every visual token of
-held-out pictures.  Where it answers outside the objects, the background holds the order.
+(paper, 5.2.1, Fig. 4)  A linear probe is fitted to the projector's output at object tokens
+only, with the object's slot as its label, and applied to every visual token of held-out
+pictures.  If it assigns background tokens to their strips, the background holds the order.
 """
 
 from collections.abc import Sequence
@@ -41,18 +41,18 @@ CLAIM = (
 )
 CHANCE = 1 / 3
 MARGIN = 0.05
-"""How far above chance the background must lie; strips are not all of one size (5, 6, 5)."""
+"""Margin above chance that the background must exceed; strips differ in size (5, 6, 5)."""
 SHOWN = 3
-"""Held-out pictures whose maps are kept one by one."""
+"""Number of held-out pictures whose single maps are kept."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Fits one probe for each axis, with its control, and maps it over held-out pictures."""
+    """Fits a probe and its control for each axis, and applies both to held-out pictures."""
     return run_on(Setting.of(model, config), config, on_progress)
 
 
 def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
-    """Runs the experiment on a setting of one's own making."""
+    """Runs the experiment on a given setting."""
     total = sum(len(list(setting.batches(_questions(setting, axis)))) for axis in setting.axes)
     rows, means, shares, cells, maps, pictures = [], [], [], [], {}, {}
     done = 0
@@ -112,13 +112,14 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             "Features are the projector's output. All pictures of an axis are split 75/25 by "
             "picture; every object token is an example labelled by its slot.",
             "'background' counts, on held-out pictures, the background tokens that the probe "
-            "assigns to the strip they lie in; a probe that sees nothing there gets about 1/3. "
-            "The control is fitted and scored on labels dealt anew among each picture's objects.",
+            "assigns to the strip that contains them; without any signal the share is about 1/3. "
+            "The control is fitted and scored on labels shuffled among each picture's objects.",
             "'converged' is a logistic regression on the same examples, standardised and fitted to "
-            "convergence: where it reads much more than the paper's recipe (200 AdamW steps of "
-            "1e-3), the recipe is what falls short, not the code. The maps are the recipe's.",
+            "convergence. Where it is much more accurate than the paper's recipe (200 AdamW steps "
+            "of 1e-3), the recipe limits the accuracy and not the features. The maps are the "
+            "recipe's.",
             "The verdict calls the order read from the objects where the interval lies above 1/3, "
-            f"and from the background where it lies {MARGIN} above 1/3 and the control's.",
+            f"and from the background where it lies {MARGIN} above 1/3 and the control's interval.",
         ),
     )
 
@@ -135,7 +136,7 @@ def projected(setting: Setting, batch: Sequence[Question]) -> torch.Tensor:
 def projected_pictures(
     setting: Setting, pictures: Sequence[Image.Image], questions: Sequence[Question]
 ) -> torch.Tensor:
-    """Returns the projector's output for questions put to other pictures than their own."""
+    """Returns the projector's output for questions with other pictures than their own."""
     site = f"{PROJECTOR}.hook_out"
     inputs = setting.inputs_of(pictures, questions)
     with torch.no_grad():
@@ -188,7 +189,7 @@ def _fit_and_read(
     shown: Sequence[Sequence[int]],
     seed: int,
 ) -> tuple[LinearProbe, np.ndarray, list[dict], np.ndarray]:
-    """Returns the probe, which images are held out, table rows, and background shares there."""
+    """Returns the probe, the held-out images, table rows, and their background shares."""
     examples = object_examples(features, probe_regions(geometry, axis))
     filled = np.array([y in shown[i] for y, i in zip(examples.y, examples.images, strict=True)])
     if not filled.all():
@@ -213,9 +214,9 @@ def _fit_and_read(
 def fit_with_controls(
     examples: Examples, n_images: int, seed: int
 ) -> tuple[LinearProbe, LinearProbe, np.ndarray, list[dict]]:
-    """Returns a probe, its control, the held-out images, and rows of what they read there.
+    """Returns a probe, its control, the held-out images, and rows of held-out accuracies.
 
-    The control is fitted and scored on labels dealt anew within images; `converged` is a
+    The control is fitted and scored on labels shuffled within images; `converged` is a
     logistic regression on the same examples.
     """
     train, test = split_by_image(n_images, seed=seed)
@@ -238,20 +239,20 @@ def fit_with_controls(
 def _converged(examples: Examples) -> LogisticRegression:
     """Returns a logistic regression on standardised features, fitted until it converges.
 
-    It tells a code that is not there from one that the paper's 200 small steps, chosen
-    for thousands of features, do not reach.
+    It separates two cases: features without the order, and features for which the paper's 200
+    small steps, chosen for thousands of features, are too few.
     """
     X = examples.X.numpy()
     mean, scale = X.mean(0), X.std(0) + 1e-6
     fitted = LogisticRegression(max_iter=5000).fit((X - mean) / scale, examples.y)
-    # The standardisation moves into the weights, so that the probe takes raw features.
+    # Fold the standardisation into the weights, so that the probe takes raw features.
     fitted.coef_ = fitted.coef_ / scale
     fitted.intercept_ = fitted.intercept_ - fitted.coef_ @ mean
     return fitted
 
 
 def background_shares(maps: torch.Tensor, own: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Returns, by picture, the share of background tokens given to the class they lie in.
+    """Returns, by picture, the share of background tokens assigned to their own class.
 
     `maps` are probabilities `[image, row, col, class]`, `own` the class of each cell.
     """
@@ -268,20 +269,19 @@ def _verdict(table: pd.DataFrame) -> str:
     for axis in dict.fromkeys(table["axis"]):
         here = table[table["axis"] == axis].set_index("quantity")
         parts.append(
-            f"{axis}: {_found(here)}. The probe is right on "
-            f"{format_interval(here.loc['accuracy'])} of "
-            f"held-out object tokens ({format_interval(here.loc['converged'])} if fitted to "
-            "convergence), "
-            f"its control on {here.loc['shuffled', 'value']:.2f}; "
-            f"{format_interval(here.loc['background'])} "
-            f"of background tokens are given to their own strip (control "
+            f"{axis}: {_found(here)}. Probe accuracy on held-out object tokens: "
+            f"{format_interval(here.loc['accuracy'])} "
+            f"({format_interval(here.loc['converged'])} if fitted to convergence, "
+            f"control {here.loc['shuffled', 'value']:.2f}). "
+            f"Background tokens assigned to their own strip: "
+            f"{format_interval(here.loc['background'])} (control "
             f"{here.loc['background, shuffled', 'value']:.2f}, chance 0.33)"
         )
     return "\n".join(part[0].upper() + part[1:] + "." for part in parts)
 
 
 def _found(here: pd.DataFrame) -> str:
-    """Says in words what one axis's numbers say; every bar is one that chance does not pass."""
+    """Returns the finding for one axis in words; each threshold excludes a result of chance."""
     low, high = here["low"], here["high"]
     behind = low["background"] > max(CHANCE, high["background, shuffled"]) + MARGIN
     if low["accuracy"] > CHANCE:
@@ -293,6 +293,6 @@ def _found(here: pd.DataFrame) -> str:
     if low["converged"] > CHANCE:
         return (
             "unlike in the paper, its recipe reads no order; only a probe fitted to convergence "
-            "reads it, from the objects"
+            "reads the order, from the objects"
         )
     return "no order is read, unlike in the paper"

@@ -1,9 +1,9 @@
-"""E4, strip swap against object swap: where does the order come from? (paper, 5.2.2, Figs. 5-7)
+"""E4, strip swap and object swap: which tokens hold the order? (paper, 5.2.2, Figs. 5-7)
 
-Two regions' tokens are written, crosswise, from the run on the mirrored picture, at one
-slot at a time.  If a region carries the order that the answer rests on, the answer
-becomes that of the mirrored picture.  Swapped are the object cells alone, the whole
-strips, and (as a control for the size of the change) strips without their objects.
+The tokens of two regions are exchanged with those of the run on the mirrored picture, at one
+slot at a time.  If a region holds the order that determines the answer, the answer becomes
+that of the mirrored picture.  The regions are the object cells alone, the whole strips, and
+strips without their objects (a control for the size of the change).
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,12 +43,12 @@ CLAIM = (
     "object cells alone does not."
 )
 QUANTITIES = ("swapped", "clean", "agreement", "log odds")
-"""Probability of the swapped answer (the paper's "IIA") and of the clean one; whether the top
-answer is the swapped one; log odds of the two."""
+"""Probability of the swapped answer (the paper's "IIA") and of the clean answer; whether the
+top answer is the swapped one; log odds of the two."""
 FLIPPED = 0.5
-"""The mean probability of the swapped answer from which the verdict says that it flipped."""
+"""The mean probability of the swapped answer from which the verdict calls it flipped."""
 SMALLEST = 0.01
-"""The smallest difference that the verdict speaks of: with 50 pairs, 0.0001 can be significant."""
+"""The smallest difference in the verdict: with 50 pairs, even 0.0001 can be significant."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -57,7 +57,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 
 
 def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
-    """Runs the experiment on a setting of one's own making."""
+    """Runs the experiment on a given setting."""
     model = setting.model
     regions = SwapRegions.of(setting.geometry, setting.axes)
     pairs = setting.pairs(swap_pair, 3, config)
@@ -97,13 +97,13 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         verdict=_verdict(table),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         notes=(
-            "The write goes into the run on the clean picture; the source is the run on the "
-            "mirrored one, under the same prompt. Left and right trade places (top and bottom for "
-            "above and below), so that the middle stays.",
+            "Activations are written into the run on the clean picture; the source is the run on "
+            "the mirrored picture with the same prompt. Left and right are exchanged (top and "
+            "bottom for above and below), so the middle is unchanged.",
             "'swapped' is the mean probability of the mirrored picture's answer, which the paper "
-            "calls IIA; 'agreement' the share of pairs whose top answer it is; 'log odds' its log "
-            "odds against the clean answer. 'strip, aligned' stands where the published pairing of "
-            "strips puts an object a column off.",
+            "calls IIA; 'agreement' is the share of pairs with this top answer; 'log odds' are its "
+            "log odds against the clean answer. 'strip, aligned' is computed where the published "
+            "pairing of strips moves an object by a column.",
             "Intervals are 95 % bootstrap intervals over pairs. 'strip - object' is the paired "
             "difference in the swapped answer's probability; its p-values (column p_holm) are "
             "sign-flip tests over pairs, adjusted by Holm over the slots of a direction.",
@@ -195,7 +195,7 @@ def _verdict(table: pd.DataFrame) -> str:
         flips = {kind: bool(best[kind]["value"] >= FLIPPED) for kind in shown}
         found.setdefault(_FINDINGS[flips["strip"], flips["object"]], []).append(direction)
         parts.append(
-            f"{direction}: at best, strips flip the answer with probability {_at(best['strip'])}, "
+            f"{direction}: highest probability of a flipped answer: strips {_at(best['strip'])}, "
             f"objects alone {_at(best['object'])}, strips without objects "
             f"{_at(best['background'])}; "
             f"{_compared(select(table, direction=direction, kind='strip - object'))}."
@@ -214,27 +214,30 @@ _FINDINGS = {  # by whether strips flip the answer, and whether object cells alo
 
 
 def _compared(difference: pd.DataFrame) -> str:
-    """Says at which slots strips and objects differ, and by how much at most."""
+    """Returns in words the slots at which strips and objects differ, and the largest difference."""
     clear = difference[(difference["p_holm"] <= 0.05) & (difference["value"].abs() >= SMALLEST)]
     parts = []
-    for words, sign in (("strips do more than objects", 1), ("objects do more than strips", -1)):
+    for words, sign in (
+        ("strips flip more answers than objects", 1),
+        ("objects flip more answers than strips", -1),
+    ):
         rows = clear[clear["value"] * sign > 0]
         if len(rows):
             most = rows.loc[rows["value"].abs().idxmax()]
             size = format_interval(most if sign > 0 else _negated(most))
             size = size if len(rows) == 1 else f"up to {size} (slot {most['slot']})"
             parts.append(f"{words} at {format_slots(rows['slot'])}, by {size}")
-    return "; ".join(parts) or "strips and objects do not differ clearly at any slot"
+    return "; ".join(parts) or "no clear difference between strips and objects at any slot"
 
 
 def _aligned(here: pd.DataFrame, published: pd.Series) -> str:
-    """Says what object laid on object does, where that is another swap."""
+    """Returns in words the effect of aligned strips, where they differ from the published ones."""
     aligned = select(here, kind=ALIGNED)
     if aligned.empty:
         return ""
     return (
-        f" With object laid on object strips flip it with {_at(_peak(aligned))}; as published, "
-        f"a column off, with {_at(published)}."
+        f" Aligned strips (object on object): {_at(_peak(aligned))}; published strips (object "
+        f"moved by a column): {_at(published)}."
     )
 
 

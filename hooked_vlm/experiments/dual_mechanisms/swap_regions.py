@@ -1,4 +1,4 @@
-"""Which cells a swap exchanges: whole strips, object cells, strips without their objects."""
+"""The cells that a swap exchanges: whole strips, object cells, strips without their objects."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,28 +11,29 @@ from hooked_vlm.stimuli.geometry import Layout
 
 KINDS = ("strip", "object", "background")
 ALIGNED = "strip, aligned"
-"""Strips with object laid on object, where the published pairing does not do that."""
+"""Strips paired object on object, where the published pairing does not pair them so."""
 
 
 @dataclass(frozen=True)
 class SwapRegions:
-    """The kinds of swap that a layout allows, and what each exchanges."""
+    """The kinds of swap that a layout allows, and the cells that each exchanges."""
 
     pairs: Mapping[str, Mapping[str, CellPairs]]
     """Axis -> kind -> cells; the same kinds on every axis."""
     refused: str = ""
-    """Why strips cannot be paired as published, where they cannot."""
+    """Why strips cannot be paired as published; empty where they can."""
 
     @classmethod
     def of(cls, geometry: Layout, axes: Sequence[str]) -> "SwapRegions":
         """Returns all kinds, with aligned strips where they differ from the published ones.
 
-        Where published strips are of unequal size and so cannot be paired (What'sUp's table on
-        16 tokens), aligned ones stand alone, and "background" is theirs.
+        Where published strips have unequal sizes and cannot be paired (What'sUp's table on 16
+        tokens), only aligned strips are used, and "background" is the aligned strips without
+        objects.
         """
         kinds, refused = KINDS, ""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", HookedVLMWarning)  # said when the pairs are used
+            warnings.simplefilter("ignore", HookedVLMWarning)  # these pairs are only compared
             try:
                 if any(
                     cell_pairs(geometry, axis, "strip") != cell_pairs(geometry, axis, ALIGNED)
@@ -56,17 +57,17 @@ class SwapRegions:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a report has to say about them."""
+        """Notes for the report about these kinds."""
         if not self.refused:
             return ()
         return (
             f"Strips as published are left out: {self.refused} 'strip, aligned' and the strips "
-            "without objects are what both strips have in common around their objects.",
+            "without objects cover the cells that both strips have around their objects.",
         )
 
 
 def strips_of(kinds: Sequence[str]) -> str:
-    """Returns the kind that stands for strips: the published one where there is one."""
+    """Returns the kind to report as strips: the published one where there is one."""
     return "strip" if "strip" in kinds else ALIGNED
 
 

@@ -1,9 +1,9 @@
-"""E6, object swap under ablation: does the language model form an order? (paper, 5.3.2)
+"""E6, object swap under ablation: does the language model compute an order? (paper, 5.3.2)
 
-The order that vision gives is removed first (E5's recipe); then the object cells of a run
-and its mirror image trade places, at one slot at a time.  At slot 0 such a swap moves
-things that carry no order.  Where it flips the answer at a later slot, the blocks below
-wrote an order into the objects' tokens: the second of the paper's mechanisms.
+The vision encoder's order is removed first (E5's recipe).  Then the object cells of a run and
+of its mirror image are exchanged, at one slot at a time.  At slot 0 such a swap moves tokens
+without an order.  If it flips the answer at a later slot, the blocks before that slot wrote an
+order into the objects' tokens: the second of the paper's mechanisms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "E6", "swap-under-ablation", "5.3.2, Fig. 9"
-TITLE = "Does the language model form an order of its own?"
+TITLE = "Does the language model compute an order of its own?"
 CLAIM = (
     "With vision's order removed, object swaps flip the answer in middle layers (about 11-20 of "
     "28; v1 of the paper says 13-17): the language model's own, second mechanism."
@@ -40,7 +40,7 @@ CLAIM = (
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Swaps regions at every slot under the removal, in pairs answered rightly under it."""
+    """Swaps regions at every slot under the removal, in pairs answered correctly under it."""
     setting = Setting.of(model, config)
     accept = right_on_both(swap_pair, lambda questions: right_when_removed(setting, questions))
     try:
@@ -78,7 +78,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 
 
 def right_when_removed(setting: Setting, questions: Sequence[Question]) -> list[bool]:
-    """Returns whether each question is answered rightly with vision's order removed."""
+    """Returns whether each question is answered correctly with vision's order removed."""
     verdicts = dict.fromkeys(range(len(questions)), False)
     for axis in setting.axes:
         own = [i for i, question in enumerate(questions) if question.axis == axis]
@@ -133,7 +133,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
 def _nothing_left(config: Config) -> Result:
     verdict = (
         "With vision's order removed the model answers no pair of a picture and its mirror image "
-        "rightly, in any direction: it shows no order of its own that a swap could move."
+        "correctly, in any direction: it shows no order of its own that a swap could move."
     )
     return _result(pd.DataFrame(), verdict, {"pairs": {}, "seed": config.seed}, {})
 
@@ -157,12 +157,12 @@ def _result(
         config=config,
         notes=(
             "E5's removal is written at slot 0 of both runs, then the swap into the run on the "
-            "clean picture; at slot 0 in that order. The source of the swap is the mirrored "
-            "picture's run under its own removal (the paper does not say; read from an intact "
-            "run, a swap would bring vision's order back).",
-            "Pairs are drawn as in E4 and kept where both pictures are answered rightly *under "
-            "the removal*: they are those that another mechanism answers.",
-            "Strips and strips without their objects stand beside, as controls. 95 % bootstrap "
+            "clean picture (at slot 0 in this order). The source of the swap is the mirrored "
+            "picture's run with its own removal. The paper does not specify the source; a swap "
+            "from an intact run would restore vision's order.",
+            "Pairs are drawn as in E4 and kept where both pictures are answered correctly *under "
+            "the removal*: these pairs are answered by another mechanism.",
+            "Strips and strips without their objects are controls. Intervals are 95 % bootstrap "
             "intervals over pairs; a direction with fewer than two pairs has no row.",
             *notes,
         ),
@@ -179,14 +179,13 @@ def _verdict(table: pd.DataFrame, missing: Sequence[str]) -> str:
         own = best["object"]
         finding = "flip the answer" if own["value"] >= FLIPPED else "do not flip the answer"
         parts.append(
-            f"{direction}: object swaps {finding} (at best {format_interval(own)}, slot "
-            f"{own['slot']}; at "
-            f"slot 0 {format_interval(first)}), strips {format_interval(best[strips_of(kinds)])}, "
-            "strips without objects "
-            f"{format_interval(best['background'])}, n = {own['n']}."
+            f"{direction}: object swaps {finding} (highest probability {format_interval(own)} at "
+            f"slot {own['slot']}, at slot 0 {format_interval(first)}); strips "
+            f"{format_interval(best[strips_of(kinds)])}, strips without objects "
+            f"{format_interval(best['background'])} ({own['n']} pairs)."
         )
     if missing:
-        parts.append(f"{format_names(missing)}: no pair is answered rightly under the removal.")
+        parts.append(f"{format_names(missing)}: no pair is answered correctly under the removal.")
     return "\n".join(part[0].upper() + part[1:] for part in parts) or (
-        "Too few pairs are answered rightly under the removal for an interval."
+        "Too few pairs are answered correctly under the removal for an interval."
     )

@@ -1,9 +1,9 @@
 """Q1, transfer of strength: do directions and alpha chosen on one setting help on another?
 
 The paper chooses alpha on the items that it evaluates.  Here ordering directions are fitted
-and alpha is chosen on a source setting, and both are used as they are on every target
-setting; the change in accuracy on the diagonal (chosen on held-out items of the target
-itself, as in E7) is what transfer is compared with.
+and alpha is chosen on a source setting, and both are used unchanged on every target setting.
+The change is compared with that on the diagonal, where alpha is chosen on held-out items of
+the target itself (as in E7).
 """
 
 from collections.abc import Sequence
@@ -85,9 +85,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "The formula is the one that the paper's experiment ran ('released'), at slot 0 in all "
             "image tokens; see E7. Questions are never about pictures that the target's own probe "
             "was fitted to.",
-            "From another setting, directions and the alpha that is best there come as they are. "
-            "'itself' is the change on a setting with its own directions and alpha chosen on the "
-            "other half of its items. Bootstrap intervals over items.",
+            "'transferred': the directions of another setting, with the alpha that is best there. "
+            "'itself': a setting's own directions, with alpha chosen on the other half of its "
+            "items. Bootstrap intervals over items.",
             "Transfer between models: run this on each and compare the column alpha.",
         ),
     )
@@ -128,10 +128,10 @@ def _verdict(table: pd.DataFrame, settings: Sequence[str]) -> str:
             f"from {row['source']} (alpha {row['alpha']:g}) {format_interval(row)}"
             for _, row in others.iterrows()
         ]
-        found = f"{len(helped)} of {len(others)} sources help, {len(harmed)} harm"
+        found = f"sources that help: {len(helped)} of {len(others)}, that harm: {len(harmed)}"
         parts.append(
-            f"{target} ({format_interval(accuracy)} right as it is): with its own directions and "
-            "held-out "
-            f"alpha {format_interval(own)}; {', '.join(words)}: {found}."
+            f"{target} (accuracy {format_interval(accuracy)} without amplification): change with "
+            f"its own directions and held-out alpha {format_interval(own)}; "
+            f"{', '.join(words)}; {found}."
         )
     return "\n".join(part[0].upper() + part[1:] for part in parts)

@@ -1,10 +1,10 @@
 """E7 on COCO-spatial: amplified ordering on photographs with two things. (paper, 5.4, Table 2)
 
-Ordering probes are fitted to the mean token of each thing's box, on items that the model
-answers rightly in both orders of the options (protocol 2.7).  Their directions are amplified
-in all image tokens of *all* items, so that answers broken stand beside those corrected.
+Ordering probes are fitted to the mean token of each object's box, on items that the model
+answers correctly in both orders of the options (protocol 2.7).  Their directions are amplified
+in all image tokens of *all* items, so broken answers are counted as well as corrected ones.
 
-Pictures have many sizes, and so many token grids: items of one size go through together.
+Pictures have different sizes and token grids, so items are batched by size.
 """
 
 import warnings
@@ -51,7 +51,7 @@ CLAIM = (
 )
 TEST_SHARE = 0.05
 FEWEST = 4
-"""Items of an axis that must be answered rightly before a probe of two classes is fitted."""
+"""Minimum number of correct items of an axis for fitting a probe of two classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +65,20 @@ class Config(Strengths):
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """What one item gave before anything was changed."""
+    """The results of one item without intervention."""
 
     right: bool
     tokens: Float[Tensor, "token d_model"]
     things: Float[Tensor, "2 d_model"]
-    """Mean tokens of what is left and right, or above and below."""
+    """Mean tokens of the left and the right object, or of the upper and the lower one."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Fits probes on what is answered rightly, then asks every item at every strength."""
+    """Fits probes on correctly answered items, then asks every item at every strength."""
     if config.data is None:
         raise DataError(
-            "COCO-spatial needs your copy of the photographs: --data FOLDER. "
-            "docs/reference/data.md describes its layout."
+            "COCO-spatial needs your copy of the photographs: give --data FOLDER. "
+            "docs/reference/data.md describes the folder's layout."
         )
     listed = load(config.data, config.name)
     found = with_boxes(listed.items, config.data)
@@ -97,7 +97,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         own = [item for item in found.items if item.item.axis == axis]
         right = [item for item in own if told[item].right]
         if len(right) < FEWEST:
-            left_out.append(f"{axis}: {len(right)} of {len(own)} items right, too few for a probe.")
+            left_out.append(
+                f"{axis}: {len(right)} of {len(own)} items correct, too few for a probe."
+            )
             continue
         probe, interval = fitted([told[item] for item in right], config.seed)
         rows += interval_rows(interval, {}, axis=axis, quantity="probe, held out")
@@ -140,12 +142,12 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         ).strip(),
         config={"items": len(items), "style": config.style, "list": config.name},
         notes=(
-            "Each item is asked in both orders of its options and is right where both answers are. "
-            "Probes have two classes an axis and are fitted to 95 % of the items answered rightly; "
-            "their directions are amplified at slot 0, in all image tokens of all items, those "
-            "that the probe was fitted to included, as published.",
-            f"'{CONTROLS[0]}' and the other columns are as in E7. {len(problems)} entries were not "
-            f"usable as they are. {'; '.join(problems[:5])}".strip(),
+            "Each item is asked in both orders of its options and is correct where both answers "
+            "are. Probes have two classes for each axis and are fitted to 95 % of the correct "
+            "items; their directions are amplified at slot 0, in all image tokens of all items, "
+            "including those of the probe's fit, as published.",
+            f"'{CONTROLS[0]}' and the other columns are as in E7. Unusable entries: "
+            f"{len(problems)}. {'; '.join(problems[:5])}".strip(),
         ),
     )
 
@@ -165,7 +167,7 @@ def inputs_of(model, group: Sequence[BoxedItem], style: str) -> Inputs:
     texts = [text for item in group for text in item.item.questions(style)]
     with warnings.catch_warnings():
         # Photographs may be resized: the boxes are laid on the grid of the resized picture.
-        warnings.filterwarnings("ignore", "The image processor made", HookedVLMWarning)
+        warnings.filterwarnings("ignore", "The image processor changed", HookedVLMWarning)
         return model.prepare(pictures, texts)
 
 

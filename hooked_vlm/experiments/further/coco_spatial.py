@@ -1,4 +1,4 @@
-"""COCO-spatial: on which side is one thing of another, on a user's copy of the photographs?
+"""COCO-spatial: on which side of one object is another, on a user's copy of the photographs?
 
 The paper's second set of natural pictures (Table 2, v2): 440 photographs with a caption that
 names two things, each asked in both orders of the options (protocol 2.3), without a system
@@ -24,8 +24,8 @@ from hooked_vlm.sweeps.sweep import final_logits
 
 
 ID, NAME, SECTION = "R1", "coco-spatial", "Table 2"
-TITLE = "Does the model tell sides on photographs?"
-CLAIM = "On COCO-spatial Gemma-3-4b answers 0.53 and Qwen2-VL-2B 0.60 rightly, unsteered."
+TITLE = "Does the model answer questions about sides on photographs?"
+CLAIM = "Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks every item in both orders of its options; raises `DataError` without `config.data`."""
     if config.data is None:
         raise DataError(
-            "COCO-spatial needs your copy of the photographs: --data FOLDER. "
-            "docs/reference/data.md describes its layout."
+            "COCO-spatial needs your copy of the photographs: give --data FOLDER. "
+            "docs/reference/data.md describes the folder's layout."
         )
     found = load(config.data, config.name)
     if not found.items:
@@ -67,9 +67,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         verdict=_verdict(table),
         config={"items": len(found.items), "style": config.style, "list": config.name},
         notes=(
-            "Each item is asked twice, with its options in both orders, and is right where both "
+            "Each item is asked twice, with its options in both orders, and is correct where both "
             "answers are; 'single' counts answers. Wilson intervals; chance is 0.5 for an answer.",
-            f"{len(found.problems)} entries were not usable. {problems}".strip(),
+            f"Unusable entries: {len(found.problems)}. {problems}".strip(),
         ),
     )
 
@@ -109,8 +109,7 @@ def _verdict(table: pd.DataFrame) -> str:
     for axis in dict.fromkeys(table["axis"]):
         here = {str(row["quantity"]): row for _, row in select(table, axis=axis).iterrows()}
         parts.append(
-            f"{axis}: {format_interval(here['accuracy'])} of {here['accuracy']['n']} items right "
-            "in both "
-            f"orders, {format_interval(here['single'])} of single answers"
+            f"{axis}: accuracy {format_interval(here['accuracy'])} in both orders "
+            f"({here['accuracy']['n']} items), {format_interval(here['single'])} of single answers"
         )
     return "; ".join(parts) + "."

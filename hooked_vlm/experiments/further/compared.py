@@ -1,4 +1,4 @@
-"""One experiment on two kinds of picture, compared where both were measured on the same items."""
+"""Compares one experiment on two kinds of picture, on the items that both have."""
 
 from collections.abc import Mapping
 
@@ -13,13 +13,13 @@ from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 
 
 DIFFERENCE = "paired difference"
-"""The quantity of rows that compare: the other kind of picture minus the one named first.
+"""The quantity of comparing rows: the other kind of picture minus the first kind.
 
-E4's own "difference", of strips and objects on one kind of picture, is another."""
+E4's "difference" is another quantity: strips minus objects on one kind of picture."""
 
 
 def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
-    """Returns, by axis, how the background's share differs on the same held-out pictures."""
+    """Returns, by axis, the difference of the background's share on the same held-out pictures."""
     a, b = (found.arrays["background_shares"] for found in (first, other))
     rows = []
     for axis in [str(axis) for axis in a["axis"].values if axis in b["axis"].values]:
@@ -33,10 +33,10 @@ def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
 
 
 def swap_rows(first: Result, other: Result, seed: int) -> list[dict]:
-    """Returns, by kind and slot, how swaps differ on the pairs that both kinds of picture kept.
+    """Returns, by kind and slot, the difference of swaps on the pairs that both kept.
 
-    All directions together; p-values are Holm's over the slots of a kind.  No rows where fewer
-    than two pairs are common.
+    All directions are combined; p-values are Holm-adjusted over the slots of a kind.  There are
+    no rows when fewer than two pairs are common.
     """
     a, b = (_pairs(found.arrays) for found in (first, other))
     if a is None or b is None:
@@ -64,20 +64,20 @@ def swap_rows(first: Result, other: Result, seed: int) -> list[dict]:
 
 
 def said_swaps(table: pd.DataFrame) -> str:
-    """Says, by kind, where a swap does clearly more or less on the other kind of picture."""
+    """Returns in words, by kind, the clear differences of swaps on the other kind of picture."""
     words = []
     rows = select(table, part=strip_swap.NAME, quantity=DIFFERENCE)
     for kind in dict.fromkeys(rows["kind"]):
         here = select(rows, kind=kind)
         clear = here[(here["p_holm"] <= 0.05) & (here["value"].abs() >= strip_swap.SMALLEST)]
         if clear.empty:
-            words.append(f"{kind} no clear difference at any slot")
+            words.append(f"{kind}: no clear difference at any slot")
             continue
         most = clear.iloc[int(clear["value"].abs().to_numpy().argmax())]
-        words.append(f"{kind} up to {format_interval(most)} (slot {int(most['slot'])})")
+        words.append(f"{kind}: up to {format_interval(most)} (slot {int(most['slot'])})")
     if not words:
-        return "too few pairs are common to compare swaps"
-    return f"{'; '.join(words)} (n = {int(rows['n'].iloc[0])} common pairs)"
+        return "too few common pairs to compare swaps"
+    return f"{'; '.join(words)} ({int(rows['n'].iloc[0])} common pairs)"
 
 
 def _pairs(arrays: Mapping[str, xr.DataArray]) -> xr.DataArray | None:

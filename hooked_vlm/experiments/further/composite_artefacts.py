@@ -1,15 +1,15 @@
-"""Q4, composite artefacts: is what is found on composites a matter of their seams?
+"""Q4, composite artefacts: are the results on composites an artefact of their seams?
 
 The paper's What'sUp pictures are joined from the halves of two photographs.  Here whole
-pictures of three things stand beside joined ones: with the seam in the middle, as
-published, moved, and blended, and with one half mirrored.  If strips or swaps were an
-artefact of joining, they would follow the seam.
+pictures of three objects are compared with joined ones: with the seam in the middle (as
+published), moved, or blended, and with one half mirrored.  If strips or swaps were an artefact
+of joining, they would follow the seam.
 
-Without What'sUp's data the pictures are made of the same material: cut-outs on photographs,
-each half from a picture of two things on a photograph of its own, joined by the code that
-joins What'sUp's.  With it (`--setting whatsup-chair --data FOLDER`) they are What'sUp's own;
-that data has no whole picture of three things, so its uncut photographs of two stand in for
-those in the probes.
+Without What'sUp's data the pictures are made from cut-outs on photographs: each half comes
+from a picture of two objects on its own photograph, and the code that joins What'sUp's
+pictures joins them.  With the data (`--setting whatsup-chair --data FOLDER`) the pictures are
+What'sUp's own.  What'sUp has no whole picture of three objects, so the probes use its uncut
+photographs of two objects.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             place += 1
             try:
                 found = experiment.run_on(setting, replace(config, setting="squares"), told)
-            except DataError as error:  # no pair is answered rightly there
+            except DataError as error:  # no pair is answered correctly there
                 missing.append(f"{variant}: {error}")
                 continue
             results[variant][experiment.NAME] = found
@@ -129,7 +129,7 @@ def composites(plain: StimulusSet, variant: str, data: Path | None = None) -> St
     With What'sUp's folder, `plain` is one of its settings and the halves are its photographs.
     """
     if variant not in VARIANTS:
-        raise DataError(f"There is no variant {variant!r} among {', '.join(VARIANTS)}.")
+        raise DataError(f"There is no variant {variant!r}. Use one of: {', '.join(VARIANTS)}.")
     halves = partial(_drawn_halves, plain)
     if plain.name in whatsup.SETTINGS:
         halves = partial(_photographed_halves, whatsup.load(_folder(data)))
@@ -145,7 +145,7 @@ def composites(plain: StimulusSet, variant: str, data: Path | None = None) -> St
 def _folder(given: "Config | Path | None") -> Path:
     folder = given.data if isinstance(given, Config) else given
     if folder is None:
-        raise DataError("What'sUp's photographs need --data FOLDER (docs/reference/data.md).")
+        raise DataError("What'sUp's photographs need --data FOLDER; see docs/reference/data.md.")
     return folder
 
 
@@ -251,10 +251,10 @@ def _probes(table: pd.DataFrame) -> str:
             + (f" (by {format_interval(moved)})" if moved is not None and _apart(moved) else "")
         )
     return (
-        "Order read from objects, and background given to its strip: "
+        "Probe accuracy on objects, and share of background assigned to its strip: "
         + "; ".join(words)
-        + f". In brackets, differences from {table['variant'].iloc[0]} pictures that are clear and "
-        f"at least {APART}."
+        + f". In brackets: clear differences from {table['variant'].iloc[0]} pictures of at least "
+        f"{APART}."
     )
 
 
@@ -275,11 +275,11 @@ def _swaps(table: pd.DataFrame, variants: Sequence[str]) -> str:
         if variant != variants[0]:
             less.append(f"{variant}: {compared.said_swaps(here)}")
     if not words:
-        return "No pair is answered rightly on any kind of picture, so no swap was measured."
+        return "No pair is answered correctly on any kind of picture, so no swap was measured."
     return (
         "Answers flipped by strips / by objects alone, at best: "
         + "; ".join(words)
-        + f".\nLess {variants[0]} pictures, on the same pairs: "
+        + f".\nDifference from {variants[0]} pictures, on the same pairs: "
         + ". ".join(less)
         + "."
     )

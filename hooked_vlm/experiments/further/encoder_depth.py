@@ -1,10 +1,10 @@
-"""Q5, encoder depth: where in the vision encoder does the order leave the objects' cells?
+"""Q5, encoder depth: at which depth of the vision encoder does the background hold the order?
 
-The paper shows strips behind the projector and does not ask how they came there.  At the
-input and behind every block of the vision encoder, and behind the projector: what ordering
-probes read from the objects and from the background (E3), whose patches flip the answer
-when they are swapped (E4), and how much the background attends to the object of its own
-strip, and to others.
+The paper finds strips in the projector's output and leaves their origin open.  Three
+measurements are made before the first block of the vision encoder, after every block, and
+after the projector: the order that probes read from the objects and from the background (E3),
+the patches whose swap flips the answer (E4), and the attention of the background to the
+object of its own strip and to other objects.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 ID, NAME, SECTION = "Q5", "encoder-depth", "open question on 5.2"
-TITLE = "Where in the vision encoder does the order leave the objects?"
-CLAIM = "The paper finds strips behind the projector; why there are strips is left open."
+TITLE = "At which depth of the vision encoder does the background hold the order?"
+CLAIM = "The paper finds strips in the projector's output and leaves their origin open."
 KINDS = ("strip", "object")
 LOOKED_AT = 8
-"""Pictures of each axis whose attention is averaged."""
+"""Number of pictures of each axis over which attention is averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Config(common.Config):
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Probes, swaps and attention at every depth of the vision encoder."""
+    """Runs probes, swaps and attention measurements at every depth of the vision encoder."""
     setting = Setting.of(model, config)
     sites = depths(model)
     pairs = setting.pairs(swap_pair, 3, config)
@@ -100,11 +100,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Layer 0 is the input of the encoder's first block (positions added), layer l the "
             "output of block l-1, and the last the projector's output. The patches of one visual "
             "token are averaged, so that probes and maps have the same cells at every depth.",
-            "Probes are those of E3, with their controls, fitted anew at each depth. Swaps are "
-            "those of E4, written into the encoder itself.",
-            "'attention' is what background patches of a strip give to the patches of its own "
-            "object, or of the two others, as a multiple of what even attention would give; mean "
-            f"over heads, {LOOKED_AT} pictures of each axis.",
+            "Probes are those of E3, with their controls, fitted at each depth. Swaps are "
+            "those of E4, written into the encoder.",
+            "'attention' is the attention of a strip's background patches to the patches of its "
+            "own object, or of the two other objects, as a multiple of uniform attention; mean "
+            f"over heads and {LOOKED_AT} pictures of each axis.",
+            "The verdict gives the first layer from which on the probe's interval lies above its "
+            "control's, up to the projector's output.",
         ),
     )
 
@@ -119,7 +121,10 @@ def depths(model) -> list[str]:
     blocks += [f"{VISION}.blocks.{layer}.hook_resid_post" for layer in range(read + 1)]
     sites = [name for name in blocks if name in model.sites]
     if len(sites) < 2:
-        raise DataError("This vision encoder's blocks have no residual sites to look at.")
+        raise DataError(
+            "This vision encoder's blocks have no residual sites, which this experiment needs. Use "
+            "a model whose vision encoder is a transformer."
+        )
     return [*sites, f"{PROJECTOR}.hook_out"]
 
 
@@ -148,7 +153,10 @@ def pooled(patches: Tensor, side: int) -> Tensor:
     """
     n = round(patches.shape[1] ** 0.5)
     if n * n != patches.shape[1] or n % side:
-        raise DataError(f"{patches.shape[1]} patches do not divide into {side}x{side} tokens.")
+        raise DataError(
+            f"{patches.shape[1]} patches do not divide into {side}x{side} tokens. This experiment "
+            "needs a square grid of patches, a multiple of the tokens' grid."
+        )
     m = n // side
     blocks = patches.unflatten(1, (side, m, side, m))
     return blocks.mean((2, 4)).flatten(1, 2)
@@ -203,7 +211,7 @@ def _attention_rows(setting: Setting, axis: str, config: Config) -> list[dict]:
     for layer, name in enumerate(names, start=1):
         whole = [share for share in shares[name] if share is not None]
         if len(whole) < len(shares[name]):
-            continue  # windows: no background patch sees the whole picture
+            continue  # windows: no background patch attends to the whole picture
         found = interval_rows(
             bootstrap(np.stack(whole), seed=config.seed),
             {"kind": ("own object", "other objects")},
@@ -215,10 +223,10 @@ def _attention_rows(setting: Setting, axis: str, config: Config) -> list[dict]:
 
 
 def attention_shares(setting: Setting, axis: str, pattern: Tensor) -> np.ndarray | None:
-    """Returns what background patches attend to: own object, others, over even attention.
+    """Returns background patches' attention to their own and to other objects, over uniform.
 
-    `pattern` is `[query, key]` over a picture's patches, averaged over heads; None where it is
-    not over all of them.
+    `pattern` is `[query, key]` over a picture's patches, averaged over heads.  The result is
+    None where the pattern does not cover all patches.
     """
     side = setting.geometry.shape[0]
     n = round(pattern.shape[-1] ** 0.5)
@@ -249,10 +257,7 @@ def _verdict(table: pd.DataFrame, n_sites: int) -> str:
             _first(select(here, quantity=q), select(here, quantity=control))
             for q, control in (("accuracy", "shuffled"), ("background", "background, shuffled"))
         )
-        parts.append(
-            f"{axis}: order is read from the objects {_from(read, n_sites)} and from the "
-            f"background {_from(strips, n_sites)}"
-        )
+        parts.append(f"{axis}: {_reads(read, strips, n_sites)}")
     for direction in dict.fromkeys(table["direction"].dropna()):
         words = []
         for kind in KINDS:
@@ -260,15 +265,15 @@ def _verdict(table: pd.DataFrame, n_sites: int) -> str:
             best = swaps.sort_values("value").iloc[-1]
             flips = "flip" if best["value"] >= FLIPPED else "do not flip"
             words.append(
-                f"{kind}s {flips} the answer, at best {format_interval(best)} at layer "
-                f"{best['layer']}"
+                f"{kind}s {flips} the answer (highest probability {format_interval(best)} at layer "
+                f"{best['layer']})"
             )
         parts.append(f"{direction} ({AXIS_OF[direction]}): {'; '.join(words)}")
     return "\n".join(part[0].upper() + part[1:] + "." for part in parts)
 
 
 def _first(read: pd.DataFrame, control: pd.DataFrame) -> int | None:
-    """Returns the first layer from which on the interval lies above the control's, to the end."""
+    """Returns the first layer from which on the interval lies above the control's."""
     above = read["low"].to_numpy() > np.maximum(control["high"].to_numpy(), 1 / 3) + 0.02
     layers = read["layer"].to_numpy()
     found = None
@@ -279,7 +284,19 @@ def _first(read: pd.DataFrame, control: pd.DataFrame) -> int | None:
     return found
 
 
-def _from(layer: int | None, n_sites: int) -> str:
-    if layer is None:
-        return "not at the end"
-    return "behind the projector alone" if layer == n_sites - 1 else f"from layer {layer} on"
+def _reads(objects: int | None, background: int | None, n_sites: int) -> str:
+    """Returns in words from which layer on a probe reads the order (None: not at the output)."""
+    if objects is None and background is None:
+        return (
+            "at the projector's output a probe reads the order neither from the objects nor from "
+            "the background"
+        )
+    layers = {"objects": objects, "background": background}
+    found = [f"from the {what} {_from(n, n_sites)}" for what, n in layers.items() if n is not None]
+    missing = [what for what, layer in layers.items() if layer is None]
+    text = f"a probe reads the order {' and '.join(found)}"
+    return f"{text}; at the projector's output not from the {missing[0]}" if missing else text
+
+
+def _from(layer: int, n_sites: int) -> str:
+    return "only at the projector's output" if layer == n_sites - 1 else f"from layer {layer} on"

@@ -1,8 +1,8 @@
-"""E8, grid probes: are column and row of a k x k grid in the visual tokens? (paper, App. C.6)
+"""E8, grid probes: can column and row of a k x k grid be read from visual tokens? (App. C.6)
 
-The ordering probes of E3 on two axes at once: k x k shapes of random form and colour, and
-from each object's tokens at the projector's output a probe reads its column, another its
-row.  Both are then applied to the background.
+The ordering probes of E3 on two axes: pictures have k x k shapes of random form and colour.
+One probe reads an object's column from its tokens at the projector's output, another probe
+reads its row.  Both are then applied to the background.
 """
 
 import random
@@ -92,8 +92,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Features are the projector's output; each object token is an example, labelled by its "
             "object's column (or row). Pictures are split 75/25.",
             "'background' is the share of background tokens that a probe gives to the column (row) "
-            "of the grid that they lie in; a probe that sees nothing there gets about 1/k. "
-            "'shuffled' is fitted and scored on labels dealt anew among each picture's objects, "
+            "of the grid that they lie in; without any signal the share is about 1/k. "
+            "'shuffled' is fitted and scored on labels shuffled among each picture's objects, "
             "'converged' a logistic regression on the same tokens.",
             "Shapes and colours are drawn for each cell on its own, so that neither tells a place.",
         ),
@@ -128,7 +128,7 @@ def _fit(
 
 
 def _object_cells(layout: GridLayout, label: str) -> np.ndarray:
-    """The cells of each column's (row's) objects, `[class, row, col]`."""
+    """Returns the cells of each column's (row's) objects, `[class, row, col]`."""
     masks = [
         [layout.object_region(row, col).mask for col in range(layout.k)] for row in range(layout.k)
     ]

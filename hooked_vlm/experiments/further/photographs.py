@@ -50,7 +50,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     for place, (ground, experiment, own) in enumerate(parts):
         try:
             found = experiment.run(model, own, _scaled(on_progress, place, len(parts)))
-        except DataError as error:  # no pair is answered rightly there
+        except DataError as error:  # no pair is answered correctly there
             missing.append(f"{experiment.TITLE} on {ground}: {error}")
             continue
         results[ground, experiment.NAME] = found
@@ -74,7 +74,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         config={"setting": plain, "pairs": config.pairs, "seed": config.seed},
         notes=(
             "Probes are fitted anew on each kind of background; pairs are drawn with one seed and "
-            "kept where both pictures are answered rightly on that background, so they differ.",
+            "kept where both pictures are answered correctly on that background, so they differ.",
             f"Rows of the ground '{BOTH}' compare the two on what they have in common: the same "
             "layouts held out of the probes, and the pairs that both keep (paired bootstrap "
             "intervals; sign-flip tests over pairs, Holm's correction over the slots of a kind).",
@@ -116,12 +116,11 @@ def _probes(table: pd.DataFrame) -> str:
         rises = "rises" if moved["value"] > 0 else "falls"
         finding = "changes little" if abs(moved["value"]) < SHIFT else rises
         parts.append(
-            f"{axis}: objects are read at {format_interval(here['white'].loc['accuracy'])} on "
-            "white and "
-            f"{format_interval(here['photographs'].loc['accuracy'])} on photographs; the share of "
-            "background "
-            f"tokens given to their strip {finding}, from {format_interval(background[0])} to "
-            f"{format_interval(background[1])} (by {format_interval(moved)} on the same layouts)."
+            f"{axis}: probe accuracy on objects {format_interval(here['white'].loc['accuracy'])} "
+            f"on white, {format_interval(here['photographs'].loc['accuracy'])} on photographs; "
+            f"the share of background tokens assigned to their strip {finding}, from "
+            f"{format_interval(background[0])} to {format_interval(background[1])} (difference "
+            f"{format_interval(moved)} on the same layouts)."
         )
     return "\n".join(part[0].upper() + part[1:] for part in parts)
 
@@ -148,7 +147,7 @@ def _swaps(table: pd.DataFrame) -> str:
     return (
         "Answers flipped by strips / by objects alone, at their best slots: "
         + "; ".join(parts)
-        + ".\nPhotographs less white, on the same pairs: "
+        + ".\nPhotographs minus white, on the same pairs: "
         + compared.said_swaps(table)
         + "."
     )

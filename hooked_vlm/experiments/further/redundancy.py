@@ -1,10 +1,10 @@
 """Q6, two signals on and off: are the two mechanisms redundant or complementary? (paper, 5.3)
 
-The paper calls the language model's own ordering secondary because accuracy falls little or
-much without vision's.  That is one cell of four.  Here each signal is taken away alone and
-both together, on the same questions: vision's by E5's removal, the language model's by
-cutting the attention of image tokens to one another in all of its blocks, so that they
-cannot be compared there.  The interaction says whether one covers for the other.
+The paper calls the language model's own ordering secondary because of the accuracy without
+vision's.  That is one of four conditions.  Here each signal is removed alone, and both
+together, on the same questions.  Vision's is removed as in E5; the language model's is removed
+by masking the attention of image tokens to each other in all blocks.  The interaction shows
+whether one signal can replace the other.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ ID, NAME, SECTION = "Q6", "redundancy", "open question on 5.3"
 TITLE = "Are the two mechanisms redundant or complementary?"
 CLAIM = (
     "The paper calls the language model's mechanism secondary, from accuracy without vision's "
-    "order alone; how the two go together is left open."
+    "order alone, and leaves their interaction open."
 )
 CELLS = ("both", "vision only", "LM only", "neither")
 ALPHA = 0.05
@@ -52,7 +52,7 @@ class Config(common.Config):
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Asks the same questions with each signal on and off, and estimates their interaction."""
+    """Asks the same questions with and without each signal, and estimates their interaction."""
     setting = Setting.of(model, config)
     asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
     batches = [(d, batch) for d, found in asked.items() for batch in setting.batches(found)]
@@ -72,16 +72,17 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         verdict=_verdict(table),
         config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},
         notes=(
-            "'vision off' is E5's removal at slot 0. 'LM off' sets the attention scores of every "
-            "image token to every other image token to the least number, in all blocks and heads "
-            "of the language model; text still reads the image, and each image token itself and "
-            "the text before it. An order that text tokens read off positions directly is not "
-            "taken away by this.",
+            "Vision's order is removed as in E5 (slot 0). The language model's order is removed "
+            "by masking the attention between different image tokens in all blocks and heads "
+            "of the language model; text still attends to the image, and each image token to "
+            "itself "
+            "and to the text before it. This does not remove an order that text tokens compute "
+            "directly from positions.",
             "'interaction' is both - vision only - LM only + neither, item by item, in the right "
-            "answer's probability and in accuracy: below zero, either signal does much of what "
-            "both do (redundant); above zero, each needs the other (complementary). Bootstrap "
-            "intervals over items. Where both together answer everything, signals that merely add "
-            "up read as redundant too: accuracy has a ceiling.",
+            "answer's probability and in accuracy. Below zero, one signal can replace the other "
+            "(redundant); above zero, each needs the other (complementary). Bootstrap intervals "
+            "over items. Where both together answer all items, additive signals appear redundant "
+            "too, because accuracy has a ceiling.",
         ),
     )
 
@@ -100,7 +101,7 @@ def between_image_tokens(inputs: Inputs) -> Bool[Tensor, "batch 1 pos pos"]:
 
 
 def knock_out(inputs: Inputs) -> list[Any]:
-    """Returns hooks that cut image tokens off from one another in every block."""
+    """Returns hooks that mask the attention between image tokens in every block."""
     mask = between_image_tokens(inputs)
 
     def cut(scores: Tensor, hook: Any) -> Tensor:
@@ -111,7 +112,7 @@ def knock_out(inputs: Inputs) -> list[Any]:
 
 
 def _scores(setting: Setting, batch: Sequence[Question]) -> np.ndarray:
-    """Returns `[cell, item, quantity]`: whether the answer is right, and its probability."""
+    """Returns `[cell, item, quantity]`: whether the answer is correct, and its probability."""
     found = references(setting, batch)
     lm_off, vision_off = knock_out(found.inputs), removed(found)
     targets = [normalise(question.target) for question in batch]

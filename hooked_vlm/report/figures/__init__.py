@@ -1,9 +1,8 @@
-"""Which figures tell which result: the joint between what was computed and how it is drawn.
+"""Maps experiments to figures: the rows and arrays of each figure, its file name and caption.
 
-An experiment does not know how it will be drawn, and the charts do not know the
-experiments.  These tables say, for each claim, which arrays and rows go into which figure,
-what the figure is called on disk, and the caption that a reader needs to read it without
-the paper at hand.  A result without a row here has its table alone.
+Experiments do not depend on figures, and the charts do not depend on experiments.  The tables
+here connect both.  A caption explains its figure without the paper.  A result without an
+entry here has only its table.
 """
 
 from hooked_vlm.experiments.result import Result
@@ -15,10 +14,10 @@ from hooked_vlm.report.figures.drawing import Draws, Headlines
 TOPICS = (core, ablation, steering, backgrounds, open_questions)
 DRAW: Draws = {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
 HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.HEADLINES.items()}
-"""Which few numbers of a result stand on top of a report."""
+"""The key numbers of each result, for the top of a report."""
 
 
 def drawings(result: Result) -> list[Drawing]:
-    """Returns the figures of a result, in the order of its argument; none if it has no row."""
+    """Returns the figures of a result, in reading order; an empty list without an entry."""
     draw = DRAW.get(result.id)
     return [] if draw is None or result.table.empty else list(draw(result))

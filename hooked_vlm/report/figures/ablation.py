@@ -1,4 +1,4 @@
-"""Figures of E5 and E6, and of how the two mechanisms go together."""
+"""Figures of E5 and E6."""
 
 from collections.abc import Iterator
 
@@ -16,10 +16,10 @@ def _ablation(result: Result) -> Iterator[Drawing]:
             table, by="kind", line="direction", x_label="accuracy, 95 % interval", chance=CHANCE
         ),
         "Accuracy with the image tokens at the language model's input replaced. removed: each "
-        "entity's tokens come from a picture that holds it alone in the middle, the background's "
+        "entity's tokens come from a picture with this entity alone in the middle, the background "
         "from an empty picture (the paper's recipe). objects only, background only: its halves. in "
-        "place: entities alone, each at its own place. mean: no picture is left. itself: what was "
-        "there is written back, which changes nothing. The dotted line is chance.",
+        "place: entities alone, each at its own place. mean: the mean image token everywhere. "
+        "itself: the existing tokens, which changes nothing. The dotted line is chance.",
         headline=True,
     )
 
@@ -28,10 +28,11 @@ def _swap_under(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "swap-by-slot",
         plots.swap(result.table),
-        "As in E4, with vision's order removed first: regions' tokens trade places with those of "
-        "the mirrored image, at one slot at a time. At slot 0 the swapped tokens carry no order; "
-        "where object cells flip the answer later, blocks of the language model wrote it. Only "
-        "pairs that are answered rightly under the removal. Bands are 95 % intervals.",
+        "As in E4, with vision's order removed first: the tokens of two regions are exchanged with "
+        "those of the mirrored image, at one slot at a time. At slot 0 the swapped tokens hold no "
+        "order; if object cells flip the answer at a later slot, blocks of the language model "
+        "wrote the order. Only pairs that are answered correctly under the removal. Bands are "
+        "95 % intervals.",
         headline=True,
     )
 
@@ -41,7 +42,7 @@ DRAW: Draws = {"E5": _ablation, "E6": _swap_under}
 HEADLINES: Headlines = {
     "E5": (
         ({"quantity": "accuracy", "kind": "removed"}, "accuracy without vision's order"),
-        ({"quantity": "accuracy", "kind": "intact"}, "… and with it"),
+        ({"quantity": "accuracy", "kind": "intact"}, "… with vision's order"),
     ),
     "E6": (
         (

@@ -1,4 +1,4 @@
-"""Figures of E8 and E9: grids, and photographs behind the layouts."""
+"""Figures of E8, E9 and Q4: grids, photographs as backgrounds, and composites."""
 
 from collections.abc import Iterator
 
@@ -21,10 +21,10 @@ def _grids(result: Result) -> Iterator[Drawing]:
             by="probe",
             line="quantity",
             looks=look.SCORES,
-            x_label="share of tokens read rightly, 95 % interval",
+            x_label="share of correct tokens, 95 % interval",
         ),
         "Probes of an object's column and row in grids of 2x2 and 3x3 shapes, fitted to object "
-        "tokens at the projector's output and read on held-out pictures. Chance is 1/2 and 1/3.",
+        "tokens at the projector's output and scored on held-out pictures. Chance is 1/2 and 1/3.",
         headline=True,
     )
 
@@ -39,12 +39,12 @@ def _grids(result: Result) -> Iterator[Drawing]:
             plots.mean_maps(maps, cells),
             f"Probe maps of {size} grids, mean over held-out pictures: the upper row by the "
             "object's column, the lower by its row. Boxes are the objects, thick for the class "
-            "shown; the probes saw these alone.",
+            "shown; the probes were fitted only to these cells.",
         )
 
 
 def _of_size(arrays: xr.DataArray, size: str) -> xr.DataArray:
-    """One size of grid, its probes named by what they read."""
+    """Returns the arrays of one size of grid, with probes named by their labels."""
     probes = [str(name) for name in arrays["probe"].values if str(name).startswith(f"{size} ")]
     found = arrays.sel(probe=probes).isel({"class": slice(int(size.split("x")[0]))})
     return found.assign_coords(probe=[name.split()[1] for name in probes]).rename(probe="axis")
@@ -63,9 +63,9 @@ def _photographs(result: Result) -> Iterator[Drawing]:
             x_label="share of tokens, 95 % interval",
             chance=1 / 3,
         ),
-        "What ordering probes read on white and on photographs: object tokens of held-out pictures "
-        "(accuracy; converged: fitted to convergence), and the share of background tokens given to "
-        "their strip.",
+        "Ordering probes on white and on photographs: accuracy on object tokens of held-out "
+        "pictures (converged: fitted to convergence), and the share of background tokens assigned "
+        "to their strip.",
         headline=True,
     )
     for ground in dict.fromkeys(probes["ground"]):
@@ -89,8 +89,8 @@ def _photographs(result: Result) -> Iterator[Drawing]:
                 x_label=look.SLOTS,
                 y_label="P(swapped answer)",
             ),
-            "Probability that the answer becomes the mirrored picture's when regions trade places, "
-            "by slot. Bands are 95 % bootstrap intervals over pairs.",
+            "Probability of the mirrored picture's answer when regions are exchanged, by slot. "
+            "Bands are 95 % bootstrap intervals over pairs.",
         )
 
 
@@ -126,9 +126,8 @@ def _composites(result: Result) -> Iterator[Drawing]:
             x_label="share of tokens, 95 % interval",
             chance=1 / 3,
         ),
-        "What ordering probes read from whole pictures of three things and from joined ones: "
-        "object tokens of held-out pictures, and the share of background tokens given to their "
-        "strip.",
+        "Ordering probes on whole pictures of three objects and on joined ones: accuracy on object "
+        "tokens of held-out pictures, and the share of background tokens assigned to their strip.",
         headline=True,
     )
     swaps = table[(table["quantity"] == "swapped") & table["kind"].isin(["strip", "object"])]
@@ -144,8 +143,8 @@ def _composites(result: Result) -> Iterator[Drawing]:
                 x_label=look.SLOTS,
                 y_label="P(swapped answer)",
             ),
-            "Strips and object cells trade places with those of the mirrored picture. Bands are "
-            "95 % bootstrap intervals over pairs.",
+            "Probability of the mirrored picture's answer when strips or object cells are "
+            "exchanged with its own. Bands are 95 % bootstrap intervals over pairs.",
         )
 
 
@@ -155,7 +154,7 @@ HEADLINES: Headlines = {
     "E9": (
         (
             {"quantity": "background", "ground": "photographs"},
-            "background tokens given to their strip, on photographs",
+            "background tokens assigned to their strip, on photographs",
         ),
     ),
 }

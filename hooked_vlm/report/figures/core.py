@@ -18,8 +18,8 @@ def _behaviour(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "accuracy",
         charts.accuracy(result.table, chance=CHANCE),
-        "Accuracy over all questions, by the relation they ask about. Dots are accuracies, "
-        "whiskers 95 % Wilson intervals; the dotted line is chance among the three colours.",
+        "Accuracy over all questions, by direction. Dots are accuracies, whiskers are 95 % Wilson "
+        "intervals; the dotted line is chance among the three entities.",
         headline=True,
     )
 
@@ -28,11 +28,11 @@ def _final_token(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "final-token",
         charts.final_token(_answers(result)),
-        "The final token's residual vector is replaced, at one slot at a time, by the one of a "
-        "counterfactual run with other colours and the opposite question. Grey: the answer stays. "
-        "Orange: the answer is the clean image's colour at the place the counterfactual asks for, "
-        "so a place was carried over. Blue: the answer is the counterfactual's own colour, so the "
-        "colour was carried over. Bands are 95 % bootstrap intervals over pairs.",
+        "The final token's residual vector is replaced, at one slot at a time, by that of a "
+        "counterfactual run with other colours and the opposite question. Grey: the clean answer. "
+        "Orange: the clean image's colour at the place that the counterfactual asks for, so the "
+        "ordering was transferred. Blue: the counterfactual's own colour, so the attribute was "
+        "transferred. Bands are 95 % bootstrap intervals over pairs.",
         headline=True,
     )
 
@@ -48,9 +48,9 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
         charts.accuracy(result.table, by="axis", chance=CHANCE),
         "A linear probe reads an object's place in the order (first, middle, last) from single "
         "visual tokens at the projector's output. Accuracy on the object tokens of held-out "
-        "images, and the share of background tokens that the probe gives to the strip they lie "
-        "in; each beside a probe fitted in the same way to shuffled labels. Green: a logistic "
-        "regression on the same tokens, fitted to convergence. n counts held-out images.",
+        "images, and the share of background tokens that the probe assigns to their own strip; "
+        "the control is a probe fitted in the same way to shuffled labels. Green: a logistic "
+        "regression on the same tokens, fitted to convergence. n is the number of held-out images.",
     )
     arrays = result.arrays
     if "mean_maps" in arrays:
@@ -58,10 +58,10 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
             "probe-maps",
             plots.mean_maps(arrays["mean_maps"], arrays["object_cells"]),
             "The same probes applied to every visual token of held-out images, averaged over "
-            "images. Boxes are the objects' cells, thick for the class shown; the probes saw these "
-            "alone. Order in the background shows as a strip: bright around its own object's "
-            "place, dark around the others'. A background of one shade throughout says nothing "
-            "of order.",
+            "images. Boxes are the objects' cells, thick for the class shown; the probes were "
+            "fitted only to these cells. Order in the background appears as a strip: bright around "
+            "its own object's place, dark around the others' places. A background of one shade "
+            "holds no order.",
             headline=True,
         )
     if "item_maps" in arrays:
@@ -69,8 +69,8 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
         yield Drawing(
             "probe-maps-items",
             plots.item_maps(result.images, arrays["item_maps"][some], arrays["item_cells"][some]),
-            "Held-out images one by one, not averaged. The small squares inside the boxes are the "
-            "objects' own colours.",
+            "Single held-out images, not averaged. The small squares inside the boxes have the "
+            "objects' colours.",
         )
 
 
@@ -78,21 +78,21 @@ def _swap(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "swap-by-slot",
         charts.swap(_apart(result)),
-        "Two regions' tokens trade places with those of the mirrored image, at one slot at a "
-        "time, in the run on the clean image. If a region carries the order, the answer becomes "
-        "that of the mirrored image (upper row) and ceases to be the clean one (lower row). "
-        "Bands are 95 % bootstrap intervals over pairs.",
+        "The tokens of two regions are exchanged with those of the mirrored image, at one slot at "
+        "a time, in the run on the clean image. If a region holds the order, the probability of "
+        "the mirrored image's answer rises (upper row) and that of the clean answer falls (lower "
+        "row). Bands are 95 % bootstrap intervals over pairs.",
         headline=True,
     )
 
 
 def _apart(result: Result) -> pd.DataFrame:
-    """The rows of single directions: their sum would be one panel more and says less."""
+    """Returns the rows of single directions, without those of all directions together."""
     return result.table[result.table["direction"] != "all"]
 
 
 def _some(maps: xr.DataArray) -> list[int]:
-    """The first items of each axis: enough to see that they are alike."""
+    """Returns the indices of the first items of each axis."""
     axes = [str(axis) for axis in maps["axis"].values]
     return [i for i, axis in enumerate(axes) if axes[:i].count(axis) < ITEMS_PER_AXIS]
 
@@ -105,11 +105,11 @@ DRAW: Draws = {
 }
 
 HEADLINES: Headlines = {
-    "E1": (({"quantity": "accuracy"}, "accuracy, lowest to highest of the directions"),),
-    "E2": (({"quantity": "ordering"}, "ordering carried by the final token, at its best slot"),),
+    "E1": (({"quantity": "accuracy"}, "accuracy, lowest to highest direction"),),
+    "E2": (({"quantity": "ordering"}, "ordering transferred by the final token, best slot"),),
     "E3": (
         ({"quantity": "accuracy"}, "held-out accuracy of the ordering probes"),
-        ({"quantity": "background"}, "background tokens that the probes give to their strip"),
+        ({"quantity": "background"}, "background tokens that the probes assign to their strip"),
     ),
     "E4": (
         ({"quantity": "swapped", "kind": "strip"}, "answers flipped by strips, at the best slot"),

@@ -1,4 +1,4 @@
-"""What a figure is on a page: drawn, named, and explained."""
+"""A figure of a page, with its file name and caption."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Drawing:
     figure: Figure
     caption: str
     headline: bool = False
-    """Whether this is the one that stands for the result where there is room for one."""
+    """Whether this figure represents the result where only one is shown."""
 
 
 Draws = Mapping[str, Callable[[Result], Iterator[Drawing]]]
-"""An experiment's id -> what draws its result."""
+"""An experiment's id -> the function that draws its result."""
 
 Headlines = Mapping[str, tuple[tuple[dict[str, str], str], ...]]
-"""An experiment's id -> (columns and values that select rows, what to call them)."""
+"""An experiment's id -> (columns and values that select rows, their label)."""

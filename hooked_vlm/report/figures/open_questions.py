@@ -1,4 +1,4 @@
-"""Figures of the questions that the paper leaves open: depth, and how mechanisms combine."""
+"""Figures of two open questions of the paper: encoder depth, and interaction of mechanisms."""
 
 from collections.abc import Iterator
 
@@ -25,9 +25,9 @@ def _depth(result: Result) -> Iterator[Drawing]:
             y_label="share of tokens",
             chance=1 / 3,
         ),
-        "What ordering probes, fitted anew at each depth of the vision encoder, read from object "
-        "tokens of held-out pictures and give to the background of each strip. Bands are 95 % "
-        "intervals over pictures.",
+        "Ordering probes, fitted at each depth of the vision encoder: accuracy on object tokens of "
+        "held-out pictures, and the share of background tokens assigned to their strip. Bands are "
+        "95 % intervals over pictures.",
         headline=True,
     )
     swaps = table[table["quantity"] == "swapped"]
@@ -42,8 +42,8 @@ def _depth(result: Result) -> Iterator[Drawing]:
             x_label=DEPTH,
             y_label="P(swapped answer)",
         ),
-        "Strips or object cells trade places with those of the mirrored picture at one depth of "
-        "the vision encoder. Bands are 95 % bootstrap intervals over pairs.",
+        "Probability of the mirrored picture's answer when strips or object cells are exchanged at "
+        "one depth of the vision encoder. Bands are 95 % bootstrap intervals over pairs.",
     )
     attention = table[table["quantity"] == "attention"]
     if len(attention):
@@ -55,12 +55,12 @@ def _depth(result: Result) -> Iterator[Drawing]:
                 line="kind",
                 panel="axis",
                 x_label="layer: l = attention of block l−1",
-                y_label="times even attention",
+                y_label="times uniform attention",
                 limits=None,
                 chance=1.0,
             ),
-            "How much background patches attend to the object of their own strip and to the other "
-            "two, as a multiple of even attention (dotted). Bands are 95 % intervals.",
+            "Attention of background patches to the object of their own strip and to the other "
+            "two, as a multiple of uniform attention (dotted). Bands are 95 % intervals.",
         )
 
 
@@ -75,8 +75,8 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
             x_label="accuracy, 95 % interval",
             chance=1 / 3,
         ),
-        "Accuracy with both signals, with vision's order alone (image tokens cut off from one "
-        "another in the language model), with the language model's alone (vision's order removed), "
+        "Accuracy with both signals, with vision's order alone (attention between image tokens "
+        "masked in the language model), with the language model's alone (vision's order removed), "
         "and with neither. The dotted line is chance.",
         headline=True,
     )
@@ -90,15 +90,18 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
             limits=None,
             chance=0.0,
         ),
-        "The interaction: below zero either signal does much of what both do, above zero each "
-        "needs the other. 95 % bootstrap intervals over items.",
+        "The interaction. Below zero, one signal can replace the other; above zero, each needs the "
+        "other. 95 % bootstrap intervals over items.",
     )
 
 
 DRAW: Draws = {"Q5": _depth, "Q6": _redundancy}
 HEADLINES: Headlines = {
     "Q6": (
-        ({"quantity": "accuracy", "kind": "vision only"}, "accuracy by vision's order alone"),
-        ({"quantity": "accuracy", "kind": "LM only"}, "accuracy by the language model's alone"),
+        ({"quantity": "accuracy", "kind": "vision only"}, "accuracy with vision's order alone"),
+        (
+            {"quantity": "accuracy", "kind": "LM only"},
+            "accuracy with the LM's order alone",
+        ),
     ),
 }

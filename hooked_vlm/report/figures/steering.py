@@ -1,4 +1,4 @@
-"""Figures of E7: what amplified directions do to answers."""
+"""Figures of E7: the effect of amplified directions on answers."""
 
 from collections.abc import Iterator
 
@@ -35,8 +35,8 @@ def _amplification(result: Result) -> Iterator[Drawing]:
         ),
         "Ordering directions amplified in all image tokens at the language model's input. "
         "corrected: share of the answers that were wrong without it; broken: share of those that "
-        "were right. Random directions are the same ones turned at random. Bands are 95 % Wilson "
-        "intervals.",
+        "were correct. Random directions are random rotations of the directions. Bands are 95 % "
+        "Wilson intervals.",
         headline=True,
     )
     chosen = table[table["quantity"].isin(["net, held-out alpha", "net, best alpha"])]
@@ -45,8 +45,8 @@ def _amplification(result: Result) -> Iterator[Drawing]:
         charts.dots(
             chosen, by="kind", line="quantity", x_label="change in accuracy", limits=None, chance=0
         ),
-        "Change in accuracy over all items: with alpha chosen on the items themselves, as "
-        "published, and on the other half of them. 95 % bootstrap intervals over items.",
+        "Change in accuracy over all items, with alpha chosen on the same items (as published) or "
+        "on the other half of the items. 95 % bootstrap intervals over items.",
     )
 
 

@@ -1,8 +1,8 @@
-"""COCO-spatial and its like: photographs with one right caption and one wrong (Kamath 2023).
+"""COCO-spatial and similar sets: photographs with a correct and a wrong caption (Kamath 2023).
 
-The lists of the What'sUp repository hold `[image id, right caption, wrong caption]`.  A caption
-of two things becomes a question on which side one is of the other, asked in both orders of
-its options (protocol 2.3).  What does not match is listed, not fatal.
+The lists of the What'sUp repository have `[image id, correct caption, wrong caption]`.  A
+caption of two objects becomes a question about the side of one relative to the other, asked in
+both orders of its options (protocol 2.3).  Unusable entries are collected in `.problems`.
 """
 
 import json
@@ -32,13 +32,13 @@ SIDE = {"to the left of": "left", "to the right of": "right"}
 
 @dataclass(frozen=True)
 class SpatialItem:
-    """One photograph and what is where in it."""
+    """One photograph, its subject, and the subject's side of the reference."""
 
     path: Path
     image_id: str
     subject: str
     side: str
-    """left, right, above or below (of one thing alone: left, right, top or bottom)."""
+    """left, right, above or below (for a single object: left, right, top or bottom)."""
     reference: str | None
     correct: str
     distractor: str
@@ -51,10 +51,13 @@ class SpatialItem:
     def questions(self, style: str = "reference") -> tuple[str, str]:
         """Returns the question in both orders of its options.
 
-        Raises `DataError` for an item of one thing.
+        Raises `DataError` for an item with one object.
         """
         if self.reference is None:
-            raise DataError(f"{self.correct!r} names one thing; side questions need two.")
+            raise DataError(
+                f"{self.correct!r} names one object; side questions need two. Use a list whose "
+                "name contains two_obj."
+            )
         first, second = (
             side_prompt(self.subject, self.reference, self.axis, style, swapped)
             for swapped in (False, True)
@@ -62,13 +65,13 @@ class SpatialItem:
         return first, second
 
     def is_right(self, answers: Sequence[str]) -> bool:
-        """Returns whether the answers to both orders are right."""
+        """Returns whether the answers to both orders are correct."""
         return all(normalise(answer) == self.side for answer in answers)
 
 
 @dataclass(frozen=True)
 class Spatial:
-    """What was found of one list, and what was not as it should be."""
+    """The usable items of one list, and its problems."""
 
     name: str
     items: tuple[SpatialItem, ...]
@@ -76,10 +79,10 @@ class Spatial:
 
 
 def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
-    """Returns a list and its pictures from the folder that holds them, or its `data` folder.
+    """Returns a list and its pictures from the folder that contains them, or its `data` folder.
 
-    Missing pictures and captions that cannot be read are listed in `problems`.  Raises
-    `DataError` for an unknown list, and where the list itself is not there.
+    Missing pictures and captions of another form are listed in `problems`.  Raises `DataError`
+    for an unknown list, and when the list's file is missing.
     """
     if name not in LISTS:
         raise DataError(
@@ -90,7 +93,7 @@ def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
     if listing is None:
         raise DataError(
             f"There is no 'data/{file}' in '{root}'. Expected is the layout of the What'sUp "
-            f"repository: data/{file} and data/{folder}/; give the folder that holds 'data', or "
+            f"repository: data/{file} and data/{folder}/. Give the folder that contains 'data', or "
             "'data' itself."
         )
     try:
@@ -109,7 +112,7 @@ def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
 
 def _entry(root: Path, folder: str, entry: object) -> SpatialItem | str:
     if not isinstance(entry, list) or len(entry) != 3:
-        return f"not [image id, right caption, wrong caption]: {entry!r}"
+        return f"not [image id, correct caption, wrong caption]: {entry!r}"
     image_id, correct, distractor = (str(part) for part in entry)
     parsed = parse_caption(correct)
     if parsed is None:

@@ -1,7 +1,8 @@
-"""Where the two things of a COCO-spatial item are: boxes of COCO's own annotations.
+"""The boxes of the two objects of a COCO-spatial item, from COCO's own annotations.
 
-The lists of What'sUp name things and hold no boxes; `instances_val2017.json` of COCO does.
-A caption's thing is a category of COCO; of several boxes of it the largest counts.
+The lists of What'sUp name objects without boxes; COCO's `instances_val2017.json` has them.
+An object of a caption is a category of COCO; of several boxes of a category, the largest is
+used.
 """
 
 import json
@@ -22,7 +23,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class BoxedItem:
-    """An item with the boxes of its two things."""
+    """An item with the boxes of its two objects."""
 
     item: SpatialItem
     subject: Box
@@ -30,35 +31,35 @@ class BoxedItem:
 
     @property
     def by_class(self) -> tuple[Box, Box]:
-        """The boxes of what is left and right, or above and below."""
+        """The boxes of the left and the right object, or of the upper and the lower one."""
         first = self.item.side in ("left", "above")
         return (self.subject, self.reference) if first else (self.reference, self.subject)
 
 
 @dataclass(frozen=True)
 class Boxed:
-    """The items whose boxes were found, and what was not as it should be."""
+    """The items with boxes, and the problems of the others."""
 
     items: tuple[BoxedItem, ...]
     problems: tuple[str, ...] = ()
 
 
 def find(root: Path) -> Path:
-    """Returns the annotations' path; raises `DataError` where they are not."""
+    """Returns the annotations' path; raises `DataError` when the file is missing."""
     for place in PLACES:
         if (root / place / FILE).is_file():
             return root / place / FILE
     raise DataError(
-        f"Boxes of COCO's things are in its annotations, and there is no '{FILE}' in "
+        f"There is no '{FILE}', which has the boxes of COCO's objects, in "
         f"{', '.join(repr(place) for place in PLACES)} of '{root}'. It is part of COCO's "
-        "annotations_trainval2017.zip; put it into DATA/annotations/."
+        "annotations_trainval2017.zip. Put it into DATA/annotations/."
     )
 
 
 def with_boxes(items: Sequence[SpatialItem], root: Path) -> Boxed:
-    """Returns items with boxes; items without are listed, with what was missing.
+    """Returns the items with boxes; items without boxes are listed in `problems`.
 
-    Raises `DataError` where there are no annotations, or they are not COCO's.
+    Raises `DataError` when the annotations are missing or are not COCO's.
     """
     path = find(root)
     try:
@@ -83,7 +84,7 @@ def with_boxes(items: Sequence[SpatialItem], root: Path) -> Boxed:
                 problems.append(f"picture {item.image_id}: no box of {name!r}")
             elif len(own) > 1:
                 problems.append(
-                    f"picture {item.image_id}: {len(own)} boxes of {name!r}; the largest counts"
+                    f"picture {item.image_id}: {len(own)} boxes of {name!r}; the largest is used"
                 )
             pair += sorted(own, key=_area)[-1:]
         if len(pair) == 2:

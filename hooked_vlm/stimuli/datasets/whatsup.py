@@ -1,8 +1,9 @@
-"""What'sUp: photographs of two things, one left of, right of, on or under the other (Kamath 2023).
+"""What'sUp: photographs of two objects, one left of, right of, on or under the other (Kamath 2023).
 
-The paper joins two of them, the left half of one and the right half of another with the same
-reference in the middle, to a picture of three things (protocol 2.2).  A user's copy of the
-data is read as it lies (`docs/reference/data.md`); what does not match is listed, not fatal.
+The paper joins the left half of one photograph and the right half of another with the same
+reference in the middle to a picture of three objects (protocol 2.2).  A user's copy of the
+data is read in its original layout (`docs/reference/data.md`).  Problems are collected in
+`.problems`; it is an error only if no item is usable.
 """
 
 import json
@@ -37,7 +38,7 @@ ENDING = ".jpeg"
 
 @dataclass(frozen=True)
 class Item:
-    """One photograph, and its four captions, of which the first is right."""
+    """One photograph and its four captions; the first caption is correct."""
 
     path: Path
     satellite: str
@@ -48,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class WhatsUp:
-    """What was found of one set, and what was not as it should be."""
+    """The usable items of one set, and its problems."""
 
     part: str
     items: tuple[Item, ...]
@@ -62,7 +63,7 @@ class WhatsUp:
         )
 
     def satellites(self, reference: str) -> tuple[str, ...]:
-        """Returns what stands both left and right of a reference, in the order of the data."""
+        """Returns the objects with photographs both left and right of a reference, in order."""
         sides = defaultdict(set)
         for item in self.items:
             if item.reference == reference:
@@ -71,11 +72,12 @@ class WhatsUp:
 
 
 def load(root: Path, part: str = "A") -> WhatsUp:
-    """Returns a set of What'sUp from the folder that holds it, or its `data` folder.
+    """Returns a set of What'sUp from the folder that contains it, or from its `data` folder.
 
-    Files that are missing, extra or named otherwise, and entries without captions, are listed in
-    `problems`.  Raises `DataError` where the list itself is not there.
+    Missing files, extra files, files with other names, and entries without captions are listed
+    in `problems`.  Raises `DataError` when the list is missing, or when no entry is usable.
     """
+    # 1. Find and read the list.
     if part not in PARTS:
         raise DataError(
             f"There is no set {part!r}; What'sUp has A and B.{did_you_mean(part, PARTS)}"
@@ -85,8 +87,8 @@ def load(root: Path, part: str = "A") -> WhatsUp:
     if listing is None:
         raise DataError(
             f"There is no 'data/{name}' in '{root}'. Expected is the layout of the What'sUp "
-            f"repository: data/{name} and data/{PARTS[part]}/*{ENDING}; give the folder that holds "
-            "'data', or 'data' itself."
+            f"repository: data/{name} and data/{PARTS[part]}/*{ENDING}. Give the folder that "
+            "contains 'data', or 'data' itself."
         )
     try:
         entries = json.loads(listing.read_text())
@@ -94,6 +96,7 @@ def load(root: Path, part: str = "A") -> WhatsUp:
         raise DataError(f"'{listing}' is not JSON: {error}") from None
     if not isinstance(entries, list):
         raise DataError(f"'{listing}' holds a {type(entries).__name__}; expected is a list.")
+    # 2. Read each entry; an unusable or duplicate entry is a problem, not an error.
     items, problems, seen = [], [], {}
     for number, entry in enumerate(entries):
         found = _entry(root, entry, part)
@@ -110,6 +113,7 @@ def load(root: Path, part: str = "A") -> WhatsUp:
             f"None of the {len(entries)} entries of '{listing}' can be used; the first: "
             f"{problems[0]}. Pictures are looked for in data/{PARTS[part]}/ of '{root}'."
         )
+    # 3. Report pictures that no entry names.
     folder = next(
         (p for p in (root / "data" / PARTS[part], root / PARTS[part]) if p.is_dir()), None
     )
@@ -121,23 +125,23 @@ def load(root: Path, part: str = "A") -> WhatsUp:
 
 
 def _captions_apart(item: Item) -> list[str]:
-    """Returns what an item's captions say otherwise than its name; the item is kept."""
+    """Returns differences between an item's correct caption and its name; the item is kept."""
     right, *parts = (
         words.lower().replace("_", " ").replace("-", " ")
         for words in (item.captions[0], item.satellite, item.preposition, item.reference)
     )
     if any(part not in right for part in parts):
-        return [f"'{item.path.name}' has the right caption {item.captions[0]!r}"]
+        return [f"'{item.path.name}' has the correct caption {item.captions[0]!r}"]
     return []
 
 
 def _entry(root: Path, entry: object, part: str) -> Item | str:
-    """Returns an entry of the list, or what is wrong with it."""
+    """Returns an entry of the list as an item, or its problem as text."""
     if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
         return "no image_path"
     path = find(root, entry["image_path"], PARTS[part])
     if path is None:
-        return f"'{entry['image_path']}' is not there"
+        return f"'{entry['image_path']}' is missing"
     try:
         satellite, preposition, reference = parse_name(path.stem, part)
     except DataError as error:
@@ -149,7 +153,7 @@ def _entry(root: Path, entry: object, part: str) -> Item | str:
 
 
 def find(root: Path, given: str, folder: str) -> Path | None:
-    """Returns a picture's path: as it is given, without `data/`, or by its name alone."""
+    """Returns a picture's path: the given path, without `data/`, or the file's name alone."""
     name = Path(given).name
     bare = given.removeprefix("data/")
     for candidate in (
@@ -184,13 +188,15 @@ def parse_name(stem: str, part: str = "A") -> tuple[str, str, str]:
 
 
 def accuracies(data: WhatsUp, right: Sequence[bool]) -> dict[str, Interval]:
-    """Returns What'sUp's three accuracies of one verdict for each item, Wilson intervals.
+    """Returns What'sUp's three accuracies from one verdict per item, with Wilson intervals.
 
-    `single` counts photographs; `pair` both of left and right, or both of the other two
-    prepositions; `set` all four.  Pairs and sets that are not whole are left out.
+    `single` counts photographs; `pair` counts left and right together, or the other two
+    prepositions; `set` counts all four.  Incomplete pairs and sets are left out.
     """
     if len(right) != len(data.items):
-        raise DataError(f"{len(right)} verdicts were given for {len(data.items)} items.")
+        raise DataError(
+            f"{len(right)} verdicts were given for {len(data.items)} items. Give one per item."
+        )
     found: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for item, verdict in zip(data.items, right, strict=True):
         found[item.satellite, item.reference][item.preposition] = bool(verdict)
@@ -210,10 +216,10 @@ def accuracies(data: WhatsUp, right: Sequence[bool]) -> dict[str, Interval]:
 def joined(
     left: Image.Image, right: Image.Image, side: int, *, shift: int = 0, blend: int = 0
 ) -> Image.Image:
-    """Returns the left half of one picture beside the right half of another.
+    """Returns the left half of one picture joined with the right half of another.
 
-    Both are first resized bilinearly to the canvas.  `shift` moves the seam, in pixels to the
-    right; `blend` is the width over which one becomes the other.
+    Both are first resized bilinearly to the canvas.  `shift` moves the seam to the right, in
+    pixels; `blend` is the width of the transition.
     """
     a, b = (np.asarray(_fitted(picture, side), dtype=np.float32) for picture in (left, right))
     columns = np.arange(side) + 0.5 - (side / 2 + shift)
@@ -229,17 +235,20 @@ def _fitted(picture: Image.Image, side: int) -> Image.Image:
 
 
 def composite(data: WhatsUp, left: str, reference: str, right: str, side: int) -> Image.Image:
-    """Returns the picture of three things; raises `DataError` where a photograph is missing."""
+    """Returns the picture of three objects; raises `DataError` when a photograph is missing."""
     return joined(
         opened(data, left, "left_of", reference), opened(data, right, "right_of", reference), side
     )
 
 
 def opened(data: WhatsUp, satellite: str, preposition: str, reference: str) -> Image.Image:
-    """Returns a photograph by its name; raises `DataError` where it is missing or unreadable."""
+    """Returns a photograph by its name; raises `DataError` when it is missing or unreadable."""
     item = data.photograph(satellite, preposition, reference)
     if item is None:
-        raise DataError(f"There is no photograph {satellite}_{preposition}_{reference}{ENDING}.")
+        raise DataError(
+            f"There is no photograph {satellite}_{preposition}_{reference}{ENDING}. See the "
+            "problems of this copy of What'sUp."
+        )
     try:
         with Image.open(item.path) as found:
             return found.convert("RGB")
@@ -250,14 +259,14 @@ def opened(data: WhatsUp, satellite: str, preposition: str, reference: str) -> I
 def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
     """Returns the setting of all composites around one reference: left and right only.
 
-    Raises `DataError` for a reference around which fewer than three things stand on both sides.
+    Raises `DataError` for a reference with fewer than three objects photographed on both sides.
     """
     names = data.satellites(reference)
     if len(names) < 3:
         raise DataError(
-            f"Around {reference!r} {len(names)} things stand both left and right in this copy of "
-            f"What'sUp ({len(data.problems)} problems, the first: "
-            f"{data.problems[0] if data.problems else 'none'}); composites need at least 3."
+            f"Around {reference!r} {len(names)} objects have photographs both left and right in "
+            f"this copy of What'sUp; composites need at least 3 ({len(data.problems)} problems, "
+            f"the first: {data.problems[0] if data.problems else 'none'})."
         )
 
     def draw(
@@ -269,8 +278,8 @@ def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
         left, middle, right = entities
         if left is None or right is None or axis != "horizontal":
             raise DataError(
-                f"What'sUp has composites of three things in a row; {list(entities)}, {axis}, is "
-                "not one. Experiments that show one thing alone need another setting."
+                f"What'sUp has composites of three objects in a row; {list(entities)}, {axis}, is "
+                "not one. Experiments that show one object alone need another setting."
             )
         return composite(data, left, str(middle), right, layout.canvas)
 

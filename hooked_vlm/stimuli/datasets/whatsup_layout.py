@@ -1,4 +1,4 @@
-"""Where the things of a What'sUp composite are, on a grid of visual tokens (protocol 2.7)."""
+"""The places of the objects of a What'sUp composite, on a grid of visual tokens (protocol 2.7)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BOXES: Mapping[str, tuple[Box, Box, Box]] = {
     "table": ((40, 60, 8, 16), (20, 60, 16, 48), (40, 60, 48, 56)),
     "armchair": ((52, 60, 8, 20), (24, 60, 20, 44), (52, 60, 44, 56)),
 }
-"""Where the three things are on a 64x64 grid: what probes are fitted to (protocol 2.7)."""
+"""The places of the three objects on a 64x64 grid, to which probes are fitted (protocol 2.7)."""
 
 SWAPS: Mapping[tuple[str, int], tuple[Box, Box, tuple[int, int]]] = {
     ("chair", 12): ((8, 11, 1, 4), (8, 11, 8, 11), (4, 8)),
@@ -25,13 +25,13 @@ SWAPS: Mapping[tuple[str, int], tuple[Box, Box, tuple[int, int]]] = {
     ("table", 16): ((10, 15, 2, 4), (10, 15, 12, 14), (6, 12)),
     ("armchair", 16): ((13, 15, 2, 5), (13, 15, 11, 14), (5, 11)),
 }
-"""Published regions of swaps: left and right object, and where the left strip ends and the right
-one begins.  Strips of "table" on 16 tokens are unequal as published, and are refused."""
+"""Published regions of swaps: left and right object, the end of the left strip and the start of
+the right strip.  The published strips of "table" on 16 tokens are unequal and raise."""
 
 
 @dataclass(frozen=True)
 class CompositeLayout:
-    """Where the things of a composite are, on a grid of visual tokens."""
+    """The places of the objects of a composite, on a grid of visual tokens."""
 
     reference: str
     n_tokens: int
@@ -39,7 +39,7 @@ class CompositeLayout:
     left: Box
     right: Box
     seams: tuple[int, int]
-    """Where the left strip ends and the right one begins."""
+    """The end of the left strip and the start of the right strip."""
 
     @property
     def canvas(self) -> int:
@@ -58,12 +58,12 @@ class CompositeLayout:
         return x0, y0, x1, y1
 
     def object_region(self, axis: str, slot: int) -> Region:
-        """Returns the cells that swaps take for a slot's object."""
+        """Returns the cells of a slot's object for swaps."""
         r0, r1, c0, c1 = self._box(axis, slot)
         return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
 
     def probe_region(self, axis: str, slot: int) -> Region:
-        """Returns the cells that probes are fitted to: those of the 64x64 box."""
+        """Returns the cells of a slot's object for probes: those of the 64x64 box."""
         self._box(axis, slot)
         r0, r1, c0, c1 = scaled(BOXES[self.reference][slot], self.n_tokens)
         return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
@@ -75,7 +75,7 @@ class CompositeLayout:
         return Region.column_band(self.shape, edges[slot], edges[slot + 1], f"strip {slot}")
 
     def background(self, axis: str) -> Region:
-        """Returns the cells that hold no object."""
+        """Returns the cells without an object."""
         objects = [self.object_region(axis, slot) for slot in range(3)]
         return (~(objects[0] | objects[1] | objects[2])).named("background")
 
@@ -92,7 +92,7 @@ class CompositeLayout:
 def layout_of(reference: str, n_tokens: int, token_px: int) -> CompositeLayout:
     """Returns the published regions for 12 and 16 tokens a side, else scaled 64x64 boxes.
 
-    There, strips end in the middle between their object and the reference (our reading).
+    In scaled layouts, strips end halfway between their object and the reference (our choice).
     Raises `DataError` for a reference without boxes.
     """
     if reference not in BOXES:
