@@ -399,7 +399,7 @@ def test_coco_spatial_counts_items_right_in_both_orders(
     rows = result.table.set_index(["axis", "quantity"])["value"]
     assert rows["horizontal", "accuracy"] == 1 and rows["vertical", "accuracy"] == 0
     assert rows["all", "accuracy"] == 0.5 and rows["all", "single"] == 0.75
-    assert any("3 entries were not usable" in note for note in result.notes)
+    assert any("Unusable entries: 3" in note for note in result.notes)
     with pytest.raises(DataError, match="--data FOLDER"):
         coco_spatial.run(planted("object"), coco_spatial.Config(), lambda *_: None)
 
