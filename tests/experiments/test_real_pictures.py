@@ -382,7 +382,7 @@ def test_pairs_that_two_kinds_of_picture_keep_are_compared() -> None:
     said = compared.said_swaps(pd.DataFrame(rows))
     assert said.startswith("strip: up to 0.3") and "7 common pairs" in said
     assert compared.swap_rows(of(0.0, "a", "b"), of(0.0, "b", "c"), seed=0) == []
-    assert "too few pairs" in compared.said_swaps(
+    assert "too few common pairs" in compared.said_swaps(
         pd.DataFrame(columns=["part", "quantity", "kind"])
     )
 
