@@ -108,7 +108,10 @@ def make_template(
     index_of = {int(p): k for k, p in enumerate(image_tokens.tolist())}
     cells = _cells(positions, places, index_of)
     if not cells:
-        raise GridError("No image token of the prompt depends on a pixel of the image.")
+        raise GridError(
+            "No image token of the prompt depends on a pixel of the image. Use sites of the vision "
+            "encoder."
+        )
     patches = _encoder_rows(routes, f"{VISION}.blocks.0.hook_resid_pre", index_of)
     rows = _encoder_rows(routes, f"{PROJECTOR}.hook_out", index_of)
     views = [_view(group, size, patches, rows, cell_px) for group in _split_by_scale(cells)]

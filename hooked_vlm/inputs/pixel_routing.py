@@ -181,7 +181,8 @@ def _reached(
 
 def _no_gradient() -> NoGradientError:
     return NoGradientError(
-        "The route of a pixel cannot be measured, because quantised layers pass no gradient on."
+        "The route of a pixel cannot be measured, because quantised layers pass no gradient on. "
+        "Load the model without quantisation to measure it."
     )
 
 

@@ -143,7 +143,7 @@ class TokenGrid:
         if box[0] >= box[2] or box[1] >= box[3]:
             raise GridError(
                 f"Cell {cell} shows only padding that the image processor added, so it has no "
-                f"box in the image of {_px(self.image_size)}."
+                f"box in the image of {_px(self.image_size)}. Use cells that show the image."
             )
         return box
 
@@ -154,7 +154,8 @@ class TokenGrid:
         """
         if not (0 <= x < self.image_size[0] and 0 <= y < self.image_size[1]):
             raise RegionError(
-                f"The point ({x}, {y}) is outside the image of {_px(self.image_size)}."
+                f"The point ({x}, {y}) is outside the image of {_px(self.image_size)}. Give x and "
+                "y in pixels of that image."
             )
         x_edges, y_edges = self.edges
         col = int(np.searchsorted(x_edges, x, side="right")) - 1

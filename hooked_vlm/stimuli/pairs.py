@@ -297,7 +297,8 @@ def _check_request(names: Sequence[str], k: int, per_direction: int, max_attempt
         )
     if per_direction < 1 or max_attempts < 1:
         raise DataError(
-            f"per_direction={per_direction} and max_attempts={max_attempts} must be at least 1."
+            f"per_direction={per_direction} and max_attempts={max_attempts} were given; both must "
+            "be at least 1."
         )
 
 

@@ -213,7 +213,7 @@ def test_split_covers_every_image_once(n, test_size, expected):
         (
             lambda: object_examples(torch.zeros(1, 35, 2), SLOTS),
             DataError,
-            "36 tokens and the features have 35",
+            "36 tokens, and the features have 35",
         ),
         (
             lambda: object_examples(torch.zeros(1, 36, 2), [SLOTS[0], SLOTS[0]]),

@@ -115,7 +115,7 @@ def test_e2_finds_the_three_stages_that_were_planted() -> None:
         (["clean", "ordering", "attribute", "attribute"], "follow each other as in the paper"),
         (["clean", "attribute"], "Unlike in the paper, there is no ordering stage."),
         (["clean"], "no ordering and no attribute stage"),
-        (["clean", "ordering", "clean", "attribute"], "do not follow each other"),
+        (["clean", "ordering", "clean", "attribute"], "not in the paper's order"),
     ],
 )
 def test_e2_says_which_stage_is_not_there(winners: list[str], says: str) -> None:

@@ -382,7 +382,7 @@ def test_pairs_that_two_kinds_of_picture_keep_are_compared() -> None:
     said = compared.said_swaps(pd.DataFrame(rows))
     assert said.startswith("strip: up to 0.3") and "7 common pairs" in said
     assert compared.swap_rows(of(0.0, "a", "b"), of(0.0, "b", "c"), seed=0) == []
-    assert "too few pairs" in compared.said_swaps(
+    assert "too few common pairs" in compared.said_swaps(
         pd.DataFrame(columns=["part", "quantity", "kind"])
     )
 
@@ -399,7 +399,7 @@ def test_coco_spatial_counts_items_right_in_both_orders(
     rows = result.table.set_index(["axis", "quantity"])["value"]
     assert rows["horizontal", "accuracy"] == 1 and rows["vertical", "accuracy"] == 0
     assert rows["all", "accuracy"] == 0.5 and rows["all", "single"] == 0.75
-    assert any("3 entries were not usable" in note for note in result.notes)
+    assert any("Unusable entries: 3" in note for note in result.notes)
     with pytest.raises(DataError, match="--data FOLDER"):
         coco_spatial.run(planted("object"), coco_spatial.Config(), lambda *_: None)
 

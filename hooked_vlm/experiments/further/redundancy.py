@@ -75,9 +75,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Vision's order is removed as in E5 (slot 0). The language model's order is removed "
             "by masking the attention between different image tokens in all blocks and heads "
             "of the language model; text still attends to the image, and each image token to "
-            "itself "
-            "and to the text before it. This does not remove an order that text tokens compute "
-            "directly from positions.",
+            "itself and to the text before it. This does not remove an order that text tokens "
+            "compute directly from positions.",
             "'interaction' is both - vision only - LM only + neither, item by item, in the right "
             "answer's probability and in accuracy. Below zero, one signal can replace the other "
             "(redundant); above zero, each needs the other (complementary). Bootstrap intervals "
