@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from hooked_vlm.anatomy.source import forward_parameters
 from hooked_vlm.errors import HookError, UnsupportedModelError
 
 
@@ -127,7 +128,8 @@ def hooked_attention(
     query, key = tap.apply("rot_q", query), tap.apply("rot_k", key)
     value = tap.apply("v", value)
     bounds = kwargs.get("cu_seq_lens_q")
-    if bounds is None and config._attn_implementation == PACKED_NAME:
+    takes_bounds = any("cu_seq" in name for name in forward_parameters(module))
+    if bounds is None and takes_bounds and config._attn_implementation == PACKED_NAME:
         raise HookError(
             f"{type(module).__name__} packs the patches of all images into one sequence and gave "
             f"no image boundaries (arguments: {', '.join(kwargs)}; expected cu_seq_lens_q), so "

@@ -102,7 +102,12 @@ def _placed(part: Any, model: Model, inputs: Mapping[str, Any], places: Places) 
 
 
 def _reading(intervention: Any, recorded: Mapping[int, Recording]) -> Any:
+    if isinstance(intervention, Chain):
+        return Chain(*(_reading(part, recorded) for part in intervention.parts))
     name, source = source_of(intervention)
-    if source is not None and id(source) in recorded:
-        return intervention.reading(**{name: recorded[id(source)]})
-    return intervention
+    if source is None or id(source) not in recorded:
+        return intervention
+    change = {name: recorded[id(source)]}
+    if isinstance(intervention, Placed):
+        return intervention.reading(**change)
+    return replace(intervention, **change)

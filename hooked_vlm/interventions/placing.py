@@ -83,6 +83,9 @@ class Placed:
         """The first position (or row), padding counted, that this changes."""
         return self.located[0].first
 
+    def check(self, *_: Any) -> None:
+        """Does nothing: everything was checked when the intervention was placed."""
+
     def hooks_for(self, *_: Any) -> list[Edit]:
         """Returns the hook that carries this out; a source that is not recorded yet is run."""
         return [(self.site, self._hook)]
