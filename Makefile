@@ -29,10 +29,10 @@ format: $(VENV)/.installed-test ## mend what linter and formatter can mend
 test-slow: $(VENV)/.installed-test ## the tests marked slow, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-newest: $(VENV)-newest/.installed ## tests with the newest version of everything (about 15 minutes)
+test-newest: $(VENV)-newest/.installed ## tests with the newest version of everything
 	$(VENV)-newest/bin/python tests/compatibility.py newest $(ARGS)
 
-test-oldest: $(VENV)-oldest/.installed ## tests with the oldest versions that pyproject.toml allows (as long)
+test-oldest: $(VENV)-oldest/.installed ## tests with the oldest versions that pyproject.toml allows
 	$(VENV)-oldest/bin/python tests/compatibility.py oldest $(ARGS)
 
 conformance: $(VENV)/.installed-test ## every architecture of transformers against every law (under half an hour)
