@@ -6,7 +6,6 @@ middle and last block of each tower, where errors in the detected anatomy appear
 `every_layer`, all blocks are written.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 from hooked_vlm.checks import laws
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.sweep import check_sweep
-from hooked_vlm.hooks.names import VISION
+from hooked_vlm.hooks.names import site_path
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.model.vlm import HookedVLM
 
@@ -64,10 +63,10 @@ def _safely(law: Callable[..., Finding], name: str, model: HookedVLM, *given: An
 
 
 def _is_representative(model: HookedVLM, name: str) -> bool:
-    found = re.search(r"blocks\.(\d+)\.", name)
-    if not found:
+    path = site_path(name)
+    if path.layer is None:
         return True
-    sizes = model.cfg.vision if name.startswith(VISION) else model.cfg
+    sizes = model.cfg.vision if path.is_vision else model.cfg
     assert sizes is not None
     last = sizes.n_layers - 1
-    return int(found[1]) in {0, last // 2, last}
+    return path.layer in {0, last // 2, last}

@@ -10,12 +10,14 @@ matches no site of the model raises `UnknownHookError` with the nearest names.
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Final, Literal, NamedTuple
 
 from hooked_vlm.errors import UnknownHookError, did_you_mean
 
 
-VISION = "vision_encoder"
-PROJECTOR = "vision_projector"
+VISION: Final = "vision_encoder"
+PROJECTOR: Final = "vision_projector"
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -125,6 +127,36 @@ def resolve_name(name: str, known: Iterable[str], n_layers: Mapping[str, int] | 
     raise UnknownHookError(_unknown(name, canonical, known))
 
 
+class SitePath(NamedTuple):
+    """The parts of a site's name: the tower, the block (None: outside blocks) and the rest."""
+
+    tower: Literal["lm", "vision_encoder", "vision_projector"]
+    layer: int | None
+    leaf: str
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether it is on the way from pixels to image tokens."""
+        return self.tower != "lm"
+
+
+@cache
+def site_path(name: str) -> SitePath:
+    """Returns the parts of a site's name.
+
+    >>> site_path("vision_encoder.blocks.3.attn.hook_z")
+    SitePath(tower='vision_encoder', layer=3, leaf='attn.hook_z')
+    >>> site_path("hook_merged_embed")
+    SitePath(tower='lm', layer=None, leaf='hook_merged_embed')
+    """
+    tower, _, rest = name.partition(".")
+    if tower not in (VISION, PROJECTOR):
+        tower, rest = "lm", name
+    block = re.match(r"blocks\.(\d+)\.(.*)", rest)
+    layer, leaf = (int(block[1]), block[2]) if block else (None, rest)
+    return SitePath(tower, layer, leaf)
+
+
 def _layer_pattern(name: str) -> re.Match[str] | None:
     return re.match(rf"((?:{VISION}\.)?blocks)\.(-?\d+)\.", name)
 
@@ -143,9 +175,11 @@ def last_block(names: NamesFilter) -> int | None:
     given = [names] if isinstance(names, str) else names
     if given is None or callable(given):
         return None
-    found = [re.fullmatch(r"(?:blocks\.(\d+)|vision_\w+)\.[\w.]+", name) for name in given]
-    layers = [int(match[1] or -1) for match in found if match]
-    return max(layers) if layers and len(layers) == len(found) else None
+    if not all(re.fullmatch(r"(blocks\.\d+|vision_\w+)\.[\w.]+", name) for name in given):
+        return None
+    paths = [site_path(name) for name in given]
+    layers = [-1 if path.is_vision or path.layer is None else path.layer for path in paths]
+    return max(layers, default=None)
 
 
 def count_layers(prefix: str, known: Iterable[str]) -> int:

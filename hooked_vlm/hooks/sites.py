@@ -19,7 +19,7 @@ from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import Attention, Block, Mlp, Projection
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
 from hooked_vlm.hooks.patch_order import (
     PackedLayout,
     VisionActivation,
@@ -57,6 +57,10 @@ class Site:
     """Whether the output is a convolution's, with the grid as its last axes."""
     read_only: str = ""
     """Why the site cannot be written; empty when it can."""
+
+    def stack(self, cfg: Any) -> StackConfig:
+        """Returns the sizes of the stack that the site is in: vision encoder or language model."""
+        return cfg.vision if site_path(self.name).is_vision else cfg
 
 
 def list_sites(anatomy: Anatomy) -> dict[str, Site]:
@@ -337,8 +341,7 @@ def _parent(parent: str, group: list[Site]) -> str:
 
 
 def _shape(site: Site, cfg: HookedVLMConfig | EncoderConfig) -> str:
-    tower: StackConfig | None = cfg.vision if site.name.startswith(VISION) else cfg
-    assert tower is not None
+    tower = site.stack(cfg)
     sizes = {
         "d_model": cfg.d_model,
         "d_vision": cfg.vision.d_model if cfg.vision else None,

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.hooks.names import VISION
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName, site_of
 from hooked_vlm.interventions.recording import Model
@@ -75,7 +74,7 @@ class _Intervention:
             raise InterventionError(
                 f"{site.name} has axes [{site.axes}]: there are no heads to choose."
             )
-        tower = model.cfg.vision if site.name.startswith(VISION) else model.cfg
+        tower = site.stack(model.cfg)
         n_heads = tower.n_key_value_heads if "kv_head" in site.axes else tower.n_heads
         wrong = [head for head in self.heads if not 0 <= head < n_heads]
         if wrong:
@@ -84,9 +83,8 @@ class _Intervention:
             )
 
     def _check_width(self, model: Model, site: Site, width: int) -> None:
-        tower = model.cfg.vision if site.name.startswith(VISION) else model.cfg
         axis = site.axes.split()[-1].replace("d_vision", "d_model")
-        self._check_features(site, getattr(tower, axis, None), width)
+        self._check_features(site, getattr(site.stack(model.cfg), axis, None), width)
 
     def _check_features(self, site: Site, expected: int | None, width: int) -> None:
         # None: how many features the projector reads is known when they are there.

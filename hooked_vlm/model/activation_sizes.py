@@ -22,7 +22,7 @@ from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.names import VISION, site_path
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.pixel_routing import holds_pixels, pixel_name
 
@@ -54,7 +54,7 @@ class Footprint:
             name: Width(
                 self._per(s) if (numbers := self._numbers(s)) else "unknown",
                 numbers,
-                name.startswith((VISION, PROJECTOR)),
+                site_path(name).is_vision,
             )
             for name, s in sites.items()
         }
@@ -108,8 +108,8 @@ class Footprint:
         if axes[0] == "window":
             return "window"
         if square:
-            layer = re.search(r"blocks\.(\d+)\.", site.name)
-            whole = self.full_layers is None or (layer and int(layer[1]) in self.full_layers)
+            layer = site_path(site.name).layer
+            whole = self.full_layers is None or layer in self.full_layers
             return "patch_pair" if whole else "window_pair"
         if axes[0] == "1":
             return "place"
@@ -121,8 +121,7 @@ class Footprint:
 
     def _numbers(self, site: Site) -> int:
         axes = site.axes.split()
-        tower: StackConfig | None = self.cfg.vision if site.name.startswith(VISION) else self.cfg
-        assert tower is not None
+        tower = site.stack(self.cfg)
         if axes[-2:] == ["query", "key"]:
             return self._heads(site) or tower.n_heads
         if axes[-1] == "d_features":
