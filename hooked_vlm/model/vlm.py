@@ -261,7 +261,7 @@ class HookedVLM(HookedModel):
         layer: int,
         fwd_hooks: Sequence[FwdHook] = (),
         **kwargs: Any,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "batch kept_pos d_vocab"]:
         """Runs LM blocks `layer` and above on a residual stream, and returns the logits.
 
         `inputs` are those of the whole prompt; positions and masks are computed from them.

@@ -14,14 +14,14 @@ from torch import Tensor
 from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, make_region, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm.engine import run as growing_run
+from hooked_vlm.engine import growing
 from hooked_vlm.engine.arguments import Fit, causal_mask, is_closed
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.batch import Growing
 from hooked_vlm.engine.budget import row_bytes, rows_within
+from hooked_vlm.engine.growing import run_growing, starts_of
 from hooked_vlm.engine.proofs import forget
-from hooked_vlm.engine.run import run_growing, starts_of
-from hooked_vlm.engine.stages import RowPlan, job_of, place_of
+from hooked_vlm.engine.stages import RowPlan, job_of, stage_of
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
@@ -107,7 +107,7 @@ def test_half_precision_stays_within_its_bound(family: str, dtype: torch.dtype) 
         {"at": ["last", "all"], "site": [0, 1, 2, 3]},
         lambda at, site: Patch(site, at=LastToken() if at == "last" else None, source=source),
     )
-    compared(model, sweep, bound=growing_run.BOUNDS[dtype], logits_to_keep=1)
+    compared(model, sweep, bound=growing.BOUNDS[dtype], logits_to_keep=1)
 
 
 ARCHITECTURES = (
@@ -290,9 +290,11 @@ def test_where_cells_join() -> None:
     job = job_of(model, inputs, swap, 0)
     first = int(model.grids(inputs)[0][0].positions.min())
     assert job is not None and (job.stage, job.first) == (2, first)
-    assert place_of("blocks.1.hook_resid_pre", 3) == (1, True)
-    assert place_of("hook_logits", 3) == (3, False)
-    assert place_of("hook_embed", 3) == (-1, False) and place_of("rotary", 3) is None
+    assert stage_of("blocks.1.hook_resid_pre", 3) == (1, True)
+    assert stage_of("hook_logits", 3) == (3, False)
+    assert stage_of("hook_embed", 3) == (-1, False)
+    assert stage_of("hook_merged_embed", 3) == (0, True)
+    assert stage_of("hook_merged_embed", 3, merged_first=False) == (-1, False)
 
 
 def test_a_prefix_is_clean_only_where_nothing_looks_ahead() -> None:
