@@ -178,8 +178,8 @@ def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:
         if f"{axis} regions" in pictures:
             continue
         grid = setting.inputs([question]).grid
-        regions = [geometry.strip_region(axis, slot) for slot in (0, 2)]
-        regions += [geometry.object_region(axis, slot) for slot in (0, 2)]
+        regions = [geometry.strip_region(axis, place) for place in (0, 2)]
+        regions += [geometry.object_region(axis, place) for place in (0, 2)]
         pictures[f"{axis} regions"] = draw_regions(setting.picture(question), grid, regions)
     return pictures
 

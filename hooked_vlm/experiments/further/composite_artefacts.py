@@ -205,12 +205,12 @@ def _uncut(
     """Returns what probes read on uncut photographs of two things, and one of them."""
     geometry, side = setting.geometry, setting.geometry.canvas
     reference = str(setting.stimuli.middle)
-    shown = [(n, slot) for n in data.satellites(reference) for slot in (0, 2)]
+    shown = [(n, place) for n in data.satellites(reference) for place in (0, 2)]
     pictures = [
-        whatsup.opened(data, name, "left_of" if slot == 0 else "right_of", reference).resize(
+        whatsup.opened(data, name, "left_of" if place == 0 else "right_of", reference).resize(
             (side, side), Image.Resampling.BILINEAR
         )
-        for name, slot in shown
+        for name, place in shown
     ]
     question = setting.stimuli.items(("left",))[0]
     features = torch.cat(
@@ -220,7 +220,7 @@ def _uncut(
         ]
     )
     return ordering_probes.read_some(
-        geometry, "horizontal", features, [(slot, 1) for _, slot in shown], seed
+        geometry, "horizontal", features, [(place, 1) for _, place in shown], seed
     ), pictures[0]
 
 

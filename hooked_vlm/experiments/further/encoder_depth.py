@@ -237,15 +237,15 @@ def attention_shares(setting: Setting, axis: str, pattern: Tensor) -> np.ndarray
     def patches(region) -> np.ndarray:
         return np.kron(region.mask, np.ones((m, m), dtype=bool)).ravel()
 
-    objects = [patches(setting.geometry.object_region(axis, slot)) for slot in range(3)]
+    objects = [patches(setting.geometry.object_region(axis, place)) for place in range(3)]
     background = patches(setting.geometry.background(axis))
     own, other = [], []
     weights = pattern.double().cpu().numpy()
-    for slot in range(3):
-        queries = patches(setting.geometry.strip_region(axis, slot)) & background
+    for place in range(3):
+        queries = patches(setting.geometry.strip_region(axis, place)) & background
         given = np.array([weights[queries][:, cells].mean() for cells in objects]) * n * n
-        own.append(given[slot])
-        other.append(given[[s for s in range(3) if s != slot]].mean())
+        own.append(given[place])
+        other.append(given[[s for s in range(3) if s != place]].mean())
     return np.array([np.mean(own), np.mean(other)])
 
 
