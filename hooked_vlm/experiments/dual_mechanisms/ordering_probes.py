@@ -24,7 +24,7 @@ from hooked_vlm.analysis.probes import (
 )
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows
 from hooked_vlm.hooks.names import PROJECTOR
@@ -33,11 +33,15 @@ from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 
 
-ID, NAME, SECTION = "E3", "ordering-probes", "5.2.1, Fig. 4"
-TITLE = "Is the order in the visual tokens, and in the background too?"
-CLAIM = (
-    "Probes on the projector's output are near-perfect on held-out object tokens, and their maps "
-    "show strips that run through the background."
+ABOUT = About(
+    id="E3",
+    name="ordering-probes",
+    section="5.2.1, Fig. 4",
+    title="Is the order in the visual tokens, and in the background too?",
+    claim=(
+        "Probes on the projector's output are near-perfect on held-out object tokens, and their "
+        "maps show strips that run through the background."
+    ),
 )
 CHANCE = 1 / 3
 MARGIN = 0.05
@@ -80,11 +84,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     item_axes = [name.split()[0] for name in maps]
     item_coords = {"item": list(maps), "axis": ("item", item_axes)}
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={
             "mean_maps": mean_maps,
