@@ -17,15 +17,19 @@ from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.stimuli.datasets.coco import SpatialItem, load
 from hooked_vlm.sweeps.sweep import final_logits
 
 
-ID, NAME, SECTION = "R1", "coco-spatial", "Table 2"
-TITLE = "Does the model answer questions about sides on photographs?"
-CLAIM = "Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60."
+ABOUT = About(
+    id="R1",
+    name="coco-spatial",
+    section="Table 2",
+    title="Does the model answer questions about sides on photographs?",
+    claim="Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +61,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     table = _table(found.items, answers)
     problems = "; ".join(found.problems[:5])
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images={"an item": opened(found.items[0])},
         verdict=_verdict(table),
