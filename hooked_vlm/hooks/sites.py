@@ -59,8 +59,8 @@ class Site:
     """Why the site cannot be written; empty when it can."""
 
     def stack(self, cfg: Any) -> StackConfig:
-        """Returns the sizes of the stack that the site is in: vision encoder or language model."""
-        return cfg.vision if site_path(self.name).is_vision else cfg
+        """Returns the sizes of the vision encoder for its sites, else those of the language model."""
+        return cfg.vision if site_path(self.name).tower == VISION else cfg
 
 
 def list_sites(anatomy: Anatomy) -> dict[str, Site]:
