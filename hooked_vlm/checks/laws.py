@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.checks.residual import BlockSums, same
 from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
-from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers, site_path
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.inputs.pixel_routing import Routes, measure_routes
 from hooked_vlm.model.vlm import HookedVLM
@@ -29,7 +29,10 @@ from hooked_vlm.regions.region import Region
 
 
 Inputs = Mapping[str, Any]
-YES, NO, NONE = "yes", "no", "n/a"
+Verdict = Literal["yes", "no", "n/a"]
+YES: Final = "yes"
+NO: Final = "no"
+NONE: Final = "n/a"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Finding:
     """The result of one check on one model."""
 
     law: str
-    verdict: str
+    verdict: Verdict
     """`"yes"`, `"no"`, or `"n/a"` where the check does not apply to the model."""
     note: str = ""
 
@@ -178,8 +181,7 @@ def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
             if stack is not None and any(block.post_norm for block in stack.blocks):
                 notes.add("the residual is normalised after each addition")
                 continue
-            n_blocks = len({n for n in cache if n.startswith(f"{prefix}blocks.") and "_post" in n})
-            for i in range(n_blocks):
+            for i in range(count_layers(f"{prefix}blocks", cache)):
                 part = BlockSums(cache, f"{prefix}blocks.{i}.hook_")
                 for found in part.sums():
                     (notes.add if found.startswith("scaled") else problems.append)(found)
@@ -213,8 +215,8 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
                 notes.add("attention sinks: rows sum to less than one")
             else:
                 problems.append(f"{name}: rows do not sum to one")
-        for prefix in ("", f"{VISION}."):
-            own = [n for n in names if n.startswith(f"{prefix}blocks.") and n in cache]
+        for tower in ("lm", VISION):
+            own = [n for n in names if site_path(n).tower == tower and n in cache]
             own = [n for n in own if not model.sites[n].read_only]
             if own:
                 problems += _zeroing_is_masking(model, inputs, own[0])
@@ -303,7 +305,7 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
 def _misplaced(grid: TokenGrid, routes: Routes, length: int) -> Iterator[str]:
     """Yields the cells whose rows at the encoder or the projector differ from the measured ones."""
     for site, measured in routes.rows.items():
-        token_site = site.startswith(PROJECTOR)
+        token_site = site_path(site).tower == PROJECTOR
         given = grid.projected if token_site else grid.patches
         for cell in ((0, 0), (0, grid.cols - 1), (grid.rows - 1, 0), (grid.rows // 2, 0)):
             region = Region(grid.shape, (cell,))

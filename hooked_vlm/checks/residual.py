@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.hooks.names import VISION
+from hooked_vlm.hooks.names import site_path
 
 
 class BlockSums:
@@ -38,12 +38,11 @@ class BlockSums:
     def _sum(self, part: str, whole: Any, start: Any, added: Any) -> Iterator[str]:
         if _close(_add(start, added), whole):
             return
-        block = self.prefix.removesuffix(".hook_")
         if _proportional(whole, start, added):
-            stack = "vision" if block.startswith(VISION) else "LM"
+            stack = "vision" if site_path(self.prefix).is_vision else "LM"
             yield f"scaled on the way into the {stack}'s residual"
         else:
-            yield f"{block}: {part} is not what the residual gains"
+            yield f"{self.prefix.removesuffix('.hook_')}: {part} is not what the residual gains"
 
 
 def _listed(value: Any) -> list[Tensor]:

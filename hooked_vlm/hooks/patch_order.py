@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int, Shaped
@@ -27,6 +27,9 @@ from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.anatomy.vision import Vision, grid_argument
 from hooked_vlm.errors import GridError, UnsupportedModelError
 
+
+Stage = Literal["patches", "blocks", "tokens", "features", "outside"]
+"""A stage of the encoder at which rows are packed (see `PackedLayout.order`)."""
 
 VisionActivation = Tensor | list[Tensor]
 """`[image, patch, ...]`, or a list of `[patch, ...]` by image where sizes differ."""
@@ -74,7 +77,7 @@ class PackedLayout:
     merge: int = 1
     """Side of the square of patches that are merged into one token."""
 
-    def order(self, stage: str, n_rows: int) -> PackedOrder:
+    def order(self, stage: Stage, n_rows: int) -> PackedOrder:
         """Returns the order of the rows at a stage of the encoder.
 
         `"patches"`, `"blocks"` and `"tokens"` are the attributes above, with class tokens before

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
-from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
 from hooked_vlm.hooks.sites import Site
 
 
@@ -73,12 +73,15 @@ class _Capture:
 
 def attention_sites(model: Runnable) -> list[str]:
     """Returns the sites through which information moves between the encoder's patches."""
+    return _in_encoder(model, "hook_attn_out", "hook_cross_attn_out")
+
+
+def _in_encoder(model: Runnable, *leaves: str) -> list[str]:
+    """Returns the sites of the encoder's blocks with these names that can be written."""
     return [
         name
         for name, site in model.sites.items()
-        if name.startswith(f"{VISION}.blocks.")
-        and name.endswith(("hook_attn_out", "hook_cross_attn_out"))
-        and not site.read_only
+        if site_path(name).tower == VISION and site_path(name).leaf in leaves and not site.read_only
     ]
 
 
@@ -153,14 +156,7 @@ def _reached(
     """Returns the positions that the pixels reach, then those that captured rows reach."""
     key = pixel_name(inputs)
     # MLPs do not mix patches; they are switched off only to save time in the backward passes.
-    mlps = [
-        name
-        for name, site in model.sites.items()
-        if name.startswith(f"{VISION}.blocks.")
-        and name.endswith("hook_mlp_out")
-        and not site.read_only
-    ]
-    off = [(name, _zero) for name in [*attention, *mlps]]
+    off = [(name, _zero) for name in [*attention, *_in_encoder(model, "hook_mlp_out")]]
     with torch.enable_grad():
         pixels = inputs[key].detach().clone().requires_grad_(True)
         residual, _ = model.run_with_cache(

@@ -50,7 +50,7 @@ class HookAt:
         name = self.site
         name = slot_name(name, model.cfg.n_layers) if isinstance(name, int) else name
         site = model.sites[resolve_name(name, model.sites)]
-        if site.axes.split()[:2] != ["batch", "pos"]:
+        if not site.by_position:
             return PlacedHook(self, site, 0)
         ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
         if self.first_position < 0 or (ids is not None and self.first_position >= ids.shape[1]):

@@ -54,8 +54,7 @@ class Places:
 
     def located(self, site: Site, inputs: Mapping[str, Any], at: Any) -> Located:
         """Returns where a place is at a site (at all sites by prompt and position it is alike)."""
-        by_position = site.axes.split()[:2] == ["batch", "pos"]
-        key = id(inputs), id(at), None if by_position else site.name
+        key = id(inputs), id(at), None if site.by_position else site.name
         if key not in self._located:
             found = locate(site, at, self.rows(inputs, text=needs_text(at)))
             self._located[key] = (inputs, at), found
@@ -121,10 +120,10 @@ def guarded(
     edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, rows: Sequence[PromptRow]
 ) -> Callable:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
-    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+    needed = None if site.by_position else rows_needed(site, rows)
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        if hook.call > 0 and not site.axes.startswith("batch pos"):
+        if hook.call > 0 and not site.by_position:
             raise InterventionError(
                 f"{hook.name} runs once for each image of these inputs, so an intervention there "
                 "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "
@@ -143,7 +142,7 @@ def require_made_for(
 
     Images may have more rows than their grids tell (of registers, say), but not fewer.
     """
-    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+    needed = None if site.by_position else rows_needed(site, rows)
     _require(site, activation, inputs, needed)
 
 

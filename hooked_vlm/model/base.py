@@ -158,7 +158,7 @@ class HookedModel:
 
         def store(value: VisionActivation, hook: HookPoint) -> None:
             kept = [keep(v) for v in value] if isinstance(value, list) else keep(value)
-            if hook.call > 0 and hook.axes.startswith("image") and hook.name in found:
+            if hook.call > 0 and self.sites[hook.name].by_image and hook.name in found:
                 kept = joined(found[hook.name], kept)  # the module runs once for each image
             found[hook.name] = kept
 

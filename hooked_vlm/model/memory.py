@@ -19,7 +19,7 @@ from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device, free_bytes
 from hooked_vlm.errors import CacheMemoryError
-from hooked_vlm.hooks.names import NamesFilter, select_names
+from hooked_vlm.hooks.names import NamesFilter, select_names, site_path
 from hooked_vlm.model.activation_sizes import Counts, Footprint
 
 
@@ -174,7 +174,7 @@ def _filters(model: Sized, names: Sequence[str]) -> list[tuple[str, list[str]]]:
     found = [
         (
             f'names_filter="{residual}"',
-            [n for n in every if re.match(r"blocks\.\d+\.hook_resid_post", n)],
+            [n for n in every if site_path(n)[::2] == ("lm", "hook_resid_post")],
         )
     ]
     if len(names) == len(every):

@@ -314,7 +314,7 @@ def test_scores_that_are_not_those_of_the_pattern_are_found(
 ) -> None:
     own = attention.AttentionTap.apply
 
-    def apply(tap: Any, part: str, value: Any) -> Any:
+    def apply(tap: Any, part: Any, value: Any) -> Any:
         return value if part == "attn_scores" else own(tap, part, value)
 
     monkeypatch.setattr(attention.AttentionTap, "apply", apply)
