@@ -89,7 +89,7 @@ class Site:
         return self.axes.startswith("image token")
 
     def stack(self, cfg: HookedVLMConfig | EncoderConfig) -> StackConfig:
-        """Returns the sizes of the vision encoder for its sites, else those of the language model."""
+        """Returns the vision encoder's sizes for its sites, else the language model's."""
         found = cfg.vision if site_path(self.name).tower == VISION else cfg
         assert found is not None, "a model without a vision encoder has no site in one"
         return found

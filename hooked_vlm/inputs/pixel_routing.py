@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
 from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
@@ -34,11 +35,16 @@ _SURE = 0.05
 
 
 @runtime_checkable
-class Runnable(Protocol):
-    """The parts of a HookedVLM that measuring needs."""
+class Wrapped(Protocol):
+    """The parts of a HookedVLM that preparing inputs needs."""
 
     hf_model: nn.Module
+    processor: Any
+    anatomy: Anatomy
     sites: dict[str, Site]
+
+    @property
+    def device(self) -> torch.device: ...
 
     def run_with_cache(
         self, inputs: Mapping[str, Any], names_filter: Any, **kwargs: Any
@@ -71,12 +77,12 @@ class _Capture:
         return kept if isinstance(value, list) else torch.stack(kept)
 
 
-def attention_sites(model: Runnable) -> list[str]:
+def attention_sites(model: Wrapped) -> list[str]:
     """Returns the sites through which information moves between the encoder's patches."""
     return _in_encoder(model, "hook_attn_out", "hook_cross_attn_out")
 
 
-def _in_encoder(model: Runnable, *leaves: str) -> list[str]:
+def _in_encoder(model: Wrapped, *leaves: str) -> list[str]:
     """Returns the sites of the encoder's blocks with these names that can be written."""
     return [
         name
@@ -114,7 +120,7 @@ def pixel_name(inputs: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
+def measure_routes(model: Wrapped, inputs: Mapping[str, Any]) -> Routes:
     """Returns the prompt positions that pixels, encoder rows and projected tokens reach.
 
     Raises `GridError` when the encoder's attention cannot be switched off, or when no
@@ -148,7 +154,7 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
 
 
 def _reached(
-    model: Runnable,
+    model: Wrapped,
     inputs: Mapping[str, Any],
     attention: list[str],
     captures: Mapping[str, _Capture],

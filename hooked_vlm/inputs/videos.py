@@ -15,7 +15,7 @@ from torch import Tensor
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError
-from hooked_vlm.inputs.grid_finder import Wrapped
+from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.regions.grid import TokenGrid
 
 

@@ -16,7 +16,8 @@ from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.interventions.indexing import Located, locate, needs_text, rows_needed
-from hooked_vlm.interventions.recording import Model, Recording, Source, record
+from hooked_vlm.interventions.recording import Recording, Source, record
+from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.positions import PromptRow
 
 
@@ -26,7 +27,7 @@ SiteName = str | int
 Edit = tuple[str, Callable[..., Any]]
 
 
-def site_of(model: Model, name: SiteName) -> Site:
+def site_of(model: HookedModel, name: SiteName) -> Site:
     """Returns a model's site by name or slot, or raises `InterventionError` for a read-only one."""
     if isinstance(name, int):
         name = slot_name(name, model.cfg.n_layers)
@@ -39,7 +40,7 @@ def site_of(model: Model, name: SiteName) -> Site:
 class Places:
     """Where places lie in inputs, each located once as long as this object is kept."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self.model = model
         # By identity; the objects are kept with the answers, so that no other gets their id.
         self._rows: dict[Any, tuple[Any, list[PromptRow]]] = {}

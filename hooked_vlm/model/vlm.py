@@ -24,7 +24,7 @@ from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
-from hooked_vlm.hooks.sites import describe_sites, list_sites
+from hooked_vlm.hooks.sites import list_sites
 from hooked_vlm.hooks.stand_ins import (
     EMBEDDINGS,
     layer_index,
@@ -34,7 +34,7 @@ from hooked_vlm.hooks.stand_ins import (
     skipping,
     uncached,
 )
-from hooked_vlm.inputs.grid_finder import GridFinder
+from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.loading import load_pretrained
@@ -116,10 +116,6 @@ class HookedVLM(HookedModel):
             )
         return self.cfg.vision
 
-    def describe(self) -> str:
-        """Returns the sites as a tree with their shapes, with all layers in one entry."""
-        return describe_sites(self.cfg, self.sites)
-
     def __repr__(self) -> str:
         vision = f", vision {self.cfg.vision.n_layers} layers" if self.cfg.vision else ""
         return (
@@ -159,10 +155,15 @@ class HookedVLM(HookedModel):
         if images is not None:
             self.require_vision()
         return prepare_inputs(
-            self, images, texts, system=system, chat=chat, processor_kwargs=processor_kwargs
+            self.grid_finder,
+            images,
+            texts,
+            system=system,
+            chat=chat,
+            processor_kwargs=processor_kwargs,
         )
 
-    def grids(self, inputs: ModelInputs) -> tuple:
+    def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
