@@ -20,6 +20,7 @@ from math import isqrt
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
@@ -162,8 +163,9 @@ def packed_layout(
                 f"{side}x{side}. Resize it so that both numbers are multiples of {side}."
             )
         n_patches = frames * height * width
-        blocks = torch.arange(n_patches).view(frames, height // side, width // side, side, side)
-        patches.append(start + blocks.permute(0, 1, 3, 2, 4).reshape(-1))
+        sizes = {"row": height // side, "col": width // side, "r": side, "c": side}
+        packed = start + torch.arange(n_patches)
+        patches.append(rearrange(packed, "(t row col r c) -> (t row r col c)", **sizes))
         n_tokens = n_patches // side**2
         tokens.append(first + torch.arange(n_tokens))
         start, first = start + n_patches, first + n_tokens

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from hooked_vlm.anatomy.model import Anatomy
@@ -242,7 +243,7 @@ def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> VisionActivati
     """Returns a module's tensor in the documented shape of a site; a view where possible."""
     if _padded(site, raw, layout):
         return cropped(raw, _known(layout))
-    x = raw.flatten(2).transpose(1, 2) if site.conv else raw
+    x = rearrange(raw, "image d ... -> image (...) d") if site.conv else raw
     if site.tap == "attention":
         x = x.transpose(1, 2)[0] if site.order else x.transpose(1, 2)
     else:
