@@ -15,7 +15,7 @@ that silently loses causality gives wrong results.
 
 import sys
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,10 @@ NAME = "hooked_vlm"
 # its name, and calls all others once per image; we need all images in one call.
 PACKED_NAME = "hooked_vlm_flash_layout"
 
+AttentionPart = Literal["rot_q", "rot_k", "v", "attn_scores", "pattern"]
+"""The quantities of an attention that have a tap."""
+Edits = dict[AttentionPart, Callable[[Any], Any]]
+
 
 class AttentionTap:
     """The functions that act inside one attention module during a run, by quantity.
@@ -40,7 +44,7 @@ class AttentionTap:
     tensors by chunk) and returns the tensor with which the computation continues.
     """
 
-    def __init__(self, base: str, edits: dict[str, Callable[[Any], Any]]) -> None:
+    def __init__(self, base: str, edits: Edits) -> None:
         self.base = base
         self.edits = edits
 
@@ -49,7 +53,7 @@ class AttentionTap:
         """Whether a function acts on scores or patterns, which need eager attention."""
         return bool(self.edits.keys() & {"attn_scores", "pattern"})
 
-    def apply(self, part: str, value: Any) -> Any:
+    def apply(self, part: AttentionPart, value: Any) -> Any:
         """Returns the result of this part's function, or the value itself without a function."""
         edit = self.edits.get(part)
         return value if edit is None else edit(value)
@@ -93,7 +97,7 @@ def implementation(module: nn.Module) -> str:
     return tap.base if tap else config._attn_implementation or "eager"
 
 
-def tapped_config(module: nn.Module, edits: dict[str, Callable], packed: bool) -> TappedConfig:
+def tapped_config(module: nn.Module, edits: Edits, packed: bool) -> TappedConfig:
     """Returns the config that an attention module gets for the duration of a run.
 
     The module may already have a tap from another wrapper of the same model.  Then both act,

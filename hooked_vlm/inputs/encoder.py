@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
@@ -219,8 +220,8 @@ def _leading(reached: Int[Tensor, "..."], shape: Size, patch: int) -> int:
     rows, cols = shape
     if reached.ndim == 3:
         cut = reached[:, : rows * patch, : cols * patch]
-        by_patch = cut.unflatten(2, (cols, patch)).unflatten(1, (rows, patch))
-        by_patch = by_patch.permute(1, 3, 0, 2, 4).reshape(rows * cols, -1)
+        pattern = "channel (row r) (col c) -> (row col) (channel r c)"
+        by_patch = rearrange(cut, pattern, r=patch, c=patch)
     else:
         by_patch = reached[: rows * cols].flatten(1)
     if bool((by_patch == SEVERAL).any()):

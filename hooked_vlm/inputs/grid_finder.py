@@ -11,17 +11,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
-from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.by_measurement import (
     Template,
     View,
@@ -32,6 +31,7 @@ from hooked_vlm.inputs.by_measurement import (
 from hooked_vlm.inputs.by_rule import ImageLayout, token_grids
 from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import (
+    Wrapped,
     attention_sites,
     holds_pixels,
     measure_routes,
@@ -45,23 +45,6 @@ Size = tuple[int, int]
 Grids = tuple[tuple[TokenGrid, ...], ...]
 Process = Callable[[list[Image.Image]], dict[str, Any]]
 """From images to the model's inputs for a short prompt with these images."""
-
-
-@runtime_checkable
-class Wrapped(Protocol):
-    """The parts of a HookedVLM that finding images needs."""
-
-    hf_model: nn.Module
-    processor: Any
-    anatomy: Anatomy
-    sites: dict[str, Site]
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def run_with_cache(
-        self, inputs: Mapping[str, Any], names_filter: Any, **kwargs: Any
-    ) -> Any: ...
 
 
 class GridFinder:

@@ -8,7 +8,7 @@ shows which part of which image.
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from hooked_vlm.errors import (
     NoGridError,
     UnsupportedModelError,
 )
-from hooked_vlm.inputs.grid_finder import GridFinder, Wrapped
+from hooked_vlm.inputs.grid_finder import GridFinder
+from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 from hooked_vlm.regions.positions import PromptRow, token_pieces
@@ -33,13 +34,6 @@ OneImage = Any
 """A PIL image, a numpy array `[height, width, 3]` or a tensor `[3, height, width]`."""
 Images = OneImage | Sequence[Any] | None
 Texts = str | Sequence[str]
-
-
-@runtime_checkable
-class Prepares(Wrapped, Protocol):
-    """The parts of a HookedVLM that preparing inputs needs."""
-
-    grid_finder: GridFinder
 
 
 class Inputs(Mapping[str, Any]):
@@ -107,7 +101,7 @@ class Inputs(Mapping[str, Any]):
 
 
 def prepare_inputs(
-    model: Prepares,
+    finder: GridFinder,
     images: Images,
     texts: Texts,
     *,
@@ -116,7 +110,7 @@ def prepare_inputs(
     processor_kwargs: dict[str, Any],
 ) -> Inputs:
     """Returns the inputs for a batch of prompts; see `HookedVLM.prepare`."""
-    processor = model.processor
+    processor = finder.model.processor
     texts = [texts] if isinstance(texts, str) else list(texts)
     by_prompt = _images_by_prompt(images, len(texts))
     if any(by_prompt) and getattr(processor, "image_processor", None) is None:
@@ -126,7 +120,7 @@ def prepare_inputs(
         )
     # 1. The processor's tensors.
     chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
-    made, prompts = _processed(model, by_prompt, texts, system, chat, processor_kwargs)
+    made, prompts = _processed(finder, by_prompt, texts, system, chat, processor_kwargs)
     # 2. The grids of the images.  Images without a grid give a warning, not an error.
     grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
     no_grid = ""
@@ -134,11 +128,11 @@ def prepare_inputs(
         sizes = [[image.size for image in row] for row in by_prompt]
 
         def process(together: list[Image.Image]) -> dict[str, Any]:
-            return _processed(model, [together], ["."], None, chat, processor_kwargs)[0]
+            return _processed(finder, [together], ["."], None, chat, processor_kwargs)[0]
 
         key = repr(sorted(processor_kwargs.items(), key=lambda item: item[0]))
         try:
-            grids = model.grid_finder.find(made, sizes, process, key)
+            grids = finder.find(made, sizes, process, key)
         except NoGridError as error:
             no_grid = str(error)
             warnings.warn(no_grid, HookedVLMWarning, stacklevel=3)
@@ -148,7 +142,7 @@ def prepare_inputs(
 
 
 def _processed(
-    model: Prepares,
+    finder: GridFinder,
     by_prompt: Sequence[Sequence[Image.Image]],
     texts: Sequence[str],
     system: str | None,
@@ -156,9 +150,10 @@ def _processed(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the processor's tensors on the model's device, and the prompts."""
-    processor, options = model.processor, dict(options)
+    model, options = finder.model, dict(options)
+    processor = model.processor
     prompts = [
-        _chat(processor, text, len(i), system) if chat else _plain(model, text, len(i))
+        _chat(processor, text, len(i), system) if chat else _plain(finder, text, len(i))
         for text, i in zip(texts, by_prompt, strict=True)
     ]
     _check_placeholders(processor, prompts, by_prompt)
@@ -183,11 +178,10 @@ def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _plain(model: Prepares, text: str, n_images: int) -> str:
+def _plain(finder: GridFinder, text: str, n_images: int) -> str:
     """Returns the text with its missing image placeholders added at the beginning."""
-    finder = model.grid_finder
     if n_images and finder.placeholder is None:
-        finder.placeholder = placeholder(model)
+        finder.placeholder = placeholder(finder.model)
     token = finder.placeholder
     return token * max(n_images - text.count(token), 0) + text if token else text
 
@@ -265,7 +259,7 @@ def to_pil(image: OneImage) -> Image.Image:
     return Image.fromarray(image.astype(np.uint8)).convert("RGB")
 
 
-def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
+def _say_padded(model: Wrapped, made: Mapping[str, Any]) -> None:
     """Warns when padding changes results because positions count from the padding's start."""
     mask = made.get("attention_mask" if "input_ids" in made else "decoder_attention_mask")
     if mask is None or bool(mask.all()) or _is_rotary(model):
@@ -288,7 +282,7 @@ def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
     )
 
 
-def _is_rotary(model: Prepares) -> bool:
+def _is_rotary(model: Wrapped) -> bool:
     attention = model.anatomy.lm.attention
     return attention is None or attention.rotary
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.source import forward_parameters, forward_source
 from hooked_vlm.errors import DataError
-from hooked_vlm.inputs.grid_finder import Wrapped
+from hooked_vlm.inputs.pixel_routing import Wrapped
 
 
 Nested = Sequence[Sequence[Image.Image]]

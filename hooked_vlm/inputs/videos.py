@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import GridError
-from hooked_vlm.inputs.grid_finder import Wrapped
+from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.regions.grid import TokenGrid
 
 
@@ -83,8 +84,9 @@ def _frames(
     side = vision.merge
     rows, cols = height // side, width // side
     pixels = width * vision.patch_size, height * vision.patch_size
-    patch = torch.arange(frames * height * width).view(frames, rows, side, cols, side)
-    patch = patch.permute(0, 1, 3, 2, 4).reshape(frames, rows, cols, -1, 1)
+    sizes = {"t": frames, "row": rows, "r": side, "c": side}
+    patch = torch.arange(frames * height * width)
+    patch = rearrange(patch, "(t row r col c) -> t row col (r c) 1", **sizes)
     token = torch.arange(frames * rows * cols).view(frames, rows, cols, 1, 1)
     return tuple(
         TokenGrid(

@@ -16,7 +16,8 @@ from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.interventions.indexing import Located, locate, needs_text, rows_needed
-from hooked_vlm.interventions.recording import Model, Recording, Source, record
+from hooked_vlm.interventions.recording import Recording, Source, record
+from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.positions import PromptRow
 
 
@@ -26,7 +27,7 @@ SiteName = str | int
 Edit = tuple[str, Callable[..., Any]]
 
 
-def site_of(model: Model, name: SiteName) -> Site:
+def site_of(model: HookedModel, name: SiteName) -> Site:
     """Returns a model's site by name or slot, or raises `InterventionError` for a read-only one."""
     if isinstance(name, int):
         name = slot_name(name, model.cfg.n_layers)
@@ -39,7 +40,7 @@ def site_of(model: Model, name: SiteName) -> Site:
 class Places:
     """Where places lie in inputs, each located once as long as this object is kept."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self.model = model
         # By identity; the objects are kept with the answers, so that no other gets their id.
         self._rows: dict[Any, tuple[Any, list[PromptRow]]] = {}
@@ -54,8 +55,7 @@ class Places:
 
     def located(self, site: Site, inputs: Mapping[str, Any], at: Any) -> Located:
         """Returns where a place is at a site (at all sites by prompt and position it is alike)."""
-        by_position = site.axes.split()[:2] == ["batch", "pos"]
-        key = id(inputs), id(at), None if by_position else site.name
+        key = id(inputs), id(at), None if site.by_position else site.name
         if key not in self._located:
             found = locate(site, at, self.rows(inputs, text=needs_text(at)))
             self._located[key] = (inputs, at), found
@@ -121,10 +121,10 @@ def guarded(
     edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, rows: Sequence[PromptRow]
 ) -> Callable:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
-    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+    needed = None if site.by_position else rows_needed(site, rows)
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        if hook.call > 0 and not site.axes.startswith("batch pos"):
+        if hook.call > 0 and not site.by_position:
             raise InterventionError(
                 f"{hook.name} runs once for each image of these inputs, so an intervention there "
                 "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "
@@ -143,7 +143,7 @@ def require_made_for(
 
     Images may have more rows than their grids tell (of registers, say), but not fewer.
     """
-    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+    needed = None if site.by_position else rows_needed(site, rows)
     _require(site, activation, inputs, needed)
 
 

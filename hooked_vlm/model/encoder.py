@@ -20,8 +20,9 @@ from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
-from hooked_vlm.hooks.sites import describe_sites, list_encoder_sites
+from hooked_vlm.hooks.sites import list_encoder_sites
 from hooked_vlm.inputs.encoder import find_grids, prepare_images
+from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.inputs.prepare import Images, Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.loading import load_image_model
@@ -89,10 +90,6 @@ class HookedVisionEncoder(HookedModel):
         """The dtype in which the encoder computes; pixels belong in it."""
         return self.cfg.dtype
 
-    def describe(self) -> str:
-        """Returns the sites as a tree with their shapes, with all layers in one entry."""
-        return describe_sites(self.cfg, self.sites)
-
     def __repr__(self) -> str:
         return (
             f"HookedVisionEncoder({self.cfg.model_name!r}, {self.cfg.n_layers} layers, "
@@ -111,7 +108,7 @@ class HookedVisionEncoder(HookedModel):
         """
         return prepare_images(self, images, processor_kwargs)
 
-    def grids(self, inputs: ModelInputs) -> tuple:
+    def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid` of each image of the inputs, each in a tuple of its own.
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
