@@ -7,7 +7,7 @@ reads its row.  Both are then applied to the background.
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -41,9 +41,17 @@ LABELS = ("column", "row")
 class Config(common.Config):
     """`images` pictures for each k."""
 
-    setting: str = "grids"  # the only one
+    settings_allowed = ("grids",)
+    ranges: ClassVar = {"ks": (2, 8), "images": (8, 10**6)}  # probes need held-out pictures
+
+    setting: str = "grids"
     ks: tuple[int, ...] = (2, 3)
     images: int = 120
+
+    @property
+    def used_settings(self) -> tuple[str, ...]:
+        """None: the pictures of grids are the experiment's own."""
+        return ()
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
