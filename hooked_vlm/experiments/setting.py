@@ -90,7 +90,7 @@ class Setting:
         return self.model.prepare(
             list(pictures),
             [self.stimuli.prompt(q) for q in questions],
-            system=self.stimuli.system,
+            system=system_of(self.model, self.stimuli.system),
         )
 
     def batches(self, items: Sequence[Any]) -> Iterator[list[Any]]:
@@ -174,10 +174,15 @@ def token_grid(model: Any) -> tuple[int, int]:
     vision = model.cfg.vision
     side = vision.image_size or PAPER_TOKENS * vision.patch_size * vision.merge
     blank = Image.new("RGB", (side, side), "white")
-    rows, cols = model.prepare(blank, "", system=SYSTEM_PROMPT).grid.shape
+    rows, cols = model.prepare(blank, "", system=system_of(model, SYSTEM_PROMPT)).grid.shape
     if rows != cols or side % rows:
         raise CannotRunError(
             f"A picture of {side}x{side} px becomes {rows}x{cols} visual tokens in this model; the "
             "stimuli need a square grid of cells of whole pixels. Use another model."
         )
     return rows, side // rows
+
+
+def system_of(model: Any, system: str | None) -> str | None:
+    """Returns the system message for a model; None where it has no chat template to hold it."""
+    return system if getattr(model.processor, "chat_template", None) else None

@@ -24,7 +24,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
 )
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import token_grid
+from hooked_vlm.experiments.setting import system_of, token_grid
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
@@ -110,7 +110,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 
 def _projected(model, images: list[Image.Image]) -> torch.Tensor:
     site = f"{PROJECTOR}.hook_out"
-    inputs = model.prepare(images, [""] * len(images), system=SYSTEM_PROMPT)
+    inputs = model.prepare(images, [""] * len(images), system=system_of(model, SYSTEM_PROMPT))
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, site, stop_at_layer=0)
     return cache[site].float().cpu()
