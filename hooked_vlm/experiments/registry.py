@@ -33,7 +33,7 @@ from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.stimuli.datasets import whatsup
-from hooked_vlm.stimuli.settings import SETTINGS
+from hooked_vlm.stimuli.settings import SETTINGS, require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +122,22 @@ class Step:
 def steps(name: str, setting: str | None = None) -> list[Step]:
     """Returns the steps of a suite, or of the experiment with this name or id, in order.
 
-    The setting is the suite's, else `setting`, else the experiment's default.
+    The setting is the suite's, else `setting`, else the experiment's default.  In a suite,
+    experiments that do not run on `setting` keep their default.
+
+    Raises `DataError` for an unknown name, and for a setting on which nothing runs.
     """
+    if setting is not None and name in SUITES:
+        require_known(setting)
     found = []
     for member in SUITES.get(name, (name,)):
         experiment_name, _, fixed = member.partition(":")
         experiment = select(experiment_name)
-        found.append(Step(experiment, fixed or setting or experiment.config().setting))
+        allowed = experiment.config.settings_allowed
+        if setting is not None and name not in SUITES:
+            require_known(setting, allowed)
+        chosen = None if allowed and setting not in allowed else setting
+        found.append(Step(experiment, fixed or chosen or experiment.config().setting))
     return found
 
 

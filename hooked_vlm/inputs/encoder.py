@@ -25,6 +25,7 @@ from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, positions_reached
 from hooked_vlm.inputs.prepare import Images, Inputs, to_pil
+from hooked_vlm.inputs.processor import refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 
 
@@ -63,7 +64,8 @@ def prepare_images(model: Encoder, images: Images, options: Mapping[str, Any]) -
     if not given or any(image is None for image in given):
         raise DataError("No image was given. Give one image, or a list of one or more images.")
     pictures = [to_pil(image) for image in given]
-    made = _named(model, dict(processor(images=pictures, return_tensors="pt", **options)))
+    with refusals([pictures]):
+        made = _named(model, dict(processor(images=pictures, return_tensors="pt", **options)))
     grids = find_grids(model, made, [picture.size for picture in pictures])
     warn_if_resized((grid for (grid,) in grids), stacklevel=4)
 

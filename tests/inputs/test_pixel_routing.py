@@ -1,7 +1,6 @@
 """Where each pixel goes: known on three layouts, planted in a map, refused where it is nowhere."""
 
 import copy
-from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,7 +82,7 @@ def test_with_attention_on_a_pixel_reaches_several(family: str) -> None:
         kept = [(name, fn) for name, fn in fwd_hooks if name not in attention_sites(model)]
         return model.run_with_cache(*args, fwd_hooks=kept, **kwargs)
 
-    leaky: Any = copy(model)
+    leaky: Any = copy.copy(model)
     leaky.run_with_cache = leave
     assert (measure_routes(leaky, inputs).pixels == SEVERAL).float().mean() > 0.5
 

@@ -14,7 +14,7 @@ to the best alpha on the same items.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -60,6 +60,8 @@ Outcomes = Mapping[str, Bool[np.ndarray, "seed alpha item"]]
 class Strengths(common.Config):
     """The strengths of amplification, and the number of random directions as controls."""
 
+    ranges: ClassVar = {"controls": (0, 1000)}
+
     alphas: tuple[float, ...] = tuple(float(a) for a in range(16))
     controls: int = 3
     """Seeds of the random directions."""
@@ -69,6 +71,8 @@ class Strengths(common.Config):
 @dataclass(frozen=True, kw_only=True)
 class Config(Strengths):
     """`items` questions of each direction (0: all), none of whose pictures the probe has seen."""
+
+    ranges: ClassVar = {**Strengths.ranges, "items": (0, 10**6)}
 
     setting: str = "objects-photos"
     items: int = 24

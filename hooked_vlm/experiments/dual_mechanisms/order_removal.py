@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError, DataError
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.inputs.prepare import Inputs
@@ -126,11 +126,11 @@ def embedded(model: Any, inputs: Inputs) -> Recording:
 
 
 def check_cover(layout: Layout, axis: str) -> None:
-    """Raises `DataError` unless objects and background cover every cell exactly once."""
+    """Raises `CannotRunError` unless objects and background cover every cell exactly once."""
     parts = [layout.object_region(axis, place) for place in PLACES] + [layout.background(axis)]
     counts = np.sum([part.mask for part in parts], axis=0)
     if not (counts == 1).all():
-        raise DataError(
+        raise CannotRunError(
             f"Objects and background of this layout cover {int((counts == 0).sum())} cells never "
             f"and {int((counts > 1).sum())} more than once ({axis}); a removal must write every "
             "image token once. Use a layout whose parts cover the grid."

@@ -9,7 +9,7 @@ an order itself, from the positions of tokens in the prompt, accuracy stays abov
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import difference_rows, format_interval, interval_rows, select
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -48,6 +49,9 @@ QUANTITIES = ("accuracy", "probability")
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """`items` is the number of questions of each direction, drawn with the seed; 0: all."""
+
+    settings_allowed = SETTINGS  # What'sUp cannot show one object alone
+    ranges: ClassVar = {"items": (0, 10**6)}
 
     items: int = 120
 

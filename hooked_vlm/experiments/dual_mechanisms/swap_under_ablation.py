@@ -7,18 +7,20 @@ order into the objects' tokens: the second of the paper's mechanisms.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 import xarray as xr
 
 from hooked_vlm.analysis.scoring import normalise, top_answer
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError
+from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.batches import sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED, QUANTITIES, scored
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
-from hooked_vlm.experiments.options import Config, OnProgress
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, format_names, score_rows, select
@@ -28,6 +30,7 @@ from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import Question, SwapPair, right_on_both, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -43,13 +46,20 @@ ABOUT = About(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(common.Config):
+    """The common options; What'sUp cannot show one object alone."""
+
+    settings_allowed = SETTINGS
+
+
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Swaps regions at every slot under the removal, in pairs answered correctly under it."""
     setting = Setting.of(model, config)
     accept = right_on_both(swap_pair, lambda questions: right_when_removed(setting, questions))
     try:
         pairs = setting.pairs_accepted(swap_pair, 3, config, accept)
-    except DataError:
+    except CannotRunError:
         return _nothing_left(config)
     slots = list(range(model.cfg.n_layers + 1))
     regions = SwapRegions.of(setting.geometry, setting.axes)

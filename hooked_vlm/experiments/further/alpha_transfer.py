@@ -39,11 +39,18 @@ FORMULA = "released"
 class Config(amplification.Config):
     """`settings` are sources and targets; `items` questions of each direction are asked."""
 
+    settings_allowed = ("several",)
+
     setting: str = "several"  # see `settings`
     settings: tuple[str, ...] = ("squares", "shapes", "objects", "objects-photos")
     items: int = 12
     alphas: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)
     controls: int = 0
+
+    @property
+    def used_settings(self) -> tuple[str, ...]:
+        """The settings between which strengths are transferred."""
+        return self.settings
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:

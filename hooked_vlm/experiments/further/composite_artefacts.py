@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError, DataError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
@@ -58,6 +58,8 @@ APART = 0.1
 class Config(common.Config):
     """`setting` is one on white, whose entities are put on photographs, or one of What'sUp."""
 
+    settings_allowed = ("squares", "shapes", "objects", *whatsup.SETTINGS)
+
     setting: str = "squares"
     pairs: int = 16
 
@@ -80,7 +82,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             done += 1
             try:
                 found = experiment.run_on(setting, replace(config, setting="squares"), told)
-            except DataError as error:  # no pair is answered correctly there
+            except CannotRunError as error:  # no pair is answered correctly there
                 missing.append(f"{variant}: {error}")
                 continue
             results[variant][experiment.ABOUT.name] = found

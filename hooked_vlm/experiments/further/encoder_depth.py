@@ -9,6 +9,7 @@ object of its own strip and to other objects.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import read_order
@@ -49,6 +50,8 @@ LOOKED_AT = 8
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """`images` pictures of each axis for the probes; `pairs` of each direction for swaps."""
+
+    ranges: ClassVar = {"images": (8, 10**6)}  # probes need held-out pictures
 
     pairs: int = 16
     images: int = 120
@@ -114,14 +117,14 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 def depths(model) -> list[str]:
     """Returns the residual sites of the vision encoder that reach the answer, and the projector's.
 
-    Raises `DataError` where the encoder's blocks have no residual sites.
+    Raises `CannotRunError` where the encoder's blocks have no residual sites.
     """
     read = model.anatomy.vision.last_read
     blocks = [f"{VISION}.blocks.0.hook_resid_pre"]
     blocks += [f"{VISION}.blocks.{layer}.hook_resid_post" for layer in range(read + 1)]
     sites = [name for name in blocks if name in model.sites]
     if len(sites) < 2:
-        raise DataError(
+        raise CannotRunError(
             "This vision encoder's blocks have no residual sites, which this experiment needs. Use "
             "a model whose vision encoder is a transformer."
         )
@@ -149,11 +152,11 @@ def _features(
 def pooled(patches: Tensor, side: int) -> Tensor:
     """Returns `[image, side * side, d]` from `[image, patch, d]`: each token's patches averaged.
 
-    Raises `DataError` where patches do not divide into so many tokens.
+    Raises `CannotRunError` where patches do not divide into so many tokens.
     """
     n = round(patches.shape[1] ** 0.5)
     if n * n != patches.shape[1] or n % side:
-        raise DataError(
+        raise CannotRunError(
             f"{patches.shape[1]} patches do not divide into {side}x{side} tokens. This experiment "
             "needs a square grid of patches, a multiple of the tokens' grid."
         )

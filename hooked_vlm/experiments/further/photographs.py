@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.further import compared
@@ -36,13 +36,20 @@ SHIFT = 0.1
 class Config(common.Config):
     """`setting` is the one on white; its photographs are added."""
 
+    settings_allowed = ("squares", "shapes", "objects")
+
     setting: str = "shapes"
     pairs: int = 24
+
+    @property
+    def used_settings(self) -> tuple[str, ...]:
+        """The setting on white and on photographs."""
+        return tuple(self.setting + ending for ending in GROUNDS.values())
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Runs the ordering probes and the strip swap on white and on photographs."""
-    plain = config.setting.removesuffix("-photos")
+    plain = config.setting
     parts = [
         (ground, experiment, replace(config, setting=plain + ending))
         for ground, ending in GROUNDS.items()
@@ -54,7 +61,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     for index, (ground, experiment, own) in enumerate(parts):
         try:
             found = experiment.run(model, own, compared.part_of(on_progress, index, len(parts)))
-        except DataError as error:  # no pair is answered correctly there
+        except CannotRunError as error:  # no pair is answered correctly there
             missing.append(f"{experiment.ABOUT.title} on {ground}: {error}")
             continue
         results[ground][experiment.ABOUT.name] = found

@@ -9,7 +9,7 @@ whether one signal can replace the other.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import final_logits
 
 
@@ -52,6 +53,9 @@ LITTLE = 0.1
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """`items` questions of each direction, drawn with the seed; 0: all."""
+
+    settings_allowed = SETTINGS  # What'sUp cannot show one object alone
+    ranges: ClassVar = {"items": (0, 10**6)}
 
     items: int = 60
 
