@@ -36,7 +36,7 @@ from hooked_vlm.interventions.chain import Cell, flattened
 
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By dtype, how far the control's logits may be from the clean run's, as a share of the largest."""
+"""By dtype, how far the control's logits may be from a plain pass's, as a share of the largest."""
 FEWEST = 2
 """Cells from which on growing pays."""
 SHORT = 0.1
@@ -57,7 +57,7 @@ class PassReport:
     controls: int = 0
     """Passes that were made for a control; a kind that was proved before needs none."""
     worst: float = 0.0
-    """Largest difference between a control's logits and the clean run's, over the largest logit."""
+    """Largest difference between a control's logits and a plain pass's, over the largest logit."""
 
     def __str__(self) -> str:
         """Says it in a line."""

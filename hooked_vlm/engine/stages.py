@@ -46,7 +46,7 @@ class RowPlan:
     """A cell as rows of the growing batch."""
 
     index: int
-    """The cell's number in its sweep; -1 for the control, which changes nothing."""
+    """The cell's number in its sweep; -1 for the control."""
     stage: int
     """The block before which its rows join; n_layers: after all blocks."""
     first: int

@@ -199,6 +199,7 @@ class CheckedCells(Sequence[Cell]):
             floor += self._rows(costs, job, batch, length, start, keep, last_only)
         for start, group in groups_of(jobs, starts):
             size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
+            proof += whole
             for job in (RowPlan(-1, group[0].stage, start), group[0]):
                 proof += self._rows(costs, job, batch, length, start, keep, last_only)
             per_pass = max(1, size // batch)
@@ -276,8 +277,8 @@ class CheckedCells(Sequence[Cell]):
 
 def _proof(operations: float) -> str:
     return (
-        f"Before the first sweep of this kind a no-op control runs, for {_flops(operations)} more: "
-        "it must match the clean run."
+        f"Before the first sweep of this kind a control runs, for {_flops(operations)} more: noise "
+        "must do in such a pass what it does in a plain one."
     )
 
 

@@ -14,6 +14,8 @@ from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine import growing
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken, Positions
@@ -138,6 +140,24 @@ def test_a_dozen_families(model_type: str) -> None:
         lambda at, slot: Patch(slot, at=places[at], source=source),
     )
     compared(model, sweep, bound=1e-4, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("end", ["pre", "post"])
+def test_j2_later_edits_of_a_chain_between_blocks_are_carried_out(family: str, end: str) -> None:
+    """A row that has joined is edited before, and behind, every block that it goes through."""
+    inputs = make_inputs(family, 2, seed=1)
+
+    def chain(k: int) -> Chain:
+        first = Ablate("blocks.0.hook_resid_pre", at=LastToken())
+        return Chain(first, Ablate(f"blocks.{k}.hook_resid_{end}"))
+
+    sweep = Sweep(inputs, {"k": [1, 2]}, chain)
+    compared(tiny(family), sweep)
+    scores = sweep.run(tiny(family), lambda x: x[:, -1], dims=("batch", "token"))
+    alone = Sweep(inputs, {"k": [1, 2]}, lambda k: chain(k).parts[0])
+    without = alone.run(tiny(family), lambda x: x[:, -1], dims=("batch", "token"))
+    assert (abs(scores - without).max(("batch", "token")) > 1e-2).all()  # they do something
 
 
 def test_no_trace_is_left_in_the_model() -> None:
