@@ -21,6 +21,7 @@ from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.checks.residual import BlockSums, same
 from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
 from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers, site_path
+from hooked_vlm.hooks.patch_order import each, listed
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.inputs.pixel_routing import Routes, measure_routes
 from hooked_vlm.model.vlm import HookedVLM
@@ -80,13 +81,9 @@ def group_of(model: HookedVLM, group: str) -> list[str]:
     return [n for n in model.hook_names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def each(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def writing(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """Returns a hook function that applies `function` to a tensor or to each tensor of a list."""
-
-    def hook_function(value: Any, hook: Any) -> Any:
-        return [function(v) for v in value] if isinstance(value, list) else function(value)
-
-    return hook_function
+    return lambda value, hook: each(function, value)
 
 
 def perturbed(tensor: Tensor) -> Tensor:
@@ -146,10 +143,10 @@ def check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
         if model.sites[name].read_only:
             yield from _refuses(model, inputs, name)
             return
-        same = model.run_with_hooks(inputs, [(name, each(torch.clone))])
+        same = model.run_with_hooks(inputs, [(name, writing(torch.clone))])
         if not torch.equal(same, base):
             yield f"{name}: writing back what was read moves logits by {_gap(same, base):.1e}"
-        changed = model.run_with_hooks(inputs, [(name, each(perturbed))])
+        changed = model.run_with_hooks(inputs, [(name, writing(perturbed))])
     except Exception as error:  # noqa: BLE001 - any error of the model is the finding
         yield f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
         return
@@ -161,7 +158,7 @@ def check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
 
 def _refuses(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
     try:
-        model.run_with_hooks(inputs, [(name, each(perturbed))])
+        model.run_with_hooks(inputs, [(name, writing(perturbed))])
     except HookError:
         return
     yield f"{name}: is read-only, and a write was not refused"
@@ -207,7 +204,7 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
             problems.append(f"reading patterns moves logits by {_gap(logits, base):.1e}")
         # Rows sum to one, or to less in models with attention sinks.
         for name, value in cache.items():
-            rows = [v.sum(-1) for v in (value if isinstance(value, list) else [value])]
+            rows = [v.sum(-1) for v in listed(value)]
             if all(torch.allclose(r, torch.ones_like(r), atol=1e-3) for r in rows):
                 continue
             below = all((r < 1).any() and (r < 1.001).all() and (r > 0).all() for r in rows)
@@ -258,8 +255,8 @@ def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator
         return weights
 
     scores = name.replace("hook_pattern", "hook_attn_scores")
-    one = model.run_with_hooks(inputs, [(name, each(cut))])
-    two = model.run_with_hooks(inputs, [(scores, each(mask))])
+    one = model.run_with_hooks(inputs, [(name, writing(cut))])
+    two = model.run_with_hooks(inputs, [(scores, writing(mask))])
     real = _real_rows(inputs, one)
     one, two = one[real], two[real]
     if not torch.allclose(one, two, atol=1e-3, rtol=1e-3):

@@ -7,7 +7,7 @@ weights; an analysis that needs them (such as a logit lens) takes the cache and 
 Vision sites of images of different sizes are lists by image.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hooked_vlm.hooks.names import (
     resolve_name,
     site_path,
 )
-from hooked_vlm.hooks.patch_order import VisionActivation
+from hooked_vlm.hooks.patch_order import VisionActivation, each, listed
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -91,7 +91,7 @@ class ActivationCache(Mapping[str, Any]):
     @property
     def nbytes(self) -> int:
         """Size of the cached tensors in bytes."""
-        return sum(t.nbytes for value in self.values() for t in _as_list(value))
+        return sum(t.nbytes for value in self.values() for t in listed(value))
 
     def to(self, device: str | torch.device) -> "ActivationCache":
         """Returns the cache with every tensor on a device."""
@@ -182,7 +182,7 @@ class ActivationCache(Mapping[str, Any]):
         """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`."""
         tensors = {}
         for name, value in self.items():
-            for i, tensor in enumerate(_as_list(value)):
+            for i, tensor in enumerate(listed(value)):
                 key = f"{name}#{i}" if isinstance(value, list) else name
                 tensors[key] = tensor.detach().cpu().contiguous().clone()
         part = Path(f"{path}.part")
@@ -209,15 +209,5 @@ class ActivationCache(Mapping[str, Any]):
         prefix = f"{VISION}.blocks" if tower else "blocks"
         return self.n_layers.get(prefix) or count_layers(prefix, self)
 
-    def _map(self, function) -> "ActivationCache":
-        return ActivationCache(
-            {
-                n: [function(t) for t in v] if isinstance(v, list) else function(v)
-                for n, v in self.items()
-            },
-            self.n_layers,
-        )
-
-
-def _as_list(value: VisionActivation) -> list[Tensor]:
-    return value if isinstance(value, list) else [value]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "ActivationCache":
+        return ActivationCache({n: each(function, v) for n, v in self.items()}, self.n_layers)

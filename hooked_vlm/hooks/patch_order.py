@@ -13,7 +13,7 @@ restore the order only after the merger.  We call the function with which transf
 computes that order, so both always agree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
@@ -197,6 +197,16 @@ def from_images(images: VisionActivation, order: PackedOrder) -> Shaped[Tensor, 
     """Returns images in raster order as packed rows: the inverse of `to_images`."""
     rows = images.flatten(0, 1) if isinstance(images, Tensor) else torch.cat(images)
     return rows.index_select(0, order.places.to(rows.device))
+
+
+def listed(value: VisionActivation) -> list[Tensor]:
+    """Returns an activation as a list of tensors, which is by image where it was one."""
+    return value if isinstance(value, list) else [value]
+
+
+def each(function: Callable[[Tensor], Tensor], value: VisionActivation) -> VisionActivation:
+    """Returns a function of a tensor, or of every tensor of a list by image."""
+    return [function(v) for v in value] if isinstance(value, list) else function(value)
 
 
 def joined(first: VisionActivation, second: VisionActivation) -> VisionActivation:

@@ -26,6 +26,7 @@ from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
 from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
+from hooked_vlm.hooks.patch_order import VisionActivation, each
 from hooked_vlm.hooks.sites import Site
 
 
@@ -196,10 +197,8 @@ def _packed(model: nn.Module) -> bool:
     )
 
 
-def _zero(value: Any, hook: Any) -> Any:
-    if isinstance(value, list):
-        return [torch.zeros_like(v) for v in value]
-    return torch.zeros_like(value)
+def _zero(value: VisionActivation, hook: Any) -> VisionActivation:
+    return each(torch.zeros_like, value)
 
 
 def positions_reached(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:

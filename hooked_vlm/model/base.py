@@ -26,7 +26,7 @@ from hooked_vlm.hooks.dispatch import HookFunction, Reader
 from hooked_vlm.hooks.hook_point import HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
-from hooked_vlm.hooks.patch_order import joined
+from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.sites import Site, describe_sites
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
@@ -179,7 +179,7 @@ class HookedModel(ABC):
             return tensor if device is None else tensor.to(device)
 
         def store(value: VisionActivation, hook: HookPoint) -> None:
-            kept = [keep(v) for v in value] if isinstance(value, list) else keep(value)
+            kept = each(keep, value)
             if hook.call > 0 and self.sites[hook.name].by_image and hook.name in found:
                 kept = joined(found[hook.name], kept)  # the module runs once for each image
             found[hook.name] = kept
