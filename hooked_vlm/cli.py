@@ -6,6 +6,7 @@ transformers take seconds to import, so each command imports them only when it r
 `--help` answers at once.
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from hooked_vlm.report.progress import Listener, quiet
 if TYPE_CHECKING:
     from hooked_vlm.report.job import Job, Report
 
-USER_ERROR, INTERRUPTED = 2, 130
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="hooked-vlm",
@@ -163,6 +165,7 @@ def reproduce(
     """Run every experiment on every setting. Run the same command again to resume."""
     from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config
+    from hooked_vlm.report import job as runner
     from hooked_vlm.report.job import Job
 
     config = Config(
@@ -177,14 +180,14 @@ def reproduce(
         Job(
             "reproduce",
             name,
-            out / Path(name).name,
+            out / runner.folder_name(name),
             config=config,
             options=_options(options or []),
             device=device,
             dtype=dtype,
             fresh=fresh,
         )
-        for name in model or zoo.available()
+        for name in dict.fromkeys(model or zoo.available())
     ]
     _side_by_side(made, out, "The dual mechanisms of spatial reasoning, and what is open", jobs)
 
@@ -216,8 +219,9 @@ def check(
     from hooked_vlm.model.vlm import HookedVLM
     from hooked_vlm.report.job import device_of, dtype_of
 
+    chosen = {"dtype": dtype_of(dtype), "device": device_of(device)}
     with quiet():
-        wrapped = HookedVLM.from_pretrained(model, dtype=dtype_of(dtype), device=device_of(device))
+        wrapped = HookedVLM.from_pretrained(model, **chosen)
         broken = 0
         for finding in check_model(wrapped, every_layer):
             print(f"{finding.law:<18} {finding.verdict:<4} {finding.note}".rstrip())
@@ -246,12 +250,35 @@ def list_() -> None:
 
 
 def main() -> None:
-    """Runs the command line; prints a `HookedVLMError` as one line on stderr, with status 2."""
+    """Runs the command line; prints a `HookedVLMError` as one line on stderr, with status 2.
+
+    Where memory, the disk or a permission is lacking, prints one line and exits with status 1.
+    """
     try:
         app()
     except HookedVLMError as error:
         print(f"hooked-vlm: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except (OSError, MemoryError, RuntimeError) as error:
+        lacking = _lacking(error)
+        if lacking is None:
+            raise
+        print(f"hooked-vlm: {lacking[0]}. {lacking[1]}.", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _lacking(error: Exception) -> tuple[str, str] | None:
+    """Returns what the machine lacks and the remedy, or None for another error."""
+    text = str(error).lower()
+    memory = "out of memory" in text or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or memory:
+        return "Out of memory", "Give a smaller --batch-size, or --dtype bfloat16"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return "The disk is full", "Free space on it"
+    if isinstance(error, OSError) and error.filename is not None:
+        what = f"'{error.filename}' cannot be read or written: {error.strerror}"
+        return what, "Correct the folder or its permissions"
+    return None
 
 
 def _options(given: list[str]) -> dict[str, str]:
@@ -294,7 +321,7 @@ def _run_apart(made: Sequence["Job"], jobs: int) -> None:
     """Runs each job in its own process, with an equal share of the CPU's cores."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    waiting, failed = list(made), []
+    waiting, failed, statuses = list(made), [], set()
     running: list[tuple[Job, subprocess.Popen]] = []
     try:
         while waiting or running:
@@ -304,8 +331,9 @@ def _run_apart(made: Sequence["Job"], jobs: int) -> None:
                 process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
                 running.append((job, process))
             job, process = running.pop(0)
-            if process.wait():
+            if status := process.wait():
                 failed.append(job.model)
+                statuses.add(status)
     except KeyboardInterrupt:  # the child processes receive it too
         for _, process in running:
             process.wait()
@@ -315,7 +343,7 @@ def _run_apart(made: Sequence["Job"], jobs: int) -> None:
             f"hooked-vlm: the run failed for {', '.join(failed)}. See the messages above.",
             file=sys.stderr,
         )
-        sys.exit(1)
+        sys.exit(USER_ERROR if statuses == {USER_ERROR} else FAILED)
 
 
 def _words(job: "Job") -> list[str]:
@@ -350,6 +378,17 @@ def _run(job: "Job") -> "Report":
             file=sys.stderr,
         )
         sys.exit(INTERRUPTED)
+    except (OSError, MemoryError, RuntimeError) as error:
+        lacking = _lacking(error)
+        if lacking is None:
+            raise
+        print(
+            f"hooked-vlm: {lacking[0]}, after {listener.finished} of {listener.of or 'the'} "
+            f"experiments on {job.model}; their results are kept in {job.out / runner.RESULTS}. "
+            f"{lacking[1]}, and run the command again to resume.",
+            file=sys.stderr,
+        )
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ class UnsupportedModelError(HookedVLMError):
     """A model without a part that is needed, or of a kind that is not supported."""
 
 
+class MissingWeightsError(UnsupportedModelError):
+    """A checkpoint without some of the model's weights, which would be random."""
+
+
 class HookError(HookedVLMError):
     """A hook function with a wrong result, or a use of hooks that cannot work."""
 
@@ -57,6 +61,10 @@ class InterventionError(HookedVLMError):
 
 class DataError(HookedVLMError):
     """Stimuli or files that are missing or malformed."""
+
+
+class CannotRunError(DataError):
+    """An experiment that this model cannot run, such as one whose questions it answers wrongly."""
 
 
 class ScoringError(HookedVLMError):

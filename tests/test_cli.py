@@ -14,7 +14,7 @@ from torch import nn
 
 from helpers import synthetic_results as synthetic
 from hooked_vlm import cli
-from hooked_vlm.errors import DataError, UnsupportedModelError
+from hooked_vlm.errors import CannotRunError, DataError, UnsupportedModelError
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.registry import Experiment, Step
@@ -162,7 +162,7 @@ def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
         (("run", "behaviour", "--model", "m", "--device", "cuda:99"), "CUDA devices"),
         (
             ("run", "behaviour", "--model", "m", "--pairs", "0"),
-            "--pairs must be at least 1",
+            "--pairs must be a whole number from 2",
         ),
     ],
 )
@@ -343,7 +343,7 @@ def test_one_experiment_that_cannot_be_run_does_not_stop_the_others(
 ) -> None:
     def refuse(*_: object) -> Result:
         calls.append("refused")
-        raise DataError("There is no pair.")
+        raise CannotRunError("There is no pair.")
 
     cut = dataclasses.replace(registry.EXPERIMENTS["behaviour"], run=refuse)
     monkeypatch.setitem(registry.EXPERIMENTS, "behaviour", cut)

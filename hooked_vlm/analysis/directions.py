@@ -17,6 +17,7 @@ directions means nothing.  `random_controls` rotates the directions at random, w
 their norms and angles; with activations given, it also matches the projection energy.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ def add(
 
     Computed in at least float32 and returned in `h`'s dtype.
     """
+    _require_floating(h, "activations")
+    _require_finite(alpha)
     if alpha == 0:
         return h
     return (_wide(h) + alpha * _wide(w).to(h.device)).to(h.dtype)
@@ -92,6 +95,8 @@ def scale_projections(
     Raises:
         DataError: a direction is zero.
     """
+    _require_floating(h, "activations")
+    _require_finite(alpha)
     if alpha == 0:
         return h
     unit = _unit_rows(_wide(directions)).to(h.device, _wide(h).dtype)
@@ -108,12 +113,15 @@ def orthonormalise(
     class weights of a softmax: K classes give at most K - 1 directions.
 
     Raises:
-        DataError: no direction is left, because all are equal (or zero, if not centred).
+        DataError: directions of integers or NaN, or none is left, because all are equal (or
+            zero, if not centred).
 
     >>> orthonormalise(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]))
     tensor([[1., 0., 0.]])
     """
+    _require_floating(directions, "directions")
     rows = _double(directions)
+    _require_numbers(rows)
     if center:
         rows = rows - rows.mean(dim=0)
     # Lengths before centring, so that the rounding error of equal directions counts as zero.
@@ -167,6 +175,7 @@ def random_controls(
             part in a million.
     """
     # Write the directions in their own axes; a control has the same coordinates in other axes.
+    _require_floating(directions, "directions")
     rows = _double(directions.detach())
     strengths, axes = _spectrum(rows)
     matcher = None
@@ -250,6 +259,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _unit_rows(directions: Tensor) -> Tensor:
+    _require_numbers(directions)
     norms = directions.norm(dim=1, keepdim=True)
     if not (norms > 0).all():
         zero = (norms[:, 0] == 0).nonzero()[:, 0].tolist()
@@ -257,6 +267,32 @@ def _unit_rows(directions: Tensor) -> Tensor:
             f"Directions {zero} of {len(directions)} are zero. Give directions with a norm above 0."
         )
     return directions / norms
+
+
+def _require_floating(tensor: Tensor, what: str) -> None:
+    """Raises `DataError` for integers, to which a result would be truncated."""
+    if not tensor.is_floating_point():
+        raise DataError(
+            f"The {what} are {str(tensor.dtype).removeprefix('torch.')}; expected floating point. "
+            "Use .float()."
+        )
+
+
+def _require_numbers(directions: Tensor) -> None:
+    """Raises `DataError` for directions that are NaN or infinite."""
+    finite = directions.isfinite().all(dim=1)
+    if not finite.all():
+        wrong = (~finite).nonzero()[:, 0].tolist()
+        shown = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
+        raise DataError(
+            f"{len(wrong)} of {len(directions)} directions have values that are NaN or infinite "
+            f"(number {shown}). Give directions of finite numbers."
+        )
+
+
+def _require_finite(alpha: float | int) -> None:
+    if not math.isfinite(alpha):
+        raise DataError(f"alpha={alpha} was given; expected a finite number.")
 
 
 def _double(tensor: Tensor) -> Tensor:

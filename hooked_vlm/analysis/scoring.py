@@ -72,9 +72,10 @@ def candidate_probability(
 
     Raises:
         ScoringError: a name is not one token, two names share a token, or the logits have
-            fewer entries than the tokenizer's ids need.
+            fewer entries than the tokenizer's ids need, or are not a number.
     """
     ids = _candidate_ids(tokenizer, names, logits.shape[-1])
+    _require_numbers(logits)
     probabilities = _wide(logits).softmax(dim=-1)
     return torch.stack([probabilities[..., each].sum(dim=-1) for each in ids], dim=-1)
 
@@ -96,7 +97,12 @@ def target_probability(
 def top_answer(
     logits: Float[Tensor, "batch d_vocab"], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Returns the most probable next token of each row, decoded and normalised."""
+    """Returns the most probable next token of each row, decoded and normalised.
+
+    Raises:
+        ScoringError: logits that are not a number.
+    """
+    _require_numbers(logits)
     return _decoded(logits.argmax(dim=-1), tokenizer)
 
 
@@ -122,10 +128,14 @@ def matches_answer(
     `candidates`, it is the most probable of those names.
 
     Raises:
-        ScoringError: not one answer per pair, or an answer that is none of the candidates.
+        ScoringError: not one answer per pair, an answer that is none of the candidates or no
+            single token, or logits that are not a number.
     """
     names, columns = _columns(answers, logits)
+    _require_numbers(logits)
     if candidates is None:
+        for name in names:
+            _require_reachable(tokenizer, name)
         wanted = [normalise(answer) for answer in answers]
         best = logits.argmax(dim=-1)
         rows = best.reshape(len(wanted), -1)
@@ -168,6 +178,7 @@ def logit_difference(
     other_names, other_columns = _columns(others, logits)
     names = list(dict.fromkeys([*answer_names, *other_names]))
     ids = _candidate_ids(tokenizer, names, logits.shape[-1])
+    _require_numbers(logits)
     wide = _wide(logits)
     merged = torch.stack([wide[..., each].logsumexp(dim=-1) for each in ids], dim=-1)
     place = torch.tensor([names.index(name) for name in answer_names])[answer_columns]
@@ -180,6 +191,31 @@ def _token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     # A word-level tokenizer encodes every unknown word as the same token.
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def _require_reachable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises `ScoringError` for an answer that no single token can give."""
+    forms = dict.fromkeys((*spellings(name), name.strip(), f" {name.strip()}"))
+    if not normalise(name):
+        raise ScoringError(f"The answer {name!r} has no letter or digit. Give a word.")
+    if all(_token(tokenizer, form) is None for form in forms):
+        raise ScoringError(
+            f"The answer {name[:80]!r} can never be the top token: it "
+            f"{_pieces(tokenizer, name)[:120]}. Give an answer of one token, or compare generated "
+            "text."
+        )
+
+
+def _require_numbers(logits: Tensor) -> None:
+    """Raises `ScoringError` for NaN and positive infinity, of which argmax makes an answer."""
+    wrong = logits.isnan() | (logits == float("inf"))
+    if wrong.any():
+        rows = int(wrong.flatten(1).any(dim=1).sum()) if logits.ndim > 1 else 1
+        raise ScoringError(
+            f"{rows} of {len(logits) if logits.ndim > 1 else 1} rows of logits have values that "
+            "are NaN or infinite, so they give no answer. Load the model in float32 or bfloat16, "
+            "or use smaller strengths."
+        )
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -1,11 +1,13 @@
 """The options of experiments, and the type of their progress callback."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.stimuli.settings import files_of, require_known, stimulus_set
 
 
 OnProgress = Callable[[int, int], None]
@@ -14,9 +16,23 @@ OnProgress = Callable[[int, int], None]
 C = TypeVar("C", bound="Config")
 
 
+MAX_SEED = 2**31 - 1
+"""The highest seed that numpy, torch and scikit-learn all accept, with a few seeds above it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The options of every experiment; an experiment may add its own fields."""
+    """The options of every experiment; an experiment may add its own fields.
+
+    Raises `DataError` for a value outside its range, such as less than two pairs.
+    """
+
+    settings_allowed: ClassVar[tuple[str, ...]] = ()
+    """The settings that the experiment runs on; empty: all of them."""
+    ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    """The lowest and the highest value of the experiment's own numbers."""
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The values of the experiment's own texts."""
 
     pairs: int = 50
     """Clean/counterfactual pairs per direction (protocol 2.5)."""
@@ -33,6 +49,78 @@ class Config:
     other_words: bool = False
     """Whether to ask in a second phrasing instead of the paper's."""
 
+    def __post_init__(self) -> None:
+        ranges = {
+            "pairs": (2, 10**6),  # an interval needs two
+            "seed": (0, MAX_SEED),
+            "batch_size": (1, 10**6),
+            **self.ranges,
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, bool) or not isinstance(each, int) or not low <= each <= high:
+                    raise DataError(
+                        f"{_flag(name)} must be a whole number from {low} to {high} (got {each!r})."
+                    )
+        if getattr(self, "items", 0) == 1:
+            raise DataError(
+                "Option items must be 0 (all questions) or at least 2 (got 1): an interval over "
+                "items needs two."
+            )
+        for field in fields(self):
+            _require_finite(field.name, getattr(self, field.name))
+        for name, known in self.choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise DataError(
+                    f"Option {name} must be one of: {', '.join(known)} (got {value!r})."
+                    f"{did_you_mean(str(value), known)}"
+                )
+
+    @property
+    def used_settings(self) -> tuple[str, ...]:
+        """The settings whose stimuli the experiment shows; empty: it has stimuli of its own."""
+        return (self.setting,)
+
+    def files(self) -> dict[str, Path]:
+        """Returns the user's files that the experiment reads, by a name that is free of folders.
+
+        Raises `DataError` for an unusable folder.
+        """
+        found = {}
+        for setting in self.used_settings:
+            found |= files_of(
+                setting, cutouts=self.cutouts, backgrounds=self.backgrounds, data=self.data
+            )
+        return found
+
+    def check(self) -> None:
+        """Raises `DataError` for a setting or a folder that the experiment cannot use."""
+        require_known(self.setting, self.settings_allowed)
+        for setting in self.used_settings:
+            stimulus_set(
+                setting, cutouts=self.cutouts, backgrounds=self.backgrounds, data=self.data
+            )
+
+
+def _flag(name: str) -> str:
+    """Returns a field's name on the command line."""
+    return f"--{name.replace('_', '-')}" if name in COMMON else f"Option {name}"
+
+
+COMMON = tuple(field.name for field in fields(Config))
+"""The fields of every experiment: each is an argument of the command line."""
+
+
+def _require_finite(name: str, value: Any) -> None:
+    """Raises `DataError` for an empty tuple, and for a number that is not finite."""
+    if isinstance(value, tuple) and not value:
+        raise DataError(f"Option {name} is empty. Give at least one value.")
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, float) and not math.isfinite(each):
+            raise DataError(f"Option {name} must be finite (got {each}).")
+
 
 def specialise(kind: type[C], base: Config, options: Mapping[str, str], setting: str) -> C:
     """Returns an experiment's own configuration: common fields, options from text, a setting.
@@ -48,13 +136,22 @@ def specialise(kind: type[C], base: Config, options: Mapping[str, str], setting:
 
 
 def check_options(kinds: list[type[Config]], options: Mapping[str, str]) -> None:
-    """Raises `DataError` for an option that none of some experiments has."""
-    known = sorted({field.name for kind in kinds for field in fields(kind)})
+    """Raises `DataError` for an option that none of some experiments has.
+
+    The fields that all experiments have are arguments of the command line and no options, so
+    that a record never has two values of one field.
+    """
+    known = sorted({field.name for kind in kinds for field in fields(kind)} - {*COMMON})
     for name in options:
+        if name in COMMON:
+            raise DataError(
+                f"--set {name}={options[name]} was given; {name} is no option of an experiment. "
+                f"Use {_flag(name)}."
+            )
         if name not in known:
             raise DataError(
-                f"There is no option {name!r} here.{did_you_mean(name, known)} Use one of: "
-                f"{', '.join(known)}."
+                f"There is no option {name!r} here.{did_you_mean(name, known)} "
+                + (f"Use one of: {', '.join(known)}." if known else "The experiment has none.")
             )
 
 
@@ -67,7 +164,8 @@ def parse(name: str, text: str, kind: Any) -> Any:
     try:
         if get_origin(kind) is tuple:
             inner = get_args(kind)[0]
-            return tuple(parse(name, part.strip(), inner) for part in text.split(",") if part)
+            parts = [part.strip() for part in text.split(",")]
+            return tuple(parse(name, part, inner) for part in parts if part)
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
                 text.lower()
@@ -76,7 +174,10 @@ def parse(name: str, text: str, kind: Any) -> Any:
             return kind(text)
         return None if text in ("", "none") else Path(text)
     except (ValueError, KeyError):
-        shown = getattr(kind, "__name__", str(kind))
         raise DataError(
-            f"Option {name}={text!r} is not of the type {shown}. Give a value of that type."
+            f"Option {name}={text[:80]!r} is no {_KINDS.get(kind, 'value of its type')}. Give "
+            f"--set {name}=VALUE with one."
         ) from None
+
+
+_KINDS = {int: "whole number", float: "number", bool: "yes or no (true, false, 1, 0)"}

@@ -21,7 +21,7 @@ from hooked_vlm.analysis.scoring import (
     normalise,
     top_answer,
 )
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.geometry import Layout
@@ -31,6 +31,7 @@ from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
+FEWEST_PAIRS = 2
 PAPER_TOKENS = 12
 """Visual tokens a side where the encoder takes any size (the paper's Qwen2-VL canvas)."""
 
@@ -42,8 +43,8 @@ class Setting:
         """Verifies that the model can answer the setting's questions, before any long work.
 
         Raises `UnsupportedModelError` for a model without a vision encoder or processor,
-        `ScoringError` for an answer that its tokenizer splits, and `DataError` for an encoder
-        whose visual tokens do not form a square grid.
+        `ScoringError` for an answer that its tokenizer splits, and `CannotRunError` for an
+        encoder whose visual tokens do not form a square grid.
         """
         model.require_vision()
         if stimuli.skip_split_names:
@@ -89,7 +90,7 @@ class Setting:
         return self.model.prepare(
             list(pictures),
             [self.stimuli.prompt(q) for q in questions],
-            system=self.stimuli.system,
+            system=system_of(self.model, self.stimuli.system),
         )
 
     def batches(self, items: Sequence[Any]) -> Iterator[list[Any]]:
@@ -114,8 +115,9 @@ class Setting:
     def pairs(self, make: Any, k: int, config: Config) -> dict[str, list[Any]]:
         """Returns each direction's pairs, drawn and filtered as the paper does (protocol 2.5).
 
-        A direction without a correctly answered pair is left out, and `sample_tuples` warns
-        about it.  Raises `DataError` when no direction is left.
+        A direction with fewer than two correctly answered pairs is left out, because intervals
+        need two, and `sample_tuples` warns about it.  Raises `CannotRunError` when no direction
+        is left.
         """
         accept = right_on_both(make, self.is_right)
         return self.pairs_accepted(make, k, config, accept)
@@ -134,13 +136,15 @@ class Setting:
             directions=self.directions,
         )
         pairs = {
-            d: [make(d, middle(names)) for names in found] for d, found in tuples.items() if found
+            d: [make(d, middle(names)) for names in found]
+            for d, found in tuples.items()
+            if len(found) >= FEWEST_PAIRS
         }
         if not pairs:
-            raise DataError(
-                "The model answers no pair of a clean and a counterfactual picture correctly, in "
-                "any direction, so there is nothing to intervene on. Run the behaviour experiment "
-                "to see the model's accuracy."
+            raise CannotRunError(
+                "In no direction does the model answer two pairs of a clean and a counterfactual "
+                "picture correctly, so there is nothing to intervene on. Run the behaviour "
+                "experiment to see the model's accuracy."
             )
         return pairs
 
@@ -157,7 +161,7 @@ def _whole_names(stimuli: StimulusSet, tokenizer: Any) -> StimulusSet:
     """Returns a setting without the names that a tokenizer splits (the paper's filter)."""
     kept = tuple(name for name in stimuli.names if is_single_token(tokenizer, name))
     if len(kept) < 3:
-        raise DataError(
+        raise CannotRunError(
             f"This model's tokenizer has {len(kept)} of the {len(stimuli.names)} names of "
             f"{stimuli.title} as one token ({', '.join(kept) or 'none'}); at least 3 are needed. "
             "Use another setting."
@@ -170,10 +174,15 @@ def token_grid(model: Any) -> tuple[int, int]:
     vision = model.cfg.vision
     side = vision.image_size or PAPER_TOKENS * vision.patch_size * vision.merge
     blank = Image.new("RGB", (side, side), "white")
-    rows, cols = model.prepare(blank, "", system=SYSTEM_PROMPT).grid.shape
+    rows, cols = model.prepare(blank, "", system=system_of(model, SYSTEM_PROMPT)).grid.shape
     if rows != cols or side % rows:
-        raise DataError(
+        raise CannotRunError(
             f"A picture of {side}x{side} px becomes {rows}x{cols} visual tokens in this model; the "
             "stimuli need a square grid of cells of whole pixels. Use another model."
         )
     return rows, side // rows
+
+
+def system_of(model: Any, system: str | None) -> str | None:
+    """Returns the system message for a model; None where it has no chat template to hold it."""
+    return system if getattr(model.processor, "chat_template", None) else None

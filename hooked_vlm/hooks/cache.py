@@ -7,13 +7,15 @@ weights; an analysis that needs them (such as a logit lens) takes the cache and 
 Vision sites of images of different sizes are lists by image.
 """
 
+import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -185,23 +187,33 @@ class ActivationCache(Mapping[str, Any]):
             for i, tensor in enumerate(listed(value)):
                 key = f"{name}#{i}" if isinstance(value, list) else name
                 tensors[key] = tensor.detach().cpu().contiguous().clone()
-        part = Path(f"{path}.part")
-        save_file(tensors, part, {n: str(layers) for n, layers in self.n_layers.items()})
-        part.replace(path)
+        # A name of its own for each writer, so that two of them cannot mix their bytes.
+        part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
+        try:
+            save_file(tensors, part, {n: str(layers) for n, layers in self.n_layers.items()})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ActivationCache":
-        """Returns the cache that `save` wrote to `path`."""
+        """Returns the cache that `save` wrote to `path`; raises `DataError` for another file."""
         found: dict[str, VisionActivation] = {}
         lists: dict[str, dict[int, Tensor]] = {}
-        with safe_open(path, framework="pt", device=device) as file:
-            n_layers = {n: int(layers) for n, layers in (file.metadata() or {}).items()}
-            for key in file.keys():  # noqa: SIM118 (not a dict: it has no iterator)
-                name, _, index = key.partition("#")
-                if index:
-                    lists.setdefault(name, {})[int(index)] = file.get_tensor(key)
-                else:
-                    found[name] = file.get_tensor(key)
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                n_layers = {n: int(layers) for n, layers in (file.metadata() or {}).items()}
+                for key in file.keys():  # noqa: SIM118 (not a dict: it has no iterator)
+                    name, _, index = key.partition("#")
+                    if index:
+                        lists.setdefault(name, {})[int(index)] = file.get_tensor(key)
+                    else:
+                        found[name] = file.get_tensor(key)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DataError(
+                f"'{path}' is not a file of ActivationCache.save: {str(error)[:120]}. For other "
+                "safetensors use safetensors.torch.load_file."
+            ) from None
         found |= {name: [parts[i] for i in sorted(parts)] for name, parts in lists.items()}
         return cls(found, n_layers)
 

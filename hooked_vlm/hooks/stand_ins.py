@@ -10,6 +10,7 @@ collects the outputs of a module in one pass, and `replaying` returns them in ot
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class _Stopped(Exception):  # noqa: N818 - not an error
 
 def layer_index(layer: int, n_layers: int, word: str, behind: bool = True) -> int:
     """Returns a layer as a non-negative number; with `behind`, `n_layers` means after the last."""
+    if not isinstance(layer, Integral) or isinstance(layer, bool):
+        raise UnknownHookError(f"{word}={layer!r} was given; expected the number of a layer.")
     if not -n_layers <= layer < n_layers + behind:
         more = f" (and {n_layers} for after the last)" if behind else ""
         raise UnknownHookError(

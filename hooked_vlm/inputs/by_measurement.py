@@ -157,6 +157,11 @@ def _cells(
             values = np.unique(np.round(place[seen], 6))
             steps = max(len(values) - 1, 1)
             spread = values[-1] - values[0]
+            if spread == 0:
+                raise GridError(
+                    "The image is so small that a whole visual token shows one of its pixels, so "
+                    "the places of tokens cannot be measured. Give a larger image."
+                )
             boxes.append((values.mean(), spread * (steps + 1) / steps))
         cells.append(_Cell(index_of[position], boxes[0][0], boxes[1][0], boxes[0][1], boxes[1][1]))
     return cells

@@ -28,6 +28,7 @@ from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, positions_reached
 from hooked_vlm.inputs.prepare import Images, Inputs, to_pil
+from hooked_vlm.inputs.processor import refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 
 
@@ -62,7 +63,8 @@ def prepare_images(
     if not given or any(image is None for image in given):
         raise DataError("No image was given. Give one image, or a list of one or more images.")
     pictures = [to_pil(image) for image in given]
-    made = _named(encoder, dict(processor(images=pictures, return_tensors="pt", **options)))
+    with refusals([pictures]):
+        made = _named(encoder, dict(processor(images=pictures, return_tensors="pt", **options)))
     grids = find_grids(encoder, made, [picture.size for picture in pictures], processor)
     warn_if_resized((grid for (grid,) in grids), stacklevel=4)
 

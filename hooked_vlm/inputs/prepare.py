@@ -25,7 +25,7 @@ from hooked_vlm.errors import (
 )
 from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
-from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders
+from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders, refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 from hooked_vlm.regions.positions import PromptRow, token_pieces
 
@@ -111,7 +111,7 @@ def prepare_inputs(
 ) -> Inputs:
     """Returns the inputs for a batch of prompts; see `HookedVLM.prepare`."""
     processor = finder.model.processor
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = _listed(texts)
     by_prompt = _images_by_prompt(images, len(texts))
     if any(by_prompt) and getattr(processor, "image_processor", None) is None:
         raise UnsupportedModelError(
@@ -120,7 +120,14 @@ def prepare_inputs(
         )
     # 1. The processor's tensors.
     chat = bool(getattr(processor, "chat_template", None)) if chat is None else chat
-    made, prompts = _processed(finder, by_prompt, texts, system, chat, processor_kwargs)
+    if system is not None and not chat:
+        raise DataError(
+            "system=… was given, and these prompts have no chat template that could hold it"
+            + (" (chat=False)." if hasattr(processor, "chat_template") else ".")
+            + " Give it as part of the text, or use a processor with a chat template."
+        )
+    with refusals(by_prompt):
+        made, prompts = _processed(finder, by_prompt, texts, system, chat, processor_kwargs)
     # 2. The grids of the images.  Images without a grid give a warning, not an error.
     grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
     no_grid = ""
@@ -175,7 +182,28 @@ def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
     messages = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's authors
+        raise DataError(
+            f"The model's chat template refuses this prompt: {str(error)[:150]}. Give other texts, "
+            "leave out system=…, or use chat=False."
+        ) from error
+    if system is not None and "".join(system.split()) not in "".join(prompt.split()):
+        raise DataError(
+            "The model's chat template leaves out the system message. Give it as part of the text."
+        )
+    return prompt
+
+
+def _listed(texts: Any) -> list[str]:
+    """Returns prompts as a list; raises `DataError` for anything but strings."""
+    listed = [texts] if isinstance(texts, str) else texts
+    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
+        raise DataError(
+            f"texts={repr(texts)[:80]} was given; expected a string or a list of strings."
+        )
+    return list(listed)
 
 
 def _plain(finder: GridFinder, text: str, n_images: int) -> str:
@@ -223,7 +251,7 @@ def to_pil(image: OneImage) -> Image.Image:
     Integers must be in 0..255 and floats in 0..1; raises `DataError` for anything else.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _loaded(image)
     given = image
     if isinstance(image, Tensor):
         image = image.detach().cpu()
@@ -257,6 +285,20 @@ def to_pil(image: OneImage) -> Image.Image:
         )
     image = (image * 255).round() if is_float else image
     return Image.fromarray(image.astype(np.uint8)).convert("RGB")
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """Returns a PIL image as RGB; raises `DataError` for a damaged file and for no pixels."""
+    if 0 in image.size:
+        raise DataError(f"An image of {image.width}x{image.height} px was given; it has no pixels.")
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        file = getattr(image, "filename", "")
+        raise DataError(
+            f"The image{f' of the file {str(file)!r}' if file else ''} cannot be read: "
+            f"{str(error)[:120]}. Replace the file."
+        ) from None
 
 
 def _say_padded(model: Wrapped, made: Mapping[str, Any]) -> None:

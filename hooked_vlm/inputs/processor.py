@@ -7,7 +7,8 @@ output is verified: a prompt without an image must have no image tokens.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.source import forward_parameters, forward_source
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, HookedVLMError
 from hooked_vlm.inputs.pixel_routing import Wrapped
 
 
@@ -47,6 +48,25 @@ def model_inputs(
     if "labels" not in options and "input_ids" not in made:
         made.pop("labels", None)  # a copy of the prompt, with which the decoder starts
     return {name: value for name, value in made.items() if _is_read(hf_model, name)}
+
+
+@contextmanager
+def refusals(images: Nested) -> Iterator[None]:
+    """Converts a processor's exceptions to `DataError`, with the sizes of the images."""
+    try:
+        yield
+    except HookedVLMError:
+        raise
+    except (*_OF_STRUCTURE, ArithmeticError, KeyError, RuntimeError, OSError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        sizes = list(dict.fromkeys(f"{i.width}x{i.height}" for row in images for i in row))
+        shown = ", ".join(sizes[:3]) + (", …" if len(sizes) > 3 else "") or "none"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"The model's processor refuses these inputs: {lines[0][:180]} (sizes of the images: "
+            f"{shown} px). Give images and options that it takes."
+        ) from error
 
 
 def placeholder(model: Wrapped) -> str:

@@ -39,10 +39,10 @@ class Ablate(_Intervention):
             self._check_width(places.model, site, self.to.shape[-1] if self.to.ndim else 0)
             return located, Located()
         kinds = ("zero", "mean", "position_mean")
-        if self.to not in kinds:
+        if not isinstance(self.to, str) or self.to not in kinds:
             raise InterventionError(
-                f"Ablate(to={self.to!r}) is not known; use one of {', '.join(kinds)} or a tensor."
-                f"{did_you_mean(self.to, kinds)}"
+                f"Ablate(to={repr(self.to)[:80]}) is not known; use one of {', '.join(kinds)} or a "
+                f"tensor.{did_you_mean(str(self.to), kinds)}"
             )
         if self.to == "zero":
             return located, Located()

@@ -14,6 +14,7 @@ intervention to a model and inputs (see `placing`): names, sizes, grids, shapes.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from hooked_vlm.errors import InterventionError
@@ -70,6 +71,15 @@ class _Intervention:
     def _check_heads(self, model: HookedModel, site: Site) -> None:
         if self.heads is None:
             return
+        if (
+            not isinstance(self.heads, tuple)
+            or not self.heads
+            or not all(map(_is_whole, self.heads))
+        ):
+            raise InterventionError(
+                f"heads={self.heads!r} was given; expected a tuple of one or more whole numbers, "
+                "or None for all heads."
+            )
         if not site.heads and site.tap != "attention":
             raise InterventionError(
                 f"{site.name} has axes [{site.axes}]: there are no heads to choose."
@@ -93,3 +103,7 @@ class _Intervention:
                 f"{site.name} has {expected} features, and {width} were given: {self}. Take "
                 "vectors from activations of this site."
             )
+
+
+def _is_whole(head: object) -> bool:
+    return isinstance(head, Integral) and not isinstance(head, bool)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hooked_vlm.errors import InterventionError
-from hooked_vlm.hooks.names import resolve_name, slot_name
+from hooked_vlm.hooks.names import resolve_name
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.interventions.placing import Edit, Places, SiteName
+from hooked_vlm.interventions.placing import Edit, Places, SiteName, full_name
 from hooked_vlm.model.base import HookedModel
 
 
@@ -47,9 +47,7 @@ class HookAt:
             raise InterventionError(
                 f"{self.fn!r} was given as a hook function; expected fn(activation, hook)."
             )
-        name = self.site
-        name = slot_name(name, model.cfg.n_layers) if isinstance(name, int) else name
-        site = model.sites[resolve_name(name, model.sites)]
+        site = model.sites[resolve_name(full_name(model, self.site), model.sites)]
         if not site.by_position:
             return PlacedHook(self, site, 0)
         ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))

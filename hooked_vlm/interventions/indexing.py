@@ -19,7 +19,7 @@ from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import CellPairs
-from hooked_vlm.regions.positions import AnyOf, InImage, PromptRow, Span
+from hooked_vlm.regions.positions import AnyOf, InImage, PromptRow, Span, TokenSelector
 from hooked_vlm.regions.region import Region
 
 
@@ -56,6 +56,12 @@ def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
     Raises `InterventionError` for a site without such an axis, and for a place that is no
     part of an image at a site of the vision encoder or projector.
     """
+    if isinstance(place, CellPairs) or not (place is None or isinstance(place, TokenSelector)):
+        raise InterventionError(
+            f"at={repr(place)[:80]} is no place here. Give a Region, LastToken(), "
+            "Positions((0, -1)), Span('text'), TextTokens(), or None for all positions. (Paired "
+            "cells are for Patch(at=…) alone.)"
+        )
     if site.by_position:
         return Located(
             (b, row.real if place is None else place.positions(row)) for b, row in enumerate(rows)

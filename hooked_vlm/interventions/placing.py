@@ -8,9 +8,10 @@ function refuses to act on anything but what it was placed for.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.sites import Site
@@ -29,12 +30,22 @@ Edit = tuple[str, Callable[..., Any]]
 
 def site_of(model: HookedModel, name: SiteName) -> Site:
     """Returns a model's site by name or slot, or raises `InterventionError` for a read-only one."""
-    if isinstance(name, int):
-        name = slot_name(name, model.cfg.n_layers)
-    site = model.sites[resolve_name(name, model.sites)]
+    site = model.sites[resolve_name(full_name(model, name), model.sites)]
     if site.read_only:
         raise InterventionError(f"{site.name} cannot be written: {site.read_only}.")
     return site
+
+
+def full_name(model: HookedModel, name: SiteName) -> str:
+    """Returns a site's name; raises `UnknownHookError` for neither a name nor a slot's number."""
+    if isinstance(name, Integral) and not isinstance(name, bool):
+        return slot_name(int(name), model.cfg.n_layers)
+    if not isinstance(name, str):
+        raise UnknownHookError(
+            f"A site was given as {repr(name)[:80]}; expected a hook name, such as "
+            "'blocks.0.hook_resid_post', or the number of a slot."
+        )
+    return name
 
 
 class Places:
@@ -114,6 +125,12 @@ def recorded_at(placed: Placed, source: "Source") -> Any:
 
 
 def inputs_of(source: "Source") -> Mapping[str, Any]:
+    """Returns the inputs of a source; raises `InterventionError` for anything else."""
+    if not isinstance(source, Recording | Mapping):
+        raise InterventionError(
+            f"A source was given as {repr(source)[:80]}; expected inputs of model.prepare, or "
+            "record(model, inputs, …)."
+        )
     return source.inputs if isinstance(source, Recording) else source
 
 

@@ -1,7 +1,9 @@
 """Moving activations along directions."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from jaxtyping import Float
@@ -30,10 +32,11 @@ class Steer(_Intervention):
     mode: str = "add"
 
     def _places(self, places: Places, site: Site, inputs: Mapping[str, Any]) -> tuple[Located]:
+        self._check_values()
         if self.mode not in ("add", "project"):
             raise InterventionError(
                 f"Steer(mode={self.mode!r}) is not known; use 'add' or 'project'."
-                f"{did_you_mean(self.mode, ('add', 'project'))}"
+                f"{did_you_mean(str(self.mode), ('add', 'project'))}"
             )
         if self.mode == "add" and len(self._rows) != 1:
             raise InterventionError(
@@ -42,6 +45,24 @@ class Steer(_Intervention):
             )
         self._check_width(places.model, site, self._rows.shape[-1])
         return (places.located(site, inputs, self.at),)
+
+    def _check_values(self) -> None:
+        """Raises `InterventionError` for directions or an alpha that are no numbers."""
+        given = self.directions
+        if not isinstance(given, Tensor) or given.ndim not in (1, 2) or given.is_complex():
+            shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else ""
+            raise InterventionError(
+                f"Steer(directions=…) was given a {type(given).__name__}{shape}; expected a tensor "
+                "[d_model] or [direction, d_model]. Use torch.stack for a list of vectors."
+            )
+        if not isinstance(self.alpha, Real) or not math.isfinite(self.alpha):
+            raise InterventionError(
+                f"Steer(alpha={self.alpha!r}) was given; expected a finite number."
+            )
+        if not given.is_meta and not bool(given.isfinite().all()):
+            raise InterventionError(
+                "Steer(directions=…) has values that are NaN or infinite. Give finite directions."
+            )
 
     @property
     def _rows(self) -> Tensor:

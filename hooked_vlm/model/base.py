@@ -216,6 +216,11 @@ class HookedModel(ABC):
     ) -> list[tuple[str, HookFunction]]:
         """Returns (site name, function) pairs for hooks given by name, filter or intervention."""
         pairs: list[tuple[str, HookFunction]] = []
+        if hasattr(fwd_hooks, "hooks_for") or not isinstance(fwd_hooks, Iterable):
+            raise HookError(
+                f"fwd_hooks={repr(fwd_hooks)[:80]} was given; expected a list of hooks, such as "
+                "[(name, function)] or [Patch(…)]. Give [] for none."
+            )
         for item in fwd_hooks:
             if hasattr(item, "hooks_for"):
                 if inputs is None:
@@ -239,6 +244,11 @@ class HookedModel(ABC):
         """Returns (site name, function) pairs for functions with names, patterns or filters."""
         pairs: list[tuple[str, HookFunction]] = []
         for name, fn in hooks:
+            if name is None:
+                raise HookError(
+                    "The name of a hook is None, which would mean all sites. Give a name, a "
+                    "pattern such as '*', or a function of names."
+                )
             known = isinstance(name, str) and name in self.sites
             names = [name] if known else select_names(name, self.hook_names)
             pairs += [(site, fn) for site in names]

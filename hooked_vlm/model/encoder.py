@@ -73,6 +73,9 @@ class HookedVisionEncoder(HookedModel):
         Other keyword arguments go to transformers' `from_pretrained`
         (`attn_implementation`, `revision`, …).  Remote code runs only when
         `trust_remote_code=True` is among them.
+
+        Raises `MissingWeightsError` for a checkpoint without some of the encoder's weights, which
+        would be random; with `allow_missing_weights=True` this is a warning.
         """
         model, processor = load_image_model(
             name, dtype=dtype, device=device, device_map=device_map, **kwargs

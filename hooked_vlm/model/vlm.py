@@ -86,6 +86,9 @@ class HookedVLM(HookedModel):
         Other keyword arguments go to transformers' `from_pretrained`
         (`attn_implementation`, `quantization_config`, `revision`, …).  Remote code runs
         only when `trust_remote_code=True` is among them.
+
+        Raises `MissingWeightsError` for a checkpoint without some of the weights, which would be
+        random; with `allow_missing_weights=True` this is a warning.
         """
         model, processor = load_pretrained(
             name, dtype=dtype, device=device, device_map=device_map, **kwargs
@@ -218,6 +221,8 @@ class HookedVLM(HookedModel):
             assert stop_at_layer is not None
             return run_until(self.hf_model, self.anatomy.lm, stop_at_layer, run)
 
+        if stop_at_layer is not None:
+            stop_at_layer = layer_index(stop_at_layer, self.cfg.n_layers, "stop_at_layer")
         runs = run if stop_at_layer is None else run_part
         return self._run_cached(
             runs, inputs, names_filter, fwd_hooks, device, check_memory, stop_at_layer
@@ -262,7 +267,7 @@ class HookedVLM(HookedModel):
         layer: int,
         fwd_hooks: Sequence[FwdHook] = (),
         **kwargs: Any,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "batch kept_pos d_vocab"]:
         """Runs LM blocks `layer` and above on a residual stream, and returns the logits.
 
         `inputs` are those of the whole prompt; positions and masks are computed from them.

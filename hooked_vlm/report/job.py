@@ -6,10 +6,12 @@ slow.  The model is loaded before the first experiment.  Each finished experimen
 disk before the next one starts, so an interruption loses at most one experiment.
 """
 
+import hashlib
+import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,15 +19,23 @@ import pandas as pd
 import torch
 
 from hooked_vlm.engine.shared import shared_runs
-from hooked_vlm.errors import DataError, RegionError, ScoringError, did_you_mean
+from hooked_vlm.errors import (
+    CannotRunError,
+    DataError,
+    RegionError,
+    ScoringError,
+    did_you_mean,
+)
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.options import Config, check_options, specialise
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.report.page import PAGE, write_report
-from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run, parameter_hash
-from hooked_vlm.report.results import load_result, run_key, save_result, writable_folder
+from hooked_vlm.report.basis import Basis, data_files, run_key
+from hooked_vlm.report.files import remove_leftovers, writable_folder
+from hooked_vlm.report.page import FIGURES, PAGE, write_report
+from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
+from hooked_vlm.report.results import load_result, save_result
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -74,23 +84,38 @@ class Listener(Protocol):
 def check(job: Job) -> list[Step]:
     """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model."""
     steps = registry.steps(job.experiment, job.setting)
-    if job.config.pairs < 1 or job.config.batch_size < 1:
-        raise DataError(
-            f"--pairs must be at least 1 (got {job.config.pairs})."
-            if job.config.pairs < 1
-            else f"--batch-size must be at least 1 (got {job.config.batch_size})."
-        )
+    if not job.model.strip():
+        raise DataError("--model is empty. Give a shipped model, a local folder or a hub name.")
     check_options([step.experiment.config for step in steps], job.options)
+    for folder in (job.config.cutouts, job.config.backgrounds, job.config.data):
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"There is no folder '{folder}'. Give a folder that exists.")
     for step in steps:
-        own(job, step)
-    if job.dtype not in DTYPES:
-        raise DataError(
-            f"There is no dtype {job.dtype!r}.{did_you_mean(job.dtype, DTYPES)} "
-            f"Use one of: {', '.join(DTYPES)}."
-        )
+        config = own(job, step)
+        config.check()
+        data_files(config)  # opens every picture
+    dtype_of(job.dtype)
     device_of(job.device)
     writable_folder(job.out)
     return steps
+
+
+def folder_name(model: str) -> str:
+    """Returns the name of a model's folder among those of several models.
+
+    It is the model's name, and for a folder its last part with a hash of its whole path, so that
+    two checkpoints of one name get two folders.
+
+    >>> folder_name("tiny-qwen2-vl"), folder_name("org/model")
+    ('tiny-qwen2-vl', 'org--model')
+    """
+    path = Path(model)
+    if not path.is_dir():
+        return re.sub(r"[^\w.-]+", "--", model).strip(".-") or "model"
+    whole = path.resolve()
+    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]+", "-", whole.name).strip(".-") or "model"
+    return f"{name}-{digest}"
 
 
 def own(job: Job, step: Step) -> Config:
@@ -109,23 +134,26 @@ def run(job: Job, listener: Listener) -> Report:
     steps = check(job)
     device = device_of(job.device)
     model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
-    sha256 = parameter_hash(model.hf_model)
+    basis = Basis.of(model.hf_model, job.model, device)
     how = {"device": device, "dtype": job.dtype}
+    folder = job.out / RESULTS
+    for written in (job.out, folder, job.out / FIGURES):
+        remove_leftovers(written)
     results, seconds, reused, errors = [], {}, [], []
     # 2. Run each step, or read its result from an earlier run with the same key.
     with Stopwatch() as watch, shared_runs(model):
         for place, step in enumerate(steps, start=1):
             listener.begin(step, place, len(steps))
             config = own(job, step)
-            key = _key(job, step, sha256)
-            folder = job.out / RESULTS
+            key = run_key(step.experiment.name, config, basis)
             saved = None if job.fresh else load_result(folder, step.key, key)
             if saved is None:
                 start = time.perf_counter()
                 try:
                     found = step.experiment.run(model, config, listener.step)
-                except (DataError, RegionError, ScoringError) as error:
-                    # In a suite, the other experiments may still run on this model.
+                except (CannotRunError, RegionError, ScoringError) as error:
+                    # In a suite, the other experiments may still run on this model.  A mistake
+                    # of the user's is not among these errors, so it is never stored.
                     if len(steps) == 1:
                         raise
                     found = _not_run(step, error)
@@ -147,7 +175,8 @@ def run(job: Job, listener: Listener) -> Report:
         model.hf_model,
         job.model,
         watch,
-        model_sha256=sha256,
+        model_sha256=basis.model_sha256,
+        model_files=basis.model_files,
         experiment=job.experiment,
         config=config,
         seed=job.config.seed,
@@ -181,9 +210,17 @@ def read(job: Job) -> Report:
     if not record_file.exists():
         raise DataError(f"There is no finished run in '{job.out}'. Run the job first.")
     provenance = Provenance.from_json(record_file.read_text())
+    basis = Basis(
+        model_sha256=provenance.model_sha256,
+        model_files=provenance.model_files,
+        attention=provenance.attention,
+        dtype=provenance.dtype,
+        device=torch.device(device_of(job.device)).type,
+        packages={**provenance.packages, "hooked-vlm": provenance.hooked_vlm},
+    )
     results = []
     for step in check(job):
-        key = _key(job, step, provenance.model_sha256)
+        key = run_key(step.experiment.name, own(job, step), basis)
         saved = load_result(job.out / RESULTS, step.key, key)
         if saved is None:
             raise DataError(
@@ -191,12 +228,6 @@ def read(job: Job) -> Report:
             )
         results.append(saved.result)
     return Report(results=results, provenance=provenance, page=job.out / PAGE)
-
-
-def _key(job: Job, step: Step, sha256: str) -> str:
-    """Returns the hash of everything that a step's numbers depend on."""
-    chosen = {**asdict(own(job, step)), "device": device_of(job.device), "dtype": job.dtype}
-    return run_key(step.experiment.name, chosen, sha256, metadata.version("hooked-vlm"))
 
 
 def device_of(name: str) -> str:
@@ -209,6 +240,12 @@ def device_of(name: str) -> str:
         raise DataError(
             f"There is no device {name!r}. Give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
         ) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DataError(
+            f"Device {name!r} was given, and experiments run on cpu, cuda or mps. Use one of them."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DataError(f"Device {name!r} was given, and torch finds none. Use --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DataError(
             f"Device {name!r} was given, and torch {torch.__version__} finds "
@@ -219,5 +256,13 @@ def device_of(name: str) -> str:
 
 
 def dtype_of(name: str) -> Any:
-    """Returns the torch dtype of a name; `"auto"` is returned unchanged, for transformers."""
+    """Returns the torch dtype of a name; `"auto"` is returned unchanged, for transformers.
+
+    Raises `DataError` for another name than those in `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise DataError(
+            f"There is no dtype {name!r} here.{did_you_mean(name, DTYPES)} "
+            f"Use one of: {', '.join(DTYPES)}."
+        )
     return name if name == "auto" else getattr(torch, name)

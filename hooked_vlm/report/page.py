@@ -22,12 +22,13 @@ from PIL import Image
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.targets import targets
 from hooked_vlm.report.figures import HEADLINES, Drawing, drawings
+from hooked_vlm.report.files import write_file
 from hooked_vlm.report.look import to_png
 from hooked_vlm.report.provenance import Provenance
-from hooked_vlm.report.results import write_file
 
 
 PAGE = "report.html"
+FIGURES = "figures"
 PX_PER_INCH = 88  # on the page, so that the text of all figures has one size
 COLUMNS = ("direction", "axis", "kind", "slot", "site", "quantity", "value", "low", "high", "n")
 
@@ -140,7 +141,7 @@ def _section(result: Result, out: Path) -> dict[str, Any]:
     for drawing in drawings(result):
         png = to_png(drawing.figure)
         name = f"{result.anchor}-{drawing.name}.png"
-        write_file(out / "figures" / name, png)
+        write_file(out / FIGURES / name, png)
         figures.append(_shown(drawing, png))
     return {
         "result": result,

@@ -25,9 +25,20 @@ import torch
 from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device
+from hooked_vlm.errors import DataError
 
 
-PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn", "pandas", "xarray")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "pandas",
+    "xarray",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,10 @@ class Provenance:
     model_class: str
     model_sha256: str
     """See `parameter_hash`."""
+    model_files: dict[str, str]
+    """SHA-256 of each file of the model that is no weight (see `basis.model_files`)."""
+    attention: str
+    """The attention implementations, such as `"sdpa"`."""
     n_parameters: int
     experiment: str
     config: dict[str, Any]
@@ -78,8 +93,14 @@ class Provenance:
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":
-        """Returns the record that `to_json` wrote."""
-        return cls(**json.loads(text))
+        """Returns the record that `to_json` wrote; raises `DataError` for another text."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(
+                "This is not the record of a run by this version of hooked_vlm "
+                f"({str(error)[:120]}). Run the job again."
+            ) from None
 
 
 class Stopwatch:
@@ -116,6 +137,7 @@ def describe_run(
     seed: int,
     seconds: Mapping[str, float] | None = None,
     reused: Sequence[str] = (),
+    model_files: Mapping[str, str] | None = None,
 ) -> Provenance:
     """Returns the record of one run of `experiment` on `model`; `name` is the user's name for it.
 
@@ -126,6 +148,8 @@ def describe_run(
         model=name,
         model_class=type(model).__name__,
         model_sha256=model_sha256,
+        model_files=dict(model_files or {}),
+        attention=attention_of(model),
         n_parameters=sum(p.numel() for p in model.parameters()),
         experiment=experiment,
         config=dict(config),
@@ -134,10 +158,10 @@ def describe_run(
         device_name=_device_name(device),
         dtype=str(compute_dtype(model)).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        hooked_vlm=_version("hooked-vlm"),
+        hooked_vlm=version_of("hooked-vlm"),
         git_commit=source_commit(),
         python=platform.python_version(),
-        packages={package: _version(package) for package in PACKAGES},
+        packages={package: version_of(package) for package in PACKAGES},
         platform=platform.platform(),
         started=watch.started.isoformat(timespec="seconds"),
         wall_seconds=round(watch.seconds, 2),
@@ -149,19 +173,31 @@ def describe_run(
 
 
 def parameter_hash(model: nn.Module) -> str:
-    """Returns the SHA-256 over names, dtypes, shapes and bytes of a model's parameters.
+    """Returns the SHA-256 over names, dtypes, shapes and bytes of parameters and buffers.
 
-    Parameters are sorted by name, so the hash does not depend on the order in which modules
-    were built.  Tied weights count once.  For a parameter off-loaded to disk (on the meta
-    device), only name, dtype and shape count.
+    They are sorted by name, so the hash does not depend on the order in which modules were
+    built.  Tied weights count once.  For a parameter off-loaded to disk (on the meta device),
+    only name, dtype and shape count.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    everything = [*model.named_parameters(), *model.named_buffers()]
+    for name, parameter in sorted(everything, key=lambda item: item[0]):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         if not parameter.is_meta:
             flat = parameter.detach().reshape(-1).cpu().contiguous()
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def attention_of(model: nn.Module) -> str:
+    """Returns the attention implementations of a model's configurations, such as `"sdpa"`."""
+    found = {
+        str(implementation)
+        for module in model.modules()
+        if (config := getattr(module, "config", None)) is not None
+        and (implementation := getattr(config, "_attn_implementation", None))
+    }
+    return ", ".join(sorted(found))
 
 
 def source_commit() -> str | None:
@@ -189,7 +225,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Returns the version of an installed package, or `"not installed"`."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,22 +1,23 @@
 """Saves results of experiments, and loads them for runs that would repeat them.
 
 Each finished experiment is written to its own folder, with a key that hashes everything its
-numbers depend on: the experiment, its configuration, the model's weights and this package's
-source.  The next run reads the results with the same key and computes the others.  Nothing is
-pickled: tables are CSV, arrays safetensors, pictures PNG, and the rest JSON.  A folder can
-therefore be read without this package, and opened safely when it comes from others.
+numbers depend on (see `basis`).  The next run reads the results with the same key and computes
+the others.  Nothing is pickled: tables are CSV, arrays safetensors, pictures PNG, and the rest
+JSON.  A folder can therefore be read without this package, and opened safely when it comes
+from others.
 
-Each file is written under a temporary name and then renamed, so no reader sees a partial file.
+`result.json` has the checksum of every file in the folder and of itself.  A result that fails
+a checksum is damaged: `load_result` warns and the experiment is computed again.
 """
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
-import shutil
-import tempfile
+import re
+import time
+import warnings
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,57 +25,23 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, HookedVLMWarning
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.report.files import (
+    replaced_folder,
+    restore,
+    sha256_of,
+    synchronise,
+    write_synced,
+)
 
 
-FORMAT = 3  # increase it when the files below change, so that old results are computed again
-
-
-def run_key(experiment: str, config: Mapping[str, Any], model_sha256: str, version: str) -> str:
-    """Returns the hash of everything that an experiment's numbers and sentences depend on.
-
-    Unreleased versions can share a number and differ in source, so the source counts too.
-    """
-    everything = [FORMAT, experiment, dict(config), model_sha256, version, _source_sha256()]
-    text = json.dumps(everything, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@cache
-def _source_sha256() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def writable_folder(path: Path) -> Path:
-    """Creates the folder `path` if needed and returns it; raises `DataError` if not writable."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"Cannot write to the output folder '{path}': {error.strerror or error}. "
-            "Name a folder with write permission."
-        ) from None
-    return path
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file completely, or leaves the existing file unchanged."""
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+FORMAT = 4  # increase it when the files below change, so that old results are computed again
+ABOUT, TABLE, ARRAYS = "result.json", "table.csv", "arrays.safetensors"
+_PICTURE = re.compile(r"images/\d+\.png")
+_ATTEMPTS, _PAUSE_S = 5, 0.05
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,45 +56,47 @@ class Saved:
 def save_result(result: Result, folder: Path, key: str, seconds: float = 0.0) -> Path:
     """Writes a result to `folder/<its key>`, replacing an older one; returns that folder."""
     target = folder / result.key
-    folder.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{result.key}-", dir=folder))
-    try:
+    with replaced_folder(target) as building:
         _write(result, building, {"key": key, "seconds": seconds})
-        if target.exists():
-            shutil.rmtree(target)
-        building.replace(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return target
 
 
 def load_result(folder: Path, name: str, key: str) -> Saved | None:
-    """Returns the result saved under `name` (its `Result.key`) with this hash, or `None`."""
+    """Returns the result saved under `name` (its `Result.key`) with this hash, or `None`.
+
+    Warns about a damaged result, for which it returns `None` as well.
+    """
     source = folder / name
-    try:
-        about = json.loads((source / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    if about.get("key") != key:
-        return None
-    return Saved(_read(source, about), about["seconds"])
+    for attempt in range(_ATTEMPTS):
+        restore(source)
+        if not source.is_dir():
+            return None
+        try:
+            about = _about(source)
+            if about["key"] != key:
+                return None
+            return Saved(_read(source, about), float(about["seconds"]))
+        except DataError as error:
+            # Another process may be replacing the folder, so its files are read again.
+            if attempt < _ATTEMPTS - 1:
+                time.sleep(_PAUSE_S)
+                continue
+            warnings.warn(f"{error} It is computed again.", HookedVLMWarning, stacklevel=2)
+    return None
 
 
 def read_result(folder: Path) -> Result:
     """Returns the result in one folder, whatever run or version it is of.
 
-    Raises `DataError` where there is none.
+    Raises `DataError` where there is none, and for a damaged one.
     """
-    try:
-        about = json.loads((folder / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise DataError(
-            f"There is no result in '{folder}'. Give a folder inside a run's results/."
-        ) from None
-    return _read(folder, about)
+    if not (folder / ABOUT).is_file():
+        raise DataError(f"There is no result in '{folder}'. Give a folder inside a run's results/.")
+    return _read(folder, _about(folder))
 
 
 def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
+    # 1. Arrays, the table and pictures.
     arrays, labels = {}, {}
     for name, array in result.arrays.items():
         # safetensors writes raw memory, so a transposed array must be made contiguous first.
@@ -139,35 +108,99 @@ def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
                 for label, values in array.coords.items()
             },
         }
-    save_file(arrays, folder / "arrays.safetensors")
-    result.table.to_csv(folder / "table.csv", index=False)
-    (folder / "images").mkdir()
+    content = {ARRAYS: save(arrays), TABLE: result.table.to_csv(index=False).encode()}
     files = {name: f"images/{index:03}.png" for index, name in enumerate(result.images)}
     for name, file in files.items():
-        result.images[name].save(folder / file)
+        buffer = io.BytesIO()
+        result.images[name].save(buffer, format="PNG")
+        content[file] = buffer.getvalue()
+    (folder / "images").mkdir()
+    for file, data in content.items():
+        write_synced(folder / file, data)
+    synchronise(folder / "images")
+    # 2. The rest, with the checksum of each file.
     words = ("id", "name", "title", "claim", "section", "setting", "verdict", "config", "notes")
     about = {
         **stamp,
         **{word: getattr(result, word) for word in words},
         "columns": {str(name): str(dtype) for name, dtype in result.table.dtypes.items()},
+        "rows": len(result.table),
         "arrays": labels,
         "images": files,
+        "files": {file: hashlib.sha256(data).hexdigest() for file, data in content.items()},
     }
-    (folder / "result.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+    about = json.loads(json.dumps(about, default=str))  # as it will be read
+    text = json.dumps({**about, "sha256": _own_sha256(about)}, indent=2)
+    write_synced(folder / ABOUT, text + "\n")
 
 
-def _read(folder: Path, about: dict[str, Any]) -> Result:
-    arrays = load_file(folder / "arrays.safetensors")
+def _own_sha256(about: Mapping[str, Any]) -> str:
+    """Returns the checksum of `result.json`, without the checksum in it."""
+    rest = {name: value for name, value in about.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """Returns `result.json`, after verifying its checksum and those of the other files.
+
+    Raises `DataError` for a damaged result, and for a name of a file outside the folder.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{ABOUT} cannot be read ({type(error).__name__})") from None
+    if not isinstance(about, dict) or about.get("sha256") != _own_sha256(about):
+        raise _damaged(folder, f"{ABOUT} does not have the checksum that it states")
+    images, files = about.get("images"), about.get("files")
+    if not isinstance(images, dict) or not isinstance(files, dict):
+        raise _damaged(folder, f"{ABOUT} does not list its files")
+    for file in [*images.values(), *files]:
+        _require_inside(folder, file)
+    for file in (TABLE, ARRAYS, *images.values()):
+        try:
+            found = sha256_of(folder / file)
+        except OSError:
+            raise _damaged(folder, f"{file} is missing") from None
+        if found != files.get(file):
+            raise _damaged(folder, f"{file} differs from its checksum")
+    return about
+
+
+def _require_inside(folder: Path, file: object) -> None:
+    """Raises `DataError` unless `file` is one that `_write` writes, and no link out of `folder`."""
+    known = isinstance(file, str) and (file in (TABLE, ARRAYS) or _PICTURE.fullmatch(file))
+    if known and (folder / str(file)).resolve().is_relative_to(folder.resolve()):
+        return
+    shown = repr(file)[:80]
+    raise _damaged(folder, f"{ABOUT} names {shown}, which is no file of a result")
+
+
+def _damaged(folder: Path, what: str) -> DataError:
+    return DataError(f"The result in '{folder}' is damaged: {what}.")
+
+
+def _read(folder: Path, about: Mapping[str, Any]) -> Result:
+    """Returns a result whose files have been verified."""
+    try:
+        return _parsed(folder, about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{ABOUT} does not describe its files ({type(error).__name__}: {error})"[:200]
+        raise _damaged(folder, what) from None
+
+
+def _parsed(folder: Path, about: Mapping[str, Any]) -> Result:
+    arrays = load((folder / ARRAYS).read_bytes())
     # Read as text and then converted, which is exact; read_csv's own parsing rounds.
     columns = about["columns"]  # empty for an experiment that could not run
-    table = pd.read_csv(folder / "table.csv", dtype=str).astype(columns) if columns else None
-    fields = {field.name for field in dataclasses.fields(Result)}
-    words = {word: value for word, value in about.items() if word in fields}
+    table = pd.read_csv(folder / TABLE, dtype=str).astype(columns) if columns else pd.DataFrame()
+    if len(table) != about["rows"] or list(table.columns) != list(columns):
+        raise ValueError(f"{len(table)} rows in {TABLE}, {about['rows']} expected")
+    words = {field.name for field in dataclasses.fields(Result)} & about.keys()
     return Result(
         **{
-            **words,
+            **{word: about[word] for word in words},
             "notes": tuple(about["notes"]),
-            "table": pd.DataFrame() if table is None else table,
+            "table": table,
             "arrays": {
                 name: xr.DataArray(
                     arrays[name],

@@ -14,6 +14,7 @@ from PIL import Image
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Geometry
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.pictures import open_picture
 from hooked_vlm.stimuli.prompts import OBJECTS, PREPOSITION
 from hooked_vlm.stimuli.squares import canvas
 
@@ -48,21 +49,23 @@ def load_cutouts(folder: Path) -> Cutouts:
     Raises `DataError` for a missing folder or one without PNG files, for a file that is no
     picture, and for a picture without transparent pixels, which would paint a box.
     """
-    files = {path.stem: path for path in sorted(folder.glob("*.png"))}
-    if not files:
-        raise DataError(
-            f"There are no <name>.png files in '{folder}'. Give a folder with three or more."
-        )
+    files = {path.stem: path for path in files_in(folder)}
     order = [*(n for n in NAMES if n in files), *(n for n in files if n not in NAMES)]
     return {name: _load(files[name]) for name in order}
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Returns the files of the cut-outs of a folder; raises `DataError` without any."""
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise DataError(
+            f"There are no <name>.png files in '{folder}'. Give a folder with three or more."
+        )
+    return files
+
+
 def _load(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGBA")
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read as a picture: {error}") from None
+    image = open_picture(path, "RGBA")
     lowest, _ = image.getchannel("A").getextrema()
     if lowest == 255:
         raise DataError(
@@ -79,15 +82,15 @@ def draw(
     background: Image.Image | None = None,
     cutouts: Cutouts | None = None,
 ) -> Image.Image:
-    """Returns a canvas with each object in its slot; None leaves a slot empty.
+    """Returns a canvas with each object in its place; None leaves a place empty.
 
-    Raises `DataError` for an unknown object or other than three slots.
+    Raises `DataError` for an unknown object or other than three places.
     """
     cutouts = shipped() if cutouts is None else cutouts
     image = canvas(entities, geometry, background)
-    for slot, name in enumerate(entities):
+    for place, name in enumerate(entities):
         if name is not None:
-            paste(image, name, geometry.slot_box(axis, slot), cutouts)
+            paste(image, name, geometry.place_box(axis, place), cutouts)
     return image
 
 

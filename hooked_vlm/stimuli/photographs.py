@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.stimuli.pictures import open_picture
 
 
 SCENES = ("coffee", "chelsea", "rocket", "camera", "astronaut", "hubble")
@@ -37,22 +38,22 @@ def shipped(name: str) -> Image.Image:
 
 
 def load_photographs(folder: Path) -> dict[str, Image.Image]:
-    """Returns a folder's pictures by file name, in order; raises `DataError` without any."""
+    """Returns a folder's pictures by file name, in order.
+
+    Raises `DataError` for a folder without pictures, and for a file that is no picture.
+    """
+    return {path.stem: open_picture(path) for path in files_in(folder)}
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Returns the pictures' files of a folder, in order; raises `DataError` without any."""
     files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in _ENDINGS]
     if not files:
         raise DataError(
             f"There are no pictures ({', '.join(_ENDINGS)}) in '{folder}' to use as backgrounds. "
             "Give a folder with at least one."
         )
-    return {path.stem: _load(path) for path in files}
-
-
-def _load(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read as a picture: {error}") from None
+    return files
 
 
 def fitted(photograph: Image.Image, side: int) -> Image.Image:

@@ -3,7 +3,7 @@
 A setting defines the stimuli; every experiment runs on any of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,12 @@ def stimulus_set(
 
     Raises `DataError` for an unknown name or an unusable folder.
     """
+    require_known(name)
     if name in whatsup.SETTINGS:
-        if data is None:
-            raise DataError(
-                f"The setting {name!r} needs your copy of What'sUp: give data=FOLDER (--data "
-                "FOLDER). docs/reference/data.md describes the folder's layout."
-            )
-        return whatsup.composite_set(whatsup.load(data), name.removeprefix("whatsup-"))
-    plain, _, ground = name.partition("-")
-    if plain not in _MAKE or ground not in ("", "photos"):
-        known = (*SETTINGS, *whatsup.SETTINGS)
-        raise DataError(
-            f"There is no setting {name!r}.{did_you_mean(name, known)} Use one of: "
-            f"{', '.join(known)}."
+        return whatsup.composite_set(
+            whatsup.load(_folder(name, data)), name.removeprefix("whatsup-")
         )
+    plain, _, ground = name.partition("-")
     names, draw, prompt = _MAKE[plain](cutouts)
     grounds = {}
     if ground:
@@ -60,6 +52,50 @@ def stimulus_set(
         prompt=partial(_other_prompt, plain) if other_words else prompt,
         grounds=grounds,
     )
+
+
+def require_known(name: str, known: Sequence[str] = ()) -> None:
+    """Raises `DataError` unless `name` is among `known` settings (default: all settings)."""
+    known = known or (*SETTINGS, *whatsup.SETTINGS)
+    if name not in known:
+        raise DataError(
+            f"There is no setting {name!r} here.{did_you_mean(name, known)} Use one of: "
+            f"{', '.join(known)}."
+        )
+
+
+def files_of(
+    name: str,
+    *,
+    cutouts: Path | None = None,
+    backgrounds: Path | None = None,
+    data: Path | None = None,
+) -> dict[str, Path]:
+    """Returns the files of a user that a setting reads, by a name that is free of folders.
+
+    Raises `DataError` as `stimulus_set` does.
+    """
+    require_known(name)
+    if name in whatsup.SETTINGS:
+        folder = _folder(name, data)
+        items = whatsup.load(folder).items
+        pictures = {f"data/{item.path.relative_to(folder)}": item.path for item in items}
+        return {"data": whatsup.listing_of(folder), **pictures}
+    found = {}
+    if name.startswith("objects") and cutouts is not None:
+        found |= {f"cutouts/{path.name}": path for path in objects.files_in(cutouts)}
+    if name.endswith("-photos") and backgrounds is not None:
+        found |= {f"backgrounds/{path.name}": path for path in photographs.files_in(backgrounds)}
+    return found
+
+
+def _folder(name: str, data: Path | None) -> Path:
+    if data is None:
+        raise DataError(
+            f"The setting {name!r} needs your copy of What'sUp: give data=FOLDER (--data "
+            "FOLDER). docs/reference/data.md describes the folder's layout."
+        )
+    return data
 
 
 def _other_prompt(plain: str, question: Question) -> str:

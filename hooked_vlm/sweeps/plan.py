@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.engine.budget import row_bytes, rows_within
-from hooked_vlm.engine.run import firsts_of, groups_of, starts_of, whole_rows
+from hooked_vlm.engine.growing import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.stages import RowPlan, job_of
 from hooked_vlm.engine.vision import tower_depth
 from hooked_vlm.hooks.names import last_block

@@ -97,9 +97,9 @@ def test_the_recipe_writes_every_image_token_once_from_where_it_says(
         text = torch.ones(after.shape[1], dtype=torch.bool)
         text[positions] = False
         assert torch.equal(after[b, text], before[b, text])
-        for slot in range(3):
-            here = layout.object_region("vertical", slot).positions(grid[0])
-            source = found.in_middle[slot].cache[site][b, middle.positions(grid[0])]
+        for place in range(3):
+            here = layout.object_region("vertical", place).positions(grid[0])
+            source = found.in_middle[place].cache[site][b, middle.positions(grid[0])]
             assert torch.equal(after[b, here], source)
         outside = layout.background("vertical").positions(grid[0])
         assert torch.equal(after[b, outside], found.empty.cache[site][b, outside])

@@ -195,10 +195,10 @@ def test_names_that_a_tokenizer_splits_are_left_out(copy: Path) -> None:
 @pytest.mark.parametrize("n_tokens", [8, 12, 16, 24])
 def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int) -> None:
     layout = whatsup.layout_of(reference, n_tokens, 14)
-    strips = [layout.strip_region("horizontal", slot) for slot in range(3)]
+    strips = [layout.strip_region("horizontal", place) for place in range(3)]
     assert (np.sum([strip.mask for strip in strips], axis=0) == 1).all()
-    for slot in (0, 2):
-        assert len(layout.object_region("horizontal", slot) - strips[slot]) == 0
+    for place in (0, 2):
+        assert len(layout.object_region("horizontal", place) - strips[place]) == 0
     assert len(layout.background("horizontal")) > n_tokens
     if (reference, n_tokens) == ("table", 16):
         with pytest.raises(RegionError, match=r"96.*64"):
@@ -217,13 +217,13 @@ def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int)
             strips.targets
         )
         assert len(pairs["background"]) + len(pairs["object"]) == len(strips)
-    with pytest.raises(DataError, match="slot 0, vertical, is none"):
+    with pytest.raises(DataError, match="place 0, vertical, is none"):
         layout.object_region("vertical", 0)
 
 
 def test_published_regions_to_the_cell() -> None:
     chair = whatsup.layout_of("chair", 16, 14)
-    assert chair.slot_box("horizontal", 0) == (3 * 14, 12 * 14, 6 * 14, 15 * 14)
+    assert chair.place_box("horizontal", 0) == (3 * 14, 12 * 14, 6 * 14, 15 * 14)
     assert len(chair.strip_region("horizontal", 0)) == 6 * 16
     table = whatsup.layout_of("table", 12, 28)
     assert len(table.object_region("horizontal", 2)) == 5 * 3
@@ -307,8 +307,8 @@ def test_joined_pictures_differ_from_whole_ones_where_they_should() -> None:
     whole, simple = drawn["whole"], drawn["joined"]
     assert (abs(whole - simple)[:, :48] <= 1).all()  # the left half is the whole picture's
     assert (abs(whole - simple)[:, 48:] > 1).any()
-    for slot, color in enumerate(("red", "green", "blue")):
-        x0, y0, x1, y1 = layout.slot_box("horizontal", slot)
+    for place, color in enumerate(("red", "green", "blue")):
+        x0, y0, x1, y1 = layout.place_box("horizontal", place)
         for image in drawn.values():
             assert abs(image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] - squares.COLORS[color]).max() <= 2
     moved = np.any(abs(drawn["seam moved"] - simple) > 1, axis=(0, 2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.built import on_meta
+from benchmarks.common.built import on_meta
 from helpers.live_memory import peak_live
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep

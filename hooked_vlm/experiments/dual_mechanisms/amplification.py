@@ -14,7 +14,7 @@ to the best alpha on the same items.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import probe_regions, projected
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepare import Inputs
@@ -39,12 +39,16 @@ from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
-ID, NAME, SECTION = "E7", "amplification", "5.4, Table 2"
-TITLE = "Does amplified ordering correct wrong answers?"
-CLAIM = (
-    "On What'sUp more than half of Gemma-3-4b's and more than 0.30 of Qwen2-VL-7B's wrong answers "
-    "are corrected; on COCO-spatial accuracy rises from 0.53 to 0.72 (random directions 0.57) for "
-    "Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+ABOUT = About(
+    id="E7",
+    name="amplification",
+    section="5.4, Table 2",
+    title="Does amplified ordering correct wrong answers?",
+    claim=(
+        "On What'sUp more than half of Gemma-3-4b's and more than 0.30 of Qwen2-VL-7B's wrong "
+        "answers are corrected; on COCO-spatial accuracy rises from 0.53 to 0.72 (random "
+        "directions 0.57) for Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+    ),
 )
 FORMULAS = ("written, first", "written, last", "released", "orthonormal")
 CONTROLS = ("random, same norms", "random, same energy")
@@ -56,6 +60,8 @@ Outcomes = Mapping[str, Bool[np.ndarray, "seed alpha item"]]
 class Strengths(common.Config):
     """The strengths of amplification, and the number of random directions as controls."""
 
+    ranges: ClassVar = {"controls": (0, 1000)}
+
     alphas: tuple[float, ...] = tuple(float(a) for a in range(16))
     controls: int = 3
     """Seeds of the random directions."""
@@ -65,6 +71,8 @@ class Strengths(common.Config):
 @dataclass(frozen=True, kw_only=True)
 class Config(Strengths):
     """`items` questions of each direction (0: all), none of whose pictures the probe has seen."""
+
+    ranges: ClassVar = {**Strengths.ranges, "items": (0, 10**6)}
 
     setting: str = "objects-photos"
     items: int = 24
@@ -84,11 +92,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     right = {kind: np.concatenate([part[kind] for part in found], axis=2) for kind in found[0]}
     table = table_of(right, [q.direction for q in asked], config)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images={"a question's picture": setting.picture(asked[0])},
         verdict=verdict_of(table, right),

@@ -11,6 +11,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from hooked_vlm.analysis.directions import stack
 from hooked_vlm.analysis.probes import Examples, LinearProbe, class_directions, split_by_image
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
-from hooked_vlm.errors import DataError, HookedVLMWarning
+from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
     CONTROLS,
     Strengths,
@@ -31,23 +33,28 @@ from hooked_vlm.experiments.dual_mechanisms.amplification import (
     table_of,
     verdict_of,
 )
-from hooked_vlm.experiments.further.coco_spatial import opened
+from hooked_vlm.experiments.further.coco_spatial import listed_files, opened, usable_items
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.regions.region import Region
-from hooked_vlm.stimuli.datasets.coco import load
-from hooked_vlm.stimuli.datasets.coco_boxes import BoxedItem, with_boxes
+from hooked_vlm.stimuli.datasets.coco import Spatial
+from hooked_vlm.stimuli.datasets.coco_boxes import Boxed, BoxedItem, with_boxes
+from hooked_vlm.stimuli.datasets.coco_boxes import find as annotations
 from hooked_vlm.sweeps.sweep import final_logits
 
 
-ID, NAME, SECTION = "R2", "coco-amplification", "5.4, Table 2 (v2)"
-TITLE = "Does amplified ordering correct wrong answers on photographs?"
-CLAIM = (
-    "On COCO-spatial (440 items) accuracy rises from 0.53 to 0.72 (random directions 0.57) for "
-    "Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+ABOUT = About(
+    id="R2",
+    name="coco-amplification",
+    section="5.4, Table 2 (v2)",
+    title="Does amplified ordering correct wrong answers on photographs?",
+    claim=(
+        "On COCO-spatial (440 items) accuracy rises from 0.53 to 0.72 (random directions 0.57) for "
+        "Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+    ),
 )
 TEST_SHARE = 0.05
 FEWEST = 4
@@ -58,9 +65,40 @@ FEWEST = 4
 class Config(Strengths):
     """`style` is the wording: "reference" (the paper's for Qwen2-VL) or "choice" (Gemma 3)."""
 
+    settings_allowed = ("coco",)
+    choices: ClassVar = {
+        "style": ("reference", "choice"),
+        "name": ("coco_qa_two_obj", "vg_qa_two_obj"),
+    }
+
     setting: str = "coco"
     style: str = "reference"
     name: str = "coco_qa_two_obj"
+
+    @property
+    def used_settings(self) -> tuple[str, ...]:
+        """None: the photographs are those of the list."""
+        return ()
+
+    def check(self) -> None:
+        """Raises `DataError` without a usable copy of the data and of COCO's annotations."""
+        super().check()
+        usable_boxes(self.data, self.name)
+
+    def files(self) -> dict[str, Path]:
+        """Returns the list, its photographs and COCO's annotations."""
+        folder, _ = usable_items(self.data, self.name)
+        return {**listed_files(folder, self.name), "annotations": annotations(folder)}
+
+
+def usable_boxes(data: Path | None, name: str) -> tuple[Spatial, Boxed]:
+    """Returns the list and its items with boxes; raises `DataError` if no item is usable."""
+    folder, listed = usable_items(data, name)
+    found = with_boxes(listed.items, folder)
+    if not found.items:
+        problems = "; ".join([*listed.problems, *found.problems][:3])[:200]
+        raise DataError(f"'{folder}' has no usable item: {problems}.")
+    return listed, found
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +113,8 @@ class Told:
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Fits probes on correctly answered items, then asks every item at every strength."""
-    if config.data is None:
-        raise DataError(
-            "COCO-spatial needs your copy of the photographs: give --data FOLDER. "
-            "docs/reference/data.md describes the folder's layout."
-        )
-    listed = load(config.data, config.name)
-    found = with_boxes(listed.items, config.data)
+    listed, found = usable_boxes(config.data, config.name)
     problems = [*listed.problems, *found.problems]
-    if not found.items:
-        raise DataError(f"'{config.data}' has no usable item: {'; '.join(problems[:3])}")
     total, done = 2 * len(found.items), 0
     on_progress(0, total)
     told: dict[BoxedItem, Told] = {}
@@ -116,16 +146,12 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             done += len(group)
             on_progress(done, total)
     if not parts:
-        raise DataError(f"No probe could be fitted: {' '.join(left_out)}")
+        raise CannotRunError(f"No probe could be fitted: {' '.join(left_out)}")
     outcomes = {kind: np.concatenate([part[kind] for part in parts], axis=2) for kind in parts[0]}
     table = table_of(outcomes, [item.item.axis for item in items], config)
     probes = type(table)(rows)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=type(table)([*table.to_dict("records"), *rows]),
         images={"an item": opened(items[0].item)},
         verdict="\n".join(

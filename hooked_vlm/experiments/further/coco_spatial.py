@@ -7,6 +7,8 @@ message.  An item counts where both answers are right.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -17,37 +19,76 @@ from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.stimuli.datasets.coco import SpatialItem, load
+from hooked_vlm.stimuli.datasets.coco import Spatial, SpatialItem, listing_of, load
+from hooked_vlm.stimuli.pictures import open_picture
 from hooked_vlm.sweeps.sweep import final_logits
 
 
-ID, NAME, SECTION = "R1", "coco-spatial", "Table 2"
-TITLE = "Does the model answer questions about sides on photographs?"
-CLAIM = "Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60."
+ABOUT = About(
+    id="R1",
+    name="coco-spatial",
+    section="Table 2",
+    title="Does the model answer questions about sides on photographs?",
+    claim="Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """`style` is the wording: "reference" (the paper's for Qwen2-VL) or "choice" (Gemma 3)."""
 
+    settings_allowed = ("coco",)
+    choices: ClassVar = {
+        "style": ("reference", "choice"),
+        "name": ("coco_qa_two_obj", "vg_qa_two_obj"),
+    }
+
     setting: str = "coco"
     style: str = "reference"
     name: str = "coco_qa_two_obj"
     """The list: `coco_qa_two_obj` or `vg_qa_two_obj`."""
 
+    @property
+    def used_settings(self) -> tuple[str, ...]:
+        """None: the photographs are those of the list."""
+        return ()
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Asks every item in both orders of its options; raises `DataError` without `config.data`."""
-    if config.data is None:
+    def check(self) -> None:
+        """Raises `DataError` without a usable copy of the data."""
+        super().check()
+        usable_items(self.data, self.name)
+
+    def files(self) -> dict[str, Path]:
+        """Returns the list and its photographs."""
+        return listed_files(self.data, self.name)
+
+
+def usable_items(data: Path | None, name: str) -> tuple[Path, Spatial]:
+    """Returns the folder and the list; raises `DataError` if no item is usable."""
+    if data is None:
         raise DataError(
             "COCO-spatial needs your copy of the photographs: give --data FOLDER. "
             "docs/reference/data.md describes the folder's layout."
         )
-    found = load(config.data, config.name)
+    found = load(data, name)
     if not found.items:
-        raise DataError(f"'{config.data}' has no usable item: {'; '.join(found.problems[:3])}")
+        problems = "; ".join(found.problems[:3])[:200] or "the list is empty"
+        raise DataError(f"'{data}' has no usable item: {problems}.")
+    return data, found
+
+
+def listed_files(data: Path | None, name: str) -> dict[str, Path]:
+    """Returns a list's file and its photographs, by a name that is free of folders."""
+    folder, found = usable_items(data, name)
+    pictures = {f"data/{item.path.relative_to(folder)}": item.path for item in found.items}
+    return {"data": listing_of(folder, name), **pictures}
+
+
+def run(model, config: Config, on_progress: OnProgress) -> Result:
+    """Asks every item in both orders of its options; raises `DataError` without `config.data`."""
+    _, found = usable_items(config.data, config.name)
     on_progress(0, len(found.items))
     answers: list[list[str]] = []
     for start in range(0, len(found.items), config.batch_size):
@@ -57,11 +98,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     table = _table(found.items, answers)
     problems = "; ".join(found.problems[:5])
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images={"an item": opened(found.items[0])},
         verdict=_verdict(table),
@@ -84,9 +121,8 @@ def _answers(model, items: Sequence[SpatialItem], style: str) -> list[list[str]]
 
 
 def opened(item: SpatialItem) -> Image.Image:
-    """Returns an item's photograph."""
-    with Image.open(item.path) as opened:
-        return opened.convert("RGB")
+    """Returns an item's photograph; raises `DataError` for an unreadable one."""
+    return open_picture(item.path)
 
 
 def _table(items: Sequence[SpatialItem], answers: Sequence[Sequence[str]]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ object of its own strip and to other objects.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,14 +18,14 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import read_order
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR, VISION
@@ -34,9 +35,13 @@ from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
-ID, NAME, SECTION = "Q5", "encoder-depth", "open question on 5.2"
-TITLE = "At which depth of the vision encoder does the background hold the order?"
-CLAIM = "The paper finds strips in the projector's output and leaves their origin open."
+ABOUT = About(
+    id="Q5",
+    name="encoder-depth",
+    section="open question on 5.2",
+    title="At which depth of the vision encoder does the background hold the order?",
+    claim="The paper finds strips in the projector's output and leaves their origin open.",
+)
 KINDS = ("strip", "object")
 LOOKED_AT = 8
 """Number of pictures of each axis over which attention is averaged."""
@@ -45,6 +50,8 @@ LOOKED_AT = 8
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """`images` pictures of each axis for the probes; `pairs` of each direction for swaps."""
+
+    ranges: ClassVar = {"images": (8, 10**6)}  # probes need held-out pictures
 
     pairs: int = 16
     images: int = 120
@@ -81,11 +88,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     table = pd.DataFrame(rows)
     shape = (len(setting.axes), len(sites), *maps[0].shape)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={
             "maps": xr.DataArray(
@@ -114,14 +117,14 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 def depths(model) -> list[str]:
     """Returns the residual sites of the vision encoder that reach the answer, and the projector's.
 
-    Raises `DataError` where the encoder's blocks have no residual sites.
+    Raises `CannotRunError` where the encoder's blocks have no residual sites.
     """
     read = model.anatomy.vision.last_read
     blocks = [f"{VISION}.blocks.0.hook_resid_pre"]
     blocks += [f"{VISION}.blocks.{layer}.hook_resid_post" for layer in range(read + 1)]
     sites = [name for name in blocks if name in model.sites]
     if len(sites) < 2:
-        raise DataError(
+        raise CannotRunError(
             "This vision encoder's blocks have no residual sites, which this experiment needs. Use "
             "a model whose vision encoder is a transformer."
         )
@@ -149,11 +152,11 @@ def _features(
 def pooled(patches: Tensor, side: int) -> Tensor:
     """Returns `[image, side * side, d]` from `[image, patch, d]`: each token's patches averaged.
 
-    Raises `DataError` where patches do not divide into so many tokens.
+    Raises `CannotRunError` where patches do not divide into so many tokens.
     """
     n = round(patches.shape[1] ** 0.5)
     if n * n != patches.shape[1] or n % side:
-        raise DataError(
+        raise CannotRunError(
             f"{patches.shape[1]} patches do not divide into {side}x{side} tokens. This experiment "
             "needs a square grid of patches, a multiple of the tokens' grid."
         )
@@ -237,15 +240,15 @@ def attention_shares(setting: Setting, axis: str, pattern: Tensor) -> np.ndarray
     def patches(region) -> np.ndarray:
         return np.kron(region.mask, np.ones((m, m), dtype=bool)).ravel()
 
-    objects = [patches(setting.geometry.object_region(axis, slot)) for slot in range(3)]
+    objects = [patches(setting.geometry.object_region(axis, place)) for place in range(3)]
     background = patches(setting.geometry.background(axis))
     own, other = [], []
     weights = pattern.double().cpu().numpy()
-    for slot in range(3):
-        queries = patches(setting.geometry.strip_region(axis, slot)) & background
+    for place in range(3):
+        queries = patches(setting.geometry.strip_region(axis, place)) & background
         given = np.array([weights[queries][:, cells].mean() for cells in objects]) * n * n
-        own.append(given[slot])
-        other.append(given[[s for s in range(3) if s != slot]].mean())
+        own.append(given[place])
+        other.append(given[[s for s in range(3) if s != place]].mean())
     return np.array([np.mean(own), np.mean(other)])
 
 

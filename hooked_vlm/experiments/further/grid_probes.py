@@ -7,7 +7,7 @@ reads its row.  Both are then applied to the background.
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -23,17 +23,21 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
     fit_with_controls,
 )
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import token_grid
+from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import system_of, token_grid
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
 
 
-ID, NAME, SECTION = "E8", "grid-probes", "App. C.6"
-TITLE = "Are column and row of a grid in the visual tokens?"
-CLAIM = "On grids of 2x2 and 3x3 shapes, both the column and the row of an object can be read."
+ABOUT = About(
+    id="E8",
+    name="grid-probes",
+    section="App. C.6",
+    title="Are column and row of a grid in the visual tokens?",
+    claim="On grids of 2x2 and 3x3 shapes, both the column and the row of an object can be read.",
+)
 LABELS = ("column", "row")
 
 
@@ -41,9 +45,17 @@ LABELS = ("column", "row")
 class Config(common.Config):
     """`images` pictures for each k."""
 
-    setting: str = "grids"  # the only one
+    settings_allowed = ("grids",)
+    ranges: ClassVar = {"ks": (2, 8), "images": (8, 10**6)}  # probes need held-out pictures
+
+    setting: str = "grids"
     ks: tuple[int, ...] = (2, 3)
     images: int = 120
+
+    @property
+    def used_settings(self) -> tuple[str, ...]:
+        """None: the pictures of grids are the experiment's own."""
+        return ()
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -71,11 +83,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             cells.append(f"{k}x{k} {label}")
     table = pd.DataFrame(rows)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={
             name: xr.DataArray(
@@ -102,7 +110,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
 
 def _projected(model, images: list[Image.Image]) -> torch.Tensor:
     site = f"{PROJECTOR}.hook_out"
-    inputs = model.prepare(images, [""] * len(images), system=SYSTEM_PROMPT)
+    inputs = model.prepare(images, [""] * len(images), system=system_of(model, SYSTEM_PROMPT))
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, site, stop_at_layer=0)
     return cache[site].float().cpu()

@@ -5,7 +5,6 @@ caption of two objects becomes a question about the side of one relative to the 
 both orders of its options (protocol 2.3).  Unusable entries are collected in `.problems`.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.stimuli.pictures import is_inside, read_list
 from hooked_vlm.stimuli.prompts import side_prompt
 
 
@@ -88,20 +88,9 @@ def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
         raise DataError(
             f"There is no list {name!r} among {', '.join(LISTS)}.{did_you_mean(name, LISTS)}"
         )
-    file, folder = f"{name}.json", LISTS[name]
-    listing = next((p for p in (root / "data" / file, root / file) if p.is_file()), None)
-    if listing is None:
-        raise DataError(
-            f"There is no 'data/{file}' in '{root}'. Expected is the layout of the What'sUp "
-            f"repository: data/{file} and data/{folder}/. Give the folder that contains 'data', or "
-            "'data' itself."
-        )
-    try:
-        entries = json.loads(listing.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"'{listing}' is not JSON: {error}") from None
+    folder = LISTS[name]
     items, problems = [], []
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(read_list(listing_of(root, name))):
         found = _entry(root, folder, entry)
         if isinstance(found, str):
             problems.append(f"entry {number}: {found}")
@@ -110,9 +99,22 @@ def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
     return Spatial(name, tuple(items), tuple(problems))
 
 
+def listing_of(root: Path, name: str) -> Path:
+    """Returns the path of a list's file; raises `DataError` when the file is missing."""
+    file = f"{name}.json"
+    listing = next((p for p in (root / "data" / file, root / file) if p.is_file()), None)
+    if listing is None:
+        raise DataError(
+            f"There is no 'data/{file}' in '{root}'. Expected is the layout of the What'sUp "
+            f"repository: data/{file} and data/{LISTS[name]}/. Give the folder that contains "
+            "'data', or 'data' itself."
+        )
+    return listing
+
+
 def _entry(root: Path, folder: str, entry: object) -> SpatialItem | str:
     if not isinstance(entry, list) or len(entry) != 3:
-        return f"not [image id, correct caption, wrong caption]: {entry!r}"
+        return f"not [image id, correct caption, wrong caption]: {repr(entry)[:80]}"
     image_id, correct, distractor = (str(part) for part in entry)
     parsed = parse_caption(correct)
     if parsed is None:
@@ -125,7 +127,12 @@ def _entry(root: Path, folder: str, entry: object) -> SpatialItem | str:
 
 
 def find(root: Path, folder: str, image_id: str) -> Path | None:
-    """Returns a picture's path: twelve digits in COCO, the id itself in Visual Genome."""
+    """Returns a picture's path: twelve digits in COCO, the id itself in Visual Genome.
+
+    An id that leads out of the folder finds nothing.
+    """
+    if not is_inside(f"{folder}/{image_id}.jpg") or not is_inside(image_id):
+        return None
     names = [f"{image_id.zfill(12)}.jpg", f"{image_id}.jpg"]
     places = (root / "data" / folder, root / folder)
     return next((p / n for p in places for n in names if (p / n).is_file()), None)

@@ -5,7 +5,7 @@ An object of a caption is a category of COCO; of several boxes of a category, th
 used.
 """
 
-import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hooked_vlm.errors import DataError
 from hooked_vlm.stimuli.datasets.coco import SpatialItem
+from hooked_vlm.stimuli.pictures import read_json
 
 
 FILE = "instances_val2017.json"
@@ -62,22 +63,28 @@ def with_boxes(items: Sequence[SpatialItem], root: Path) -> Boxed:
     Raises `DataError` when the annotations are missing or are not COCO's.
     """
     path = find(root)
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text())
         names = {int(entry["id"]): str(entry["name"]).lower() for entry in content["categories"]}
         boxes: dict[tuple[int, str], list[Box]] = defaultdict(list)
         for entry in content["annotations"]:
             x, y, width, height = (float(side) for side in entry["bbox"])
+            if not math.isfinite(x + y + width + height):
+                raise ValueError(f"bbox {entry['bbox']}")
             found = boxes[int(entry["image_id"]), names[int(entry["category_id"])]]
             found.append((x, y, x + width, y + height))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"'{path}' is not COCO's: expected are 'categories' with id and name, and "
-            f"'annotations' with image_id, category_id and bbox ({type(error).__name__}: {error})."
+            "'annotations' with image_id, category_id and bbox "
+            f"({type(error).__name__}: {str(error)[:80]})."
         ) from None
     kept, problems = [], []
     for item in items:
         pair = []
+        if not item.image_id.isdecimal():
+            problems.append(f"picture {item.image_id}: the id is not a number of COCO")
+            continue
         for name in (item.subject, str(item.reference)):
             own = boxes.get((int(item.image_id), name.lower()), [])
             if not own:

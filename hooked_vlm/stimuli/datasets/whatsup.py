@@ -6,7 +6,6 @@ data is read in its original layout (`docs/reference/data.md`).  Problems are co
 `.problems`; it is an error only if no item is usable.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.datasets.whatsup_layout import layout_of
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.pictures import is_inside, open_picture, read_list
 from hooked_vlm.stimuli.prompts import PREPOSITION, WHATSUP
 from hooked_vlm.stimuli.sets import StimulusSet
 
@@ -78,24 +78,8 @@ def load(root: Path, part: str = "A") -> WhatsUp:
     in `problems`.  Raises `DataError` when the list is missing, or when no entry is usable.
     """
     # 1. Find and read the list.
-    if part not in PARTS:
-        raise DataError(
-            f"There is no set {part!r}; What'sUp has A and B.{did_you_mean(part, PARTS)}"
-        )
-    name = f"{PARTS[part]}_dataset.json"
-    listing = next((p for p in (root / "data" / name, root / name) if p.is_file()), None)
-    if listing is None:
-        raise DataError(
-            f"There is no 'data/{name}' in '{root}'. Expected is the layout of the What'sUp "
-            f"repository: data/{name} and data/{PARTS[part]}/*{ENDING}. Give the folder that "
-            "contains 'data', or 'data' itself."
-        )
-    try:
-        entries = json.loads(listing.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"'{listing}' is not JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise DataError(f"'{listing}' holds a {type(entries).__name__}; expected is a list.")
+    listing = listing_of(root, part)
+    entries = read_list(listing)
     # 2. Read each entry; an unusable or duplicate entry is a problem, not an error.
     items, problems, seen = [], [], {}
     for number, entry in enumerate(entries):
@@ -124,6 +108,23 @@ def load(root: Path, part: str = "A") -> WhatsUp:
     return WhatsUp(part, tuple(items), tuple(problems))
 
 
+def listing_of(root: Path, part: str = "A") -> Path:
+    """Returns the path of a set's list; raises `DataError` when the file is missing."""
+    if part not in PARTS:
+        raise DataError(
+            f"There is no set {part!r}; What'sUp has A and B.{did_you_mean(part, PARTS)}"
+        )
+    name = f"{PARTS[part]}_dataset.json"
+    listing = next((p for p in (root / "data" / name, root / name) if p.is_file()), None)
+    if listing is None:
+        raise DataError(
+            f"There is no 'data/{name}' in '{root}'. Expected is the layout of the What'sUp "
+            f"repository: data/{name} and data/{PARTS[part]}/*{ENDING}. Give the folder that "
+            "contains 'data', or 'data' itself."
+        )
+    return listing
+
+
 def _captions_apart(item: Item) -> list[str]:
     """Returns differences between an item's correct caption and its name; the item is kept."""
     right, *parts = (
@@ -141,7 +142,7 @@ def _entry(root: Path, entry: object, part: str) -> Item | str:
         return "no image_path"
     path = find(root, entry["image_path"], PARTS[part])
     if path is None:
-        return f"'{entry['image_path']}' is missing"
+        return f"'{entry['image_path'][:120]}' is missing"
     try:
         satellite, preposition, reference = parse_name(path.stem, part)
     except DataError as error:
@@ -153,7 +154,12 @@ def _entry(root: Path, entry: object, part: str) -> Item | str:
 
 
 def find(root: Path, given: str, folder: str) -> Path | None:
-    """Returns a picture's path: the given path, without `data/`, or the file's name alone."""
+    """Returns a picture's path: the given path, without `data/`, or the file's name alone.
+
+    A path that leads out of `root` finds nothing.
+    """
+    if not is_inside(given):
+        return None
     name = Path(given).name
     bare = given.removeprefix("data/")
     for candidate in (
@@ -249,11 +255,7 @@ def opened(data: WhatsUp, satellite: str, preposition: str, reference: str) -> I
             f"There is no photograph {satellite}_{preposition}_{reference}{ENDING}. See the "
             "problems of this copy of What'sUp."
         )
-    try:
-        with Image.open(item.path) as found:
-            return found.convert("RGB")
-    except OSError as error:
-        raise DataError(f"'{item.path}' cannot be read as a picture: {error}") from None
+    return open_picture(item.path)
 
 
 def composite_set(data: WhatsUp, reference: str) -> StimulusSet:

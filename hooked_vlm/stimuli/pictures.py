@@ -1,0 +1,109 @@
+"""Opens a user's pictures and lists; every fault names its file.
+
+Folders and lists may come from others.  A list therefore names pictures only inside its own
+folder, and a picture that is damaged or far too large raises `DataError`.
+"""
+
+import hashlib
+import json
+import struct
+import warnings
+import zlib
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image
+
+from hooked_vlm.errors import DataError
+
+
+# The exceptions with which PIL refuses the content of a file.
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+)
+
+
+def open_picture(path: Path, mode: str = "RGB") -> Image.Image:
+    """Returns a file's picture; raises `DataError` with the file's name if it is unreadable."""
+    try:
+        with warnings.catch_warnings():
+            # Shown for pictures of half the size that PIL refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return opened.convert(mode)
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(
+            f"'{path}' has more than {most:,} pixels, the most that PIL opens. Give a smaller "
+            "picture."
+        ) from None
+    except _UNREADABLE as error:
+        raise DataError(
+            f"'{path}' cannot be read as a picture: {str(error)[:120]}. Replace the file or remove "
+            "it."
+        ) from None
+
+
+def checked_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file; raises `DataError` for a picture that cannot be opened.
+
+    A file is decoded once in a process, as long as its size and time do not change.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
+    return _checked(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _checked(path: Path, _size: int, _modified_ns: int) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
+    if path.suffix.lower() != ".json":
+        open_picture(path)
+    return digest
+
+
+def is_inside(name: str) -> bool:
+    """Returns whether a relative path of a list stays inside the folder that it is relative to.
+
+    >>> is_inside("data/images/a.jpeg"), is_inside("../a.jpeg"), is_inside("/a.jpeg")
+    (True, False, False)
+    """
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+            return False
+    return "\0" not in name
+
+
+def read_list(path: Path) -> list[Any]:
+    """Returns the list in a JSON file, or raises `DataError`."""
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise DataError(f"'{path}' has a {type(entries).__name__}; expected a list.")
+    return entries
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file; raises `DataError` for another file."""
+    try:
+        return json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not JSON in UTF-8: {error}. Convert the file.") from None
+    except RecursionError:
+        raise DataError(f"'{path}' is not a list of items: it is nested too deeply.") from None
+    except ValueError as error:
+        raise DataError(f"'{path}' is not JSON: {error}") from None
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
