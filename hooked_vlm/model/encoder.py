@@ -21,7 +21,7 @@ from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
 from hooked_vlm.hooks.sites import list_encoder_sites
-from hooked_vlm.inputs.encoder import find_grids, prepare_images
+from hooked_vlm.inputs.encoder import EncoderGrids, find_grids, prepare_images
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.inputs.prepare import Images, Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
@@ -56,8 +56,7 @@ class HookedVisionEncoder(HookedModel):
         self.cfg: EncoderConfig = read_encoder_config(
             self.hf_model, vision, name or type(hf_model).__name__
         )
-        self.prefixes: dict[Any, int] = {}
-        self.shown: set[Any] = set()
+        self._grids = EncoderGrids(self.hf_model, vision, self.cfg)
 
     @classmethod
     def from_pretrained(
@@ -109,14 +108,14 @@ class HookedVisionEncoder(HookedModel):
         Raises `GridError` when the patches cannot be placed on the image.  Warns when the
         processor resizes an image, because this changes the size of cells.
         """
-        return prepare_images(self, images, processor_kwargs)
+        return prepare_images(self._grids, self.processor, images, processor_kwargs)
 
     def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid` of each image of the inputs, each in a tuple of its own.
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
         """
-        return inputs.grids if isinstance(inputs, Inputs) else find_grids(self, inputs)
+        return inputs.grids if isinstance(inputs, Inputs) else find_grids(self._grids, inputs)
 
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Any:
         """Runs the wrapped encoder with the keyword arguments and returns its output."""

@@ -144,7 +144,7 @@ def test_cross_attention_has_no_position() -> None:
 def test_an_encoder_without_attention_is_refused() -> None:
     model = tiny("llava")
     sites = {n: s for n, s in model.sites.items() if n not in attention_sites(model)}
-    blind = copy.copy(model)
+    blind: Any = copy.copy(model)
     blind.sites = sites
     with pytest.raises(GridError, match="no attention that can be switched off"):
         measure_routes(blind, make_inputs("llava"))
