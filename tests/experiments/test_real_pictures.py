@@ -178,7 +178,7 @@ def test_a_setting_of_composites(copy: Path) -> None:
         stimuli.scene((None, "red", None), "horizontal", layout)
     with pytest.raises(DataError, match="needs your copy of What'sUp"):
         stimulus_set("whatsup-chair")
-    with pytest.raises(DataError, match="Around 'table' 0 objects"):
+    with pytest.raises(DataError, match="right of 'table' for 0 objects"):
         stimulus_set("whatsup-table", data=copy)
 
 
