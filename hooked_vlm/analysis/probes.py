@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.directions import Direction
 from hooked_vlm.analysis.statistics import Interval, wilson
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, counted
 from hooked_vlm.regions.region import Region
 
 
@@ -212,8 +212,8 @@ def split_by_image(
     n_train = math.floor(n_images * (1 - test_size) + 1e-9)  # 0.95 * 20 is 19, not 18.99...
     if not 0 < n_train < n_images:
         raise DataError(
-            f"{n_images} images with test_size={test_size} leave {n_train} to train on and "
-            f"{n_images - n_train} to test on; both must be at least 1."
+            f"Of {counted(n_images, 'image')}, test_size={test_size} leaves {n_train} to train on "
+            f"and {n_images - n_train} to test on; both must be at least 1."
         )
     order = list(range(n_images))
     random.Random(seed).shuffle(order)

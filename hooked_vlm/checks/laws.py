@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.checks.residual import BlockSums, same
-from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
+from hooked_vlm.errors import GridError, HookedVLMWarning, HookError, counted
 from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers, site_path
 from hooked_vlm.hooks.patch_order import each, listed
 from hooked_vlm.hooks.stand_ins import uncached
@@ -294,7 +294,7 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
         for p in view.positions.flatten()
     }
     if reached - shown:
-        problems.append(f"{len(reached - shown)} visual tokens are in no grid")
+        problems.append(f"{counted(len(reached - shown), 'visual token')} in no grid")
     shape = "; ".join(sorted({f"{g.rows}x{g.cols}" for row in grids for g in row}))
     return finding("grid", problems, note=shape)
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from hooked_vlm.anatomy.source import forward_parameters
-from hooked_vlm.errors import HookError, UnsupportedModelError
+from hooked_vlm.errors import HookError, UnsupportedModelError, counted
 
 
 NAME = "hooked_vlm"
@@ -326,7 +326,7 @@ def additive_mask(
         return None
     if mask is None and base != "sdpa" and "flash" not in base:
         raise HookError(
-            f"A causal attention over {n_query} positions got no mask from the {base!r} "
+            f"A causal attention over {counted(n_query, 'position')} got no mask from the {base!r} "
             "implementation, so its pattern would not be causal. Load the model with "
             "attn_implementation='sdpa' or 'eager'."
         )

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_vlm.errors import DataError, UnknownHookError, did_you_mean
+from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.names import (
     VISION,
     count_layers,
@@ -69,7 +69,7 @@ class ActivationCache(Mapping[str, Any]):
         if wrong := layer_out_of_range(get_act_name(name), self.n_layers):
             raise UnknownHookError(f"The cache holds no {name!r}: {wrong}")
         raise UnknownHookError(
-            f"The cache holds no {name!r}: {len(self)} sites were cached."
+            f"The cache holds no {name!r}: it has {counted(len(self), 'site')}."
             f"{did_you_mean(get_act_name(name), self._activations)} "
             "Widen names_filter (or stop_at_layer) to cache more."
         )
@@ -88,7 +88,7 @@ class ActivationCache(Mapping[str, Any]):
         return True
 
     def __repr__(self) -> str:
-        return f"ActivationCache({len(self)} sites, {self.nbytes / 2**20:.1f} MiB)"
+        return f"ActivationCache({counted(len(self), 'site')}, {self.nbytes / 2**20:.1f} MiB)"
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.anatomy.vision import Vision, grid_argument
-from hooked_vlm.errors import GridError, UnsupportedModelError
+from hooked_vlm.errors import GridError, UnsupportedModelError, counted
 
 
 Stage = Literal["patches", "blocks", "tokens", "features", "outside"]
@@ -183,9 +183,9 @@ def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> VisionAc
     """Returns packed rows as `[image, patch, ...]` in raster order (a list if sizes differ)."""
     if packed.shape[0] != order.total:
         raise GridError(
-            f"The encoder packed {packed.shape[0]} rows where its grid_thw makes {order.total}: "
-            "this model's layout differs from the one detected from its module tree. Report this "
-            "with the model's name."
+            f"The encoder packed {counted(packed.shape[0], 'row')} where its grid_thw makes "
+            f"{order.total}: this model's layout differs from the one detected from its module "
+            "tree. Report this with the model's name."
         )
     if order.even:
         raster = packed.index_select(0, order.flat.to(packed.device))

@@ -20,6 +20,7 @@ from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import Attention, Block, Columns, Fused, Mlp, Projection
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.anatomy.vision import Vision
+from hooked_vlm.errors import counted
 from hooked_vlm.hooks.attention import AttentionPart
 from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
 from hooked_vlm.hooks.patch_order import (
@@ -353,18 +354,16 @@ def _headers(cfg: HookedVLMConfig | EncoderConfig) -> list[str]:
     v = cfg.vision
     encoder = f"{_sizes(v)}, patch={v.patch_size}px, merge={v.merge}x{v.merge}" if v else ""
     if isinstance(cfg, EncoderConfig):
-        return [f"{cfg.model_name}: {encoder}, {cfg.n_prefix} tokens before the patches"]
+        return [f"{cfg.model_name}: {encoder}, {counted(cfg.n_prefix, 'token')} before the patches"]
     lines = [f"{cfg.model_name}: {_sizes(cfg)}, d_vocab={cfg.d_vocab}"]
     return [*lines, f"vision encoder: {encoder}"] if v else lines
 
 
 def _sizes(cfg: StackConfig) -> str:
-    heads = f"{cfg.n_heads} heads"
+    layers, heads = counted(cfg.n_layers, "layer"), counted(cfg.n_heads, "head")
     if cfg.n_key_value_heads != cfg.n_heads:
         heads += f" ({cfg.n_key_value_heads} key/value)"
-    return (
-        f"{cfg.n_layers} layers, d_model={cfg.d_model}, {heads} of {cfg.d_head}, d_mlp={cfg.d_mlp}"
-    )
+    return f"{layers}, d_model={cfg.d_model}, {heads} of {cfg.d_head}, d_mlp={cfg.d_mlp}"
 
 
 def _parent(parent: str, group: list[Site]) -> str:

@@ -22,7 +22,13 @@ from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.sizes import EncoderConfig
 from hooked_vlm.anatomy.source import forward_parameters
 from hooked_vlm.anatomy.vision import Vision, grid_argument
-from hooked_vlm.errors import DataError, GridError, HookedVLMWarning, UnsupportedModelError
+from hooked_vlm.errors import (
+    DataError,
+    GridError,
+    HookedVLMWarning,
+    UnsupportedModelError,
+    counted,
+)
 from hooked_vlm.hooks.stand_ins import run_until
 from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
@@ -116,9 +122,10 @@ def find_grids(
     shapes = _patch_grids(encoder, inputs)
     if image_sizes is not None and len(image_sizes) != len(shapes):
         raise GridError(
-            f"{len(image_sizes)} images became {len(shapes)} pictures for the encoder: this "
-            "processor cuts images into tiles, and HookedVisionEncoder makes no grid over tiles. "
-            "Turn off tiling in the processor's options, or wrap the whole model with HookedVLM."
+            f"{counted(len(image_sizes), 'image')} became {counted(len(shapes), 'picture')} for "
+            "the encoder: this processor cuts images into tiles, and HookedVisionEncoder makes no "
+            "grid over tiles. Turn off tiling in the processor's options, or wrap the whole model "
+            "with HookedVLM."
         )
     grids = []
     for i, (rows, cols) in enumerate(shapes):

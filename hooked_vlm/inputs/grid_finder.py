@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
+from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError, counted
 from hooked_vlm.inputs.by_measurement import (
     Template,
     View,
@@ -82,9 +82,9 @@ class GridFinder:
         patch_grids = _patch_grids(inputs, vision)
         if image_sizes is not None and len(image_sizes) != len(patch_grids):
             raise GridError(
-                f"{len(image_sizes)} images became {len(patch_grids)} pictures for the encoder: "
-                "this model cuts images into tiles. Use prepare(images, texts), which measures "
-                "their grids."
+                f"{counted(len(image_sizes), 'image')} became "
+                f"{counted(len(patch_grids), 'picture')} for the encoder: this model cuts images "
+                "into tiles. Use prepare(images, texts), which measures their grids."
             )
         # Several patches may become one token: in the encoder, or pooled after it.
         n_tokens = int((ids == image_token).sum())
@@ -194,16 +194,16 @@ class GridFinder:
                 found, rest = rest[: template.n_tokens], rest[template.n_tokens :]
                 if len(found) != template.n_tokens:
                     raise GridError(
-                        f"Prompt {prompt} has too few image tokens for its {len(sizes)} images: an "
-                        f"image of {size[0]}x{size[1]} px has {template.n_tokens}. Check that the "
-                        "processor did not truncate the prompt."
+                        f"Prompt {prompt} has too few image tokens for its images "
+                        f"({len(sizes)}): an image of {size[0]}x{size[1]} px has "
+                        f"{template.n_tokens}. Check that the processor did not truncate it."
                     )
                 grids.append(_grids(template, [found], size, prompt, first))
                 first += template.n_encoder_images
             if len(rest):
                 raise GridError(
-                    f"Prompt {prompt} has {len(rest)} image tokens more than its {len(sizes)} "
-                    "images have. Give every image that the prompt contains."
+                    f"Prompt {prompt} has {counted(len(rest), 'image token')} more than its images "
+                    f"({len(sizes)}). Give every image that the prompt contains."
                 )
             rows.append(tuple(grids))
         return tuple(rows)
@@ -259,8 +259,8 @@ class GridFinder:
 
         if len(_prompt_ids(inputs)) != 1:
             raise GridError(
-                f"The processor returned {len(_prompt_ids(inputs))} prompts for one. Use token "
-                "positions instead of regions."
+                f"The processor returned {counted(len(_prompt_ids(inputs)), 'prompt')} for one. "
+                "Use token positions instead of regions."
             )
         (positions,) = _image_positions(inputs, self.model.anatomy, routes.pixels)
         patch = vision.patch_size or 1
@@ -375,8 +375,9 @@ def _pool(n_tokens: int, patch_grids: Sequence[tuple[int, int]]) -> int:
     side = isqrt(n_patches // n_tokens) if n_tokens else 0
     if not side or side**2 * n_tokens != n_patches:
         raise GridError(
-            f"The prompts hold {n_tokens} image tokens for {len(patch_grids)} images of "
-            f"{n_patches} patches in all; expected one token for every patch, or for every square "
-            "of patches. Expand the image placeholders with the model's own processor."
+            f"The prompts hold {counted(n_tokens, 'image token')} for "
+            f"{counted(len(patch_grids), 'image')} of {n_patches} patches in all; expected one "
+            "token for every patch, or for every square of patches. Expand the image placeholders "
+            "with the model's own processor."
         )
     return side

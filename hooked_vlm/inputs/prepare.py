@@ -22,6 +22,7 @@ from hooked_vlm.errors import (
     HookedVLMWarning,
     NoGridError,
     UnsupportedModelError,
+    counted,
 )
 from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
@@ -79,7 +80,7 @@ class Inputs(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         shapes = {n: tuple(v.shape) for n, v in self.items() if isinstance(v, Tensor)}
-        return f"Inputs({shapes}, {sum(map(len, self.grids))} images)"
+        return f"Inputs({shapes}, {counted(sum(map(len, self.grids)), 'image')})"
 
     @property
     def grid(self) -> TokenGrid:
@@ -89,8 +90,9 @@ class Inputs(Mapping[str, Any]):
         found = [grid for row in self.grids for grid in row]
         if len(found) != 1:
             raise GridError(
-                f"These inputs hold {len(found)} images in {len(self.grids)} prompts; inputs.grid "
-                "needs exactly one. Use inputs.grids[prompt][image]."
+                f"These inputs hold {counted(len(found), 'image')} in "
+                f"{counted(len(self.grids), 'prompt')}; inputs.grid needs exactly one. Use "
+                "inputs.grids[prompt][image]."
             )
         return found[0]
 
@@ -221,8 +223,8 @@ def _check_placeholders(
         for token in placeholders(processor):
             if prompt.count(token) > len(images):
                 raise DataError(
-                    f"Prompt {i} has {prompt.count(token)} image placeholders ({token}) and "
-                    f"{len(images)} images were given for it. Give as many images, or write the "
+                    f"Prompt {i} has {counted(prompt.count(token), 'image placeholder')} ({token}) "
+                    f"for {counted(len(images), 'image')}. Give as many images, or write the "
                     "text without placeholders: they are added at its beginning."
                 )
 
@@ -238,8 +240,9 @@ def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]
         images = [list(images)]
     if len(images) != n_prompts:
         raise DataError(
-            f"{len(images)} images (or lists of images) were given for {n_prompts} prompts. Give "
-            "each prompt one image, a list of images, or None."
+            f"Got {counted(len(images), 'entry', 'entries')} in images for "
+            f"{counted(n_prompts, 'prompt')}. Give each prompt one image, a list of images, or "
+            "None."
         )
     nested = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
     return [[to_pil(image) for image in row if image is not None] for row in nested]
@@ -361,8 +364,9 @@ def rows_of(
         ids = torch.zeros(len(grids), 0, dtype=torch.long)
     if len(grids) != len(ids):
         raise GridError(
-            f"The processor made {len(ids)} rows of {len(grids)} prompts, so images cannot be "
-            "assigned to rows. Use hook functions instead of places: fwd_hooks=[(name, fn)]."
+            f"The processor made {counted(len(ids), 'row')} of {counted(len(grids), 'prompt')}, so "
+            "images cannot be assigned to rows. Use hook functions instead of places: "
+            "fwd_hooks=[(name, fn)]."
         )
     mask = torch.ones_like(ids) if mask is None else mask
     tokenizer = getattr(inputs, "tokenizer", None) if text else None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.names import resolve_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.placing import Edit, Places, SiteName, full_name
@@ -55,7 +55,7 @@ class HookAt:
             length = "unknown many" if ids is None else ids.shape[1]
             raise InterventionError(
                 f"first_position={self.first_position} of {self} is out of range: the prompts have "
-                f"{length} positions, counted from 0."
+                f"{counted(length, 'position')}, counted from 0."
             )
         return PlacedHook(self, site, self.first_position)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.regions.grid import TokenGrid
@@ -93,8 +93,8 @@ def locate_pairs(
     sources = [*source_rows] * len(rows) if len(source_rows) == 1 else source_rows
     if len(sources) != len(rows):
         raise InterventionError(
-            f"{len(rows)} prompts cannot be written from a source of {len(sources)}: give a source "
-            "of the same batch size, or of one prompt."
+            f"Cannot write {counted(len(rows), 'prompt')} from a source of {len(sources)}: give a "
+            "source of the same batch size, or of one prompt."
         )
     found = [
         _pair_indices(site, pairs, _only_grid(target), _only_grid(source))

@@ -11,7 +11,7 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from hooked_vlm.errors import InterventionError, UnknownHookError
+from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.sites import Site
@@ -174,10 +174,10 @@ def _require(
     for image, n_rows in needed.items():
         if image < len(activation) and len(activation[image]) < n_rows:
             raise InterventionError(
-                f"{site.name} has {len(activation[image])} rows for an image that its grid gives "
-                f"{n_rows}: the model merges them before this site. Use the same region at a "
-                "block of the vision encoder, at vision_projector.hook_out or at slot 0, or a hook "
-                "function here."
+                f"{site.name} has {counted(len(activation[image]), 'row')} for an image that its "
+                f"grid gives {n_rows}: the model merges them before this site. Use the same region "
+                "at a block of the vision encoder, at vision_projector.hook_out or at slot 0, or "
+                "a hook function here."
             )
 
 
@@ -191,8 +191,9 @@ def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> N
     batch, length = ids.shape
     if (ran := tuple(activation.shape[:2])) != (batch, length):
         raise InterventionError(
-            f"An intervention at {name} was made for {batch} prompts of {length} positions and "
-            f"ran on {ran[0]} of {ran[1]}. Give hooks(…, inputs=…) the inputs that you run; in a "
-            "generation, interventions act on the prompt: prefill_only=True. Where a model's "
-            "blocks run on other positions than the prompt's, use a hook function there."
+            f"An intervention at {name} was made for {counted(batch, 'prompt')} of "
+            f"{counted(length, 'position')} and ran on {ran[0]} of {ran[1]}. Give hooks(…, "
+            "inputs=…) the inputs that you run; in a generation, interventions act on the prompt: "
+            "prefill_only=True. Where a model's blocks run on other positions than the prompt's, "
+            "use a hook function there."
         )

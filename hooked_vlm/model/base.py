@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.errors import HookedVLMWarning, HookError, counted
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
@@ -266,11 +266,11 @@ class HookedModel(ABC):
             return
         self._said_eager = True
         warnings.warn(
-            f"Attention scores or patterns are hooked in {len(wanted)} layers: these layers "
-            f"run eager attention in place of {' and '.join(sorted(bases))}, which needs memory "
-            "and can change outputs in the last bits. Exclude these sites with names_filter, or "
-            "load with attn_implementation='eager' so that all runs use it. (Shown once per "
-            "model.)",
+            f"Attention scores or patterns are hooked in {counted(len(wanted), 'layer')}. Eager "
+            f"attention computes them there, in place of {' and '.join(sorted(bases))}; it needs "
+            "memory and can change outputs in the last bits. Exclude these sites with "
+            "names_filter, or load with attn_implementation='eager' so that all runs use it. "
+            "(Shown once per model.)",
             HookedVLMWarning,
             stacklevel=_callers_level(),
         )

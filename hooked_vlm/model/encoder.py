@@ -18,6 +18,7 @@ from torch import nn
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
+from hooked_vlm.errors import counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
 from hooked_vlm.hooks.sites import list_encoder_sites
@@ -94,8 +95,8 @@ class HookedVisionEncoder(HookedModel):
 
     def __repr__(self) -> str:
         return (
-            f"HookedVisionEncoder({self.cfg.model_name!r}, {self.cfg.n_layers} layers, "
-            f"{len(self.sites)} sites)"
+            f"HookedVisionEncoder({self.cfg.model_name!r}, {counted(self.cfg.n_layers, 'layer')}, "
+            f"{counted(len(self.sites), 'site')})"
         )
 
     def prepare(self, images: Images, **processor_kwargs: Any) -> Inputs:

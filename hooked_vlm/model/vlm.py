@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
-from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
+from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
 from hooked_vlm.hooks.sites import list_sites
@@ -120,10 +120,10 @@ class HookedVLM(HookedModel):
         return self.cfg.vision
 
     def __repr__(self) -> str:
-        vision = f", vision {self.cfg.vision.n_layers} layers" if self.cfg.vision else ""
+        vision = f", vision {counted(self.cfg.vision.n_layers, 'layer')}" if self.cfg.vision else ""
         return (
-            f"HookedVLM({self.cfg.model_name!r}, {self.cfg.n_layers} layers{vision}, "
-            f"{len(self.sites)} sites)"
+            f"HookedVLM({self.cfg.model_name!r}, {counted(self.cfg.n_layers, 'layer')}{vision}, "
+            f"{counted(len(self.sites), 'site')})"
         )
 
     # --- inputs ---------------------------------------------------------------------------

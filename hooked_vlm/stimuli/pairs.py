@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from hooked_vlm.errors import DataError, HookedVLMWarning, did_you_mean
+from hooked_vlm.errors import DataError, HookedVLMWarning, counted, did_you_mean
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPPOSITE
 
 
@@ -253,8 +253,8 @@ def _collect(
         verdicts = list(judge(direction, batch))
         if len(verdicts) != len(batch):
             raise DataError(
-                f"accept_batch was given {len(batch)} tuples and returned {len(verdicts)} "
-                "verdicts. Return one verdict per tuple, in order."
+                f"accept_batch was given {counted(len(batch), 'tuple')} and returned "
+                f"{counted(len(verdicts), 'verdict')}. Return one verdict per tuple, in order."
             )
         kept += [drawn for drawn, good in zip(batch, verdicts, strict=True) if good]
         judged += len(batch)
@@ -275,13 +275,14 @@ def _warn_if_short(
     chosen: dict[str, list[tuple[str, ...]]], tried: dict[str, int], wanted: int, attempts: int
 ) -> None:
     short = [
-        f"{direction}: {len(kept)} of {wanted} (of {tried[direction]} different tuples tried)"
+        f"{direction}: {len(kept)} of {wanted} (of {counted(tried[direction], 'different tuple')} "
+        "tried)"
         for direction, kept in chosen.items()
         if len(kept) < wanted
     ]
     if short:
         warnings.warn(
-            f"Too few tuples were accepted in {attempts} attempts per direction. "
+            f"Too few tuples were accepted in {counted(attempts, 'attempt')} per direction. "
             f"{'; '.join(short)}. Intervals will be wider. Either the model answers the clean or "
             "the counterfactual image incorrectly, or there are too few names.",
             HookedVLMWarning,
@@ -292,8 +293,8 @@ def _warn_if_short(
 def _check_request(names: Sequence[str], k: int, per_direction: int, max_attempts: int) -> None:
     if not 1 <= k <= len(names):
         raise DataError(
-            f"Cannot draw {k} different entities from {len(names)} names ({', '.join(names)}); "
-            f"k must lie between 1 and {len(names)}."
+            f"Cannot draw {k} different entities from {counted(len(names), 'name')} "
+            f"({', '.join(names)}); k must lie between 1 and {len(names)}."
         )
     if per_direction < 1 or max_attempts < 1:
         raise DataError(

@@ -45,7 +45,9 @@ def canvas(
     Raises `DataError` for other than three places.
     """
     if len(entities) != 3:
-        raise DataError(f"{len(entities)} entities were given for three places: {list(entities)}.")
+        raise DataError(
+            f"Expected three entities, one per place; got {len(entities)}: {list(entities)}."
+        )
     size = (geometry.canvas, geometry.canvas)
     return Image.new("RGB", size, "white") if background is None else ImageOps.fit(background, size)
 

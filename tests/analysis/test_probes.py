@@ -230,7 +230,7 @@ def test_split_covers_every_image_once(n, test_size, expected):
             DataError,
             "changes nothing",
         ),
-        (lambda: split_by_image(1), DataError, "1 images"),
+        (lambda: split_by_image(1), DataError, "Of 1 image,"),
     ],
 )
 def test_bad_input_is_refused(call, error, message):

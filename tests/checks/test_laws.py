@@ -342,7 +342,7 @@ def test_a_grid_of_another_image_and_one_with_a_row_too_few_are_found() -> None:
     swapped = [[replace(g, image=1 - g.image) for g in row] for row in grids]
     assert_broken(laws.check_grid(model, Inputs(inputs, swapped)), "reaches .*, not position")
     short = [[replace(g, positions=g.positions[:-1], patch_rows=5) for g in row] for row in grids]
-    assert_broken(laws.check_grid(model, Inputs(inputs, short)), "12 visual tokens are in no grid")
+    assert_broken(laws.check_grid(model, Inputs(inputs, short)), "12 visual tokens in no grid")
 
 
 def test_patches_named_wrongly_are_found() -> None:

@@ -117,7 +117,7 @@ def test_a_layout_that_is_not_covered_is_refused() -> None:
         def background(self, axis: str) -> Any:
             return super().background(axis) - self.strip_region(axis, 0)
 
-    with pytest.raises(DataError, match="cover 44 cells never and 0 more than once"):
+    with pytest.raises(DataError, match="leave out 44 cells and cover 0 more than once"):
         check_cover(Gapped(12, 16, 2, 2, (4, 4, 4)), "horizontal")
 
 

@@ -85,5 +85,5 @@ def test_unknown_colours_and_other_counts_are_refused():
     geometry = geometry_for(12, 16)
     with pytest.raises(DataError, match=r"No colour 'grey'.*Did you mean 'gray'"):
         draw(("red", "grey", "blue"), "horizontal", geometry)
-    with pytest.raises(DataError, match="2 entities were given for three places"):
+    with pytest.raises(DataError, match="Expected three entities, one per place; got 2"):
         draw(("red", "blue"), "horizontal", geometry)

@@ -26,6 +26,7 @@ from hooked_vlm.analysis.directions import orthonormalise, random_controls, stac
 from hooked_vlm.analysis.probes import LinearProbe, class_directions, object_examples
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import probe_regions, projected
 from hooked_vlm.experiments.options import OnProgress
@@ -311,7 +312,7 @@ def verdict_of(table: pd.DataFrame, right: Outcomes) -> str:
     """Returns in words how amplification changes accuracy, compared with random directions."""
     base = right["released"][0, 0]
     parts = [
-        f"Accuracy without amplification {base.mean():.2f} ({len(base)} items), so "
+        f"Accuracy without amplification {base.mean():.2f} ({counted(len(base), 'item')}), so "
         f"{int((~base).sum())} could be corrected."
     ]
     for kind in ("released", "orthonormal"):

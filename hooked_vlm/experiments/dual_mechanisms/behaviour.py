@@ -3,6 +3,7 @@
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import wilson
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
@@ -61,8 +62,9 @@ def _verdict(table: pd.DataFrame) -> str:
     by = table[table["direction"] != "all"]
     worst = by.sort_values("value").iloc[0]
     alike = by["value"].nunique() == 1
-    return f"Accuracy {format_interval(every)} ({every['n']} items); " + (
+    return f"Accuracy {format_interval(every)} ({counted(every['n'], 'item')}); " + (
         f"equal in all directions ({format_interval(worst)} each)."
         if alike
-        else f"lowest for {worst['direction']!r}: {format_interval(worst)} ({worst['n']} items)."
+        else f"lowest for {worst['direction']!r}: {format_interval(worst)} "
+        f"({counted(worst['n'], 'item')})."
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooked_vlm.errors import CannotRunError, DataError
+from hooked_vlm.errors import CannotRunError, DataError, counted
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.inputs.prepare import Inputs
@@ -131,9 +131,10 @@ def check_cover(layout: Layout, axis: str) -> None:
     counts = np.sum([part.mask for part in parts], axis=0)
     if not (counts == 1).all():
         raise CannotRunError(
-            f"Objects and background of this layout cover {int((counts == 0).sum())} cells never "
-            f"and {int((counts > 1).sum())} more than once ({axis}); a removal must write every "
-            "image token once. Use a layout whose parts cover the grid."
+            "Objects and background of this layout leave out "
+            f"{counted(int((counts == 0).sum()), 'cell')} and cover {int((counts > 1).sum())} more "
+            f"than once ({axis}); a removal must write every image token once. Use a layout whose "
+            "parts cover the grid."
         )
 
 

@@ -23,7 +23,7 @@ from hooked_vlm.analysis.directions import stack
 from hooked_vlm.analysis.probes import Examples, LinearProbe, class_directions, split_by_image
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
-from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning
+from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, counted
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
     CONTROLS,
     Strengths,
@@ -128,7 +128,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         right = [item for item in own if told[item].right]
         if len(right) < FEWEST:
             left_out.append(
-                f"{axis}: {len(right)} of {len(own)} items correct, too few for a probe."
+                f"{axis}: {len(right)} of {counted(len(own), 'item')} correct, too few for a probe."
             )
             continue
         probe, interval = fitted([told[item] for item in right], config.seed)

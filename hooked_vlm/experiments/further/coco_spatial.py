@@ -16,7 +16,7 @@ from PIL import Image
 
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
@@ -146,6 +146,7 @@ def _verdict(table: pd.DataFrame) -> str:
         here = {str(row["quantity"]): row for _, row in select(table, axis=axis).iterrows()}
         parts.append(
             f"{axis}: accuracy {format_interval(here['accuracy'])} in both orders "
-            f"({here['accuracy']['n']} items), {format_interval(here['single'])} of single answers"
+            f"({counted(here['accuracy']['n'], 'item')}), {format_interval(here['single'])} of "
+            "single answers"
         )
     return "; ".join(parts) + "."
