@@ -8,6 +8,7 @@ so and the sweep runs by a plainer way.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,7 +164,8 @@ class _Passes:
 
     def _verify(self, beside: RowPlan | None, site: str, start: int) -> float:
         early = Early(self.model, self.clean.inputs, None)
-        return verify(
+        control = partial(
+            verify,
             self.model,
             self.clean,
             self.base,
@@ -174,6 +176,7 @@ class _Passes:
             BOUNDS.get(self.clean.logits.dtype, 5e-2),
             merged_first=self.merged_first,
         )
+        return attempt(control, "its control failed")
 
     def _trimmed_as(self, chunk: Sequence[RowPlan], is_trimmed: bool) -> RowPlan:
         """Returns a job of a chunk that alone decides how the last block runs."""

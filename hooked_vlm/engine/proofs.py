@@ -186,7 +186,11 @@ def noise_from(start: int) -> Callable[..., Any]:
 
 def _noise_sites(model: Any, job: RowPlan) -> set[str]:
     """Returns where noise has to go in for all that a job changes: as early as the job does."""
-    sites = {ENCODER if site_path(part.site).is_vision else part.site for part in job.front}
+    # Some encoders have no blocks (convolutional ones): there noise starts where the job does.
+    encodes = ENCODER in model.sites
+    sites = {
+        ENCODER if encodes and site_path(part.site).is_vision else part.site for part in job.front
+    }
     # What is written to merged embeddings may reach blocks by other ways than their input, too.
     sites |= {MERGED for step in job.steps if step.site == MERGED}
     return sites or {_at_stage(model, job.stage)}

@@ -221,3 +221,17 @@ def test_what_changes_nothing_has_the_clean_logits_bit_for_bit(family: str) -> N
     assert report.idle == 3 and "; 3 cells change nothing" in str(report)
     assert all(torch.equal(grown[i], plain[i]) for i in range(3))
     assert not any(torch.equal(grown[i], plain[0]) for i in range(3, 6))
+
+
+def test_an_encoder_without_blocks_grows_too() -> None:
+    """Noise that proves a pass starts where there is a site: here, behind a convolutional encoder."""
+    model, inputs, _ = small("fast_vlm")
+    assert "vision_encoder.blocks.0.hook_resid_pre" not in model.sites
+    sweep = Sweep(
+        inputs,
+        {"alpha": [1.0, 2.0]},
+        lambda alpha: Steer(
+            "vision_projector.hook_out", directions=torch.ones(model.cfg.d_model), alpha=alpha
+        ),
+    )
+    compared(model, sweep)
