@@ -224,7 +224,7 @@ def test_what_changes_nothing_has_the_clean_logits_bit_for_bit(family: str) -> N
 
 
 def test_an_encoder_without_blocks_grows_too() -> None:
-    """Noise that proves a pass starts where there is a site: here, behind a convolutional encoder."""
+    """The noise that proves a pass starts where there is a site: after a convolutional encoder."""
     model, inputs, _ = small("fast_vlm")
     assert "vision_encoder.blocks.0.hook_resid_pre" not in model.sites
     sweep = Sweep(
