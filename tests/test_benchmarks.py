@@ -76,7 +76,7 @@ def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_
         assert all(ratio > 0 for ratio in by_task.values())
     assert all(row["difference"] < 2e-6 for row in found["rows"])
     how = {row["task"]: row["how"] for row in found["rows"] if row["rival"] == "hook-loop"}
-    assert how["final_token"].startswith("growing: 1 passes of 3 rows, from positions 183")
+    assert how["final_token"].startswith("growing: 1 pass of 3 rows, from positions 183")
     assert how["vision"].startswith("growing: ")
     for row in found["rows"]:
         assert row["operations_per_s"] > 0 and row["product_per_s"] > 0, row

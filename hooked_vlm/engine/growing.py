@@ -32,7 +32,7 @@ from hooked_vlm.engine.proofs import (
 from hooked_vlm.engine.shared import open_runs
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
 from hooked_vlm.engine.vision import Early, merges_first
-from hooked_vlm.errors import HookedVLMWarning
+from hooked_vlm.errors import HookedVLMWarning, counted
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
@@ -63,10 +63,11 @@ class PassReport:
     def __str__(self) -> str:
         """Says it in a line."""
         # Nothing of the controls: who was first of a kind is no property of the numbers.
-        idle = f"; {self.idle} cells change nothing" if self.idle else ""
+        verb = "changes" if self.idle == 1 else "change"
+        idle = f"; {counted(self.idle, 'cell')} {verb} nothing" if self.idle else ""
         return (
-            f"growing: {self.passes} passes of {self.rows} rows, from positions "
-            f"{', '.join(map(str, sorted(set(self.starts))))}{idle}"
+            f"growing: {counted(self.passes, 'pass', 'passes')} of {counted(self.rows, 'row')}, "
+            f"from positions {', '.join(map(str, sorted(set(self.starts))))}{idle}"
         )
 
 
@@ -238,7 +239,8 @@ def _jobs(
     ]
     jobs = [job for job in found if job is not None]
     if len(jobs) != len(found):
-        raise GrowthError(f"{len(found) - len(jobs)} cells change what rows cannot carry")
+        missing = counted(len(found) - len(jobs), "cell")
+        raise GrowthError(f"rows cannot carry what {missing} would change")
     return jobs
 
 
