@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from hooked_vlm.anatomy.source import forward_parameters
+from hooked_vlm.anatomy.source import signature_of
 from hooked_vlm.errors import HookError, UnsupportedModelError, counted
 
 
@@ -132,8 +132,7 @@ def hooked_attention(
     query, key = tap.apply("rot_q", query), tap.apply("rot_k", key)
     value = tap.apply("v", value)
     bounds = kwargs.get("cu_seq_lens_q")
-    takes_bounds = any("cu_seq" in name for name in forward_parameters(module))
-    if bounds is None and takes_bounds and config._attn_implementation == PACKED_NAME:
+    if bounds is None and _needs_bounds(module) and config._attn_implementation == PACKED_NAME:
         raise HookError(
             f"{type(module).__name__} packs the patches of all images into one sequence and gave "
             f"no image boundaries (arguments: {', '.join(kwargs)}; expected cu_seq_lens_q), so "
@@ -166,6 +165,12 @@ def hooked_attention(
     by_chunk = tap.apply("pattern", [pattern(weights, query.dtype) for weights in by_chunk])
     outs = [attend(weights, v) for weights, (_, _, v) in zip(by_chunk, chunks, strict=True)]
     return torch.cat(outs, dim=1), None
+
+
+def _needs_bounds(module: nn.Module) -> bool:
+    """Whether an attention has to be given image bounds (RADIO's takes none for one image)."""
+    parameters = signature_of(type(module).forward).parameters
+    return any("cu_seq" in name and p.default is p.empty for name, p in parameters.items())
 
 
 def _chunks(bounds: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

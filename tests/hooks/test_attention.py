@@ -226,3 +226,30 @@ def test_an_attention_that_came_to_compute_something_else_is_refused(
     with pytest.raises(UnsupportedModelError, match="sites do not reproduce"):
         model.run_with_hooks(inputs, [hook])
     assert not model.is_hooked
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_packed_attention_without_image_bounds_is_refused_where_it_must_have_them(optional):
+    """A release that names the bounds anew; RADIO's attention is given none for one image."""
+
+    class Bounded(nn.Module):
+        is_causal = False
+
+        def forward(self, hidden_states, cu_seqlens):
+            raise NotImplementedError
+
+    class Optional(Bounded):
+        def forward(self, hidden_states, cu_seqlens=None):
+            raise NotImplementedError
+
+    module: Any = Optional() if optional else Bounded()
+    module.config = type("Config", (), {"_attn_implementation": "sdpa"})()
+    module.config = attention.tapped_config(module, {"v": lambda x: x * 2}, packed=True)
+    one = torch.randn(1, 2, 4, 8)
+    if optional:
+        found, _ = attention.hooked_attention(module, one, one, one, None)
+        expected = nn.functional.scaled_dot_product_attention(one, one, 2 * one)
+        torch.testing.assert_close(found, expected.transpose(1, 2))
+    else:
+        with pytest.raises(HookError, match="gave no image boundaries"):
+            attention.hooked_attention(module, one, one, one, None)
