@@ -178,18 +178,19 @@ def _report_missing(name: str, missing: Sequence[str], allowed: bool) -> None:
     """Raises `MissingWeightsError` for missing weights, or warns where they are allowed."""
     if not missing:
         return
-    shown = ", ".join(key[-70:] for key in missing[:3]) + (", …" if len(missing) > 3 else "")
+    shown = ", ".join(key[-50:] for key in missing[:3]) + (", …" if len(missing) > 3 else "")
     what = f"{len(missing)} weight{'s are' if len(missing) > 1 else ' is'}"
     if allowed:
         warnings.warn(
-            f"{what} missing in the checkpoint {name[-80:]!r} and random: {shown}.",
+            f"{what} missing in the checkpoint {name[-60:]!r} and has random numbers: {shown}.",
             HookedVLMWarning,
             stacklevel=4,
         )
         return
     raise MissingWeightsError(
-        f"{what} missing in the checkpoint {name[-80:]!r}, so transformers made them random: "
-        f"{shown}. Give a complete checkpoint of this architecture, or allow_missing_weights=True."
+        f"{what} missing in the checkpoint {name[-60:]!r}, which transformers fills with "
+        f"random numbers: {shown}. Give a complete checkpoint of this architecture, or "
+        "allow_missing_weights=True."
     )
 
 
