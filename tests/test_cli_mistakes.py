@@ -199,7 +199,7 @@ def test_g6_every_experiment_runs_on_its_own_default() -> None:
 def test_i1_the_configuration_itself_refuses_what_the_command_line_does() -> None:
     for wrong in ({"pairs": 1}, {"seed": -1}, {"seed": 2**40}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="must be a whole number"):
-            Config(**wrong)
+            Config(**wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
