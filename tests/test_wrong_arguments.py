@@ -158,7 +158,89 @@ CASES = {
     "i4 one hook": ("qwen.run_with_hooks(inputs, Ablate(site))", "HookError: fwd_hooks=Ablate("),
     "i4 no text": ("qwen.prepare(image, None)", "DataError: texts=None was given"),
     "i4 a number as text": ("qwen.prepare(image, [3])", "DataError: texts=[3] was given"),
+    "i4 a metric of none": (
+        "Sweep(inputs, {'slot': [0]}, lambda slot: Ablate(slot)).run(qwen, None)",
+        "InterventionError: metric=None was given",
+    ),
+    "i4 a sweep without make": (
+        "Sweep(inputs, {'slot': [0]}, None).run(qwen, lambda logits: logits[:, -1, 0])",
+        "InterventionError: Sweep(inputs, axes, make) was given",
+    ),
+    "i4 a sweep without inputs": (
+        "Sweep(None, {'slot': [0]}, lambda slot: Ablate(slot)).run(qwen, lambda logits: logits)",
+        "InterventionError: Sweep(inputs, axes, make) was given",
+    ),
+    "i4 a sweep without axes": (
+        "Sweep(inputs, None, lambda: Ablate(site)).run(qwen, lambda logits: logits[:, -1, 0])",
+        "InterventionError: A sweep needs axes",
+    ),
+    "i4 a number as filter": (
+        "qwen.run_with_cache(inputs, 3)",
+        "UnknownHookError: The names_filter is 3",
+    ),
+    "i4 none in a filter": (
+        "qwen.run_with_cache(inputs, [None])",
+        "UnknownHookError: The names_filter is [None]",
+    ),
+    "i4 a number as hook name": (
+        "run((3, lambda a, hook: a))",
+        "UnknownHookError: The names_filter is 3",
+    ),
+    "i4 a number in a cache": ("ActivationCache({})[3]", "UnknownHookError: cache[3]"),
+    "i4 four parts in a cache": (
+        "ActivationCache({})['q', 0, None, 1]",
+        "UnknownHookError: cache[('q', 0, None, 1)]",
+    ),
+    "i4 text as position": ("Positions(('a',))", "RegionError: Positions(('a',)) was given"),
+    "i4 a number as positions": ("Positions(3)", "RegionError: Positions(3) was given"),
+    "i4 half a position": ("Positions((1.5,))", "RegionError: Positions((1.5,)) was given"),
+    "i4 a number as span": ("Span(3)", "RegionError: Span(3) was given"),
+    "i4 half a column": ("Region.column_band((4, 4), 0.5, 2)", "RegionError: A region was given"),
+    "i4 a chain of none": ("Chain(None)", "InterventionError: Chain was given None"),
+    "i4 ablate to a matrix": (
+        "run(Ablate(site, to=torch.zeros(3, d)))",
+        "InterventionError: Ablate(to=…) was given a tensor of shape (3, 128)",
+    ),
+    "g8 ablate to nan": (
+        "run(Ablate(site, to=torch.full((d,), float('nan'))))",
+        "InterventionError: Ablate(to=…) has values that are NaN",
+    ),
+    "i4 steer along nothing": (
+        "run(Steer(site, directions=torch.ones(0, d), alpha=1, mode='project'))",
+        "InterventionError: Steer(directions=…) was given a Tensor of shape (0, 128)",
+    ),
+    "g7 logits of every position": (
+        "scoring.top_answer(logits[None], tok)",
+        "ScoringError: Logits of shape (1, 2, ",
+    ),
+    "g7 logits of integers": (
+        "scoring.candidate_probability(logits.long(), tok, ['red', 'blue'])",
+        "ScoringError: Logits were given as a Tensor of torch.int64",
+    ),
+    "i4 a list as logits": (
+        "scoring.candidate_probability([[1.0]], tok, ['red'])",
+        "ScoringError: Logits were given as a list",
+    ),
+    "i4 statistics of text": (
+        "statistics.bootstrap(['a', 'b'])",
+        "DataError: Statistics over pairs need an array of numbers",
+    ),
+    "i4 a setting of none": ("stimulus_set(None)", "DataError: There is no setting None"),
+    "i4 tokens without pixels": ("geometry_for(12, token_px=0)", "DataError: token_px=0"),
+    "i4 a folder as text": ("load_cutouts('x')", "DataError: There are no <name>.png files"),
     # Files and loading.
+    "i4 a model without a name": (
+        "HookedVLM.from_pretrained(None)",
+        "UnsupportedModelError: The model's name is None",
+    ),
+    "i4 an unknown attention": (
+        "HookedVLM.from_pretrained('tiny-qwen2-vl', attn_implementation='fast')",
+        "UnsupportedModelError: Could not load 'tiny-qwen2-vl': transformers reports",
+    ),
+    "i4 an unknown option": (
+        "HookedVLM.from_pretrained('tiny-qwen2-vl', nonsense=3)",
+        "UnsupportedModelError: Could not load 'tiny-qwen2-vl': transformers reports",
+    ),
     "i4 an unknown dtype": (
         "HookedVLM.from_pretrained('tiny-qwen2-vl', dtype='float31')",
         "UnsupportedModelError: dtype='float31' was given",
@@ -197,11 +279,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Steer
-from hooked_vlm.analysis import directions, scoring
+from hooked_vlm import Ablate, Chain, HookedVLM, LastToken, Patch, Region, Span, Steer, Sweep
+from hooked_vlm.analysis import directions, scoring, statistics
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.hook_at import HookAt
+from hooked_vlm.regions.positions import Positions
+from hooked_vlm.stimuli.geometry import geometry_for
+from hooked_vlm.stimuli.objects import load_cutouts
+from hooked_vlm.stimuli.settings import stimulus_set
 
 warnings.simplefilter("ignore")
 folder = Path(sys.argv[1])

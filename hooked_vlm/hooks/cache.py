@@ -57,6 +57,12 @@ class ActivationCache(Mapping[str, Any]):
         The result is a tensor, or a list of tensors by image at vision sites when the images
         have different sizes.  Raises `UnknownHookError` when the activation was not cached.
         """
+        parts = key if isinstance(key, tuple) else (key,)
+        if not 1 <= len(parts) <= 3 or not isinstance(parts[0], str):
+            raise UnknownHookError(
+                f"cache[{repr(key)[:80]}] was asked for; expected a name, or (short name, layer), "
+                "such as cache['resid_post', 3]."
+            )
         name = get_act_name(*key) if isinstance(key, tuple) else key
         if name in self._activations:
             return self._activations[name]
