@@ -97,7 +97,7 @@ def test_run_writes_a_report(
         "pairs": 7,
         "seed": 3,
         "batch_size": 16,
-        "setting": "squares",
+        "setting": None,
         "cutouts": None,
         "backgrounds": None,
         "data": None,
@@ -446,3 +446,13 @@ def test_i3_a_damaged_record_is_an_error_of_ours(
         (tmp_path / "provenance.json").write_text(text)
         with pytest.raises(DataError, match="not the record of a run"):
             runner.read(runner.Job("dual-mechanisms", "tiny-one", tmp_path))
+
+
+def test_g1_the_record_has_the_setting_that_was_run(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ("run", "strip-swap", "--model", "tiny-one", "--out", str(tmp_path))
+    assert hooked_vlm(monkeypatch, *words, "--setting", "shapes") == 0
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    assert record["config"]["setting"] == "shapes"
+    assert set(pd.read_csv(tmp_path / "numbers.csv")["setting"]) == {"shapes"}

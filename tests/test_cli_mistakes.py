@@ -103,6 +103,10 @@ CASES: dict[str, tuple[str, str]] = {
     ),
     "g6 a list on shapes": ("coco-spatial --setting shapes", "Use one of: coco."),
     "g6 one object alone": ("redundancy --setting whatsup-chair", "There is no setting"),
+    "g6 two values": (
+        "amplification --set controls=1 --set controls=2",
+        "--set controls was given twice, as '1' and '2'",
+    ),
     "g6 nan": ("amplification --set alphas=0,nan", "alphas must be finite (got nan)"),
     "g6 infinite": ("amplification --set control_alphas=inf", "must be finite (got inf)"),
     "g6 no alpha": ("amplification --set alphas=", "alphas is empty"),

@@ -194,6 +194,8 @@ class ActivationCache(Mapping[str, Any]):
         part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
         try:
             save_file(tensors, part, {n: str(layers) for n, layers in self.n_layers.items()})
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
