@@ -294,8 +294,7 @@ def _options(given: list[str]) -> dict[str, str]:
         name = name.strip().replace("-", "_")
         if name in options:
             raise DataError(
-                f"--set {name} was given twice, as {options[name][:80]!r} and {value[:80]!r}. Give "
-                "it once; values of a list are separated by commas."
+                f"--set {name} was given twice, as {options[name][:80]!r} and {value[:80]!r}."
             )
         options[name] = value
     return options
