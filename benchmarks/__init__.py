@@ -1,1 +1,10 @@
-"""Timings: `python -m benchmarks.wrapper`, `python -m benchmarks.throughput`."""
+"""Benchmarks, run from the repository's root.
+
+    python -m benchmarks.throughput    sweeps beside hook loops and other tools
+    python -m benchmarks.wrapper       the cost of wrapping, hooks, patches and caches
+    python -m benchmarks.attribution   estimated sweeps beside exact ones
+    python -m benchmarks.encodings     images that the encoder processes
+    python -m benchmarks.kernels       bandwidth of the fused kernel
+
+`common` holds what several of them use.
+"""

@@ -26,7 +26,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from benchmarks.throughput import machine
+from benchmarks.common.machine import machine
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, final_logits
 from hooked_vlm.analysis.scoring import logit_difference, target_probability
 from hooked_vlm.analysis.statistics import bootstrap

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.built import on_meta
+from benchmarks.common.built import on_meta
 from hooked_vlm import HookedVLM, shared_runs
 from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.experiments import registry

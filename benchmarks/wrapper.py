@@ -35,10 +35,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks import rivals
-from benchmarks.built import LAYERS, REAL, build, make_inputs, on_meta
-from benchmarks.parts import twin
-from benchmarks.tasks import Cannot
+from benchmarks.common.built import LAYERS, REAL, build, make_inputs, on_meta
+from benchmarks.common.parts import twin
+from benchmarks.throughput import rivals
+from benchmarks.throughput.tasks import Cannot
 from hooked_vlm import HookedVLM, LastToken, Patch
 from hooked_vlm.interventions.recording import record
 from hooked_vlm.stimuli.geometry import geometry_for
@@ -159,7 +159,7 @@ def _transformer_lens(model: HookedVLM, tensors: Mapping[str, Tensor]) -> Ways:
     except rivals.MissingRivalError:
         print("TransformerLens is not installed: skipped.\n")
         return {}
-    from benchmarks.rivals.lens import bridged
+    from benchmarks.throughput.rivals.lens import bridged
 
     try:
         bridge = bridged(_copy(model.hf_model))

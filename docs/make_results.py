@@ -3,12 +3,13 @@
     hooked-vlm reproduce --out reproduced
     python docs/make_results.py reproduced
 
-One page for each experiment, `docs/results/<id>.md`, with what was found on each model
-and setting, its figures, and the numbers on top; and `docs/results/index.md`, the table of
-all verdicts.  Nothing on these pages is written by hand.
+One page for each experiment, `docs/results/<id>.md`: for each setting a table of its key
+numbers, the figures, and the verdicts in words, folded.  `docs/results/index.md` has the first
+sentence of every verdict.  Nothing on these pages is written by hand.
 """
 
 import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,36 +56,46 @@ def page(experiment_id: str, runs: Runs) -> str:
         f"*The paper ({experiment.section}):* {experiment.claim}",
     ]
     for step in own:
-        lines.append(f"## On {step.setting}")
-        for model, (_, results) in runs.items():
-            if step.key not in results:
-                continue
-            result = results[step.key]
-            lines += [f"### {model}", format_interval(result.verdict)]
-            lines += tiles(result)
+        found = {m: runs[m][1][step.key] for m in runs if step.key in runs[m][1]}
+        lines += [f"## On {step.setting}", *numbers(found)]
+        for model, result in found.items():
             for drawing in drawings(result):
                 name = f"{result.anchor}-{drawing.name}-{model}.png".replace("/", "-")
                 write_file(OUT / "figures" / name, to_png(drawing.figure, dpi=DPI))
-                lines += [f"![{drawing.name}](figures/{name})", f"*{drawing.caption}*"]
+                lines += [f"![{drawing.name}](figures/{name})", f"*{model}. {drawing.caption}*"]
+        for model, result in found.items():
+            words = result.verdict.replace("\n", "\n\n")
+            lines.append(
+                f"<details markdown><summary>{model}, in words: {headline(result)}</summary>\n\n"
+                f"{words}\n\n</details>"
+            )
     return "\n\n".join(lines) + "\n"
+
+
+def headline(result: Result) -> str:
+    """Returns the first sentence of a verdict."""
+    return re.split(r"(?<=[.:]) (?=[A-Z\d])|\n", result.verdict, maxsplit=1)[0]
+
+
+def numbers(found: dict[str, Result]) -> Iterable[str]:
+    """Returns the key numbers of a setting as one table, a column for each model."""
+    tiles = {model: key_numbers([result]) for model, result in found.items()}
+    labels = list(dict.fromkeys(tile.label for some in tiles.values() for tile in some))
+    if labels:
+        rows = [["", *tiles], ["---", *["---:"] * len(tiles)]]
+        for label in labels:
+            values = [
+                next((tile.value for tile in some if tile.label == label), "–")
+                for some in tiles.values()
+            ]
+            rows.append([label, *values])
+        yield "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def explained(name: str) -> str:
     """Returns the page that explains an experiment."""
     path = Path(__file__).parent / "experiments" / f"{name}.md"
     return name if path.exists() else "dual-mechanisms"
-
-
-def tiles(result: Result) -> Iterable[str]:
-    """Returns a result's key numbers as one line, if it has any."""
-    found = key_numbers([result])
-    if found:
-        yield "; ".join(f"**{tile.value}** {tile.label}" for tile in found) + "."
-
-
-def format_interval(verdict: str) -> str:
-    """Returns a verdict whose lines stay apart."""
-    return verdict.replace("\n", "\n\n")
 
 
 def made(runs: Runs) -> str:
@@ -95,24 +106,27 @@ def made(runs: Runs) -> str:
 
 
 def index(runs: Runs) -> str:
-    """Returns the table of every verdict."""
+    """Returns the first sentence of every verdict, and the key numbers of every experiment."""
     lines = [
         "# What was found",
         f"Generated from a run of `hooked-vlm reproduce` on the shipped models. {made(runs)} "
         "They are small models trained on these tasks: see "
-        "[the small models](../reference/zoo.md).",
-        "| | on | " + " | ".join(runs) + " |\n|---|---|" + "---|" * len(runs),
+        "[the small models](../reference/zoo.md). Each page has the figures, the intervals and "
+        "the full verdicts.",
     ]
-    for step in steps("reproduce"):
-        cells = [
-            results[step.key].verdict.replace("\n", "<br>") if step.key in results else "not run"
-            for _, results in runs.values()
-        ]
-        experiment = step.experiment
-        lines[-1] += (
-            f"\n| [{experiment.id}]({experiment.id.lower()}.md) {experiment.name} | "
-            f"{step.setting} | " + " | ".join(cells) + " |"
-        )
+    for experiment in EXPERIMENTS.values():
+        own = [step for step in steps("reproduce") if step.experiment is experiment]
+        if not own:
+            continue
+        lines.append(f"## [{experiment.id}]({experiment.id.lower()}.md): {experiment.title}")
+        rows = [["on", *runs], ["---"] * (len(runs) + 1)]
+        for step in own:
+            cells = [
+                headline(results[step.key]) if step.key in results else "not run"
+                for _, results in runs.values()
+            ]
+            rows.append([step.setting, *cells])
+        lines.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
     seconds = "; ".join(
         f"{model}: {sum(record.seconds.values()) / 60:.0f} minutes"
         for model, (record, _) in runs.items()

@@ -42,7 +42,7 @@ for start in range(0, len(triples), 30):
     parts.append(cache[site])
 features = torch.cat(parts)
 
-regions = [geometry.object_region("horizontal", slot) for slot in range(3)]
+regions = [geometry.object_region("horizontal", place) for place in range(3)]
 examples = object_examples(features, regions)
 train, test = split_by_image(len(features), seed=0)
 for name, data in (("probe", examples), ("control", shuffled_labels(examples, seed=0))):

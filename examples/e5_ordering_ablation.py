@@ -35,11 +35,11 @@ def ask(questions, shown):
 
 def ablation(questions, axis):
     """What is written at slot 0, the input of the first block: every image token, once."""
-    regions = [geometry.object_region(axis, slot) for slot in range(3)]
+    regions = [geometry.object_region(axis, place) for place in range(3)]
     patches = [
-        Patch(0, at=region, source=ask(questions, lambda q, s=slot: (None, q.entities[s], None)),
+        Patch(0, at=region, source=ask(questions, lambda q, s=place: (None, q.entities[s], None)),
               source_at=regions[1])
-        for slot, region in enumerate(regions)
+        for place, region in enumerate(regions)
     ]  # fmt: skip
     empty = ask(questions, lambda _: (None, None, None))
     return [*patches, Patch(0, at=geometry.background(axis), source=empty)]

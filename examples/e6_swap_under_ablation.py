@@ -27,7 +27,7 @@ model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 direction, axis = "above", "vertical"
-regions = [geometry.object_region(axis, slot) for slot in range(3)]
+regions = [geometry.object_region(axis, place) for place in range(3)]
 
 
 def ask(questions, shown):
@@ -37,9 +37,9 @@ def ask(questions, shown):
 
 def ablation(questions):
     parts = []
-    for slot in range(3):
-        alone = ask(questions, lambda q, s=slot: (None, q.entities[s], None))
-        parts.append(Patch(0, at=regions[slot], source=alone, source_at=regions[1]))
+    for place in range(3):
+        alone = ask(questions, lambda q, s=place: (None, q.entities[s], None))
+        parts.append(Patch(0, at=regions[place], source=alone, source_at=regions[1]))
     empty = ask(questions, lambda _: (None, None, None))
     return [*parts, Patch(0, at=geometry.background(axis), source=empty)]
 

@@ -50,7 +50,7 @@ for start in range(0, len(seen), 24):
     inputs = ask(seen[start : start + 24])
     _, cache = model.run_with_cache(inputs, "vision_projector.hook_out", stop_at_layer=0)
     parts.append(cache["vision_projector.hook_out"])
-regions = [geometry.object_region("horizontal", slot) for slot in range(3)]
+regions = [geometry.object_region("horizontal", place) for place in range(3)]
 examples = object_examples(torch.cat(parts), regions)
 ordering = stack(class_directions(LinearProbe(seed=0).fit(examples.X, examples.y)))
 directions = {"ordering": ordering, "random": random_controls(ordering, seeds=[0])[0]}

@@ -27,10 +27,10 @@ model = HookedVLM.from_pretrained(given.model)
 vision = model.require_vision()
 geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
 site = "vision_projector.hook_out"
-regions = [geometry.object_region("horizontal", slot) for slot in range(3)]
+regions = [geometry.object_region("horizontal", place) for place in range(3)]
 strips = torch.zeros(geometry.shape, dtype=torch.long)
-for slot in range(3):
-    strips[torch.from_numpy(geometry.strip_region("horizontal", slot).mask)] = slot
+for place in range(3):
+    strips[torch.from_numpy(geometry.strip_region("horizontal", place).mask)] = place
 background = torch.from_numpy(geometry.background("horizontal").mask)
 
 for name in ("shapes", "shapes-photos"):

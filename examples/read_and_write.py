@@ -36,11 +36,11 @@ print("the encoder's patterns:", tuple(cache["pattern", 0, "vision_encoder"].sha
 row = PromptRow(inputs["input_ids"][0], inputs["attention_mask"][0], grids=inputs.grids[0])
 last = LastToken().positions(row)
 attention = cache["pattern", -1][0, :, last].mean(0).squeeze(0)
-for slot in range(3):
-    cells = geometry.object_region("horizontal", slot)
-    strip = geometry.strip_region("horizontal", slot)
+for place in range(3):
+    cells = geometry.object_region("horizontal", place)
+    strip = geometry.strip_region("horizontal", place)
     on_object, on_strip = (attention[region.positions(grid)].sum() for region in (cells, strip))
-    print(f"attention on object {slot}: {on_object:.3f}, on its strip: {on_strip:.3f}")
+    print(f"attention on object {place}: {on_object:.3f}, on its strip: {on_strip:.3f}")
 
 
 # Write: block the last token's attention to the image in every layer.

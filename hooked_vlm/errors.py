@@ -91,6 +91,15 @@ class HookedVLMWarning(UserWarning):
     """
 
 
+def counted(n: object, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun in the right form.
+
+    >>> counted(1, "image"), counted(2, "image"), counted(2, "entry", "entries")
+    ('1 image', '2 images', '2 entries')
+    """
+    return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
+
+
 def did_you_mean(given: object, known: Iterable[str], limit: int = 3) -> str:
     """Returns `" Did you mean 'a' or 'b'?"` for the nearest known names, else `""`.
 

@@ -18,7 +18,7 @@ NEEDS = (
     ("kinds_of_tokens_are_asked_for_where_the_model_takes_them", "5.21", "M-RoPE needs the kinds"),
     ("exceptions_name_what_there_is", "5.23", "the exceptions are listed for 5.23"),
     ("test_a_dozen_families[vipllava]", "5.23", "its small config names layers that it has not"),
-    ("test_processing.py::test_each_prompt_gets_its_own_image[got_ocr2]", "5.23", "its processor"),
+    ("test_processor.py::test_each_prompt_gets_its_own_image[got_ocr2]", "5.23", "its processor"),
     ("test_a_processor_that_wants_no_nesting_is_given_none", "5.23", "got_ocr2's processor"),
     ("own_image[kosmos-2", "5.23", "its processor asks its tokenizer for more"),
     ("are_refused[kosmos-2]", "5.23", "its processor asks its tokenizer for more"),

@@ -55,12 +55,12 @@ def test_published_sizes_are_built_without_weights(wrapper):
 
 @pytest.fixture(scope="module")
 def throughput() -> Any:
-    return importlib.import_module("benchmarks.throughput")
+    return importlib.import_module("benchmarks.throughput.__main__")
 
 
 @pytest.fixture(scope="module")
 def timed() -> Any:
-    return importlib.import_module("benchmarks.timed")
+    return importlib.import_module("benchmarks.throughput.timed")
 
 
 def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_path):
@@ -76,7 +76,7 @@ def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_
         assert all(ratio > 0 for ratio in by_task.values())
     assert all(row["difference"] < 2e-6 for row in found["rows"])
     how = {row["task"]: row["how"] for row in found["rows"] if row["rival"] == "hook-loop"}
-    assert how["final_token"].startswith("growing: 1 passes of 3 rows, from positions 183")
+    assert how["final_token"].startswith("growing: 1 pass of 3 rows, from positions 183")
     assert how["vision"].startswith("growing: ")
     for row in found["rows"]:
         assert row["operations_per_s"] > 0 and row["product_per_s"] > 0, row
@@ -101,7 +101,7 @@ def test_the_shipped_models_are_timed_too(throughput, timed, name):
 
 
 def test_peaks_are_of_what_a_run_holds():
-    peak = importlib.import_module("benchmarks.peak")
+    peak = importlib.import_module("benchmarks.throughput.peak")
     found = peak.peak_bytes(lambda: torch.ones(40, 2**20))
     if found is None:
         pytest.skip("nobody keeps count of memory here")
@@ -147,7 +147,7 @@ def test_a_missing_rival_is_named_with_the_command_that_installs_it(throughput, 
     with pytest.raises(SystemExit) as stopped:
         throughput.main()
     assert f"needs the package {name!r}" in str(stopped.value)
-    assert "python -m benchmarks.environment --at .venv-rivals" in str(stopped.value)
+    assert "python -m benchmarks.throughput.environment --at .venv-rivals" in str(stopped.value)
 
 
 def test_an_unknown_rival_is_no_rival(throughput, monkeypatch, capsys):
@@ -161,7 +161,7 @@ def test_an_unknown_rival_is_no_rival(throughput, monkeypatch, capsys):
 
 
 def test_the_rivals_environment_has_one_version_of_each(throughput):
-    environment = importlib.import_module("benchmarks.environment")
+    environment = importlib.import_module("benchmarks.throughput.environment")
     lines = (environment.ROOT / environment.REQUIREMENTS).read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert {rival.distribution for rival in throughput.rivals.RIVALS.values()} < set(pinned)
@@ -171,7 +171,7 @@ def test_the_rivals_environment_has_one_version_of_each(throughput):
 
 
 def test_the_battery_has_the_same_answers_whoever_runs_it(monkeypatch, capsys, tmp_path):
-    battery = importlib.import_module("benchmarks.battery")
+    battery = importlib.import_module("benchmarks.throughput.battery")
     file = tmp_path / "battery.json"
     wanted = ["--size", "2x64", "--pairs", "2", "--batch", "1", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["battery", *wanted, "--json", str(file)])
@@ -185,7 +185,7 @@ def test_the_battery_has_the_same_answers_whoever_runs_it(monkeypatch, capsys, t
 
 
 def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):
-    growth = importlib.import_module("benchmarks.growth")
+    growth = importlib.import_module("benchmarks.throughput.growth")
     steps = {"slots": (1, 3), "tokens": (6, 8), "pairs": (1, 2)}
     monkeypatch.setattr(growth, "GROWN", steps)
     files = ["--plot", str(tmp_path / "g.png"), "--json", str(tmp_path / "g.json")]
@@ -222,7 +222,7 @@ def test_estimates_stand_beside_exact_sweeps(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return importlib.import_module("benchmarks.kernels")
+    return importlib.import_module("benchmarks.kernels.__main__")
 
 
 def test_every_way_makes_the_same_rows(kernels, capsys, monkeypatch, tmp_path):

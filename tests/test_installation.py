@@ -68,7 +68,9 @@ def warn_from(module: str, category: type[Warning] = DeprecationWarning) -> None
     warnings.warn_explicit("to be removed", category, "file.py", 1, module=module, registry={})
 
 
-@pytest.mark.parametrize("module", ["hooked_vlm", "hooked_vlm.analysis.probes", "benchmarks.tasks"])
+@pytest.mark.parametrize(
+    "module", ["hooked_vlm", "hooked_vlm.analysis.probes", "benchmarks.throughput.tasks"]
+)
 def test_a_warning_about_our_own_code_is_an_error(module):
     with pytest.raises(DeprecationWarning, match="to be removed"):
         warn_from(module)

@@ -41,7 +41,7 @@ def test_pages_say_what_the_results_say(pages: Any, tmp_path: Path) -> None:
         if line.startswith("!["):
             assert (pages.OUT / line.split("(")[1][:-1]).exists()
     index = pages.index(runs)
-    assert "| [E1](e1.md) behaviour | squares | Found on squares. |" in index
-    assert "| [E4](e4.md) strip-swap | shapes | not run |" in index
+    assert "| squares | Found on squares. |" in index
+    assert "| shapes | not run |" in index.split("## [E4](e4.md)")[1]
     with pytest.raises(SystemExit, match="no finished run"):
         pages.read(tmp_path / "nowhere")

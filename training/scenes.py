@@ -90,9 +90,9 @@ class MixedScene:
                 pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=color)
         return np.asarray(image)
 
-    def label(self, slot: int) -> str:
-        """Returns how a question names the entity of a slot as its reference."""
-        name, form = self.names[slot], self.forms[slot]
+    def label(self, place: int) -> str:
+        """Returns how a question names the entity of a place as its reference."""
+        name, form = self.names[place], self.forms[place]
         return f"{name} {form}" if self.kind == "shapes" else name
 
     def relations(self, phrasing: int = 0) -> list[Turn]:
@@ -102,8 +102,8 @@ class MixedScene:
         template = PHRASINGS[self.kind][phrasing]
         asked = ((before, 1, first), (after, 1, last), (before, 2, middle), (after, 0, middle))
         return [
-            (template.format(preposition=PREPOSITION[d], reference=self.label(slot)), answer)
-            for d, slot, answer in asked
+            (template.format(preposition=PREPOSITION[d], reference=self.label(place)), answer)
+            for d, place, answer in asked
         ]
 
     def side(self, rng: random.Random) -> Turn:
@@ -113,8 +113,8 @@ class MixedScene:
         text = prompts.side_prompt(self._thing(one), self._thing(other), self.axis, style, swapped)
         return text, OPTIONS[self.axis][int(one > other)]
 
-    def _thing(self, slot: int) -> str:
-        return f"{self.names[slot]} square" if self.kind == "squares" else self.label(slot)
+    def _thing(self, place: int) -> str:
+        return f"{self.names[place]} square" if self.kind == "squares" else self.label(place)
 
     def listing(self) -> Turn:
         """Returns the request for all entities in order, and its answer."""

@@ -64,7 +64,7 @@ def training_triples() -> list[Triple]:
 
 @dataclass(frozen=True)
 class Scene:
-    """Three squares: their colours by slot and their pixel boxes `(x0, y0, x1, y1)`."""
+    """Three squares: their colours by place and their pixel boxes `(x0, y0, x1, y1)`."""
 
     triple: Triple
     axis: str
@@ -96,7 +96,7 @@ class Scene:
 
 def canonical_scene(triple: Triple, axis: str, geometry: Geometry) -> Scene:
     """Returns the paper's layout (protocol 2.1)."""
-    return Scene(triple, axis, tuple(geometry.slot_box(axis, slot) for slot in range(3)))
+    return Scene(triple, axis, tuple(geometry.place_box(axis, place) for place in range(3)))
 
 
 def jittered_scene(

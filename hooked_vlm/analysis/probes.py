@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.directions import Direction
 from hooked_vlm.analysis.statistics import Interval, wilson
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, counted
 from hooked_vlm.regions.region import Region
 
 
@@ -159,7 +159,7 @@ class Examples:
 
     X: Float[Tensor, "example d"]
     y: Int[np.ndarray, " example"]
-    """The slot (0, 1, 2, ...) of the token's object."""
+    """The place (0, 1, 2, ...) of the token's object."""
     images: Int[np.ndarray, " example"]
     objects: Int[np.ndarray, " example"]
     """One number per object of an image; its examples share a label."""
@@ -174,17 +174,17 @@ class Examples:
 def object_examples(
     features: Float[Tensor, "image token d"], regions: Sequence[Region], *, pooled: bool = False
 ) -> Examples:
-    """Returns the tokens of each slot's object as examples, labelled by slot.
+    """Returns the tokens of each place's object as examples, labelled by place.
 
-    `regions[slot]` lies on the token grid of every image; background tokens are left out.
+    `regions[place]` lies on the token grid of every image; background tokens are left out.
     With `pooled`, an object's tokens are averaged to one example (COCO, protocol 2.7).
 
     Raises:
         RegionError: an empty region.
         DataError: a region of another grid, or two regions that share a cell.
 
-    >>> slots = [Region.column_band((4, 4), 0, 1), Region.column_band((4, 4), 3, 4)]
-    >>> object_examples(torch.zeros(5, 16, 32), slots).X.shape
+    >>> places = [Region.column_band((4, 4), 0, 1), Region.column_band((4, 4), 3, 4)]
+    >>> object_examples(torch.zeros(5, 16, 32), places).X.shape
     torch.Size([40, 32])
     """
     n_images, n_tokens, _ = features.shape
@@ -193,9 +193,9 @@ def object_examples(
     blocks = [features[:, index] for index in tokens]
     if pooled:
         blocks = [block.mean(dim=1, keepdim=True) for block in blocks]
-    slots = np.repeat(np.arange(len(blocks)), [block.shape[1] for block in blocks])
-    images = np.repeat(np.arange(n_images), len(slots))
-    y = np.tile(slots, n_images)
+    places = np.repeat(np.arange(len(blocks)), [block.shape[1] for block in blocks])
+    images = np.repeat(np.arange(n_images), len(places))
+    y = np.tile(places, n_images)
     return Examples(torch.cat(blocks, dim=1).flatten(0, 1), y, images, images * len(blocks) + y)
 
 
@@ -212,8 +212,8 @@ def split_by_image(
     n_train = math.floor(n_images * (1 - test_size) + 1e-9)  # 0.95 * 20 is 19, not 18.99...
     if not 0 < n_train < n_images:
         raise DataError(
-            f"{n_images} images with test_size={test_size} leave {n_train} to train on and "
-            f"{n_images - n_train} to test on; both must be at least 1."
+            f"Of {counted(n_images, 'image')}, test_size={test_size} leaves {n_train} to train on "
+            f"and {n_images - n_train} to test on; both must be at least 1."
         )
     order = list(range(n_images))
     random.Random(seed).shuffle(order)
@@ -224,7 +224,7 @@ def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
     """Returns the same examples with labels shuffled among each image's objects.
 
     Fit *and score* the control on these examples.  With strong features, a probe fitted to
-    shuffled labels gives every slot one label, so its accuracy on the true labels is 0, 1/3 or
+    shuffled labels gives every place one label, so its accuracy on the true labels is 0, 1/3 or
     1 by chance, while its accuracy on shuffled labels is at chance level.
 
     Raises:
@@ -286,16 +286,16 @@ def _array(values: Any) -> Any:
 
 
 def _check_regions(regions: Sequence[Region], n_tokens: int) -> None:
-    for slot, region in enumerate(regions):
+    for place, region in enumerate(regions):
         rows, cols = region.shape
         if rows * cols != n_tokens:
             raise DataError(
-                f"The region of slot {slot}, {region!r}, is on a grid of {rows * cols} tokens, "
+                f"The region of place {place}, {region!r}, is on a grid of {rows * cols} tokens, "
                 f"and the features have {n_tokens} per image. Make it from the images' grid."
             )
-        for other in regions[:slot]:
+        for other in regions[:place]:
             if len(region & other):
                 raise DataError(
                     f"{region!r} and {other!r} share {len(region & other)} cells; a token can be "
-                    "an example of one slot only. Give disjoint regions."
+                    "an example of one place only. Give disjoint regions."
                 )

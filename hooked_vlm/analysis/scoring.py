@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hooked_vlm.errors import ScoringError, did_you_mean
+from hooked_vlm.errors import ScoringError, counted, did_you_mean
 
 
 def spellings(name: str) -> tuple[str, str, str, str]:
@@ -266,7 +266,9 @@ def _columns(answers: Sequence[str], logits: Tensor) -> tuple[list[str], Int[Ten
     """Returns the different names among the answers, and for each pair the index of its own."""
     if isinstance(answers, str) or len(answers) != len(logits):
         raise ScoringError(
-            f"{len(logits)} rows of logits need one answer each; got {answers!r}"[:300] + "."
+            f"One answer is needed for each of {counted(len(logits), 'row')} of logits; got "
+            f"{answers!r}"[:300]
+            + "."
         )
     names = list(dict.fromkeys(answers))
     place = {name: column for column, name in enumerate(names)}

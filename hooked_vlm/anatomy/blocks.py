@@ -156,8 +156,8 @@ def _mlp(linears: dict[str, Any], path: str) -> Mlp | None:
     gate = next((name for name in ups if "gate" in name), ups[0])
     linear = next((name for name in ups if name != gate), None)
     if linear is None and linears[gate].out_features == 2 * d_mlp:  # both halves in one map
-        pre = Projection(f"{path}.{gate}", f"0:{d_mlp}")
-        other = Projection(f"{path}.{gate}", f"{d_mlp}:{2 * d_mlp}")
+        pre = Projection(f"{path}.{gate}", (0, d_mlp))
+        other = Projection(f"{path}.{gate}", (d_mlp, 2 * d_mlp))
     else:
         pre = Projection(f"{path}.{gate}")
         other = Projection(f"{path}.{linear}") if linear else None
@@ -270,4 +270,4 @@ def _projection(
     if rest or n_kv < 1:
         return None
     edges = [0, n_heads * d_head, (n_heads + n_kv) * d_head, size]
-    return Projection(fused, f"{edges[index]}:{edges[index + 1]}", index)
+    return Projection(fused, (edges[index], edges[index + 1]), index)

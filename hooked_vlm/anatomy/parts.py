@@ -7,11 +7,17 @@ its name.  The frozen descriptions hold module paths and sizes, not modules.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from hooked_vlm.anatomy.source import called_children
+
+
+Fused = Literal["", "3hd", "h3d", "h2d"]
+"""The axes of a fused projection's output; empty where it has one part."""
+Columns = tuple[int, int]
+"""First and one past the last column of a part that is contiguous."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +25,9 @@ class Projection:
     """The module that computes queries, keys or values, and their part of its output."""
 
     path: str
-    layout: str = ""
+    layout: Fused | Columns = ""
     """`""`: the whole output; `"3hd"`, `"h3d"`: a fused output with these axes; `"h2d"`: each
-    head's queries are followed by a gate; `"a:b"`: these columns."""
+    head's queries are followed by a gate; `(a, b)`: these columns."""
     index: int = 0
     """Index in a fused output: 0, 1, 2 for q, k, v."""
 

@@ -12,15 +12,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.checks.residual import BlockSums, same
-from hooked_vlm.errors import GridError, HookedVLMWarning, HookError
-from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.errors import GridError, HookedVLMWarning, HookError, counted
+from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers, site_path
+from hooked_vlm.hooks.patch_order import each, listed
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.inputs.pixel_routing import Routes, measure_routes
 from hooked_vlm.model.vlm import HookedVLM
@@ -29,7 +30,10 @@ from hooked_vlm.regions.region import Region
 
 
 Inputs = Mapping[str, Any]
-YES, NO, NONE = "yes", "no", "n/a"
+Verdict = Literal["yes", "no", "n/a"]
+YES: Final = "yes"
+NO: Final = "no"
+NONE: Final = "n/a"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Finding:
     """The result of one check on one model."""
 
     law: str
-    verdict: str
+    verdict: Verdict
     """`"yes"`, `"no"`, or `"n/a"` where the check does not apply to the model."""
     note: str = ""
 
@@ -77,13 +81,9 @@ def group_of(model: HookedVLM, group: str) -> list[str]:
     return [n for n in model.hook_names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def each(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def writing(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """Returns a hook function that applies `function` to a tensor or to each tensor of a list."""
-
-    def hook_function(value: Any, hook: Any) -> Any:
-        return [function(v) for v in value] if isinstance(value, list) else function(value)
-
-    return hook_function
+    return lambda value, hook: each(function, value)
 
 
 def perturbed(tensor: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ def check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
         if model.sites[name].read_only:
             yield from _refuses(model, inputs, name)
             return
-        same = model.run_with_hooks(inputs, [(name, each(torch.clone))])
+        same = model.run_with_hooks(inputs, [(name, writing(torch.clone))])
         if not torch.equal(same, base):
             yield f"{name}: writing back what was read moves logits by {_gap(same, base):.1e}"
-        changed = model.run_with_hooks(inputs, [(name, each(perturbed))])
+        changed = model.run_with_hooks(inputs, [(name, writing(perturbed))])
     except Exception as error:  # noqa: BLE001 - any error of the model is the finding
         yield f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
         return
@@ -158,7 +158,7 @@ def check_site(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
 
 def _refuses(model: HookedVLM, inputs: Inputs, name: str) -> Iterator[str]:
     try:
-        model.run_with_hooks(inputs, [(name, each(perturbed))])
+        model.run_with_hooks(inputs, [(name, writing(perturbed))])
     except HookError:
         return
     yield f"{name}: is read-only, and a write was not refused"
@@ -178,8 +178,7 @@ def check_residual(model: HookedVLM, inputs: Inputs) -> Finding:
             if stack is not None and any(block.post_norm for block in stack.blocks):
                 notes.add("the residual is normalised after each addition")
                 continue
-            n_blocks = len({n for n in cache if n.startswith(f"{prefix}blocks.") and "_post" in n})
-            for i in range(n_blocks):
+            for i in range(count_layers(f"{prefix}blocks", cache)):
                 part = BlockSums(cache, f"{prefix}blocks.{i}.hook_")
                 for found in part.sums():
                     (notes.add if found.startswith("scaled") else problems.append)(found)
@@ -205,7 +204,7 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
             problems.append(f"reading patterns moves logits by {_gap(logits, base):.1e}")
         # Rows sum to one, or to less in models with attention sinks.
         for name, value in cache.items():
-            rows = [v.sum(-1) for v in (value if isinstance(value, list) else [value])]
+            rows = [v.sum(-1) for v in listed(value)]
             if all(torch.allclose(r, torch.ones_like(r), atol=1e-3) for r in rows):
                 continue
             below = all((r < 1).any() and (r < 1.001).all() and (r > 0).all() for r in rows)
@@ -213,8 +212,8 @@ def check_patterns(model: HookedVLM, inputs: Inputs) -> Finding:
                 notes.add("attention sinks: rows sum to less than one")
             else:
                 problems.append(f"{name}: rows do not sum to one")
-        for prefix in ("", f"{VISION}."):
-            own = [n for n in names if n.startswith(f"{prefix}blocks.") and n in cache]
+        for tower in ("lm", VISION):
+            own = [n for n in names if site_path(n).tower == tower and n in cache]
             own = [n for n in own if not model.sites[n].read_only]
             if own:
                 problems += _zeroing_is_masking(model, inputs, own[0])
@@ -256,8 +255,8 @@ def _zeroing_is_masking(model: HookedVLM, inputs: Inputs, name: str) -> Iterator
         return weights
 
     scores = name.replace("hook_pattern", "hook_attn_scores")
-    one = model.run_with_hooks(inputs, [(name, each(cut))])
-    two = model.run_with_hooks(inputs, [(scores, each(mask))])
+    one = model.run_with_hooks(inputs, [(name, writing(cut))])
+    two = model.run_with_hooks(inputs, [(scores, writing(mask))])
     real = _real_rows(inputs, one)
     one, two = one[real], two[real]
     if not torch.allclose(one, two, atol=1e-3, rtol=1e-3):
@@ -295,7 +294,7 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
         for p in view.positions.flatten()
     }
     if reached - shown:
-        problems.append(f"{len(reached - shown)} visual tokens are in no grid")
+        problems.append(f"{counted(len(reached - shown), 'visual token')} in no grid")
     shape = "; ".join(sorted({f"{g.rows}x{g.cols}" for row in grids for g in row}))
     return finding("grid", problems, note=shape)
 
@@ -303,7 +302,7 @@ def check_grid(model: HookedVLM, inputs: Inputs) -> Finding:
 def _misplaced(grid: TokenGrid, routes: Routes, length: int) -> Iterator[str]:
     """Yields the cells whose rows at the encoder or the projector differ from the measured ones."""
     for site, measured in routes.rows.items():
-        token_site = site.startswith(PROJECTOR)
+        token_site = site_path(site).tower == PROJECTOR
         given = grid.projected if token_site else grid.patches
         for cell in ((0, 0), (0, grid.cols - 1), (grid.rows - 1, 0), (grid.rows // 2, 0)):
             region = Region(grid.shape, (cell,))

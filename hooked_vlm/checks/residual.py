@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.hooks.names import VISION
+from hooked_vlm.hooks.names import site_path
+from hooked_vlm.hooks.patch_order import listed
 
 
 class BlockSums:
@@ -38,41 +39,36 @@ class BlockSums:
     def _sum(self, part: str, whole: Any, start: Any, added: Any) -> Iterator[str]:
         if _close(_add(start, added), whole):
             return
-        block = self.prefix.removesuffix(".hook_")
         if _proportional(whole, start, added):
-            stack = "vision" if block.startswith(VISION) else "LM"
+            stack = "vision" if site_path(self.prefix).is_vision else "LM"
             yield f"scaled on the way into the {stack}'s residual"
         else:
-            yield f"{block}: {part} is not what the residual gains"
-
-
-def _listed(value: Any) -> list[Tensor]:
-    return value if isinstance(value, list) else [value]
+            yield f"{self.prefix.removesuffix('.hook_')}: {part} is not what the residual gains"
 
 
 def same(a: Any, b: Any) -> bool:
     """Whether two activations are equal, bit for bit."""
-    return all(torch.equal(x, y) for x, y in zip(_listed(a), _listed(b), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(listed(a), listed(b), strict=True))
 
 
 def _add(a: Any, b: Any) -> list[Tensor]:
     """Returns sums; unequal shapes give an empty tensor, which equals no activation."""
-    pairs = zip(_listed(a), _listed(b), strict=True)
+    pairs = zip(listed(a), listed(b), strict=True)
     return [x + y if x.shape == y.shape else x.new_zeros(0) for x, y in pairs]
 
 
 def _alike(a: Any, b: Any) -> bool:
-    return [x.shape for x in _listed(a)] == [y.shape for y in _listed(b)]
+    return [x.shape for x in listed(a)] == [y.shape for y in listed(b)]
 
 
 def _close(a: Any, b: Any) -> bool:
-    pairs = list(zip(_listed(a), _listed(b), strict=True))
+    pairs = list(zip(listed(a), listed(b), strict=True))
     return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-5, rtol=1e-5) for x, y in pairs)
 
 
 def _proportional(whole: Any, start: Any, added: Any) -> bool:
     """Whether the change of the residual is `added` times one factor for each feature."""
-    for w, s, a in zip(_listed(whole), _listed(start), _listed(added), strict=True):
+    for w, s, a in zip(listed(whole), listed(start), listed(added), strict=True):
         if w.shape != s.shape or w.shape != a.shape:
             return False
         gained, a = (w - s).flatten(0, -2), a.flatten(0, -2)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
-from hooked_vlm.engine.run import BOUNDS
+from hooked_vlm.engine.growing import BOUNDS
 from hooked_vlm.errors import GridError, InterventionError
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.vlm import HookedVLM
@@ -29,7 +29,7 @@ def check_sweep(
 ) -> Finding:
     """Verifies that patches from another run give the same logits with every engine.
 
-    The allowed difference, relative to the largest logit, is `engine.run.BOUNDS` for the
+    The allowed difference, relative to the largest logit, is `engine.growing.BOUNDS` for the
     model's dtype.  `source` are inputs of the same shapes.  Without `every`, only the first,
     middle and last layers are checked.
     """

@@ -2,7 +2,7 @@
 
 Blocks are called with positions, rotary embeddings and masks beside the residual stream.  Which
 axis of an argument is the batch and which the positions is read off its shape; where that is
-ambiguous the control that rides in every batch tells.
+ambiguous the control of such passes (`proofs`) tells.
 """
 
 from collections.abc import Mapping

@@ -16,6 +16,10 @@ from hooked_vlm.engine.fingerprints import shapes_of
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
 
 
+Metric = Callable[[Tensor], Tensor]
+OnProgress = Callable[[int, int], None]
+
+
 @dataclass(frozen=True, eq=False)
 class Clean:
     """One run without any cell's interventions (but under those that all cells share)."""

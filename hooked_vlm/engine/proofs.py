@@ -1,12 +1,18 @@
 """Facts measured once for each model, or for a model and a shape of inputs, and cached.
 
+A growing pass is trusted after noise has gone through one of its kind: noise where its jobs first
+change something must do to the logits what it does in a plain pass.  That shows at once whether
+rows are fitted to the blocks' arguments, whether the clean keys and values are those in front of
+them, whether what a model adds between blocks is the same whatever the stream holds, and whether
+the blocks' input carries all that comes of the vision encoder.
+
 How rows are fitted to a block depends on the shapes of what the block is called with, on
 where rows start, and on how attention is computed; not on what is in them, nor on how many
-rows there are.  So a control that came out right speaks for all passes of that kind, and
+rows there are.  So noise that came out right speaks for all passes of that kind, and
 later ones go without.  `forget` drops them all.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,25 +21,23 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.engine.attempts import GrowthError, attempt
-from hooked_vlm.engine.clean_run import Clean, run_clean
+from hooked_vlm.engine.clean_run import Clean, asked, run_clean
 from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
+from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
+from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.names import site_path
 from hooked_vlm.hooks.stand_ins import uncached
-from hooked_vlm.interventions.steer import Steer
+from hooked_vlm.interventions.chain import Cell
+from hooked_vlm.interventions.hook_at import HookAt
 
+
+ENCODER = "vision_encoder.blocks.0.hook_resid_pre"
+STREAM = "the residual stream"
+APART = 20.0
+"""How many times the bound noise must move the logits, if their agreement is to say anything."""
 
 _CALLED: WeakKeyDictionary[Any, dict[Hashable, tuple[Hashable, Tensor]]] = WeakKeyDictionary()
 _PROVED: WeakKeyDictionary[Any, dict[Hashable, int]] = WeakKeyDictionary()
-
-
-def is_proved(model: Any, kind: Hashable, stage: int) -> bool:
-    """Whether a control came out right in a pass of this kind, through all blocks from `stage`."""
-    return stage >= _PROVED.get(model, {}).get(kind, stage + 1)
-
-
-def prove(model: Any, kind: Hashable, stage: int) -> None:
-    """Notes that a control came out right in a pass of this kind, from block `stage` on."""
-    lowest = _PROVED.setdefault(model, {})
-    lowest[kind] = min(stage, lowest.get(kind, stage))
 
 
 def forget(model: Any) -> None:
@@ -69,7 +73,8 @@ def uncleaned(
     if found is None:
         return None
     signature, logits = found
-    size = tuple(inputs["input_ids"].shape)
+    ids = ids_of(inputs)
+    size = (0, 0) if ids is None else (ids.shape[0], ids.shape[1])
     return Clean(inputs, arguments, logits, {}, {}, {}, (), (), encoded, signature, size)
 
 
@@ -94,20 +99,106 @@ def keeps_keys(
     return remember(model, "keeps keys", find_out)
 
 
-def is_added(model: Any, clean: Clean, base: Sequence[Any]) -> bool:
-    """Whether what changes between blocks is added, and the same whatever the stream holds."""
-
-    def find_out() -> bool:
-        stream = next(iter(clean.added.values()))
-        noise = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(0)).to(stream)
-        steered = [*base, Steer(0, directions=noise, alpha=1.0)]
-        other = run_clean(model, clean.inputs, steered, set(), clean.arguments, want_keys=False)
-        return other.added.keys() == clean.added.keys() and all(
-            _is_near(other.added[i], added) for i, added in clean.added.items()
-        )
-
-    return remember(model, "adds", find_out)
+Grow = Callable[[Sequence[RowPlan], int], Tensor]
+"""Returns the logits `[job, batch, pos, d_vocab]` of a growing pass of jobs from a position on."""
 
 
-def _is_near(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
+def unproved(
+    model: Any, clean: Clean, jobs: Sequence[RowPlan], start: int, is_trimmed: bool
+) -> dict[str, int]:
+    """Returns the sites where noise has yet to speak for a pass of some jobs, with their stages."""
+    kind = kind_of(model, clean, start, is_trimmed)
+    known = _PROVED.get(model, {})
+    lowest: dict[str, int] = {}
+    for job in jobs:
+        for site in _noise_sites(model, job):
+            name = STREAM if site.startswith("blocks.") else site
+            lowest[name] = min(job.stage, lowest.get(name, job.stage))
+    # What is proved from a block on is proved from any later one on.
+    return {
+        _at_stage(model, stage) if name == STREAM else name: stage
+        for name, stage in lowest.items()
+        if stage < known.get((kind, name), stage + 1)
+    }
+
+
+def verify(
+    model: Any,
+    clean: Clean,
+    base: Sequence[Any],
+    beside: RowPlan | None,
+    site: str,
+    start: int,
+    grow: Grow,
+    bound: float,
+    *,
+    merged_first: bool,
+) -> float:
+    """Carries noise at a site through a growing pass and through a plain one.
+
+    Returns how far the logits are apart, as a share of the largest.  Raises `GrowthError` where
+    that is more than `bound`, and where noise does not move the logits: then their agreement
+    would say nothing.  `beside` goes through the same pass.
+    """
+    noise = HookAt(site, noise_from(start), start if site.startswith("blocks.") else 0)
+    placed = noise.place(model, clean.inputs)
+    cell = Cell((), (*base, placed), len(base))
+    control = job_of(model, clean.inputs, cell, -1, merged_first=merged_first)
+    if control is None:
+        raise GrowthError("what all cells begin with lies in the way of its control")
+    plain = model.run_with_hooks(asked(clean.inputs), cell.interventions, **clean.arguments)
+    jobs = [control] if beside is None else sorted([control, beside], key=lambda job: job.stage)
+    found = grow(jobs, start)[jobs.index(control)]
+    largest = float(plain.abs().max())
+    off = float((found - plain).abs().max()) / largest
+    moved = float((clean.logits - plain).abs().max()) / largest
+    where = "" if site.startswith("blocks.") else f" under noise at {site}"
+    if not off <= bound:
+        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest{where}")
+    if moved < min(APART * bound, 0.2):
+        raise GrowthError(f"noise at {site} does not move the logits, so that nothing is proved")
+    return off
+
+
+def prove(model: Any, clean: Clean, site: str, stage: int, start: int, is_trimmed: bool) -> None:
+    """Notes that a pass of this kind came out right, from block `stage` on."""
+    name = STREAM if site.startswith("blocks.") else site
+    lowest = _PROVED.setdefault(model, {})
+    key = kind_of(model, clean, start, is_trimmed), name
+    lowest[key] = min(stage, lowest.get(key, stage))
+
+
+def noise_from(start: int) -> Callable[..., Any]:
+    """Returns a hook function that adds noise as large as each token, from a position on."""
+
+    def noisy(x: Any, hook: HookPoint) -> Any:
+        if isinstance(x, list):
+            return [noisy(image, hook) for image in x]
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        # By token, so that a suffix of a prompt gets what it gets within the whole.
+        noise = noise * x.float().std(-1, keepdim=True).to(x)
+        if hook.axes.startswith("batch pos"):
+            noise[:, :start] = 0
+        return x + noise
+
+    return noisy
+
+
+def _noise_sites(model: Any, job: RowPlan) -> set[str]:
+    """Returns where noise has to go in for all that a job changes: as early as the job does."""
+    # Some encoders have no blocks (convolutional ones): there noise starts where the job does.
+    encodes = ENCODER in model.sites
+    sites = {
+        ENCODER if encodes and site_path(part.site).is_vision else part.site for part in job.front
+    }
+    # What is written to merged embeddings may reach blocks by other ways than their input, too.
+    sites |= {MERGED for step in job.steps if step.site == MERGED}
+    return sites or {_at_stage(model, job.stage)}
+
+
+def _at_stage(model: Any, stage: int) -> str:
+    """Returns the site of the residual stream before a block, or after all."""
+    last = model.cfg.n_layers - 1
+    if stage > last:
+        return f"blocks.{last}.hook_resid_post"
+    return f"blocks.{stage}.hook_resid_pre"

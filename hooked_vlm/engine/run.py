@@ -1,82 +1,47 @@
-"""Executing a sweep's cells: plainly, or as a growing batch after a control for each kind of pass.
+"""Executing a sweep's cells, by the fastest engine that is allowed and possible.
 
-`run_plain`, one hooked forward pass for each cell, is the definition that any faster way of
-executing a sweep is tested against.
-
-Before the first growing pass of a kind goes one of the same kind with rows that change nothing.
-Their logits must be the clean run's within `BOUNDS`; where they are not, the sweep runs by a
-plainer way.
+`plain`, one hooked forward pass for each cell, is the definition that the others are tested
+against.  `restart` runs each cell from the first block that it changes, on what the clean run left
+there; it must give the same bits.  `growing` runs cells as rows of one batch (`growing`).  Each is
+proved on the model before it is trusted; where it cannot be, the next one runs.
 """
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hooked_vlm.anatomy.caches import cache_parameter
-from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.attempts import GrowthError, attempt
-from hooked_vlm.engine.batch import Growing, is_idle, trimmed_of
-from hooked_vlm.engine.budget import rows_within
-from hooked_vlm.engine.clean_run import Clean, run_clean
-from hooked_vlm.engine.fingerprints import content_of, remember, ways_of_attending
-from hooked_vlm.engine.proofs import (
-    is_added,
-    is_proved,
-    keeps_keys,
-    kind_of,
-    note_called,
-    prove,
-    uncleaned,
-)
-from hooked_vlm.engine.shared import open_runs
-from hooked_vlm.engine.stages import MERGED, RowPlan, in_front, job_of
-from hooked_vlm.engine.vision import Early, carries_all, merges_first
-from hooked_vlm.errors import HookedVLMWarning
-from hooked_vlm.interventions.chain import Cell, flattened
+from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
+from hooked_vlm.engine.fingerprints import remember, ways_of_attending
+from hooked_vlm.engine.growing import run_growing
+from hooked_vlm.engine.stages import ids_of, start_layer
+from hooked_vlm.engine.vision import TowerRestart
+from hooked_vlm.errors import InterventionError, did_you_mean
+from hooked_vlm.hooks.stand_ins import encoder_of, replaying
+from hooked_vlm.interventions.chain import Cell
 
 
-BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By dtype, how far the control's logits may be from the clean run's, as a share of the largest."""
-FEWEST = 2
-"""Cells from which on growing pays."""
-SHORT = 0.1
-"""Share of the prompt below which leaving its front out saves less than a mask costs."""
-NEAR = 0.15
-"""Cells whose first changed positions differ by less than this share of the prompt go together."""
-
-Metric = Callable[[Tensor], Tensor]
-OnProgress = Callable[[int, int], None]
+ENGINES = ("growing", "restart", "plain")
+"""Ways to execute a sweep, the fastest first."""
+FEWEST = 4
+"""Cells from which on it pays to run the clean passes that prove a restart right."""
+BUDGET = 2**30
+"""Bytes of residual streams that a restart may keep."""
 
 
-@dataclass
-class PassReport:
-    """What a run took, and why it took no shorter way."""
-
-    passes: int = 0
-    rows: int = 0
-    starts: list[int] = field(default_factory=list)
-    idle: int = 0
-    """Cells that change nothing: they have the clean run's logits."""
-    controls: int = 0
-    """Passes that were made for a control; a kind that was proved before needs none."""
-    worst: float = 0.0
-    """Largest difference between a control's logits and the clean run's, over the largest logit."""
-
-    def __str__(self) -> str:
-        """Says it in a line."""
-        # Nothing of the controls: who was first of a kind is no property of the numbers.
-        idle = f"; {self.idle} cells change nothing" if self.idle else ""
-        return (
-            f"growing: {self.passes} passes of {self.rows} rows, from positions "
-            f"{', '.join(map(str, sorted(set(self.starts))))}{idle}"
+def check_engine(engine: str) -> None:
+    """Raises `InterventionError` for an unknown engine."""
+    if engine not in ENGINES:
+        raise InterventionError(
+            f"There is no engine {engine!r} among {', '.join(ENGINES)}."
+            f"{did_you_mean(engine, ENGINES)}"
         )
 
 
-def run_growing(
+def run_cells(
+    engine: str,
     model: Any,
     inputs: Mapping[str, Any],
     cells: Sequence[Cell],
@@ -84,290 +49,39 @@ def run_growing(
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     memory: int | None = None,
-) -> tuple[list[Tensor], PassReport]:
-    """Returns the metric of every cell, in order, and how that was done.
+) -> tuple[list[Tensor], str]:
+    """Returns every cell's score, and which engine made them (and why no faster one did).
 
-    `memory` is about how many bytes a pass may take (None: half of what is free).
-
-    Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
+    `engine` is the fastest that may be taken.  Raises `InterventionError` for an unknown one.
     """
-    arguments = dict(forward_kwargs or {})
-    if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
-        raise GrowthError("hooks are open, the model is in training, or there is one cell")
-    if "input_ids" not in inputs:
-        raise GrowthError("these inputs have no input_ids")
-    with torch.no_grad():
-        jobs, fronts = _jobs(model, inputs, cells)
-        model.block_outputs(lambda: model(inputs, **arguments))
-        starts = starts_of(jobs, arguments, inputs)
-        clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
-        if fronts:
-            _check_fronts(model, clean, fronts)
-        if any(starts) and not clean.keys:
-            _warn_whole_rows(model)
-        report = PassReport()
-        scores: dict[int, Tensor] = {}
-
-        def note(job: RowPlan, logits: Tensor) -> None:
-            scores[job.index] = metric(logits)
-            if on_progress is not None:
-                on_progress(len(scores), len(cells))
-
-        idle = {job.index for job in jobs if is_idle(model, clean, job)}
-        for job in jobs:
-            if job.index in idle:
-                note(job, clean.logits)
-        report.idle = len(idle)
-        for start, whole in groups_of(jobs, starts):
-            group = [job for job in whole if job.index not in idle]
-            start = start if clean.keys and _closed(clean, start) else 0
-            keep, itemsize = clean.logits.shape[1], clean.logits.element_size()
-            rows = rows_within(model, clean.size[1], start, keep, itemsize, memory)
-            size = max(1, rows // clean.size[0])
-            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
-                _check(model, clean, chunk, start, report, alone=size == 1)
-                for job, logits in _pass(model, clean, chunk, start, report, early):
-                    note(job, logits)
-    return [scores[i] for i in range(len(cells))], report
+    check_engine(engine)
+    given = (model, inputs, cells, metric, on_progress, forward_kwargs)
+    why: list[str] = []
+    if engine == "growing":
+        try:
+            scores, report = run_growing(*given, memory)
+        except GrowthError as reason:
+            why.append(f"no growing batch: {reason}")
+        else:
+            return scores, str(report)
+    if engine != "plain":
+        try:
+            return run_restarted(*given), _said("restart", why)
+        except GrowthError as reason:
+            why.append(f"no restart: {reason}")
+    return run_plain(*given), _said("plain", why)
 
 
-def _warn_whole_rows(model: Any) -> None:
-    """Warns, once for a model, that its rows carry more positions than they need."""
-
-    def warn() -> bool:
-        why = whole_rows(model) or "its blocks do not run alike with a cache that only records"
-        warnings.warn(
-            f"Sweeps on {model.cfg.model_name} are slower than they could be: every row carries "
-            f"all positions of the prompt, because {why}. The numbers are the same.",
-            HookedVLMWarning,
-            stacklevel=4,
-        )
-        return True
-
-    remember(model, "carries whole rows", warn)
-
-
-def whole_rows(model: Any) -> str:
-    """Returns why rows have to carry all positions, as far as the blocks' signatures say it."""
-    lm = model.anatomy.lm.blocks
-    taking = [cache_parameter(model.hf_model.get_submodule(block.path)) for block in lm]
-    missing = sum(name is None for name in taking)
-    if not missing:
-        return ""
-    return f"{missing} of its {len(lm)} blocks take no key-value cache (a transformers.Cache)"
-
-
-def _jobs(
-    model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell]
-) -> tuple[list[RowPlan], list[Any]]:
-    """Returns cells as jobs, and those of their interventions that are before the blocks."""
-    parts = [part for cell in cells for part in flattened(cell.interventions)]
-    sites = {part.site for part in parts if hasattr(part, "first")}
-    merged_first = MERGED not in sites or merges_first(model, inputs)
-    found = [
-        job_of(model, inputs, cell, i, merged_first=merged_first) for i, cell in enumerate(cells)
-    ]
-    jobs = [job for job in found if job is not None]
-    if len(jobs) != len(found):
-        raise GrowthError(f"{len(found) - len(jobs)} cells change what rows cannot carry")
-    # What is written to merged embeddings may reach blocks by other ways than their input, too.
-    return jobs, in_front(model, parts, merged_first=False)
-
-
-def _beginnings(
-    model: Any,
-    inputs: Mapping[str, Any],
-    base: Sequence[Any],
-    jobs: Sequence[RowPlan],
-    starts: Sequence[int],
-    arguments: Mapping[str, Any],
-) -> tuple[Clean, Early | None]:
-    """Returns what rows begin with: the clean run's, and what jobs bring along themselves."""
-    early = Early.of(model, inputs, jobs) if any(job.front for job in jobs) else None
-    if early and early.tower and not any(starts) and all(job.front for job in jobs):
-        # Nothing of the clean run's goes into such rows; once they are proved right, it is
-        # not made.
-        clean = uncleaned(model, inputs, arguments, early.tower.encoded)
-        if clean is not None and all(
-            is_proved(model, kind_of(model, clean, 0, bool(trimmed_of(model, clean, [job]))), 0)
-            for job in jobs
-        ):
-            return clean, early
-    stages = {job.stage for job in jobs}
-    # Rows that bring their beginning along are held against all of the clean run's.
-    needed = [] if early else [start for start, _ in groups_of(jobs, starts)]
-    clean = _clean(model, inputs, base, stages, arguments, needed, any(starts))
-    note_called(model, clean)
-    return clean, early
-
-
-def _check_fronts(model: Any, clean: Clean, fronts: Sequence[Any]) -> None:
-    """Raises `GrowthError` where the blocks get more from before them than their input."""
-
-    def grown(job: RowPlan, early: Early) -> Tensor:
-        return _logits(model, clean, [job], 0, early)[0]
-
-    if not carries_all(model, clean, fronts, grown, bound_of(clean)):
-        raise GrowthError("its blocks take more from the vision encoder than their input")
-
-
-def _clean(
-    model: Any,
-    inputs: Mapping[str, Any],
-    base: Sequence[Any],
-    stages: set[int],
-    arguments: Mapping[str, Any],
-    starts: Sequence[int],
-    want_keys: bool,
-) -> Clean:
-    """Returns the clean run, its keys and values only where keeping them changes nothing.
-
-    Where other sweeps may need it too, all of it is kept, else what rows from `starts` on need.
-    """
-    runs = None if base else open_runs(model)
-    how = repr(sorted(arguments.items())), ways_of_attending(model)
-    key = ("clean", content_of(inputs), how) if runs else ()
-    kept = runs.get(key) if runs else None
-
-    def run() -> Clean:
-        keep = want_keys and keeps_keys(model, inputs, base, arguments)
-        if kept and stages <= kept.residuals.keys() and (kept.keys or not keep):
-            return kept
-        needed = starts if keep and not runs else ()
-        made = run_clean(model, inputs, base, stages, arguments, keep, needed)
-        if made.added and not is_added(model, made, base):
-            raise GrowthError("it changes the residual stream between its blocks")
-        return made
-
-    clean = attempt(run, "its clean run failed")
-    if runs and clean is not kept:
-        runs.keep(key, clean, (clean.residuals, clean.keys, clean.encoded, clean.logits))
-    return clean
-
-
-def _check(
-    model: Any,
-    clean: Clean,
-    chunk: Sequence[RowPlan],
-    start: int,
-    report: PassReport,
-    *,
-    alone: bool,
-) -> None:
-    """Raises `GrowthError` unless a control comes out right in a pass of this kind.
-
-    It goes through beside one of the jobs, in a pass of its own: whether a sweep is the first of
-    its kind must not show in its numbers.
-    """
-    trimmed = trimmed_of(model, clean, chunk)
-    kind = kind_of(model, clean, start, bool(trimmed))
-    if is_proved(model, kind, chunk[0].stage):
-        return None
-    beside = next(job for job in chunk if bool(trimmed_of(model, clean, [job])) == bool(trimmed))
-    control = RowPlan(-1, chunk[0].stage, start)
-    # Rows beside it need not be a job's own: what counts is that there are others.
-    beside = replace(beside, front=())
-    try:
-        logits = _logits(model, clean, [control] if alone else [control, beside], start)[0]
-    except torch.OutOfMemoryError:
-        if alone:
-            raise
-        return _check(model, clean, chunk, start, report, alone=True)
-    off = float((logits - clean.logits).abs().max() / clean.logits.abs().max())
-    report.worst = max(report.worst, off)
-    report.controls += 1
-    if not off <= bound_of(clean):
-        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest")
-    return prove(model, kind, chunk[0].stage)
-
-
-def bound_of(clean: Clean) -> float:
-    """Returns how far logits may be off, as a share of the largest."""
-    return BOUNDS.get(clean.logits.dtype, 5e-2)
-
-
-def _pass(
-    model: Any,
-    clean: Clean,
-    chunk: Sequence[RowPlan],
-    start: int,
-    report: PassReport,
-    early: Early | None,
-) -> list[tuple[RowPlan, Tensor]]:
-    """Returns each job's logits, in two passes where one does not fit."""
-    try:
-        logits = _logits(model, clean, chunk, start, early)
-    except torch.OutOfMemoryError:
-        if len(chunk) == 1:
-            raise
-        half = len(chunk) // 2
-        return [
-            found
-            for part in (chunk[:half], chunk[half:])
-            for found in _pass(model, clean, part, start, report, early)
-        ]
-    report.passes += 1
-    report.rows += len(chunk) * clean.size[0]
-    report.starts.append(start)
-    return list(zip(chunk, logits, strict=True))
-
-
-def _logits(
-    model: Any, clean: Clean, jobs: Sequence[RowPlan], start: int, early: Early | None = None
-) -> Tensor:
-    """Returns what a pass of some jobs gives, or raises `GrowthError` for why it cannot be had."""
-    return attempt(
-        lambda: Growing(model, clean, jobs, start, early).run(), "a block refused the rows"
-    )
-
-
-def starts_of(
-    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> list[int]:
-    """Returns, by job, the first position that its rows carry."""
-    length = inputs["input_ids"].shape[1]
-    starts = firsts_of(jobs, arguments, inputs)
-    starts = [start if start >= SHORT * length else 0 for start in starts]
-    if all(job.front for job in jobs) and sum(starts) <= length:
-        return [0] * len(jobs)  # less than the clean run that whole rows can do without
-    return starts
-
-
-def firsts_of(
-    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> list[int]:
-    """Returns, by job, the first position that its rows cannot do without."""
-    length = inputs["input_ids"].shape[1]
-    keep = arguments.get("logits_to_keep", 0)
-    if not isinstance(keep, int):
-        return [0] * len(jobs)
-    # All positions (0): those before are the clean run's.
-    last = length - keep if keep else length - 1
-    return [max(0, min(job.first, last, length - 1)) for job in jobs]
-
-
-def groups_of(jobs: Sequence[RowPlan], starts: Sequence[int]) -> list[tuple[int, list[RowPlan]]]:
-    """Returns jobs whose rows begin near one another together, with where they all begin."""
-    order = sorted(range(len(jobs)), key=lambda i: starts[i])
-    near = NEAR * max(starts, default=0)
-    groups: list[tuple[int, list[RowPlan]]] = []
-    for i in order:
-        if not groups or starts[i] - groups[-1][0] > near:
-            groups.append((starts[i], []))
-        groups[-1][1].append(jobs[i])
-    return [(start, sorted(group, key=lambda job: job.stage)) for start, group in groups]
-
-
-def _closed(clean: Clean, start: int) -> bool:
-    return all(is_closed(mask, start) for mask in {id(m): m for m in clean.masks}.values())
+def _said(engine: str, why: Sequence[str]) -> str:
+    return f"{engine} ({'; '.join(why)})" if why else engine
 
 
 def run_plain(
     model: Any,
     inputs: Mapping[str, Any],
     cells: Sequence[Cell],
-    metric: Callable[[Tensor], Tensor],
-    on_progress: Callable[[int, int], None] | None = None,
+    metric: Metric,
+    on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Returns the metric of every cell, from one forward pass under its hooks each."""
@@ -379,3 +93,103 @@ def run_plain(
             if on_progress is not None:
                 on_progress(done, len(cells))
     return scores
+
+
+def run_restarted(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    metric: Metric,
+    on_progress: OnProgress | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """Returns what `run_plain` does, bit for bit, each cell from where it first differs.
+
+    A cell that changes block l of the language model leaves the encoder and all blocks below
+    as they were in the clean run.  One that edits the vision encoder runs all of the language
+    model, and of the encoder what is not below its edit.
+
+    Raises `GrowthError` where that is not possible or does not pay; nothing is returned then.
+    """
+    arguments = dict(forward_kwargs or {})
+    if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
+        raise GrowthError("hooks are open, the model is in training, or there are few cells")
+    with torch.no_grad():
+        layers = [start_layer(model, inputs, cell) for cell in cells]
+        clean = tower = None
+        if any(layer is not None for layer in layers):
+            clean = _clean(model, inputs, cells[0].base, layers, arguments)
+        if None in layers:
+            tower = TowerRestart.of(model, inputs, [cell.interventions for cell in cells])
+        if clean is None and tower is None:
+            raise GrowthError("no cell leaves the first block of the vision encoder as it is")
+        scores = []
+        for done, (cell, layer) in enumerate(zip(cells, layers, strict=True), start=1):
+            if layer is not None and clean is not None:
+                logits = _from_layer(model, clean, cell, layer, arguments)
+            elif tower is not None:
+                logits = tower.run(cell, arguments)
+            else:
+                logits = model.run_with_hooks(inputs, cell.interventions, **arguments)
+            scores.append(metric(logits))
+            if on_progress is not None:
+                on_progress(done, len(cells))
+    return scores
+
+
+def _clean(
+    model: Any,
+    inputs: Mapping[str, Any],
+    base: Sequence[Any],
+    layers: Sequence[int | None],
+    arguments: Mapping[str, Any],
+) -> Clean:
+    """Returns the clean run with the residual stream where cells start, proved exact."""
+    starts = sorted({layer for layer in layers if layer})
+    ids = ids_of(inputs)
+    each = 1 if ids is None else ids.numel() * model.cfg.d_model * model.cfg.dtype.itemsize
+    kept = spread(starts, max(1, BUDGET // each))
+    # A pass of its own, once a model: while the encoder replays, none may come between.
+    model.block_outputs(lambda: model(inputs, **arguments))
+    clean = attempt(
+        lambda: run_clean(model, inputs, base, set(kept), arguments, want_keys=False),
+        "its clean run failed",
+    )
+    bare = Cell((), tuple(base), len(base))
+
+    def is_exact() -> bool:
+        # The first start twice, to catch a replay that changes what was recorded.
+        first, last = min(kept, default=0), max(kept, default=0)
+        return all(
+            torch.equal(_from_layer(model, clean, bare, layer, arguments), clean.logits)
+            for layer in (first, last, first)
+        )
+
+    kind = ("restarts", clean.signature, clean.logits.shape, *kept, ways_of_attending(model))
+    if not attempt(
+        lambda: remember(model, kind, is_exact), "the model could not be restarted between blocks"
+    ):
+        raise GrowthError("passes that start between its blocks give other bits")
+    return clean
+
+
+def _from_layer(
+    model: Any, clean: Clean, cell: Cell, layer: int, arguments: Mapping[str, Any]
+) -> Tensor:
+    """Returns a cell's logits by blocks `layer` and above, or from the nearest start below."""
+    start = max((stage for stage in clean.residuals if stage <= layer), default=None)
+    with replaying(encoder_of(model), clean.encoded):
+        if start is None:
+            return model.run_with_hooks(clean.inputs, cell.interventions, **arguments)
+        residual = clean.residuals[start]
+        return model.run_from_layer(clean.inputs, residual, start, cell.own, **arguments)
+
+
+def spread(layers: Sequence[int], most: int) -> list[int]:
+    """Returns at most so many of some layers, evenly spread, the first among them.
+
+    >>> spread([1, 2, 3, 4, 5], 2)
+    [1, 4]
+    """
+    step = -(-len(layers) // most) if layers else 1
+    return list(layers[::step])

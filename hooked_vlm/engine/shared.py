@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.engine.fingerprints import content_of, ways_of_attending
 from hooked_vlm.engine.image_cache import encoding_once
+from hooked_vlm.engine.stages import IN_FRONT, stage_of
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.recording import Recording, record
 
@@ -100,7 +101,8 @@ def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[RunStore]:
 def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -> Recording:
     """Returns a run's named activations, from an earlier run where that had them all."""
     runs = open_runs(model)
-    if runs is None or not all(name.startswith(BEHIND_VISION) for name in names):
+    stages = [stage_of(name, model.cfg.n_layers)[0] for name in names]
+    if runs is None or IN_FRONT in stages:
         return record(model, inputs, names)
     key = ("source", content_of(inputs), ways_of_attending(model))
     kept: dict[str, Any] = runs.get(key) or {}
@@ -111,9 +113,6 @@ def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -
         runs.keep(key, kept)
     chosen = {name: kept[name] for name in names}
     return Recording(inputs, ActivationCache(chosen))
-
-
-BEHIND_VISION = ("blocks.", "ln_final.", "hook_logits", "hook_merged_embed")
 
 
 def open_runs(model: Any) -> RunStore | None:

@@ -1,20 +1,19 @@
 """Where a cell's rows join the batch, and what is done to them on the way."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from hooked_vlm.hooks.names import site_path
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
-BOUNDARY = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)$")
-INSIDE = re.compile(r"blocks\.(\d+)\.")
-BEHIND = ("ln_final.", "hook_logits")
 MERGED = "hook_merged_embed"
-IN_FRONT = ("vision_encoder.", "vision_projector.", "hook_embed")
-"""Prefixes of sites whose edits reach the blocks only through block 0's input, if `Early` proves
-it for the model."""
+IN_FRONT = -1
+"""The stage of sites whose edits reach the blocks only through block 0's input, if that is proved
+for the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ class RowPlan:
     """A cell as rows of the growing batch."""
 
     index: int
-    """The cell's number in its sweep; -1 for the control, which changes nothing."""
+    """The cell's number in its sweep; -1 for the control."""
     stage: int
     """The block before which its rows join; n_layers: after all blocks."""
     first: int
@@ -102,17 +101,6 @@ def job_of(
     return RowPlan(index, stage, first, tuple(own))
 
 
-def in_front(model: Any, interventions: Sequence[Any], *, merged_first: bool = True) -> list[Any]:
-    """Returns those of some interventions that act before the language model's blocks."""
-    found = []
-    for part in flattened(interventions):
-        name = part.site if hasattr(part, "first") else ""
-        place = place_of(name, model.cfg.n_layers, merged_first=merged_first)
-        if place is not None and place[0] < 0:
-            found.append(part)
-    return found
-
-
 def _before(base: StageEdit, own: StageEdit) -> bool:
     """Whether a step of the base before a block acts before one of the cell's own."""
     return base.is_early or not own.is_early
@@ -121,20 +109,15 @@ def _before(base: StageEdit, own: StageEdit) -> bool:
 def _steps(
     model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any], merged_first: bool
 ) -> list[StageEdit] | None:
+    """Returns interventions as steps, or None where one is of the user's own kind."""
     steps = []
     for part in flattened(interventions):
         if not hasattr(part, "first"):
-            return None  # an intervention of the user's own
-        name = part.site
-        place = place_of(name, model.cfg.n_layers, merged_first=merged_first)
-        if place is None:
             return None
-        stage, between = place
-        if name.startswith(("vision_encoder.", "vision_projector.")):
-            first = _first_image_token(model, inputs)
-        else:
-            first = part.first
-        steps.append(StageEdit(part, name, stage, between, first))
+        stage, between = stage_of(part.site, model.cfg.n_layers, merged_first=merged_first)
+        is_vision = site_path(part.site).is_vision
+        first = _first_image_token(model, inputs) if is_vision else part.first
+        steps.append(StageEdit(part, part.site, stage, between, first))
     return steps
 
 
@@ -143,54 +126,44 @@ def _first_image_token(model: Any, inputs: Mapping[str, Any]) -> int:
     return min((int(grid.positions.min()) for grid in grids), default=0)
 
 
-def place_of(site: str, n_layers: int, *, merged_first: bool = True) -> tuple[int, bool] | None:
-    """Returns a site's stage, and whether it is the residual stream between blocks, or None.
+def stage_of(site: str, n_layers: int, *, merged_first: bool = True) -> tuple[int, bool]:
+    """Returns the block that a site is in or before, and whether it lies between two blocks.
 
-    >>> place_of("blocks.3.hook_resid_post", 6), place_of("blocks.3.attn.hook_z", 6)
+    The stage is `n_layers` after all blocks, and -1 before them.
+
+    >>> stage_of("blocks.3.hook_resid_post", 6), stage_of("blocks.3.attn.hook_z", 6)
     ((4, True), (3, False))
-    >>> place_of("vision_projector.hook_out", 6)
-    (-1, False)
+    >>> stage_of("vision_projector.hook_out", 6), stage_of("hook_logits", 6)
+    ((-1, False), (6, False))
     """
+    path = site_path(site)
+    if path.layer is not None and not path.is_vision:
+        is_post = path.leaf == "hook_resid_post"
+        return path.layer + is_post, is_post or path.leaf == "hook_resid_pre"
     if site == MERGED and merged_first:
         return 0, True
-    if site == MERGED or site.startswith(IN_FRONT):
-        return -1, False
-    between = BOUNDARY.match(site)
-    if between:
-        return int(between[1]) + (between[2] == "post"), True
-    inside = INSIDE.match(site)
-    if inside:
-        return int(inside[1]), False
-    return (n_layers, False) if site.startswith(BEHIND) else None
+    if path.is_vision or site in (MERGED, "hook_embed"):
+        return IN_FRONT, False
+    return n_layers, False
 
 
-def first_layer(model: Any, cell: Cell) -> int | None:
-    """Returns the first LM block that a cell changes something of, or None before them.
+def start_layer(model: Any, inputs: Mapping[str, Any], cell: Cell) -> int | None:
+    """Returns the block from which on a cell can run alone, on the stream that its base left there.
 
-    0 stands for the embeddings too: all blocks run.  A cell without interventions of its own
-    starts at the last block.
+    0: all blocks run.  None: something acts in the vision encoder, or may act anywhere.
     """
-    layers = layers_of(model, cell.own)
-    return None if layers is None else min([*layers, model.cfg.n_layers - 1])
+    base, own = (_steps(model, inputs, part, True) for part in (cell.base, cell.own))
+    if base is None or own is None:
+        return None
+    if any(site_path(step.site).is_vision for step in (*base, *own)):
+        return None
+    # What is on a block's output needs that block to run.
+    layers = [step.stage - step.is_behind for step in own]
+    layer = max(0, min([*layers, model.cfg.n_layers - 1]))
+    is_past = all(step.stage <= layer if step.between else step.stage < layer for step in base)
+    return layer if is_past else 0
 
 
-def layers_of(model: Any, interventions: Sequence[Any]) -> list[int] | None:
-    """Returns the LM blocks that interventions change something of, or None for any other place.
-
-    What is after the last block counts as that block.
-    """
-    layers = []
-    for part in flattened(interventions):
-        if not hasattr(part, "first"):
-            return None  # an intervention of the user's own
-        name = part.site
-        block = re.match(r"blocks\.(\d+)\.", name)
-        if block is not None:
-            layers.append(int(block[1]))
-        elif name in ("hook_embed", "hook_merged_embed"):
-            layers.append(0)
-        elif name.startswith(("ln_final", "hook_logits")):
-            layers.append(model.cfg.n_layers - 1)
-        else:
-            return None
-    return layers
+def ids_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Returns the tokens `[batch, pos]` that the language model runs on, if inputs hold them."""
+    return inputs.get("input_ids", inputs.get("decoder_input_ids"))

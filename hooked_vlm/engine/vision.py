@@ -4,15 +4,12 @@ In the encoder every token sees all others, so cells have only the blocks below 
 change in common with the clean run; those return what they returned in it.  In a growing batch,
 what comes of the encoder and of edits on pixels' way or on embeddings, the blocks' input,
 joins before block 0.  That is right where the blocks get nothing else that depends on
-the encoder (as in DeepStack or by cross-attention they do), so it is tried out on noise, once
-for a model and a kind of inputs.
+the encoder (as in DeepStack or by cross-attention they do); `proofs` tries it out on noise.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +17,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hooked_vlm.engine.attempts import GrowthError, attempt
-from hooked_vlm.engine.clean_run import Clean, asked
+from hooked_vlm.engine.clean_run import asked
 from hooked_vlm.engine.fingerprints import remember, shapes_of, ways_of_attending
-from hooked_vlm.engine.stages import IN_FRONT, MERGED, RowPlan
+from hooked_vlm.engine.stages import MERGED, RowPlan
+from hooked_vlm.hooks.names import VISION, site_path
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
 from hooked_vlm.interventions.chain import Cell, flattened
-from hooked_vlm.interventions.hook_at import HookAt
 
 
 BUDGET = 2**31
 """Bytes of what blocks returned that may be kept."""
-BEHIND_BLOCKS = ("vision_encoder.hook_out", "vision_projector.", "blocks.", "ln_final.", "hook_")
-"""Prefixes of sites after which no block of the vision encoder runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,20 +119,17 @@ def tower_depth(model: Any, interventions: Sequence[Any]) -> int:
     depths = [model.cfg.vision.n_layers]
     for part in flattened(interventions):
         if not hasattr(part, "first"):
+            return 0  # an intervention of the user's own may act anywhere
+        path = site_path(part.site)
+        if path.tower != VISION or path.leaf == "hook_out":
+            continue  # no block of the encoder runs after it
+        if path.layer is None:
             return 0
-        name = part.site
-        block = re.match(r"vision_encoder\.blocks\.(\d+)\.(.*)", name)
-        if block is not None:
-            depths.append(int(block[1]) + (block[2] == "hook_resid_post"))
-        elif not name.startswith(BEHIND_BLOCKS):
-            return 0
+        depths.append(path.layer + (path.leaf == "hook_resid_post"))
     return min(depths)
 
 
 FIRST = "blocks.0.hook_resid_pre"
-ENCODER = "vision_encoder.blocks.0.hook_resid_pre"
-APART = 20.0
-"""How many times the bound noise must move the logits, if their agreement is to say anything."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +161,7 @@ class Early:
 
     def _encodes(self, front: Sequence[Any]) -> bool:
         """Whether any intervention is on pixels' way (some encoders hold their projector)."""
-        names = [part.site for part in front]
-        return any(name.startswith(IN_FRONT[:2]) for name in names)
+        return any(site_path(part.site).is_vision for part in front)
 
 
 def merges_first(model: Any, inputs: Mapping[str, Any]) -> bool:
@@ -184,51 +175,3 @@ def merges_first(model: Any, inputs: Mapping[str, Any]) -> bool:
         return torch.equal(cache[MERGED], cache[FIRST])
 
     return remember(model, "merged embeddings come first", find_out)
-
-
-def carries_all(
-    model: Any,
-    clean: Clean,
-    parts: Sequence[Any],
-    grown: Callable[[RowPlan, Early], Tensor],
-    bound: float,
-) -> bool:
-    """Whether the blocks' input carries all that some interventions before them change.
-
-    `grown` returns a job's logits by way of the growing batch.
-    """
-    names = {part.site for part in parts}
-    sites = {ENCODER if name.startswith(IN_FRONT[:2]) else name for name in names}
-    kind = (clean.signature, shapes_of(clean.inputs), ways_of_attending(model))
-
-    def is_carried(site: str) -> bool:
-        carried = partial(_is_carried, model, clean, site, grown, bound)
-        try:
-            return attempt(carried, "noise in the encoder could not be carried")
-        except GrowthError:
-            return False
-
-    return all(
-        remember(model, ("is carried", site, kind), partial(is_carried, site))
-        for site in sorted(sites)
-    )
-
-
-def _is_carried(
-    model: Any, clean: Clean, site: str, grown: Callable[[RowPlan, Early], Tensor], bound: float
-) -> bool:
-    """Whether noise at a site does the same to the logits by way of the growing batch."""
-
-    def noisy(x: Tensor, hook: Any) -> Tensor:
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        return x + noise.to(x) * x.float().std().to(x)
-
-    inputs = asked(clean.inputs)
-    without = model.run_with_hooks(inputs, [], **clean.arguments)
-    plain = model.run_with_hooks(inputs, [(site, noisy)], **clean.arguments)
-    job = RowPlan(-1, 0, 0, front=(HookAt(site, noisy).place(model, clean.inputs),))
-    found = grown(job, Early(model, clean.inputs, None))
-    largest = float(plain.abs().max())
-    off, moved = (float((plain - x).abs().max()) / largest for x in (found, without))
-    # Agreement says something only where there was something to carry.
-    return off <= bound and moved >= min(APART * bound, 0.2)

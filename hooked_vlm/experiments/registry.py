@@ -31,36 +31,19 @@ from hooked_vlm.experiments.further import (
 )
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.settings import SETTINGS, require_known
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(About):
     """A runnable experiment on one claim of the paper, or on one question that it leaves open."""
 
-    id: str
-    name: str
-    title: str
-    section: str
-    claim: str
     run: Callable[[Any, Any, OnProgress], Result]
     """`run(model, config, on_progress)`, with a `HookedVLM` as its model."""
     config: type[Config]
     """The configuration of `run`; its defaults are the paper's."""
-
-
-def _experiment(module: Any) -> Experiment:
-    return Experiment(
-        id=module.ID,
-        name=module.NAME,
-        title=module.TITLE,
-        section=module.SECTION,
-        claim=module.CLAIM,
-        run=module.run,
-        config=module.Config,
-    )
 
 
 MODULES = (
@@ -91,16 +74,23 @@ PAPER = tuple(
         "ordering-ablation",
         "swap-under-ablation",
     )
-    if name in {module.NAME for module in MODULES}
+    if name in {module.ABOUT.name for module in MODULES}
 )
 """The paper's experiments on each of its synthetic settings."""
-EXPERIMENTS: dict[str, Experiment] = {module.NAME: _experiment(module) for module in MODULES}
+EXPERIMENTS: dict[str, Experiment] = {
+    module.ABOUT.name: Experiment(**vars(module.ABOUT), run=module.run, config=module.Config)
+    for module in MODULES
+}
 SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),
     "reproduce": (
         *(f"behaviour:{setting}" for setting in SETTINGS),
         *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
-        *(m.NAME for m in MODULES if m.NAME not in ("behaviour", *PAPER) and m not in NEED_DATA),
+        *(
+            m.ABOUT.name
+            for m in MODULES
+            if m.ABOUT.name not in ("behaviour", *PAPER) and m not in NEED_DATA
+        ),
     ),
     "whatsup": tuple(
         f"{name}:{setting}"

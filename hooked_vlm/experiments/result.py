@@ -14,9 +14,9 @@ import xarray as xr
 from PIL import Image
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Result:
-    """One experiment on one model."""
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What an experiment is about, in words: its module's `ABOUT`, and the head of its results."""
 
     id: str
     """Its id in the list of claims: `"E4"`."""
@@ -27,6 +27,12 @@ class Result:
     """What the paper reports for its models, in one or two sentences."""
     section: str
     """The paper's section, table or figure."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Result(About):
+    """One experiment on one model."""
+
     table: pd.DataFrame
     """One row per number; columns among direction, axis, kind, slot, site, quantity, value,
     low, high, n.  `low` and `high` bound a 95 % interval."""

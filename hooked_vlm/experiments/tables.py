@@ -5,8 +5,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
-from hooked_vlm.analysis.statistics import Interval
+from hooked_vlm.analysis.statistics import (
+    Interval,
+    bootstrap,
+    holm,
+    paired_difference,
+    sign_flip_test,
+)
 
 
 def interval_rows(
@@ -25,6 +32,25 @@ def interval_rows(
             {**columns, **labels, "value": value, "low": low, "high": high, "n": interval.n}
         )
     return rows
+
+
+def score_rows(scores: xr.DataArray, seed: int, **columns: Any) -> list[dict]:
+    """Returns one row per number of a sweep's scores, with bootstrap intervals over `pair`."""
+    scores = scores.transpose("pair", ...)
+    axes = {str(axis): scores[axis].values.tolist() for axis in scores.dims[1:]}
+    return interval_rows(bootstrap(scores.values, seed=seed), axes, **columns)
+
+
+def difference_rows(
+    one: np.ndarray, other: np.ndarray, axes: Mapping[str, Sequence[Any]], seed: int, **columns: Any
+) -> list[dict]:
+    """Returns the rows of `one` minus `other`, paired along their first axis.
+
+    Column p_holm has the p-values of sign-flip tests, Holm-adjusted over all rows.
+    """
+    rows = interval_rows(paired_difference(one, other, seed=seed), axes, **columns)
+    adjusted = holm(sign_flip_test(one, other, seed=seed))
+    return [{**row, "p_holm": float(p)} for row, p in zip(rows, adjusted, strict=True)]
 
 
 def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:

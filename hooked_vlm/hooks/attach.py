@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.source import carrier, signature_of
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.hooks.attention import tapped_config
+from hooked_vlm.hooks.attention import Edits, tapped_config
 from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch
 from hooked_vlm.hooks.generation import count_steps
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
@@ -49,7 +49,7 @@ def attach(
     with ExitStack() as stack:
         for _, run in layers:
             stack.enter_context(count_steps(model, run))
-        if vision is not None and any(f.site.axes.startswith("image") for f in fired):
+        if vision is not None and any(f.site.by_image for f in fired):
             _note_call(model, vision, packing, stack)
         restart = _reset_counters(fired, packing)
         handles = [model.register_forward_pre_hook(restart, with_kwargs=True)]
@@ -122,7 +122,7 @@ def _attach_one(module: nn.Module, item: SiteDispatch) -> torch.utils.hooks.Remo
 
 
 def _output_hook(item: SiteDispatch) -> Callable:
-    on_image = item.site.axes.startswith("image")
+    on_image = item.site.by_image
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         if on_image and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
@@ -143,7 +143,7 @@ def _output_hook(item: SiteDispatch) -> Callable:
 def _input_hook(item: SiteDispatch, key: str) -> Callable:
     """Returns a hook on the first positional input, or on the keyword argument in its place."""
     in_place = item.site.tap == "residual"
-    on_image = item.site.axes.startswith("image")
+    on_image = item.site.by_image
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         name = key if kwargs.get(key) is not None else carrier(module, args, kwargs)
@@ -170,7 +170,7 @@ def _tap_attention(module: nn.Module, items: list[SiteDispatch]) -> Iterator[Non
     tapped: Any = module
     config = tapped.config
     packed = bool(items[0].site.order)
-    edits = {item.site.part: _attention_edit(item) for item in items}
+    edits: Edits = {part: _attention_edit(item) for item in items if (part := item.site.part)}
     tapped.config = tapped_config(module, edits, packed)
     try:
         yield

@@ -15,7 +15,7 @@ that silently loses causality gives wrong results.
 
 import sys
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,13 +24,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from hooked_vlm.anatomy.source import forward_parameters
-from hooked_vlm.errors import HookError, UnsupportedModelError
+from hooked_vlm.errors import HookError, UnsupportedModelError, counted
 
 
 NAME = "hooked_vlm"
 # transformers passes a packed encoder's whole sequence to an implementation with "flash" in
 # its name, and calls all others once per image; we need all images in one call.
 PACKED_NAME = "hooked_vlm_flash_layout"
+
+AttentionPart = Literal["rot_q", "rot_k", "v", "attn_scores", "pattern"]
+"""The quantities of an attention that have a tap."""
+Edits = dict[AttentionPart, Callable[[Any], Any]]
 
 
 class AttentionTap:
@@ -40,7 +44,7 @@ class AttentionTap:
     tensors by chunk) and returns the tensor with which the computation continues.
     """
 
-    def __init__(self, base: str, edits: dict[str, Callable[[Any], Any]]) -> None:
+    def __init__(self, base: str, edits: Edits) -> None:
         self.base = base
         self.edits = edits
 
@@ -49,7 +53,7 @@ class AttentionTap:
         """Whether a function acts on scores or patterns, which need eager attention."""
         return bool(self.edits.keys() & {"attn_scores", "pattern"})
 
-    def apply(self, part: str, value: Any) -> Any:
+    def apply(self, part: AttentionPart, value: Any) -> Any:
         """Returns the result of this part's function, or the value itself without a function."""
         edit = self.edits.get(part)
         return value if edit is None else edit(value)
@@ -93,7 +97,7 @@ def implementation(module: nn.Module) -> str:
     return tap.base if tap else config._attn_implementation or "eager"
 
 
-def tapped_config(module: nn.Module, edits: dict[str, Callable], packed: bool) -> TappedConfig:
+def tapped_config(module: nn.Module, edits: Edits, packed: bool) -> TappedConfig:
     """Returns the config that an attention module gets for the duration of a run.
 
     The module may already have a tap from another wrapper of the same model.  Then both act,
@@ -322,7 +326,7 @@ def additive_mask(
         return None
     if mask is None and base != "sdpa" and "flash" not in base:
         raise HookError(
-            f"A causal attention over {n_query} positions got no mask from the {base!r} "
+            f"A causal attention over {counted(n_query, 'position')} got no mask from the {base!r} "
             "implementation, so its pattern would not be causal. Load the model with "
             "attn_implementation='sdpa' or 'eager'."
         )

@@ -9,7 +9,7 @@ Vision sites of images of different sizes are lists by image.
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_vlm.errors import DataError, UnknownHookError, did_you_mean
+from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.names import (
     VISION,
     count_layers,
     get_act_name,
     layer_out_of_range,
     resolve_name,
+    site_path,
 )
-from hooked_vlm.hooks.patch_order import VisionActivation
+from hooked_vlm.hooks.patch_order import VisionActivation, each, listed
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -74,7 +75,7 @@ class ActivationCache(Mapping[str, Any]):
         if wrong := layer_out_of_range(get_act_name(name), self.n_layers):
             raise UnknownHookError(f"The cache holds no {name!r}: {wrong}")
         raise UnknownHookError(
-            f"The cache holds no {name!r}: {len(self)} sites were cached."
+            f"The cache holds no {name!r}: it has {counted(len(self), 'site')}."
             f"{did_you_mean(get_act_name(name), self._activations)} "
             "Widen names_filter (or stop_at_layer) to cache more."
         )
@@ -93,12 +94,12 @@ class ActivationCache(Mapping[str, Any]):
         return True
 
     def __repr__(self) -> str:
-        return f"ActivationCache({len(self)} sites, {self.nbytes / 2**20:.1f} MiB)"
+        return f"ActivationCache({counted(len(self), 'site')}, {self.nbytes / 2**20:.1f} MiB)"
 
     @property
     def nbytes(self) -> int:
         """Size of the cached tensors in bytes."""
-        return sum(t.nbytes for value in self.values() for t in _as_list(value))
+        return sum(t.nbytes for value in self.values() for t in listed(value))
 
     def to(self, device: str | torch.device) -> "ActivationCache":
         """Returns the cache with every tensor on a device."""
@@ -109,16 +110,14 @@ class ActivationCache(Mapping[str, Any]):
 
         Vision sites keep their image axis: a prompt may hold several images.
         """
-        sizes = {v.shape[0] for n, v in self.items() if isinstance(v, Tensor) and not _is_vision(n)}
+        by_prompt = self._by_prompt()
+        sizes = {v.shape[0] for v in by_prompt.values()}
         if sizes - {1}:
             raise DataError(
                 f"The cache holds batches of {sorted(sizes)}; only 1 can be removed. Select one "
                 "prompt first: cache.select([0])."
             )
-        return ActivationCache(
-            {n: v if _is_vision(n) or isinstance(v, list) else v[0] for n, v in self.items()},
-            self.n_layers,
-        )
+        return ActivationCache({**self, **{n: v[0] for n, v in by_prompt.items()}}, self.n_layers)
 
     def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
         """Returns the cache for some prompts of the batch, without vision sites.
@@ -126,8 +125,12 @@ class ActivationCache(Mapping[str, Any]):
         Vision sites are by image and not by prompt, so they are left out.
         """
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
-        kept = {n: v for n, v in self.items() if isinstance(v, Tensor) and not _is_vision(n)}
-        return ActivationCache({n: v[index] for n, v in kept.items()}, self.n_layers)
+        return ActivationCache({n: v[index] for n, v in self._by_prompt().items()}, self.n_layers)
+
+    def _by_prompt(self) -> dict[str, Tensor]:
+        """Returns the activations whose first axis is prompts."""
+        tensors = ((n, v) for n, v in self.items() if isinstance(v, Tensor))
+        return {n: v for n, v in tensors if not site_path(n).is_vision}
 
     def stack(
         self, name: str, layers: Sequence[int] | None = None, tower: str | None = None
@@ -187,7 +190,7 @@ class ActivationCache(Mapping[str, Any]):
         """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`."""
         tensors = {}
         for name, value in self.items():
-            for i, tensor in enumerate(_as_list(value)):
+            for i, tensor in enumerate(listed(value)):
                 key = f"{name}#{i}" if isinstance(value, list) else name
                 tensors[key] = tensor.detach().cpu().contiguous().clone()
         # A name of its own for each writer, so that two of them cannot mix their bytes.
@@ -226,19 +229,5 @@ class ActivationCache(Mapping[str, Any]):
         prefix = f"{VISION}.blocks" if tower else "blocks"
         return self.n_layers.get(prefix) or count_layers(prefix, self)
 
-    def _map(self, function) -> "ActivationCache":
-        return ActivationCache(
-            {
-                n: [function(t) for t in v] if isinstance(v, list) else function(v)
-                for n, v in self.items()
-            },
-            self.n_layers,
-        )
-
-
-def _as_list(value: VisionActivation) -> list[Tensor]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_vision(name: str) -> bool:
-    return name.startswith("vision_")
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "ActivationCache":
+        return ActivationCache({n: each(function, v) for n, v in self.items()}, self.n_layers)

@@ -53,7 +53,7 @@ class SiteDispatch:
 
     def _is_inactive(self, run: PassCounter) -> bool:
         # The vision encoder runs only when there are images to encode: always in a prefill.
-        return run.inactive and self.site.axes.startswith("batch")
+        return run.inactive and self.site.by_prompt
 
     def run_on_module_value(self, raw: Any) -> Any:
         """Returns the replacement of the module's value `raw`, or None when nothing changed."""
@@ -65,8 +65,7 @@ class SiteDispatch:
             return list(value) if changed else None
         shape = raw.shape
         if not self.site.order:
-            images = self.site.axes.startswith("image ")
-            n_rows = self.packing.n_images if images else self.packing.n_prompts
+            n_rows = self.packing.n_images if self.site.by_image else self.packing.n_prompts
             raw = _unfolded(raw, self.site, n_rows)
         value, changed = self.on_value(read(self.site, raw, self.packing.layout))
         if not changed:

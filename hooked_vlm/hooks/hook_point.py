@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hooked_vlm.errors import HookError
+from hooked_vlm.hooks.names import site_path
 from hooked_vlm.hooks.patch_order import PackedLayout
 
 
@@ -44,13 +45,13 @@ class HookPoint:
 
     def layer(self) -> int:
         """Returns the number of the site's block; raises `HookError` when it is in no block."""
-        parts = self.name.split(".")
-        if "blocks" not in parts:
+        layer = site_path(self.name).layer
+        if layer is None:
             raise HookError(
                 f"{self.name} is not inside a block, so it has no layer. Call layer() only at "
                 "sites whose name contains 'blocks'."
             )
-        return int(parts[parts.index("blocks") + 1])
+        return layer
 
 
 @dataclass(eq=False)

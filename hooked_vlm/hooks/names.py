@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Final, Literal, NamedTuple
 
-from hooked_vlm.errors import UnknownHookError, did_you_mean
+from hooked_vlm.errors import UnknownHookError, counted, did_you_mean
 
 
 VISION: Final = "vision_encoder"
@@ -99,8 +99,8 @@ def slot_name(slot: int, n_layers: int, tower: str = "") -> str:
     """
     if not -n_layers - 1 <= slot <= n_layers:
         raise UnknownHookError(
-            f"Slot {slot} does not exist: {n_layers} blocks have slots 0 to {n_layers} "
-            f"(or -1 to {-n_layers - 1} from the end)."
+            f"Slot {slot} does not exist: a model of {counted(n_layers, 'block')} has slots 0 to "
+            f"{n_layers} (or -1 to {-n_layers - 1} from the end)."
         )
     slot %= n_layers + 1
     prefix = f"{tower}." if tower else ""

@@ -13,20 +13,24 @@ restore the order only after the merger.  We call the function with which transf
 computes that order, so both always agree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.anatomy.vision import Vision, grid_argument
-from hooked_vlm.errors import GridError, UnsupportedModelError
+from hooked_vlm.errors import GridError, UnsupportedModelError, counted
 
+
+Stage = Literal["patches", "blocks", "tokens", "features", "outside"]
+"""A stage of the encoder at which rows are packed (see `PackedLayout.order`)."""
 
 VisionActivation = Tensor | list[Tensor]
 """`[image, patch, ...]`, or a list of `[patch, ...]` by image where sizes differ."""
@@ -74,7 +78,7 @@ class PackedLayout:
     merge: int = 1
     """Side of the square of patches that are merged into one token."""
 
-    def order(self, stage: str, n_rows: int) -> PackedOrder:
+    def order(self, stage: Stage, n_rows: int) -> PackedOrder:
         """Returns the order of the rows at a stage of the encoder.
 
         `"patches"`, `"blocks"` and `"tokens"` are the attributes above, with class tokens before
@@ -159,8 +163,9 @@ def packed_layout(
                 f"{side}x{side}. Resize it so that both numbers are multiples of {side}."
             )
         n_patches = frames * height * width
-        blocks = torch.arange(n_patches).view(frames, height // side, width // side, side, side)
-        patches.append(start + blocks.permute(0, 1, 3, 2, 4).reshape(-1))
+        sizes = {"row": height // side, "col": width // side, "r": side, "c": side}
+        packed = start + torch.arange(n_patches)
+        patches.append(rearrange(packed, "(t row col r c) -> (t row r col c)", **sizes))
         n_tokens = n_patches // side**2
         tokens.append(first + torch.arange(n_tokens))
         start, first = start + n_patches, first + n_tokens
@@ -178,9 +183,9 @@ def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> VisionAc
     """Returns packed rows as `[image, patch, ...]` in raster order (a list if sizes differ)."""
     if packed.shape[0] != order.total:
         raise GridError(
-            f"The encoder packed {packed.shape[0]} rows where its grid_thw makes {order.total}: "
-            "this model's layout differs from the one detected from its module tree. Report this "
-            "with the model's name."
+            f"The encoder packed {counted(packed.shape[0], 'row')} where its grid_thw makes "
+            f"{order.total}: this model's layout differs from the one detected from its module "
+            "tree. Report this with the model's name."
         )
     if order.even:
         raster = packed.index_select(0, order.flat.to(packed.device))
@@ -192,6 +197,16 @@ def from_images(images: VisionActivation, order: PackedOrder) -> Shaped[Tensor, 
     """Returns images in raster order as packed rows: the inverse of `to_images`."""
     rows = images.flatten(0, 1) if isinstance(images, Tensor) else torch.cat(images)
     return rows.index_select(0, order.places.to(rows.device))
+
+
+def listed(value: VisionActivation) -> list[Tensor]:
+    """Returns an activation as a list of tensors, which is by image where it was one."""
+    return value if isinstance(value, list) else [value]
+
+
+def each(function: Callable[[Tensor], Tensor], value: VisionActivation) -> VisionActivation:
+    """Returns a function of a tensor, or of every tensor of a list by image."""
+    return [function(v) for v in value] if isinstance(value, list) else function(value)
 
 
 def joined(first: VisionActivation, second: VisionActivation) -> VisionActivation:

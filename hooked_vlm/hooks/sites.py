@@ -10,24 +10,31 @@ shapes, with all layers in one entry.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from hooked_vlm.anatomy.model import Anatomy
-from hooked_vlm.anatomy.parts import Attention, Block, Mlp, Projection
+from hooked_vlm.anatomy.parts import Attention, Block, Columns, Fused, Mlp, Projection
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig, StackConfig
 from hooked_vlm.anatomy.vision import Vision
+from hooked_vlm.errors import counted
+from hooked_vlm.hooks.attention import AttentionPart
 from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
 from hooked_vlm.hooks.patch_order import (
     PackedLayout,
+    Stage,
     VisionActivation,
     cropped,
     from_images,
     to_images,
     uncropped,
 )
+
+
+Tap = Literal["output", "input", "residual", "inputs_embeds", "attention"]
 
 
 @dataclass(frozen=True)
@@ -42,25 +49,52 @@ class Site:
     name: str
     axes: str
     module: str
-    tap: str
-    part: str = ""
+    tap: Tap
+    part: AttentionPart | Literal[""] = ""
     """The quantity of the attention, at an `"attention"` tap."""
-    layout: str = ""
+    layout: Fused | Columns = ""
     """The layout of a fused projection's output (see `anatomy.parts.Projection`)."""
     index: int = 0
     """The index of this site in the fused output."""
     heads: int = 0
     """Number of heads into which the last axis is split; 0: it is not split."""
-    order: str = ""
+    order: Stage | Literal[""] = ""
     """The stage of `PackedLayout.order` where rows are packed; empty where they are not."""
     conv: bool = False
     """Whether the output is a convolution's, with the grid as its last axes."""
     read_only: str = ""
     """Why the site cannot be written; empty when it can."""
 
-    def stack(self, cfg: Any) -> StackConfig:
-        """Returns the sizes of the stack that the site is in: vision encoder or language model."""
-        return cfg.vision if site_path(self.name).is_vision else cfg
+    @property
+    def by_image(self) -> bool:
+        """Whether the first axis is images, or the attention windows of images."""
+        return self.axes.startswith(("image", "window"))
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether the first axis is prompts."""
+        return self.axes.startswith("batch")
+
+    @property
+    def by_position(self) -> bool:
+        """Whether the first axes are prompts and their positions."""
+        return self.axes.startswith("batch pos")
+
+    @property
+    def by_patch(self) -> bool:
+        """Whether the first axes are images and their patches."""
+        return self.axes.startswith("image patch")
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the first axes are images and their visual tokens."""
+        return self.axes.startswith("image token")
+
+    def stack(self, cfg: HookedVLMConfig | EncoderConfig) -> StackConfig:
+        """Returns the vision encoder's sizes for its sites, else the language model's."""
+        found = cfg.vision if site_path(self.name).tower == VISION else cfg
+        assert found is not None, "a model without a vision encoder has no site in one"
+        return found
 
 
 def list_sites(anatomy: Anatomy) -> dict[str, Site]:
@@ -70,8 +104,8 @@ def list_sites(anatomy: Anatomy) -> dict[str, Site]:
         sites += _vision_sites(anatomy.vision, anatomy.projector)
     if anatomy.merges:
         # Without this case the decoder embeds token ids itself, and hook_embed is the only site.
-        merged = ("hook_merged_embed", "batch pos d_model", anatomy.lm.path, "inputs_embeds")
-        sites.append(Site(*merged))
+        axes, decoder = "batch pos d_model", anatomy.lm.path
+        sites.append(Site("hook_merged_embed", axes, decoder, "inputs_embeds"))
     lm = anatomy.lm
     for layer, block in enumerate(lm.blocks):
         sites += _block_sites(block, f"blocks.{layer}.", "batch pos", "", "", "d_model")
@@ -136,7 +170,7 @@ def _vision_sites(vision: Vision, projector: str | None) -> Iterator[Site]:
 
 
 def _block_sites(
-    block: Block, prefix: str, rows: str, order: str, read_only: str, width: str
+    block: Block, prefix: str, rows: str, order: Stage | Literal[""], read_only: str, width: str
 ) -> Iterator[Site]:
     common: dict[str, Any] = {"order": order, "read_only": read_only}
     axes = f"{rows} {width}"
@@ -185,12 +219,11 @@ def _attention_sites(attn: Attention, prefix: str, rows: str, common: dict) -> I
                 **common,
             )
     if attn.dispatched:
-        for letter in "qk":
+        rotated: dict[str, AttentionPart] = {"q": "rot_q", "k": "rot_k"}
+        for letter, part in rotated.items():
             if attn.rotary or not getattr(attn, letter):
-                name = f"{prefix}hook_{'rot_' if attn.rotary else ''}{letter}"
-                yield Site(
-                    name, shapes[letter][0], attn.path, "attention", f"rot_{letter}", **common
-                )
+                name = f"{prefix}hook_{part if attn.rotary else letter}"
+                yield Site(name, shapes[letter][0], attn.path, "attention", part, **common)
         if not attn.v:
             yield Site(f"{prefix}hook_v", kv_axes, attn.path, "attention", "v", **common)
         square = f"{rows.split()[0]} head query key"
@@ -211,7 +244,7 @@ def read(site: Site, raw: Tensor, layout: PackedLayout | None) -> VisionActivati
     """Returns a module's tensor in the documented shape of a site; a view where possible."""
     if _padded(site, raw, layout):
         return cropped(raw, _known(layout))
-    x = raw.flatten(2).transpose(1, 2) if site.conv else raw
+    x = rearrange(raw, "image d ... -> image (...) d") if site.conv else raw
     if site.tap == "attention":
         x = x.transpose(1, 2)[0] if site.order else x.transpose(1, 2)
     else:
@@ -270,9 +303,8 @@ def _known(layout: PackedLayout | None) -> PackedLayout:
 
 def _part(site: Site, x: Tensor) -> Tensor:
     """Returns the site's part of a projection's output as a view, with heads split."""
-    if ":" in site.layout:
-        start, stop = map(int, site.layout.split(":"))
-        x = x[..., start:stop]
+    if isinstance(site.layout, tuple):
+        x = x[..., slice(*site.layout)]
     elif site.layout == "3hd":
         return x.unflatten(-1, (3, site.heads, -1)).select(-3, site.index)
     elif site.layout == "h3d":
@@ -285,7 +317,7 @@ def _part(site: Site, x: Tensor) -> Tensor:
 def _grid_flat(x: Tensor, site: Site) -> Tensor:
     """Returns patches as one axis where an encoder has axes of rows and columns."""
     wanted = len(site.axes.split())
-    if site.axes.startswith(("image", "window")) and x.ndim > wanted:
+    if site.by_image and x.ndim > wanted:
         return x.flatten(1, x.ndim - wanted + 1)
     return x
 
@@ -322,18 +354,16 @@ def _headers(cfg: HookedVLMConfig | EncoderConfig) -> list[str]:
     v = cfg.vision
     encoder = f"{_sizes(v)}, patch={v.patch_size}px, merge={v.merge}x{v.merge}" if v else ""
     if isinstance(cfg, EncoderConfig):
-        return [f"{cfg.model_name}: {encoder}, {cfg.n_prefix} tokens before the patches"]
+        return [f"{cfg.model_name}: {encoder}, {counted(cfg.n_prefix, 'token')} before the patches"]
     lines = [f"{cfg.model_name}: {_sizes(cfg)}, d_vocab={cfg.d_vocab}"]
     return [*lines, f"vision encoder: {encoder}"] if v else lines
 
 
 def _sizes(cfg: StackConfig) -> str:
-    heads = f"{cfg.n_heads} heads"
+    layers, heads = counted(cfg.n_layers, "layer"), counted(cfg.n_heads, "head")
     if cfg.n_key_value_heads != cfg.n_heads:
         heads += f" ({cfg.n_key_value_heads} key/value)"
-    return (
-        f"{cfg.n_layers} layers, d_model={cfg.d_model}, {heads} of {cfg.d_head}, d_mlp={cfg.d_mlp}"
-    )
+    return f"{layers}, d_model={cfg.d_model}, {heads} of {cfg.d_head}, d_mlp={cfg.d_mlp}"
 
 
 def _parent(parent: str, group: list[Site]) -> str:
@@ -359,5 +389,5 @@ def _limits(group: list[Site]) -> str:
     limited = [site for site in group if site.read_only]
     if not limited:
         return ""
-    layers = ", ".join(re.findall(r"blocks\.(\d+)", " ".join(site.name for site in limited)))
+    layers = ", ".join(str(site_path(site.name).layer) for site in limited)
     return f"  read-only in layer {layers}"

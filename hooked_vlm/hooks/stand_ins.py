@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.anatomy.vision import Stack
-from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
+from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError, counted
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
@@ -173,8 +173,8 @@ def replaying(module: nn.Module | None, outputs: Sequence[Any] | None) -> Iterat
             return copied(next(waiting))
         except StopIteration:
             raise HookError(
-                f"{type(module).__name__} was called more than {len(outputs)} times, which is "
-                "the number of calls in the recording. Record and replay the same inputs."
+                f"{type(module).__name__} was called more than {counted(len(outputs), 'time')}, "
+                "which is the number of calls in the recording. Record and replay the same inputs."
             ) from None
 
     with standing_in(module, forward):

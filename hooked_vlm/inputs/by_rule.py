@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import GridError
+from hooked_vlm.errors import GridError, counted
 from hooked_vlm.regions.grid import TokenGrid
 
 
@@ -53,8 +53,8 @@ def token_grids(
     grids: list[TokenGrid] = []
     if images_per_prompt is not None and len(images_per_prompt) != len(input_ids):
         raise GridError(
-            f"images_per_prompt has {len(images_per_prompt)} entries for {len(input_ids)} prompts. "
-            "Give one number per prompt."
+            f"images_per_prompt has {counted(len(images_per_prompt), 'entry', 'entries')} for "
+            f"{counted(len(input_ids), 'prompt')}. Give one number per prompt."
         )
     for prompt, ids in enumerate(input_ids):
         found = (ids == image_token_id).nonzero().flatten()
@@ -65,17 +65,17 @@ def token_grids(
         if wanted != len(found) or count > len(rest):
             sizes = ", ".join(f"{layout.rows}x{layout.cols}" for layout in rest[:count])
             raise GridError(
-                f"Prompt {prompt} has {len(found)} image tokens (id {image_token_id}), and its "
-                f"{min(count, len(rest))} images ({sizes or 'none left'}) make {wanted}. Give one "
-                "placeholder per image in the text, and expand placeholders with the model's own "
-                "processor."
+                f"Prompt {prompt} has {counted(len(found), 'image token')} (id {image_token_id}) "
+                f"for {counted(min(count, len(rest)), 'image')} ({sizes or 'none left'}); expected "
+                f"{wanted}. Give one placeholder per image in the text, and expand placeholders "
+                "with the model's own processor."
             )
         for layout in rest[:count]:
             tokens, found = found[: layout.n_tokens], found[layout.n_tokens :]
             grids.append(_grid(tokens, layout, prompt, len(grids)))
     if len(grids) != len(layouts):
         raise GridError(
-            f"{len(layouts)} images were given and the prompts have image tokens for "
+            f"Got {counted(len(layouts), 'image')} for prompts with image tokens for "
             f"{len(grids)}. Give one placeholder per image in the text."
         )
     return grids

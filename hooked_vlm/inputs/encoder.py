@@ -9,16 +9,26 @@ number of leading tokens, and detects encoders that drop or shuffle patches.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
 
+from hooked_vlm.anatomy.devices import execution_device
+from hooked_vlm.anatomy.sizes import EncoderConfig
 from hooked_vlm.anatomy.source import forward_parameters
 from hooked_vlm.anatomy.vision import Vision, grid_argument
-from hooked_vlm.errors import DataError, GridError, HookedVLMWarning, UnsupportedModelError
+from hooked_vlm.errors import (
+    DataError,
+    GridError,
+    HookedVLMWarning,
+    UnsupportedModelError,
+    counted,
+)
 from hooked_vlm.hooks.stand_ins import run_until
 from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
@@ -31,28 +41,24 @@ from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 Size = tuple[int, int]
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """The parts of a HookedVisionEncoder that preparing inputs needs."""
+@dataclass(eq=False)
+class EncoderGrids:
+    """One encoder, and what was measured for the grids of its images."""
 
     hf_model: nn.Module
-    processor: Any
     vision: Vision
-    prefixes: dict[Any, int]
+    cfg: EncoderConfig
+    prefixes: dict[Any, int] = field(default_factory=dict)
     """Measured numbers of leading tokens, by shapes and masks of the inputs."""
-    shown: set[Any]
+    shown: set[Any] = field(default_factory=set)
     """Image sizes, with options, whose grids were compared with the processor's pixels."""
 
-    @property
-    def device(self) -> torch.device: ...
 
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-def prepare_images(model: Encoder, images: Images, options: Mapping[str, Any]) -> Inputs:
+def prepare_images(
+    encoder: EncoderGrids, given_processor: Any, images: Images, options: Mapping[str, Any]
+) -> Inputs:
     """Returns the inputs for some images; see `HookedVisionEncoder.prepare`."""
-    processor = getattr(model.processor, "image_processor", model.processor)
+    processor = getattr(given_processor, "image_processor", given_processor)
     if processor is None:
         raise UnsupportedModelError(
             "This HookedVisionEncoder was made without an image processor, so it cannot prepare "
@@ -64,34 +70,30 @@ def prepare_images(model: Encoder, images: Images, options: Mapping[str, Any]) -
         raise DataError("No image was given. Give one image, or a list of one or more images.")
     pictures = [to_pil(image) for image in given]
     with refusals([pictures]):
-        made = _named(model, dict(processor(images=pictures, return_tensors="pt", **options)))
-    grids = find_grids(model, made, [picture.size for picture in pictures])
+        made = _named(encoder, dict(processor(images=pictures, return_tensors="pt", **options)))
+    grids = find_grids(encoder, made, [picture.size for picture in pictures], processor)
     warn_if_resized((grid for (grid,) in grids), stacklevel=4)
 
     def pixels_of(image: Image.Image) -> Tensor:
         return processor(images=[image], return_tensors="pt", **options)["pixel_values"]
 
     for (grid,) in grids:
-        _warn_unless_shown(model, grid, pixels_of, repr(sorted(options.items())))
+        key = grid.image_size, repr(sorted(options.items()))
+        if key not in encoder.shown:
+            encoder.shown.add(key)
+            _warn_unless_shown(grid, pixels_of, type(given_processor).__name__)
     return Inputs(made, grids)
 
 
-def _warn_unless_shown(model: Encoder, grid: TokenGrid, pixels_of: Any, options: str) -> None:
-    """Warns when the processor's pixels do not agree with its settings.
-
-    Measured once for each size of image, with images whose grey level rises.
-    """
-    key = grid.image_size, options
-    if key in model.shown:
-        return
-    model.shown.add(key)
+def _warn_unless_shown(grid: TokenGrid, pixels_of: Any, processor: str) -> None:
+    """Warns when the processor's pixels, of images whose grey level rises, contradict the grid."""
     if pixels_of(Image.new("RGB", grid.image_size)).ndim != 4:
         return  # packed patches: the whole image is scaled
     if not shows_what_it_says(grid, pixels_of):
         width, height = grid.image_size
         warnings.warn(
             f"Cells of an image of {width}x{height} px show other parts of the image than the "
-            f"settings of {type(model.processor).__name__} imply, so regions given in pixels may "
+            f"settings of {processor} imply, so regions given in pixels may "
             "be misplaced. Give regions in rows and columns, or prepare images of the size that "
             "the encoder takes.",
             HookedVLMWarning,
@@ -100,36 +102,39 @@ def _warn_unless_shown(model: Encoder, grid: TokenGrid, pixels_of: Any, options:
 
 
 def find_grids(
-    model: Encoder, inputs: Mapping[str, Any], image_sizes: Sequence[Size] | None = None
+    encoder: EncoderGrids,
+    inputs: Mapping[str, Any],
+    image_sizes: Sequence[Size] | None = None,
+    processor: Any = None,
 ) -> tuple[tuple[TokenGrid, ...], ...]:
     """Returns the grid of each image of the inputs, each in a tuple of its own.
 
-    `image_sizes` are (width, height) of the given images; without them, pixels are those of
-    the processed images.  Raises `GridError` when the inputs do not determine the grid, and
-    when the patches are not in raster order after the leading tokens.
+    `image_sizes` are (width, height) of the images given to an image processor; without them,
+    pixels are those of the processed images.  Raises `GridError` when the inputs do not determine
+    the grid, and when the patches are not in raster order after the leading tokens.
     """
-    pixels, patch = inputs[pixel_name(model)], model.vision.patch_size
+    pixels, patch = inputs[pixel_name(encoder)], encoder.vision.patch_size
     if not patch:
         raise GridError(
             "This encoder has no fixed patch size, so its patches form no grid of pixels. Use rows "
             "of the encoder's sequence instead of regions."
         )
-    shapes = _patch_grids(model, inputs)
+    shapes = _patch_grids(encoder, inputs)
     if image_sizes is not None and len(image_sizes) != len(shapes):
         raise GridError(
-            f"{len(image_sizes)} images became {len(shapes)} pictures for the encoder: this "
-            "processor cuts images into tiles, and HookedVisionEncoder makes no grid over tiles. "
-            "Turn off tiling in the processor's options, or wrap the whole model with HookedVLM."
+            f"{counted(len(image_sizes), 'image')} became {counted(len(shapes), 'picture')} for "
+            "the encoder: this processor cuts images into tiles, and HookedVisionEncoder makes no "
+            "grid over tiles. Turn off tiling in the processor's options, or wrap the whole model "
+            "with HookedVLM."
         )
-    processor = getattr(model.processor, "image_processor", model.processor)
     grids = []
     for i, (rows, cols) in enumerate(shapes):
-        n_prefix = _prefix(model, inputs, i, (rows, cols))
+        n_prefix = _prefix(encoder, inputs, i, (rows, cols))
         seen = cols * patch, rows * patch
-        one_size = pixels.ndim == 4 and not model.vision.packed
+        one_size = pixels.ndim == 4 and not encoder.vision.packed
         whole = (pixels.shape[3], pixels.shape[2]) if one_size else seen
         size = image_sizes[i] if image_sizes is not None else whole
-        scale, offset = pixel_transform(processor if image_sizes else None, size, whole)
+        scale, offset = pixel_transform(processor, size, whole)
         positions = n_prefix + torch.arange(rows * cols).view(rows, cols)
         grids.append(
             TokenGrid(positions, rows, cols, n_prefix, size, scale, offset, seen, prompt=i, image=i)
@@ -137,26 +142,26 @@ def find_grids(
     return tuple((grid,) for grid in grids)
 
 
-def pixel_name(model: Encoder) -> str:
+def pixel_name(encoder: EncoderGrids) -> str:
     """Returns the name of an encoder's pixels: `pixel_values`, else its first parameter."""
-    parameters = [name for name in forward_parameters(model.hf_model) if name != "self"]
+    parameters = [name for name in forward_parameters(encoder.hf_model) if name != "self"]
     return "pixel_values" if "pixel_values" in parameters else parameters[0]
 
 
-def _named(model: Encoder, made: dict[str, Any]) -> dict[str, Any]:
+def _named(encoder: EncoderGrids, made: dict[str, Any]) -> dict[str, Any]:
     """Returns a processor's output under the encoder's parameter names, on its device."""
-    parameters = forward_parameters(model.hf_model)
+    parameters = forward_parameters(encoder.hf_model)
     pixels = made.pop("pixel_values")
     if not isinstance(pixels, Tensor):
         raise GridError(
             "The processor returned pictures of several sizes. Prepare the images one by one."
         )
-    pixels = pixels.to(model.dtype)
-    packed = grid_argument(model.hf_model)
+    pixels = pixels.to(encoder.cfg.dtype)
+    packed = grid_argument(encoder.hf_model)
     if packed is not None and "image_grid_thw" in made:
         made[packed] = made.pop("image_grid_thw")
-    inputs = {pixel_name(model): pixels} | {n: v for n, v in made.items() if n in parameters}
-    vision = model.vision
+    inputs = {pixel_name(encoder): pixels} | {n: v for n, v in made.items() if n in parameters}
+    vision = encoder.vision
     other_size = pixels.ndim == 4 and set(pixels.shape[2:]) != {vision.image_size}
     if other_size and "interpolate_pos_encoding" in parameters:
         inputs["interpolate_pos_encoding"] = True
@@ -164,19 +169,20 @@ def _named(model: Encoder, made: dict[str, Any]) -> dict[str, Any]:
     if "noise" in parameters and pixels.ndim == 4:
         n_patches = pixels[0, 0].numel() // vision.patch_size**2
         inputs["noise"] = torch.arange(n_patches).expand(len(pixels), -1).float()
-    return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    device = execution_device(encoder.hf_model) or encoder.cfg.device
+    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
 
 
-def _patch_grids(model: Encoder, inputs: Mapping[str, Any]) -> list[Size]:
+def _patch_grids(encoder: EncoderGrids, inputs: Mapping[str, Any]) -> list[Size]:
     """Returns (rows, cols) of the patches of each image."""
-    name, patch = grid_argument(model.hf_model), model.vision.patch_size
+    name, patch = grid_argument(encoder.hf_model), encoder.vision.patch_size
     told = inputs.get(name or "spatial_shapes")
     if told is not None:
         sizes = torch.as_tensor(told).tolist()
         if name == "image_sizes":
             return [(height // patch, width // patch) for height, width in sizes]
         return [(_product(frames) * rows, cols) for *frames, rows, cols in sizes]
-    pixels = inputs[pixel_name(model)]
+    pixels = inputs[pixel_name(encoder)]
     if pixels.ndim != 4:
         raise GridError(
             f"Pixels of shape {tuple(pixels.shape)} are no [image, channel, height, width], and no "
@@ -189,11 +195,11 @@ def _product(numbers: Sequence[int]) -> int:
     return numbers[0] if numbers else 1
 
 
-def _prefix(model: Encoder, inputs: Mapping[str, Any], image: int, shape: Size) -> int:
+def _prefix(encoder: EncoderGrids, inputs: Mapping[str, Any], image: int, shape: Size) -> int:
     """Returns the number of tokens before an image's patches, measured once per input shape."""
-    if model.vision.packed:  # sites of packed encoders are read in raster order
-        return model.vision.n_prefix
-    name = pixel_name(model)
+    if encoder.vision.packed:  # sites of packed encoders are read in raster order
+        return encoder.vision.n_prefix
+    name = pixel_name(encoder)
     pixels = inputs[name]
     one = {
         n: v[image : image + 1] if isinstance(v, Tensor) and len(v) == len(pixels) else v
@@ -201,17 +207,19 @@ def _prefix(model: Encoder, inputs: Mapping[str, Any], image: int, shape: Size) 
     }
     beside = [(n, v.flatten().tolist()) for n, v in one.items() if n != name and torch.is_tensor(v)]
     key = tuple(pixels.shape[1:]), shape, repr(beside)
-    if key not in model.prefixes:
-        model.prefixes[key] = _leading(_measured(model, one, name), shape, model.vision.patch_size)
-    return model.prefixes[key]
+    if key not in encoder.prefixes:
+        encoder.prefixes[key] = _leading(
+            _measured(encoder, one, name), shape, encoder.vision.patch_size
+        )
+    return encoder.prefixes[key]
 
 
-def _measured(model: Encoder, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
+def _measured(encoder: EncoderGrids, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
     """Returns for each element of one image's pixels the row of block 0's input it reaches."""
     with torch.inference_mode(False), torch.enable_grad():
         copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         pixels = copies[name].requires_grad_(True)
-        rows = run_until(model.hf_model, model.vision, 0, lambda: model.hf_model(**copies))
+        rows = run_until(encoder.hf_model, encoder.vision, 0, lambda: encoder.hf_model(**copies))
         return positions_reached(rows, [pixels])[0][0]
 
 
@@ -221,8 +229,8 @@ def _leading(reached: Int[Tensor, "..."], shape: Size, patch: int) -> int:
     rows, cols = shape
     if reached.ndim == 3:
         cut = reached[:, : rows * patch, : cols * patch]
-        by_patch = cut.unflatten(2, (cols, patch)).unflatten(1, (rows, patch))
-        by_patch = by_patch.permute(1, 3, 0, 2, 4).reshape(rows * cols, -1)
+        pattern = "channel (row r) (col c) -> (row col) (channel r c)"
+        by_patch = rearrange(cut, pattern, r=patch, c=patch)
     else:
         by_patch = reached[: rows * cols].flatten(1)
     if bool((by_patch == SEVERAL).any()):

@@ -11,17 +11,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError
-from hooked_vlm.hooks.sites import Site
+from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError, counted
 from hooked_vlm.inputs.by_measurement import (
     Template,
     View,
@@ -32,6 +31,7 @@ from hooked_vlm.inputs.by_measurement import (
 from hooked_vlm.inputs.by_rule import ImageLayout, token_grids
 from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import (
+    Wrapped,
     attention_sites,
     holds_pixels,
     measure_routes,
@@ -45,23 +45,6 @@ Size = tuple[int, int]
 Grids = tuple[tuple[TokenGrid, ...], ...]
 Process = Callable[[list[Image.Image]], dict[str, Any]]
 """From images to the model's inputs for a short prompt with these images."""
-
-
-@runtime_checkable
-class Wrapped(Protocol):
-    """The parts of a HookedVLM that finding images needs."""
-
-    hf_model: nn.Module
-    processor: Any
-    anatomy: Anatomy
-    sites: dict[str, Site]
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def run_with_cache(
-        self, inputs: Mapping[str, Any], names_filter: Any, **kwargs: Any
-    ) -> Any: ...
 
 
 class GridFinder:
@@ -99,9 +82,9 @@ class GridFinder:
         patch_grids = _patch_grids(inputs, vision)
         if image_sizes is not None and len(image_sizes) != len(patch_grids):
             raise GridError(
-                f"{len(image_sizes)} images became {len(patch_grids)} pictures for the encoder: "
-                "this model cuts images into tiles. Use prepare(images, texts), which measures "
-                "their grids."
+                f"{counted(len(image_sizes), 'image')} became "
+                f"{counted(len(patch_grids), 'picture')} for the encoder: this model cuts images "
+                "into tiles. Use prepare(images, texts), which measures their grids."
             )
         # Several patches may become one token: in the encoder, or pooled after it.
         n_tokens = int((ids == image_token).sum())
@@ -211,16 +194,16 @@ class GridFinder:
                 found, rest = rest[: template.n_tokens], rest[template.n_tokens :]
                 if len(found) != template.n_tokens:
                     raise GridError(
-                        f"Prompt {prompt} has too few image tokens for its {len(sizes)} images: an "
-                        f"image of {size[0]}x{size[1]} px has {template.n_tokens}. Check that the "
-                        "processor did not truncate the prompt."
+                        f"Prompt {prompt} has too few image tokens for its images "
+                        f"({len(sizes)}): an image of {size[0]}x{size[1]} px has "
+                        f"{template.n_tokens}. Check that the processor did not truncate it."
                     )
                 grids.append(_grids(template, [found], size, prompt, first))
                 first += template.n_encoder_images
             if len(rest):
                 raise GridError(
-                    f"Prompt {prompt} has {len(rest)} image tokens more than its {len(sizes)} "
-                    "images have. Give every image that the prompt contains."
+                    f"Prompt {prompt} has {counted(len(rest), 'image token')} more than its images "
+                    f"({len(sizes)}). Give every image that the prompt contains."
                 )
             rows.append(tuple(grids))
         return tuple(rows)
@@ -276,8 +259,8 @@ class GridFinder:
 
         if len(_prompt_ids(inputs)) != 1:
             raise GridError(
-                f"The processor returned {len(_prompt_ids(inputs))} prompts for one. Use token "
-                "positions instead of regions."
+                f"The processor returned {counted(len(_prompt_ids(inputs)), 'prompt')} for one. "
+                "Use token positions instead of regions."
             )
         (positions,) = _image_positions(inputs, self.model.anatomy, routes.pixels)
         patch = vision.patch_size or 1
@@ -392,8 +375,9 @@ def _pool(n_tokens: int, patch_grids: Sequence[tuple[int, int]]) -> int:
     side = isqrt(n_patches // n_tokens) if n_tokens else 0
     if not side or side**2 * n_tokens != n_patches:
         raise GridError(
-            f"The prompts hold {n_tokens} image tokens for {len(patch_grids)} images of "
-            f"{n_patches} patches in all; expected one token for every patch, or for every square "
-            "of patches. Expand the image placeholders with the model's own processor."
+            f"The prompts hold {counted(n_tokens, 'image token')} for "
+            f"{counted(len(patch_grids), 'image')} of {n_patches} patches in all; expected one "
+            "token for every patch, or for every square of patches. Expand the image placeholders "
+            "with the model's own processor."
         )
     return side

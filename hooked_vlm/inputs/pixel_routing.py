@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
-from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
+from hooked_vlm.hooks.patch_order import VisionActivation, each
 from hooked_vlm.hooks.sites import Site
 
 
@@ -34,11 +36,16 @@ _SURE = 0.05
 
 
 @runtime_checkable
-class Runnable(Protocol):
-    """The parts of a HookedVLM that measuring needs."""
+class Wrapped(Protocol):
+    """The parts of a HookedVLM that preparing inputs needs."""
 
     hf_model: nn.Module
+    processor: Any
+    anatomy: Anatomy
     sites: dict[str, Site]
+
+    @property
+    def device(self) -> torch.device: ...
 
     def run_with_cache(
         self, inputs: Mapping[str, Any], names_filter: Any, **kwargs: Any
@@ -71,14 +78,17 @@ class _Capture:
         return kept if isinstance(value, list) else torch.stack(kept)
 
 
-def attention_sites(model: Runnable) -> list[str]:
+def attention_sites(model: Wrapped) -> list[str]:
     """Returns the sites through which information moves between the encoder's patches."""
+    return _in_encoder(model, "hook_attn_out", "hook_cross_attn_out")
+
+
+def _in_encoder(model: Wrapped, *leaves: str) -> list[str]:
+    """Returns the sites of the encoder's blocks with these names that can be written."""
     return [
         name
         for name, site in model.sites.items()
-        if name.startswith(f"{VISION}.blocks.")
-        and name.endswith(("hook_attn_out", "hook_cross_attn_out"))
-        and not site.read_only
+        if site_path(name).tower == VISION and site_path(name).leaf in leaves and not site.read_only
     ]
 
 
@@ -111,7 +121,7 @@ def pixel_name(inputs: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
+def measure_routes(model: Wrapped, inputs: Mapping[str, Any]) -> Routes:
     """Returns the prompt positions that pixels, encoder rows and projected tokens reach.
 
     Raises `GridError` when the encoder's attention cannot be switched off, or when no
@@ -145,7 +155,7 @@ def measure_routes(model: Runnable, inputs: Mapping[str, Any]) -> Routes:
 
 
 def _reached(
-    model: Runnable,
+    model: Wrapped,
     inputs: Mapping[str, Any],
     attention: list[str],
     captures: Mapping[str, _Capture],
@@ -153,14 +163,7 @@ def _reached(
     """Returns the positions that the pixels reach, then those that captured rows reach."""
     key = pixel_name(inputs)
     # MLPs do not mix patches; they are switched off only to save time in the backward passes.
-    mlps = [
-        name
-        for name, site in model.sites.items()
-        if name.startswith(f"{VISION}.blocks.")
-        and name.endswith("hook_mlp_out")
-        and not site.read_only
-    ]
-    off = [(name, _zero) for name in [*attention, *mlps]]
+    off = [(name, _zero) for name in [*attention, *_in_encoder(model, "hook_mlp_out")]]
     with torch.enable_grad():
         pixels = inputs[key].detach().clone().requires_grad_(True)
         residual, _ = model.run_with_cache(
@@ -194,10 +197,8 @@ def _packed(model: nn.Module) -> bool:
     )
 
 
-def _zero(value: Any, hook: Any) -> Any:
-    if isinstance(value, list):
-        return [torch.zeros_like(v) for v in value]
-    return torch.zeros_like(value)
+def _zero(value: VisionActivation, hook: Any) -> VisionActivation:
+    return each(torch.zeros_like, value)
 
 
 def positions_reached(residual: Tensor, sources: list[Tensor]) -> list[Tensor]:

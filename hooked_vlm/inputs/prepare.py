@@ -8,7 +8,7 @@ shows which part of which image.
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from hooked_vlm.errors import (
     HookedVLMWarning,
     NoGridError,
     UnsupportedModelError,
+    counted,
 )
-from hooked_vlm.inputs.grid_finder import GridFinder, Wrapped
+from hooked_vlm.inputs.grid_finder import GridFinder
+from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders, refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 from hooked_vlm.regions.positions import PromptRow, token_pieces
@@ -33,13 +35,6 @@ OneImage = Any
 """A PIL image, a numpy array `[height, width, 3]` or a tensor `[3, height, width]`."""
 Images = OneImage | Sequence[Any] | None
 Texts = str | Sequence[str]
-
-
-@runtime_checkable
-class Prepares(Wrapped, Protocol):
-    """The parts of a HookedVLM that preparing inputs needs."""
-
-    grid_finder: GridFinder
 
 
 class Inputs(Mapping[str, Any]):
@@ -85,7 +80,7 @@ class Inputs(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         shapes = {n: tuple(v.shape) for n, v in self.items() if isinstance(v, Tensor)}
-        return f"Inputs({shapes}, {sum(map(len, self.grids))} images)"
+        return f"Inputs({shapes}, {counted(sum(map(len, self.grids)), 'image')})"
 
     @property
     def grid(self) -> TokenGrid:
@@ -95,8 +90,9 @@ class Inputs(Mapping[str, Any]):
         found = [grid for row in self.grids for grid in row]
         if len(found) != 1:
             raise GridError(
-                f"These inputs hold {len(found)} images in {len(self.grids)} prompts; inputs.grid "
-                "needs exactly one. Use inputs.grids[prompt][image]."
+                f"These inputs hold {counted(len(found), 'image')} in "
+                f"{counted(len(self.grids), 'prompt')}; inputs.grid needs exactly one. Use "
+                "inputs.grids[prompt][image]."
             )
         return found[0]
 
@@ -107,7 +103,7 @@ class Inputs(Mapping[str, Any]):
 
 
 def prepare_inputs(
-    model: Prepares,
+    finder: GridFinder,
     images: Images,
     texts: Texts,
     *,
@@ -116,7 +112,7 @@ def prepare_inputs(
     processor_kwargs: dict[str, Any],
 ) -> Inputs:
     """Returns the inputs for a batch of prompts; see `HookedVLM.prepare`."""
-    processor = model.processor
+    processor = finder.model.processor
     texts = _listed(texts)
     by_prompt = _images_by_prompt(images, len(texts))
     if any(by_prompt) and getattr(processor, "image_processor", None) is None:
@@ -133,7 +129,7 @@ def prepare_inputs(
             + " Give it as part of the text, or use a processor with a chat template."
         )
     with refusals(by_prompt):
-        made, prompts = _processed(model, by_prompt, texts, system, chat, processor_kwargs)
+        made, prompts = _processed(finder, by_prompt, texts, system, chat, processor_kwargs)
     # 2. The grids of the images.  Images without a grid give a warning, not an error.
     grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
     no_grid = ""
@@ -141,11 +137,11 @@ def prepare_inputs(
         sizes = [[image.size for image in row] for row in by_prompt]
 
         def process(together: list[Image.Image]) -> dict[str, Any]:
-            return _processed(model, [together], ["."], None, chat, processor_kwargs)[0]
+            return _processed(finder, [together], ["."], None, chat, processor_kwargs)[0]
 
         key = repr(sorted(processor_kwargs.items(), key=lambda item: item[0]))
         try:
-            grids = model.grid_finder.find(made, sizes, process, key)
+            grids = finder.find(made, sizes, process, key)
         except NoGridError as error:
             no_grid = str(error)
             warnings.warn(no_grid, HookedVLMWarning, stacklevel=3)
@@ -155,7 +151,7 @@ def prepare_inputs(
 
 
 def _processed(
-    model: Prepares,
+    finder: GridFinder,
     by_prompt: Sequence[Sequence[Image.Image]],
     texts: Sequence[str],
     system: str | None,
@@ -163,9 +159,10 @@ def _processed(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the processor's tensors on the model's device, and the prompts."""
-    processor, options = model.processor, dict(options)
+    model, options = finder.model, dict(options)
+    processor = model.processor
     prompts = [
-        _chat(processor, text, len(i), system) if chat else _plain(model, text, len(i))
+        _chat(processor, text, len(i), system) if chat else _plain(finder, text, len(i))
         for text, i in zip(texts, by_prompt, strict=True)
     ]
     _check_placeholders(processor, prompts, by_prompt)
@@ -211,11 +208,10 @@ def _listed(texts: Any) -> list[str]:
     return list(listed)
 
 
-def _plain(model: Prepares, text: str, n_images: int) -> str:
+def _plain(finder: GridFinder, text: str, n_images: int) -> str:
     """Returns the text with its missing image placeholders added at the beginning."""
-    finder = model.grid_finder
     if n_images and finder.placeholder is None:
-        finder.placeholder = placeholder(model)
+        finder.placeholder = placeholder(finder.model)
     token = finder.placeholder
     return token * max(n_images - text.count(token), 0) + text if token else text
 
@@ -227,8 +223,8 @@ def _check_placeholders(
         for token in placeholders(processor):
             if prompt.count(token) > len(images):
                 raise DataError(
-                    f"Prompt {i} has {prompt.count(token)} image placeholders ({token}) and "
-                    f"{len(images)} images were given for it. Give as many images, or write the "
+                    f"Prompt {i} has {counted(prompt.count(token), 'image placeholder')} ({token}) "
+                    f"for {counted(len(images), 'image')}. Give as many images, or write the "
                     "text without placeholders: they are added at its beginning."
                 )
 
@@ -244,8 +240,9 @@ def _images_by_prompt(images: Images, n_prompts: int) -> list[list[Image.Image]]
         images = [list(images)]
     if len(images) != n_prompts:
         raise DataError(
-            f"{len(images)} images (or lists of images) were given for {n_prompts} prompts. Give "
-            "each prompt one image, a list of images, or None."
+            f"Got {counted(len(images), 'entry', 'entries')} in images for "
+            f"{counted(n_prompts, 'prompt')}. Give each prompt one image, a list of images, or "
+            "None."
         )
     nested = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
     return [[to_pil(image) for image in row if image is not None] for row in nested]
@@ -307,7 +304,7 @@ def _loaded(image: Image.Image) -> Image.Image:
         ) from None
 
 
-def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
+def _say_padded(model: Wrapped, made: Mapping[str, Any]) -> None:
     """Warns when padding changes results because positions count from the padding's start."""
     mask = made.get("attention_mask" if "input_ids" in made else "decoder_attention_mask")
     if mask is None or bool(mask.all()) or _is_rotary(model):
@@ -330,7 +327,7 @@ def _say_padded(model: Prepares, made: Mapping[str, Any]) -> None:
     )
 
 
-def _is_rotary(model: Prepares) -> bool:
+def _is_rotary(model: Wrapped) -> bool:
     attention = model.anatomy.lm.attention
     return attention is None or attention.rotary
 
@@ -367,8 +364,9 @@ def rows_of(
         ids = torch.zeros(len(grids), 0, dtype=torch.long)
     if len(grids) != len(ids):
         raise GridError(
-            f"The processor made {len(ids)} rows of {len(grids)} prompts, so images cannot be "
-            "assigned to rows. Use hook functions instead of places: fwd_hooks=[(name, fn)]."
+            f"The processor made {counted(len(ids), 'row')} of {counted(len(grids), 'prompt')}, so "
+            "images cannot be assigned to rows. Use hook functions instead of places: "
+            "fwd_hooks=[(name, fn)]."
         )
     mask = torch.ones_like(ids) if mask is None else mask
     tokenizer = getattr(inputs, "tokenizer", None) if text else None

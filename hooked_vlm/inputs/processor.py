@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.source import forward_parameters, forward_source
-from hooked_vlm.errors import DataError, HookedVLMError
-from hooked_vlm.inputs.grid_finder import Wrapped
+from hooked_vlm.errors import DataError, HookedVLMError, counted
+from hooked_vlm.inputs.pixel_routing import Wrapped
 
 
 Nested = Sequence[Sequence[Image.Image]]
@@ -141,9 +141,9 @@ def _check_assigned(
         )
     if not told:
         raise DataError(
-            f"{', '.join(map(str, counts))} images were given for {len(counts)} prompts, and "
-            f"{type(model.processor).__name__} does not keep which image belongs to which prompt. "
-            "Give exactly one image for each prompt."
+            f"{', '.join(map(str, counts))} images were given for "
+            f"{counted(len(counts), 'prompt')}, and {type(model.processor).__name__} does not keep "
+            "which image belongs to which prompt. Give exactly one image for each prompt."
         )
 
 

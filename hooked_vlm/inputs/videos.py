@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import GridError
-from hooked_vlm.inputs.grid_finder import Wrapped
+from hooked_vlm.errors import GridError, counted
+from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.regions.grid import TokenGrid
 
 
@@ -53,16 +54,16 @@ def frame_grids(model: Wrapped, inputs: Mapping[str, Any]) -> Frames:
         while len(positions):
             if not rest:
                 raise GridError(
-                    f"Prompt {prompt} has {len(positions)} video tokens more than its videos "
-                    "have. Give every video that the prompt contains."
+                    f"Prompt {prompt} has {counted(len(positions), 'video token')} more than its "
+                    "videos have. Give every video that the prompt contains."
                 )
             frames, height, width = rest.pop(0)
             count = frames * height * width // vision.merge**2
             if len(positions) < count:
                 raise GridError(
-                    f"Prompt {prompt} has {len(positions)} video tokens left for a video of "
-                    f"{frames} frames of {height}x{width} patches, which makes {count}. Check "
-                    "that the processor did not truncate the prompt."
+                    f"Prompt {prompt} has {counted(len(positions), 'video token')} left for a "
+                    f"video of {counted(frames, 'frame')} of {height}x{width} patches, which makes "
+                    f"{count}. Check that the processor did not truncate the prompt."
                 )
             shape = frames, height, width
             videos.append(_frames(positions[:count], shape, vision, prompt, video))
@@ -70,8 +71,8 @@ def frame_grids(model: Wrapped, inputs: Mapping[str, Any]) -> Frames:
         found.append(tuple(videos))
     if rest:
         raise GridError(
-            f"{len(rest)} videos have no video tokens in the prompts. Give one placeholder per "
-            "video in the text."
+            f"The prompts have no video tokens for {counted(len(rest), 'video')}. Give one "
+            "placeholder per video in the text."
         )
     return tuple(found)
 
@@ -83,8 +84,9 @@ def _frames(
     side = vision.merge
     rows, cols = height // side, width // side
     pixels = width * vision.patch_size, height * vision.patch_size
-    patch = torch.arange(frames * height * width).view(frames, rows, side, cols, side)
-    patch = patch.permute(0, 1, 3, 2, 4).reshape(frames, rows, cols, -1, 1)
+    sizes = {"t": frames, "row": rows, "r": side, "c": side}
+    patch = torch.arange(frames * height * width)
+    patch = rearrange(patch, "(t row r col c) -> t row col (r c) 1", **sizes)
     token = torch.arange(frames * rows * cols).view(frames, rows, cols, 1, 1)
     return tuple(
         TokenGrid(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor
 
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
@@ -72,7 +73,7 @@ class Ablate(_Intervention):
         site, (located, reference) = placed.where, placed.located
         value = self._value(placed, reference)
         if self.to == "position_mean":
-            value = value.repeat(len(located), *(1 for _ in value.shape[1:]))
+            value = repeat(value, "pos ... -> (prompt pos) ...", prompt=len(located))
 
         def edit(activation: Any) -> Any:
             index = located.index(self.heads, activation[0].device)
@@ -92,7 +93,7 @@ class Ablate(_Intervention):
         rows = rows_at(values, reference.index(self.heads, values[0].device))
         if self.to == "mean":
             return rows.mean(0)
-        return rows.unflatten(0, (len(reference), -1)).mean(0)
+        return reduce(rows, "(prompt pos) ... -> pos ...", "mean", prompt=len(reference))
 
     def __str__(self) -> str:
         to = self.to if isinstance(self.to, str) else "vector"

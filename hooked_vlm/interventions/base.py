@@ -20,7 +20,7 @@ from typing import Any
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName, site_of
-from hooked_vlm.interventions.recording import Model
+from hooked_vlm.model.base import HookedModel
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,11 +37,11 @@ class _Intervention:
         """Returns the same intervention at another site."""
         return replace(self, site=site)
 
-    def check(self, model: Model, inputs: Mapping[str, Any]) -> None:
+    def check(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
         """Raises what is wrong with this for a model and some inputs; runs nothing."""
         self.place(model, inputs)
 
-    def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
+    def hooks_for(self, model: HookedModel, inputs: Mapping[str, Any]) -> list[Edit]:
         """Returns the hook that carries this out on some inputs, all checks made.
 
         A source that is not recorded yet is run here.
@@ -49,7 +49,7 @@ class _Intervention:
         return self.place(model, inputs).hooks_for()
 
     def place(
-        self, model: Model, inputs: Mapping[str, Any], places: Places | None = None
+        self, model: HookedModel, inputs: Mapping[str, Any], places: Places | None = None
     ) -> Placed:
         """Returns this intervention bound to a model and inputs: checked and located once.
 
@@ -68,7 +68,7 @@ class _Intervention:
     def _edit(self, placed: Placed) -> Callable[[Any], Any]:
         raise NotImplementedError
 
-    def _check_heads(self, model: Model, site: Site) -> None:
+    def _check_heads(self, model: HookedModel, site: Site) -> None:
         if self.heads is None:
             return
         if (
@@ -92,7 +92,7 @@ class _Intervention:
                 f"{site.name} has heads 0 to {n_heads - 1}; {wrong} were given."
             )
 
-    def _check_width(self, model: Model, site: Site, width: int) -> None:
+    def _check_width(self, model: HookedModel, site: Site, width: int) -> None:
         axis = site.axes.split()[-1].replace("d_vision", "d_model")
         self._check_features(site, getattr(site.stack(model.cfg), axis, None), width)
 

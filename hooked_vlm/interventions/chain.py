@@ -7,7 +7,8 @@ from typing import Any
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
-from hooked_vlm.interventions.recording import Model, Recording
+from hooked_vlm.interventions.recording import Recording
+from hooked_vlm.model.base import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +25,12 @@ class Chain:
                 )
         object.__setattr__(self, "parts", parts)
 
-    def check(self, model: Model, inputs: Mapping[str, Any]) -> None:
+    def check(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
         """Raises what is wrong with any part; runs nothing."""
         for part in self.parts:
             part.check(model, inputs)
 
-    def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
+    def hooks_for(self, model: HookedModel, inputs: Mapping[str, Any]) -> list[Edit]:
         """Returns the hooks of all parts, in order."""
         return [hook for part in self.parts for hook in part.hooks_for(model, inputs)]
 
@@ -60,7 +61,7 @@ class Cell:
         """The interventions of this cell alone."""
         return self.interventions[self.n_base :]
 
-    def placed(self, model: Model, inputs: Mapping[str, Any], places: Places) -> "Cell":
+    def placed(self, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> "Cell":
         """Returns the cell with every intervention checked and located, those in chains too.
 
         Raises what is wrong with any of them; nothing runs.
@@ -93,7 +94,7 @@ def source_of(intervention: Any) -> tuple[str, Any]:
     return name, getattr(part, name, None)
 
 
-def _placed(part: Any, model: Model, inputs: Mapping[str, Any], places: Places) -> Any:
+def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> Any:
     if hasattr(part, "place"):
         return part.place(model, inputs, places)
     if not hasattr(part, "hooks_for"):

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.names import resolve_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.placing import Edit, Places, SiteName, full_name
-from hooked_vlm.interventions.recording import Model
+from hooked_vlm.model.base import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,16 +31,16 @@ class HookAt:
         """Returns the same function at another site."""
         return replace(self, site=site)
 
-    def check(self, model: Model, inputs: Mapping[str, Any]) -> None:
+    def check(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
         """Raises `UnknownHookError` for a name of no site, and for a position out of range."""
         self.place(model, inputs)
 
-    def hooks_for(self, model: Model, inputs: Mapping[str, Any]) -> list[Edit]:
+    def hooks_for(self, model: HookedModel, inputs: Mapping[str, Any]) -> list[Edit]:
         """Returns the site's name and the function."""
         return self.place(model, inputs).hooks_for()
 
     def place(
-        self, model: Model, inputs: Mapping[str, Any], _places: Places | None = None
+        self, model: HookedModel, inputs: Mapping[str, Any], _places: Places | None = None
     ) -> "PlacedHook":
         """Returns the function bound to a model's site; nothing runs."""
         if not callable(self.fn):
@@ -48,14 +48,14 @@ class HookAt:
                 f"{self.fn!r} was given as a hook function; expected fn(activation, hook)."
             )
         site = model.sites[resolve_name(full_name(model, self.site), model.sites)]
-        if site.axes.split()[:2] != ["batch", "pos"]:
+        if not site.by_position:
             return PlacedHook(self, site, 0)
         ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
         if self.first_position < 0 or (ids is not None and self.first_position >= ids.shape[1]):
             length = "unknown many" if ids is None else ids.shape[1]
             raise InterventionError(
                 f"first_position={self.first_position} of {self} is out of range: the prompts have "
-                f"{length} positions, counted from 0."
+                f"{counted(length, 'position')}, counted from 0."
             )
         return PlacedHook(self, site, self.first_position)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.regions.grid import TokenGrid
@@ -62,12 +62,11 @@ def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
             "Positions((0, -1)), Span('text'), TextTokens(), or None for all positions. (Paired "
             "cells are for Patch(at=…) alone.)"
         )
-    axes = site.axes.split()
-    if axes[:2] == ["batch", "pos"]:
+    if site.by_position:
         return Located(
             (b, row.real if place is None else place.positions(row)) for b, row in enumerate(rows)
         )
-    if axes[0] != "image" or axes[1] not in ("patch", "token"):
+    if not site.by_patch and not site.by_token:
         raise _no_positions(site)
     located = Located()
     for row in rows:
@@ -94,14 +93,14 @@ def locate_pairs(
     sources = [*source_rows] * len(rows) if len(source_rows) == 1 else source_rows
     if len(sources) != len(rows):
         raise InterventionError(
-            f"{len(rows)} prompts cannot be written from a source of {len(sources)}: give a source "
-            "of the same batch size, or of one prompt."
+            f"Cannot write {counted(len(rows), 'prompt')} from a source of {len(sources)}: give a "
+            "source of the same batch size, or of one prompt."
         )
     found = [
         _pair_indices(site, pairs, _only_grid(target), _only_grid(source))
         for target, source in zip(rows, sources, strict=True)
     ]
-    if site.axes.startswith("batch"):
+    if site.by_prompt:
         outer = [(b, b % len(source_rows)) for b in range(len(rows))]
     else:
         outer = [
@@ -162,13 +161,12 @@ def _by_image(index: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ..
 def _pair_indices(
     site: Site, pairs: CellPairs, target: TokenGrid, source: TokenGrid
 ) -> tuple[Int[Tensor, " index"], Int[Tensor, " index"]]:
-    axes = site.axes.split()
-    if axes[:2] == ["batch", "pos"]:
+    if site.by_position:
         return pairs.positions(target, source)
-    if axes[:2] == ["image", "token"]:
+    if site.by_token:
         _refuse_tiles(site, target, source)
         return pairs.tokens()
-    if axes[:2] != ["image", "patch"]:
+    if not site.by_patch:
         raise _no_positions(site)
     _refuse_tiles(site, target, source)
     written, taken = pairs.patches(target, source)
@@ -220,15 +218,14 @@ def _images(place: Any, row: PromptRow, site: Site) -> list[tuple[TokenGrid, Reg
 
 def _in_encoder(site: Site, region: Region, grid: TokenGrid) -> list[tuple[int, Tensor]]:
     """Returns a region's rows at a vision or projector site, tile by tile."""
-    token_site = "token" in site.axes.split()
-    rows = grid.projected if token_site else grid.patches
+    rows = grid.projected if site.by_token else grid.patches
     if rows is None:
-        index = region.tokens if token_site else region.patches(grid) - _prefix_gone(site, grid)
+        index = region.tokens if site.by_token else region.patches(grid) - _prefix_gone(site, grid)
         return [(grid.image, index)]
     region.positions(grid)  # checks that the region fits
     row, col = torch.tensor(region.cells).T
     tile, index = rows[row, col].flatten(0, 1).unbind(-1)
-    shift = 0 if token_site else _prefix_gone(site, grid)
+    shift = 0 if site.by_token else _prefix_gone(site, grid)
     return [
         (grid.image + int(t), index[tile == t].sort().values - shift)
         for t in tile.unique().tolist()

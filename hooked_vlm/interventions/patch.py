@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hooked_vlm.errors import InterventionError, RegionError
+from hooked_vlm.errors import InterventionError, RegionError, counted
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.base import _Intervention
 from hooked_vlm.interventions.indexing import Located, locate_pairs, rows_at, with_rows_at
@@ -55,14 +55,15 @@ class Patch(_Intervention):
             sources = Located(sources * len(targets))
         if len(sources) != len(targets):
             raise InterventionError(
-                f"{self} writes {len(targets)} prompts (or images) from a source that has "
-                f"{len(sources)}. Give a source of the same batch size, or of one."
+                f"{self} writes {counted(len(targets), 'prompt or image', 'prompts or images')} "
+                f"from a source that has {len(sources)}. Give a source of the same batch size, or "
+                "of one."
             )
         for b, ((_, target), (_, source)) in enumerate(zip(targets, sources, strict=True)):
             if len(target) != len(source):
                 raise RegionError(
-                    f"{self} would write {len(target)} positions from {len(source)} in prompt {b}. "
-                    "Give places of equal size; nothing is broadcast."
+                    f"{self} would write {counted(len(target), 'position')} from {len(source)} in "
+                    f"prompt {b}. Give places of equal size; nothing is broadcast."
                 )
         return targets, sources
 

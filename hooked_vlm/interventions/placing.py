@@ -11,13 +11,14 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from hooked_vlm.errors import InterventionError, UnknownHookError
+from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.interventions.indexing import Located, locate, needs_text, rows_needed
-from hooked_vlm.interventions.recording import Model, Recording, Source, record
+from hooked_vlm.interventions.recording import Recording, Source, record
+from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.positions import PromptRow
 
 
@@ -27,7 +28,7 @@ SiteName = str | int
 Edit = tuple[str, Callable[..., Any]]
 
 
-def site_of(model: Model, name: SiteName) -> Site:
+def site_of(model: HookedModel, name: SiteName) -> Site:
     """Returns a model's site by name or slot, or raises `InterventionError` for a read-only one."""
     site = model.sites[resolve_name(full_name(model, name), model.sites)]
     if site.read_only:
@@ -35,7 +36,7 @@ def site_of(model: Model, name: SiteName) -> Site:
     return site
 
 
-def full_name(model: Model, name: SiteName) -> str:
+def full_name(model: HookedModel, name: SiteName) -> str:
     """Returns a site's name; raises `UnknownHookError` for neither a name nor a slot's number."""
     if isinstance(name, Integral) and not isinstance(name, bool):
         return slot_name(int(name), model.cfg.n_layers)
@@ -50,7 +51,7 @@ def full_name(model: Model, name: SiteName) -> str:
 class Places:
     """Where places lie in inputs, each located once as long as this object is kept."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self.model = model
         # By identity; the objects are kept with the answers, so that no other gets their id.
         self._rows: dict[Any, tuple[Any, list[PromptRow]]] = {}
@@ -65,8 +66,7 @@ class Places:
 
     def located(self, site: Site, inputs: Mapping[str, Any], at: Any) -> Located:
         """Returns where a place is at a site (at all sites by prompt and position it is alike)."""
-        by_position = site.axes.split()[:2] == ["batch", "pos"]
-        key = id(inputs), id(at), None if by_position else site.name
+        key = id(inputs), id(at), None if site.by_position else site.name
         if key not in self._located:
             found = locate(site, at, self.rows(inputs, text=needs_text(at)))
             self._located[key] = (inputs, at), found
@@ -138,10 +138,10 @@ def guarded(
     edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, rows: Sequence[PromptRow]
 ) -> Callable:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
-    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+    needed = None if site.by_position else rows_needed(site, rows)
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        if hook.call > 0 and not site.axes.startswith("batch pos"):
+        if hook.call > 0 and not site.by_position:
             raise InterventionError(
                 f"{hook.name} runs once for each image of these inputs, so an intervention there "
                 "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "
@@ -160,7 +160,7 @@ def require_made_for(
 
     Images may have more rows than their grids tell (of registers, say), but not fewer.
     """
-    needed = None if site.axes.startswith("batch pos") else rows_needed(site, rows)
+    needed = None if site.by_position else rows_needed(site, rows)
     _require(site, activation, inputs, needed)
 
 
@@ -174,10 +174,10 @@ def _require(
     for image, n_rows in needed.items():
         if image < len(activation) and len(activation[image]) < n_rows:
             raise InterventionError(
-                f"{site.name} has {len(activation[image])} rows for an image that its grid gives "
-                f"{n_rows}: the model merges them before this site. Use the same region at a "
-                "block of the vision encoder, at vision_projector.hook_out or at slot 0, or a hook "
-                "function here."
+                f"{site.name} has {counted(len(activation[image]), 'row')} for an image that its "
+                f"grid gives {n_rows}: the model merges them before this site. Use the same region "
+                "at a block of the vision encoder, at vision_projector.hook_out or at slot 0, or "
+                "a hook function here."
             )
 
 
@@ -191,8 +191,9 @@ def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> N
     batch, length = ids.shape
     if (ran := tuple(activation.shape[:2])) != (batch, length):
         raise InterventionError(
-            f"An intervention at {name} was made for {batch} prompts of {length} positions and "
-            f"ran on {ran[0]} of {ran[1]}. Give hooks(…, inputs=…) the inputs that you run; in a "
-            "generation, interventions act on the prompt: prefill_only=True. Where a model's "
-            "blocks run on other positions than the prompt's, use a hook function there."
+            f"An intervention at {name} was made for {counted(batch, 'prompt')} of "
+            f"{counted(length, 'position')} and ran on {ran[0]} of {ran[1]}. Give hooks(…, "
+            "inputs=…) the inputs that you run; in a generation, interventions act on the prompt: "
+            "prefill_only=True. Where a model's blocks run on other positions than the prompt's, "
+            "use a hook function there."
         )

@@ -2,27 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
-from hooked_vlm.anatomy.sizes import HookedVLMConfig
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import last_block
-from hooked_vlm.hooks.sites import Site
 from hooked_vlm.hooks.stand_ins import uncached
-
-
-@runtime_checkable
-class Model(Protocol):
-    """The parts of a HookedVLM that an intervention needs."""
-
-    sites: dict[str, Site]
-    cfg: Any
-
-    def grids(self, inputs: Mapping[str, Any]) -> tuple: ...
-
-    def run_with_cache(self, inputs: Mapping[str, Any], names_filter: Any) -> Any: ...
+from hooked_vlm.model.base import HookedModel
+from hooked_vlm.model.vlm import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,19 +25,18 @@ Source = Recording | Mapping[str, Any]
 """A recorded run, or the inputs of a run to be made."""
 
 
-def record(model: Model, inputs: Mapping[str, Any], names: Any) -> Recording:
+def record(model: HookedModel, inputs: Mapping[str, Any], names: Any) -> Recording:
     """Runs a model on some inputs and returns the named activations with those inputs.
 
     The pass ends after the last block of the language model that is named, and keeps no
     key-value cache.
     """
     options: dict[str, Any] = {}
-    if isinstance(model.cfg, HookedVLMConfig):
-        whole: Any = model
-        last, lm = last_block(names), whole.anatomy.lm
+    if isinstance(model, HookedVLM):
+        last, lm = last_block(names), model.anatomy.lm
         # After all blocks it ends before the final norm: no vocabulary is computed.
         if last is not None and last < len(lm.blocks) - (lm.final_norm is None):
             options["stop_at_layer"] = last + 1
-        options |= uncached(whole.hf_model)
+        options |= uncached(model.hf_model)
     with torch.no_grad():
         return Recording(inputs, model.run_with_cache(inputs, names, **options)[1])

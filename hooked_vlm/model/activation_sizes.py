@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,28 @@ from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.pixel_routing import holds_pixels, pixel_name
 
 
+Rows = Literal[
+    "position",
+    "pair",
+    "place",
+    "bare_patch",
+    "patch",
+    "patch_pair",
+    "window_pair",
+    "token",
+    "feature",
+    "window",
+    "source",
+    "unknown",
+]
+"""The kinds of rows; the last three have no known number."""
+
+
 @dataclass(frozen=True)
 class Width:
     """The number of values in one row of a site."""
 
-    per: str
+    per: Rows
     """The kind of a row: the name of a property of `Counts`."""
     numbers: int
     inside: bool
@@ -58,10 +75,10 @@ class Footprint:
             )
             for name, s in sites.items()
         }
-        self._summed: tuple[list[str], dict[str, tuple[int, int]]] = ([], {})
+        self._summed: tuple[list[str], dict[Rows, tuple[int, int]]] = ([], {})
         self._bound = self.summed(list(sites))
 
-    def summed(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    def summed(self, names: Sequence[str]) -> dict[Rows, tuple[int, int]]:
         """Returns the sums of the sites' widths, by kind of row.
 
         Each is a pair: in the language model, and in the vision encoder or projector.
@@ -70,7 +87,7 @@ class Footprint:
         names = list(names)
         if names == self._summed[0]:
             return self._summed[1]
-        found: dict[str, list[int]] = {}
+        found: dict[Rows, list[int]] = {}
         for name in names:
             width = self.widths[name]
             found.setdefault(width.per, [0, 0])[width.inside] += width.numbers
@@ -98,12 +115,12 @@ class Footprint:
         }
         return sum(sum(both) * bounds.get(per, rows) for per, both in self._bound.items())
 
-    def _per(self, site: Site) -> str:
+    def _per(self, site: Site) -> Rows:
         axes = site.axes.split()
         square = axes[-2:] == ["query", "key"]
         if "source" in axes or (square and ".cross_attn." in site.name):
             return "source"
-        if axes[0] == "batch":
+        if site.by_prompt:
             return "pair" if square else "position"
         if axes[0] == "window":
             return "window"
@@ -156,9 +173,8 @@ class Footprint:
         module: Any = self.hf_model.get_submodule(site.module)
         if site.tap not in ("input", "output") or not is_linear(module):
             return 0
-        if ":" in site.layout:
-            start, stop = map(int, site.layout.split(":"))
-            return stop - start
+        if isinstance(site.layout, tuple):
+            return site.layout[1] - site.layout[0]
         width = int(module.in_features if site.tap == "input" else module.out_features)
         return width // {"3hd": 3, "h3d": 3, "h2d": 2}.get(site.layout, 1)
 
@@ -169,7 +185,7 @@ class Counts:
     def __init__(self, footprint: Footprint, inputs: Mapping[str, Any]) -> None:
         self._of, self._inputs = footprint, inputs
 
-    def __getitem__(self, per: str) -> int | None:
+    def __getitem__(self, per: Rows) -> int | None:
         """Returns the number of rows of a kind; 0 for image rows without an image."""
         return getattr(self, per, None)
 

@@ -8,6 +8,7 @@ abstract: the final classes, `vlm.HookedVLM` and `encoder.HookedVisionEncoder`, 
 
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import HookedVLMWarning, HookError
+from hooked_vlm.errors import HookedVLMWarning, HookError, counted
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
@@ -25,8 +26,9 @@ from hooked_vlm.hooks.dispatch import HookFunction, Reader
 from hooked_vlm.hooks.hook_point import HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
-from hooked_vlm.hooks.patch_order import joined
-from hooked_vlm.hooks.sites import Site
+from hooked_vlm.hooks.patch_order import each, joined
+from hooked_vlm.hooks.sites import Site, describe_sites
+from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
 from hooked_vlm.model.memory import require_memory
 
@@ -40,10 +42,11 @@ FwdHook = Any
 Wrapped = TypeVar("Wrapped", bound="HookedModel")
 
 
-class HookedModel:
+class HookedModel(ABC):
     """A model whose activations can be read and replaced by name; abstract."""
 
     cfg: HookedVLMConfig | EncoderConfig
+    processor: Any
 
     def __init__(self, hf_model: nn.Module, sites: dict[str, Site], vision: Vision | None) -> None:
         """Wraps a model with its sites, in the order of a forward pass, and its encoder."""
@@ -87,6 +90,25 @@ class HookedModel:
         """
         with self._attached_to_sites(self._pairs(fwd_hooks, inputs), prefill_only):
             yield self
+
+    def describe(self) -> str:
+        """Returns the sites as a tree with their shapes, with all layers in one entry."""
+        return describe_sites(self.cfg, self.sites)
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device to which inputs belong."""
+
+    @abstractmethod
+    def grids(self, inputs: ModelInputs) -> Grids:
+        """Returns the grids of the images of each prompt."""
+
+    @abstractmethod
+    def run_with_cache(
+        self, inputs: ModelInputs, names_filter: NamesFilter = None, **kwargs: Any
+    ) -> tuple[Any, ActivationCache]:
+        """Runs once and returns `(output, cache)`."""
 
     # --- for the final classes ------------------------------------------------------------
 
@@ -143,7 +165,7 @@ class HookedModel:
         # 1. Select the sites, and verify that their cache fits into memory.
         names = select_names(names_filter, self.hook_names)
         if check_memory:
-            warning = require_memory(self, inputs, names, stop_at_layer, device)
+            warning = require_memory(self.footprint, inputs, names, stop_at_layer, device)
             if warning:
                 warnings.warn(warning, HookedVLMWarning, stacklevel=_callers_level())
         # 2. Run with a reader at each site.
@@ -157,8 +179,8 @@ class HookedModel:
             return tensor if device is None else tensor.to(device)
 
         def store(value: VisionActivation, hook: HookPoint) -> None:
-            kept = [keep(v) for v in value] if isinstance(value, list) else keep(value)
-            if hook.call > 0 and hook.axes.startswith("image") and hook.name in found:
+            kept = each(keep, value)
+            if hook.call > 0 and self.sites[hook.name].by_image and hook.name in found:
                 kept = joined(found[hook.name], kept)  # the module runs once for each image
             found[hook.name] = kept
 
@@ -244,11 +266,11 @@ class HookedModel:
             return
         self._said_eager = True
         warnings.warn(
-            f"Attention scores or patterns are hooked in {len(wanted)} layers: these layers "
-            f"run eager attention in place of {' and '.join(sorted(bases))}, which needs memory "
-            "and can change outputs in the last bits. Exclude these sites with names_filter, or "
-            "load with attn_implementation='eager' so that all runs use it. (Shown once per "
-            "model.)",
+            f"Attention scores or patterns are hooked in {counted(len(wanted), 'layer')}. Eager "
+            f"attention computes them there, in place of {' and '.join(sorted(bases))}; it needs "
+            "memory and can change outputs in the last bits. Exclude these sites with "
+            "names_filter, or load with attn_implementation='eager' so that all runs use it. "
+            "(Shown once per model.)",
             HookedVLMWarning,
             stacklevel=_callers_level(),
         )

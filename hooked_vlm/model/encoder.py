@@ -18,10 +18,12 @@ from torch import nn
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
+from hooked_vlm.errors import counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
-from hooked_vlm.hooks.sites import describe_sites, list_encoder_sites
-from hooked_vlm.inputs.encoder import find_grids, prepare_images
+from hooked_vlm.hooks.sites import list_encoder_sites
+from hooked_vlm.inputs.encoder import EncoderGrids, find_grids, prepare_images
+from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.inputs.prepare import Images, Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.loading import load_image_model
@@ -55,8 +57,7 @@ class HookedVisionEncoder(HookedModel):
         self.cfg: EncoderConfig = read_encoder_config(
             self.hf_model, vision, name or type(hf_model).__name__
         )
-        self.prefixes: dict[Any, int] = {}
-        self.shown: set[Any] = set()
+        self._grids = EncoderGrids(self.hf_model, vision, self.cfg)
 
     @classmethod
     def from_pretrained(
@@ -92,14 +93,10 @@ class HookedVisionEncoder(HookedModel):
         """The dtype in which the encoder computes; pixels belong in it."""
         return self.cfg.dtype
 
-    def describe(self) -> str:
-        """Returns the sites as a tree with their shapes, with all layers in one entry."""
-        return describe_sites(self.cfg, self.sites)
-
     def __repr__(self) -> str:
         return (
-            f"HookedVisionEncoder({self.cfg.model_name!r}, {self.cfg.n_layers} layers, "
-            f"{len(self.sites)} sites)"
+            f"HookedVisionEncoder({self.cfg.model_name!r}, {counted(self.cfg.n_layers, 'layer')}, "
+            f"{counted(len(self.sites), 'site')})"
         )
 
     def prepare(self, images: Images, **processor_kwargs: Any) -> Inputs:
@@ -112,14 +109,14 @@ class HookedVisionEncoder(HookedModel):
         Raises `GridError` when the patches cannot be placed on the image.  Warns when the
         processor resizes an image, because this changes the size of cells.
         """
-        return prepare_images(self, images, processor_kwargs)
+        return prepare_images(self._grids, self.processor, images, processor_kwargs)
 
-    def grids(self, inputs: ModelInputs) -> tuple:
+    def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid` of each image of the inputs, each in a tuple of its own.
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
         """
-        return inputs.grids if isinstance(inputs, Inputs) else find_grids(self, inputs)
+        return inputs.grids if isinstance(inputs, Inputs) else find_grids(self._grids, inputs)
 
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Any:
         """Runs the wrapped encoder with the keyword arguments and returns its output."""

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device, free_bytes
 from hooked_vlm.errors import CacheMemoryError
-from hooked_vlm.hooks.names import NamesFilter, select_names
+from hooked_vlm.hooks.names import NamesFilter, select_names, site_path
 from hooked_vlm.model.activation_sizes import Counts, Footprint
 
 
@@ -31,12 +30,7 @@ _LARGEST_NUMBER = 8
 
 @runtime_checkable
 class Sized(Protocol):
-    """The parts of a wrapped model that estimating needs."""
-
-    hf_model: nn.Module
-
-    @property
-    def hook_names(self) -> list[str]: ...
+    """A wrapped model; `HookedModel` is one."""
 
     @property
     def footprint(self) -> Footprint: ...
@@ -83,15 +77,16 @@ def estimate_cache(
     Gemma 3 and LLaVA these are all sites.  Raises `UnknownHookError` for a filter that selects
     no site.
     """
-    names = select_names(names_filter, model.hook_names)
-    return _estimate(model, inputs, _reached(model, names, stop_at_layer))
+    footprint = model.footprint
+    names = select_names(names_filter, list(footprint.sites))
+    return _estimate(footprint, inputs, _reached(footprint, names, stop_at_layer))
 
 
-def _reached(model: Sized, names: Sequence[str], layer: int | None) -> Sequence[str]:
+def _reached(footprint: Footprint, names: Sequence[str], layer: int | None) -> Sequence[str]:
     """Returns the sites that a pass reaches when it ends before an LM block."""
     if layer is None:
         return names
-    n_layers, known = model.footprint.cfg.n_layers, model.hook_names
+    n_layers, known = footprint.cfg.n_layers, list(footprint.sites)
     layer = layer + n_layers if layer < 0 else layer
     last = "ln_final.hook_in" if layer >= n_layers else f"blocks.{layer}.hook_resid_pre"
     beyond = set(known[known.index(last) + 1 :]) if last in known else set()
@@ -99,7 +94,7 @@ def _reached(model: Sized, names: Sequence[str], layer: int | None) -> Sequence[
 
 
 def require_memory(
-    model: Sized,
+    footprint: Footprint,
     inputs: Mapping[str, Any],
     names: Sequence[str],
     stop_at_layer: int | None,
@@ -110,18 +105,18 @@ def require_memory(
     Returns a warning for a cache that takes more than half of the free memory.  Small inputs
     are skipped without an estimate, and small caches without a query of the free memory.
     """
-    if model.footprint.at_most(inputs) * _LARGEST_NUMBER < _NOT_WORTH_ASKING:
+    if footprint.at_most(inputs) * _LARGEST_NUMBER < _NOT_WORTH_ASKING:
         return None
-    names = _reached(model, names, stop_at_layer)
-    if _total(model, inputs, names) < _NOT_WORTH_ASKING:
+    names = _reached(footprint, names, stop_at_layer)
+    if _total(footprint, inputs, names) < _NOT_WORTH_ASKING:
         return None
     warning = None
-    for place, needed in _by_device(model, inputs, names, device).items():
+    for place, needed in _by_device(footprint, inputs, names, device).items():
         free = free_bytes(place)
         if free is None or needed <= free / 2:
             continue
         have = f"{size_text(needed)} and {size_text(free)} are free on {place}"
-        advice = _estimate(model, inputs, names).advice or "cache fewer sites with names_filter"
+        advice = _estimate(footprint, inputs, names).advice or "cache fewer sites with names_filter"
         if needed > free:
             elsewhere = "" if place.type == "cpu" else "; or cache on the CPU: device='cpu'"
             raise CacheMemoryError(
@@ -147,8 +142,10 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
-def _estimate(model: Sized, inputs: Mapping[str, Any], names: Sequence[str]) -> CacheEstimate:
-    sizes = _by_name(model, inputs, names)
+def _estimate(
+    footprint: Footprint, inputs: Mapping[str, Any], names: Sequence[str]
+) -> CacheEstimate:
+    sizes = _by_name(footprint, inputs, names)
     groups: dict[str, int] = {}
     unknown: dict[str, None] = {}
     for name, n in sizes.items():
@@ -160,21 +157,22 @@ def _estimate(model: Sized, inputs: Mapping[str, Any], names: Sequence[str]) -> 
     total = sum(groups.values())
     cheaper = {
         text: needed
-        for text, kept in _filters(model, names)
-        if kept and (needed := sum(n or 0 for n in _by_name(model, inputs, kept).values())) < total
+        for text, kept in _filters(footprint, names)
+        if kept
+        and (needed := sum(n or 0 for n in _by_name(footprint, inputs, kept).values())) < total
     }
     return CacheEstimate(total, groups, cheaper, tuple(unknown))
 
 
-def _filters(model: Sized, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _filters(footprint: Footprint, names: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Returns suggestions for cheaper filters, as source text, and the sites they select."""
     square = ("attn_scores", "pattern")
     residual = "blocks.*.hook_resid_post"
-    every = model.hook_names
+    every = list(footprint.sites)
     found = [
         (
             f'names_filter="{residual}"',
-            [n for n in every if re.match(r"blocks\.\d+\.hook_resid_post", n)],
+            [n for n in every if site_path(n)[::2] == ("lm", "hook_resid_post")],
         )
     ]
     if len(names) == len(every):
@@ -184,10 +182,10 @@ def _filters(model: Sized, names: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _by_name(
-    model: Sized, inputs: Mapping[str, Any], names: Sequence[str]
+    footprint: Footprint, inputs: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, int | None]:
     """Returns the bytes of each site; None where the inputs do not determine them."""
-    footprint, (text, vision) = model.footprint, _itemsizes(model)
+    text, vision = _itemsizes(footprint)
     counts = Counts(footprint, inputs)
     rows: dict[str, int | None] = {}
     sizes: dict[str, int | None] = {}
@@ -200,43 +198,43 @@ def _by_name(
     return sizes
 
 
-def _total(model: Sized, inputs: Mapping[str, Any], names: Sequence[str]) -> int:
+def _total(footprint: Footprint, inputs: Mapping[str, Any], names: Sequence[str]) -> int:
     """Returns the bytes of the sites together, without sites of unknown size.
 
     It uses cached sums of widths, so it takes almost no time.
     """
-    text, vision = _itemsizes(model)
-    counts = Counts(model.footprint, inputs)
+    text, vision = _itemsizes(footprint)
+    counts = Counts(footprint, inputs)
     return sum(
         (counts[per] or 0) * (text * outside + vision * inside)
-        for per, (outside, inside) in model.footprint.summed(names).items()
+        for per, (outside, inside) in footprint.summed(names).items()
     )
 
 
-def _itemsizes(model: Sized) -> tuple[int, int]:
+def _itemsizes(footprint: Footprint) -> tuple[int, int]:
     """Returns the bytes of one number in the language model, and in the vision encoder."""
-    whole, vision = model.hf_model, model.footprint.vision
+    whole, vision = footprint.hf_model, footprint.vision
     inside = whole.get_submodule(vision.path) if vision else whole
-    embed = next((s.module for s in model.footprint.sites.values() if s.name == "hook_embed"), None)
+    embed = next((s.module for s in footprint.sites.values() if s.name == "hook_embed"), None)
     text = whole.get_submodule(embed) if embed is not None else inside
     return compute_dtype(text, whole).itemsize, compute_dtype(inside, whole).itemsize
 
 
 def _by_device(
-    model: Sized,
+    footprint: Footprint,
     inputs: Mapping[str, Any],
     names: Sequence[str],
     device: str | torch.device | None,
 ) -> dict[torch.device, int]:
     """Returns the bytes on each device; with `device`, all tensors are moved there."""
-    spread = getattr(model.hf_model, "hf_device_map", None) or {}
+    spread = getattr(footprint.hf_model, "hf_device_map", None) or {}
     if device is None and len(set(spread.values())) < 2:
-        device = execution_device(model.hf_model)
+        device = execution_device(footprint.hf_model)
     if device is not None:
-        return {torch.device(device): _total(model, inputs, names)}
+        return {torch.device(device): _total(footprint, inputs, names)}
     found: dict[torch.device, int] = {}
-    for name, n in _by_name(model, inputs, names).items():
-        module = model.hf_model.get_submodule(model.footprint.sites[name].module)
+    for name, n in _by_name(footprint, inputs, names).items():
+        module = footprint.hf_model.get_submodule(footprint.sites[name].module)
         place = execution_device(module) or torch.device("cpu")
         found[place] = found.get(place, 0) + (n or 0)
     return found

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
-from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError
+from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
-from hooked_vlm.hooks.names import NamesFilter
-from hooked_vlm.hooks.sites import describe_sites, list_sites
+from hooked_vlm.hooks.names import NamesFilter, site_path
+from hooked_vlm.hooks.sites import list_sites
 from hooked_vlm.hooks.stand_ins import (
     EMBEDDINGS,
     layer_index,
@@ -34,7 +34,7 @@ from hooked_vlm.hooks.stand_ins import (
     skipping,
     uncached,
 )
-from hooked_vlm.inputs.grid_finder import GridFinder
+from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.loading import load_pretrained
@@ -119,15 +119,11 @@ class HookedVLM(HookedModel):
             )
         return self.cfg.vision
 
-    def describe(self) -> str:
-        """Returns the sites as a tree with their shapes, with all layers in one entry."""
-        return describe_sites(self.cfg, self.sites)
-
     def __repr__(self) -> str:
-        vision = f", vision {self.cfg.vision.n_layers} layers" if self.cfg.vision else ""
+        vision = f", vision {counted(self.cfg.vision.n_layers, 'layer')}" if self.cfg.vision else ""
         return (
-            f"HookedVLM({self.cfg.model_name!r}, {self.cfg.n_layers} layers{vision}, "
-            f"{len(self.sites)} sites)"
+            f"HookedVLM({self.cfg.model_name!r}, {counted(self.cfg.n_layers, 'layer')}{vision}, "
+            f"{counted(len(self.sites), 'site')})"
         )
 
     # --- inputs ---------------------------------------------------------------------------
@@ -162,10 +158,15 @@ class HookedVLM(HookedModel):
         if images is not None:
             self.require_vision()
         return prepare_inputs(
-            self, images, texts, system=system, chat=chat, processor_kwargs=processor_kwargs
+            self.grid_finder,
+            images,
+            texts,
+            system=system,
+            chat=chat,
+            processor_kwargs=processor_kwargs,
         )
 
-    def grids(self, inputs: ModelInputs) -> tuple:
+    def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
@@ -266,7 +267,7 @@ class HookedVLM(HookedModel):
         layer: int,
         fwd_hooks: Sequence[FwdHook] = (),
         **kwargs: Any,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "batch kept_pos d_vocab"]:
         """Runs LM blocks `layer` and above on a residual stream, and returns the logits.
 
         `inputs` are those of the whole prompt; positions and masks are computed from them.
@@ -284,18 +285,19 @@ class HookedVLM(HookedModel):
         kwargs = {**uncached(self.hf_model), **kwargs}
         tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
         start = (f"blocks.{layer}.hook_resid_pre", lambda here, hook: residual.to(here.device))
-        skipped = tuple(f"blocks.{i}." for i in range(layer))
         pairs = self._pairs(fwd_hooks, inputs)
+        below = {("lm", i) for i in range(layer)}
+        skipped = {name for name, _ in pairs if site_path(name)[:2] in below}
         lost: set[str] = set()
         run = [
             (name, noting(fn, name, lost) if name in EMBEDDINGS else fn)
             for name, fn in pairs
-            if not name.startswith(skipped)
+            if name not in skipped
         ]
         # 2. Run with the blocks below `layer` replaced, then warn about functions without effect.
         with skipping(blocks[:layer], tuples[:layer]):
             logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
-        self._warn_unran({name for name, _ in pairs if name.startswith(skipped)})
+        self._warn_unran(skipped)
         if lost:
             warnings.warn(
                 f"The write to {', '.join(sorted(lost))} has no effect: the run starts "

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError, did_you_mean
+from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError, counted, did_you_mean
 from hooked_vlm.regions.coverage import TOLERANCE_PX, Box, Coverage, Px, box_coverage, mask_coverage
 from hooked_vlm.regions.region import Cell, Region, union_of
 
@@ -248,9 +248,9 @@ class TokenGrid:
                 row, col = found.nonzero()[0].tolist()
                 return row, col
             raise GridError(
-                f"Encoder token {patch} belongs to {int(found.sum())} cells of this image, not to "
-                "exactly one: the encoder sees the image in tiles. grid.patches lists each "
-                "cell's (tile, token) pairs."
+                f"Encoder token {patch} belongs to {counted(int(found.sum()), 'cell')} of this "
+                "image, not to exactly one: the encoder sees the image in tiles. grid.patches "
+                "lists each cell's (tile, token) pairs."
             )
         index = patch - self.n_prefix
         if not 0 <= index < self.patch_rows * self.patch_cols:

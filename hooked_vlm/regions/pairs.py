@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import HookedVLMWarning, RegionError, did_you_mean
+from hooked_vlm.errors import HookedVLMWarning, RegionError, counted, did_you_mean
 from hooked_vlm.regions.positions import ImageCells
 from hooked_vlm.regions.region import Cell, Region
 
@@ -42,8 +42,8 @@ class CellPairs:
     def __post_init__(self) -> None:
         if len(self.targets) != len(self.sources):
             raise RegionError(
-                f"{len(self.targets)} cells cannot be written from {len(self.sources)}. Give as "
-                "many sources as targets."
+                f"Cannot write {counted(len(self.targets), 'cell')} from {len(self.sources)}. Give "
+                "as many sources as targets."
             )
         if len(set(self.targets)) != len(self.targets):
             raise RegionError(
@@ -164,8 +164,8 @@ def swap_pairs(
     """
     if not a.isdisjoint(b):
         raise RegionError(
-            f"{a.name!r} and {b.name!r} share {len(a & b)} cells, so a swap would write those "
-            "twice. Give disjoint regions."
+            f"{a.name!r} and {b.name!r} share {counted(len(a & b), 'cell')}, which a swap "
+            "would write twice. Give disjoint regions."
         )
     one_way = pair_cells(a, b, pairing, objects)
     return CellPairs(
@@ -176,9 +176,9 @@ def swap_pairs(
 def _published(a: Region, b: Region, objects: tuple[Region, Region] | None) -> CellPairs:
     if len(a) != len(b):
         raise RegionError(
-            f"{a.name!r} has {len(a)} cells and {b.name!r} has {len(b)}; cells can only be paired "
-            "one to one. Give regions of equal size, or use pairing='aligned', which crops both "
-            "to their common part around the objects."
+            f"{a.name!r} has {counted(len(a), 'cell')} and {b.name!r} has {len(b)}; cells can only "
+            "be paired one to one. Give regions of equal size, or use pairing='aligned', which "
+            "crops both to their common part around the objects."
         )
     # Without objects, only the regions' shapes can be compared.
     if objects is None and _move(a, b) is None:
@@ -194,8 +194,8 @@ def _published(a: Region, b: Region, objects: tuple[Region, Region] | None) -> C
         if landed != set(objects[1].cells):
             _warn(
                 f"Pairing {a.name!r} with {b.name!r} in raster order maps {hits} of "
-                f"{len(landed)} object cells to object cells: {objects[0].cells[0]} is paired with "
-                f"{met[objects[0].cells[0]]}, and the other object begins at "
+                f"{counted(len(landed), 'object cell')} to object cells: {objects[0].cells[0]} is "
+                f"paired with {met[objects[0].cells[0]]}, and the other object begins at "
                 f"{objects[1].cells[0]}. To map object to object, use pairing='aligned'."
             )
     return CellPairs(a.shape, a.cells, b.cells)

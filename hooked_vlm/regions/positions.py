@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import RegionError
+from hooked_vlm.errors import RegionError, counted
 
 
 @runtime_checkable
@@ -125,8 +125,8 @@ class Positions(_Joinable):
         for index in self.indices:
             if not -len(real) <= index < len(real):
                 raise RegionError(
-                    f"Position {index} is not in a prompt of {len(real)} tokens (without "
-                    f"padding). Use {-len(real)} to {len(real) - 1}."
+                    f"Position {index} is not in a prompt of {counted(len(real), 'token')} "
+                    f"(without padding). Use {-len(real)} to {len(real) - 1}."
                 )
         return real[list(self.indices)].unique()
 
@@ -235,7 +235,8 @@ class InImage(_Joinable):
         n_images = len(where.grids)
         if not -n_images <= self.image < n_images:
             raise RegionError(
-                f"{self} is not in a prompt of {n_images} images. Images are counted from 0."
+                f"{self} is not in a prompt of {counted(n_images, 'image')}. Images are counted "
+                "from 0."
             )
         return self.region.positions(where.grids[self.image])
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_vlm.errors import GridError, RegionError
+from hooked_vlm.errors import GridError, RegionError, counted
 from hooked_vlm.regions.positions import ImageCells, InImage, PromptRow, TokenSelector, union
 
 
@@ -54,8 +54,8 @@ class Region:
         off = sorted((r, c) for r, c in cells if not (0 <= r < rows and 0 <= c < cols))
         if off:
             raise RegionError(
-                f"Region {self.name!r} has {len(off)} of {len(cells)} cells off the grid, the "
-                f"first at {off[0]} (row, column). Use rows 0 to {rows - 1} and columns "
+                f"Region {self.name!r} has {len(off)} of {counted(len(cells), 'cell')} off the "
+                f"grid, the first at {off[0]} (row, column). Use rows 0 to {rows - 1} and columns "
                 f"0 to {cols - 1}."
             )
         object.__setattr__(self, "shape", (rows, cols))

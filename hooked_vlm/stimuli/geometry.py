@@ -15,14 +15,14 @@ from hooked_vlm.regions.region import Region
 
 
 Axis = str
-"""`"horizontal"` (slots from left to right) or `"vertical"` (from top to bottom)."""
+"""`"horizontal"` (places from left to right) or `"vertical"` (from top to bottom)."""
 
 AXES = ("horizontal", "vertical")
 
 
 @runtime_checkable
 class Layout(Protocol):
-    """The places of three slots and their strips on a square grid of visual tokens."""
+    """The places of three objects and their strips on a square grid of visual tokens."""
 
     @property
     def canvas(self) -> int: ...
@@ -30,18 +30,18 @@ class Layout(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
-    def slot_box(self, axis: Axis, slot: int) -> tuple[int, int, int, int]: ...
+    def place_box(self, axis: Axis, place: int) -> tuple[int, int, int, int]: ...
 
-    def object_region(self, axis: Axis, slot: int) -> Region: ...
+    def object_region(self, axis: Axis, place: int) -> Region: ...
 
-    def strip_region(self, axis: Axis, slot: int) -> Region: ...
+    def strip_region(self, axis: Axis, place: int) -> Region: ...
 
     def background(self, axis: Axis) -> Region: ...
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Token counts and sizes of a stimulus with three slots."""
+    """Token counts and sizes of a stimulus with three places."""
 
     n_tokens: int
     """Visual tokens on a side."""
@@ -74,42 +74,42 @@ class Geometry:
         """(rows, cols) of visual tokens."""
         return self.n_tokens, self.n_tokens
 
-    def slot_span(self, slot: int) -> tuple[int, int]:
-        """Returns the half-open range of tokens of a slot along the axis."""
-        _check_slot(slot)
+    def place_span(self, place: int) -> tuple[int, int]:
+        """Returns the half-open range of tokens of a place along the axis."""
+        _check_place(place)
         width = 3 * self.object_tokens + 2 * self.gap_tokens
-        start = (self.n_tokens - width) // 2 + slot * (self.object_tokens + self.gap_tokens)
+        start = (self.n_tokens - width) // 2 + place * (self.object_tokens + self.gap_tokens)
         return start, start + self.object_tokens
 
     def cross_span(self) -> tuple[int, int]:
-        """Returns the half-open range of tokens of every slot across the axis."""
+        """Returns the half-open range of tokens of every place across the axis."""
         start = (self.n_tokens - self.object_tokens) // 2
         return start, start + self.object_tokens
 
-    def slot_box(self, axis: Axis, slot: int) -> tuple[int, int, int, int]:
-        """Returns a slot's pixel box `(x0, y0, x1, y1)`, half-open."""
-        (a0, a1), (c0, c1) = self.slot_span(slot), self.cross_span()
+    def place_box(self, axis: Axis, place: int) -> tuple[int, int, int, int]:
+        """Returns a place's pixel box `(x0, y0, x1, y1)`, half-open."""
+        (a0, a1), (c0, c1) = self.place_span(place), self.cross_span()
         spans = (a0, c0, a1, c1) if _horizontal(axis) else (c0, a0, c1, a1)
         x0, y0, x1, y1 = (token * self.token_px for token in spans)
         return x0, y0, x1, y1
 
-    def object_region(self, axis: Axis, slot: int) -> Region:
-        """Returns the cells of a slot's object."""
-        along, across = self.slot_span(slot), self.cross_span()
+    def object_region(self, axis: Axis, place: int) -> Region:
+        """Returns the cells of a place's object."""
+        along, across = self.place_span(place), self.cross_span()
         rows, cols = (across, along) if _horizontal(axis) else (along, across)
-        return Region.rectangle(self.shape, rows=rows, cols=cols, name=f"object {slot}")
+        return Region.rectangle(self.shape, rows=rows, cols=cols, name=f"object {place}")
 
-    def strip_region(self, axis: Axis, slot: int) -> Region:
-        """Returns the cells of the strip around a slot: all rows of its columns, or reverse."""
-        _check_slot(slot)
-        start = sum(self.strips[:slot])
-        stop = start + self.strips[slot]
+    def strip_region(self, axis: Axis, place: int) -> Region:
+        """Returns the cells of the strip around a place: all rows of its columns, or reverse."""
+        _check_place(place)
+        start = sum(self.strips[:place])
+        stop = start + self.strips[place]
         make = Region.column_band if _horizontal(axis) else Region.row_band
-        return make(self.shape, start, stop, f"strip {slot}")
+        return make(self.shape, start, stop, f"strip {place}")
 
     def background(self, axis: Axis) -> Region:
         """Returns the cells without an object."""
-        objects = [self.object_region(axis, slot) for slot in range(3)]
+        objects = [self.object_region(axis, place) for place in range(3)]
         return (~(objects[0] | objects[1] | objects[2])).named("background")
 
 
@@ -143,9 +143,9 @@ def geometry_for(n_tokens: int, token_px: int) -> Geometry:
     return Geometry(n_tokens, token_px, size, gap, (side, n_tokens - 2 * side, side))
 
 
-def _check_slot(slot: int) -> None:
-    if slot not in (0, 1, 2):
-        raise DataError(f"Slot {slot} does not exist. Use 0, 1 or 2.")
+def _check_place(place: int) -> None:
+    if place not in (0, 1, 2):
+        raise DataError(f"Place {place} does not exist. Use 0, 1 or 2.")
 
 
 def _horizontal(axis: Axis) -> bool:

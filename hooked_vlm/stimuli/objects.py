@@ -82,15 +82,15 @@ def draw(
     background: Image.Image | None = None,
     cutouts: Cutouts | None = None,
 ) -> Image.Image:
-    """Returns a canvas with each object in its slot; None leaves a slot empty.
+    """Returns a canvas with each object in its place; None leaves a place empty.
 
-    Raises `DataError` for an unknown object or other than three slots.
+    Raises `DataError` for an unknown object or other than three places.
     """
     cutouts = shipped() if cutouts is None else cutouts
     image = canvas(entities, geometry, background)
-    for slot, name in enumerate(entities):
+    for place, name in enumerate(entities):
         if name is not None:
-            paste(image, name, geometry.slot_box(axis, slot), cutouts)
+            paste(image, name, geometry.place_box(axis, place), cutouts)
     return image
 
 

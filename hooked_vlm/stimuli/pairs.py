@@ -5,8 +5,8 @@ one random stream.  `swap_pair` (k = 3) and `final_token_pair` (k = 5) convert a
 layouts, the question for each, and the answers that distinguish the hypotheses.  Entities are
 plain strings; the setting (Squares, Shapes, Objects) draws them.
 
-In all layouts the *clean* answer is t0: left and above ask for slot 0, right and below for
-slot 2, and the clean layout is mirrored for the latter two.  The middle entity is the
+In all layouts the *clean* answer is t0: left and above ask for place 0, right and below for
+place 2, and the clean layout is mirrored for the latter two.  The middle entity is the
 reference that both prompts name.
 
 The model decides through `accept` which draws are kept, and thereby where a direction stops
@@ -20,19 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from hooked_vlm.errors import DataError, HookedVLMWarning, did_you_mean
+from hooked_vlm.errors import DataError, HookedVLMWarning, counted, did_you_mean
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPPOSITE
 
 
 Layout = tuple[str, str, str]
-"""The entities of slots 0, 1, 2: from left to right, or from top to bottom."""
+"""The entities of places 0, 1, 2: from left to right, or from top to bottom."""
 
 BatchFilter = Callable[[str, list[tuple[str, ...]]], Sequence[bool]]
 """(direction, tuples) -> one verdict per tuple, in order."""
 
 
-def target_slot(direction: str) -> int:
-    """Returns the slot of a direction's answer: 0 for left and above, 2 otherwise.
+def target_place(direction: str) -> int:
+    """Returns the place of a direction's answer: 0 for left and above, 2 otherwise.
 
     Raises:
         DataError: `direction` is none of left, right, above, below.
@@ -60,7 +60,7 @@ class Question:
     @property
     def target(self) -> str:
         """The correct answer: the entity in the asked direction of the reference."""
-        return self.entities[target_slot(self.direction)]
+        return self.entities[target_place(self.direction)]
 
     @property
     def axis(self) -> str:
@@ -109,8 +109,8 @@ class FinalTokenPair:
 
     @property
     def ordering_answer(self) -> str:
-        """t2, the clean image's entity at the slot that the counterfactual asks for."""
-        return self.clean.entities[target_slot(self.counterfactual.direction)]
+        """t2, the clean image's entity at the place that the counterfactual asks for."""
+        return self.clean.entities[target_place(self.counterfactual.direction)]
 
     @property
     def attribute_answer(self) -> str:
@@ -253,8 +253,8 @@ def _collect(
         verdicts = list(judge(direction, batch))
         if len(verdicts) != len(batch):
             raise DataError(
-                f"accept_batch was given {len(batch)} tuples and returned {len(verdicts)} "
-                "verdicts. Return one verdict per tuple, in order."
+                f"accept_batch was given {counted(len(batch), 'tuple')} and returned "
+                f"{counted(len(verdicts), 'verdict')}. Return one verdict per tuple, in order."
             )
         kept += [drawn for drawn, good in zip(batch, verdicts, strict=True) if good]
         judged += len(batch)
@@ -275,13 +275,14 @@ def _warn_if_short(
     chosen: dict[str, list[tuple[str, ...]]], tried: dict[str, int], wanted: int, attempts: int
 ) -> None:
     short = [
-        f"{direction}: {len(kept)} of {wanted} (of {tried[direction]} different tuples tried)"
+        f"{direction}: {len(kept)} of {wanted} (of {counted(tried[direction], 'different tuple')} "
+        "tried)"
         for direction, kept in chosen.items()
         if len(kept) < wanted
     ]
     if short:
         warnings.warn(
-            f"Too few tuples were accepted in {attempts} attempts per direction. "
+            f"Too few tuples were accepted in {counted(attempts, 'attempt')} per direction. "
             f"{'; '.join(short)}. Intervals will be wider. Either the model answers the clean or "
             "the counterfactual image incorrectly, or there are too few names.",
             HookedVLMWarning,
@@ -292,8 +293,8 @@ def _warn_if_short(
 def _check_request(names: Sequence[str], k: int, per_direction: int, max_attempts: int) -> None:
     if not 1 <= k <= len(names):
         raise DataError(
-            f"Cannot draw {k} different entities from {len(names)} names ({', '.join(names)}); "
-            f"k must lie between 1 and {len(names)}."
+            f"Cannot draw {k} different entities from {counted(len(names), 'name')} "
+            f"({', '.join(names)}); k must lie between 1 and {len(names)}."
         )
     if per_direction < 1 or max_attempts < 1:
         raise DataError(
@@ -314,4 +315,4 @@ def _distinct(names: Sequence[str], count: int | None) -> tuple[str, ...]:
 
 def _facing(direction: str, target: str, middle: str, other: str) -> Layout:
     """Returns the layout in which `target` is in the asked direction of `middle`."""
-    return (target, middle, other) if target_slot(direction) == 0 else (other, middle, target)
+    return (target, middle, other) if target_place(direction) == 0 else (other, middle, target)

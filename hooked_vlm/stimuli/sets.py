@@ -19,7 +19,7 @@ from hooked_vlm.stimuli.prompts import DIRECTIONS, SYSTEM_PROMPT
 
 
 Draw = Callable[..., Image.Image]
-"""(entities by slot, axis, layout, background) -> picture; an entity of None is an empty slot."""
+"""(entities by place, axis, layout, background) -> picture; an entity of None is an empty place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class StimulusSet:
     title: str
     """Its title in reports: "Shapes on photographs"."""
     names: tuple[str, ...]
-    """The entities of the outer slots (and of the middle slot, unless `middle` is given)."""
+    """The entities of the outer places (and of the middle place, unless `middle` is given)."""
     draw: Draw
     prompt: Callable[[Question], str]
     directions: tuple[str, ...] = DIRECTIONS
@@ -83,6 +83,6 @@ class StimulusSet:
     def scene(
         self, entities: Sequence[str | None], axis: str, layout: Layout, ground: str | None = None
     ) -> Image.Image:
-        """Returns a picture of any entities (None: an empty slot), on a photograph or white."""
+        """Returns a picture of any entities (None: an empty place), on a photograph or white."""
         background = self.grounds[ground] if ground is not None else None
         return self.draw(entities, axis, layout, background)

@@ -51,20 +51,20 @@ def draw(
     geometry: Geometry,
     background: Image.Image | None = None,
 ) -> Image.Image:
-    """Returns a canvas with each colour's shape in its slot; None leaves a slot empty.
+    """Returns a canvas with each colour's shape in its place; None leaves a place empty.
 
-    Raises `DataError` for an unknown colour or other than three slots.
+    Raises `DataError` for an unknown colour or other than three places.
     """
     image = canvas(entities, geometry, background)
     pen = ImageDraw.Draw(image)
-    for slot, name in enumerate(entities):
+    for place, name in enumerate(entities):
         if name is None:
             continue
         if name not in SHAPE_OF:
             raise DataError(
                 f"No entity {name!r} among {', '.join(SHAPE_OF)}.{did_you_mean(name, SHAPE_OF)}"
             )
-        paint(pen, SHAPE_OF[name], geometry.slot_box(axis, slot), COLORS[name])
+        paint(pen, SHAPE_OF[name], geometry.place_box(axis, place), COLORS[name])
     return image
 
 

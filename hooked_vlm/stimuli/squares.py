@@ -42,10 +42,12 @@ def canvas(
 ) -> Image.Image:
     """Returns the canvas for entities: white, or a copy of a background scaled to fit.
 
-    Raises `DataError` for other than three slots.
+    Raises `DataError` for other than three places.
     """
     if len(entities) != 3:
-        raise DataError(f"{len(entities)} entities were given for three slots: {list(entities)}.")
+        raise DataError(
+            f"Expected three entities, one per place; got {len(entities)}: {list(entities)}."
+        )
     size = (geometry.canvas, geometry.canvas)
     return Image.new("RGB", size, "white") if background is None else ImageOps.fit(background, size)
 
@@ -56,19 +58,19 @@ def draw(
     geometry: Geometry,
     background: Image.Image | None = None,
 ) -> Image.Image:
-    """Returns a canvas with a square of each colour in its slot; None leaves a slot empty.
+    """Returns a canvas with a square of each colour in its place; None leaves a place empty.
 
-    Raises `DataError` for an unknown colour or other than three slots.
+    Raises `DataError` for an unknown colour or other than three places.
     """
     image = canvas(entities, geometry, background)
     pen = ImageDraw.Draw(image)
-    for slot, name in enumerate(entities):
+    for place, name in enumerate(entities):
         if name is None:
             continue
         if name not in COLORS:
             raise DataError(
                 f"No colour {name!r} among {', '.join(COLORS)}.{did_you_mean(name, COLORS)}"
             )
-        x0, y0, x1, y1 = geometry.slot_box(axis, slot)
+        x0, y0, x1, y1 = geometry.place_box(axis, place)
         pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=COLORS[name])
     return image

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.engine.budget import row_bytes, rows_within
-from hooked_vlm.engine.run import firsts_of, groups_of, starts_of, whole_rows
+from hooked_vlm.engine.growing import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.stages import RowPlan, job_of
 from hooked_vlm.engine.vision import tower_depth
+from hooked_vlm.errors import counted
 from hooked_vlm.hooks.names import last_block
 from hooked_vlm.interventions.chain import Cell, flattened, source_of
 from hooked_vlm.interventions.recording import Recording
@@ -127,8 +128,9 @@ class Explanation:
     def __str__(self) -> str:
         """Says it in a few lines."""
         lines = [
-            f"{self.n_cells} cells x {self.n_prompts} prompts of {self.length} positions: "
-            f"{_flops(self.planned)} in {self.passes} passes of {self.rows} rows, against "
+            f"{counted(self.n_cells, 'cell')} x {counted(self.n_prompts, 'prompt')} of "
+            f"{self.length} positions: {_flops(self.planned)} in "
+            f"{counted(self.passes, 'pass', 'passes')} of {counted(self.rows, 'row')}, against "
             f"{_flops(self.naive)} for a pass each ({self.naive / self.planned:.1f} times) and "
             f"{_flops(self.floor)} at least ({self.planned / self.floor:.2f} times that).",
             f"About {size_text(self.peak)} beside the weights.",
@@ -186,7 +188,8 @@ class CheckedCells(Sequence[Cell]):
             depth = costs.n_layers if layer is None else layer + 1
             fixed += costs.vision + costs.rows(batch, length, length, costs.n_layers - depth)
         if len(jobs) != len(found):
-            reason = f"{len(found) - len(jobs)} cells change what rows cannot carry: run one by one"
+            missing = counted(len(found) - len(jobs), "cell")
+            reason = f"Rows cannot carry what {missing} would change: cells run one by one."
             peak = batch * row_bytes(model, length, 0, keep, model.cfg.dtype.itemsize)
             return Explanation(
                 len(found), batch, length, naive, naive, naive, len(found), len(found) * batch,
@@ -199,6 +202,7 @@ class CheckedCells(Sequence[Cell]):
             floor += self._rows(costs, job, batch, length, start, keep, last_only)
         for start, group in groups_of(jobs, starts):
             size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
+            proof += whole
             for job in (RowPlan(-1, group[0].stage, start), group[0]):
                 proof += self._rows(costs, job, batch, length, start, keep, last_only)
             per_pass = max(1, size // batch)
@@ -276,8 +280,8 @@ class CheckedCells(Sequence[Cell]):
 
 def _proof(operations: float) -> str:
     return (
-        f"Before the first sweep of this kind a no-op control runs, for {_flops(operations)} more: "
-        "it must match the clean run."
+        f"Before the first sweep of this kind a control runs, for {_flops(operations)} more: noise "
+        "must do in such a pass what it does in a plain one."
     )
 
 

@@ -20,11 +20,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_vlm.engine.attempts import GrowthError
-from hooked_vlm.engine.restart import run_cells
-from hooked_vlm.engine.run import run_growing, run_plain
+from hooked_vlm.engine.run import check_engine, run_cells
 from hooked_vlm.engine.shared import recorded_once
-from hooked_vlm.errors import InterventionError, did_you_mean
+from hooked_vlm.errors import InterventionError
 from hooked_vlm.interventions.chain import Cell, flattened, source_of
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Places
@@ -38,9 +36,6 @@ Metric = Callable[[Tensor], Tensor]
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of cells done and their total."""
-
-ENGINES = ("growing", "restart", "plain")
-"""Ways to execute a sweep, the fastest first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +114,7 @@ class Sweep:
 
         `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
         grows from block to block, checked in every pass against the clean run within
-        `engine.run.BOUNDS`; `"restart"`, each cell from the first block that it changes, which
+        `engine.growing.BOUNDS`; `"restart"`, each cell from the first block that it changes, which
         gives the same bits as `"plain"`, one whole hooked forward pass for each.  Where a model
         or a cell does not allow one, the next is taken; the result's attributes say which.
         `memory` is about how many bytes a growing batch may take (None: half of what is free);
@@ -127,15 +122,11 @@ class Sweep:
 
         Raises `InterventionError` for an unknown engine, and a metric of other axes than `dims`.
         """
-        if engine not in ENGINES:
-            raise InterventionError(
-                f"There is no engine {engine!r} among {', '.join(ENGINES)}."
-                f"{did_you_mean(engine, ENGINES)}"
-            )
+        check_engine(engine)
         scored = self._scored(metric, dims, coords)
         cells = self.recorded(model)
-        scores, said = execute(
-            engine, memory, model, self.inputs, cells, scored, on_progress, forward_kwargs
+        scores, said = run_cells(
+            engine, model, self.inputs, cells, scored, on_progress, forward_kwargs, memory
         )
         return self._table([score.float() for score in scores], dims, coords, said)
 
@@ -208,31 +199,6 @@ def _interventions(made: Any) -> tuple[Any, ...]:
 def _is_hook(item: Any) -> bool:
     pair = isinstance(item, tuple) and len(item) == 2
     return pair and isinstance(item[0], str | int) and callable(item[1])
-
-
-def execute(
-    engine: str,
-    memory: int | None,
-    model: Any,
-    inputs: Mapping[str, Any],
-    cells: Sequence[Cell],
-    metric: Metric,
-    on_progress: OnProgress | None,
-    forward_kwargs: Mapping[str, Any],
-) -> tuple[list[Tensor], str]:
-    """Returns every cell's score by the fastest engine that is allowed and possible, and a word."""
-    given = (model, inputs, cells, metric, on_progress, forward_kwargs)
-    if engine == "plain":
-        return run_plain(*given), "plain"
-    why = ""
-    if engine == "growing":
-        try:
-            scores, report = run_growing(*given, memory)
-        except GrowthError as reason:
-            why = f" (no growing batch: {reason})"
-        else:
-            return scores, str(report)
-    return run_cells(*given), f"restart{why}"
 
 
 def _check_score(score: Any, dims: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> None:

@@ -24,13 +24,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hooked_vlm.engine.run import run_cells
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.chain import Cell
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Places
-from hooked_vlm.sweeps.sweep import execute
 
 
 PatchSetter = Callable[[Tensor, list[int], Tensor], Tensor | None]
@@ -145,7 +145,7 @@ def generic_activation_patch(
     def metric(logits: Tensor) -> Tensor:
         return _number(patching_metric(logits))
 
-    values, _ = execute(engine, None, model, corrupted_inputs, cells, metric, on_progress, {})
+    values, _ = run_cells(engine, model, corrupted_inputs, cells, metric, on_progress)
     result = torch.stack(values) if flat else torch.stack(values).reshape(sizes)
     return (result, index_df) if return_index_df else result
 

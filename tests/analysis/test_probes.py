@@ -21,7 +21,7 @@ from hooked_vlm.regions.region import Region
 
 
 GRID = (6, 6)
-SLOTS = [Region.rectangle(GRID, rows=(2, 4), cols=(c, c + 2)) for c in (0, 2, 4)]
+PLACES = [Region.rectangle(GRID, rows=(2, 4), cols=(c, c + 2)) for c in (0, 2, 4)]
 
 
 def coded_images(n_images: int = 60, strength: float = 3.0) -> torch.Tensor:
@@ -29,13 +29,13 @@ def coded_images(n_images: int = 60, strength: float = 3.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(n_images, *GRID, 32, generator=generator)
     code = torch.randn(3, 32, generator=generator)
-    for slot in range(3):
-        features[:, :, 2 * slot : 2 * slot + 2] += strength * code[slot]
+    for place in range(3):
+        features[:, :, 2 * place : 2 * place + 2] += strength * code[place]
     return features.flatten(1, 2)
 
 
 def fitted(features: torch.Tensor, *, shuffle: bool = False):
-    examples = object_examples(features, SLOTS)
+    examples = object_examples(features, PLACES)
     if shuffle:
         examples = shuffled_labels(examples)
     train, test = split_by_image(len(features))
@@ -78,7 +78,7 @@ def test_shuffled_control_is_at_chance_however_strong_the_code(strength):
 
 
 def test_shuffling_keeps_images_balanced_and_objects_whole():
-    examples = object_examples(coded_images(40), SLOTS)
+    examples = object_examples(coded_images(40), PLACES)
     dealt = shuffled_labels(examples, seed=1)
     assert dealt.X is examples.X
     for image in range(40):
@@ -105,7 +105,7 @@ def test_probability_map_shows_strips_though_fitted_on_objects():
 
 def test_fit_is_the_papers_recipe():
     """An independent loop in float64 with torch's own modules arrives at the same probe."""
-    examples = object_examples(coded_images(20), SLOTS)
+    examples = object_examples(coded_images(20), PLACES)
     probe = LinearProbe(seed=3).fit(examples.X, examples.y)
     layer = torch.nn.Linear(32, 3).double()
     start = torch.randn(3, 32, generator=torch.Generator().manual_seed(3)) / 32**0.5
@@ -134,7 +134,7 @@ def test_start_has_the_papers_spread():
 
 
 def test_tensors_arrays_and_lists_give_the_same_probe():
-    examples = object_examples(coded_images(10), SLOTS)
+    examples = object_examples(coded_images(10), PLACES)
     X, y = examples.X, examples.y
     first = LinearProbe().fit(X, torch.from_numpy(y))
     for other in (LinearProbe().fit(X.numpy(), y), LinearProbe().fit(X.tolist(), y.tolist())):
@@ -144,7 +144,7 @@ def test_tensors_arrays_and_lists_give_the_same_probe():
 
 
 def test_labels_may_be_words_and_probabilities_follow_their_order():
-    examples = object_examples(coded_images(20), SLOTS)
+    examples = object_examples(coded_images(20), PLACES)
     words = np.array(["middle", "right", "left"])[examples.y]
     probe = LinearProbe(lr=1e-2).fit(examples.X, words)
     assert probe.classes_.tolist() == ["left", "middle", "right"]
@@ -174,16 +174,16 @@ def test_fits_inside_a_callers_no_grad(mode):
     assert not probe.weight_.is_inference()
 
 
-def test_object_examples_know_their_image_slot_and_object():
+def test_object_examples_know_their_image_place_and_object():
     features = torch.arange(2 * 36, dtype=torch.float32).reshape(2, 36, 1)
-    examples = object_examples(features, SLOTS)
+    examples = object_examples(features, PLACES)
     assert examples.X.shape == (2 * 12, 1)
     assert examples.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4
     assert examples.images.tolist() == [0] * 12 + [1] * 12
     assert examples.objects.tolist() == np.repeat(range(6), 4).tolist()
-    # Image 1, slot 2 covers rows 2-3, columns 4-5 of the second 36 numbers.
+    # Image 1, place 2 covers rows 2-3, columns 4-5 of the second 36 numbers.
     assert examples.X[-4:, 0].tolist() == [36 + 16, 36 + 17, 36 + 22, 36 + 23]
-    pooled = object_examples(features, SLOTS, pooled=True)
+    pooled = object_examples(features, PLACES, pooled=True)
     assert pooled.y.tolist() == [0, 1, 2, 0, 1, 2]
     assert pooled.X[-1].item() == 36 + (16 + 17 + 22 + 23) / 4
 
@@ -211,26 +211,26 @@ def test_split_covers_every_image_once(n, test_size, expected):
             "fitted to 2 features and given 3",
         ),
         (
-            lambda: object_examples(torch.zeros(1, 35, 2), SLOTS),
+            lambda: object_examples(torch.zeros(1, 35, 2), PLACES),
             DataError,
             "36 tokens, and the features have 35",
         ),
         (
-            lambda: object_examples(torch.zeros(1, 36, 2), [SLOTS[0], SLOTS[0]]),
+            lambda: object_examples(torch.zeros(1, 36, 2), [PLACES[0], PLACES[0]]),
             DataError,
             "share 4 cells",
         ),
         (
-            lambda: object_examples(torch.zeros(1, 36, 2), [SLOTS[0] - SLOTS[0]]),
+            lambda: object_examples(torch.zeros(1, 36, 2), [PLACES[0] - PLACES[0]]),
             RegionError,
             "empty|no cell",
         ),
         (
-            lambda: shuffled_labels(object_examples(torch.zeros(4, 36, 2), SLOTS[:1])),
+            lambda: shuffled_labels(object_examples(torch.zeros(4, 36, 2), PLACES[:1])),
             DataError,
             "changes nothing",
         ),
-        (lambda: split_by_image(1), DataError, "1 images"),
+        (lambda: split_by_image(1), DataError, "Of 1 image,"),
     ],
 )
 def test_bad_input_is_refused(call, error, message):

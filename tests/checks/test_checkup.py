@@ -10,7 +10,7 @@ from helpers.strange_models import llama
 from hooked_vlm import cli
 from hooked_vlm.checks import checkup, laws
 from hooked_vlm.checks.checkup import check_model
-from hooked_vlm.checks.laws import NO, YES, Finding
+from hooked_vlm.checks.laws import NO, YES, Finding, Verdict
 from hooked_vlm.engine.batch import Growing
 from hooked_vlm.errors import UnsupportedModelError
 from hooked_vlm.model.vlm import HookedVLM
@@ -85,7 +85,7 @@ def test_a_language_model_is_refused() -> None:
 
 @pytest.mark.parametrize(("verdict", "code"), [(YES, 0), (NO, 1)])
 def test_the_command_says_so_with_its_exit_code(
-    verdict: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verdict: Verdict, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = [Finding("parity", YES), Finding("grid", verdict, "4x4")]
     monkeypatch.setattr(checkup, "check_model", lambda *_: found)

@@ -286,7 +286,7 @@ def test_a_pattern_that_does_not_sum_to_one_is_found(stack: str) -> None:
         tiny("qwen2-vl"),
         inputs_for("qwen2-vl"),
     )
-    larger = [(name, laws.each(lambda x: x * 1.1))]
+    larger = [(name, laws.writing(lambda x: x * 1.1))]
     with laws.quiet(), model.hooks(larger):
         found = laws.check_patterns(model, inputs)
     assert_broken(found, f"{name}: rows do not sum to one")
@@ -314,7 +314,7 @@ def test_scores_that_are_not_those_of_the_pattern_are_found(
 ) -> None:
     own = attention.AttentionTap.apply
 
-    def apply(tap: Any, part: str, value: Any) -> Any:
+    def apply(tap: Any, part: Any, value: Any) -> Any:
         return value if part == "attn_scores" else own(tap, part, value)
 
     monkeypatch.setattr(attention.AttentionTap, "apply", apply)
@@ -342,7 +342,7 @@ def test_a_grid_of_another_image_and_one_with_a_row_too_few_are_found() -> None:
     swapped = [[replace(g, image=1 - g.image) for g in row] for row in grids]
     assert_broken(laws.check_grid(model, Inputs(inputs, swapped)), "reaches .*, not position")
     short = [[replace(g, positions=g.positions[:-1], patch_rows=5) for g in row] for row in grids]
-    assert_broken(laws.check_grid(model, Inputs(inputs, short)), "12 visual tokens are in no grid")
+    assert_broken(laws.check_grid(model, Inputs(inputs, short)), "12 visual tokens in no grid")
 
 
 def test_patches_named_wrongly_are_found() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers.live_memory import peak_live
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm import LastToken, Patch, Sweep, shared_runs
-from hooked_vlm.engine import run as engine
+from hooked_vlm.engine import growing as engine
 from hooked_vlm.engine.clean_run import Clean, run_clean
 from hooked_vlm.regions.positions import Positions
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from helpers.growing_sweeps import compared, make, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine import fused
+from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.proofs import forget
-from hooked_vlm.engine.run import run_growing
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm.engine import restart
-from hooked_vlm.engine.restart import Restart, spread
-from hooked_vlm.engine.stages import first_layer
+from hooked_vlm.engine import run
+from hooked_vlm.engine.attempts import GrowthError
+from hooked_vlm.engine.proofs import forget
+from hooked_vlm.engine.run import run_restarted, spread
+from hooked_vlm.engine.stages import start_layer
 from hooked_vlm.engine.vision import TowerRestart, tower_depth
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
@@ -140,32 +142,37 @@ def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
     assert (fast.sel(kind="zero", site=2).values == by_hand.flatten(1).numpy()).all()
 
 
-def start_of(family: str, *cells: Any, **arguments: Any) -> Restart | None:
+def restarted(family: str, *cells: Any) -> Any:
+    """Returns each cell's logits from a restart; raises `GrowthError` where there is none."""
     sweep = Sweep(make_inputs(family, 2, seed=1), {"i": range(len(cells))}, make=lambda i: cells[i])
     model = tiny(family)
-    return Restart.of(model, sweep.inputs, sweep.recorded(model), arguments)
+    return run_restarted(model, sweep.inputs, sweep.recorded(model), lambda x: x)
 
 
-def test_edits_in_the_encoder_or_projector_run_plainly() -> None:
-    within = [Ablate(f"vision_encoder.blocks.{i % 2}.hook_resid_post") for i in range(5)]
-    assert start_of("llava", *within) is None
-    assert start_of("llava", *[Ablate("vision_projector.hook_out")] * 5) is None
-    assert start_of("llava", *[Ablate(slot) for slot in (0, 1, 2, 3)]) is not None
+def test_cells_of_the_projector_have_the_encoder_in_common() -> None:
+    assert len(restarted("llava", *[Ablate("vision_projector.hook_out")] * 5)) == 5
+    patches = [Ablate("vision_encoder.hook_patch_embed")] * 5
+    with pytest.raises(GrowthError, match="first block of the vision encoder"):
+        restarted("llava", *patches)
+    assert len(restarted("llava", *patches, Ablate(2))) == 6  # one cell has
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "llava"])
 def test_the_first_sweep_of_a_model_is_restarted_too(family: str) -> None:
     model = HookedVLM(tiny(family).hf_model)
     sweep = Sweep(make_inputs(family, 2, seed=1), {"i": [0, 1, 2, 3]}, make=lambda i: Ablate(i))
-    assert Restart.of(model, sweep.inputs, sweep.recorded(model), {}) is not None
+    assert len(run_restarted(model, sweep.inputs, sweep.recorded(model), lambda x: x)) == 4
 
 
 def test_few_cells_and_open_hooks_run_plainly() -> None:
-    assert start_of("llava", *[Ablate(2)] * 3) is None
+    with pytest.raises(GrowthError, match="few cells"):
+        restarted("llava", *[Ablate(2)] * 3)
     with tiny("llava").hooks([("blocks.0.hook_mlp_out", lambda x, hook: x * 2)]):
-        assert start_of("llava", *[Ablate(2)] * 5) is None
+        with pytest.raises(GrowthError, match="hooks are open"):
+            restarted("llava", *[Ablate(2)] * 5)
         fast, plain = both(sweep_of("llava", ["zero"], [0, 1, 2, 3]), "llava")
         assert fast.equals(plain)
+        assert fast.attrs["engine"].startswith("plain (no restart: hooks are open")
 
 
 def test_a_model_that_cannot_be_cut_exactly_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,30 +182,50 @@ def test_a_model_that_cannot_be_cut_exactly_runs_plainly(monkeypatch: pytest.Mon
     def off(self: Any, inputs: Any, residual: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return true(self, inputs, residual * (1 + 1e-4), *args, **kwargs)
 
+    forget(model)
     monkeypatch.setattr(type(model), "run_from_layer", off)
-    assert start_of("qwen2-vl", *[Ablate(slot) for slot in (1, 2, 3, 3)]) is None
+    with pytest.raises(GrowthError, match="other bits"):
+        restarted("qwen2-vl", *[Ablate(slot) for slot in (1, 2, 3, 3)])
     fast, plain = both(sweep_of("qwen2-vl", ["zero"], [0, 1, 2, 3]), "qwen2-vl")
-    assert fast.equals(plain)
+    assert fast.equals(plain) and "no restart: passes that start" in fast.attrs["engine"]
+    forget(model)
 
 
-def test_first_layers() -> None:
-    model = tiny("llava")
-    cells = {
-        0: Ablate(0),
-        1: Ablate("blocks.1.attn.hook_z"),
-        2: Chain(Ablate("blocks.2.hook_mlp_out"), Ablate("hook_logits")),
-    }
-    for layer, cell in cells.items():
-        sweep = Sweep(make_inputs("llava"), {"i": [0]}, make=lambda i, cell=cell: cell)
-        assert first_layer(model, sweep.plan(model)[0]) == layer
+def test_where_cells_start() -> None:
+    model, inputs = tiny("llava"), make_inputs("llava")
+
+    def start(*own: Any, base: Any = ()) -> int | None:
+        sweep = Sweep(inputs, {"i": [0]}, lambda i: list(own), base)
+        return start_layer(model, inputs, sweep.plan(model)[0])
+
+    assert start(Ablate(0)) == 0
+    assert start(Ablate("blocks.1.attn.hook_z")) == 1
+    assert start(Ablate("blocks.1.hook_resid_post")) == 1  # what is on its output needs the block
+    assert start(Chain(Ablate("blocks.2.hook_mlp_out"), Ablate("hook_logits"))) == 2
+    assert start() == 2  # the last block
+    assert start(Ablate("vision_projector.hook_out")) is None
+    # All that the base does has to be behind the start.
+    second = Ablate("blocks.2.hook_resid_pre")
+    assert start(second, base=[Ablate("blocks.1.hook_mlp_out"), second]) == 2
+    assert start(second, base=[Ablate("blocks.2.hook_mlp_out")]) == 0
+    assert start(Ablate("blocks.1.hook_mlp_out"), base=[second]) == 0
+    assert start(second, base=[Ablate("vision_projector.hook_out")]) is None
 
 
 def test_residuals_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spread([], 3) == []
     assert spread(list(range(10)), 3) == [0, 4, 8]
-    monkeypatch.setattr(restart, "BUDGET", 1)
-    start = start_of("llava", *[Ablate(slot) for slot in (1, 2, 3, 3)])
-    assert start is not None and len(start.residuals) == 1
+    monkeypatch.setattr(run, "BUDGET", 1)
+    model, started = tiny("llava"), []
+    true = type(model).run_from_layer
+
+    def noted(self: Any, inputs: Any, residual: Tensor, layer: int, *args: Any, **kw: Any) -> Any:
+        started.append(layer)
+        return true(self, inputs, residual, layer, *args, **kw)
+
+    monkeypatch.setattr(type(model), "run_from_layer", noted)
+    restarted("llava", *[Ablate(slot) for slot in (1, 2, 3, 3)])
+    assert set(started) == {1}
     fast, plain = both(sweep_of("llava", ["zero", "last"], [0, 1, 2, 3]), "llava")
     assert fast.equals(plain)
 

@@ -1,17 +1,26 @@
-"""The plain execution of a sweep's cells: the definition that faster ways must meet."""
+"""How a sweep's cells run: plainly, the definition, or as a growing batch, or why not as one."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers.forward_counter import count_forwards
+from helpers.growing_sweeps import compared, make_region, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from hooked_vlm.engine.attempts import GrowthError
+from hooked_vlm.engine.growing import run_growing, starts_of
 from hooked_vlm.engine.run import run_plain
+from hooked_vlm.engine.stages import RowPlan
+from hooked_vlm.errors import InterventionError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Cell, Chain, source_of
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording, record
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.positions import LastToken
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,3 +63,49 @@ def test_recorded_runs_are_put_in_everywhere() -> None:
     assert source_of(mean) == ("reference", reference)
     assert source_of(steer)[1] is None
     assert patch.source is source  # the cell was copied, the intervention left alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", [0, 1, "blocks.1.hook_attn_out", "hook_logits"])
+def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
+    at = LastToken() if site == "hook_logits" else make_region(family)
+    sweep = sweep_of(family, ["swap", "last"], [2, 3])
+    under = Sweep(sweep.inputs, sweep.axes, sweep.make, [Ablate(site, at=at)])
+    if site == "hook_logits":  # behind where the cells' own begins
+        with pytest.raises(GrowthError, match="rows cannot carry what"):
+            compared(tiny(family), under)
+        fast = under.run(tiny(family), lambda x: x[:, -1], dims=("batch", "token"))
+        assert fast.attrs["engine"].startswith("restart (no growing batch: ")
+        return
+    compared(tiny(family), under, logits_to_keep=1)
+
+
+def test_a_short_front_is_carried() -> None:
+    """Where little stands in front of the first change, rows are whole: the same bits, no mask."""
+    inputs = {"input_ids": torch.zeros(1, 40)}
+    jobs = [RowPlan(0, 1, first) for first in (3, 4, 30)]
+    assert starts_of(jobs, {}, inputs) == [0, 4, 30]
+
+
+def test_what_cannot_grow_says_why() -> None:
+    model, inputs = tiny("llava"), make_inputs("llava", 2, seed=1)
+    under = Sweep(inputs, {"i": [0, 1]}, lambda i: Ablate("vision_projector.hook_out"), [Ablate(1)])
+    with pytest.raises(GrowthError, match="rows cannot carry what 2 cells would change"):
+        run_growing(model, inputs, under.recorded(model), lambda x: x)
+    sweep = Sweep(inputs, {"i": [0, 1]}, lambda i: Ablate(i))
+    cells = sweep.recorded(model)
+    doubled = model.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x * 2)])
+    with doubled, pytest.raises(GrowthError, match="hooks are open"):
+        run_growing(model, inputs, cells, lambda x: x)
+    with pytest.raises(InterventionError, match=r"no engine 'growin' .*'growing'"):
+        sweep.run(model, lambda x: x, engine="growin")
+
+
+def test_errors_of_a_metric_are_not_taken_for_something_else() -> None:
+    model, sweep = tiny("llava"), sweep_of("llava", ["zero"], [0, 1])
+
+    def metric(logits: Tensor) -> Tensor:
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        sweep.run(model, metric)

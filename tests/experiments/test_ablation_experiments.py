@@ -97,9 +97,9 @@ def test_the_recipe_writes_every_image_token_once_from_where_it_says(
         text = torch.ones(after.shape[1], dtype=torch.bool)
         text[positions] = False
         assert torch.equal(after[b, text], before[b, text])
-        for slot in range(3):
-            here = layout.object_region("vertical", slot).positions(grid[0])
-            source = found.in_middle[slot].cache[site][b, middle.positions(grid[0])]
+        for place in range(3):
+            here = layout.object_region("vertical", place).positions(grid[0])
+            source = found.in_middle[place].cache[site][b, middle.positions(grid[0])]
             assert torch.equal(after[b, here], source)
         outside = layout.background("vertical").positions(grid[0])
         assert torch.equal(after[b, outside], found.empty.cache[site][b, outside])
@@ -117,7 +117,7 @@ def test_a_layout_that_is_not_covered_is_refused() -> None:
         def background(self, axis: str) -> Any:
             return super().background(axis) - self.strip_region(axis, 0)
 
-    with pytest.raises(DataError, match="cover 44 cells never and 0 more than once"):
+    with pytest.raises(DataError, match="leave out 44 cells and cover 0 more than once"):
         check_cover(Gapped(12, 16, 2, 2, (4, 4, 4)), "horizontal")
 
 

@@ -331,7 +331,7 @@ def test_e4_adds_aligned_strips_where_published_ones_put_objects_off(
         regions = SwapRegions.of(PAPER_GEOMETRY[layout], ("horizontal", "vertical"))
     assert (ALIGNED in regions.kinds) == differ and not regions.notes
     aligned = cell_pairs(PAPER_GEOMETRY[layout], "horizontal", ALIGNED)
-    left, right = (PAPER_GEOMETRY[layout].object_region("horizontal", slot) for slot in (0, 2))
+    left, right = (PAPER_GEOMETRY[layout].object_region("horizontal", place) for place in (0, 2))
     met = dict(zip(aligned.targets, aligned.sources, strict=True))
     assert {met[cell] for cell in left.cells} == set(right.cells)
 

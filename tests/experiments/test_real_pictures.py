@@ -123,7 +123,7 @@ def test_faults_of_a_list_are_said(copy: Path) -> None:
     with pytest.raises(DataError, match="has a dict; expected a list"):
         whatsup.load(copy)
     listing.write_text(json.dumps([{"image_path": "data/controlled_images/none_on_chair.jpeg"}]))
-    with pytest.raises(DataError, match=r"None of the 1 entries.*looked for in data/controlled_im"):
+    with pytest.raises(DataError, match=r"can be used .of 1.; .*looked for in data/controlled_im"):
         whatsup.load(copy)
 
 
@@ -135,7 +135,7 @@ def test_pairs_and_sets_count_only_when_whole(copy: Path) -> None:
     # 8 pairs of left and right, all right; 7 whole pairs of on and under, all wrong.
     assert rates["pair"].n == 15 and rates["pair"].estimate == pytest.approx(8 / 15)
     assert rates["set"].n == 7 and rates["set"].estimate == 0
-    with pytest.raises(DataError, match="3 verdicts were given for 31 items"):
+    with pytest.raises(DataError, match="Got 3 verdicts for 31 items"):
         whatsup.accuracies(found, [True] * 3)
 
 
@@ -178,7 +178,7 @@ def test_a_setting_of_composites(copy: Path) -> None:
         stimuli.scene((None, "red", None), "horizontal", layout)
     with pytest.raises(DataError, match="needs your copy of What'sUp"):
         stimulus_set("whatsup-chair")
-    with pytest.raises(DataError, match="Around 'table' 0 objects"):
+    with pytest.raises(DataError, match="right of 'table' for 0 objects"):
         stimulus_set("whatsup-table", data=copy)
 
 
@@ -195,10 +195,10 @@ def test_names_that_a_tokenizer_splits_are_left_out(copy: Path) -> None:
 @pytest.mark.parametrize("n_tokens", [8, 12, 16, 24])
 def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int) -> None:
     layout = whatsup.layout_of(reference, n_tokens, 14)
-    strips = [layout.strip_region("horizontal", slot) for slot in range(3)]
+    strips = [layout.strip_region("horizontal", place) for place in range(3)]
     assert (np.sum([strip.mask for strip in strips], axis=0) == 1).all()
-    for slot in (0, 2):
-        assert len(layout.object_region("horizontal", slot) - strips[slot]) == 0
+    for place in (0, 2):
+        assert len(layout.object_region("horizontal", place) - strips[place]) == 0
     assert len(layout.background("horizontal")) > n_tokens
     if (reference, n_tokens) == ("table", 16):
         with pytest.raises(RegionError, match=r"96.*64"):
@@ -217,13 +217,13 @@ def test_regions_are_the_published_ones_or_scaled(reference: str, n_tokens: int)
             strips.targets
         )
         assert len(pairs["background"]) + len(pairs["object"]) == len(strips)
-    with pytest.raises(DataError, match="slot 0, vertical, is none"):
+    with pytest.raises(DataError, match="place 0, vertical, is none"):
         layout.object_region("vertical", 0)
 
 
 def test_published_regions_to_the_cell() -> None:
     chair = whatsup.layout_of("chair", 16, 14)
-    assert chair.slot_box("horizontal", 0) == (3 * 14, 12 * 14, 6 * 14, 15 * 14)
+    assert chair.place_box("horizontal", 0) == (3 * 14, 12 * 14, 6 * 14, 15 * 14)
     assert len(chair.strip_region("horizontal", 0)) == 6 * 16
     table = whatsup.layout_of("table", 12, 28)
     assert len(table.object_region("horizontal", 2)) == 5 * 3
@@ -307,8 +307,8 @@ def test_joined_pictures_differ_from_whole_ones_where_they_should() -> None:
     whole, simple = drawn["whole"], drawn["joined"]
     assert (abs(whole - simple)[:, :48] <= 1).all()  # the left half is the whole picture's
     assert (abs(whole - simple)[:, 48:] > 1).any()
-    for slot, color in enumerate(("red", "green", "blue")):
-        x0, y0, x1, y1 = layout.slot_box("horizontal", slot)
+    for place, color in enumerate(("red", "green", "blue")):
+        x0, y0, x1, y1 = layout.place_box("horizontal", place)
         for image in drawn.values():
             assert abs(image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] - squares.COLORS[color]).max() <= 2
     moved = np.any(abs(drawn["seam moved"] - simple) > 1, axis=(0, 2))

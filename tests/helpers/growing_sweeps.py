@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from helpers.tiny_models import make_inputs
-from hooked_vlm.engine.run import run_growing, run_plain
+from hooked_vlm.engine.growing import run_growing
+from hooked_vlm.engine.run import run_plain
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch

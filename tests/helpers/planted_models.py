@@ -239,9 +239,9 @@ def _plant_language(lm: Any, tokenizer: Any, reads_white: bool) -> None:
     white = 30.0 if reads_white else 0.0
     for head, name in enumerate(("column", "row")):
         at = 16 * head
-        for i, slot in enumerate((0, 2)):  # left and right, above and below
+        for i, place in enumerate((0, 2)):  # left and right, above and below
             look_up.q_proj.weight[at + 2 + i, L["direction"][2 * head + i]] = 60 * scale
-            look_up.k_proj.weight[at + 2 + i, L[f"{name}_code"][slot * COPIES]] = 1 / CODE
+            look_up.k_proj.weight[at + 2 + i, L[f"{name}_code"][place * COPIES]] = 1 / CODE
         look_up.q_proj.weight[at + 4] = scale * one
         look_up.k_proj.weight[at + 4, L["whiteness"]] = white
         look_up.k_proj.weight[at + 4, L["sink"]] = white + 30  # less than a code that matches

@@ -92,9 +92,9 @@ def e2(n_slots: int = 9, seed: int = 1) -> Result:
 def object_cells(axis: str) -> np.ndarray:
     cells = np.zeros((3, N, N), dtype=bool)
     start, cross = (N - (3 * SIDE + 2 * GAP)) // 2, (N - SIDE) // 2
-    for slot in range(3):
-        along = slice(start + slot * (SIDE + GAP), start + slot * (SIDE + GAP) + SIDE)
-        cells[slot, cross : cross + SIDE, along] = True
+    for place in range(3):
+        along = slice(start + place * (SIDE + GAP), start + place * (SIDE + GAP) + SIDE)
+        cells[place, cross : cross + SIDE, along] = True
     return cells if axis == "horizontal" else cells.transpose(0, 2, 1)
 
 

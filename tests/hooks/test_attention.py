@@ -183,7 +183,7 @@ def test_a_pattern_costs_eager_attention_in_its_layer_only(monkeypatch):
     model(inputs)
     everywhere = len(fused)
     assert everywhere == 6
-    with pytest.warns(HookedVLMWarning, match="in 1 layers: .* eager attention in place of sdpa"):
+    with pytest.warns(HookedVLMWarning, match="in 1 layer. Eager attention .* in place of sdpa"):
         logits = model.run_with_hooks(inputs, [(PATTERN, lambda x, hook: None)])
     assert len(fused) == everywhere + everywhere - 1
     torch.testing.assert_close(logits, base, atol=1e-5, rtol=1e-5)

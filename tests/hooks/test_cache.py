@@ -54,7 +54,7 @@ def test_what_was_not_cached_is_said():
     assert len(cache) == 3
     assert ("resid_pre", 0) not in cache
     assert 7 not in cache
-    with pytest.raises(UnknownHookError, match=r"3 sites were cached.*Widen names_filter"):
+    with pytest.raises(UnknownHookError, match=r"it has 3 sites.*Widen names_filter"):
         cache["resid_post", 0, "vision_encoder"]
     with pytest.raises(UnknownHookError, match=r"Did you mean 'blocks\.0\.hook_resid_post'"):
         cache["resid_pots", 0]

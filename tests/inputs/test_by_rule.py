@@ -58,15 +58,15 @@ def test_row_separators_as_in_pixtral():
 
 
 def test_counts_that_disagree_name_both_numbers():
-    with pytest.raises(GridError, match=r"Prompt 0 has 5 image tokens .*images \(2x3\) make 6"):
+    with pytest.raises(GridError, match=r"Prompt 0 has 5 image tokens .*image \(2x3\); expected 6"):
         token_grids(ids(0, 5)[None], IMG, [layout(2, 3)])
-    with pytest.raises(GridError, match=r"has 7 image tokens .* 1 images \(2x3\) make 6"):
+    with pytest.raises(GridError, match=r"has 7 image tokens .* 1 image \(2x3\); expected 6"):
         token_grids(ids(0, 7)[None], IMG, [layout(2, 3)])
-    with pytest.raises(GridError, match=r"Prompt 1 has 0 image tokens .* \(2x3\) make 6"):
+    with pytest.raises(GridError, match=r"Prompt 1 has 0 image tokens .* \(2x3\); expected 6"):
         token_grids(torch.stack([ids(6), ids(*[0] * 6)]), IMG, [layout(2, 3)] * 2, [1, 1])
-    with pytest.raises(GridError, match=r"2 images were given .* image tokens for 1"):
+    with pytest.raises(GridError, match=r"Got 2 images .* image tokens for 1"):
         token_grids(ids(0, 6)[None], IMG, [layout(2, 3)] * 2)
-    with pytest.raises(GridError, match="1 entries for 2 prompts"):
+    with pytest.raises(GridError, match="1 entry for 2 prompts"):
         token_grids(torch.stack([ids(6), ids(6)]), IMG, [layout(2, 3)] * 2, [2])
 
 

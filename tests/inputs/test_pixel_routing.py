@@ -1,7 +1,6 @@
 """Where each pixel goes: known on three layouts, planted in a map, refused where it is nowhere."""
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,7 +81,8 @@ def test_with_attention_on_a_pixel_reaches_several(family: str) -> None:
         kept = [(name, fn) for name, fn in fwd_hooks if name not in attention_sites(model)]
         return model.run_with_cache(*args, fwd_hooks=kept, **kwargs)
 
-    leaky: Any = SimpleNamespace(hf_model=model.hf_model, sites=model.sites, run_with_cache=leave)
+    leaky: Any = copy.copy(model)
+    leaky.run_with_cache = leave
     assert (measure_routes(leaky, inputs).pixels == SEVERAL).float().mean() > 0.5
 
 
@@ -144,9 +144,8 @@ def test_cross_attention_has_no_position() -> None:
 def test_an_encoder_without_attention_is_refused() -> None:
     model = tiny("llava")
     sites = {n: s for n, s in model.sites.items() if n not in attention_sites(model)}
-    blind: Any = SimpleNamespace(
-        hf_model=model.hf_model, sites=sites, run_with_cache=model.run_with_cache
-    )
+    blind: Any = copy.copy(model)
+    blind.sites = sites
     with pytest.raises(GridError, match="no attention that can be switched off"):
         measure_routes(blind, make_inputs("llava"))
 

@@ -128,7 +128,7 @@ def test_chat_system_prompt_and_plain_text(family):
     placeholder = plain.texts[0].removesuffix("yes")
     behind = model.prepare(picture(), f"yes{placeholder}", chat=False)
     assert int(behind.grid.positions[0, 0]) > int(plain.grid.positions[0, 0])
-    with pytest.raises(DataError, match=r"Prompt 0 has 2 image placeholders .* 1 images were"):
+    with pytest.raises(DataError, match=r"Prompt 0 has 2 image placeholders .* for 1 image"):
         model.prepare(picture(), placeholder * 2 + "yes", chat=False)
 
 
@@ -154,10 +154,10 @@ def test_sizes_of_any_kind_in_one_batch_of_qwen():
 def test_counts_that_do_not_agree():
     model = prepared("gemma-3")
     for images, texts, text in (
-        ([picture()], ["a", "b"], "1 images .* for 2 prompts"),
-        (picture(), ["a", "b"], "1 images .* for 2 prompts"),
-        ([picture(), picture(), picture()], ["a", "b"], "3 images .* for 2 prompts"),
-        ([[picture()], [picture()]], "a", "2 images .* for 1 prompts"),
+        ([picture()], ["a", "b"], "1 entry in images for 2 prompts"),
+        (picture(), ["a", "b"], "1 entry in images for 2 prompts"),
+        ([picture(), picture(), picture()], ["a", "b"], "3 entries in images for 2 prompts"),
+        ([[picture()], [picture()]], "a", "2 entries in images for 1 prompt"),
         ([], ["a"], None),
         (None, [], "texts is empty"),
     ):
@@ -229,5 +229,5 @@ def test_tensors_whose_image_tokens_do_not_fit_are_refused():
     model = HookedVLM(build("gemma-3"))
     inputs = make_inputs("gemma-3")
     inputs["input_ids"][0, 4] = 5
-    with pytest.raises(GridError, match="8 image tokens for 1 images of 36 patches"):
+    with pytest.raises(GridError, match="8 image tokens for 1 image of 36 patches"):
         model.grids(inputs)

@@ -65,7 +65,7 @@ def test_images_that_would_lose_their_prompt_are_refused(model_type):
     for images in ([one, None], [None, one], [[one, two], None]):
         with pytest.raises(DataError, match="belongs to which prompt"):
             model.prepare(images, ["Here", "And here"])
-    with pytest.raises(DataError, match="2 images were given for 1"):
+    with pytest.raises(DataError, match="2 images were given for 1 prompt,"):
         model.prepare([[one, two]], ["Here"])
 
 

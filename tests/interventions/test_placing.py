@@ -79,7 +79,7 @@ def test_what_is_placed_refuses_other_inputs_and_can_read_another_run():
     with torch.no_grad():
         expected = model.run_with_hooks(inputs, [Patch(1, at=LastToken(), source=other)])
         assert torch.equal(model.run_with_hooks(inputs, hooks), expected)
-        with pytest.raises(InterventionError, match="was made for 1 prompts"):
+        with pytest.raises(InterventionError, match="was made for 1 prompt of"):
             model.run_with_hooks(make_inputs("llava", 2), hooks)
 
 

@@ -108,7 +108,7 @@ def test_swaps_in_the_vision_encoder_and_projector_agree(coded: str) -> None:
 
 
 def test_what_is_not_read_may_be_removed() -> None:
-    objects = [GEOMETRY.object_region("horizontal", slot) for slot in range(3)]
+    objects = [GEOMETRY.object_region("horizontal", place) for place in range(3)]
     inside = objects[0] | objects[1] | objects[2]
     question = swap_pair("right", TRIPLES[0]).clean  # not gray: that is what no colour at all is
     for coded, needed in (("background", ~inside), ("object", inside)):
@@ -147,13 +147,13 @@ def features(coded: str) -> Tensor:
 
 
 def strips(cut: Region) -> list[Region]:
-    return [GEOMETRY.strip_region("horizontal", slot) & cut for slot in range(3)]
+    return [GEOMETRY.strip_region("horizontal", place) & cut for place in range(3)]
 
 
 @pytest.mark.parametrize("coded", KINDS)
 def test_probes_find_the_code_where_it_is_and_not_where_it_is_not(coded: str) -> None:
     found = features(coded)
-    objects = [GEOMETRY.object_region("horizontal", slot) for slot in range(3)]
+    objects = [GEOMETRY.object_region("horizontal", place) for place in range(3)]
     inside = objects[0] | objects[1] | objects[2]
     train, test = split_by_image(len(found))
 

@@ -212,7 +212,7 @@ def test_a_cell_of_padding_has_no_box_and_is_never_covered():
 
 def test_wrong_input_is_named():
     grid = make_grid(3, 4)
-    with pytest.raises(RegionError, match=r"1 of 1 cells off the grid, the first at \(3, 0\)"):
+    with pytest.raises(RegionError, match=r"1 of 1 cell off the grid, the first at \(3, 0\)"):
         grid.cell_box((3, 0))
     with pytest.raises(RegionError, match=r"rule 'centre'.*Did you mean 'center'"):
         grid.box(0, 0, 5, 5, rule="centre")

@@ -7,8 +7,8 @@ from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import AXES, PAPER_GEOMETRY, Geometry, geometry_for
 
 
-# Worked out by hand from the paper's table (2.1): canvas in pixels, first token of each slot
-# along the axis, first token across it, and the pixel box of slot 2 in a row.
+# Worked out by hand from the paper's table (2.1): canvas in pixels, first token of each place
+# along the axis, first token across it, and the pixel box of place 2 in a row.
 BY_HAND = {
     "qwen2-vl": (336, (1, 5, 9), 5, (252, 140, 308, 196)),
     "gemma-3": (896, (0, 6, 12), 6, (672, 336, 840, 504)),
@@ -24,20 +24,20 @@ def test_the_paper_s_numbers(family):
     canvas, starts, across, box = BY_HAND[family]
     size = geometry.object_tokens
     assert geometry.canvas == canvas
-    assert [geometry.slot_span(slot) for slot in range(3)] == [(s, s + size) for s in starts]
+    assert [geometry.place_span(place) for place in range(3)] == [(s, s + size) for s in starts]
     assert geometry.cross_span() == (across, across + size)
-    assert geometry.slot_box("horizontal", 2) == box
+    assert geometry.place_box("horizontal", 2) == box
 
 
 @pytest.mark.parametrize("family", PAPER_GEOMETRY)
 def test_the_paper_s_strips_hold_every_row_of_their_columns(family):
     geometry, edges, n = PAPER_GEOMETRY[family], STRIPS[family], PAPER_GEOMETRY[family].n_tokens
-    for slot in range(3):
-        columns = range(edges[slot], edges[slot + 1])
+    for place in range(3):
+        columns = range(edges[place], edges[place + 1])
         cells = {(row, col) for row in range(n) for col in columns}
-        assert set(geometry.strip_region("horizontal", slot).cells) == cells
+        assert set(geometry.strip_region("horizontal", place).cells) == cells
         transposed = {(col, row) for row, col in cells}
-        assert set(geometry.strip_region("vertical", slot).cells) == transposed
+        assert set(geometry.strip_region("vertical", place).cells) == transposed
 
 
 def test_regions_of_an_object_by_hand():
@@ -58,14 +58,14 @@ def test_a_token_count_of_the_paper_gets_the_paper_s_row(family):
 
 @given(geometries, st.sampled_from(AXES))
 def test_every_object_stands_in_its_own_strip(geometry, axis):
-    for slot in range(3):
-        thing, strip = geometry.object_region(axis, slot), geometry.strip_region(axis, slot)
-        assert thing <= strip, f"slot {slot} of {geometry}"
+    for place in range(3):
+        thing, strip = geometry.object_region(axis, place), geometry.strip_region(axis, place)
+        assert thing <= strip, f"place {place} of {geometry}"
 
 
 @given(geometries, st.sampled_from(AXES))
 def test_strips_tile_the_grid_and_the_outer_ones_can_be_swapped(geometry, axis):
-    first, middle, last = (geometry.strip_region(axis, slot) for slot in range(3))
+    first, middle, last = (geometry.strip_region(axis, place) for place in range(3))
     assert first | middle | last == Region.everything(geometry.shape)
     assert len(first) + len(middle) + len(last) == geometry.n_tokens**2
     assert len(first) == len(last)
@@ -73,19 +73,21 @@ def test_strips_tile_the_grid_and_the_outer_ones_can_be_swapped(geometry, axis):
 
 @given(geometries, st.sampled_from(AXES))
 def test_objects_and_background_cover_the_grid_once(geometry, axis):
-    parts = [geometry.object_region(axis, slot) for slot in range(3)] + [geometry.background(axis)]
+    parts = [geometry.object_region(axis, place) for place in range(3)] + [
+        geometry.background(axis)
+    ]
     assert sum(len(part) for part in parts) == geometry.n_tokens**2
     assert parts[0] | parts[1] | parts[2] | parts[3] == Region.everything(geometry.shape)
 
 
 @given(geometries, st.integers(0, 2))
-def test_pixel_boxes_are_the_objects_cells_and_vertical_is_the_transpose(geometry, slot):
-    x0, y0, x1, y1 = geometry.slot_box("horizontal", slot)
+def test_pixel_boxes_are_the_objects_cells_and_vertical_is_the_transpose(geometry, place):
+    x0, y0, x1, y1 = geometry.place_box("horizontal", place)
     px = geometry.token_px
     cells = {(r, c) for r in range(y0 // px, y1 // px) for c in range(x0 // px, x1 // px)}
     assert {x0 % px, y0 % px, x1 % px, y1 % px} == {0}
-    assert set(geometry.object_region("horizontal", slot).cells) == cells
-    assert geometry.slot_box("vertical", slot) == (y0, x0, y1, x1)
+    assert set(geometry.object_region("horizontal", place).cells) == cells
+    assert geometry.place_box("vertical", place) == (y0, x0, y1, x1)
 
 
 def test_what_does_not_fit_is_refused():
@@ -97,10 +99,10 @@ def test_what_does_not_fit_is_refused():
         geometry_for(4, 16)
 
 
-@pytest.mark.parametrize("call", ["slot_box", "object_region", "strip_region"])
-def test_unknown_slots_and_axes_are_refused(call):
+@pytest.mark.parametrize("call", ["place_box", "object_region", "strip_region"])
+def test_unknown_places_and_axes_are_refused(call):
     geometry = PAPER_GEOMETRY["qwen2-vl"]
-    with pytest.raises(DataError, match="Slot 3 does not exist"):
+    with pytest.raises(DataError, match="Place 3 does not exist"):
         getattr(geometry, call)("horizontal", 3)
     with pytest.raises(DataError, match=r"No axis 'vertica'.*Did you mean 'vertical'"):
         getattr(geometry, call)("vertica", 0)

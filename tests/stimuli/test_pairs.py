@@ -15,7 +15,7 @@ from hooked_vlm.stimuli.pairs import (
     final_token_pair,
     right_on_both,
     swap_pair,
-    target_slot,
+    target_place,
 )
 from hooked_vlm.stimuli.prompts import DIRECTIONS, OPPOSITE
 from hooked_vlm.stimuli.squares import COLORS as RGB
@@ -127,11 +127,11 @@ def test_swap_pair_mirrors_and_asks_for_the_ends(direction):
     assert counterfactual.entities == clean.entities[::-1]
     assert clean.direction == counterfactual.direction == direction
     assert clean.reference == counterfactual.reference == "t1"
-    slot = {"left": 0, "right": 2, "above": 0, "below": 2}[direction]
-    assert (clean.entities[slot], pair.clean_answer) == ("t0", "t0")
-    assert (counterfactual.entities[slot], pair.swapped_answer) == ("t2", "t2")
+    place = {"left": 0, "right": 2, "above": 0, "below": 2}[direction]
+    assert (clean.entities[place], pair.clean_answer) == ("t0", "t0")
+    assert (counterfactual.entities[place], pair.swapped_answer) == ("t2", "t2")
     expected = {0: ("t0", "t1", "t2"), 2: ("t2", "t1", "t0")}
-    assert clean.entities == expected[slot]
+    assert clean.entities == expected[place]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -143,7 +143,7 @@ def test_final_token_pair_separates_clean_ordering_and_attribute(direction):
     assert clean.reference == counterfactual.reference == "t1"
     answers = pair.clean_answer, pair.ordering_answer, pair.attribute_answer
     assert answers == ("t0", "t2", "t3")
-    asked, asked_opposite = target_slot(direction), target_slot(OPPOSITE[direction])
+    asked, asked_opposite = target_place(direction), target_place(OPPOSITE[direction])
     assert {asked, asked_opposite} == {0, 2}
     assert clean.entities[asked] == "t0"
     assert clean.entities[asked_opposite] == "t2"

@@ -29,15 +29,15 @@ def painted(image: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("direction", ["right", "above"])
-def test_entities_stand_inside_their_slots_and_nowhere_else(name, direction):
+def test_entities_stand_inside_their_places_and_nowhere_else(name, direction):
     stimuli = stimulus_set(name)
     first, middle, last = stimuli.names[:3]
     question = Question((first, middle, last), direction)
     axis = question.axis
     empty = stimuli.scene((None, None, None), axis, GEOMETRY, stimuli.ground_of(question))
     changed = (pixels(stimuli.picture(question, GEOMETRY)) != pixels(empty)).any(-1)
-    for slot in range(3):
-        x0, y0, x1, y1 = GEOMETRY.slot_box(axis, slot)
+    for place in range(3):
+        x0, y0, x1, y1 = GEOMETRY.place_box(axis, place)
         assert changed[y0:y1, x0:x1].mean() > 0.25
         changed[y0:y1, x0:x1] = False
     assert not changed.any()
@@ -176,5 +176,5 @@ def test_unknown_entities_are_refused_with_the_nearest():
         shapes.paint(ImageDraw.Draw(Image.new("RGB", (9, 9))), "starr", (0, 0, 9, 9), (0, 0, 0))
     with pytest.raises(DataError, match="'coffee'"):
         photographs.shipped("cofee")
-    with pytest.raises(DataError, match="2 entities"):
+    with pytest.raises(DataError, match="got 2: "):
         squares.draw(("red", "blue"), "horizontal", GEOMETRY)

@@ -62,8 +62,8 @@ def test_every_pixel_is_right(family, axis):
     along = (n - 3 * geometry.object_tokens - 2 * geometry.gap_tokens) // 2 * geometry.token_px
     across = (n - geometry.object_tokens) // 2 * geometry.token_px
     expected = np.full((geometry.canvas, geometry.canvas, 3), 255, np.uint8)
-    for slot, name in enumerate(("brown", "green", "black")):
-        start = along + slot * step
+    for place, name in enumerate(("brown", "green", "black")):
+        start = along + place * step
         expected[across : across + size, start : start + size] = COLORS[name]
     if axis == "vertical":
         expected = expected.swapaxes(0, 1)
@@ -72,10 +72,10 @@ def test_every_pixel_is_right(family, axis):
     assert np.array_equal(np.asarray(image), expected)
 
 
-def test_an_empty_slot_stays_white():
+def test_an_empty_place_stays_white():
     geometry = geometry_for(12, 16)
     alone = np.asarray(draw((None, "red", None), "horizontal", geometry))
-    x0, y0, x1, y1 = geometry.slot_box("horizontal", 1)
+    x0, y0, x1, y1 = geometry.place_box("horizontal", 1)
     assert (alone[y0:y1, x0:x1] == COLORS["red"]).all()
     assert (alone != 255).any(-1).sum() == (x1 - x0) * (y1 - y0)
     assert (np.asarray(draw((None, None, None), "vertical", geometry)) == 255).all()
@@ -85,5 +85,5 @@ def test_unknown_colours_and_other_counts_are_refused():
     geometry = geometry_for(12, 16)
     with pytest.raises(DataError, match=r"No colour 'grey'.*Did you mean 'gray'"):
         draw(("red", "grey", "blue"), "horizontal", geometry)
-    with pytest.raises(DataError, match="2 entities were given for three slots"):
+    with pytest.raises(DataError, match="Expected three entities, one per place; got 2"):
         draw(("red", "blue"), "horizontal", geometry)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.built import on_meta
+from benchmarks.common.built import on_meta
 from helpers.live_memory import peak_live
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep
@@ -69,7 +69,7 @@ def test_cells_that_cannot_grow_are_said() -> None:
         [Ablate(1)],
     )
     text = str(sweep.plan(model).explain())
-    assert "2 cells change what rows cannot carry: run one by one" in text
+    assert "Rows cannot carry what 2 cells would change: cells run one by one" in text
 
 
 @pytest.mark.parametrize("name", ["Qwen2-VL-7B", "Gemma-3-4b"])

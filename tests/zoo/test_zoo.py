@@ -240,20 +240,20 @@ def test_answers_about_a_mixed_scene_follow_from_where_things_stand(kind):
             first, middle, last = scene.names
             assert answers == [first, last, middle, middle]
         text, answer = scene.side(rng)
-        places = [text.rfind(f"the {scene.label(slot)}") for slot in range(3)]
-        named = [slot for slot in range(3) if places[slot] >= 0]
+        starts = [text.rfind(f"the {scene.label(place)}") for place in range(3)]
+        named = [place for place in range(3) if starts[place] >= 0]
         assert len(named) == 2 and answer in (before, after)
-        subject = max(named, key=lambda s: places[s])
+        subject = max(named, key=lambda p: starts[p])
         if "reference point" not in text:  # there the reference comes first
-            subject = min(named, key=lambda s: places[s])
-        other = next(slot for slot in named if slot != subject)
+            subject = min(named, key=lambda p: starts[p])
+        other = next(place for place in named if place != subject)
         assert answer == (before if subject < other else after)
         assert scene.listing()[1].split() == list(scene.names)
 
 
 def test_a_mixed_scene_is_what_the_setting_shows():
     triple, axis = ("orange", "key", "rose"), "vertical"
-    boxes = tuple(GEOMETRY.slot_box(axis, slot) for slot in range(3))
+    boxes = tuple(GEOMETRY.place_box(axis, place) for place in range(3))
     forms = ("square", "circle", "triangle")  # which objects do not use
     for kind in ("objects", "shapes"):
         names = triple if kind == "objects" else ("red", "green", "blue")

@@ -26,10 +26,11 @@ from hooked_vlm.analysis.directions import orthonormalise, random_controls, stac
 from hooked_vlm.analysis.probes import LinearProbe, class_directions, object_examples
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import probe_regions, projected
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepare import Inputs
@@ -39,12 +40,16 @@ from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
-ID, NAME, SECTION = "E7", "amplification", "5.4, Table 2"
-TITLE = "Does amplified ordering correct wrong answers?"
-CLAIM = (
-    "On What'sUp more than half of Gemma-3-4b's and more than 0.30 of Qwen2-VL-7B's wrong answers "
-    "are corrected; on COCO-spatial accuracy rises from 0.53 to 0.72 (random directions 0.57) for "
-    "Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+ABOUT = About(
+    id="E7",
+    name="amplification",
+    section="5.4, Table 2",
+    title="Does amplified ordering correct wrong answers?",
+    claim=(
+        "On What'sUp more than half of Gemma-3-4b's and more than 0.30 of Qwen2-VL-7B's wrong "
+        "answers are corrected; on COCO-spatial accuracy rises from 0.53 to 0.72 (random "
+        "directions 0.57) for Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+    ),
 )
 FORMULAS = ("written, first", "written, last", "released", "orthonormal")
 CONTROLS = ("random, same norms", "random, same energy")
@@ -88,11 +93,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     right = {kind: np.concatenate([part[kind] for part in found], axis=2) for kind in found[0]}
     table = table_of(right, [q.direction for q in asked], config)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images={"a question's picture": setting.picture(asked[0])},
         verdict=verdict_of(table, right),
@@ -311,7 +312,7 @@ def verdict_of(table: pd.DataFrame, right: Outcomes) -> str:
     """Returns in words how amplification changes accuracy, compared with random directions."""
     base = right["released"][0, 0]
     parts = [
-        f"Accuracy without amplification {base.mean():.2f} ({len(base)} items), so "
+        f"Accuracy without amplification {base.mean():.2f} ({counted(len(base), 'item')}), so "
         f"{int((~base).sum())} could be corrected."
     ]
     for kind in ("released", "orthonormal"):

@@ -3,17 +3,22 @@
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import wilson
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows
 
 
-ID, NAME, SECTION = "E1", "behaviour", "Table 1"
-TITLE = "Does the model answer correctly?"
-CLAIM = (
-    "Accuracy of Qwen2-VL-7B and Gemma-3-4b is 0.98 to 1.00 on Squares, Shapes and Objects; on "
-    "What'sUp it is 0.73 and 0.62."
+ABOUT = About(
+    id="E1",
+    name="behaviour",
+    section="Table 1",
+    title="Does the model answer correctly?",
+    claim=(
+        "Accuracy of Qwen2-VL-7B and Gemma-3-4b is 0.98 to 1.00 on Squares, Shapes and Objects; on "
+        "What'sUp it is 0.73 and 0.62."
+    ),
 )
 
 
@@ -34,11 +39,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     table = pd.DataFrame([*rows, _row("all", every)])
     examples = {axis: next(q for q in questions if q.axis == axis) for axis in setting.axes}
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images={axis: setting.picture(q) for axis, q in examples.items()},
         verdict=_verdict(table),
@@ -61,8 +62,9 @@ def _verdict(table: pd.DataFrame) -> str:
     by = table[table["direction"] != "all"]
     worst = by.sort_values("value").iloc[0]
     alike = by["value"].nunique() == 1
-    return f"Accuracy {format_interval(every)} ({every['n']} items); " + (
+    return f"Accuracy {format_interval(every)} ({counted(every['n'], 'item')}); " + (
         f"equal in all directions ({format_interval(worst)} each)."
         if alike
-        else f"lowest for {worst['direction']!r}: {format_interval(worst)} ({worst['n']} items)."
+        else f"lowest for {worst['direction']!r}: {format_interval(worst)} "
+        f"({counted(worst['n'], 'item')})."
     )

@@ -15,23 +15,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
-from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.experiments.batches import sweep_pairs
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, format_slots, interval_rows, select
+from hooked_vlm.experiments.tables import format_interval, format_slots, score_rows, select
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.stimuli.pairs import FinalTokenPair, final_token_pair
-from hooked_vlm.sweeps.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep
 
 
-ID, NAME, SECTION = "E2", "final-token", "5.1, Fig. 3"
-TITLE = "At which slots does the final token hold ordering and attribute?"
-CLAIM = (
-    "In Qwen2-VL-7B (28 layers) on Squares, layers 0-19 keep the clean answer, 20-22 transfer the "
-    "ordering and 23-27 the attribute."
+ABOUT = About(
+    id="E2",
+    name="final-token",
+    section="5.1, Fig. 3",
+    title="At which slots does the final token hold ordering and attribute?",
+    claim=(
+        "In Qwen2-VL-7B (28 layers) on Squares, layers 0-19 keep the clean answer, 20-22 transfer "
+        "the ordering and 23-27 the attribute."
+    ),
 )
 ANSWERS = ("clean", "ordering", "attribute")
 """Probability of each of the three answers (the paper's "IIA")."""
@@ -47,30 +51,18 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     setting = Setting.of(model, config)
     pairs = setting.pairs(final_token_pair, 5, config)
     slots = range(model.cfg.n_layers + 1)
-    batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
-    on_progress(0, len(batches) * len(slots))
-    scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
-    for i, (direction, batch) in enumerate(batches):
-        scores[direction].append(
-            _sweep(setting, batch, slots).run(
-                model,
-                lambda logits, batch=batch: scored(setting, final_logits(logits), batch),
-                dims=("pair", "quantity"),
-                coords={"quantity": QUANTITIES},
-                on_progress=lambda done, total, i=i: on_progress(
-                    i * total + done, len(batches) * total
-                ),
-                logits_to_keep=1,
-            )
-        )
-    by_direction = {d: xr.concat(parts, dim="pair") for d, parts in scores.items()}
+    by_direction = sweep_pairs(
+        setting,
+        pairs,
+        lambda _, batch: _sweep(setting, batch, slots),
+        scored,
+        QUANTITIES,
+        on_progress,
+        cells=len(slots),
+    )
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
         verdict=_verdict(table),
@@ -115,10 +107,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     rows = []
     together = xr.concat(list(by_direction.values()), dim="pair")
     for direction, values in {**by_direction, "all": together}.items():
-        values = values.transpose("pair", "slot", "quantity")
-        slots = [int(slot) for slot in values["slot"]]
-        axes = {"slot": slots, "quantity": QUANTITIES}
-        rows += interval_rows(bootstrap(values.values, seed=seed), axes, direction=direction)
+        rows += score_rows(values, seed, direction=direction)
     table = pd.DataFrame(rows)
     table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
     return table

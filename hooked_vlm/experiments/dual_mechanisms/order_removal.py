@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooked_vlm.errors import CannotRunError, DataError
+from hooked_vlm.errors import CannotRunError, DataError, counted
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.inputs.prepare import Inputs
@@ -31,7 +31,7 @@ from hooked_vlm.stimuli.pairs import Question
 SLOT = 0
 """The slot at which the order is removed: the language model's input with the image merged."""
 MIDDLE = 1
-SLOTS = range(3)
+PLACES = range(3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,22 +61,22 @@ class References:
 
     @cached_property
     def in_middle(self) -> Sequence[Recording]:
-        """By slot: activations of the picture with that slot's entity alone in the middle."""
-        return [self._shown(lambda q, s=slot: alone(q.entities[s], MIDDLE)) for slot in SLOTS]
+        """By place: activations of the picture with that place's entity alone in the middle."""
+        return [self._shown(lambda q, s=place: alone(q.entities[s], MIDDLE)) for place in PLACES]
 
     @cached_property
     def in_place(self) -> Sequence[Recording]:
-        """By slot: activations of the picture with that slot's entity alone at its own place."""
-        return [self._shown(lambda q, s=slot: alone(q.entities[s], s)) for slot in SLOTS]
+        """By place: activations of the picture with that place's entity alone at its own place."""
+        return [self._shown(lambda q, s=place: alone(q.entities[s], s)) for place in PLACES]
 
     @cached_property
     def empty(self) -> Recording:
         """Activations of the empty picture."""
         return self._shown(lambda _: (None, None, None))
 
-    def cells(self, slot: int) -> Region:
-        """Returns the cells of a slot's object."""
-        return self.setting.geometry.object_region(self.axis, slot)
+    def cells(self, place: int) -> Region:
+        """Returns the cells of a place's object."""
+        return self.setting.geometry.object_region(self.axis, place)
 
     @property
     def background(self) -> Region:
@@ -108,13 +108,13 @@ def references(setting: Setting, questions: Sequence[Question]) -> References:
     return References(setting, questions)
 
 
-def alone(name: str, slot: int) -> tuple[str | None, ...]:
-    """Returns the entities of a picture with one entity, in a slot.
+def alone(name: str, place: int) -> tuple[str | None, ...]:
+    """Returns the entities of a picture with one entity, in a place.
 
     >>> alone("red", 1)
     (None, 'red', None)
     """
-    return tuple(name if s == slot else None for s in SLOTS)
+    return tuple(name if s == place else None for s in PLACES)
 
 
 def embedded(model: Any, inputs: Inputs) -> Recording:
@@ -127,13 +127,14 @@ def embedded(model: Any, inputs: Inputs) -> Recording:
 
 def check_cover(layout: Layout, axis: str) -> None:
     """Raises `CannotRunError` unless objects and background cover every cell exactly once."""
-    parts = [layout.object_region(axis, slot) for slot in SLOTS] + [layout.background(axis)]
+    parts = [layout.object_region(axis, place) for place in PLACES] + [layout.background(axis)]
     counts = np.sum([part.mask for part in parts], axis=0)
     if not (counts == 1).all():
         raise CannotRunError(
-            f"Objects and background of this layout cover {int((counts == 0).sum())} cells never "
-            f"and {int((counts > 1).sum())} more than once ({axis}); a removal must write every "
-            "image token once. Use a layout whose parts cover the grid."
+            "Objects and background of this layout leave out "
+            f"{counted(int((counts == 0).sum()), 'cell')} and cover {int((counts > 1).sum())} more "
+            f"than once ({axis}); a removal must write every image token once. Use a layout whose "
+            "parts cover the grid."
         )
 
 
@@ -169,11 +170,11 @@ def _objects(found: References, sources: Sequence[Recording], read_at: int | Non
     return [
         Patch(
             SLOT,
-            at=found.cells(slot),
-            source=sources[slot],
+            at=found.cells(place),
+            source=sources[place],
             source_at=None if read_at is None else found.cells(read_at),
         )
-        for slot in SLOTS
+        for place in PLACES
     ]
 
 

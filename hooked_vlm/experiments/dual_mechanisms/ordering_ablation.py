@@ -18,27 +18,29 @@ import torch
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import (
     bootstrap,
-    holm,
-    paired_difference,
-    sign_flip_test,
     wilson,
 )
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import over_batches
 from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, references
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import difference_rows, format_interval, interval_rows, select
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
-ID, NAME, SECTION = "E5", "ordering-ablation", "5.3.1, Fig. 8, Table 5"
-TITLE = "How accurate is the model without the order from the vision encoder?"
-CLAIM = (
-    "Accuracy falls towards chance (0.33) and stays above it: Qwen2-VL-7B 0.60, 0.62 and 0.43 and "
-    "Gemma-3-4b 0.57, 0.64 and 0.54 on Squares, Shapes and Objects."
+ABOUT = About(
+    id="E5",
+    name="ordering-ablation",
+    section="5.3.1, Fig. 8, Table 5",
+    title="How accurate is the model without the order from the vision encoder?",
+    claim=(
+        "Accuracy falls towards chance (0.33) and stays above it: Qwen2-VL-7B 0.60, 0.62 and 0.43 "
+        "and Gemma-3-4b 0.57, 0.64 and 0.54 on Squares, Shapes and Objects."
+    ),
 )
 CHANCE = 1 / 3
 QUANTITIES = ("accuracy", "probability")
@@ -58,20 +60,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks the setting's questions intact and under each way of removing the order."""
     setting = Setting.of(model, config)
     asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
-    batches = [(d, batch) for d, found in asked.items() for batch in setting.batches(found)]
-    on_progress(0, len(batches))
-    scores: dict[str, list[np.ndarray]] = {direction: [] for direction in asked}
-    for done, (direction, batch) in enumerate(batches, start=1):
-        scores[direction].append(_scores(setting, batch))
-        on_progress(done, len(batches))
+    scores = over_batches(setting, asked, lambda _, batch, __: _scores(setting, batch), on_progress)
     by_direction = {d: np.concatenate(parts, axis=1) for d, parts in scores.items()}
     table = _table(by_direction, config.seed)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images=_pictures(setting, asked),
         verdict=_verdict(table),
@@ -132,14 +125,14 @@ def _table(by_direction: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
         )
         others = [kind for kind in REMOVALS if kind != "intact"]
         intact = right[:1].repeat(len(others), axis=0)
-        found = interval_rows(
-            paired_difference(right[1:].T, intact.T, seed=seed),
+        rows += difference_rows(
+            right[1:].T,
+            intact.T,
             {"kind": others},
+            seed,
             direction=direction,
             quantity="difference",
         )
-        adjusted = holm(sign_flip_test(right[1:].T, intact.T, seed=seed))
-        rows += [{**row, "p_holm": float(p)} for row, p in zip(found, adjusted, strict=True)]
     return pd.DataFrame(rows)
 
 

@@ -1,7 +1,7 @@
 """E3, ordering probes: can the order be read from object tokens and from the background?
 
 (paper, 5.2.1, Fig. 4)  A linear probe is fitted to the projector's output at object tokens
-only, with the object's slot as its label, and applied to every visual token of held-out
+only, with the object's place as its label, and applied to every visual token of held-out
 pictures.  If it assigns background tokens to their strips, the background holds the order.
 """
 
@@ -24,7 +24,7 @@ from hooked_vlm.analysis.probes import (
 )
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows
 from hooked_vlm.hooks.names import PROJECTOR
@@ -33,11 +33,15 @@ from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 
 
-ID, NAME, SECTION = "E3", "ordering-probes", "5.2.1, Fig. 4"
-TITLE = "Is the order in the visual tokens, and in the background too?"
-CLAIM = (
-    "Probes on the projector's output are near-perfect on held-out object tokens, and their maps "
-    "show strips that run through the background."
+ABOUT = About(
+    id="E3",
+    name="ordering-probes",
+    section="5.2.1, Fig. 4",
+    title="Is the order in the visual tokens, and in the background too?",
+    claim=(
+        "Probes on the projector's output are near-perfect on held-out object tokens, and their "
+        "maps show strips that run through the background."
+    ),
 )
 CHANCE = 1 / 3
 MARGIN = 0.05
@@ -80,11 +84,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     item_axes = [name.split()[0] for name in maps]
     item_coords = {"item": list(maps), "axis": ("item", item_axes)}
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={
             "mean_maps": mean_maps,
@@ -110,7 +110,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         config={"seed": config.seed, "probe": LinearProbe(seed=config.seed).get_params()},
         notes=(
             "Features are the projector's output. All pictures of an axis are split 75/25 by "
-            "picture; every object token is an example labelled by its slot.",
+            "picture; every object token is an example labelled by its place.",
             "'background' counts, on held-out pictures, the background tokens that the probe "
             "assigns to the strip that contains them; without any signal the share is about 1/3. "
             "The control is fitted and scored on labels shuffled among each picture's objects.",
@@ -165,10 +165,10 @@ def read_order(geometry: Layout, axis: str, features: torch.Tensor, seed: int) -
 
 
 def probe_regions(geometry: Layout, axis: str) -> list[Region]:
-    """Returns the cells of each slot's object that probes are fitted to."""
+    """Returns the cells of each place's object that probes are fitted to."""
     # What'sUp's boxes for probes are not those for swaps (protocol 2.7).
     region = getattr(geometry, "probe_region", geometry.object_region)
-    return [region(axis, slot) for slot in range(3)]
+    return [region(axis, place) for place in range(3)]
 
 
 def read_some(
@@ -178,7 +178,7 @@ def read_some(
     shown: Sequence[Sequence[int]],
     seed: int,
 ) -> list[dict]:
-    """Returns the table rows of `read_order` for pictures in which only some slots are filled."""
+    """Returns the table rows of `read_order` for pictures in which only some places are filled."""
     return _fit_and_read(geometry, axis, features, shown, seed)[2]
 
 
@@ -201,8 +201,8 @@ def _fit_and_read(
     n = geometry.shape[0]
     grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
     strip = np.zeros(geometry.shape, dtype=int)
-    for slot in range(3):
-        strip[geometry.strip_region(axis, slot).mask] = slot
+    for place in range(3):
+        strip[geometry.strip_region(axis, place).mask] = place
     background = geometry.background(axis).mask
     shares = {}
     for quantity, fitted in (("background", probe), ("background, shuffled", control)):
@@ -261,7 +261,7 @@ def background_shares(maps: torch.Tensor, own: np.ndarray, background: np.ndarra
 
 
 def _object_cells(setting: Setting, axis: str) -> np.ndarray:
-    return np.stack([setting.geometry.object_region(axis, slot).mask for slot in range(3)])
+    return np.stack([setting.geometry.object_region(axis, place).mask for place in range(3)])
 
 
 def _verdict(table: pd.DataFrame) -> str:

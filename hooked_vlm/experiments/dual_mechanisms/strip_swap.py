@@ -15,16 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
-from hooked_vlm.analysis.statistics import bootstrap, holm, paired_difference, sign_flip_test
+from hooked_vlm.experiments.batches import sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, strips_of
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import (
+    difference_rows,
     format_interval,
     format_names,
     format_slots,
-    interval_rows,
+    score_rows,
     select,
 )
 from hooked_vlm.hooks.names import slot_name
@@ -33,14 +34,18 @@ from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
-from hooked_vlm.sweeps.sweep import Sweep, final_logits
+from hooked_vlm.sweeps.sweep import Sweep
 
 
-ID, NAME, SECTION = "E4", "strip-swap", "5.2.2, Figs. 5-7"
-TITLE = "Whose tokens flip the answer: the objects' or the strips'?"
-CLAIM = (
-    "Swapping whole strips flips the answer up to about layer 23-24 of Qwen2-VL-7B; swapping the "
-    "object cells alone does not."
+ABOUT = About(
+    id="E4",
+    name="strip-swap",
+    section="5.2.2, Figs. 5-7",
+    title="Whose tokens flip the answer: the objects' or the strips'?",
+    claim=(
+        "Swapping whole strips flips the answer up to about layer 23-24 of Qwen2-VL-7B; swapping "
+        "the object cells alone does not."
+    ),
 )
 QUANTITIES = ("swapped", "clean", "agreement", "log odds")
 """Probability of the swapped answer (the paper's "IIA") and of the clean answer; whether the
@@ -62,35 +67,22 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     regions = SwapRegions.of(setting.geometry, setting.axes)
     pairs = setting.pairs(swap_pair, 3, config)
     slots = list(range(model.cfg.n_layers + 1))
-    batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
-    cells = len(slots) * len(regions.kinds)
-    on_progress(0, len(batches) * cells)
-    scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
-    for i, (direction, batch) in enumerate(batches):
-        sweep = _sweep(setting, batch, regions.pairs[AXIS_OF[direction]], slots)
-        scores[direction].append(
-            sweep.run(
-                model,
-                lambda logits, batch=batch: scored(setting, final_logits(logits), batch),
-                dims=("pair", "quantity"),
-                coords={"quantity": QUANTITIES},
-                on_progress=lambda done, total, i=i: on_progress(
-                    i * total + done, len(batches) * total
-                ),
-                logits_to_keep=1,
-            )
-        )
+    by_direction = sweep_pairs(
+        setting,
+        pairs,
+        lambda direction, batch: _sweep(setting, batch, regions.pairs[AXIS_OF[direction]], slots),
+        scored,
+        QUANTITIES,
+        on_progress,
+        cells=len(slots) * len(regions.kinds),
+    )
     by_direction = {
-        d: xr.concat(parts, dim="pair").assign_coords(pair=[_name(pair) for pair in pairs[d]])
-        for d, parts in scores.items()
+        d: values.assign_coords(pair=[_name(pair) for pair in pairs[d]])
+        for d, values in by_direction.items()
     }
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
         images=_pictures(setting, pairs),
@@ -148,22 +140,19 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     rows = []
     together = xr.concat(list(by_direction.values()), dim="pair")
     for direction, values in {**by_direction, "all": together}.items():
-        values = values.transpose("pair", "kind", "slot", "quantity")
-        slots = [int(slot) for slot in values["slot"]]
+        rows += score_rows(values, seed, direction=direction)
+        swapped = values.sel(quantity="swapped").transpose("pair", "kind", "slot")
         kinds = [str(kind) for kind in values["kind"].values]
-        axes = {"kind": kinds, "slot": slots, "quantity": QUANTITIES}
-        rows += interval_rows(bootstrap(values.values, seed=seed), axes, direction=direction)
-        swapped = values.sel(quantity="swapped")
         strip, inside = (swapped.sel(kind=k).values for k in (strips_of(kinds), "object"))
-        found = interval_rows(
-            paired_difference(strip, inside, seed=seed),
-            {"slot": slots},
+        rows += difference_rows(
+            strip,
+            inside,
+            {"slot": values["slot"].values.tolist()},
+            seed,
             direction=direction,
             kind="strip - object",
             quantity="difference",
         )
-        adjusted = holm(sign_flip_test(strip, inside, seed=seed))
-        rows += [{**row, "p_holm": float(p)} for row, p in zip(found, adjusted, strict=True)]
     table = pd.DataFrame(rows)
     table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
     return table
@@ -178,8 +167,8 @@ def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:
         if f"{axis} regions" in pictures:
             continue
         grid = setting.inputs([question]).grid
-        regions = [geometry.strip_region(axis, slot) for slot in (0, 2)]
-        regions += [geometry.object_region(axis, slot) for slot in (0, 2)]
+        regions = [geometry.strip_region(axis, place) for place in (0, 2)]
+        regions += [geometry.object_region(axis, place) for place in (0, 2)]
         pictures[f"{axis} regions"] = draw_regions(setting.picture(question), grid, regions)
     return pictures
 

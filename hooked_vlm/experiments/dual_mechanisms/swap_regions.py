@@ -76,10 +76,10 @@ def cell_pairs(geometry: Layout, axis: str, kind: str) -> CellPairs:
 
     Raises `RegionError` for strips of unequal size, except when they are aligned.
     """
-    left, right = (geometry.object_region(axis, slot) for slot in (0, 2))
+    left, right = (geometry.object_region(axis, place) for place in (0, 2))
     if kind == "object":
         return swap_pairs(left, right)
-    first, last = (geometry.strip_region(axis, slot) for slot in (0, 2))
+    first, last = (geometry.strip_region(axis, place) for place in (0, 2))
     if kind in ("strip", ALIGNED):
         pairing = "aligned" if kind == ALIGNED else "published"
         return swap_pairs(first, last, pairing, objects=(left, right))

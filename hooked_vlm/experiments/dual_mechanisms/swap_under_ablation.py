@@ -14,16 +14,16 @@ import torch
 import xarray as xr
 
 from hooked_vlm.analysis.scoring import normalise, top_answer
-from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED, QUANTITIES, scored
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, format_names, interval_rows, select
+from hooked_vlm.experiments.tables import format_interval, format_names, score_rows, select
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording
@@ -34,11 +34,15 @@ from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
-ID, NAME, SECTION = "E6", "swap-under-ablation", "5.3.2, Fig. 9"
-TITLE = "Does the language model compute an order of its own?"
-CLAIM = (
-    "With vision's order removed, object swaps flip the answer in middle layers (about 11-20 of "
-    "28; v1 of the paper says 13-17): the language model's own, second mechanism."
+ABOUT = About(
+    id="E6",
+    name="swap-under-ablation",
+    section="5.3.2, Fig. 9",
+    title="Does the language model compute an order of its own?",
+    claim=(
+        "With vision's order removed, object swaps flip the answer in middle layers (about 11-20 "
+        "of 28; v1 of the paper says 13-17): the language model's own, second mechanism."
+    ),
 )
 
 
@@ -58,25 +62,16 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     except CannotRunError:
         return _nothing_left(config)
     slots = list(range(model.cfg.n_layers + 1))
-    batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
     regions = SwapRegions.of(setting.geometry, setting.axes)
-    cells = len(slots) * len(regions.kinds)
-    on_progress(0, len(batches) * cells)
-    scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
-    for i, (direction, batch) in enumerate(batches):
-        scores[direction].append(
-            _sweep(setting, batch, regions.pairs[AXIS_OF[direction]], slots).run(
-                model,
-                lambda logits, batch=batch: scored(setting, final_logits(logits), batch),
-                dims=("pair", "quantity"),
-                coords={"quantity": QUANTITIES},
-                on_progress=lambda done, total, i=i: on_progress(
-                    i * total + done, len(batches) * total
-                ),
-                logits_to_keep=1,
-            )
-        )
-    by_direction = {d: xr.concat(parts, dim="pair") for d, parts in scores.items()}
+    by_direction = sweep_pairs(
+        setting,
+        pairs,
+        lambda direction, batch: _sweep(setting, batch, regions.pairs[AXIS_OF[direction]], slots),
+        scored,
+        QUANTITIES,
+        on_progress,
+        cells=len(slots) * len(regions.kinds),
+    )
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return _result(
         table,
@@ -127,13 +122,9 @@ def _sweep(
 def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> pd.DataFrame:
     rows = []
     for direction, values in by_direction.items():
-        values = values.transpose("pair", "kind", "slot", "quantity")
         if values.sizes["pair"] < 2:
             continue  # no interval over one pair
-        slots = [int(slot) for slot in values["slot"]]
-        kinds = [str(kind) for kind in values["kind"].values]
-        axes = {"kind": kinds, "slot": slots, "quantity": QUANTITIES}
-        rows += interval_rows(bootstrap(values.values, seed=seed), axes, direction=direction)
+        rows += score_rows(values, seed, direction=direction)
     table = pd.DataFrame(rows)
     if len(table):
         table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
@@ -156,11 +147,7 @@ def _result(
     notes: tuple[str, ...] = (),
 ) -> Result:
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays=arrays,
         verdict=verdict,

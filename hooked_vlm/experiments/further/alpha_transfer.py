@@ -16,17 +16,21 @@ from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.dual_mechanisms import amplification
 from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, held_out_change, outcomes
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.stimuli.pairs import Question
 
 
-ID, NAME, SECTION = "Q1", "alpha-transfer", "open question on 5.4"
-TITLE = "Does the strength carry over to other data?"
-CLAIM = (
-    "The paper chooses alpha on the items that it evaluates; whether a strength chosen elsewhere "
-    "helps is left open."
+ABOUT = About(
+    id="Q1",
+    name="alpha-transfer",
+    section="open question on 5.4",
+    title="Does the strength carry over to other data?",
+    claim=(
+        "The paper chooses alpha on the items that it evaluates; whether a strength chosen "
+        "elsewhere helps is left open."
+    ),
 )
 FORMULA = "released"
 
@@ -80,11 +84,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             asked[target] = questions
     table = _table(right, asked, config)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         verdict=_verdict(table, config.settings),
         config={"settings": list(config.settings), "items": config.items, "seed": config.seed},

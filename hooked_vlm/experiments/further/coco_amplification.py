@@ -23,7 +23,7 @@ from hooked_vlm.analysis.directions import stack
 from hooked_vlm.analysis.probes import Examples, LinearProbe, class_directions, split_by_image
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
-from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning
+from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, counted
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
     CONTROLS,
     Strengths,
@@ -35,7 +35,7 @@ from hooked_vlm.experiments.dual_mechanisms.amplification import (
 )
 from hooked_vlm.experiments.further.coco_spatial import listed_files, opened, usable_items
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepare import Inputs
@@ -46,11 +46,15 @@ from hooked_vlm.stimuli.datasets.coco_boxes import find as annotations
 from hooked_vlm.sweeps.sweep import final_logits
 
 
-ID, NAME, SECTION = "R2", "coco-amplification", "5.4, Table 2 (v2)"
-TITLE = "Does amplified ordering correct wrong answers on photographs?"
-CLAIM = (
-    "On COCO-spatial (440 items) accuracy rises from 0.53 to 0.72 (random directions 0.57) for "
-    "Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+ABOUT = About(
+    id="R2",
+    name="coco-amplification",
+    section="5.4, Table 2 (v2)",
+    title="Does amplified ordering correct wrong answers on photographs?",
+    claim=(
+        "On COCO-spatial (440 items) accuracy rises from 0.53 to 0.72 (random directions 0.57) for "
+        "Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
+    ),
 )
 TEST_SHARE = 0.05
 FEWEST = 4
@@ -124,7 +128,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         right = [item for item in own if told[item].right]
         if len(right) < FEWEST:
             left_out.append(
-                f"{axis}: {len(right)} of {len(own)} items correct, too few for a probe."
+                f"{axis}: {len(right)} of {counted(len(own), 'item')} correct, too few for a probe."
             )
             continue
         probe, interval = fitted([told[item] for item in right], config.seed)
@@ -147,11 +151,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     table = table_of(outcomes, [item.item.axis for item in items], config)
     probes = type(table)(rows)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=type(table)([*table.to_dict("records"), *rows]),
         images={"an item": opened(items[0].item)},
         verdict="\n".join(

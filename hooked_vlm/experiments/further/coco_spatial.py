@@ -16,19 +16,23 @@ from PIL import Image
 
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.stimuli.datasets.coco import Spatial, SpatialItem, listing_of, load
 from hooked_vlm.stimuli.pictures import open_picture
 from hooked_vlm.sweeps.sweep import final_logits
 
 
-ID, NAME, SECTION = "R1", "coco-spatial", "Table 2"
-TITLE = "Does the model answer questions about sides on photographs?"
-CLAIM = "Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60."
+ABOUT = About(
+    id="R1",
+    name="coco-spatial",
+    section="Table 2",
+    title="Does the model answer questions about sides on photographs?",
+    claim="Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +98,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     table = _table(found.items, answers)
     problems = "; ".join(found.problems[:5])
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images={"an item": opened(found.items[0])},
         verdict=_verdict(table),
@@ -146,6 +146,7 @@ def _verdict(table: pd.DataFrame) -> str:
         here = {str(row["quantity"]): row for _, row in select(table, axis=axis).iterrows()}
         parts.append(
             f"{axis}: accuracy {format_interval(here['accuracy'])} in both orders "
-            f"({here['accuracy']['n']} items), {format_interval(here['single'])} of single answers"
+            f"({counted(here['accuracy']['n'], 'item')}), {format_interval(here['single'])} of "
+            "single answers"
         )
     return "; ".join(parts) + "."

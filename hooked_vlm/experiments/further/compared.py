@@ -6,16 +6,36 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hooked_vlm.analysis.statistics import holm, paired_difference, sign_flip_test
+from hooked_vlm.analysis.statistics import paired_difference
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import difference_rows, format_interval, interval_rows, select
 
 
 DIFFERENCE = "paired difference"
 """The quantity of comparing rows: the other kind of picture minus the first kind.
 
 E4's "difference" is another quantity: strips minus objects on one kind of picture."""
+
+
+def part_of(on_progress: OnProgress, index: int, of: int) -> OnProgress:
+    """Returns the progress callback of one of several parts, each counted as 100 steps."""
+
+    def told(done: int, total: int) -> None:
+        on_progress(100 * index + round(100 * done / max(total, 1)), 100 * of)
+
+    return told
+
+
+def rows_between(first: Mapping[str, Result], other: Mapping[str, Result], seed: int) -> list[dict]:
+    """Returns the rows that compare two kinds of picture, from results by experiment name."""
+    rows = []
+    for module, rows_of in ((ordering_probes, probe_rows), (strip_swap, swap_rows)):
+        name = module.ABOUT.name
+        if name in first and name in other:
+            rows += rows_of(first[name], other[name], seed)
+    return rows
 
 
 def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
@@ -27,7 +47,7 @@ def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
         if here.shape == there.shape:
             found = paired_difference(there, here, seed=seed)
             rows += interval_rows(
-                found, {}, axis=axis, quantity=DIFFERENCE, part=ordering_probes.NAME
+                found, {}, axis=axis, quantity=DIFFERENCE, part=ordering_probes.ABOUT.name
             )
     return rows
 
@@ -50,23 +70,23 @@ def swap_rows(first: Result, other: Result, seed: int) -> list[dict]:
             found.sel(pair=common, kind=kind, quantity="swapped").transpose("pair", "slot").values
             for found in (a, b)
         )
-        found = interval_rows(
-            paired_difference(there, here, seed=seed),
+        rows += difference_rows(
+            there,
+            here,
             {"slot": [int(slot) for slot in a["slot"]]},
+            seed,
             direction="all",
             kind=kind,
             quantity=DIFFERENCE,
-            part=strip_swap.NAME,
+            part=strip_swap.ABOUT.name,
         )
-        adjusted = holm(sign_flip_test(there, here, seed=seed))
-        rows += [{**row, "p_holm": float(p)} for row, p in zip(found, adjusted, strict=True)]
     return rows
 
 
 def said_swaps(table: pd.DataFrame) -> str:
     """Returns in words, by kind, the clear differences of swaps on the other kind of picture."""
     words = []
-    rows = select(table, part=strip_swap.NAME, quantity=DIFFERENCE)
+    rows = select(table, part=strip_swap.ABOUT.name, quantity=DIFFERENCE)
     for kind in dict.fromkeys(rows["kind"]):
         here = select(rows, kind=kind)
         clear = here[(here["p_holm"] <= 0.05) & (here["value"].abs() >= strip_swap.SMALLEST)]

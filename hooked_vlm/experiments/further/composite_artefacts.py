@@ -28,7 +28,7 @@ from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
 from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.stimuli import photographs
@@ -38,11 +38,15 @@ from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
-ID, NAME, SECTION = "Q4", "composite-artefacts", "open question on What'sUp composites"
-TITLE = "Are composites of two photographs an artefact?"
-CLAIM = (
-    "The paper joins halves of two photographs and does not measure what the seam does; v1's "
-    "amplification and swaps on What'sUp rest on such pictures."
+ABOUT = About(
+    id="Q4",
+    name="composite-artefacts",
+    section="open question on What'sUp composites",
+    title="Are composites of two photographs an artefact?",
+    claim=(
+        "The paper joins halves of two photographs and does not measure what the seam does; v1's "
+        "amplification and swaps on What'sUp rest on such pictures."
+    ),
 )
 VARIANTS = ("whole", "joined", "seam moved", "seam blended", "half mirrored")
 UNCUT = "uncut, two things"
@@ -69,36 +73,32 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     on_progress(0, 100 * total)
     tables, images, missing = [], {}, []
     results: dict[str, dict[str, Result]] = {variant: {} for variant in variants}
-    place = 0
+    done = 0
     for variant in variants:
         setting = Setting(model, composites(plain, variant, config.data), config.batch_size)
         images[variant] = setting.picture(setting.stimuli.items()[0])
         for experiment in (ordering_probes, strip_swap):
-
-            def told(done: int, of: int, place: int = place) -> None:
-                on_progress(100 * place + round(100 * done / max(of, 1)), 100 * total)
-
-            place += 1
+            told = compared.part_of(on_progress, done, total)
+            done += 1
             try:
                 found = experiment.run_on(setting, replace(config, setting="squares"), told)
             except CannotRunError as error:  # no pair is answered correctly there
                 missing.append(f"{variant}: {error}")
                 continue
-            results[variant][experiment.NAME] = found
-            tables.append(found.table.assign(variant=variant, part=experiment.NAME))
+            results[variant][experiment.ABOUT.name] = found
+            tables.append(found.table.assign(variant=variant, part=experiment.ABOUT.name))
     if real:
         setting = Setting(model, composites(plain, variants[0], config.data), config.batch_size)
         rows, images[UNCUT] = _uncut(setting, whatsup.load(_folder(config)), config.seed)
-        tables.append(pd.DataFrame(rows).assign(variant=UNCUT, part=ordering_probes.NAME))
+        tables.append(pd.DataFrame(rows).assign(variant=UNCUT, part=ordering_probes.ABOUT.name))
         on_progress(100 * total, 100 * total)
-    tables += _differences(results, config.seed)
+    first, *others = results
+    for variant in others:
+        rows = compared.rows_between(results[first], results[variant], config.seed)
+        tables += [pd.DataFrame(rows).assign(variant=variant)] if rows else []
     table = pd.concat(tables, ignore_index=True)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         images=images,
         verdict="\n".join([_probes(table), _swaps(table, variants), *missing]),
@@ -207,12 +207,12 @@ def _uncut(
     """Returns what probes read on uncut photographs of two things, and one of them."""
     geometry, side = setting.geometry, setting.geometry.canvas
     reference = str(setting.stimuli.middle)
-    shown = [(n, slot) for n in data.satellites(reference) for slot in (0, 2)]
+    shown = [(n, place) for n in data.satellites(reference) for place in (0, 2)]
     pictures = [
-        whatsup.opened(data, name, "left_of" if slot == 0 else "right_of", reference).resize(
+        whatsup.opened(data, name, "left_of" if place == 0 else "right_of", reference).resize(
             (side, side), Image.Resampling.BILINEAR
         )
-        for name, slot in shown
+        for name, place in shown
     ]
     question = setting.stimuli.items(("left",))[0]
     features = torch.cat(
@@ -222,29 +222,14 @@ def _uncut(
         ]
     )
     return ordering_probes.read_some(
-        geometry, "horizontal", features, [(slot, 1) for _, slot in shown], seed
+        geometry, "horizontal", features, [(place, 1) for _, place in shown], seed
     ), pictures[0]
-
-
-def _differences(results: dict[str, dict[str, Result]], seed: int) -> list[pd.DataFrame]:
-    first, *others = results
-    tables = []
-    for variant in others:
-        for part, rows_of in (
-            (ordering_probes.NAME, compared.probe_rows),
-            (strip_swap.NAME, compared.swap_rows),
-        ):
-            pair = [results[name].get(part) for name in (first, variant)]
-            if pair[0] is not None and pair[1] is not None:
-                rows = rows_of(pair[0], pair[1], seed)
-                tables.append(pd.DataFrame(rows).assign(variant=variant))
-    return tables
 
 
 def _probes(table: pd.DataFrame) -> str:
     words = []
     for variant in dict.fromkeys(table["variant"]):
-        here = select(table, variant=variant, part=ordering_probes.NAME)
+        here = select(table, variant=variant, part=ordering_probes.ABOUT.name)
         found = {str(row["quantity"]): row for _, row in here.iterrows()}
         moved = found.get(compared.DIFFERENCE)
         words.append(
@@ -267,7 +252,7 @@ def _apart(moved: pd.Series) -> bool:
 def _swaps(table: pd.DataFrame, variants: Sequence[str]) -> str:
     words, less = [], []
     for variant in variants:
-        here = select(table, variant=variant, part=strip_swap.NAME, direction="all")
+        here = select(table, variant=variant, part=strip_swap.ABOUT.name, direction="all")
         swapped = select(here, quantity="swapped")
         if swapped.empty:
             continue

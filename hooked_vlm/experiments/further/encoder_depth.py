@@ -25,7 +25,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import read_order
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR, VISION
@@ -35,9 +35,13 @@ from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
-ID, NAME, SECTION = "Q5", "encoder-depth", "open question on 5.2"
-TITLE = "At which depth of the vision encoder does the background hold the order?"
-CLAIM = "The paper finds strips in the projector's output and leaves their origin open."
+ABOUT = About(
+    id="Q5",
+    name="encoder-depth",
+    section="open question on 5.2",
+    title="At which depth of the vision encoder does the background hold the order?",
+    claim="The paper finds strips in the projector's output and leaves their origin open.",
+)
 KINDS = ("strip", "object")
 LOOKED_AT = 8
 """Number of pictures of each axis over which attention is averaged."""
@@ -84,11 +88,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     table = pd.DataFrame(rows)
     shape = (len(setting.axes), len(sites), *maps[0].shape)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={
             "maps": xr.DataArray(
@@ -240,15 +240,15 @@ def attention_shares(setting: Setting, axis: str, pattern: Tensor) -> np.ndarray
     def patches(region) -> np.ndarray:
         return np.kron(region.mask, np.ones((m, m), dtype=bool)).ravel()
 
-    objects = [patches(setting.geometry.object_region(axis, slot)) for slot in range(3)]
+    objects = [patches(setting.geometry.object_region(axis, place)) for place in range(3)]
     background = patches(setting.geometry.background(axis))
     own, other = [], []
     weights = pattern.double().cpu().numpy()
-    for slot in range(3):
-        queries = patches(setting.geometry.strip_region(axis, slot)) & background
+    for place in range(3):
+        queries = patches(setting.geometry.strip_region(axis, place)) & background
         given = np.array([weights[queries][:, cells].mean() for cells in objects]) * n * n
-        own.append(given[slot])
-        other.append(given[[s for s in range(3) if s != slot]].mean())
+        own.append(given[place])
+        other.append(given[[s for s in range(3) if s != place]].mean())
     return np.array([np.mean(own), np.mean(other)])
 
 

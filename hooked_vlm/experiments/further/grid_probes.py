@@ -23,7 +23,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
     fit_with_controls,
 )
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import system_of, token_grid
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
@@ -31,9 +31,13 @@ from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
 
 
-ID, NAME, SECTION = "E8", "grid-probes", "App. C.6"
-TITLE = "Are column and row of a grid in the visual tokens?"
-CLAIM = "On grids of 2x2 and 3x3 shapes, both the column and the row of an object can be read."
+ABOUT = About(
+    id="E8",
+    name="grid-probes",
+    section="App. C.6",
+    title="Are column and row of a grid in the visual tokens?",
+    claim="On grids of 2x2 and 3x3 shapes, both the column and the row of an object can be read.",
+)
 LABELS = ("column", "row")
 
 
@@ -79,11 +83,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             cells.append(f"{k}x{k} {label}")
     table = pd.DataFrame(rows)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays={
             name: xr.DataArray(

@@ -14,13 +14,17 @@ from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, select
 
 
-ID, NAME, SECTION = "E9", "photographs", "App. C.8"
-TITLE = "Do the strips persist on photographs?"
-CLAIM = "With the same layouts over photographic backgrounds the strips persist."
+ABOUT = About(
+    id="E9",
+    name="photographs",
+    section="App. C.8",
+    title="Do the strips persist on photographs?",
+    claim="With the same layouts over photographic backgrounds the strips persist.",
+)
 GROUNDS = {"white": "", "photographs": "-photos"}
 BOTH = "photographs - white"
 """The ground of rows that compare the two on the same pictures or pairs."""
@@ -53,27 +57,24 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     ]
     on_progress(0, 100 * len(parts))
     tables, arrays, images, missing = [], {}, {}, []
-    results: dict[tuple[str, str], Result] = {}
-    for place, (ground, experiment, own) in enumerate(parts):
+    results: dict[str, dict[str, Result]] = {ground: {} for ground in GROUNDS}
+    for index, (ground, experiment, own) in enumerate(parts):
         try:
-            found = experiment.run(model, own, _scaled(on_progress, place, len(parts)))
+            found = experiment.run(model, own, compared.part_of(on_progress, index, len(parts)))
         except CannotRunError as error:  # no pair is answered correctly there
-            missing.append(f"{experiment.TITLE} on {ground}: {error}")
+            missing.append(f"{experiment.ABOUT.title} on {ground}: {error}")
             continue
-        results[ground, experiment.NAME] = found
-        tables.append(found.table.assign(ground=ground, part=experiment.NAME))
+        results[ground][experiment.ABOUT.name] = found
+        tables.append(found.table.assign(ground=ground, part=experiment.ABOUT.name))
         if experiment is ordering_probes:
             arrays[f"mean_maps_{ground}"] = found.arrays["mean_maps"]
             arrays[f"object_cells_{ground}"] = found.arrays["object_cells"]
             images |= {f"{name} ({ground})": picture for name, picture in found.images.items()}
-    tables.append(pd.DataFrame(_differences(results, config.seed)).assign(ground=BOTH))
+    rows = compared.rows_between(results["white"], results["photographs"], config.seed)
+    tables.append(pd.DataFrame(rows).assign(ground=BOTH))
     table = pd.concat(tables, ignore_index=True)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         arrays=arrays,
         images=dict(list(images.items())[::3]),
@@ -90,25 +91,6 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "See E3 and E4 for how each number is computed.",
         ),
     )
-
-
-def _scaled(on_progress: OnProgress, place: int, of: int) -> OnProgress:
-    def told(done: int, total: int) -> None:
-        on_progress(100 * place + round(100 * done / max(total, 1)), 100 * of)
-
-    return told
-
-
-def _differences(results: dict[tuple[str, str], Result], seed: int) -> list[dict]:
-    rows = []
-    for experiment, rows_of in (
-        (ordering_probes, compared.probe_rows),
-        (strip_swap, compared.swap_rows),
-    ):
-        pair = [results.get((ground, experiment.NAME)) for ground in GROUNDS]
-        if pair[0] is not None and pair[1] is not None:
-            rows += rows_of(pair[0], pair[1], seed)
-    return rows
 
 
 def _probes(table: pd.DataFrame) -> str:

@@ -20,10 +20,11 @@ from torch import Tensor
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import bootstrap, wilson
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import over_batches
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepare import Inputs
@@ -32,11 +33,15 @@ from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import final_logits
 
 
-ID, NAME, SECTION = "Q6", "redundancy", "open question on 5.3"
-TITLE = "Are the two mechanisms redundant or complementary?"
-CLAIM = (
-    "The paper calls the language model's mechanism secondary, from accuracy without vision's "
-    "order alone, and leaves their interaction open."
+ABOUT = About(
+    id="Q6",
+    name="redundancy",
+    section="open question on 5.3",
+    title="Are the two mechanisms redundant or complementary?",
+    claim=(
+        "The paper calls the language model's mechanism secondary, from accuracy without vision's "
+        "order alone, and leaves their interaction open."
+    ),
 )
 CELLS = ("both", "vision only", "LM only", "neither")
 ALPHA = 0.05
@@ -59,19 +64,10 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks the same questions with and without each signal, and estimates their interaction."""
     setting = Setting.of(model, config)
     asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
-    batches = [(d, batch) for d, found in asked.items() for batch in setting.batches(found)]
-    on_progress(0, len(batches))
-    scores: dict[str, list[np.ndarray]] = {direction: [] for direction in asked}
-    for done, (direction, batch) in enumerate(batches, start=1):
-        scores[direction].append(_scores(setting, batch))
-        on_progress(done, len(batches))
+    scores = over_batches(setting, asked, lambda _, batch, __: _scores(setting, batch), on_progress)
     table = _table({d: np.concatenate(s, axis=1) for d, s in scores.items()}, config.seed)
     return Result(
-        id=ID,
-        name=NAME,
-        title=TITLE,
-        claim=CLAIM,
-        section=SECTION,
+        **vars(ABOUT),
         table=table,
         verdict=_verdict(table),
         config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts
-from hooked_vlm.report import charts as plots
 from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
 
 
@@ -27,7 +26,7 @@ def _ablation(result: Result) -> Iterator[Drawing]:
 def _swap_under(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "swap-by-slot",
-        plots.swap(result.table),
+        charts.swap(result.table),
         "As in E4, with vision's order removed first: the tokens of two regions are exchanged with "
         "those of the mirrored image, at one slot at a time. At slot 0 the swapped tokens hold no "
         "order; if object cells flip the answer at a later slot, blocks of the language model "

@@ -8,7 +8,7 @@ import xarray as xr
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look
 from hooked_vlm.report import maps as plots
-from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
 from hooked_vlm.report.look import BLUE, ORANGE, Look
 
 
@@ -61,7 +61,7 @@ def _photographs(result: Result) -> Iterator[Drawing]:
             line="ground",
             panel="axis",
             x_label="share of tokens, 95 % interval",
-            chance=1 / 3,
+            chance=CHANCE,
         ),
         "Ordering probes on white and on photographs: accuracy on object tokens of held-out "
         "pictures (converged: fitted to convergence), and the share of background tokens assigned "
@@ -124,7 +124,7 @@ def _composites(result: Result) -> Iterator[Drawing]:
             line="quantity",
             looks=look.SCORES,
             x_label="share of tokens, 95 % interval",
-            chance=1 / 3,
+            chance=CHANCE,
         ),
         "Ordering probes on whole pictures of three objects and on joined ones: accuracy on object "
         "tokens of held-out pictures, and the share of background tokens assigned to their strip.",

@@ -6,8 +6,7 @@ import pandas as pd
 import xarray as xr
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.report import charts, look
-from hooked_vlm.report import maps as plots
+from hooked_vlm.report import charts, look, maps
 from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
 
 
@@ -56,7 +55,7 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
     if "mean_maps" in arrays:
         yield Drawing(
             "probe-maps",
-            plots.mean_maps(arrays["mean_maps"], arrays["object_cells"]),
+            maps.mean_maps(arrays["mean_maps"], arrays["object_cells"]),
             "The same probes applied to every visual token of held-out images, averaged over "
             "images. Boxes are the objects' cells, thick for the class shown; the probes were "
             "fitted only to these cells. Order in the background appears as a strip: bright around "
@@ -68,7 +67,7 @@ def _ordering_probes(result: Result) -> Iterator[Drawing]:
         some = _some(arrays["item_maps"])
         yield Drawing(
             "probe-maps-items",
-            plots.item_maps(result.images, arrays["item_maps"][some], arrays["item_cells"][some]),
+            maps.item_maps(result.images, arrays["item_maps"][some], arrays["item_cells"][some]),
             "Single held-out images, not averaged. The small squares inside the boxes have the "
             "objects' colours.",
         )
@@ -91,9 +90,9 @@ def _apart(result: Result) -> pd.DataFrame:
     return result.table[result.table["direction"] != "all"]
 
 
-def _some(maps: xr.DataArray) -> list[int]:
+def _some(found: xr.DataArray) -> list[int]:
     """Returns the indices of the first items of each axis."""
-    axes = [str(axis) for axis in maps["axis"].values]
+    axes = [str(axis) for axis in found["axis"].values]
     return [i for i, axis in enumerate(axes) if axes[:i].count(axis) < ITEMS_PER_AXIS]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look
-from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
 
 
 DEPTH = "layer: 0 = encoder input, l = output of block l−1, last = projector"
@@ -23,7 +23,7 @@ def _depth(result: Result) -> Iterator[Drawing]:
             looks=look.SCORES,
             x_label=DEPTH,
             y_label="share of tokens",
-            chance=1 / 3,
+            chance=CHANCE,
         ),
         "Ordering probes, fitted at each depth of the vision encoder: accuracy on object tokens of "
         "held-out pictures, and the share of background tokens assigned to their strip. Bands are "
@@ -73,7 +73,7 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
             by="direction",
             line="kind",
             x_label="accuracy, 95 % interval",
-            chance=1 / 3,
+            chance=CHANCE,
         ),
         "Accuracy with both signals, with vision's order alone (attention between image tokens "
         "masked in the language model), with the language model's alone (vision's order removed), "

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hooked_vlm.analysis.statistics import Interval, wilson
-from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.errors import DataError, counted, did_you_mean
 from hooked_vlm.stimuli.datasets.whatsup_layout import layout_of
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
@@ -94,7 +94,7 @@ def load(root: Path, part: str = "A") -> WhatsUp:
             problems += [f"entry {number}: {what}" for what in _captions_apart(found)]
     if entries and not items:
         raise DataError(
-            f"None of the {len(entries)} entries of '{listing}' can be used; the first: "
+            f"No entry of '{listing}' can be used (of {len(entries)}); the first: "
             f"{problems[0]}. Pictures are looked for in data/{PARTS[part]}/ of '{root}'."
         )
     # 3. Report pictures that no entry names.
@@ -201,7 +201,8 @@ def accuracies(data: WhatsUp, right: Sequence[bool]) -> dict[str, Interval]:
     """
     if len(right) != len(data.items):
         raise DataError(
-            f"{len(right)} verdicts were given for {len(data.items)} items. Give one per item."
+            f"Got {counted(len(right), 'verdict')} for {counted(len(data.items), 'item')}. Give "
+            "one per item."
         )
     found: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for item, verdict in zip(data.items, right, strict=True):
@@ -266,9 +267,10 @@ def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
     names = data.satellites(reference)
     if len(names) < 3:
         raise DataError(
-            f"Around {reference!r} {len(names)} objects have photographs both left and right in "
-            f"this copy of What'sUp; composites need at least 3 ({len(data.problems)} problems, "
-            f"the first: {data.problems[0] if data.problems else 'none'})."
+            f"This copy of What'sUp has photographs both left and right of {reference!r} for "
+            f"{counted(len(names), 'object')}; composites need at least 3 "
+            f"({counted(len(data.problems), 'problem')}, the first: "
+            f"{data.problems[0] if data.problems else 'none'})."
         )
 
     def draw(

@@ -51,42 +51,43 @@ class CompositeLayout:
         """(rows, cols) of visual tokens."""
         return self.n_tokens, self.n_tokens
 
-    def slot_box(self, axis: str, slot: int) -> tuple[int, int, int, int]:
-        """Returns a slot's pixel box `(x0, y0, x1, y1)`."""
-        r0, r1, c0, c1 = self._box(axis, slot)
+    def place_box(self, axis: str, place: int) -> tuple[int, int, int, int]:
+        """Returns a place's pixel box `(x0, y0, x1, y1)`."""
+        r0, r1, c0, c1 = self._box(axis, place)
         x0, y0, x1, y1 = (token * self.token_px for token in (c0, r0, c1, r1))
         return x0, y0, x1, y1
 
-    def object_region(self, axis: str, slot: int) -> Region:
-        """Returns the cells of a slot's object for swaps."""
-        r0, r1, c0, c1 = self._box(axis, slot)
-        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
+    def object_region(self, axis: str, place: int) -> Region:
+        """Returns the cells of a place's object for swaps."""
+        r0, r1, c0, c1 = self._box(axis, place)
+        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {place}")
 
-    def probe_region(self, axis: str, slot: int) -> Region:
-        """Returns the cells of a slot's object for probes: those of the 64x64 box."""
-        self._box(axis, slot)
-        r0, r1, c0, c1 = scaled(BOXES[self.reference][slot], self.n_tokens)
-        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {slot}")
+    def probe_region(self, axis: str, place: int) -> Region:
+        """Returns the cells of a place's object for probes: those of the 64x64 box."""
+        self._box(axis, place)
+        r0, r1, c0, c1 = scaled(BOXES[self.reference][place], self.n_tokens)
+        return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {place}")
 
-    def strip_region(self, axis: str, slot: int) -> Region:
-        """Returns the columns around a slot."""
-        self._box(axis, slot)
+    def strip_region(self, axis: str, place: int) -> Region:
+        """Returns the columns around a place."""
+        self._box(axis, place)
         edges = (0, *self.seams, self.n_tokens)
-        return Region.column_band(self.shape, edges[slot], edges[slot + 1], f"strip {slot}")
+        return Region.column_band(self.shape, edges[place], edges[place + 1], f"strip {place}")
 
     def background(self, axis: str) -> Region:
         """Returns the cells without an object."""
-        objects = [self.object_region(axis, slot) for slot in range(3)]
+        objects = [self.object_region(axis, place) for place in range(3)]
         return (~(objects[0] | objects[1] | objects[2])).named("background")
 
-    def _box(self, axis: str, slot: int) -> Box:
-        if axis != "horizontal" or slot not in (0, 1, 2):
+    def _box(self, axis: str, place: int) -> Box:
+        if axis != "horizontal" or place not in (0, 1, 2):
             raise DataError(
-                f"What'sUp composites have slots 0, 1 and 2 in a row; slot {slot}, {axis}, is none."
+                f"What'sUp composites have places 0, 1 and 2 in a row; "
+                f"place {place}, {axis}, is none."
             )
-        if slot == 1:
+        if place == 1:
             return scaled(BOXES[self.reference][1], self.n_tokens)
-        return self.left if slot == 0 else self.right
+        return self.left if place == 0 else self.right
 
 
 def layout_of(reference: str, n_tokens: int, token_px: int) -> CompositeLayout:

@@ -23,7 +23,7 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def code() -> Any:
-    return importlib.import_module("benchmarks.compiled").compiled
+    return importlib.import_module("benchmarks.kernels.compiled").compiled
 
 
 @pytest.mark.parametrize(("arch", "d", "dtype", "work"), ALL)

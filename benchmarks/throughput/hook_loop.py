@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.parts import merged, pixels, vision_path
-from benchmarks.tasks import Cell, Task, edited, edited_heads, edited_rows
+from benchmarks.common.parts import merged, pixels, vision_path
+from benchmarks.throughput.tasks import Cell, Task, edited, edited_heads, edited_rows
 
 
 class HookLoop:

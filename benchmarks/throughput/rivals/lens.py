@@ -19,8 +19,8 @@ from transformer_lens.model_bridge import (  # type: ignore[import-not-found]
 )
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.parts import n_vision_read, twin
-from benchmarks.tasks import Cannot, Cell, Task, edited, edited_rows
+from benchmarks.common.parts import n_vision_read, twin
+from benchmarks.throughput.tasks import Cannot, Cell, Task, edited, edited_rows
 
 
 class TransformerLens:

@@ -29,7 +29,7 @@ RIVALS = {
     "nnsight": Rival("nnsight", "nnsight", "tracing", "Tracing"),
     "pyvene": Rival("pyvene", "pyvene", "intervenable", "Intervenable"),
 }
-COMMAND = "python -m benchmarks.environment --at .venv-rivals"
+COMMAND = "python -m benchmarks.throughput.environment --at .venv-rivals"
 
 
 class MissingRivalError(Exception):
@@ -52,7 +52,7 @@ def require(name: str) -> Rival:
 def make(name: str, hf_model: Any, family: str) -> Any:
     """Returns the adapter of a tool around (a twin of) a model."""
     rival = require(name)
-    module = importlib.import_module(f"benchmarks.rivals.{rival.module}")
+    module = importlib.import_module(f"benchmarks.throughput.rivals.{rival.module}")
     return getattr(module, rival.adapter)(hf_model, family)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.parts import patch_rows, split_heads
+from benchmarks.common.parts import patch_rows, split_heads
 from hooked_vlm.regions.pairs import CellPairs, swap_pairs
 from hooked_vlm.regions.region import Region
 

@@ -1,6 +1,7 @@
 """How the cost of a sweep grows with its slots, its tokens and its pairs, on log-log axes.
 
-    python -m benchmarks.growth [--family llava] [--size 12x512] [--plot FILE] [--json FILE]
+    python -m benchmarks.throughput.growth [--family llava] [--size 12x512]
+        [--plot FILE] [--json FILE]
 
 One of the three grows while the others stay at 13 slots, 184 tokens and 4 pairs; the strip
 sweep is run by ours and by the careful hook loop in turns.  A slope is that of a straight
@@ -16,12 +17,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from benchmarks import built
-from benchmarks.hook_loop import HookLoop
-from benchmarks.ours import Ours
-from benchmarks.tasks import Task
-from benchmarks.throughput import machine, measured_runs
-from benchmarks.timed import FIRST, SIZES, task_on
+from benchmarks.common import built
+from benchmarks.common.machine import machine
+from benchmarks.throughput.hook_loop import HookLoop
+from benchmarks.throughput.measure import measured_runs
+from benchmarks.throughput.ours import Ours
+from benchmarks.throughput.tasks import Task
+from benchmarks.throughput.timed import FIRST, SIZES, task_on
 from hooked_vlm import HookedVLM
 
 

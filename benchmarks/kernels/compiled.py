@@ -1,6 +1,6 @@
 """The machine code of the fused kernel, compiled ahead of time for GPUs that need not be there.
 
-    python -m benchmarks.compiled
+    python -m benchmarks.kernels.compiled
 
 prints, for each kind of work and number of warps, what the code takes and how it reaches memory.
 Triton and its assembler do the compiling; what is read here is what would run.

@@ -13,8 +13,8 @@ import torch
 from nnsight import NNsight, save  # type: ignore[import-not-found]
 from torch import Tensor
 
-from benchmarks.parts import n_vision_read, twin, vision_path
-from benchmarks.tasks import Cell, Task, edited, edited_heads, edited_rows
+from benchmarks.common.parts import n_vision_read, twin, vision_path
+from benchmarks.throughput.tasks import Cell, Task, edited, edited_heads, edited_rows
 
 
 class Tracing:

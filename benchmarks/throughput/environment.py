@@ -1,10 +1,10 @@
 """An environment in which other tools stand beside this package, to be timed with it.
 
-    python -m benchmarks.environment [--at .venv-rivals]
+    python -m benchmarks.throughput.environment [--at .venv-rivals]
 
-makes it with this Python, installs `benchmarks/rivals/requirements.txt` and this package (by
-reference, so that it is the code that is timed), and says how to run there.  Other tools bring
-many packages along and pin some, so they have no place in the environment of the tests.
+makes it with this Python, installs `rivals/requirements.txt` and this package (as an editable
+install, so that the timed code is this checkout's), and prints how to run there.  Other tools
+bring many packages along and pin some, so they have no place in the environment of the tests.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import venv
 from pathlib import Path
 
 
-ROOT = Path(__file__).parent.parent
-REQUIREMENTS = Path("benchmarks", "rivals", "requirements.txt")
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = Path("benchmarks", "throughput", "rivals", "requirements.txt")
 
 
 def install(python: Path) -> list[str]:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from benchmarks.hook_loop import HookLoop
-from benchmarks.tasks import Cell, Task
+from benchmarks.throughput.hook_loop import HookLoop
+from benchmarks.throughput.tasks import Cell, Task
 
 
 class UsualLoop(HookLoop):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.tasks import Cell, Task
+from benchmarks.throughput.tasks import Cell, Task
 from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Steer, Sweep, shared_runs
 from hooked_vlm.regions.region import Region
 from hooked_vlm.sweeps.plan import Explanation, costs_of

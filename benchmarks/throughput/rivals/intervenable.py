@@ -13,8 +13,8 @@ import pyvene  # type: ignore[import-not-found]
 import torch
 from torch import Tensor
 
-from benchmarks.parts import merged, twin, vision_path
-from benchmarks.tasks import Cannot, Cell, Task
+from benchmarks.common.parts import merged, twin, vision_path
+from benchmarks.throughput.tasks import Cannot, Cell, Task
 
 
 HEADS = "head_attention_value_output"

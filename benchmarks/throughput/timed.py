@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import built
-from benchmarks.parts import n_vision_read
-from benchmarks.tasks import Task, make_task
+from benchmarks.common import built
+from benchmarks.common.parts import n_vision_read
+from benchmarks.throughput.tasks import Task, make_task
 from hooked_vlm import HookedVLM, zoo
 
 

@@ -1,6 +1,7 @@
 """The paper's battery in one go: E2, E4, E6 and E7 on the same pairs, ours beside a hook loop.
 
-    python -m benchmarks.battery [--family llava] [--size 12x512] [--pairs 16] [--json FILE]
+    python -m benchmarks.throughput.battery [--family llava] [--size 12x512]
+        [--pairs 16] [--json FILE]
 
 On every batch of pairs: the last token over all slots (E2); strips and objects over all slots
 (E4); both again with the image's middle removed at the start (E6); and sixteen strengths of a
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import built
-from benchmarks.hook_loop import HookLoop
-from benchmarks.ours import Ours
-from benchmarks.tasks import Task
-from benchmarks.throughput import machine, measured_runs
-from benchmarks.timed import FIRST, SIDE, SIZES, model_of, tasks_for
-from benchmarks.usual_loop import UsualLoop
+from benchmarks.common import built
+from benchmarks.common.machine import machine
+from benchmarks.throughput.hook_loop import HookLoop
+from benchmarks.throughput.measure import measured_runs
+from benchmarks.throughput.ours import Ours
+from benchmarks.throughput.tasks import Task
+from benchmarks.throughput.timed import FIRST, SIDE, SIZES, model_of, tasks_for
+from benchmarks.throughput.usual_loop import UsualLoop
 from hooked_vlm import HookedVLM
 from hooked_vlm.regions.region import Region
 

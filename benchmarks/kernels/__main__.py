@@ -15,7 +15,6 @@ Every way's rows are compared with the reference's before anything is timed.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import roofline
+from benchmarks.common.machine import machine
+from benchmarks.kernels import roofline
 from hooked_vlm.engine.kernels import patched_rows, way_for
 
 
@@ -194,22 +194,11 @@ def timed(run: Callable[[], Any], on_gpu: bool) -> float:
     return time.perf_counter() - began
 
 
-def machine() -> dict[str, str]:
-    """Returns what the bandwidths are bandwidths of."""
-    on_gpu = torch.cuda.is_available()
-    clean = torch.empty(1, 1, 1, device="cuda" if on_gpu else "cpu")
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "ours": way_for(clean),
-    }
-
-
 def main() -> None:
     """Prints a table for each kind of work, and writes everything as JSON."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=str(__doc__).split("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="two shapes, without torch.compile")
     parser.add_argument("--roofline", action="store_true", help="print predictions and stop")
     parser.add_argument("--repeats", type=int, default=0)
@@ -223,7 +212,8 @@ def main() -> None:
     dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float32]
     names = ["ours", "index_put", "where", *([] if given.quick else ["compile"])]
     repeats = given.repeats or (5 if given.quick else 15)
-    found: dict[str, Any] = {"machine": machine(), "rows": []}
+    ours = way_for(torch.empty(1, 1, 1, device=device))
+    found: dict[str, Any] = {"machine": machine() | {"ours": ours}, "rows": []}
     print(json.dumps(found["machine"]))
     for dtype in dtypes:
         for work, options in WORK.items():

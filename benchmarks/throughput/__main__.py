@@ -18,32 +18,29 @@ is asserted: times are this machine's.
 
 The last three rivals are other packages, in an environment of their own:
 
-    python -m benchmarks.environment --at .venv-rivals
+    python -m benchmarks.throughput.environment --at .venv-rivals
     .venv-rivals/bin/python -m benchmarks.throughput --rivals transformer-lens,nnsight,pyvene
 """
 
 import argparse
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
 
-from benchmarks import built, rivals
-from benchmarks.hook_loop import HookLoop
-from benchmarks.ours import Ours
-from benchmarks.peak import peak_bytes
-from benchmarks.rates import product_rate
-from benchmarks.tasks import TASKS, Cannot, Task
-from benchmarks.throughput_plot import drawn
-from benchmarks.timed import SHIPPED, SIZES, Timed
-from benchmarks.usual_loop import UsualLoop
+from benchmarks.common import built
+from benchmarks.common.machine import machine
+from benchmarks.throughput import rivals
+from benchmarks.throughput.hook_loop import HookLoop
+from benchmarks.throughput.measure import measured, own
+from benchmarks.throughput.ours import Ours
+from benchmarks.throughput.plot import drawn
+from benchmarks.throughput.rates import product_rate
+from benchmarks.throughput.tasks import TASKS, Cannot, Task
+from benchmarks.throughput.timed import SHIPPED, SIZES, Timed
+from benchmarks.throughput.usual_loop import UsualLoop
 from hooked_vlm import HookedVLM
 
 
@@ -60,99 +57,9 @@ def rival(name: str, model: HookedVLM, family: str) -> Any:
     return loops[name](model.hf_model) if name in loops else Ours(model, name)
 
 
-def measured_runs(what: Any, ours: Any, other: Any, repeats: int) -> dict[str, Any]:
-    """Returns times of both in turns, their ratio, and how far their answers are apart."""
-    times: dict[str, list[float]] = {"ours": [], "rival": []}
-    answers: dict[str, Tensor] = {}
-    for turn in range(repeats + 1):  # the first warms up
-        pair = [("ours", ours), ("rival", other)]
-        for who, tool in pair if turn % 2 else pair[::-1]:
-            seconds, answers[who] = timed(lambda tool=tool: tool.run(what))
-            if turn:
-                times[who].append(seconds)
-    ratios = [r / o for o, r in zip(times["ours"], times["rival"], strict=True)]
-    a, b = answers["ours"].float(), answers["rival"].float()
-    return {
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "ours_s": statistics.median(times["ours"]),
-        "rival_s": statistics.median(times["rival"]),
-        "difference": float((a - b).abs().max() / b.abs().max()),
-    }
-
-
-def measured(task: Task, ours: Ours, other: Any, repeats: int) -> dict[str, Any]:
-    """Returns what `measured_runs` does of a task, how ours did it, and what the rival took."""
-    row = measured_runs(task, ours, other, repeats)
-    with torch.no_grad():
-        peak = peak_bytes(lambda: other.run(task))
-    return {
-        **row,
-        "rival_peak": peak,
-        "alone": alone(task, ours, other, repeats),
-        "patches_per_s": len(task.cells) * len(task.clean["input_ids"]) / row["ours_s"],
-        "operations_per_s": ours.planned(task).planned / row["ours_s"],
-        "cells": len(task.cells),
-        "how": ours.note,
-    }
-
-
-def own(task: Task, ours: Ours) -> dict[str, Any]:
-    """Returns what ours takes, whoever the rival is."""
-    plan = ours.planned(task)
-    with torch.no_grad():
-        return {
-            "executed_over_floor": plan.planned / plan.floor,
-            "loop_over_floor": ours.loop_operations(task) / plan.floor,
-            "ours_peak": peak_bytes(lambda: ours.run(task)),
-            "ours_one_by_one_peak": peak_bytes(lambda: ours.run(task, memory=1)),
-        }
-
-
-def alone(task: Task, ours: Ours, other: Any, repeats: int) -> float | None:
-    """Returns the ratio of times without clean and source runs, for a tool that can keep them."""
-    if not hasattr(other, "keeping") or any(cell.stream == "vision" for cell in task.cells):
-        return None
-    ratios = []
-    with torch.no_grad(), other.keeping():
-        other.run(task)
-        for _ in range(repeats):
-            # By itself: what ours shares of the encoder any pass of the model would find.
-            with ours.keeping():
-                ours.run(task)
-                mine, _ = timed(lambda: ours.run(task))
-            theirs, _ = timed(lambda: other.run(task))
-            ratios.append(theirs / mine)
-    return statistics.median(ratios)
-
-
-def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Returns the clock's seconds of a run, and what it returned."""
-    with torch.no_grad():
-        _wait()
-        start = time.perf_counter()
-        found = run()
-        _wait()
-        return time.perf_counter() - start, found.cpu()
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def machine(names: Sequence[str] = ()) -> dict[str, str]:
-    """Returns what the times are times of."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        **{name: rivals.version(name) for name in names if name in rivals.RIVALS},
-    }
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Returns the installed version of each rival that is another package."""
+    return {name: rivals.version(name) for name in names if name in rivals.RIVALS}
 
 
 def tools_for(names: Sequence[str], model: HookedVLM, family: str) -> dict[str, Any]:
@@ -195,7 +102,9 @@ def line(row: dict[str, Any]) -> str:
 
 def parsed() -> argparse.Namespace:
     """Returns what was asked for; ends the program where a rival is unknown or missing."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput", description=str(__doc__).split("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="12x512 alone, three turns")
     parser.add_argument("--family", default="llava", choices=built.FAMILIES)
     parser.add_argument("--rivals", default="hook-loop,usual-loop")
@@ -272,7 +181,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     found: dict[str, Any] = {
-        "machine": machine(given.rivals),
+        "machine": machine() | versions(given.rivals),
         "family": given.family,
         "ratios": {name: {} for name in given.rivals},
         "rows": [],

@@ -1,0 +1,69 @@
+"""Runs an experiment's items in batches, direction by direction, and reports progress."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import xarray as xr
+from torch import Tensor
+
+from hooked_vlm.experiments.options import OnProgress
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.sweeps.sweep import Sweep, final_logits
+
+
+Score = TypeVar("Score")
+
+
+def over_batches(
+    setting: Setting,
+    items: Mapping[str, Sequence[Any]],
+    score: Callable[[str, list[Any], OnProgress], Score],
+    on_progress: OnProgress,
+    steps: int = 1,
+) -> dict[str, list[Score]]:
+    """Returns `score(direction, batch, on_progress)` of every batch, by direction.
+
+    A batch counts as `steps` steps of the progress; `score` may report steps of its own batch.
+    """
+    batches = [(d, batch) for d, own in items.items() for batch in setting.batches(own)]
+    total = steps * len(batches)
+    on_progress(0, total)
+    scores: dict[str, list[Score]] = {direction: [] for direction in items}
+    for i, (direction, batch) in enumerate(batches):
+        before = i * steps
+
+        def told(done: int, _: int, before: int = before) -> None:
+            on_progress(before + done, total)
+
+        scores[direction].append(score(direction, batch, told))
+        told(steps, steps)
+    return scores
+
+
+def sweep_pairs(
+    setting: Setting,
+    pairs: Mapping[str, Sequence[Any]],
+    sweep_of: Callable[[str, list[Any]], Sweep],
+    scored: Callable[[Setting, Tensor, list[Any]], Tensor],
+    quantities: Sequence[str],
+    on_progress: OnProgress,
+    cells: int,
+) -> dict[str, xr.DataArray]:
+    """Returns a sweep's scores on all pairs, by direction: its axes, then pair and quantity.
+
+    `sweep_of(direction, batch)` has `cells` cells; `scored(setting, logits, batch)` returns
+    `[pair, quantity]` from the final position's logits.
+    """
+
+    def score(direction: str, batch: list[Any], told: OnProgress) -> xr.DataArray:
+        return sweep_of(direction, batch).run(
+            setting.model,
+            lambda logits: scored(setting, final_logits(logits), batch),
+            dims=("pair", "quantity"),
+            coords={"quantity": quantities},
+            on_progress=told,
+            logits_to_keep=1,
+        )
+
+    scores = over_batches(setting, pairs, score, on_progress, steps=cells)
+    return {direction: xr.concat(parts, dim="pair") for direction, parts in scores.items()}

@@ -1,0 +1,51 @@
+"""A control goes before the first pass of a kind; a wrong one stops the growing batch."""
+
+from typing import Any
+
+import pytest
+
+from helpers.growing_sweeps import sweep_of
+from helpers.tiny_models import tiny
+from hooked_vlm.engine.arguments import Fit
+from hooked_vlm.engine.attempts import GrowthError
+from hooked_vlm.engine.growing import run_growing
+from hooked_vlm.engine.proofs import forget
+
+
+def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["swap"], [0, 1, 2, 3])
+    true = Fit.arguments
+
+    def wrong(self: Fit, given: dict) -> dict:
+        made = true(self, given)
+        made["position_embeddings"] = tuple(x.flip(1) for x in made["position_embeddings"])
+        return made
+
+    forget(model)
+    monkeypatch.setattr(Fit, "arguments", wrong)
+    with pytest.raises(GrowthError, match="the control's logits are off by"):
+        run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
+    score = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1)
+    assert "restart (no growing batch: the control's" in score.attrs["engine"]
+    plain = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1, engine="plain")
+    assert score.equals(plain)
+
+
+def test_a_control_speaks_for_later_passes_of_its_kind() -> None:
+    model, batch = tiny("qwen2-vl"), 2
+
+    def report(sites: list[int], kind: str = "swap", batch: int = batch, **keep: int) -> Any:
+        sweep = sweep_of("qwen2-vl", [kind], sites, batch)
+        cells = sweep.recorded(model)
+        return run_growing(model, sweep.inputs, cells, lambda x: x, None, keep)[1]
+
+    forget(model)
+    assert report([2, 3]).controls == 1
+    assert report([2, 3]).controls == 0
+    assert report([1, 2, 3]).controls == 1  # through a block that none has gone through
+    assert report([1, 2], logits_to_keep=1).controls == 1
+    assert report([1, 2], batch=3).controls == 1
+    assert report([1, 2], "last", logits_to_keep=1).controls == 1  # from another position on
+    assert report([1, 3], "last", logits_to_keep=1).controls == 0
+    forget(model)
+    assert report([1, 2], batch=3).controls == 1
