@@ -35,7 +35,9 @@ def read(folder: Path) -> Runs:
     for record in sorted(folder.glob("*/provenance.json")):
         provenance = Provenance.from_json(record.read_text())
         found = [read_result(path.parent) for path in record.parent.glob("results/*/result.json")]
-        runs[provenance.title] = (provenance, {result.key: result for result in found})
+        # Two checkpoints may have one title; their folders differ.
+        title = provenance.title if provenance.title not in runs else record.parent.name
+        runs[title] = (provenance, {result.key: result for result in found})
     if not runs:
         raise SystemExit(f"There is no finished run in '{folder}'.")
     return runs

@@ -291,7 +291,12 @@ def _options(given: list[str]) -> dict[str, str]:
             raise DataError(
                 f"--set {text!r} was given; expected NAME=VALUE, as in --set alphas=0,4,8."
             )
-        options[name.strip().replace("-", "_")] = value
+        name = name.strip().replace("-", "_")
+        if name in options:
+            raise DataError(
+                f"--set {name} was given twice, as {options[name][:80]!r} and {value[:80]!r}."
+            )
+        options[name] = value
     return options
 
 

@@ -100,13 +100,13 @@ def counted(n: object, noun: str, plural: str = "") -> str:
     return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
 
 
-def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:
+def did_you_mean(given: object, known: Iterable[str], limit: int = 3) -> str:
     """Returns `" Did you mean 'a' or 'b'?"` for the nearest known names, else `""`.
 
     >>> did_you_mean("hook_resid_pots", ["hook_resid_post", "hook_embed"])
     " Did you mean 'hook_resid_post'?"
     """
-    nearest = difflib.get_close_matches(given, list(known), n=limit, cutoff=0.6)
+    nearest = difflib.get_close_matches(str(given), list(known), n=limit, cutoff=0.6)
     if not nearest:
         return ""
     return f" Did you mean {' or '.join(repr(name) for name in nearest)}?"

@@ -10,11 +10,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from helpers import synthetic_results as synthetic
 from hooked_vlm import cli
-from hooked_vlm.errors import CannotRunError, DataError, UnsupportedModelError
+from hooked_vlm.errors import (
+    CannotRunError,
+    DataError,
+    HookedVLMWarning,
+    UnsupportedModelError,
+)
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.registry import Experiment, Step
@@ -91,7 +97,7 @@ def test_run_writes_a_report(
         "pairs": 7,
         "seed": 3,
         "batch_size": 16,
-        "setting": "squares",
+        "setting": None,
         "cutouts": None,
         "backgrounds": None,
         "data": None,
@@ -357,3 +363,96 @@ def test_one_experiment_that_cannot_be_run_does_not_stop_the_others(
 
     alone = ("run", "behaviour", "--model", "tiny-one", "--out", str(tmp_path))
     assert hooked_vlm(monkeypatch, *alone, "--fresh") == 2
+
+
+def test_g2_another_file_of_the_model_or_another_picture_is_computed_anew(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, grounds = tmp_path / "model", tmp_path / "grounds"
+    for folder in (model, grounds):
+        folder.mkdir()
+    (model / "config.json").write_text('{"scale": 1}')
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    Image.new("RGB", (8, 8), "red").save(grounds / "a.png")
+    words = ["run", "strip-swap", "--model", str(model), "--out", str(tmp_path / "out")]
+    words += ["--setting", "squares-photos", "--backgrounds", str(grounds)]
+
+    def computed() -> bool:
+        calls.clear()
+        assert hooked_vlm(monkeypatch, *words) == 0
+        return "strip-swap with 50 pairs" in calls
+
+    assert computed() and not computed()
+    (model / "config.json").write_text('{"scale": 4}')
+    assert computed() and not computed()
+    (model / "chat_template.jinja").write_text("{{ messages }} ")
+    assert computed() and not computed()
+    Image.new("RGB", (8, 8), "blue").save(grounds / "a.png")
+    assert computed() and not computed()
+    (model / "README.md").write_text("a note")
+    assert not computed()
+    monkeypatch.setattr("hooked_vlm.report.basis.version_of", lambda _: "99")
+    assert computed()
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert set(record["model_files"]) == {"config.json", "chat_template.jinja"}
+
+
+def test_g3_a_fault_of_the_data_is_never_stored_as_a_result(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> Result:
+        raise DataError("'a.png' cannot be read as a picture.")
+
+    whole = registry.EXPERIMENTS["strip-swap"]
+    cut = dataclasses.replace(whole, run=broken)
+    monkeypatch.setitem(registry.EXPERIMENTS, "strip-swap", cut)
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 2
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["behaviour-squares"]
+    assert not (tmp_path / "report.html").exists()
+    monkeypatch.setitem(registry.EXPERIMENTS, "strip-swap", whole)
+    calls.clear()
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 0
+    assert calls == ["load tiny-one", "strip-swap with 50 pairs"]
+
+
+@pytest.mark.filterwarnings("always::hooked_vlm.errors.HookedVLMWarning")
+def test_g4_a_damaged_result_is_computed_again_and_that_is_said(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hooked_vlm(monkeypatch, *RUN, str(tmp_path))
+    numbers = (tmp_path / "numbers.csv").read_text()
+    table = tmp_path / "results" / "strip-swap-squares" / "table.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:60]))
+    with pytest.raises(DataError, match="missing"), pytest.warns(HookedVLMWarning):
+        runner.read(runner.Job("dual-mechanisms", "tiny-one", tmp_path))
+    calls.clear()
+    capsys.readouterr()
+    assert hooked_vlm(monkeypatch, *RUN, str(tmp_path)) == 0
+    assert calls == ["load tiny-one", "strip-swap with 50 pairs"]
+    said = capsys.readouterr().err
+    assert "warning: The result in" in said and "table.csv differs from its checksum" in said
+    assert "It is computed again." in said
+    assert (tmp_path / "numbers.csv").read_text() == numbers
+
+
+def test_i3_a_damaged_record_is_an_error_of_ours(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hooked_vlm(monkeypatch, *RUN, str(tmp_path))
+    for text in ("{}", "[", "null", "[" * 100_000):
+        (tmp_path / "provenance.json").write_text(text)
+        with pytest.raises(DataError, match="not the record of a run"):
+            runner.read(runner.Job("dual-mechanisms", "tiny-one", tmp_path))
+
+
+def test_g1_the_record_has_the_setting_that_was_run(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ("run", "strip-swap", "--model", "tiny-one", "--out", str(tmp_path))
+    assert hooked_vlm(monkeypatch, *words, "--setting", "shapes") == 0
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    assert record["config"]["setting"] == "shapes"
+    assert set(pd.read_csv(tmp_path / "numbers.csv")["setting"]) == {"shapes"}

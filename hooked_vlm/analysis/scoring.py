@@ -50,7 +50,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     Raises:
         ScoringError: the name is empty, or not one token in lower case and capitalised.
     """
-    if not normalise(name):
+    if not isinstance(name, str) or not normalise(name):
         raise ScoringError(f"The answer {name!r} has no letter or digit. Give a word.")
     for spelling in spellings(name)[:2]:
         if _token(tokenizer, spelling) is None:
@@ -74,8 +74,8 @@ def candidate_probability(
         ScoringError: a name is not one token, two names share a token, or the logits have
             fewer entries than the tokenizer's ids need, or are not a number.
     """
-    ids = _candidate_ids(tokenizer, names, logits.shape[-1])
     _require_numbers(logits)
+    ids = _candidate_ids(tokenizer, names, logits.shape[-1])
     probabilities = _wide(logits).softmax(dim=-1)
     return torch.stack([probabilities[..., each].sum(dim=-1) for each in ids], dim=-1)
 
@@ -103,6 +103,11 @@ def top_answer(
         ScoringError: logits that are not a number.
     """
     _require_numbers(logits)
+    if logits.ndim != 2:
+        raise ScoringError(
+            f"Logits of shape {tuple(logits.shape)} were given; expected [row, d_vocab]. Select "
+            "the scored position: logits[:, -1]."
+        )
     return _decoded(logits.argmax(dim=-1), tokenizer)
 
 
@@ -177,8 +182,8 @@ def logit_difference(
     answer_names, answer_columns = _columns(answers, logits)
     other_names, other_columns = _columns(others, logits)
     names = list(dict.fromkeys([*answer_names, *other_names]))
-    ids = _candidate_ids(tokenizer, names, logits.shape[-1])
     _require_numbers(logits)
+    ids = _candidate_ids(tokenizer, names, logits.shape[-1])
     wide = _wide(logits)
     merged = torch.stack([wide[..., each].logsumexp(dim=-1) for each in ids], dim=-1)
     place = torch.tensor([names.index(name) for name in answer_names])[answer_columns]
@@ -208,6 +213,12 @@ def _require_reachable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def _require_numbers(logits: Tensor) -> None:
     """Raises `ScoringError` for NaN and positive infinity, of which argmax makes an answer."""
+    if not isinstance(logits, Tensor) or logits.ndim == 0 or not logits.is_floating_point():
+        raise ScoringError(
+            f"Logits were given as a {type(logits).__name__}"
+            f"{f' of {logits.dtype}' if isinstance(logits, Tensor) else ''}; expected a tensor of "
+            "floating point, [row, d_vocab]."
+        )
     wrong = logits.isnan() | (logits == float("inf"))
     if wrong.any():
         rows = int(wrong.flatten(1).any(dim=1).sum()) if logits.ndim > 1 else 1

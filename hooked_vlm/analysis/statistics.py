@@ -214,7 +214,12 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
 def _rows(values: OtherRows) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
-    rows = np.asarray(values, dtype=np.float64)
+    try:
+        rows = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"Statistics over pairs need an array of numbers: {str(error)[:120]}."
+        ) from None
     if rows.ndim == 0 or len(rows) < 2:
         raise DataError(f"Statistics over pairs need at least 2 rows; got shape {rows.shape}.")
     if not np.isfinite(rows).all():

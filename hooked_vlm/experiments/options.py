@@ -173,6 +173,8 @@ def parse(name: str, text: str, kind: Any) -> Any:
         if kind in (int, float, str):
             return kind(text)
         return None if text in ("", "none") else Path(text)
+    except DataError:  # of an item of a tuple
+        raise
     except (ValueError, KeyError):
         raise DataError(
             f"Option {name}={text[:80]!r} is no {_KINDS.get(kind, 'value of its type')}. Give "

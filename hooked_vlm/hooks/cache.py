@@ -58,6 +58,12 @@ class ActivationCache(Mapping[str, Any]):
         The result is a tensor, or a list of tensors by image at vision sites when the images
         have different sizes.  Raises `UnknownHookError` when the activation was not cached.
         """
+        parts = key if isinstance(key, tuple) else (key,)
+        if not 1 <= len(parts) <= 3 or not isinstance(parts[0], str):
+            raise UnknownHookError(
+                f"cache[{repr(key)[:80]}] was asked for; expected a name, or (short name, layer), "
+                "such as cache['resid_post', 3]."
+            )
         name = get_act_name(*key) if isinstance(key, tuple) else key
         if name in self._activations:
             return self._activations[name]
@@ -191,6 +197,8 @@ class ActivationCache(Mapping[str, Any]):
         part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
         try:
             save_file(tensors, part, {n: str(layers) for n, layers in self.n_layers.items()})
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -237,6 +237,11 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
             )
         return [name for name in known if name in chosen]
     patterns = [names_filter] if isinstance(names_filter, str) else names_filter
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise UnknownHookError(
+            f"The names_filter is {repr(names_filter)[:80]}; expected a name, a pattern, a list of "
+            "these, a function of names, or None for all sites."
+        )
     chosen = set()
     for pattern in patterns:
         if "*" not in pattern:

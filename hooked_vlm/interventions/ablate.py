@@ -36,7 +36,15 @@ class Ablate(_Intervention):
     ) -> tuple[Located, Located]:
         located = places.located(site, inputs, self.at)
         if isinstance(self.to, Tensor):
+            by_head = bool(site.heads) or site.tap == "attention"
+            if self.to.ndim > 1 + by_head and self.to.numel() != self.to.shape[-1]:
+                raise InterventionError(
+                    f"Ablate(to=…) was given a tensor of shape {tuple(self.to.shape)}; expected "
+                    "one vector, which every position gets."
+                )
             self._check_width(places.model, site, self.to.shape[-1] if self.to.ndim else 0)
+            if not self.to.is_meta and not bool(self.to.isfinite().all()):
+                raise InterventionError("Ablate(to=…) has values that are NaN or infinite.")
             return located, Located()
         kinds = ("zero", "mean", "position_mean")
         if not isinstance(self.to, str) or self.to not in kinds:

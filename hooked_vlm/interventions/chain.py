@@ -18,6 +18,11 @@ class Chain:
     parts: tuple[Any, ...]
 
     def __init__(self, *parts: Any) -> None:
+        for part in parts:
+            if not hasattr(part, "hooks_for"):
+                raise InterventionError(
+                    f"Chain was given {repr(part)[:80]}; expected interventions, such as Patch(…)."
+                )
         object.__setattr__(self, "parts", parts)
 
     def check(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:

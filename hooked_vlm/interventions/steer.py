@@ -49,7 +49,8 @@ class Steer(_Intervention):
     def _check_values(self) -> None:
         """Raises `InterventionError` for directions or an alpha that are no numbers."""
         given = self.directions
-        if not isinstance(given, Tensor) or given.ndim not in (1, 2) or given.is_complex():
+        wrong = not isinstance(given, Tensor) or given.ndim not in (1, 2) or given.is_complex()
+        if wrong or not given.numel():
             shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else ""
             raise InterventionError(
                 f"Steer(directions=…) was given a {type(given).__name__}{shape}; expected a tensor "

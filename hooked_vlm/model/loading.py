@@ -64,7 +64,12 @@ def load_pretrained(
                 f"device_map={device_map!r} was given for {name}, which is small enough for one "
                 "device: give device=…, not device_map."
             )
-        return load(name, dtype=chosen, device=device or "cpu", **kwargs)
+        try:
+            return load(name, dtype=chosen, device=device or "cpu", **kwargs)
+        except _REFUSED as error:
+            if "out of memory" in str(error).lower():
+                raise
+            raise _not_loaded(name, error) from error
     options = {**kwargs, "dtype": dtype, "device_map": device_map}
     model, missing = _from_pretrained(AutoModelForImageTextToText, name, options)
     _report_missing(name, missing, allow_missing_weights)
@@ -136,9 +141,9 @@ def _is_shipped(name: str) -> bool:
 
 def _check(name: str, dtype: torch.dtype | str, device: str | torch.device | None) -> None:
     """Raises `UnsupportedModelError` for an empty name, an unknown dtype and an unknown device."""
-    if not name.strip():
+    if not isinstance(name, str) or not name.strip():
         raise UnsupportedModelError(
-            "The model's name is empty. Give a shipped model, a local folder or a hub name."
+            f"The model's name is {name!r}. Give a shipped model, a local folder or a hub name."
         )
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
@@ -168,7 +173,7 @@ def _from_pretrained(auto: Any, name: str, options: Any) -> tuple[Any, list[str]
             name, use_safetensors=True, output_loading_info=True, **options
         )
     except _REFUSED as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+        if "out of memory" in str(error).lower():
             raise
         raise _not_loaded(name, error) from error
     return model.eval(), sorted(report["missing_keys"])
@@ -178,18 +183,19 @@ def _report_missing(name: str, missing: Sequence[str], allowed: bool) -> None:
     """Raises `MissingWeightsError` for missing weights, or warns where they are allowed."""
     if not missing:
         return
-    shown = ", ".join(key[-70:] for key in missing[:3]) + (", …" if len(missing) > 3 else "")
+    shown = ", ".join(key[-50:] for key in missing[:3]) + (", …" if len(missing) > 3 else "")
     what = f"{len(missing)} weight{'s are' if len(missing) > 1 else ' is'}"
     if allowed:
         warnings.warn(
-            f"{what} missing in the checkpoint {name[-80:]!r} and random: {shown}.",
+            f"{what} missing in the checkpoint {name[-60:]!r} and has random numbers: {shown}.",
             HookedVLMWarning,
             stacklevel=4,
         )
         return
     raise MissingWeightsError(
-        f"{what} missing in the checkpoint {name[-80:]!r}, so transformers made them random: "
-        f"{shown}. Give a complete checkpoint of this architecture, or allow_missing_weights=True."
+        f"{what} missing in the checkpoint {name[-60:]!r}, which transformers fills with "
+        f"random numbers: {shown}. Give a complete checkpoint of this architecture, or "
+        "allow_missing_weights=True."
     )
 
 
@@ -216,6 +222,8 @@ def _not_loaded(name: str, error: Exception) -> UnsupportedModelError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     said = lines[0] if len(lines[0]) <= 150 else lines[0][:149] + "…"
     shown = name if len(name) <= 80 else "…" + name[-79:]
+    if _is_shipped(name):
+        return UnsupportedModelError(f"Could not load {name!r}: transformers reports: {said}")
     return UnsupportedModelError(
         f"Could not load {shown!r}: it is none of the shipped models ({shipped}), and "
         f"transformers reports: {said}{did_you_mean(name, available())}"

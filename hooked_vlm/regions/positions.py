@@ -11,6 +11,7 @@ A place does not depend on padding: `LastToken` is the prompt's last token with 
 either side, and explicit positions count from the unpadded prompt.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -107,7 +108,14 @@ class Positions(_Joinable):
     indices: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "indices", tuple(int(i) for i in self.indices))
+        try:
+            whole = tuple(operator.index(i) for i in self.indices)
+        except TypeError:
+            raise RegionError(
+                f"Positions({repr(self.indices)[:80]}) was given; expected a tuple of whole "
+                "numbers, such as Positions((0, -1))."
+            ) from None
+        object.__setattr__(self, "indices", whole)
         if not self.indices:
             raise RegionError("Positions(()) names no position. Give at least one index.")
 
@@ -144,6 +152,8 @@ class Span(_Joinable):
     occurrence: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise RegionError(f"Span({repr(self.text)[:80]}) was given; expected a text.")
         if not self.text:
             raise RegionError("Span('') is empty. Give the text whose tokens to select.")
 

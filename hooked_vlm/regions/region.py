@@ -76,6 +76,7 @@ class Region:
         name: str = "rectangle",
     ) -> "Region":
         """Returns the cells of these half-open ranges of rows and columns."""
+        _require_whole(shape, rows, cols)
         for word, (start, stop), size in (("rows", rows, shape[0]), ("columns", cols, shape[1])):
             if not 0 <= start < stop <= size:
                 raise RegionError(
@@ -312,3 +313,15 @@ def union_of(regions: Iterable[Region], name: str | None = None) -> Region:
     for region in regions[1:]:
         whole = whole | region
     return whole.named(name) if name else whole
+
+
+def _require_whole(*pairs: Any) -> None:
+    """Raises `RegionError` for anything but pairs of whole numbers."""
+    for pair in pairs:
+        try:
+            _, _ = map(operator.index, pair)
+        except (TypeError, ValueError):
+            raise RegionError(
+                f"A region was given {repr(pair)[:80]}; expected two whole numbers: (rows, "
+                "columns) of the grid, or (start, stop) of a range."
+            ) from None

@@ -170,7 +170,8 @@ def run(job: Job, listener: Listener) -> Report:
     if len(errors) == len(steps):
         raise errors[0]
     # 3. Write the record and the report.
-    config = {**asdict(job.config), **job.options, **how}
+    # The setting is the user's; None: each experiment's own.
+    config = {**asdict(job.config), **job.options, **how, "setting": job.setting}
     provenance = describe_run(
         model.hf_model,
         job.model,

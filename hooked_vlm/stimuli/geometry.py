@@ -126,6 +126,8 @@ def geometry_for(n_tokens: int, token_px: int) -> Geometry:
     Raises `DataError` for fewer than five tokens a side, where three objects with gaps
     between them do not fit.
     """
+    if token_px < 1:
+        raise DataError(f"token_px={token_px} was given; a token needs at least 1 pixel.")
     for paper in PAPER_GEOMETRY.values():
         if paper.n_tokens == n_tokens:
             return Geometry(n_tokens, token_px, paper.object_tokens, paper.gap_tokens, paper.strips)

@@ -56,7 +56,7 @@ def load_cutouts(folder: Path) -> Cutouts:
 
 def files_in(folder: Path) -> list[Path]:
     """Returns the files of the cut-outs of a folder; raises `DataError` without any."""
-    files = sorted(folder.glob("*.png"))
+    files = sorted(Path(folder).glob("*.png"))
     if not files:
         raise DataError(
             f"There are no <name>.png files in '{folder}'. Give a folder with three or more."

@@ -47,7 +47,7 @@ def load_photographs(folder: Path) -> dict[str, Image.Image]:
 
 def files_in(folder: Path) -> list[Path]:
     """Returns the pictures' files of a folder, in order; raises `DataError` without any."""
-    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in _ENDINGS]
+    files = [p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() in _ENDINGS]
     if not files:
         raise DataError(
             f"There are no pictures ({', '.join(_ENDINGS)}) in '{folder}' to use as backgrounds. "

@@ -64,8 +64,16 @@ class Sweep:
 
         `plan.explain(logits_to_keep=1)` says what running it takes, on the `meta` device too.
         """
+        if not callable(self.make) or not isinstance(self.inputs, Mapping):
+            raise InterventionError(
+                f"Sweep(inputs, axes, make) was given a {type(self.inputs).__name__} as inputs and "
+                f"a {type(self.make).__name__} as make; expected inputs of model.prepare, and a "
+                "function of one value of each axis."
+            )
         if not self.axes or not all(len(values) for values in self.axes.values()):
-            raise InterventionError(f"A sweep needs axes with values; given: {dict(self.axes)}.")
+            raise InterventionError(
+                f"A sweep needs axes with values; given: {dict(self.axes or {})}."
+            )
         places = Places(model)  # each distinct place is located once for the whole sweep
         cells = [cell.placed(model, self.inputs, places) for cell in self.cells()]
         return CheckedCells(model, self.inputs, cells)
@@ -147,7 +155,11 @@ class Sweep:
         self, metric: Metric, dims: Sequence[str], coords: Mapping[str, Sequence[Any]] | None
     ) -> Metric:
         """Returns the metric with its axes checked; raises for axes of one name at once."""
-        taken = sorted(set(self.axes) & set(dims))
+        if not callable(metric):
+            raise InterventionError(
+                f"metric={repr(metric)[:80]} was given; expected a function of the logits."
+            )
+        taken = sorted(set(self.axes or ()) & set(dims))
         if taken:
             raise InterventionError(
                 f"dims={tuple(dims)} and the sweep's axes {tuple(self.axes)} share {taken}. Give "

@@ -120,7 +120,7 @@ def test_faults_of_a_list_are_said(copy: Path) -> None:
     assert "'red_left_of_chair.jpeg' is entry 0 too" in said
     assert "'red_right_of_chair.jpeg' has the correct caption 'A blue thing under a chair'" in said
     listing.write_text(json.dumps({"items": entries}))
-    with pytest.raises(DataError, match="holds a dict; expected is a list"):
+    with pytest.raises(DataError, match="has a dict; expected a list"):
         whatsup.load(copy)
     listing.write_text(json.dumps([{"image_path": "data/controlled_images/none_on_chair.jpeg"}]))
     with pytest.raises(DataError, match=r"can be used .of 1.; .*looked for in data/controlled_im"):

@@ -1,15 +1,25 @@
 """Loading by folder and by shipped name; what cannot be loaded, and why."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from helpers.prepared_models import prepared
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm import zoo
+from hooked_vlm.errors import (
+    HookedVLMError,
+    HookedVLMWarning,
+    MissingWeightsError,
+    UnsupportedModelError,
+)
+from hooked_vlm.model.encoder import HookedVisionEncoder
 from hooked_vlm.model.loading import load_pretrained
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.zoo import available
@@ -103,3 +113,94 @@ def test_inputs_made_elsewhere_run_on_a_loaded_model(tmp_path):
     loaded = HookedVLM.from_pretrained(str(tmp_path))
     inputs = make_inputs("gemma-3")
     torch.testing.assert_close(loaded(inputs), tiny("gemma-3")(inputs))
+
+
+def changed_checkpoint(folder: Path, change: Any) -> str:
+    """Returns a copy of a shipped model with other weights in its file."""
+    shutil.copytree(zoo.folder("tiny-gemma-3"), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def without(part: str) -> Any:
+    return lambda weights: {name: w for name, w in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (without("layers.0.self_attn.q_proj"), "layers.0.self_attn.q_proj.weight"),
+        (without("vision_tower"), "vision_tower"),
+        (without("multi_modal_projector"), "multi_modal_projector"),
+        (lambda weights: {f"renamed.{name}": w for name, w in weights.items()}, "embed_tokens"),
+    ],
+    ids=["one weight", "encoder", "projector", "all renamed"],
+)
+def test_g5_missing_weights_are_an_error_unless_allowed(tmp_path: Path, change: Any, names: str):
+    name = changed_checkpoint(tmp_path / "model", change)
+    with pytest.raises(MissingWeightsError, match=f"missing in the checkpoint.*{names}") as caught:
+        HookedVLM.from_pretrained(name)
+    assert "allow_missing_weights=True" in str(caught.value)
+    assert len(str(caught.value)) <= 400
+    with pytest.warns(HookedVLMWarning, match="random numbers"):
+        HookedVLM.from_pretrained(name, allow_missing_weights=True)
+
+
+def test_g5_more_weights_than_the_model_has_are_no_error(tmp_path: Path):
+    name = changed_checkpoint(tmp_path / "model", lambda w: {**w, "extra": torch.zeros(2)})
+    HookedVLM.from_pretrained(name)
+
+
+def vit(folder: Path, without: str) -> str:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=16,
+    )
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if without not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("part", ["embeddings.cls_token", "layer.1.", "layernorm.weight"])
+def test_g5_an_encoder_without_some_of_its_weights_is_an_error(tmp_path: Path, part: str):
+    with pytest.raises(MissingWeightsError, match="missing in the checkpoint"):
+        HookedVisionEncoder.from_pretrained(vit(tmp_path, without=part))
+
+
+def test_g5_an_encoder_without_its_pooler_is_a_warning(tmp_path: Path):
+    name = vit(tmp_path, without="pooler")
+    with pytest.warns(HookedVLMWarning, match="pooler.*"):
+        HookedVisionEncoder.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"\x05"),
+        ("config.json", b"{"),
+        ("config.json", b"null"),
+        ("config.json", b"\xff\xfe"),
+        ("tokenizer.json", b"{}"),
+        ("processor_config.json", b"[]"),
+        ("chat_template.jinja", b"{% if %}"),
+    ],
+)
+def test_i3_a_damaged_file_of_a_model_is_an_error_of_ours(
+    tmp_path: Path, file: str, content: bytes
+):
+    folder = tmp_path / "model"
+    shutil.copytree(zoo.folder("tiny-gemma-3"), folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(HookedVLMError) as caught:
+        model = HookedVLM.from_pretrained(str(folder))
+        model.prepare(torch.rand(3, 48, 48), "x")  # a template is read when it is used
+    assert len(str(caught.value)) <= 400

@@ -1,19 +1,23 @@
 """What is saved comes back exactly, under the same key alone, and never in half."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from PIL import Image
+from safetensors.numpy import load, save
 
 from helpers import synthetic_results as synthetic
 from hooked_vlm.errors import DataError, HookedVLMWarning
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import results
 from hooked_vlm.report.files import writable_folder, write_file
-from hooked_vlm.report.results import load_result, save_result
+from hooked_vlm.report.results import load_result, read_result, save_result
 
 
 @pytest.mark.parametrize("result", synthetic.all_results(), ids=lambda result: result.id)
@@ -115,3 +119,72 @@ def test_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     folder = writable_folder(tmp_path / "a" / "b")
     assert folder.is_dir()
     assert not list(folder.iterdir())
+
+
+def damaged(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def fewer_rows(data: bytes) -> bytes:
+    return b"".join(data.splitlines(keepends=True)[:3])
+
+
+def other_shape(data: bytes) -> bytes:
+    return save({name: array[..., :1].copy() for name, array in load(data).items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("table.csv", fewer_rows, "table.csv differs from its checksum"),
+        ("table.csv", lambda data: data.replace(b"0.", b"1."), "table.csv differs"),
+        ("arrays.safetensors", other_shape, "arrays.safetensors differs"),
+        ("arrays.safetensors", lambda data: data[:-8], "arrays.safetensors differs"),
+        ("images/000.png", lambda data: data[:-8], "images/000.png differs"),
+        ("result.json", lambda data: data.replace(b'"E3"', b'"E4"'), "result.json does not have"),
+        ("result.json", lambda data: b"[" * 100_000, "result.json cannot be read"),
+        ("result.json", lambda data: b"\xff\xfe\x00", "result.json cannot be read"),
+        ("result.json", lambda data: b"null", "result.json does not have"),
+    ],
+)
+def test_g4_a_damaged_result_is_computed_again_and_that_is_said(
+    tmp_path: Path, name: str, change: Callable[[bytes], bytes], says: str
+) -> None:
+    folder = save_result(synthetic.e3(), tmp_path, "key")
+    damaged(folder, name, change)
+    with pytest.warns(HookedVLMWarning, match=f"{says}.* It is computed again"):
+        assert load_result(tmp_path, "ordering-probes", "key") is None
+    with pytest.raises(DataError, match="is damaged"):
+        read_result(folder)
+
+
+@pytest.mark.parametrize("name", ["table.csv", "arrays.safetensors", "images/000.png"])
+def test_g4_a_missing_file_is_damage(tmp_path: Path, name: str) -> None:
+    (save_result(synthetic.e3(), tmp_path, "key") / name).unlink()
+    with pytest.warns(HookedVLMWarning, match=f"{name} is missing"):
+        assert load_result(tmp_path, "ordering-probes", "key") is None
+
+
+def signed(about: dict) -> str:
+    """Returns the text of a result.json whose own checksum is right."""
+    return json.dumps({**about, "sha256": results._own_sha256(about)})
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/passwd", "images/../../secret.png", 3])
+def test_h7_a_result_names_no_picture_outside_its_folder(tmp_path: Path, name: object) -> None:
+    folder = save_result(synthetic.e1(), tmp_path, "key")
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    about = json.loads((folder / "result.json").read_text())
+    about["images"] = dict.fromkeys(about["images"], name)
+    (folder / "result.json").write_text(signed(about))
+    with pytest.raises(DataError, match="which is no file of a result"):
+        read_result(folder)
+
+
+def test_h7_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = save_result(synthetic.e1(), tmp_path, "key")
+    secret = tmp_path / "secret.png"
+    (folder / "images/000.png").rename(secret)
+    (folder / "images/000.png").symlink_to(secret)
+    with pytest.raises(DataError, match="which is no file of a result"):
+        read_result(folder)
