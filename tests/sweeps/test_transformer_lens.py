@@ -163,7 +163,7 @@ def test_heads_by_position() -> None:
 def test_patterns(family: str) -> None:
     model = HookedVLM(build(family))  # a new one: the warning comes once for each model
     corrupted = short_inputs(family, seed=1)
-    with pytest.warns(HookedVLMWarning, match="eager attention"):
+    with pytest.warns(HookedVLMWarning, match="[Ee]ager attention"):
         cache = cached(model, short_inputs(family, seed=2), "*.attn.hook_pattern")
     whole = transformer_lens.get_act_patch_attn_head_pattern_all_pos(
         model, corrupted, cache, metric
