@@ -47,7 +47,7 @@ def model_inputs(
     made |= _decoder_start(model, made, prompts)
     if "labels" not in options and "input_ids" not in made:
         made.pop("labels", None)  # a copy of the prompt, with which the decoder starts
-    return {name: value for name, value in made.items() if _is_read(hf_model, name)}
+    return {name: value for name, value in made.items() if is_read(hf_model, name)}
 
 
 @contextmanager
@@ -228,7 +228,7 @@ def _start_token(hf_model: nn.Module) -> int:
     return 0
 
 
-def _is_read(hf_model: nn.Module, name: str) -> bool:
+def is_read(hf_model: nn.Module, name: str) -> bool:
     """Whether a model, or a module to which it passes its arguments, reads an argument."""
     own = inspect.signature(inspect.unwrap(type(hf_model).forward)).parameters
     if name in own or not any(p.kind is p.VAR_KEYWORD for p in own.values()):

@@ -30,6 +30,7 @@ from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.sites import Site, describe_sites
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
+from hooked_vlm.model.keywords import require_read
 from hooked_vlm.model.memory import require_memory
 
 
@@ -62,6 +63,13 @@ class HookedModel(ABC):
         self._attached = ExitStack()
         self._said_eager = False
         self._footprint: Footprint | None = None
+        self._read: set[str] = set()
+
+    def require_keywords(self, given: Iterable[str]) -> None:
+        """Raises `HookError` for a keyword that the wrapped model would drop without a word."""
+        if new := set(given) - self._read:
+            require_read(self.hf_model, new)
+            self._read |= new
 
     @property
     def hook_names(self) -> list[str]:

@@ -26,6 +26,7 @@ from hooked_vlm.inputs.encoder import EncoderGrids, find_grids, prepare_images
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.inputs.prepare import Images, Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.model.keywords import require_processed
 from hooked_vlm.model.loading import load_image_model
 
 
@@ -109,6 +110,8 @@ class HookedVisionEncoder(HookedModel):
         Raises `GridError` when the patches cannot be placed on the image.  Warns when the
         processor resizes an image, because this changes the size of cells.
         """
+        if self.processor is not None:
+            require_processed(self.processor, processor_kwargs)
         return prepare_images(self._grids, self.processor, images, processor_kwargs)
 
     def grids(self, inputs: ModelInputs) -> Grids:
@@ -119,7 +122,11 @@ class HookedVisionEncoder(HookedModel):
         return inputs.grids if isinstance(inputs, Inputs) else find_grids(self._grids, inputs)
 
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Any:
-        """Runs the wrapped encoder with the keyword arguments and returns its output."""
+        """Runs the wrapped encoder with the keyword arguments and returns its output.
+
+        Raises `HookError` for a keyword that the encoder does not read.
+        """
+        self.require_keywords(kwargs)
         return self.hf_model(**inputs, **kwargs)
 
     __call__ = forward
@@ -131,6 +138,7 @@ class HookedVisionEncoder(HookedModel):
 
         Warns when a named site never ran.
         """
+        self.require_keywords(kwargs)
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
     def run_with_cache(
@@ -150,6 +158,7 @@ class HookedVisionEncoder(HookedModel):
         cached tensors are moved.  Raises `CacheMemoryError` before the run when the cache does
         not fit into memory, unless `check_memory=False`.
         """
+        self.require_keywords(kwargs)
 
         def run() -> Any:
             return self.forward(inputs, **kwargs)

@@ -11,17 +11,18 @@ pass without hooks is transformers' own.  The wrapper adds a name for each activ
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
-from hooked_vlm.errors import HookedVLMWarning, UnsupportedModelError, counted
+from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
 from hooked_vlm.hooks.sites import list_sites
@@ -37,6 +38,7 @@ from hooked_vlm.hooks.stand_ins import (
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.model.keywords import require_generates, require_processed
 from hooked_vlm.model.loading import load_pretrained
 
 
@@ -157,6 +159,7 @@ class HookedVLM(HookedModel):
             )
         if images is not None:
             self.require_vision()
+        require_processed(self.processor, processor_kwargs)
         return prepare_inputs(
             self.grid_finder,
             images,
@@ -176,10 +179,34 @@ class HookedVLM(HookedModel):
     # --- running --------------------------------------------------------------------------
 
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Float[Tensor, "batch pos d_vocab"]:
-        """Runs the wrapped model with the keyword arguments and returns its logits."""
+        """Runs the wrapped model with the keyword arguments and returns its logits.
+
+        Raises `HookError` for a keyword that the wrapped model does not read, and for a prompt
+        that holds image tokens without its pixels.
+        """
+        self.require_keywords(kwargs)
+        self._require_pixels({**inputs, **kwargs})
         return self.hf_model(**inputs, **kwargs).logits
 
     __call__ = forward
+
+    def _require_pixels(self, given: Mapping[str, Any]) -> None:
+        """Raises `HookError` for image tokens without an image: the model would run blind."""
+        ids, token = given.get("input_ids"), self.cfg.image_token_id
+        if ids is None or token is None or ids.device.type == "meta":
+            return
+        # Pixels, features or embeddings that were computed before, or a cache of the prompt.
+        seen = any(
+            (value is not None and ("pixel" in name or "image" in name or "embeds" in name))
+            or is_cache(value)
+            for name, value in given.items()
+        )
+        if not seen and bool((ids == token).any()):
+            raise HookError(
+                "The prompt holds image tokens, and these inputs hold no image: the model would "
+                "run blind. Give everything that prepare(images, texts) returns, not the tokens "
+                "alone."
+            )
 
     def run_with_hooks(
         self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
@@ -188,6 +215,7 @@ class HookedVLM(HookedModel):
 
         Warns when a named site never ran, such as a vision site without an image.
         """
+        self.require_keywords(kwargs)
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
     def run_with_cache(
@@ -213,6 +241,7 @@ class HookedVLM(HookedModel):
         memory of its device, unless `check_memory=False`.  Warns when the cache takes more
         than half of the free memory (see `memory.estimate_cache`).
         """
+        self.require_keywords(kwargs)
 
         def run() -> Tensor:
             return self.forward(inputs, **kwargs)
@@ -243,6 +272,9 @@ class HookedVLM(HookedModel):
         prompt's positions in each step, so the result is the same.  With
         `prefill_only=False` the functions run at every step; `hook.step` is its number.
         """
+
+        require_generates(self.hf_model, kwargs)
+        self._require_pixels({**inputs, **kwargs})
 
         def run() -> Tensor:
             return self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,118 @@
+"""Keyword arguments that nobody would read: refused before anything runs, with the nearest name.
+
+`forward` and `generate` of transformers, and its processors, take any keyword, pass it on, and
+drop it where no module reads it.  A misspelt `fwd_hooks` would run without hooks.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from torch import nn
+from transformers import GenerationConfig
+
+from hooked_vlm.errors import DataError, HookError, did_you_mean
+from hooked_vlm.inputs.processor import is_read
+
+
+OURS = (
+    *("inputs", "fwd_hooks", "names_filter", "stop_at_layer", "device", "check_memory"),
+    *("prefill_only", "residual", "layer"),
+)
+"""Our own arguments of the functions that run a model: what a misspelt one may have meant."""
+INSTEAD = {
+    "fwd_hooks": "Use run_with_hooks, run_with_cache or generate, which take it.",
+    "bwd_hooks": "Call activation.register_hook(…) inside a hook function.",
+    "names_filter": "Use run_with_cache, which takes it.",
+    "stop_at_layer": "Use run_with_cache, which takes it.",
+    "start_at_layer": "Use run_from_layer(inputs, residual, layer).",
+    "return_type": "Compute it from the logits that are returned.",
+    "loss_per_token": "Compute it from the logits that are returned.",
+    "pos_slice": "Slice what was cached: cache[name][:, -1].",
+    "incl_bwd": "Call activation.register_hook(…) inside a hook function.",
+    "remove_batch_dim": "Use cache.remove_batch_dim().",
+    "return_cache_object": "Use dict(cache).",
+    "reset_hooks_end": "Leave it out: hooks are removed at the end of every call.",
+    "clear_contexts": "Leave it out: hooks keep no context.",
+    "past_kv_cache": "Use past_key_values, which the wrapped model takes.",
+}
+"""Arguments of other functions, and of TransformerLens's, and what to do in their place."""
+
+
+def require_read(hf_model: nn.Module, given: Iterable[str]) -> None:
+    """Raises `HookError` for a keyword that neither the wrapped model nor its modules read."""
+    for name in given:
+        if name not in _typed(type(hf_model).forward) and not is_read(hf_model, name):
+            _refuse(name, [*OURS, *inspect.signature(type(hf_model).forward).parameters])
+
+
+def require_generates(hf_model: nn.Module, given: Iterable[str]) -> None:
+    """Raises `HookError` for a keyword that generation neither takes nor passes on."""
+    kind: Any = type(hf_model)
+    known = {*vars(GenerationConfig()), *inspect.signature(kind.generate).parameters}
+    known |= {"custom_generate", *inspect.signature(kind.prepare_inputs_for_generation).parameters}
+    for name in given:
+        if name not in known | _typed(kind.forward) and not is_read(hf_model, name):
+            _refuse(name, [*OURS, *known])
+
+
+def _refuse(name: str, known: Iterable[str]) -> None:
+    hint = INSTEAD.get(name) or did_you_mean(name, set(known)).strip()
+    hint = hint or "Leave it out, or write a hook function."
+    raise HookError(
+        f"{name}=… was given, which neither this function nor the wrapped model reads. {hint}"
+    )
+
+
+def require_processed(processor: Any, given: Iterable[str]) -> None:
+    """Raises `DataError` for a keyword that no part of a processor takes, as far as they say so."""
+    known = _taken(processor)
+    for name in given:
+        near = did_you_mean(name, {*known, "images", "texts", "system", "chat"})
+        # A processor that says nothing about its keywords may read any.
+        if name not in known and (near or _says_all(processor)):
+            raise DataError(
+                f"prepare was given {name}=…, which the model's processor "
+                f"({type(processor).__name__}) does not take.{near}"
+            )
+
+
+def _parts(processor: Any) -> list[Any]:
+    names = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
+    return [processor, *filter(None, (getattr(processor, name, None) for name in names))]
+
+
+def _taken(processor: Any) -> set[str]:
+    """Returns the keywords that a processor and its parts are declared to take."""
+    names: set[str] = set()
+    for part in _parts(processor):
+        for declared in ("valid_kwargs", "valid_processor_kwargs"):
+            names |= _fields(getattr(part, declared, None))
+        for method in ("__call__", "preprocess"):
+            function = getattr(type(part), method, None)
+            if function is not None:
+                names |= {*inspect.signature(function).parameters, *_typed(function)}
+    return names
+
+
+def _says_all(processor: Any) -> bool:
+    declared = ("valid_processor_kwargs", "valid_kwargs")
+    return any(_fields(getattr(processor, name, None)) for name in declared)
+
+
+def _typed(function: Any) -> set[str]:
+    """Returns the keywords that a function's `**kwargs` are declared to be."""
+    parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
+    return {
+        name
+        for parameter in parameters
+        if parameter.kind is parameter.VAR_KEYWORD
+        for typed in get_args(parameter.annotation)
+        for name in _fields(typed)
+    }
+
+
+def _fields(typed: Any) -> set[str]:
+    """Returns the fields of a TypedDict, and of the TypedDicts in it."""
+    found: Mapping[str, Any] = getattr(typed, "__annotations__", None) or {}
+    return {*found, *(name for inner in found.values() for name in _fields(inner))}

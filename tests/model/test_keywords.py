@@ -1,0 +1,99 @@
+"""A keyword that nobody would read is an error that names the nearest, before anything runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from hooked_vlm import Ablate, HookedVisionEncoder, HookedVLM, Sweep
+from hooked_vlm.errors import DataError, HookError
+
+
+HOOK = ("blocks.0.hook_resid_pre", lambda x, hook: x * 0)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> HookedVLM:
+    return HookedVLM.from_pretrained("tiny-gemma-3")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m, i: m.run_with_hooks(i, fwd_hook=[HOOK]), "Did you mean 'fwd_hooks'"),
+        (lambda m, i: m.run_with_hooks(i, hooks=[HOOK]), "hooks="),
+        (lambda m, i: m.run_with_hooks(i, bwd_hooks=[HOOK]), "register_hook"),
+        (lambda m, i: m(i, fwd_hooks=[HOOK]), "Use run_with_hooks"),
+        (lambda m, i: m(i, return_type="loss"), "Compute it from the logits"),
+        (lambda m, i: m(i, stop_at_layer=2), "Use run_with_cache"),
+        (lambda m, i: m.generate(i, fwd_hook=[HOOK]), "Did you mean 'fwd_hooks'"),
+        (lambda m, i: m.generate(i, max_new_token=3), "Did you mean 'max_new_tokens'"),
+        (lambda m, i: m.generate(i, prefil_only=True), "Did you mean 'prefill_only'"),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a1_a3_keywords_that_nobody_reads(family: str, call: Any, said: str) -> None:
+    model = tiny(family)
+    ran = []
+    handle = model.hf_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        with pytest.raises(HookError, match=said) as caught:
+            call(model, make_inputs(family))
+    finally:
+        handle.remove()
+    assert not ran and len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"name_filter": "hook_embed"}, "Did you mean 'names_filter'"),
+        ({"pos_slice": -1}, "Slice what was cached"),
+        ({"incl_bwd": True}, "register_hook"),
+        ({"remove_batch_dim": True}, "cache.remove_batch_dim"),
+        ({"return_cache_object": False}, "dict"),
+    ],
+)
+def test_a2_caching(option: Any, said: str) -> None:
+    with pytest.raises(HookError, match=said):
+        tiny("llava").run_with_cache(make_inputs("llava"), **option)
+
+
+def test_a3_other_ways_in(shipped: HookedVLM) -> None:
+    model, inputs = tiny("llava"), make_inputs("llava")
+    residual = torch.zeros(1, inputs["input_ids"].shape[1], 48)
+    with pytest.raises(HookError, match="'fwd_hooks'"):
+        model.run_from_layer(inputs, residual, 1, fwd_hook=[HOOK])
+    made: list[int] = []
+    sweep = Sweep(inputs, {"slot": [0, 1]}, lambda slot: made.append(slot) or Ablate(slot))
+    for run in (sweep.run, sweep.attribution):
+        with pytest.raises(HookError, match="batchsize="):
+            run(model, lambda x: x[:, -1, 0], batchsize=3)
+    assert not made  # nothing was recorded or checked first
+    image = Image.new("RGB", (192, 192))
+    with pytest.raises(DataError, match=r"sytem=.*Did you mean 'system'"):
+        shipped.prepare(image, "What?", sytem="x")
+    with pytest.raises(DataError, match="do_risize="):
+        shipped.prepare(image, "What?", do_risize=False)
+    encoder = HookedVisionEncoder.from_pretrained("tiny-gemma-3")
+    with pytest.raises(DataError, match="do_risize="):
+        encoder.prepare(image, do_risize=False)
+
+
+def test_what_the_model_or_its_processor_reads_goes_through(shipped: HookedVLM) -> None:
+    inputs = shipped.prepare(Image.new("RGB", (192, 192)), "What?", do_rescale=True, padding=True)
+    logits = shipped(inputs, logits_to_keep=1, output_attentions=False, use_cache=False)
+    assert logits.shape[1] == 1
+    options: Any = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "logits_to_keep": 1}
+    assert shipped.generate(inputs, **options).shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a5_image_tokens_without_an_image(family: str) -> None:
+    model, inputs = tiny(family), make_inputs(family)
+    blind = {"input_ids": inputs["input_ids"]}
+    for run in (model, lambda i: model.generate(i, max_new_tokens=1)):
+        with pytest.raises(HookError, match="the model would run blind"):
+            run(blind)
