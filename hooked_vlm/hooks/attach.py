@@ -53,6 +53,10 @@ def attach(
             _note_call(model, vision, packing, stack)
         restart = _reset_counters(fired, packing)
         handles = [model.register_forward_pre_hook(restart, with_kwargs=True)]
+        # A generation may call the encoder before the first pass: its calls count from 0 too.
+        forget = _reset_calls(fired)
+        forget()
+        handles.append(model.register_forward_hook(forget, always_call=True))
         stack.callback(_remove, handles)
         # Prepended hooks run in reverse order of registration, and at one module the sites must
         # run in the order of the model.
@@ -102,12 +106,23 @@ def _note_call(model: nn.Module, vision: Vision, packing: CallContext, stack: Ex
     stack.callback(owner.register_forward_pre_hook(note, with_kwargs=True, prepend=True).remove)
 
 
+def _reset_calls(fired: Sequence[SiteDispatch]) -> Callable[..., None]:
+    """Returns a function, also as a hook, that sets the counts of calls to zero."""
+
+    def forget(*_: Any) -> None:
+        for item in fired:
+            item.point.call = -1
+
+    return forget
+
+
 def _reset_counters(fired: Sequence[SiteDispatch], packing: CallContext) -> Callable[..., None]:
     """Returns a hook that resets the counts of calls and prompts at each forward pass."""
 
+    forget = _reset_calls(fired)
+
     def restart(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        for item in fired:
-            item.point.call = -1
+        forget()
         prompts = prompts_among(args, kwargs)
         packing.n_prompts = 0 if prompts is None else len(prompts)
 
@@ -189,10 +204,13 @@ def _attention_edit(item: SiteDispatch) -> Callable[[Any], Any]:
                 return raw
             value, changed = item.on_value(raw)
             return value if changed else raw
-        changed = item.run_on_module_value(raw)
+        # Keys and values may be the cache's own memory, which later steps read: an edit in place
+        # acts on a copy, as one that returns a copy does.
+        is_cached = item.site.part in ("rot_k", "v")
+        changed = item.run_on_module_value(raw.clone() if is_cached and item.may_edit else raw)
         if changed is None:
             return raw
-        if item.site.part in ("rot_k", "v") and any(run.prefill_only for _, run in item.fns):
+        if is_cached and any(run.prefill_only for _, run in item.fns):
             # The key-value cache holds this tensor, and later steps, in which the functions are
             # inactive, read it.  Written in place, the edit lasts.
             return raw.copy_(changed)

@@ -87,6 +87,8 @@ class TappedConfig:
         self.hooked_vlm_tap = tap
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_config":  # while it is copied, or unpickled
+            raise AttributeError(name)
         return getattr(self._config, name)
 
 

@@ -47,6 +47,13 @@ class SiteDispatch:
         self.site, self.point, self.fns, self.packing = site, point, fns, packing
 
     @property
+    def may_edit(self) -> bool:
+        """Whether any function acts in this pass that may edit what it is shown."""
+        return any(
+            not isinstance(fn, Reader) and not self._is_inactive(run) for fn, run in self.fns
+        )
+
+    @property
     def inactive(self) -> bool:
         """Whether no function acts in this pass."""
         return all(self._is_inactive(run) for _, run in self.fns)
@@ -67,8 +74,10 @@ class SiteDispatch:
         if not self.site.order:
             n_rows = self.packing.n_images if self.site.by_image else self.packing.n_prompts
             raw = _unfolded(raw, self.site, n_rows)
-        value, changed = self.on_value(read(self.site, raw, self.packing.layout))
-        if not changed:
+        shown = read(self.site, raw, self.packing.layout)
+        value, changed = self.on_value(shown)
+        # Gradients of what a function is shown (`retain_grad`) need it to be what flows on.
+        if not changed and not (shown is not raw and _has_gradient(shown) and self.may_edit):
             return None
         written = write(self.site, value, raw, self.packing.layout)
         # Reshape only if needed: a view loses the memory layout of axes of size one.
@@ -133,6 +142,10 @@ def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
     if raw.ndim != n_axes - 1 or site.tap == "attention" or not n_rows or len(raw) % n_rows:
         return raw
     return raw.unflatten(0, (n_rows, -1))
+
+
+def _has_gradient(value: VisionActivation) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _parts(value))
 
 
 class _Snapshot:

@@ -253,6 +253,8 @@ def to_pil(image: OneImage) -> Image.Image:
 
     Integers must be in 0..255 and floats in 0..1; raises `DataError` for anything else.
     """
+    if isinstance(image, Image.Image) and image.mode in _DEEP:
+        image = _deep(image)
     if isinstance(image, Image.Image):
         return _loaded(image)
     given = image
@@ -288,6 +290,23 @@ def to_pil(image: OneImage) -> Image.Image:
         )
     image = (image * 255).round() if is_float else image
     return Image.fromarray(image.astype(np.uint8)).convert("RGB")
+
+
+_DEEP = ("F", "I", "I;16", "I;16L", "I;16B", "I;16N")
+"""Modes of more than 8 bits, which PIL's own conversion to RGB cuts off at 255."""
+
+
+def _deep(image: Image.Image) -> np.ndarray:
+    """Returns a picture of 16 bits, or of floats in 0..1, as an array of floats in 0..1."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return values
+    if image.mode == "I" and not 255 < values.max() <= 65535:
+        raise DataError(
+            f"An image of mode I with values up to {values.max()} was given; expected 16 bits (up "
+            "to 65535). Give an array: integers in 0..255 or floats in 0..1."
+        )
+    return values.astype(np.float32) / 65535
 
 
 def _loaded(image: Image.Image) -> Image.Image:

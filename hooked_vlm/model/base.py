@@ -65,8 +65,14 @@ class HookedModel(ABC):
         self._footprint: Footprint | None = None
         self._read: set[str] = set()
 
-    def require_keywords(self, given: Iterable[str]) -> None:
-        """Raises `HookError` for a keyword that the wrapped model would drop without a word."""
+    def require_call(self, inputs: Any, given: Iterable[str]) -> None:
+        """Raises `HookError` for inputs that are none, and for keywords that nobody would read."""
+        if not isinstance(inputs, Mapping):
+            hint = "prepare(images, texts)" if isinstance(inputs, str) else "{'input_ids': …}"
+            raise HookError(
+                f"inputs of type {type(inputs).__name__} were given; expected what prepare "
+                f"returns, or a mapping of the wrapped model's tensors. Use {hint}."
+            )
         if new := set(given) - self._read:
             require_read(self.hf_model, new)
             self._read |= new
@@ -129,12 +135,14 @@ class HookedModel(ABC):
     ) -> Iterator[None]:
         """Attaches functions to sites with exact names; see `hooks`."""
         self._say_eager(pairs)
-        self._open.append((pairs, PassCounter(prefill_only, is_generation)))
+        opened = pairs, PassCounter(prefill_only, is_generation)
+        self._open.append(opened)
         try:
             self._reattach()
             yield
         finally:
-            self._open.pop()
+            # Blocks may be closed in another order than they were opened in.
+            self._open[:] = [other for other in self._open if other is not opened]
             self._reattach()
 
     def _run_hooked(
@@ -181,10 +189,15 @@ class HookedModel(ABC):
         found: dict[str, VisionActivation] = {}
         # A later hook may edit memory in place that an earlier site shares, hence the copy.
         copy = bool(pairs) or bool(self._open)
+        taken: set[int] = set()
 
         def keep(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach().clone() if copy else tensor.detach()
-            return tensor if device is None else tensor.to(device)
+            # The stream after a block is the one before the next: each gets its own memory.
+            shared = tensor.data_ptr() in taken and tensor.device.type != "meta"
+            tensor = tensor.detach().clone() if copy or shared else tensor.detach()
+            tensor = tensor if device is None else tensor.to(device)
+            taken.add(tensor.data_ptr())
+            return tensor
 
         def store(value: VisionActivation, hook: HookPoint) -> None:
             kept = each(keep, value)
@@ -199,6 +212,12 @@ class HookedModel(ABC):
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
         kept = {name: found[name] for name in names if name in found}
+        if isinstance(output, Tensor):  # what is returned is the user's to write to
+            given = output.data_ptr()
+            kept = {
+                n: each(lambda x: x.clone() if x.data_ptr() == given else x, v)
+                for n, v in kept.items()
+            }
         return output, ActivationCache(kept, self._n_layers)
 
     @property

@@ -126,7 +126,7 @@ class HookedVisionEncoder(HookedModel):
 
         Raises `HookError` for a keyword that the encoder does not read.
         """
-        self.require_keywords(kwargs)
+        self.require_call(inputs, kwargs)
         return self.hf_model(**inputs, **kwargs)
 
     __call__ = forward
@@ -138,7 +138,7 @@ class HookedVisionEncoder(HookedModel):
 
         Warns when a named site never ran.
         """
-        self.require_keywords(kwargs)
+        self.require_call(inputs, kwargs)
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
     def run_with_cache(
@@ -158,7 +158,7 @@ class HookedVisionEncoder(HookedModel):
         cached tensors are moved.  Raises `CacheMemoryError` before the run when the cache does
         not fit into memory, unless `check_memory=False`.
         """
-        self.require_keywords(kwargs)
+        self.require_call(inputs, kwargs)
 
         def run() -> Any:
             return self.forward(inputs, **kwargs)

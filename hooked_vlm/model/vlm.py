@@ -184,7 +184,7 @@ class HookedVLM(HookedModel):
         Raises `HookError` for a keyword that the wrapped model does not read, and for a prompt
         that holds image tokens without its pixels.
         """
-        self.require_keywords(kwargs)
+        self.require_call(inputs, kwargs)
         self._require_pixels({**inputs, **kwargs})
         return self.hf_model(**inputs, **kwargs).logits
 
@@ -215,7 +215,7 @@ class HookedVLM(HookedModel):
 
         Warns when a named site never ran, such as a vision site without an image.
         """
-        self.require_keywords(kwargs)
+        self.require_call(inputs, kwargs)
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
     def run_with_cache(
@@ -241,7 +241,7 @@ class HookedVLM(HookedModel):
         memory of its device, unless `check_memory=False`.  Warns when the cache takes more
         than half of the free memory (see `memory.estimate_cache`).
         """
-        self.require_keywords(kwargs)
+        self.require_call(inputs, kwargs)
 
         def run() -> Tensor:
             return self.forward(inputs, **kwargs)
@@ -273,6 +273,7 @@ class HookedVLM(HookedModel):
         `prefill_only=False` the functions run at every step; `hook.step` is its number.
         """
 
+        self.require_call(inputs, ())
         require_generates(self.hf_model, kwargs)
         self._require_pixels({**inputs, **kwargs})
 
