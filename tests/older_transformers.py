@@ -23,9 +23,10 @@ NEEDS = (
     ("own_image[kosmos-2", "5.23", "its processor asks its tokenizer for more"),
     ("are_refused[kosmos-2]", "5.23", "its processor asks its tokenizer for more"),
     ("found_by_trying[kosmos-2.5-]", "5.23", "its processor's tokens"),
-    ("[mllama-reaches it by cross-attention]", "5.23", "no gradient reaches its pixels"),
+    ("[mllama-reads the image by cross-attention]", "5.23", "no gradient reaches its pixels"),
     ("test_cross_attention_has_no_position", "5.23", "no gradient reaches mllama's pixels"),
     ("loaded_and_its_tower_wrapped", "5.18", "AutoImageProcessor needs torchvision"),
+    ("without_its_pooler_is_a_warning", "5.18", "AutoImageProcessor needs torchvision"),
 )
 
 

@@ -93,11 +93,12 @@ def test_every_site_and_kind(family: str, attn: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bits_are_the_same_where_the_arithmetic_is(family: str) -> None:
-    """All positions carried, all logits kept: the same sums in the same order."""
+def test_whole_rows_differ_in_their_last_bits_at_most(family: str) -> None:
+    """All positions carried, all logits kept: how many rows a product has may choose its sums'
+    order, on some processors."""
     sweep = sweep_of(family, ["all"], [0, 1, 2, 3])
-    report = compared(tiny(family), sweep, bound=0.0)
-    assert report.worst == 0 and report.starts == [0]
+    report = compared(tiny(family), sweep, bound=2e-6)
+    assert report.worst <= 2e-6 and report.starts == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

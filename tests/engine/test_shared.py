@@ -73,7 +73,10 @@ def test_what_is_kept_is_forgotten_with_the_weights() -> None:
         with torch.no_grad():
             next(first_block(model).parameters()).mul_(1.5)
         after = run(model, sweep)
-    assert after.equals(run(model, sweep)) and not after.equals(before)
+    again = run(model, sweep)  # images encoded together: on some processors, other last bits
+    largest = float(abs(again).max())
+    assert float(abs(after - again).max()) <= 5e-6 * largest
+    assert float(abs(after - before).max()) > 1e-3 * largest
 
 
 def test_what_is_kept_is_of_one_adapter_one_dtype_and_one_precision() -> None:
