@@ -123,7 +123,7 @@ class Sweep:
         Raises `InterventionError` for an unknown engine, and a metric of other axes than `dims`.
         """
         check_engine(engine)
-        model.require_call(self.inputs, forward_kwargs)
+        model.require_call({}, forward_kwargs)
         scored = self._scored(metric, dims, coords)
         cells = self.recorded(model)
         scores, said = run_cells(
@@ -148,7 +148,7 @@ class Sweep:
 
         Raises what `run` raises, and `InterventionError` where there is no gradient to go by.
         """
-        model.require_call(self.inputs, forward_kwargs)
+        model.require_call({}, forward_kwargs)
         scored = self._scored(metric, dims, coords)
         scores, said = first_order(model, self.inputs, self.recorded(model), scored, forward_kwargs)
         return self._table(scores, dims, coords, said)
