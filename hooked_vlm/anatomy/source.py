@@ -46,10 +46,14 @@ def once_per_function(read: Callable[[Callable], Read]) -> Callable[[Callable], 
 @once_per_function
 def forward_source(function: Callable) -> str:
     """Returns the source of a function without its decorators, or `""` if there is none."""
+    bare = inspect.unwrap(function)
     try:
-        return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+        source = textwrap.dedent(inspect.getsource(bare))
     except (OSError, TypeError):
         return ""
+    # Python 3.13 gives code made by `exec` the source of the command that Python was started with.
+    name = getattr(bare, "__name__", "")
+    return source if name in source or name == "<lambda>" else ""
 
 
 class _SelfCalls(ast.NodeVisitor):
