@@ -171,11 +171,12 @@ class Growing:
             return self._edited(steps, self._brought(job))[:, self.start :]
         behind = [step for step in steps if step.is_behind]
         if added is None or not behind:
-            kept = self.clean.residuals[stage][:, self.start - self.clean.first :]
+            # A copy: a function of the user's may write into what it is given.
+            kept = self.clean.residuals[stage][:, self.start - self.clean.first :].clone()
             for step in steps:
                 kept = self._on_suffix(step, kept)
             return kept
-        whole = self._edited(behind, self.clean.outputs[stage]) + added
+        whole = self._edited(behind, self.clean.outputs[stage].clone()) + added
         return self._edited(steps[len(behind) :], whole)[:, self.start :]
 
     def _brought(self, job: RowPlan) -> Tensor:

@@ -14,6 +14,7 @@ from hooked_vlm.engine.arguments import is_closed, mask_of
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.fingerprints import shapes_of
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
+from hooked_vlm.interventions.chain import flattened
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -45,6 +46,8 @@ class Clean:
     """Prompts and positions."""
     first: int = 0
     """The first position of `residuals`."""
+    base_sites: tuple[str, ...] = ()
+    """Where what all cells begin with acts."""
 
 
 def run_clean(
@@ -103,6 +106,7 @@ def run_clean(
         tuple(seen.signature),
         (seen.shapes[0][0], seen.shapes[0][1]),
         seen.first,
+        tuple(sorted(part.site for part in flattened(base) if hasattr(part, "first"))),
     )
 
 

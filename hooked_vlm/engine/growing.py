@@ -48,7 +48,7 @@ NEAR = 0.15
 
 @dataclass
 class PassReport:
-    """What a run took, and why it took no shorter way."""
+    """What a run took."""
 
     passes: int = 0
     rows: int = 0
@@ -254,14 +254,16 @@ def _beginnings(
 ) -> tuple[Clean, Early | None]:
     """Returns what rows begin with: the clean run's, and what jobs bring along themselves."""
     early = Early.of(model, inputs, jobs) if any(job.front for job in jobs) else None
-    if early and early.tower and not any(starts) and all(job.front for job in jobs):
+    brings_all = early is not None and all(job.front for job in jobs) and not any(starts)
+    if early and early.tower and brings_all and not base:
         # Nothing of the clean run's goes into such rows; once they are proved right, it is
         # not made.
         clean = uncleaned(model, inputs, arguments, early.tower.encoded)
-        if clean is not None and not any(
-            unproved(model, clean, [job], 0, bool(trimmed_of(model, clean, [job]))) for job in jobs
-        ):
-            return clean, early
+        if clean is not None:
+            alone = {bool(trimmed_of(model, clean, [job])) for job in jobs}
+            together = {bool(trimmed_of(model, clean, jobs))}
+            if not any(unproved(model, clean, jobs, 0, trims) for trims in alone | together):
+                return clean, early
     stages = {job.stage for job in jobs}
     # Rows that bring their beginning along are held against all of the clean run's.
     needed = [] if early else [start for start, _ in groups_of(jobs, starts)]

@@ -118,11 +118,15 @@ def run_restarted(
         layers = [start_layer(model, inputs, cell) for cell in cells]
         clean = tower = None
         if any(layer is not None for layer in layers):
-            clean = _clean(model, inputs, cells[0].base, layers, arguments)
+            try:
+                clean = _clean(model, inputs, cells[0].base, layers, arguments)
+            except GrowthError:
+                if None not in layers:
+                    raise  # else cells of the vision encoder may still start late
         if None in layers:
             tower = TowerRestart.of(model, inputs, [cell.interventions for cell in cells])
         if clean is None and tower is None:
-            raise GrowthError("no cell leaves the first block of the vision encoder as it is")
+            raise GrowthError("no cell can start later than a whole pass does")
         scores = []
         for done, (cell, layer) in enumerate(zip(cells, layers, strict=True), start=1):
             if layer is not None and clean is not None:
@@ -158,14 +162,16 @@ def _clean(
     bare = Cell((), tuple(base), len(base))
 
     def is_exact() -> bool:
+        plain = model.run_with_hooks(inputs, base, **arguments)
         # The first start twice, to catch a replay that changes what was recorded.
-        first, last = min(kept, default=0), max(kept, default=0)
+        first = 0 if 0 in layers else min(kept, default=0)
         return all(
-            torch.equal(_from_layer(model, clean, bare, layer, arguments), clean.logits)
-            for layer in (first, last, first)
+            torch.equal(_from_layer(model, clean, bare, layer, arguments), plain)
+            for layer in (first, max(kept, default=0), first)
         )
 
-    kind = ("restarts", clean.signature, clean.logits.shape, *kept, ways_of_attending(model))
+    kind = ("restarts", clean.signature, clean.logits.shape, *kept, 0 in layers)
+    kind += (ways_of_attending(model), clean.base_sites)
     if not attempt(
         lambda: remember(model, kind, is_exact), "the model could not be restarted between blocks"
     ):

@@ -71,9 +71,9 @@ def job_of(
 ) -> RowPlan | None:
     """Returns a cell as a job, or None where it changes something that rows cannot carry.
 
-    That is: hook functions of one's own, and what all cells begin with where it acts after the
-    first of the cell's own.  `merged_first` says that the merged embeddings are what the first
-    block takes, and nothing is done to them on the way.
+    That is: interventions of the user's own kind, and what all cells begin with where it acts
+    after the first of the cell's own.  `merged_first` says that the merged embeddings are what the
+    first block takes, and nothing is done to them on the way.
     """
     base = _steps(model, inputs, cell.base, merged_first)
     own = _steps(model, inputs, cell.own, merged_first)

@@ -18,7 +18,7 @@ from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.source import carrier, signature_of
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.hooks.attention import Edits, tapped_config
-from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch
+from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch, is_watched
 from hooked_vlm.hooks.generation import count_steps
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call
@@ -207,9 +207,10 @@ def _attention_edit(item: SiteDispatch) -> Callable[[Any], Any]:
         # Keys and values may be the cache's own memory, which later steps read: an edit in place
         # acts on a copy, as one that returns a copy does.
         is_cached = item.site.part in ("rot_k", "v")
-        changed = item.run_on_module_value(raw.clone() if is_cached and item.may_edit else raw)
+        shown = raw.clone() if is_cached and item.may_edit else raw
+        changed = item.run_on_module_value(shown)
         if changed is None:
-            return raw
+            return shown if is_watched(shown) else raw
         if is_cached and any(run.prefill_only for _, run in item.fns):
             # The key-value cache holds this tensor, and later steps, in which the functions are
             # inactive, read it.  Written in place, the edit lasts.

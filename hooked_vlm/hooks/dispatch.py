@@ -70,14 +70,15 @@ class SiteDispatch:
             even = len({tensor.shape for tensor in raw}) == 1
             value, changed = self.on_value(torch.stack(raw) if even else raw)
             return list(value) if changed else None
-        shape = raw.shape
+        given, shape = raw, raw.shape
         if not self.site.order:
             n_rows = self.packing.n_images if self.site.by_image else self.packing.n_prompts
             raw = _unfolded(raw, self.site, n_rows)
         shown = read(self.site, raw, self.packing.layout)
         value, changed = self.on_value(shown)
-        # Gradients of what a function is shown (`retain_grad`) need it to be what flows on.
-        if not changed and not (shown is not raw and _has_gradient(shown) and self.may_edit):
+        # A gradient that a function asked for (`retain_grad`) comes only if what it was shown is
+        # what flows on.
+        if not changed and (shown is given or not is_watched(shown)):
             return None
         written = write(self.site, value, raw, self.packing.layout)
         # Reshape only if needed: a view loses the memory layout of axes of size one.
@@ -144,8 +145,9 @@ def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
     return raw.unflatten(0, (n_rows, -1))
 
 
-def _has_gradient(value: VisionActivation) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _parts(value))
+def is_watched(value: VisionActivation) -> bool:
+    """Whether somebody asked for a gradient of what a function was shown."""
+    return any(x.requires_grad and (x.retains_grad or x._backward_hooks) for x in _parts(value))
 
 
 class _Snapshot:

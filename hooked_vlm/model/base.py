@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
@@ -212,12 +213,11 @@ class HookedModel(ABC):
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
         kept = {name: found[name] for name in names if name in found}
-        if isinstance(output, Tensor):  # what is returned is the user's to write to
-            given = output.data_ptr()
-            kept = {
-                n: each(lambda x: x.clone() if x.data_ptr() == given else x, v)
-                for n, v in kept.items()
-            }
+        # What is returned is the user's to write to.
+        given = {x.data_ptr() for x in tree_leaves(output) if isinstance(x, Tensor)}
+        kept = {
+            n: each(lambda x: x.clone() if x.data_ptr() in given else x, v) for n, v in kept.items()
+        }
         return output, ActivationCache(kept, self._n_layers)
 
     @property

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
+from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.errors import DataError, HookError, did_you_mean
 from hooked_vlm.inputs.processor import is_read
 
@@ -41,23 +42,42 @@ INSTEAD = {
 
 def require_read(hf_model: nn.Module, given: Iterable[str]) -> None:
     """Raises `HookError` for a keyword that neither the wrapped model nor its modules read."""
+    passed = _passed_on(hf_model)
     for name in given:
-        if name not in _typed(type(hf_model).forward) and not is_read(hf_model, name):
+        if name not in passed and not is_read(hf_model, name):
             _refuse(name, [*OURS, *inspect.signature(type(hf_model).forward).parameters])
 
 
-def require_generates(hf_model: nn.Module, given: Iterable[str]) -> None:
+def require_generates(hf_model: nn.Module, given: Mapping[str, Any]) -> None:
     """Raises `HookError` for a keyword that generation neither takes nor passes on."""
+    if callable(given.get("custom_generate")):
+        return  # what it takes is its own affair
     kind: Any = type(hf_model)
-    known = {*vars(GenerationConfig()), *inspect.signature(kind.generate).parameters}
-    known |= {"custom_generate", *inspect.signature(kind.prepare_inputs_for_generation).parameters}
+    own = getattr(hf_model, "generation_config", None)
+    known = {*vars(GenerationConfig()), *(vars(own) if own is not None else ())}
+    for owner, method in (
+        (GenerationMixin, "generate"),
+        (kind, "generate"),
+        (kind, "prepare_inputs_for_generation"),
+    ):
+        if hasattr(owner, method):
+            known |= {*inspect.signature(getattr(owner, method)).parameters}
+    known |= {"custom_generate", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
+    passed = _passed_on(hf_model)
     for name in given:
-        if name not in known | _typed(kind.forward) and not is_read(hf_model, name):
+        if name not in known | passed and not is_read(hf_model, name):
             _refuse(name, [*OURS, *known])
 
 
+def _passed_on(hf_model: nn.Module) -> set[str]:
+    """Returns the keywords that the forwards of a model's modules are declared to pass on."""
+    kinds = {type(module) for module in hf_model.modules()}
+    # The last is taken by a decorator of transformers.
+    return {"return_dict", *(name for kind in kinds for name in _typed(kind.forward))}
+
+
 def _refuse(name: str, known: Iterable[str]) -> None:
-    hint = INSTEAD.get(name) or did_you_mean(name, set(known)).strip()
+    hint = INSTEAD.get(name) or did_you_mean(name, {*known} - {name}).strip()
     hint = hint or "Leave it out, or write a hook function."
     raise HookError(
         f"{name}=… was given, which neither this function nor the wrapped model reads. {hint}"
@@ -66,15 +86,38 @@ def _refuse(name: str, known: Iterable[str]) -> None:
 
 def require_processed(processor: Any, given: Iterable[str]) -> None:
     """Raises `DataError` for a keyword that no part of a processor takes, as far as they say so."""
-    known = _taken(processor)
+    known = _taken(processor) - _OURS_TO_GIVE
     for name in given:
-        near = did_you_mean(name, {*known, "images", "texts", "system", "chat"})
-        # A processor that says nothing about its keywords may read any.
-        if name not in known and (near or _says_all(processor)):
+        if name in known or (name not in _OURS_TO_GIVE and _mentions(processor, name)):
+            continue
+        near = did_you_mean(name, _OF_PREPARE)
+        # A processor that declares none of its keywords may read any.
+        if near or _declares(processor):
             raise DataError(
                 f"prepare was given {name}=…, which the model's processor "
-                f"({type(processor).__name__}) does not take.{near}"
+                f"({type(processor).__name__}) does not take.{near or did_you_mean(name, known)}"
             )
+
+
+_OF_PREPARE = ("images", "texts", "system", "chat")
+_OURS_TO_GIVE = {"text", "images", "return_tensors", "self", "args", "kwargs"}
+"""What `prepare` itself gives a processor."""
+
+
+def _mentions(processor: Any, name: str) -> bool:
+    """Whether a part of a processor reads a keyword by its name."""
+    methods = ("__call__", "preprocess")
+    functions = [getattr(type(part), m, None) for part in _parts(processor) for m in methods]
+    return any(f'"{name}"' in forward_source(f) for f in functions if f is not None)
+
+
+def _declares(processor: Any) -> bool:
+    """Whether a processor's own class says which keywords it takes."""
+    own = [kind for kind in type(processor).__mro__ if kind.__module__.count(".") > 2]
+    declared = ("valid_processor_kwargs", "valid_kwargs")
+    calls = [vars(kind)["__call__"] for kind in own if "__call__" in vars(kind)]
+    said = [_fields(vars(kind).get(name)) for kind in own for name in declared]
+    return any(said) or any(_typed(call) for call in calls)
 
 
 def _parts(processor: Any) -> list[Any]:
@@ -93,11 +136,6 @@ def _taken(processor: Any) -> set[str]:
             if function is not None:
                 names |= {*inspect.signature(function).parameters, *_typed(function)}
     return names
-
-
-def _says_all(processor: Any) -> bool:
-    declared = ("valid_processor_kwargs", "valid_kwargs")
-    return any(_fields(getattr(processor, name, None)) for name in declared)
 
 
 def _typed(function: Any) -> set[str]:

@@ -197,8 +197,9 @@ class HookedVLM(HookedModel):
             return
         # Pixels, features or embeddings that were computed before, or a cache of the prompt.
         seen = any(
-            (value is not None and ("pixel" in name or "image" in name or "embeds" in name))
-            or is_cache(value)
+            is_cache(value)
+            or isinstance(value, tuple | list | Mapping)
+            or (isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name)
             for name, value in given.items()
         )
         if not seen and bool((ids == token).any()):
@@ -317,7 +318,10 @@ class HookedVLM(HookedModel):
         layer = layer_index(layer, len(blocks), "layer", behind=False)
         kwargs = {**uncached(self.hf_model), **kwargs}
         tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
-        start = (f"blocks.{layer}.hook_resid_pre", lambda here, hook: residual.to(here.device))
+        start = (
+            f"blocks.{layer}.hook_resid_pre",
+            lambda here, hook: residual.to(here.device, copy=True),
+        )
         pairs = self._pairs(fwd_hooks, inputs)
         below = {("lm", i) for i in range(layer)}
         skipped = {name for name, _ in pairs if site_path(name)[:2] in below}

@@ -113,10 +113,11 @@ class Sweep:
         Forward keyword arguments (such as `logits_to_keep=1`) go to the wrapped model.
 
         `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
-        grows from block to block, checked in every pass against the clean run within
-        `engine.growing.BOUNDS`; `"restart"`, each cell from the first block that it changes, which
-        gives the same bits as `"plain"`, one whole hooked forward pass for each.  Where a model
-        or a cell does not allow one, the next is taken; the result's attributes say which.
+        grows from block to block; a control with noise in it, once for each kind of pass, must be a
+        plain pass's within `engine.growing.BOUNDS`; `"restart"`, each cell from the first block
+        that it changes, which gives the same bits as `"plain"`, one whole hooked forward pass for
+        each.  Where a model or a cell does not allow one, the next is taken; the result's
+        attributes say which and why.
         `memory` is about how many bytes a growing batch may take (None: half of what is free);
         more cells than that holds go through in several passes.
 

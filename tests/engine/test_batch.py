@@ -174,3 +174,23 @@ def test_no_trace_is_left_in_the_model() -> None:
     before = state()
     sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1)
     assert state() == before and not model.is_hooked
+
+
+@pytest.mark.parametrize("engine", ["growing", "restart"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_function_that_writes_in_place_leaves_the_clean_run_alone(
+    family: str, engine: str
+) -> None:
+    inputs = make_inputs(family, 2, seed=1)
+
+    def zero(x: torch.Tensor, hook: Any) -> None:
+        x[:, 3:6] = 0
+
+    layers = [0, 1, 2, 2, 1]
+    sweep = Sweep(inputs, {"i": range(5)}, lambda i: (f"blocks.{layers[i]}.hook_resid_pre", zero))
+    how: Any = {"dims": ("batch", "token")}
+    fast = sweep.run(tiny(family), lambda x: x[:, -1], engine=engine, **how)
+    plain = sweep.run(tiny(family), lambda x: x[:, -1], engine="plain", **how)
+    assert fast.attrs["engine"].startswith(engine) and "change nothing" not in str(fast.attrs)
+    assert float(abs(fast - plain).max()) <= 5e-6 * float(abs(plain).max())
+    assert float(abs(plain[0] - plain[1]).max()) > 0

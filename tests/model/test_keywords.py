@@ -75,6 +75,8 @@ def test_a3_other_ways_in(shipped: HookedVLM) -> None:
     image = Image.new("RGB", (192, 192))
     with pytest.raises(DataError, match=r"sytem=.*Did you mean 'system'"):
         shipped.prepare(image, "What?", sytem="x")
+    with pytest.raises(DataError, match=r"text=.*Did you mean 'texts'"):
+        shipped.prepare(image, text="What?")
     with pytest.raises(DataError, match="do_risize="):
         shipped.prepare(image, "What?", do_risize=False)
     encoder = HookedVisionEncoder.from_pretrained("tiny-gemma-3")
@@ -84,9 +86,11 @@ def test_a3_other_ways_in(shipped: HookedVLM) -> None:
 
 def test_what_the_model_or_its_processor_reads_goes_through(shipped: HookedVLM) -> None:
     inputs = shipped.prepare(Image.new("RGB", (192, 192)), "What?", do_rescale=True, padding=True)
-    logits = shipped(inputs, logits_to_keep=1, output_attentions=False, use_cache=False)
+    read: Any = {"output_attentions": False, "use_cache": False, "return_dict": True}
+    logits = shipped(inputs, logits_to_keep=1, **read)
     assert logits.shape[1] == 1
     options: Any = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "logits_to_keep": 1}
+    options |= {"stop_strings": "x", "tokenizer": shipped.tokenizer}
     assert shipped.generate(inputs, **options).shape[1] == inputs["input_ids"].shape[1] + 1
 
 
