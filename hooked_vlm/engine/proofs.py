@@ -1,8 +1,8 @@
 """Facts measured once for each model, or for a model and a shape of inputs, and cached.
 
 A growing pass is trusted after noise has gone through one of its kind: noise where its jobs first
-change something must do to the logits what it does in a plain pass.  That shows at once whether
-rows are fitted to the blocks' arguments, whether the clean keys and values are those in front of
+change something must do to the logits what it does in a plain pass.  That shows whether rows are
+fitted to the blocks' arguments, whether they see the clean keys and values of the positions before
 them, whether what a model adds between blocks is the same whatever the stream holds, and whether
 the blocks' input carries all that comes of the vision encoder.
 

@@ -6,7 +6,7 @@ there; it must give the same bits.  `growing` runs cells as rows of one batch (`
 proved on the model before it is trusted; where it cannot be, the next one runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,13 +85,24 @@ def run_plain(
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Returns the metric of every cell, from one forward pass under its hooks each."""
-    scores = []
+    arguments = forward_kwargs or {}
+
+    def run(i: int) -> Tensor:
+        return model.run_with_hooks(inputs, cells[i].interventions, **arguments)
+
     with torch.no_grad():
-        for done, cell in enumerate(cells, start=1):
-            logits = model.run_with_hooks(inputs, cell.interventions, **(forward_kwargs or {}))
-            scores.append(metric(logits))
-            if on_progress is not None:
-                on_progress(done, len(cells))
+        return _scored(len(cells), run, metric, on_progress)
+
+
+def _scored(
+    n_cells: int, run: Callable[[int], Tensor], metric: Metric, on_progress: OnProgress | None
+) -> list[Tensor]:
+    """Returns the metric of the logits that `run` gives for each cell's number."""
+    scores = []
+    for i in range(n_cells):
+        scores.append(metric(run(i)))
+        if on_progress is not None:
+            on_progress(i + 1, n_cells)
     return scores
 
 
@@ -127,18 +138,16 @@ def run_restarted(
             tower = TowerRestart.of(model, inputs, [cell.interventions for cell in cells])
         if clean is None and tower is None:
             raise GrowthError("no cell can start later than a whole pass does")
-        scores = []
-        for done, (cell, layer) in enumerate(zip(cells, layers, strict=True), start=1):
+
+        def run(i: int) -> Tensor:
+            layer = layers[i]
             if layer is not None and clean is not None:
-                logits = _from_layer(model, clean, cell, layer, arguments)
-            elif tower is not None:
-                logits = tower.run(cell, arguments)
-            else:
-                logits = model.run_with_hooks(inputs, cell.interventions, **arguments)
-            scores.append(metric(logits))
-            if on_progress is not None:
-                on_progress(done, len(cells))
-    return scores
+                return _from_layer(model, clean, cells[i], layer, arguments)
+            if tower is not None:
+                return tower.run(cells[i], arguments)
+            return model.run_with_hooks(inputs, cells[i].interventions, **arguments)
+
+        return _scored(len(cells), run, metric, on_progress)
 
 
 def _clean(

@@ -65,6 +65,7 @@ class HookedModel(ABC):
         self._said_eager = False
         self._footprint: Footprint | None = None
         self._read: set[str] = set()
+        self._generates: set[str] = set()
 
     def require_call(self, inputs: Any, given: Iterable[str]) -> None:
         """Raises `HookError` for inputs that are none, and for keywords that nobody would read."""

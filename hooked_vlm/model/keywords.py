@@ -86,8 +86,9 @@ def _refuse(name: str, known: Iterable[str]) -> None:
 
 def require_processed(processor: Any, given: Iterable[str]) -> None:
     """Raises `DataError` for a keyword that no part of a processor takes, as far as they say so."""
-    known = _taken(processor) - _OURS_TO_GIVE
-    for name in given:
+    names = list(given)
+    known = _taken(processor) - _OURS_TO_GIVE if names else set()
+    for name in names:
         if name in known or (name not in _OURS_TO_GIVE and _mentions(processor, name)):
             continue
         near = did_you_mean(name, _OF_PREPARE)

@@ -275,7 +275,10 @@ class HookedVLM(HookedModel):
         """
 
         self.require_call(inputs, ())
-        require_generates(self.hf_model, kwargs)
+        if new := {name: kwargs[name] for name in kwargs.keys() - self._generates}:
+            require_generates(self.hf_model, new)
+            # With a function of the user's as `custom_generate`, any keyword was let through.
+            self._generates |= set() if callable(kwargs.get("custom_generate")) else new.keys()
         self._require_pixels({**inputs, **kwargs})
 
         def run() -> Tensor:

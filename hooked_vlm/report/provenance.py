@@ -1,7 +1,7 @@
 """The record of a run: model, experiment, options, software, device, time and memory.
 
 The record identifies the model by a hash of its parameters as well as by its name, because
-the weights behind a hub name can change and a local folder has no version.  It has the commit
+the weights of a hub name can change and a local folder has no version.  It has the commit
 of this package's source where there is one, and the time and peak memory of the run.
 
 `Stopwatch` measures a block, and `describe_run` makes the record, which is plain JSON.

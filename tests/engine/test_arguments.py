@@ -24,7 +24,7 @@ def test_a_prefix_is_clean_only_where_nothing_looks_ahead() -> None:
 
 
 def test_rows_of_an_image_block_that_sees_itself_begin_in_front_of_it() -> None:
-    """In Gemma 3 image tokens in front of a patched one see it: their keys change."""
+    """In Gemma 3 image tokens before a patched one see it: their keys change."""
     model, inputs = tiny("gemma-3"), make_inputs("gemma-3", 2, seed=1)
     inputs["token_type_ids"] = (inputs["input_ids"] == 299).long()
     source = make_inputs("gemma-3", 2, seed=2) | {"token_type_ids": inputs["token_type_ids"]}

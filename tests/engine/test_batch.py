@@ -146,7 +146,7 @@ def test_a_dozen_families(model_type: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("end", ["pre", "post"])
 def test_j2_later_edits_of_a_chain_between_blocks_are_carried_out(family: str, end: str) -> None:
-    """A row that has joined is edited before, and behind, every block that it goes through."""
+    """A row that has joined is edited before, and after, every block that it goes through."""
     inputs = make_inputs(family, 2, seed=1)
 
     def chain(k: int) -> Chain:

@@ -204,7 +204,7 @@ def test_where_cells_start() -> None:
     assert start(Chain(Ablate("blocks.2.hook_mlp_out"), Ablate("hook_logits"))) == 2
     assert start() == 2  # the last block
     assert start(Ablate("vision_projector.hook_out")) is None
-    # All that the base does has to be behind the start.
+    # All that the base does has to lie before the start.
     second = Ablate("blocks.2.hook_resid_pre")
     assert start(second, base=[Ablate("blocks.1.hook_mlp_out"), second]) == 2
     assert start(second, base=[Ablate("blocks.2.hook_mlp_out")]) == 0

@@ -71,7 +71,7 @@ def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
     at = LastToken() if site == "hook_logits" else make_region(family)
     sweep = sweep_of(family, ["swap", "last"], [2, 3])
     under = Sweep(sweep.inputs, sweep.axes, sweep.make, [Ablate(site, at=at)])
-    if site == "hook_logits":  # behind where the cells' own begins
+    if site == "hook_logits":  # after the cells' own begins
         with pytest.raises(GrowthError, match="rows cannot carry what"):
             compared(tiny(family), under)
         fast = under.run(tiny(family), lambda x: x[:, -1], dims=("batch", "token"))
@@ -81,7 +81,7 @@ def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
 
 
 def test_a_short_front_is_carried() -> None:
-    """Where little stands in front of the first change, rows are whole: the same bits, no mask."""
+    """Where little comes before the first change, rows are whole: the same bits, no mask."""
     inputs = {"input_ids": torch.zeros(1, 40)}
     jobs = [RowPlan(0, 1, first) for first in (3, 4, 30)]
     assert starts_of(jobs, {}, inputs) == [0, 4, 30]

@@ -1,4 +1,4 @@
-"""Cells in front of the blocks grow too, where the blocks' input carries all that they change."""
+"""Cells before the blocks grow too, where the blocks' input carries all that they change."""
 
 import warnings
 from collections.abc import Iterator
@@ -191,7 +191,7 @@ def test_merged_embeddings_are_slot_zero_only_where_nothing_comes_between(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_embeddings_come_before_slot_zero_however_they_are_listed(family: str) -> None:
     region = make_region(family)
-    base = [Ablate(0, at=region)]  # wins over what cells write in front of it
+    base = [Ablate(0, at=region)]  # wins over what cells write before it
     sweep = Sweep(
         make_inputs(family, 2, seed=1),
         {"alpha": [1.0, 2.0]},

@@ -1,4 +1,4 @@
-"""Files survive kills and second writers: old or new, never a part, and nothing left behind."""
+"""Files survive kills and second writers: old or new, never a part, and no leftovers."""
 
 import os
 import stat
