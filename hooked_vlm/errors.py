@@ -7,6 +7,7 @@ because Python prints the message of a `KeyError` with escaped newlines.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -79,6 +80,12 @@ class MissingExtraError(HookedVLMError, ImportError):
     """An optional dependency that is not installed."""
 
 
+class UnknownNameError(HookedVLMError, AttributeError, KeyError):
+    """An attribute or an item that is not there; `hasattr` and `get` go by it."""
+
+    __str__ = ValueError.__str__  # a KeyError shows its message with escapes
+
+
 class HookedVLMWarning(UserWarning):
     """The result is computed, but may not mean what the user expects.
 
@@ -89,6 +96,19 @@ class HookedVLMWarning(UserWarning):
     ...     warnings.simplefilter("error", HookedVLMWarning)
     ...     # model.prepare(image, text) now raises instead of warning
     """
+
+
+_BETWEEN = {"hooked_vlm", "contextlib", "jaxtyping", "beartype"}
+
+
+def callers_level() -> int:
+    """Returns the `stacklevel` with which a warning shows the line that called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _BETWEEN:
+            break
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def counted(n: object, noun: str, plural: str = "") -> str:

@@ -29,6 +29,8 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Count, Seed, Share
 from hooked_vlm.errors import DataError
 
 
@@ -58,13 +60,20 @@ class Interval:
     level: float
     method: str
 
+    @checked(DataError)
     def covers(self, value: float) -> Any:
         """Returns whether `value` lies inside, bounds included; elementwise for arrays."""
         inside = (np.asarray(self.low) <= value) & (value <= np.asarray(self.high))
         return inside if inside.ndim else bool(inside)
 
+    @checked(DataError)
     def at(self, *index: int) -> "Interval":
         """Returns the interval of one entry of an array of intervals, `at(slot, kind)`."""
+        shape = np.shape(self.estimate)
+        if len(index) > len(shape) or any(
+            not -n <= i < n for i, n in zip(index, shape, strict=False)
+        ):
+            raise DataError(f"There is no interval at {index}: they are an array of {shape}.")
         parts = (_plain(np.asarray(part)[index]) for part in (self.estimate, self.low, self.high))
         return Interval(*parts, n=self.n, level=self.level, method=self.method)
 
@@ -74,8 +83,9 @@ class Interval:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+@checked(DataError, but=("values",))
 def bootstrap(
-    values: Rows, *, level: float = 0.95, n_resamples: int = 10_000, seed: int = 0
+    values: Rows, *, level: Share = 0.95, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Interval:
     """Returns the mean over pairs of `values` `[pair, *axes]`, with a bootstrap interval.
 
@@ -90,7 +100,6 @@ def bootstrap(
     (13,)
     """
     rows = _rows(values)
-    _check_level(level)
     means = _resampled_means(rows, n_resamples, seed)
     tail = _expanded_tail(len(rows), level)
     bounds = (rows.mean(axis=0), *np.quantile(means, [tail, 1 - tail], axis=0))
@@ -98,13 +107,14 @@ def bootstrap(
     return Interval(estimate, low, high, len(rows), level, "bootstrap percentile")
 
 
+@checked(DataError, but=("values",))
 def bootstrap_of(
     values: Rows,
     statistic: Callable[[np.ndarray], np.ndarray],
     *,
-    level: float = 0.95,
-    n_resamples: int = 10_000,
-    seed: int = 0,
+    level: Share = 0.95,
+    n_resamples: Count = 10_000,
+    seed: Seed = 0,
 ) -> Interval:
     """Returns a function of means over pairs (a ratio, a correlation) with its interval.
 
@@ -112,7 +122,9 @@ def bootstrap_of(
     Resamples for which it is NaN are left out.  The tails are widened as `bootstrap`'s are; of
     one pair there is no interval (NaN).
     """
-    rows = np.asarray(values, dtype=np.float64)
+    rows = _numbers(values)
+    if not rows.ndim or not len(rows):
+        raise DataError(f"Statistics over pairs need at least 1 row; got shape {rows.shape}.")
     estimate = float(statistic(rows.mean(axis=0, keepdims=True))[0])
     found = np.empty(0)
     if len(rows) > 1:
@@ -125,8 +137,9 @@ def bootstrap_of(
     return Interval(estimate, low, high, len(rows), level, "bootstrap percentile")
 
 
+@checked(DataError, but=("a", "b"))
 def paired_difference(
-    a: Rows, b: OtherRows, *, level: float = 0.95, n_resamples: int = 10_000, seed: int = 0
+    a: Rows, b: OtherRows, *, level: Share = 0.95, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Interval:
     """Returns the mean of `a - b` over the same pairs, with a bootstrap interval.
 
@@ -136,7 +149,8 @@ def paired_difference(
     return bootstrap(_difference(a, b), level=level, n_resamples=n_resamples, seed=seed)
 
 
-def wilson(successes: Number, n: int, *, level: float = 0.95) -> Interval:
+@checked(DataError)
+def wilson(successes: Number, n: Count, *, level: Share = 0.95) -> Interval:
     """Returns the rate `successes / n` with Wilson's score interval.
 
     `successes` may be an array (one count per slot) and need not be whole: for `n`
@@ -150,11 +164,10 @@ def wilson(successes: Number, n: int, *, level: float = 0.95) -> Interval:
     >>> print(wilson(50, 50))
     1.000 [0.929, 1.000]
     """
-    count = np.asarray(successes, dtype=np.float64)
-    _check_level(level)
-    if n < 1 or not np.all((count >= 0) & (count <= n * (1 + _TIE))):
+    count = _numbers(successes)
+    if not np.all((count >= 0) & (count <= n * (1 + _TIE))):
         raise DataError(
-            f"Wilson's interval was given {successes} successes of n={n}; it needs n >= 1 and "
+            f"Wilson's interval was given {shown(successes)} successes of n={n}; it needs "
             "0 <= successes <= n."
         )
     rate = np.minimum(count / n, 1.0)
@@ -167,8 +180,9 @@ def wilson(successes: Number, n: int, *, level: float = 0.95) -> Interval:
     return Interval(_plain(rate), _plain(low), _plain(high), n, level, "wilson")
 
 
+@checked(DataError, but=("a", "b"))
 def sign_flip_test(
-    a: Rows, b: OtherRows | None = None, *, n_resamples: int = 10_000, seed: int = 0
+    a: Rows, b: OtherRows | None = None, *, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Number:
     """Returns two-sided p-values `[*axes]` for "the mean of `a - b` over pairs is zero".
 
@@ -191,6 +205,7 @@ def sign_flip_test(
     return _plain(p.reshape(rows.shape[1:]))
 
 
+@checked(DataError, but=("p_values",))
 def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.ndarray, "*axes"]:
     """Returns Holm's adjusted p-values; the whole array is one family of tests.
 
@@ -200,7 +215,7 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
     Raises:
         DataError: a p-value outside [0, 1].
     """
-    p = np.asarray(p_values, dtype=np.float64)
+    p = _numbers(p_values)
     if not np.all((p >= 0) & (p <= 1)):
         raise DataError("Holm's correction was given p-values outside [0, 1] or NaN.")
     flat = p.ravel()
@@ -212,14 +227,7 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
 
 
 def _rows(values: OtherRows) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    try:
-        rows = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"Statistics over pairs need an array of numbers: {str(error)[:120]}."
-        ) from None
+    rows = _numbers(values)
     if rows.ndim == 0 or len(rows) < 2:
         raise DataError(f"Statistics over pairs need at least 2 rows; got shape {rows.shape}.")
     if not np.isfinite(rows).all():
@@ -230,6 +238,19 @@ def _rows(values: OtherRows) -> np.ndarray:
     return rows
 
 
+def _numbers(values: Any) -> np.ndarray:
+    """Returns an array of float64; raises `DataError` for anything but numbers."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    try:
+        given = np.asarray(values)
+    except ValueError:  # rows of several lengths
+        given = np.empty(0, object)
+    if given.dtype.kind not in "biuf":
+        raise DataError(f"Statistics over pairs need an array of numbers; given {shown(values)}.")
+    return given.astype(np.float64)
+
+
 def _difference(a: Rows, b: OtherRows) -> np.ndarray:
     left, right = _rows(a), _rows(b)
     if left.shape != right.shape:
@@ -238,11 +259,6 @@ def _difference(a: Rows, b: OtherRows) -> np.ndarray:
             "measured on the same pairs, in the same order, with the same axes."
         )
     return left - right
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise DataError(f"Confidence level {level} is not between 0 and 1; use for example 0.95.")
 
 
 def _plain(value: Number) -> Number:

@@ -6,7 +6,6 @@ abstract: the final classes, `vlm.HookedVLM` and `encoder.HookedVisionEncoder`, 
 `forward`, `prepare` and `run_with_cache`.
 """
 
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import HookedVLMWarning, HookError, counted
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level, counted
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
@@ -31,7 +31,7 @@ from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.sites import Site, describe_sites
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
-from hooked_vlm.model.keywords import require_read
+from hooked_vlm.model.keywords import require_inputs, require_read
 from hooked_vlm.model.memory import require_memory
 
 
@@ -69,12 +69,7 @@ class HookedModel(ABC):
 
     def require_call(self, inputs: Any, given: Iterable[str]) -> None:
         """Raises `HookError` for inputs that are none, and for keywords that nobody would read."""
-        if not isinstance(inputs, Mapping):
-            hint = "prepare(images, texts)" if isinstance(inputs, str) else "{'input_ids': …}"
-            raise HookError(
-                f"inputs of type {type(inputs).__name__} were given; expected what prepare "
-                f"returns, or a mapping of the wrapped model's tensors. Use {hint}."
-            )
+        require_inputs(inputs)
         if new := set(given) - self._read:
             require_read(self.hf_model, new)
             self._read |= new
@@ -91,6 +86,7 @@ class HookedModel(ABC):
             self._footprint = Footprint(self.hf_model, self.sites, self.cfg, self._vision)
         return self._footprint
 
+    @checked(HookError, but=("fwd_hooks",))
     @contextmanager
     def hooks(
         self: Wrapped,
@@ -185,7 +181,7 @@ class HookedModel(ABC):
         if check_memory:
             warning = require_memory(self.footprint, inputs, names, stop_at_layer, device)
             if warning:
-                warnings.warn(warning, HookedVLMWarning, stacklevel=_callers_level())
+                warnings.warn(warning, HookedVLMWarning, stacklevel=callers_level())
         # 2. Run with a reader at each site.
         pairs = self._pairs(fwd_hooks, inputs)
         found: dict[str, VisionActivation] = {}
@@ -246,7 +242,7 @@ class HookedModel(ABC):
         pairs: list[tuple[str, HookFunction]] = []
         if hasattr(fwd_hooks, "hooks_for") or not isinstance(fwd_hooks, Iterable):
             raise HookError(
-                f"fwd_hooks={repr(fwd_hooks)[:80]} was given; expected a list of hooks, such as "
+                f"fwd_hooks={shown(fwd_hooks)} was given; expected a list of hooks, such as "
                 "[(name, function)] or [Patch(…)]. Give [] for none."
             )
         for item in fwd_hooks:
@@ -261,8 +257,8 @@ class HookedModel(ABC):
                 pairs += self._resolved([item])
             else:
                 raise HookError(
-                    f"{item!r} is not a hook. Give (name, function), where name is a string, a "
-                    "pattern or a function of names; or an intervention such as Patch(…)."
+                    f"{shown(item)} is not a hook. Give (name, function), where name is a string, "
+                    "a pattern or a function of names; or an intervention such as Patch(…)."
                 )
         return pairs
 
@@ -300,7 +296,7 @@ class HookedModel(ABC):
             "names_filter, or load with attn_implementation='eager' so that all runs use it. "
             "(Shown once per model.)",
             HookedVLMWarning,
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
     def _warn_unran(self, names: set[str]) -> None:
@@ -310,14 +306,5 @@ class HookedModel(ABC):
                 f"{len(names)} of the sites requested never ran, so nothing was read or written "
                 f"there: {shown}. Vision sites run only when the inputs have an image.",
                 HookedVLMWarning,
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
-
-
-def _callers_level() -> int:
-    """Returns the `stacklevel` with which a warning shows the line that called these classes."""
-    own = (__name__, "hooked_vlm.model.vlm", "hooked_vlm.model.encoder", "contextlib")
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__") in own:
-        frame, level = frame.f_back, level + 1
-    return level

@@ -22,7 +22,16 @@ from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
-from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError, counted
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Device, Processor
+from hooked_vlm.errors import (
+    DataError,
+    HookedVLMWarning,
+    HookError,
+    UnsupportedModelError,
+    callers_level,
+    counted,
+)
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
 from hooked_vlm.hooks.sites import list_sites
@@ -36,9 +45,18 @@ from hooked_vlm.hooks.stand_ins import (
     uncached,
 )
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
-from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
+from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
-from hooked_vlm.model.keywords import require_generates, require_processed
+from hooked_vlm.model.keywords import (
+    CHECKED_LATER,
+    ONE_MAPPING,
+    require_generates,
+    require_held,
+    require_inputs,
+    require_options,
+    require_processed,
+)
 from hooked_vlm.model.loading import load_pretrained
 
 
@@ -57,7 +75,10 @@ class HookedVLM(HookedModel):
     False
     """
 
-    def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
+    @checked(UnsupportedModelError)
+    def __init__(
+        self, hf_model: nn.Module, processor: Processor = None, name: str | None = None
+    ) -> None:
         """Wraps a loaded model; `processor` is only needed for `prepare`.
 
         Raises `UnsupportedModelError` when the module tree has no decoder with
@@ -74,12 +95,13 @@ class HookedVLM(HookedModel):
         self.grid_finder = GridFinder(self)
 
     @classmethod
+    @checked(UnsupportedModelError, but=("name",))
     def from_pretrained(
         cls,
         name: str,
         *,
         dtype: torch.dtype | str = "auto",
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         device_map: Any = None,
         **kwargs: Any,
     ) -> "HookedVLM":
@@ -130,6 +152,7 @@ class HookedVLM(HookedModel):
 
     # --- inputs ---------------------------------------------------------------------------
 
+    @checked(DataError)
     def prepare(
         self,
         images: Images = None,
@@ -174,10 +197,12 @@ class HookedVLM(HookedModel):
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
         """
+        require_inputs(inputs)
         return inputs.grids if isinstance(inputs, Inputs) else self.grid_finder.by_rule(inputs)
 
     # --- running --------------------------------------------------------------------------
 
+    @checked(HookError, but=("inputs",), missing=ONE_MAPPING)
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Float[Tensor, "batch pos d_vocab"]:
         """Runs the wrapped model with the keyword arguments and returns its logits.
 
@@ -185,6 +210,7 @@ class HookedVLM(HookedModel):
         that holds image tokens without its pixels.
         """
         self.require_call(inputs, kwargs)
+        require_held({**inputs, **kwargs})
         self._require_pixels({**inputs, **kwargs})
         return self.hf_model(**inputs, **kwargs).logits
 
@@ -209,6 +235,7 @@ class HookedVLM(HookedModel):
                 "alone."
             )
 
+    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
     def run_with_hooks(
         self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -219,6 +246,7 @@ class HookedVLM(HookedModel):
         self.require_call(inputs, kwargs)
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
+    @checked(HookError, but=CHECKED_LATER, missing=ONE_MAPPING)
     def run_with_cache(
         self,
         inputs: ModelInputs,
@@ -226,7 +254,7 @@ class HookedVLM(HookedModel):
         *,
         stop_at_layer: int | None = None,
         fwd_hooks: Sequence[FwdHook] = (),
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
@@ -258,6 +286,7 @@ class HookedVLM(HookedModel):
             runs, inputs, names_filter, fwd_hooks, device, check_memory, stop_at_layer
         )
 
+    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
     def generate(
         self,
         inputs: ModelInputs,
@@ -275,6 +304,7 @@ class HookedVLM(HookedModel):
         """
 
         self.require_call(inputs, ())
+        require_options(kwargs)
         if new := {name: kwargs[name] for name in kwargs.keys() - self._generates}:
             require_generates(self.hf_model, new)
             # With a function of the user's as `custom_generate`, any keyword was let through.
@@ -297,6 +327,7 @@ class HookedVLM(HookedModel):
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
+    @checked(HookError, but=("inputs", "layer", "fwd_hooks"))
     def run_from_layer(
         self,
         inputs: ModelInputs,
@@ -344,6 +375,6 @@ class HookedVLM(HookedModel):
                 f"from the residual stream that was given for layer {layer}. Write to "
                 f"blocks.{layer}.hook_resid_pre, or change `residual`.",
                 HookedVLMWarning,
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         return logits

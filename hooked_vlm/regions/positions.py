@@ -14,12 +14,14 @@ either side, and explicit positions count from the unpadded prompt.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Kind
 from hooked_vlm.errors import RegionError, counted
 
 
@@ -93,6 +95,7 @@ class LastToken(_Joinable):
     tensor([2])
     """
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " 1"]:
         """Returns the position `[1]`."""
         return _real_of(where)[-1:]
@@ -101,6 +104,7 @@ class LastToken(_Joinable):
         return "last token"
 
 
+@checked(RegionError, but=("indices",))
 @dataclass(frozen=True)
 class Positions(_Joinable):
     """Explicit positions of the unpadded prompt; negative ones count from its end."""
@@ -119,6 +123,7 @@ class Positions(_Joinable):
         if not self.indices:
             raise RegionError("Positions(()) names no position. Give at least one index.")
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions, ascending; raises `RegionError` for one outside the prompt."""
         real = _real_of(where)
@@ -134,6 +139,7 @@ class Positions(_Joinable):
         return f"positions {', '.join(map(str, self.indices))}"
 
 
+@checked(RegionError, but=("text",))
 @dataclass(frozen=True)
 class Span(_Joinable):
     """The tokens that contain a piece of the prompt's text.
@@ -157,6 +163,7 @@ class Span(_Joinable):
         if not self.text:
             raise RegionError("Span('') is empty. Give the text whose tokens to select.")
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the tokens' positions, ascending.
 
@@ -208,6 +215,7 @@ class Span(_Joinable):
 class TextTokens(_Joinable):
     """Every token of the prompt that is not a visual token of an image."""
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions, ascending."""
         text = where.attention_mask.bool().clone()
@@ -223,13 +231,15 @@ class TextTokens(_Joinable):
         return "text"
 
 
+@checked(RegionError)
 @dataclass(frozen=True)
 class InImage(_Joinable):
     """A region of one image of a prompt that has several; see `Region.of_image`."""
 
-    region: Any
+    region: Annotated[Any, Kind(lambda place: hasattr(place, "cells"), "a Region")]
     image: int
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the region's positions in the prompt's image number `image`."""
         n_images = len(where.grids)
@@ -244,12 +254,14 @@ class InImage(_Joinable):
         return f"{self.region} of image {self.image}"
 
 
+@checked(RegionError)
 @dataclass(frozen=True)
 class AnyOf(_Joinable):
     """The union of several places: all their positions, ascending, each once."""
 
     parts: tuple[TokenSelector, ...]
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions of all parts, ascending, each once."""
         found = [part.positions(where) for part in self.parts]
@@ -265,6 +277,11 @@ def union(*places: Any) -> AnyOf:
         raise RegionError("A union of no places names no position. Give at least one place.")
     parts = []
     for place in places:
+        if not isinstance(place, TokenSelector):
+            raise RegionError(
+                f"A union was given {shown(place)}; expected places, such as a Region, LastToken() "
+                "or Span('text')."
+            )
         parts.extend(place.parts if isinstance(place, AnyOf) else [place])
     return AnyOf(tuple(parts))
 

@@ -27,7 +27,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import final_logits
