@@ -75,6 +75,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         self.seed = seed
         self.device = device
 
+    @checked(DataError, only_names=True)
     def fit(self, X: Any, y: Any) -> "LinearProbe":
         """Fits to features `[example, d]` and labels `[example]`; returns the probe.
 
@@ -98,20 +99,24 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
             self.weight_, self.bias_, self.loss_curve_ = self._descend(features, targets)
         return self
 
+    @checked(DataError, only_names=True)
     def decision_function(self, X: Any) -> Float[np.ndarray, "example *class"]:
         """Returns logits `[example, class]`; for two classes their difference `[example]`."""
         logits = self._scores(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
+    @checked(DataError, only_names=True)
     def predict_proba(self, X: Any) -> Float[np.ndarray, "example class"]:
         """Returns class probabilities, in the order of `classes_`."""
         return torch.from_numpy(self._scores(X)).softmax(dim=-1).numpy()
 
+    @checked(DataError, only_names=True)
     def predict(self, X: Any) -> Shaped[np.ndarray, " example"]:
         """Returns the most probable label of each example."""
         best = self._scores(X).argmax(axis=1)
         return self.classes_[best]
 
+    @checked(DataError, only_names=True)
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Returns the accuracy over examples; for an interval see `held_out_accuracy`."""
         with _refusals():

@@ -236,6 +236,12 @@ def _is_sequence(value: Any) -> bool:
     )
 
 
+def is_listed(value: Any) -> bool:
+    """Whether a value can be read item by item; texts, mappings and arrays are single values."""
+    single = isinstance(value, str | bytes | Mapping | Tensor | np.ndarray)
+    return hasattr(value, "__iter__") and not single and not isinstance(value, type)
+
+
 _PLAIN: dict[Any, Kind | None] = {
     Any: None,
     object: None,

@@ -12,10 +12,12 @@ hooked_vlm.errors.DataError: drawn was given n=0; expected a whole number of at 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
+
+from hooked_vlm.errors import HookedVLMError
 
 
 class Kind(NamedTuple):
@@ -60,3 +62,22 @@ Processor: TypeAlias = Annotated[
 Device: TypeAlias = Annotated[
     str | torch.device, Kind(_is_device, "cpu, cuda, cuda:1, mps or a torch device")
 ]
+
+
+def device_and_dtype(
+    where: Sequence[Any], device: Any, dtype: Any, error: type[HookedVLMError]
+) -> tuple[Any, Any]:
+    """Returns the device and the dtype among the arguments of a `to`, by place or by name."""
+    for given in where:
+        if isinstance(given, torch.dtype):
+            dtype = given
+        else:
+            device = given
+    right = device is None or (isinstance(device, str | torch.device) and _is_device(device))
+    if not right or not isinstance(dtype, torch.dtype | None) or device is dtype is None:
+        given = ", ".join(repr(each)[:40] for each in (device, dtype) if each is not None)
+        raise error(
+            f"to was given {given or 'nothing'}; expected a device (cpu, cuda, cuda:1, mps), a "
+            "torch dtype, or both."
+        )
+    return device, dtype

@@ -162,7 +162,7 @@ class ActivationCache(Mapping[str, Any]):
         if layers is None:
             layers = [i for i in range(self._n_layers(tower)) if (name, i, tower) in self]
         tower_of(tower)
-        if not layers:
+        if not len(layers):
             raise UnknownHookError(
                 f"The cache holds no layer of {name!r}. Widen names_filter to cache it."
             )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Final, Literal, NamedTuple
 
-from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.checked import checked, is_listed, shown
 from hooked_vlm.errors import UnknownHookError, counted, did_you_mean
 
 
@@ -249,9 +249,9 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
             )
         return [name for name in known if name in chosen]
     patterns = [names_filter] if isinstance(names_filter, str) else names_filter
-    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+    if not is_listed(patterns) or not all(isinstance(p, str) for p in patterns):
         raise UnknownHookError(
-            f"The names_filter is {repr(names_filter)[:80]}; expected a name, a pattern, a list of "
+            f"The names_filter is {shown(names_filter)}; expected a name, a pattern, a list of "
             "these, a function of names, or None for all sites."
         )
     chosen = set()

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.arguments.checked import checked, require
-from hooked_vlm.arguments.kinds import Device
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import device_and_dtype
 from hooked_vlm.errors import (
     DataError,
     GridError,
@@ -107,12 +107,7 @@ class Inputs(Mapping[str, Any]):
 
         The arguments are a tensor's: `inputs.to("cuda")`, `inputs.to("cuda", torch.bfloat16)`.
         """
-        for given in where:
-            if isinstance(given, torch.dtype):
-                dtype = given
-            else:
-                device = given
-        require("to", {"device": device, "dtype": dtype}, _WHERE, DataError)
+        device, dtype = device_and_dtype(where, device, dtype, DataError)
 
         def moved(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -128,6 +123,3 @@ class Inputs(Mapping[str, Any]):
             f"These inputs hold no {str(name)[:80]!r}.{did_you_mean(name, held)} They hold "
             f"{', '.join(held)[:200]}."
         )
-
-
-_WHERE = {"device": Device | None, "dtype": torch.dtype | None}

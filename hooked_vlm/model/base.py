@@ -18,19 +18,20 @@ from torch.utils._pytree import tree_leaves
 
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.checked import checked, is_listed, shown
 from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level, counted
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
-from hooked_vlm.hooks.hook_point import HookPoint, PassCounter
+from hooked_vlm.hooks.hook_point import HookDict, HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.sites import Site, describe_sites
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
+from hooked_vlm.model.instead import ActsLikeAModule
 from hooked_vlm.model.keywords import require_inputs, require_read
 from hooked_vlm.model.memory import require_memory
 
@@ -44,7 +45,7 @@ FwdHook = Any
 Wrapped = TypeVar("Wrapped", bound="HookedModel")
 
 
-class HookedModel(ABC):
+class HookedModel(ActsLikeAModule, ABC):
     """A model whose activations can be read and replaced by name; abstract."""
 
     cfg: HookedVLMConfig | EncoderConfig
@@ -54,9 +55,8 @@ class HookedModel(ABC):
         """Wraps a model with its sites, in the order of a forward pass, and its encoder."""
         self.hf_model = hf_model
         self.sites: dict[str, Site] = sites
-        self.hook_dict: dict[str, HookPoint] = {
-            site.name: HookPoint(site.name, site.axes, site.read_only) for site in sites.values()
-        }
+        points = [HookPoint(site.name, site.axes, site.read_only) for site in sites.values()]
+        self.hook_dict: dict[str, HookPoint] = HookDict({point.name: point for point in points})
         stacks = ("blocks", f"{VISION}.blocks")
         self._n_layers = {stack: count_layers(stack, sites) for stack in stacks}
         self._vision = vision
@@ -240,7 +240,7 @@ class HookedModel(ABC):
     ) -> list[tuple[str, HookFunction]]:
         """Returns (site name, function) pairs for hooks given by name, filter or intervention."""
         pairs: list[tuple[str, HookFunction]] = []
-        if hasattr(fwd_hooks, "hooks_for") or not isinstance(fwd_hooks, Iterable):
+        if hasattr(fwd_hooks, "hooks_for") or not is_listed(fwd_hooks):
             raise HookError(
                 f"fwd_hooks={shown(fwd_hooks)} was given; expected a list of hooks, such as "
                 "[(name, function)] or [Patch(…)]. Give [] for none."

@@ -107,6 +107,10 @@ class HookedVisionEncoder(HookedModel):
         """The dtype in which the encoder computes; pixels belong in it."""
         return self.cfg.dtype
 
+    def _reread(self) -> None:
+        self.cfg = read_encoder_config(self.hf_model, self.vision, self.cfg.model_name)
+        self._grids, self._footprint = EncoderGrids(self.hf_model, self.vision, self.cfg), None
+
     def __repr__(self) -> str:
         return (
             f"HookedVisionEncoder({self.cfg.model_name!r}, {counted(self.cfg.n_layers, 'layer')}, "

@@ -8,10 +8,10 @@ none.  `eval`, `train` and `to` act on the wrapped model.  Any other name raises
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hooked_vlm.arguments.kinds import device_and_dtype
-from hooked_vlm.errors import HookError, UnknownNameError, did_you_mean
+from hooked_vlm.errors import HookError, UnknownNameError, UnsupportedModelError, did_you_mean
 
 
 _HOOKS = (
@@ -112,3 +112,14 @@ def _unknown(model: Any, name: str) -> UnknownNameError:
     own = [each for each in dir(type(model)) if not each.startswith("_")]
     hint = hint or did_you_mean(name, [*own, *vars(model)]).strip()
     return UnknownNameError(f"{kind} has no attribute {name[:80]!r}. {hint}".strip())
+
+
+def weight_of(hf_model: nn.Module, path: str) -> Tensor:
+    """Returns a module's weight; raises `UnsupportedModelError` where it is packed or missing."""
+    weight = getattr(hf_model.get_submodule(path), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        raise UnsupportedModelError(
+            f"{path} has no weight of floating point that could be read as one matrix (it may be "
+            "quantised). Load the model without quantisation."
+        )
+    return weight

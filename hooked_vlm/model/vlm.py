@@ -48,6 +48,7 @@ from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.model.instead import weight_of
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
@@ -133,6 +134,20 @@ class HookedVLM(HookedModel):
                 "HookedVLM(hf_model, processor)."
             )
         return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens's name
+        """The unembedding matrix: a view of the wrapped model's weight, before any soft-capping."""
+        return weight_of(self.hf_model, self.anatomy.unembed).T
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - TransformerLens's name
+        """The embedding matrix: the wrapped model's weight, before any scaling."""
+        return weight_of(self.hf_model, self.anatomy.embed)
+
+    def _reread(self) -> None:
+        self.cfg = read_config(self.hf_model, self.anatomy, self.cfg.model_name)
+        self._footprint = None
 
     def require_vision(self) -> VisionConfig:
         """Returns the vision encoder's sizes; raises `UnsupportedModelError` if there is none."""
@@ -327,6 +342,14 @@ class HookedVLM(HookedModel):
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
+    def _before(self, layer: int) -> str:
+        """Returns the site of the residual stream before a block, or after the last one."""
+        if layer < self.cfg.n_layers:
+            return f"blocks.{layer}.hook_resid_pre"
+        final = self.sites.get("ln_final.hook_in")
+        after = final is not None and not final.read_only
+        return "ln_final.hook_in" if after else f"blocks.{layer - 1}.hook_resid_post"
+
     @checked(HookError, but=("inputs", "layer", "fwd_hooks"))
     def run_from_layer(
         self,
@@ -341,7 +364,8 @@ class HookedVLM(HookedModel):
         `inputs` are those of the whole prompt; positions and masks are computed from them.
         Blocks below `layer` are skipped, and there is no key-value cache.  With the residual
         stream of `run_with_cache(inputs, stop_at_layer=layer)`, the logits are those of the
-        full run.  This is TransformerLens's `start_at_layer`.
+        full run.  This is TransformerLens's `start_at_layer`.  `layer=n_layers` is after the last
+        block: the final norm and the head alone (a logit lens).
 
         Warns about hooks in skipped blocks, which do not run, and about writes to embeddings,
         which `residual` replaces.  The vision encoder runs as usual, for models in which later
@@ -349,13 +373,11 @@ class HookedVLM(HookedModel):
         """
         # 1. A function that writes the residual stream at `layer`, and those of the user above.
         blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-        layer = layer_index(layer, len(blocks), "layer", behind=False)
+        layer = layer_index(layer, len(blocks), "layer")
         kwargs = {**uncached(self.hf_model), **kwargs}
         tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
-        start = (
-            f"blocks.{layer}.hook_resid_pre",
-            lambda here, hook: residual.to(here.device, copy=True),
-        )
+        site = self._before(layer)
+        start = (site, lambda here, hook: residual.to(here.device, copy=True))
         pairs = self._pairs(fwd_hooks, inputs)
         below = {("lm", i) for i in range(layer)}
         skipped = {name for name, _ in pairs if site_path(name)[:2] in below}
@@ -373,7 +395,7 @@ class HookedVLM(HookedModel):
             warnings.warn(
                 f"The write to {', '.join(sorted(lost))} has no effect: the run starts "
                 f"from the residual stream that was given for layer {layer}. Write to "
-                f"blocks.{layer}.hook_resid_pre, or change `residual`.",
+                f"{site}, or change `residual`.",
                 HookedVLMWarning,
                 stacklevel=callers_level(),
             )

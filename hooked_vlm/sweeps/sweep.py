@@ -69,18 +69,7 @@ class Sweep:
 
         `plan.explain(logits_to_keep=1)` says what running it takes, on the `meta` device too.
         """
-        if not callable(self.make) or not isinstance(self.inputs, Mapping):
-            raise InterventionError(
-                f"Sweep(inputs, axes, make) was given a {type(self.inputs).__name__} as inputs and "
-                f"a {type(self.make).__name__} as make; expected inputs of model.prepare, and a "
-                "function of one value of each axis."
-            )
-        axes = self.axes if isinstance(self.axes, Mapping) else {}
-        if not axes or not all(map(_has_values, axes.values())):
-            raise InterventionError(
-                f"A sweep needs axes with values; given: {shown(self.axes)}. Give a mapping such "
-                "as {'slot': range(9)}."
-            )
+        self._check()
         places = Places(model)  # each distinct place is located once for the whole sweep
         cells = [cell.placed(model, self.inputs, places) for cell in self.cells()]
         return CheckedCells(model, self.inputs, cells)
@@ -163,6 +152,21 @@ class Sweep:
         scores, said = first_order(model, self.inputs, self.recorded(model), scored, forward_kwargs)
         return self._table(scores, dims, coords, said)
 
+    def _check(self) -> None:
+        """Raises `InterventionError` for inputs, axes or a function of another kind."""
+        if not callable(self.make) or not isinstance(self.inputs, Mapping):
+            raise InterventionError(
+                f"Sweep(inputs, axes, make) was given a {type(self.inputs).__name__} as inputs and "
+                f"a {type(self.make).__name__} as make; expected inputs of model.prepare, and a "
+                "function of one value of each axis."
+            )
+        axes = self.axes if isinstance(self.axes, Mapping) else {}
+        if not axes or not all(map(_has_values, axes.values())):
+            raise InterventionError(
+                f"A sweep needs axes with values; given: {shown(self.axes)}. Give a mapping such "
+                "as {'slot': range(9)}."
+            )
+
     def _scored(
         self, metric: Metric, dims: Sequence[str], coords: Mapping[str, Sequence[Any]] | None
     ) -> Metric:
@@ -171,14 +175,15 @@ class Sweep:
             raise InterventionError(
                 f"metric={shown(metric)} was given; expected a function of the logits."
             )
-        known = (*(self.axes or ()), *dims)
+        self._check()
+        known = (*self.axes, *dims)
         for name in coords or {}:
             if name not in known:
                 raise InterventionError(
                     f"coords labels {name!r}, which is no axis of this sweep: it has "
                     f"{', '.join(map(str, known))}.{did_you_mean(name, map(str, known))}"
                 )
-        taken = sorted(set(self.axes or ()) & set(dims))
+        taken = sorted(set(self.axes) & set(dims))
         if taken:
             raise InterventionError(
                 f"dims={tuple(dims)} and the sweep's axes {tuple(self.axes)} share {taken}. Give "

@@ -172,7 +172,7 @@ def _of_names_and_caches(w: SimpleNamespace, folder: Path) -> list[Call]:
             "ActivationCache",
             hv.ActivationCache,
             activations=(cached, NO_KEYS),
-            n_layers=({"blocks": 1}, OPTIONAL | NO_KEYS),
+            n_layers=({"blocks": 1}, OPTIONAL | NO_KEYS | {"mapping"}),
         ),
         call("cache[]", lambda key: w.cache[key], key=("blocks.1.hook_resid_post", NOTHING)),
         call("cache.to", w.cache.to, device=("cpu", NOTHING)),
@@ -486,6 +486,9 @@ def _of_sweeps(w: SimpleNamespace) -> list[Call]:
     ]
 
 
+PAIR = frozenset(["ints"])
+
+
 def _of_grids(w: SimpleNamespace) -> list[Call]:
     g = w.grid
     name = ("a", TEXT)
@@ -497,10 +500,10 @@ def _of_grids(w: SimpleNamespace) -> list[Call]:
         "patch_rows": (4, COUNT),
         "patch_cols": (4, COUNT),
         "n_prefix": (0, WHOLE),
-        "image_size": ((8, 8), NOTHING),
-        "scale": ((1.0, 1.0), NOTHING),
-        "offset": ((0.0, 0.0), NOTHING),
-        "processed_size": ((8, 8), NOTHING),
+        "image_size": ((8, 8), PAIR),
+        "scale": ((1.0, 1.0), PAIR),
+        "offset": ((0.0, 0.0), PAIR),
+        "processed_size": ((8, 8), PAIR),
         "prompt": (0, WHOLE),
         "image": (0, WHOLE),
     }
@@ -552,7 +555,7 @@ def _of_grids(w: SimpleNamespace) -> list[Call]:
 
 def _of_regions(w: SimpleNamespace) -> list[Call]:
     r, name = w.region, ("a", TEXT)
-    shape, part = ((6, 6), NOTHING), ((1, 3), NOTHING)
+    shape, part = ((6, 6), PAIR), ((1, 3), NOTHING)
     two = {
         "a": (w.left, NOTHING),
         "b": (w.right, NOTHING),
@@ -724,7 +727,8 @@ def _of_directions_and_probes(w: SimpleNamespace) -> list[Call]:
 
 def _of_scores(w: SimpleNamespace) -> list[Call]:
     logits, tokenizer = (w.logits, NOTHING), (w.rich.tokenizer, NOTHING)
-    answers, names = (["red", "blue"], NOTHING), (["red", "blue"], NOTHING)
+    letters = frozenset(["array"])  # each is a token
+    answers, names = (["red", "blue"], letters), (["red", "blue"], letters)
     s = scoring
     return [
         call("spellings", s.spellings, name=("red", TEXT)),
@@ -761,7 +765,7 @@ def _of_scores(w: SimpleNamespace) -> list[Call]:
             logits=logits,
             tokenizer=tokenizer,
             answers=answers,
-            others=(["blue", "red"], NOTHING),
+            others=(["blue", "red"], letters),
         ),
     ]
 
