@@ -178,6 +178,8 @@ def random_controls(
             part in a million.
     """
     # Write the directions in their own axes; a control has the same coordinates in other axes.
+    if not len(seeds):
+        raise DataError("No control was asked for: seeds is empty. Give at least one seed.")
     rows = _double(directions.detach())
     strengths, axes = _spectrum(rows)
     matcher = None

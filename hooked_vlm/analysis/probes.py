@@ -213,6 +213,8 @@ def object_examples(
     >>> object_examples(torch.zeros(5, 16, 32), places).X.shape
     torch.Size([40, 32])
     """
+    if not regions:
+        raise DataError("No region was given: regions is empty. Give one for each place.")
     n_images, n_tokens, _ = features.shape
     _check_regions(regions, n_tokens)
     tokens = [region.tokens.to(features.device) for region in regions]

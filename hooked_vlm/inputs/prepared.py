@@ -97,6 +97,7 @@ class Inputs(Mapping[str, Any]):
             )
         return found[0]
 
+    @checked(DataError, only_names=True)
     def to(
         self,
         *where: str | torch.device | torch.dtype,

@@ -132,6 +132,7 @@ class HookedVisionEncoder(HookedModel):
             require_processed(self.processor, processor_kwargs)
         return prepare_images(self._grids, self.processor, images, processor_kwargs)
 
+    @checked(HookError, but=("inputs",))
     def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid` of each image of the inputs, each in a tuple of its own.
 

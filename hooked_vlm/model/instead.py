@@ -8,8 +8,10 @@ none.  `eval`, `train` and `to` act on the wrapped model.  Any other name raises
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.arguments.kinds import device_and_dtype
 from hooked_vlm.errors import HookError, UnknownNameError, UnsupportedModelError, did_you_mean
 
@@ -100,6 +102,23 @@ class ActsLikeAModule:
 
         def __getattr__(self, name: str) -> Any:
             raise _unknown(self, name)
+
+
+class ShowsWeights:
+    """Gives the wrapper of a language model its two matrices of the vocabulary."""
+
+    hf_model: nn.Module
+    anatomy: Anatomy
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding matrix: a view of the wrapped model's weight, before any soft-capping."""
+        return weight_of(self.hf_model, self.anatomy.unembed).T
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding matrix: the wrapped model's weight, before any scaling."""
+        return weight_of(self.hf_model, self.anatomy.embed)
 
 
 def _unknown(model: Any, name: str) -> UnknownNameError:

@@ -96,8 +96,7 @@ def require_generates(hf_model: nn.Module, given: Mapping[str, Any]) -> None:
 _OPTIONS = {
     **dict.fromkeys(("max_new_tokens", "max_length", "num_beams", "num_return_sequences"), Count),
     **dict.fromkeys(("min_new_tokens", "min_length", "top_k"), Whole),
-    **dict.fromkeys(("do_sample", "use_cache", "early_stopping"), bool | str),
-    **dict.fromkeys(("return_dict_in_generate", "output_scores", "output_logits"), bool),
+    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate", "output_logits"), bool),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), NotNegative),
 }
 """The usual options of generation, and what they may be (None: the model's own)."""

@@ -42,13 +42,14 @@ from hooked_vlm.hooks.stand_ins import (
     returns_tuples,
     run_until,
     skipping,
+    start_site,
     uncached,
 )
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
-from hooked_vlm.model.instead import weight_of
+from hooked_vlm.model.instead import ShowsWeights
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
@@ -61,7 +62,7 @@ from hooked_vlm.model.keywords import (
 from hooked_vlm.model.loading import load_pretrained
 
 
-class HookedVLM(HookedModel):
+class HookedVLM(ShowsWeights, HookedModel):
     """A vision-language model whose activations can be read, replaced and steered by name.
 
     >>> from PIL import Image
@@ -135,16 +136,6 @@ class HookedVLM(HookedModel):
             )
         return getattr(self.processor, "tokenizer", self.processor)
 
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens's name
-        """The unembedding matrix: a view of the wrapped model's weight, before any soft-capping."""
-        return weight_of(self.hf_model, self.anatomy.unembed).T
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - TransformerLens's name
-        """The embedding matrix: the wrapped model's weight, before any scaling."""
-        return weight_of(self.hf_model, self.anatomy.embed)
-
     def _reread(self) -> None:
         self.cfg = read_config(self.hf_model, self.anatomy, self.cfg.model_name)
         self._footprint = None
@@ -207,6 +198,7 @@ class HookedVLM(HookedModel):
             processor_kwargs=processor_kwargs,
         )
 
+    @checked(HookError, but=("inputs",))
     def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
 
@@ -225,7 +217,6 @@ class HookedVLM(HookedModel):
         that holds image tokens without its pixels.
         """
         self.require_call(inputs, kwargs)
-        require_held({**inputs, **kwargs})
         self._require_pixels({**inputs, **kwargs})
         return self.hf_model(**inputs, **kwargs).logits
 
@@ -233,6 +224,7 @@ class HookedVLM(HookedModel):
 
     def _require_pixels(self, given: Mapping[str, Any]) -> None:
         """Raises `HookError` for image tokens without an image: the model would run blind."""
+        require_held(given)
         ids, token = given.get("input_ids"), self.cfg.image_token_id
         if ids is None or token is None or ids.device.type == "meta":
             return
@@ -342,14 +334,6 @@ class HookedVLM(HookedModel):
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
-    def _before(self, layer: int) -> str:
-        """Returns the site of the residual stream before a block, or after the last one."""
-        if layer < self.cfg.n_layers:
-            return f"blocks.{layer}.hook_resid_pre"
-        final = self.sites.get("ln_final.hook_in")
-        after = final is not None and not final.read_only
-        return "ln_final.hook_in" if after else f"blocks.{layer - 1}.hook_resid_post"
-
     @checked(HookError, but=("inputs", "layer", "fwd_hooks"))
     def run_from_layer(
         self,
@@ -376,7 +360,7 @@ class HookedVLM(HookedModel):
         layer = layer_index(layer, len(blocks), "layer")
         kwargs = {**uncached(self.hf_model), **kwargs}
         tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
-        site = self._before(layer)
+        site = start_site(self.sites, layer, len(blocks))
         start = (site, lambda here, hook: residual.to(here.device, copy=True))
         pairs = self._pairs(fwd_hooks, inputs)
         below = {("lm", i) for i in range(layer)}

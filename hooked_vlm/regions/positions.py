@@ -113,6 +113,8 @@ class Positions(_Joinable):
 
     def __post_init__(self) -> None:
         try:
+            if isinstance(self.indices, bytes):
+                raise TypeError
             whole = tuple(operator.index(i) for i in self.indices)
         except TypeError:
             raise RegionError(
@@ -261,6 +263,10 @@ class AnyOf(_Joinable):
 
     parts: tuple[TokenSelector, ...]
 
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise RegionError("A union of no places names no position. Give at least one place.")
+
     @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions of all parts, ascending, each once."""
@@ -273,8 +279,6 @@ class AnyOf(_Joinable):
 
 def union(*places: Any) -> AnyOf:
     """Returns the union of places of any kind; nested unions are flattened."""
-    if not places:
-        raise RegionError("A union of no places names no position. Give at least one place.")
     parts = []
     for place in places:
         if not isinstance(place, TokenSelector):

@@ -176,7 +176,7 @@ def _of_names_and_caches(w: SimpleNamespace, folder: Path) -> list[Call]:
         ),
         call("cache[]", lambda key: w.cache[key], key=("blocks.1.hook_resid_post", NOTHING)),
         call("cache.to", w.cache.to, device=("cpu", NOTHING)),
-        call("cache.select", w.cache.select, rows=([0], frozenset(["list", "tuple"]))),
+        call("cache.select", w.cache.select, rows=([0], frozenset(["list", "tuple", "no tensor"]))),
         call("cache.remove_batch_dim", w.cache.remove_batch_dim),
         call(
             "cache.stack",
@@ -203,8 +203,8 @@ def _of_names_and_caches(w: SimpleNamespace, folder: Path) -> list[Call]:
             "Inputs",
             hv.Inputs,
             tensors=(w.inputs, NO_KEYS | {"mapping"}),
-            grids=(((w.grid,),), NO_ITEMS - {"dict", "set", "no tensor"}),
-            texts=(("a",), frozenset(["list", "tuple", "texts"])),
+            grids=(((w.grid,),), NO_ITEMS - {"dict", "set"}),
+            texts=(("a",), frozenset(["list", "tuple", "texts", "no tensor", "array"])),
             no_grid=("", TEXT),
         ),
         call("inputs.to", w.prepared.to, device=("cpu", NOTHING)),
@@ -244,7 +244,7 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
         call(
             "prepare",
             w.rich.prepare,
-            images=(w.image, OPTIONAL | {"list", "tuple"}),
+            images=(w.image, OPTIONAL | {"list", "tuple", "nones", "integers"}),
             texts=("red", TEXT),
             system=(None, OPTIONAL | TEXT),
             chat=(False, FLAG | OPTIONAL),
@@ -256,7 +256,7 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             "run_with_cache",
             m.run_with_cache,
             inputs=inputs,
-            names_filter=("blocks.*.hook_resid_post", OPTIONAL | {"function"}),
+            names_filter=("blocks.*.hook_resid_post", OPTIONAL | FUNCTION),
             stop_at_layer=(None, OPTIONAL | {"zero", "int"}),
             fwd_hooks=fwd_hooks,
             device=(None, OPTIONAL),
@@ -268,7 +268,7 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             inputs=inputs,
             fwd_hooks=fwd_hooks,
             prefill_only=(True, FLAG),
-            max_new_tokens=(1, COUNT),
+            max_new_tokens=(1, COUNT | OPTIONAL),
             do_sample=(False, FLAG | OPTIONAL),
         ),
         call(
@@ -283,7 +283,7 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             "model.hooks",
             _hooks_of(m),
             fwd_hooks=fwd_hooks,
-            inputs=(w.inputs, OPTIONAL),
+            inputs=(w.inputs, OPTIONAL | NO_KEYS | {"mapping"}),
             prefill_only=(False, FLAG),
         ),
         call(
@@ -291,9 +291,14 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             hv.record,
             model=(m, NOTHING),
             inputs=inputs,
-            names=(RESID, {*OPTIONAL, "function"}),
+            names=(RESID, OPTIONAL | FUNCTION),
         ),
-        call("Recording", hv.Recording, inputs=inputs, cache=(w.cache, NOTHING)),
+        call(
+            "Recording",
+            hv.Recording,
+            inputs=(w.inputs, NO_KEYS | {"mapping"}),
+            cache=(w.cache, NOTHING),
+        ),
     ]
 
 
@@ -326,7 +331,7 @@ def _of_encoders(w: SimpleNamespace) -> list[Call]:
             "encoder.run_with_cache",
             m.run_with_cache,
             inputs=inputs,
-            names_filter=(site, OPTIONAL | {"function"}),
+            names_filter=(site, OPTIONAL | FUNCTION),
             fwd_hooks=fwd_hooks,
             device=(None, OPTIONAL),
             check_memory=(True, FLAG),
@@ -511,7 +516,7 @@ def _of_grids(w: SimpleNamespace) -> list[Call]:
         call("TokenGrid", hv.TokenGrid, **grid),
         call("grid.cell_box", g.cell_box, cell=((1, 2), NOTHING)),
         call("grid.at", g.at, x=(5, pixel), y=(6, pixel)),
-        call("grid.cells", g.cells, cells=([(1, 2)], NO_ITEMS - {"no tensor"}), name=name),
+        call("grid.cells", g.cells, cells=([(1, 2)], NO_ITEMS), name=name),
         call(
             "grid.strip",
             g.strip,
@@ -545,7 +550,7 @@ def _of_grids(w: SimpleNamespace) -> list[Call]:
             hv.draw_regions,
             image=(Image.new("RGB", g.image_size), NOTHING),
             grid=(g, NOTHING),
-            regions=([w.region], NO_ITEMS - {"no tensor"}),
+            regions=([w.region], NO_ITEMS),
             opacity=(0.5, frozenset(["zero"])),
             labels=(True, FLAG),
             zoom=(1, COUNT),
@@ -564,9 +569,7 @@ def _of_regions(w: SimpleNamespace) -> list[Call]:
     }
     cells = ((0, 0), (0, 1))
     return [
-        call(
-            "Region", hv.Region, shape=shape, cells=(((1, 2),), NO_ITEMS - {"no tensor"}), name=name
-        ),
+        call("Region", hv.Region, shape=shape, cells=(((1, 2),), NO_ITEMS), name=name),
         call(
             "Region.from_mask",
             hv.Region.from_mask,
@@ -692,7 +695,7 @@ def _of_directions_and_probes(w: SimpleNamespace) -> list[Call]:
         call(
             "examples.of_images",
             w.examples.of_images,
-            images=([0], frozenset(["list", "tuple", "ints"])),
+            images=([0], frozenset(["list", "tuple", "ints", "no tensor"])),
         ),
         call(
             "object_examples",
@@ -824,7 +827,7 @@ def _of_statistics() -> list[Call]:
             ),
         ),
         call("interval.covers", interval.covers, value=(1.0, NUMBER | {"infinite"})),
-        call("interval.at", lambda index: interval.at(index), index=(0, NOTHING)),
+        call("interval.at", lambda index: interval.at(index), index=(0, frozenset(["zero"]))),
     ]
 
 
@@ -875,7 +878,7 @@ def _of_stimuli() -> list[Call]:
         call(
             "sample_tuples",
             stimuli.sample_tuples,
-            names=(triple, frozenset()),
+            names=(triple, frozenset(["array"])),
             k=(2, frozenset(["int"])),
             per_direction=(2, COUNT),
             seed=(0, WHOLE),

@@ -19,6 +19,7 @@ MOST = 400
 
 NAME = st.text("xyz_-.", min_size=1, max_size=6).map(lambda text: f"q{text}")
 NUMBER = st.sampled_from(["", "x", "-1", "1.5", "nan", "1e3", "0x10", "9" * 30, "none", "1 2"])
+JOBS = st.sampled_from(["", "x", "-1", "1.5", "nan"])
 DEVICE = st.sampled_from(["", "gpu", "meta", "cpu:x", "cuda:99", "CPU ", "0"]) | NAME
 DTYPE = st.sampled_from(["", "f32", "int8", "auto,", "Float32"]) | NAME
 SETTING = st.sampled_from(["", "shaps", "squares-", "whatsup-chair", "SQUARES"]) | NAME
@@ -41,11 +42,11 @@ LINES: dict[str, dict[str, st.SearchStrategy[str]]] = {
         "--dtype": DTYPE,
         "--out": FILE,
     },
-    "demo --out out": {**_COMMON, "--jobs": NUMBER, "--out": FILE},
+    "demo --out out": {**_COMMON, "--jobs": JOBS, "--out": FILE},
     "reproduce --out out": {
         **_COMMON,
         **_FOLDERS,
-        "--jobs": NUMBER,
+        "--jobs": JOBS,
         "--model": MODEL,
         "--dtype": DTYPE,
         "--set": OPTION,
