@@ -43,9 +43,12 @@ def check_steered(model: HookedVLM, inputs: Mapping[str, Any]) -> Finding:
                 problems.append(f"{name}: the edit changes nothing")
             for way, options in _ways().items():
                 try:
-                    model.hf_model.generate(**inputs, **_greedy(model), **options)  # type: ignore[operator]
+                    as_plain = _same(_answer(model, inputs, **options), plain)
                 except Exception:  # noqa: BLE001 - transformers' own fails this way
                     notes.add(f"cannot generate {way}")
+                    continue
+                if not as_plain:
+                    notes.add(f"gives another answer {way}, without hooks too")
                     continue
                 if not _same(
                     _answer(model, inputs, [edit], prefill_only=True, **options), expected

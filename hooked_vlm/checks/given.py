@@ -1,4 +1,4 @@
-"""Checks of what a model may be given: a processor's own output, other masks, gradients asked for."""
+"""Checks of what a model may be given: a processor's output, other masks, gradients asked for."""
 
 import warnings
 from collections.abc import Mapping

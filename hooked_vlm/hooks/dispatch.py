@@ -100,34 +100,43 @@ class SiteDispatch:
             if self._is_inactive(fn, run):
                 continue
             self.point.step = max(run.steps, 0)
-            act, length = fn, run.repeated if run.prefill_only else None
+            act, n_new = fn, run.n_new if run.prefill_only else 0
             if isinstance(fn, OnPrompt):
                 found = match(fn, self.packing, run)
-                act, length = fn.on_copies(max(found.n_copies, 1)), found.length
-            if length is None or not self.site.by_prompt or isinstance(value, list):
+                act, n_new = fn.on_copies(max(found.n_copies, 1)), found.n_new
+            if not n_new or not self.site.by_prompt or isinstance(value, list):
                 value, changed = self._apply(act, value)
             else:
-                prompt = self._prompt_alone(length)
-                part, changed = self._apply(act, value[prompt])
-                if changed:
-                    assert isinstance(part, Tensor)
-                    value = value.clone()
-                    value[prompt] = part
+                value, changed = self._apply_before(n_new, act, value)
             any_changed |= changed
         return value, any_changed
 
-    def _prompt_alone(self, length: int) -> tuple[slice, ...]:
-        """Returns the slice of a pass's activation with the first positions, of the prompt."""
+    def _apply_before(
+        self, n_new: int, fn: HookFunction, value: Tensor
+    ) -> tuple[VisionActivation, bool]:
+        """Applies a function to all but the last positions, which are no part of the prompt."""
         axes = self.site.axes.split()
-        prompt = slice(0, length)
-        return tuple(prompt if axis in ("pos", "query", "key") else slice(None) for axis in axes)
+        prompt = tuple(
+            slice(0, -n_new) if axis in ("pos", "query", "key") else slice(None) for axis in axes
+        )
+        if not value[prompt].numel():  # such as logits of the last position alone
+            return value, False
+        self._note_positions(value[prompt], n_new)
+        part, changed = self._apply(fn, value[prompt])
+        self._note_positions(value)
+        if not changed:
+            return value, False
+        assert isinstance(part, Tensor)
+        value = value.clone()
+        value[prompt] = part
+        return value, True
 
-    def _note_positions(self, value: VisionActivation) -> None:
+    def _note_positions(self, value: VisionActivation, n_new: int = 0) -> None:
         """Notes which positions of the prompt and its answer the activation's axes hold."""
         axes, call = self.site.axes.split(), self.packing
         if not self.site.by_prompt or call.prompt is None or not isinstance(value, Tensor):
             return
-        end = call.start + call.prompt.shape[1]
+        end = call.start + call.prompt.shape[1] - n_new
         sizes = dict(zip(axes, value.shape, strict=len(axes) == value.ndim))
 
         def last(axis: str) -> range:
@@ -137,6 +146,9 @@ class SiteDispatch:
 
         self.point.positions = last("pos" if "pos" in sizes else "query")
         self.point.key_positions = last("key")
+        if sizes.get("pos", sizes.get("query", 0)) > end and self.site.tap != "attention":
+            # The blocks run on other positions than the prompt's (on an image before it, say).
+            self.point.positions = self.point.key_positions = range(0)
 
     def _apply(self, fn: HookFunction, value: VisionActivation) -> tuple[VisionActivation, bool]:
         if isinstance(fn, Reader):

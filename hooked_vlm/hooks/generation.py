@@ -36,11 +36,11 @@ def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
         run.owner.require_current()
         caches, prompt = caches_among(args, kwargs), prompts_among(args, kwargs)
-        run.repeats = not caches and _repeats(prompt, run.prompt)
+        run.n_new = 0 if caches else _new_tokens(prompt, run.prompt)
         start = cached_positions(caches)
-        if run.steps == 0 and not run.repeats and _continues_prefill(run, start, prompt):
+        if run.steps == 0 and not run.n_new and _continues_prefill(run, start, prompt):
             return
-        if run.repeats or start:
+        if run.n_new or start:
             run.steps += 1
             return
         _refuse_unknown_cache((*args, *kwargs.values()), returned)
@@ -95,12 +95,13 @@ def _values(output: Any) -> Iterable[Any]:
     return vars(output).values() if hasattr(output, "__dict__") else ()
 
 
-def _repeats(given: Tensor | None, prompt: Tensor | None) -> bool:
-    """Whether the input is the prompt of the prefill followed by more tokens."""
+def _new_tokens(given: Tensor | None, prompt: Tensor | None) -> int:
+    """Returns how many tokens an input has after the prompt of the prefill (0: no such prompt)."""
     if given is None or prompt is None or given.ndim != prompt.ndim or len(given) != len(prompt):
-        return False
+        return 0
     length = prompt.shape[1]
-    return given.shape[1] > length and torch.equal(given[:, :length], prompt)
+    repeats = given.shape[1] > length and torch.equal(given[:, :length], prompt)
+    return given.shape[1] - length if repeats else 0
 
 
 def _refuse_unknown_cache(given: Sequence[Any], returned: Sequence[weakref.ref]) -> None:

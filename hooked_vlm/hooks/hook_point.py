@@ -92,21 +92,14 @@ class PassCounter:
     """Number of the forward pass in progress: 0 is the prefill."""
     prompt: Tensor | None = None
     """The token ids (or embeddings) of the prefill."""
-    repeats: bool = False
-    """Whether the pass in progress repeats the prompt, as a generation without a cache does."""
+    n_new: int = 0
+    """Number of tokens after the prompt in the pass in progress, where it repeats the prompt, as
+    a generation without a cache does; 0 elsewhere."""
 
     @property
     def is_after_prompt(self) -> bool:
         """Whether this pass comes after the prefill and does not repeat the prompt."""
-        return self.steps > 0 and not self.repeats
-
-    @property
-    def repeated(self) -> int | None:
-        """The length of the prompt that this pass repeats, before more tokens (None: no prompt)."""
-        if self.steps <= 0 or not self.repeats:
-            return None
-        assert self.prompt is not None, "a pass repeats a prompt that was noted before it"
-        return self.prompt.shape[1]
+        return self.steps > 0 and not self.n_new
 
 
 @dataclass(eq=False)

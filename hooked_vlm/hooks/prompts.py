@@ -66,8 +66,8 @@ class Match:
 
     n_copies: int = 1
     """How often each prompt is in the pass; 0: the pass comes after the prompt."""
-    length: int | None = None
-    """The length of the prompt, where the pass repeats it before more tokens."""
+    n_new: int = 0
+    """Number of tokens after the prompt, where the pass repeats it."""
 
 
 def match(fn: OnPrompt, call: CallContext, run: PassCounter) -> Match:
@@ -89,7 +89,7 @@ def _match(inputs: Mapping[str, Any], call: CallContext, run: PassCounter) -> Ma
     own = next((inputs[n] for n in names if isinstance(inputs.get(n), Tensor)), None)
     if given is None or own is None or own.shape[2:] != given.shape[2:]:
         _require_same_geometry(inputs, call)
-        return Match(0 if run.is_after_prompt else 1, run.repeated)
+        return Match(0 if run.is_after_prompt else 1, run.n_new)
     # 2. The whole prompt, once or in several copies.
     batch, length = own.shape[:2]
     continues = call.start > 0 and not caches_among((), inputs)
@@ -103,7 +103,7 @@ def _match(inputs: Mapping[str, Any], call: CallContext, run: PassCounter) -> Ma
         return Match(0)
     longer = not call.start and given.shape[1] > length
     if longer and n_copies and _copies(given[:, :length], own, n_copies):
-        return Match(n_copies, length)
+        return Match(n_copies, given.shape[1] - length)
     # 4. Anything else.
     if given.shape[1] < length and (continues or _copies(given, own[:, : given.shape[1]], 1)):
         raise InterventionError(
