@@ -149,7 +149,8 @@ class HookedVisionEncoder(HookedModel):
         """
         self.require_call(inputs, kwargs)
         require_held({**inputs, **kwargs})
-        return self.hf_model(**inputs, **kwargs)
+        with self.turn():
+            return self.hf_model(**inputs, **kwargs)
 
     __call__ = forward
 
