@@ -98,17 +98,21 @@ class HookedVLMWarning(UserWarning):
     """
 
 
-_BETWEEN = {"hooked_vlm", "contextlib", "jaxtyping", "beartype"}
+_WRAPPERS = ("jaxtyping", "beartype")
 
 
 def callers_level() -> int:
     """Returns the `stacklevel` with which a warning shows the line that called this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _BETWEEN:
-            break
-        frame, level = frame.f_back, level + 1
-    return level
+    modules = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        modules.append(str(frame.f_globals.get("__name__")).partition(".")[0])
+        frame = frame.f_back
+    # Wrappers of this function itself are no callers of `warnings.warn`.
+    own = next((i for i, name in enumerate(modules) if name not in _WRAPPERS), 0)
+    ours = ("hooked_vlm", "contextlib", *_WRAPPERS)
+    outside = next((i for i, name in enumerate(modules) if i >= own and name not in ours), own)
+    return outside - own + 1
 
 
 def counted(n: object, noun: str, plural: str = "") -> str:

@@ -317,7 +317,12 @@ def _refusals() -> Iterator[None]:
     except (HookedVLMError, NotFittedError):
         raise
     except (ValueError, TypeError) as error:
-        raise DataError(str(error)[:390]) from error
+        kind = _WrongTypeError if isinstance(error, TypeError) else DataError
+        raise kind(str(error)[:390]) from error
+
+
+class _WrongTypeError(DataError, TypeError):
+    """Data of a type that scikit-learn refuses, which its own checks expect as a `TypeError`."""
 
 
 def _array(values: Any) -> Any:

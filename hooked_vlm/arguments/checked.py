@@ -7,6 +7,8 @@ messages of thousands of characters.
 Types are taken loosely where code commonly is: any sequence is one (also an array), numpy's
 numbers are numbers, and a whole number is a number.  A bool is not, and a text is no sequence.
 Arrays are compared with their jaxtyping dtype and axes; an axis has one size in all arguments.
+It is bound in a context of `call`, in place of which the tests' import hook would open one for each
+function below: hence `no_type_check`.
 """
 
 import functools
@@ -25,6 +27,7 @@ from typing import (
     get_origin,
     get_type_hints,
     is_typeddict,
+    no_type_check,
 )
 
 import numpy as np
@@ -82,6 +85,7 @@ def checked(
     return decorate
 
 
+@no_type_check
 def _wrapped(
     function: Callable[..., Any],
     error: type[HookedVLMError],
@@ -112,6 +116,7 @@ def require(
             raise error(f"{owner} was given {name}={shown(values[name])}; expected {kind.words}.")
 
 
+@no_type_check
 class _Plan:
     """What a function takes, read from its signature once."""
 
@@ -255,6 +260,7 @@ _PLAIN: dict[Any, Kind | None] = {
 }
 
 
+@no_type_check
 def _annotated(base: Any, parts: list[Kind]) -> Kind | None:
     plain = kind_of(base)
     every = [*([plain] if plain is not None else []), *parts]
@@ -264,6 +270,7 @@ def _annotated(base: Any, parts: list[Kind]) -> Kind | None:
     return Kind(lambda v: all(part.accepts(v) for part in every), last.words, last.names)
 
 
+@no_type_check
 def _any_of(parts: list[Kind | None]) -> Kind | None:
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
@@ -280,6 +287,7 @@ def _has_array(hint: Any) -> bool:
     return hasattr(hint, "dim_str") or any(map(_has_array, get_args(hint)))
 
 
+@no_type_check
 def _array(hint: Any) -> Kind:
     """Returns an array's kind; its axes are compared with those that `wrong` met before."""
     axes = " ".join(hint.dim_str.split())
@@ -293,6 +301,7 @@ def _array(hint: Any) -> Kind:
     return Kind(accepts, f"a {word} [{axes}]{numbers}".replace("a array", "an array"))
 
 
+@no_type_check
 def _exactly(parts: list[Kind | None]) -> Kind:
     words = [part.words if part is not None else "anything" for part in parts]
     same = len(set(words)) == 1
@@ -322,6 +331,7 @@ def _generic(origin: type, inner: tuple[Any, ...]) -> Kind | None:
     return _instance(origin)
 
 
+@no_type_check
 def _mapping(parts: list[Kind | None]) -> Kind:
     keys, values = parts or (None, None)
 
@@ -336,6 +346,7 @@ def _mapping(parts: list[Kind | None]) -> Kind:
     return Kind(accepts, f"a mapping{names}{to}")
 
 
+@no_type_check
 def _items(has_items: Callable[[Any], bool], item: Kind | None) -> Kind:
     def accepts(value: Any) -> bool:
         if isinstance(value, str | bytes) or not has_items(value):
