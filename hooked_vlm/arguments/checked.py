@@ -188,8 +188,12 @@ def shown(value: Any) -> str:
         return f"an array of {value.dtype} of shape {value.shape}"
     if isinstance(value, Mapping | list | tuple) and len(value) > 20:
         return f"a {type(value).__name__} of {len(value)} items"
-    if isinstance(value, str | bytes | int | float | complex | list | tuple | set | dict | None):
-        text = repr(value)
+    plain = str | bytes | int | float | complex | np.generic | list | tuple | set | dict | None
+    says_itself = type(value).__module__.startswith("hooked_vlm") and (
+        type(value).__str__ is not object.__str__
+    )
+    if isinstance(value, plain) or says_itself:
+        text = str(value) if says_itself else repr(value)
         return text if len(text) <= 80 else f"{text[:79]}…"
     is_named = isinstance(value, type) or (callable(value) and hasattr(value, "__name__"))
     return f"the {type(value).__name__} {value.__name__}" if is_named else _article(value)

@@ -50,7 +50,7 @@ def prepare_inputs(
 ) -> Inputs:
     """Returns the inputs for a batch of prompts; see `HookedVLM.prepare`."""
     processor = finder.model.processor
-    texts = _listed(texts)
+    texts = [texts] if isinstance(texts, str) else list(texts)
     by_prompt = _images_by_prompt(images, len(texts))
     if any(by_prompt) and getattr(processor, "image_processor", None) is None:
         raise UnsupportedModelError(
@@ -133,16 +133,6 @@ def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
             "The model's chat template leaves out the system message. Give it as part of the text."
         )
     return prompt
-
-
-def _listed(texts: Any) -> list[str]:
-    """Returns prompts as a list; raises `DataError` for anything but strings."""
-    listed = [texts] if isinstance(texts, str) else texts
-    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
-        raise DataError(
-            f"texts={repr(texts)[:80]} was given; expected a string or a list of strings."
-        )
-    return list(listed)
 
 
 def _plain(finder: GridFinder, text: str, n_images: int) -> str:
