@@ -19,7 +19,7 @@ from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
 from hooked_vlm.arguments.checked import checked
-from hooked_vlm.arguments.kinds import Device, Processor
+from hooked_vlm.arguments.kinds import OptionalDevice, Processor
 from hooked_vlm.errors import DataError, HookError, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
@@ -79,7 +79,7 @@ class HookedVisionEncoder(HookedModel):
         name: str,
         *,
         dtype: torch.dtype | str = "auto",
-        device: Device | None = None,
+        device: OptionalDevice = None,
         device_map: Any = None,
         **kwargs: Any,
     ) -> "HookedVisionEncoder":
@@ -172,7 +172,7 @@ class HookedVisionEncoder(HookedModel):
         names_filter: NamesFilter = None,
         *,
         fwd_hooks: Sequence[FwdHook] = (),
-        device: Device | None = None,
+        device: OptionalDevice = None,
         check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:

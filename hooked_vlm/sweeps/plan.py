@@ -171,6 +171,7 @@ class CheckedCells(Sequence[Cell]):
         that none does, but in an image block where the inputs mark one (`token_type_ids`).
         """
         model, inputs = self.model, self.inputs
+        model.require_call({}, forward_kwargs)
         costs = costs_of(model, inputs)
         batch, length = inputs["input_ids"].shape
         keep = forward_kwargs.get("logits_to_keep", 0) or length
