@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from hooked_vlm.analysis.bounded import bounded_test
 from hooked_vlm.analysis.statistics import (
     Interval,
     bootstrap,
     holm,
     paired_difference,
-    sign_flip_test,
 )
 
 
@@ -46,10 +46,11 @@ def difference_rows(
 ) -> list[dict]:
     """Returns the rows of `one` minus `other`, paired along their first axis.
 
-    Column p_holm has the p-values of sign-flip tests, Holm-adjusted over all rows.
+    Column p_holm has the p-values of bounded mean tests, Holm-adjusted over all rows: both are
+    probabilities or shares.
     """
     rows = interval_rows(paired_difference(one, other, seed=seed), axes, **columns)
-    adjusted = holm(sign_flip_test(one, other, seed=seed))
+    adjusted = holm(bounded_test(np.asarray(one) - np.asarray(other), seed=seed))
     return [{**row, "p_holm": float(p)} for row, p in zip(rows, adjusted, strict=True)]
 
 

@@ -475,9 +475,7 @@ def test_amplification_on_photographs_with_boxes(
     boxed: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = HookedVLM.from_pretrained(name)
-    config = coco_amplification.Config(
-        data=boxed, alphas=(0.0, 2.0), control_alphas=(0.0, 2.0), controls=2
-    )
+    config = coco_amplification.Config(data=boxed, alphas=(0.0, 2.0), controls=2)
     with pytest.raises(DataError, match=r"horizontal: \d of 6 items correct, too few"):
         coco_amplification.run(model, config, lambda *_: None)  # it was not taught such questions
     observed = coco_amplification.observed

@@ -25,11 +25,13 @@ from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, counted
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
-    CONTROLS,
     Strengths,
     answered,
     conditions,
     matched_controls,
+)
+from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
+    CONTROLS,
     table_of,
     verdict_of,
 )
@@ -148,7 +150,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     if not parts:
         raise CannotRunError(f"No probe could be fitted: {' '.join(left_out)}")
     outcomes = {kind: np.concatenate([part[kind] for part in parts], axis=2) for kind in parts[0]}
-    table = table_of(outcomes, [item.item.axis for item in items], config)
+    photographs = [item.item.image_id for item in items]
+    table = table_of(outcomes, photographs, config.alphas, config.seed)
     probes = type(table)(rows)
     return Result(
         **vars(ABOUT),
@@ -156,7 +159,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         images={"an item": opened(items[0].item)},
         verdict="\n".join(
             [
-                verdict_of(table, outcomes) if config.controls else "",
+                verdict_of(table),
                 "Probes on held-out items: "
                 + "; ".join(
                     f"{axis} {format_interval(select(probes, axis=axis).iloc[0])}"

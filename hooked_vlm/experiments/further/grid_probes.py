@@ -18,7 +18,7 @@ from PIL import Image
 from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
+from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     background_shares,
     fit_with_controls,
 )
@@ -123,13 +123,14 @@ def _fit(
     regions = [layout.object_region(row, col) for row in range(k) for col in range(k)]
     examples = object_examples(features, regions)
     examples = replace(examples, y=examples.y % k if label == "column" else examples.y // k)
-    probe, control, test, rows = fit_with_controls(examples, len(features), seed)
-    grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
+    fitted, rows = fit_with_controls(examples, len(features), seed)
+    probe, control = fitted.probes[0], fitted.controls[0]
+    grids = features[torch.as_tensor(fitted.test)].unflatten(1, (n, n))
     band = np.array([layout.band(token) for token in range(n)])
     own = np.broadcast_to(band[None] if label == "column" else band[:, None], (n, n))
     background = ~np.any([region.mask for region in regions], axis=0)
-    for quantity, fitted in (("background", probe), ("background, shuffled", control)):
-        shares = background_shares(fitted.probability_map(grids), own, background)
+    for quantity, one in (("background", probe), ("background, shuffled", control)):
+        shares = background_shares(one.probability_map(grids), own, background)
         rows += interval_rows(bootstrap(shares, seed=seed), {}, quantity=quantity)
     mean = probe.probability_map(grids).mean(0).permute(2, 0, 1).numpy()
     return [{**row, "kind": f"{k}x{k}", "axis": label} for row in rows], mean
