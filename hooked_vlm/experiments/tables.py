@@ -1,18 +1,19 @@
 """Makes and selects rows of a result's table, and formats intervals, slots and names."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hooked_vlm.analysis.bounded import bounded_test
+from hooked_vlm.analysis.bounded import bounded_test, by_unit
 from hooked_vlm.analysis.statistics import (
     Interval,
     bootstrap,
     holm,
     paired_difference,
+    wilson,
 )
 
 
@@ -39,6 +40,15 @@ def score_rows(scores: xr.DataArray, seed: int, **columns: Any) -> list[dict]:
     scores = scores.transpose("pair", ...)
     axes = {str(axis): scores[axis].values.tolist() for axis in scores.dims[1:]}
     return interval_rows(bootstrap(scores.values, seed=seed), axes, **columns)
+
+
+def rate_rows(verdicts: np.ndarray, units: Sequence[Hashable], **columns: Any) -> list[dict]:
+    """Returns the row of a rate of yes/no outcomes, with Wilson's interval over units.
+
+    Two questions about one picture are one observation: the mean of its outcomes.
+    """
+    means = by_unit(np.asarray(verdicts, dtype=float), units)
+    return interval_rows(wilson(float(means.sum()), len(means)), {}, **columns)
 
 
 def difference_rows(

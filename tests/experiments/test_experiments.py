@@ -74,9 +74,9 @@ def test_results_are_whole_and_progress_reaches_its_total(name: str) -> None:
 def test_e1_counts_every_item_once() -> None:
     result, _ = run("behaviour")
     assert result.table["direction"].tolist() == ["left", "right", "above", "below", "all"]
-    assert result.table["n"].tolist() == [120, 120, 120, 120, 480]
+    assert result.table["n"].tolist() == [120, 120, 120, 120, 240]
     assert (result.table["value"] == 1).all()
-    assert "(480 items)" in result.verdict
+    assert "(240 pictures)" in result.verdict
     assert "1.00" in result.verdict
     assert "equal in all directions" in result.verdict
 

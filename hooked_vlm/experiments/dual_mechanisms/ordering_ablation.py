@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import (
     bootstrap,
-    wilson,
 )
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
@@ -28,7 +28,13 @@ from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, refer
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import difference_rows, format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import (
+    difference_rows,
+    format_interval,
+    interval_rows,
+    rate_rows,
+    select,
+)
 from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
@@ -165,12 +171,14 @@ def _table(
     together = np.concatenate(list(by_direction.values()), axis=1)
     for direction, values in {**by_direction, "all": together}.items():
         questions = every if direction == "all" else asked[direction]
-        right, probability = values[..., RIGHT], values[..., -1]
+        pictures = [picture_of(question) for question in questions]
+        right, probability = (
+            by_unit(np.moveaxis(values[..., i], 1, 0), pictures).T for i in (RIGHT, -1)
+        )
         for kind, verdicts in zip(REMOVALS, values, strict=True):
             about = {"direction": direction, "kind": kind}
             for i, name in enumerate(("accuracy", *KINDS[1:])):
-                interval = wilson(float(verdicts[:, i].sum()), len(verdicts))
-                rows += interval_rows(interval, {}, quantity=name, **about)
+                rows += rate_rows(verdicts[:, i], pictures, quantity=name, **about)
             rows += order_rows(verdicts, questions, names, seed, **about)
         axes = {"kind": list(REMOVALS)}
         rows += interval_rows(

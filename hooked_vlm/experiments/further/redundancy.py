@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import logit_difference
-from hooked_vlm.analysis.statistics import Interval, bootstrap, sign_flip_test, wilson
+from hooked_vlm.analysis.statistics import Interval, bootstrap, sign_flip_test
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import KINDS, RIGHT, named, picture_of
@@ -30,7 +30,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, rate_rows, select
 from hooked_vlm.experiments.verdicts import ALPHA, claim_rows, judge, sentence
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.stimuli.pairs import Question
@@ -199,8 +199,7 @@ def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
     rows = []
     for cell, kinds in zip(CELLS, values, strict=True):
         for i, name in enumerate(("accuracy", *KINDS[1:])):
-            interval = wilson(float(kinds[:, i].sum()), len(kinds))
-            rows += interval_rows(interval, {}, kind=cell, quantity=name)
+            rows += rate_rows(kinds[:, i], units, kind=cell, quantity=name)
     by_picture = by_unit(np.moveaxis(values, 1, 0), units)  # [picture, cell, quantity]
     probability, odds = by_picture[..., -2], by_picture[..., -1]
     for quantity, scores in (("probability", probability), (LOG_ODDS, odds)):
