@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hooked_vlm.checks import laws
+from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.hooks.names import site_path
@@ -39,6 +40,7 @@ def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding
         yield laws.check_sites(model, inputs, group, names)
     for name, law in (
         ("residual", laws.check_residual),
+        ("decomposition", check_decomposition),
         ("patterns", laws.check_patterns),
         ("grid", laws.check_grid),
         ("generate", laws.check_generate),

@@ -23,6 +23,7 @@ from conformance import exceptions
 from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm.checks import laws
+from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.errors import GridError
@@ -36,6 +37,7 @@ LAWS = (
     "fires",
     *laws.SITE_GROUPS,
     "residual",
+    "decomposition",
     "patterns",
     "grid",
     "pixels",
@@ -119,6 +121,7 @@ def _fill(row: Row) -> None:
         "fires": partial(laws.check_fires, model, inputs),
         **{g: partial(laws.check_sites, model, inputs, g) for g in laws.SITE_GROUPS},
         "residual": partial(laws.check_residual, model, inputs),
+        "decomposition": partial(check_decomposition, model, inputs),
         "patterns": partial(laws.check_patterns, model, inputs),
         "grid": partial(laws.check_grid, model, inputs),
         "pixels": partial(check_pixels, model, size),
