@@ -42,7 +42,10 @@ def parts_of(cache: Mapping[Any, Any], tower: str | None, layer: int, end: bool)
     after = end and layer > 0
     name, block = ("resid_post", layer - 1) if after else ("resid_pre", layer)
     whole = _stream(cache, name, block, tower)
-    _require_sum(parts, whole, layer, tower)
+    # With the streams of all blocks, each addition was verified by itself.
+    streams = [(f"resid_{place}", i, tower) for i in range(layer) for place in ("pre", "post")]
+    if not all(stream in cache for stream in streams):
+        _require_sum(parts, whole, layer, tower)
     return parts
 
 
@@ -100,28 +103,41 @@ def _scaled(start: Tensor, stop: Tensor, added: Named) -> Named | None:
     if _sums(start, [part for _, part in added], stop):
         return added
     # One number for each part, by least squares.
-    gained = (stop.double() - start.double()).flatten()
-    given = torch.stack([part.double().flatten() for _, part in added], dim=-1)
+    width = stop.shape[-1]
+    given = torch.stack([part.double().reshape(-1) for _, part in added], dim=-1)
+    gained = (stop.double() - start.double()).reshape(-1)
     gram, target = (given.T @ given).cpu(), (given.T @ gained).cpu()
     if not bool(gram.isfinite().all() and target.isfinite().all()):
         return None
     factors = torch.linalg.lstsq(gram, target[:, None]).solution.flatten().tolist()
     found = [(label, part * f) for (label, part), f in zip(added, factors, strict=True)]
-    if _sums(start, [part for _, part in found], stop):
+    blur = _blur(given, start.double().reshape(-1, 1)).sum(-1).view(stop.shape)
+    if _sums(start, [part for _, part in found], stop, blur):
         return found
     # One number for each feature of a single part.
     ((label, part), *more) = added
-    if more or part[..., 0].numel() < _ENOUGH:
+    rows, gains = given.view(-1, width), gained.view(-1, width)
+    if more or len(rows) < _ENOUGH:
         return None
-    rows, gains = given.view(-1, part.shape[-1]), gained.view(-1, part.shape[-1])
     factor = (rows * gains).sum(0) / (rows * rows).sum(0).clamp(min=1e-30)
     part = (part.double() * factor).to(part.dtype)
-    return [(label, part)] if _sums(start, [part], stop) else None
+    blur = _blur(rows, start.double().reshape(-1, width)).view(stop.shape)
+    return [(label, part)] if _sums(start, [part], stop, blur) else None
 
 
-def _sums(start: Tensor, parts: Sequence[Tensor], whole: Tensor) -> bool:
+def _blur(given: Tensor, start: Tensor) -> Tensor:
+    """Returns how much the rounding of a stream blurs parts whose factors are fitted to it.
+
+    A change of the stream is known to within its precision times its size; the factor's error,
+    over all rows that determine it, is that of a mean.  The result is for a precision of 1.
+    """
+    error = (given * start).norm(dim=0) / (given * given).sum(0).clamp(min=1e-30)
+    return given.abs() * error
+
+
+def _sums(start: Tensor, parts: Sequence[Tensor], whole: Tensor, blur: Tensor | float = 0) -> bool:
     """Whether a start and its parts sum to a whole, within the rounding of each addition."""
-    total, sizes = start.double(), start.abs().double() + whole.abs()
+    total, sizes = start.double(), start.abs().double() + whole.abs() + blur
     for part in parts:
         total, sizes = total + part, sizes + part.abs()
     roundings = ROUNDING * max(1.0, (len(parts) / 2) ** 0.5)  # which partly cancel
