@@ -239,6 +239,7 @@ def test_c3_edits_of_the_encoder_reach_a_video_before_the_image() -> None:
     sweep = Sweep(inputs, {"cell": range(4)}, make)
     fast = sweep.run(model, lambda logits: logits[:, -1, 0])
     plain = sweep.run(model, lambda logits: logits[:, -1, 0], engine="plain")
+    assert "growing" in fast.attrs["engine"]
     torch.testing.assert_close(torch.tensor(fast.values), torch.tensor(plain.values))
 
 
