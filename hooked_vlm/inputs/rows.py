@@ -51,12 +51,12 @@ def rows_of(
         device = None if like is None else like.device
         mask = torch.ones(n_rows, length, dtype=torch.long, device=device)
     visual = None if ids is None else _visual(inputs, ids, placeholders)
-    tokenizer = getattr(inputs, "tokenizer", None) if text and ids is not None else None
+    tokenizer = getattr(inputs, "tokenizer", None) if text else None
     return [
         PromptRow(
             ids[b] if ids is not None else None,
             mask[b],
-            token_pieces(tokenizer, ids[b]) if tokenizer else None,
+            token_pieces(tokenizer, ids[b]) if tokenizer and ids is not None else None,
             tuple(grids[b]) if grids is not None else (),
             visual[b] if visual is not None else None,
         )

@@ -118,6 +118,7 @@ def test_a_prompt_that_no_encoder_takes_begins_the_answer(model_type):
     own = model.tokenizer("Here", add_special_tokens=False)["input_ids"]
     assert ids == [config.decoder_start_token_id, *own]
     (row,) = rows_of(inputs, inputs.grids, text=True)
+    assert row.input_ids is not None
     assert row.input_ids.tolist() == ids
     new = model.generate(inputs, max_new_tokens=2, do_sample=False, eos_token_id=None)
     assert new[0, : len(ids)].tolist() == ids
