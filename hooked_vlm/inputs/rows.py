@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.errors import GridError, NoGridError, counted
 from hooked_vlm.regions.grid import TokenGrid
-from hooked_vlm.regions.positions import PromptRow, token_pieces
+from hooked_vlm.regions.positions import PromptRow, token_mask, token_pieces
 
 
 def rows_of(
@@ -46,10 +46,11 @@ def rows_of(
             "images cannot be assigned to rows. Use hook functions instead of places: "
             "fwd_hooks=[(name, fn)]."
         )
-    if mask is None or shape is None:
-        like = inputs.get(f"{part}inputs_embeds") if ids is None else ids
+    like = inputs.get(f"{part}inputs_embeds") if ids is None else ids
+    if mask is None or like is None:
         device = None if like is None else like.device
         mask = torch.ones(n_rows, length, dtype=torch.long, device=device)
+    mask = token_mask(mask, length)
     visual = None if ids is None else _visual(inputs, ids, placeholders)
     tokenizer = getattr(inputs, "tokenizer", None) if text else None
     return [

@@ -14,6 +14,7 @@ from typing import Any
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
+from hooked_vlm.hooks.prompts import OnPrompt
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.rows import placeholder_ids, prompt_shape, rows_of
 from hooked_vlm.interventions.indexing import (
@@ -145,9 +146,11 @@ def inputs_of(source: "Source") -> Mapping[str, Any]:
 
 def guarded(
     edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, places: Places
-) -> Callable:
+) -> OnPrompt:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
-    needed = None if site.by_position else rows_needed(site, places.rows(inputs))
+    # Sites by prompt and position need no image.
+    rows = [] if site.by_position else places.rows(inputs)
+    needed = None if site.by_position else rows_needed(site, rows)
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
         if hook.call > 0 and not site.by_position:
@@ -159,7 +162,8 @@ def guarded(
         _require(site, activation, inputs, needed)
         return edit(activation)
 
-    return hook_fn
+    one_each = bool(rows) and all(len(row.grids) == 1 for row in rows)
+    return OnPrompt(hook_fn, inputs, len(rows) if one_each else None)
 
 
 def require_made_for(
@@ -202,7 +206,6 @@ def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> N
         raise InterventionError(
             f"An intervention at {name} was made for {counted(batch, 'prompt')} of "
             f"{counted(length, 'position')} and ran on {ran[0]} of {ran[1]}. Give hooks(…, "
-            "inputs=…) the inputs that you run; in a generation, interventions act on the prompt: "
-            "prefill_only=True. Where a model's blocks run on other positions than the prompt's, "
-            "use a hook function there."
+            "inputs=…) the inputs that you run. Where a model's blocks run on other positions than "
+            "the prompt's, use a hook function there."
         )

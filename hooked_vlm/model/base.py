@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import HookedVLMWarning, HookError, counted
@@ -29,6 +30,7 @@ from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_nam
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.sites import Site, describe_sites
+from hooked_vlm.hooks.turns import lock_of
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
 from hooked_vlm.model.keywords import require_read
@@ -91,6 +93,14 @@ class HookedModel(ABC):
             self._footprint = Footprint(self.hf_model, self.sites, self.cfg, self._vision)
         return self._footprint
 
+    def turn(self) -> Any:
+        """Returns a context manager inside which no other thread runs this model.
+
+        Every run of the library is inside one, so threads take turns; use it around what must
+        not be interrupted.  A thread that has its turn can take it again.
+        """
+        return lock_of(self.hf_model)
+
     @contextmanager
     def hooks(
         self: Wrapped,
@@ -100,11 +110,15 @@ class HookedModel(ABC):
     ) -> Iterator[Wrapped]:
         """Attaches hook functions for the duration of a `with` block.
 
-        In nested blocks, outer functions run first.  Interventions among `fwd_hooks` need the
-        `inputs` they will act on.  Raises `UnknownHookError` for an unknown name before any
-        function is attached.  All functions are removed at the end, also after an error.
+        In nested blocks, outer functions run first.  In a generation, functions act at every
+        step, or with `prefill_only` on the prompt alone; interventions always act on the prompt
+        alone.  They need the `inputs` they will act on, and raise on others.  Raises
+        `UnknownHookError` for an unknown name before any function is attached.  All functions are
+        removed at the end, also after an error.  While a block is open, other threads and asyncio
+        tasks cannot run the model.
         """
-        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), prefill_only):
+        counter = PassCounter(prefill_only, length=_prompt_length(inputs))
+        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), counter):
             yield self
 
     @contextmanager
@@ -114,14 +128,15 @@ class HookedModel(ABC):
         What is measured once and cached must not depend on functions that happen to be attached.
         Hooks that the user registered on the wrapped model's own modules stay: they are part of it.
         """
-        hidden = self._open[:]
-        self._open.clear()
-        try:
-            self._reattach()
-            yield
-        finally:
-            self._open[:0] = hidden
-            self._reattach()
+        with self.turn():
+            hidden = self._open[:]
+            self._open.clear()
+            try:
+                self._reattach()
+                yield
+            finally:
+                self._open[:0] = hidden
+                self._reattach()
 
     def describe(self) -> str:
         """Returns the sites as a tree with their shapes, with all layers in one entry."""
@@ -148,20 +163,24 @@ class HookedModel(ABC):
     def _attached_to_sites(
         self,
         pairs: list[tuple[str, HookFunction]],
-        prefill_only: bool = False,
-        is_generation: bool = False,
+        counter: PassCounter | None = None,
     ) -> Iterator[None]:
         """Attaches functions to sites with exact names; see `hooks`."""
         self._say_eager(pairs)
-        opened = pairs, PassCounter(prefill_only, is_generation)
-        self._open.append(opened)
+        opened = pairs, counter or PassCounter()
+        with self.turn():
+            for _, other in self._open:
+                other.owner.require_current()
+            self._open.append(opened)
         try:
-            self._reattach()
+            with self.turn():
+                self._reattach()
             yield
         finally:
             # Blocks may be closed in another order than they were opened in.
-            self._open[:] = [other for other in self._open if other is not opened]
-            self._reattach()
+            with self.turn():
+                self._open[:] = [other for other in self._open if other is not opened]
+                self._reattach()
 
     def _run_hooked(
         self,
@@ -177,7 +196,8 @@ class HookedModel(ABC):
         note = Reader(lambda _, hook: ran.add(hook.name))
         named = {name for name, _ in pairs}
         pairs += [(name, note) for name in named]
-        with self._attached_to_sites(pairs, prefill_only, is_generation):
+        counter = PassCounter(prefill_only, is_generation, length=_prompt_length(inputs))
+        with self.turn(), self._attached_to_sites(pairs, counter):
             output = run()
         self._warn_unran(named - ran)
         return output
@@ -224,7 +244,7 @@ class HookedModel(ABC):
             found[hook.name] = kept
 
         reader = Reader(store)
-        with self._attached_to_sites([*pairs, *((name, reader) for name in names)]):
+        with self.turn(), self._attached_to_sites([*pairs, *((name, reader) for name in names)]):
             output = run()
         # 3. Warn about named sites that never ran.  All other filters select sites loosely.
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
@@ -328,6 +348,11 @@ class HookedModel(ABC):
                 HookedVLMWarning,
                 stacklevel=_callers_level(),
             )
+
+
+def _prompt_length(inputs: ModelInputs | None) -> int | None:
+    prompt = None if inputs is None else prompts_among((), inputs)
+    return None if prompt is None else prompt.shape[1]
 
 
 def _callers_level() -> int:

@@ -127,7 +127,8 @@ class HookedVisionEncoder(HookedModel):
         Raises `HookError` for a keyword that the encoder does not read.
         """
         self.require_call(inputs, kwargs)
-        return self.hf_model(**inputs, **kwargs)
+        with self.turn():
+            return self.hf_model(**inputs, **kwargs)
 
     __call__ = forward
 
