@@ -121,6 +121,23 @@ class HookedModel(ABC):
         with self._attached_to_sites(self._pairs(fwd_hooks, inputs), counter):
             yield self
 
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Detaches the functions of all open `hooks` blocks for the duration of a `with` block.
+
+        What is measured once and cached must not depend on functions that happen to be attached.
+        Hooks that the user registered on the wrapped model's own modules stay: they are part of it.
+        """
+        with self.turn():
+            hidden = self._open[:]
+            self._open.clear()
+            try:
+                self._reattach()
+                yield
+            finally:
+                self._open[:0] = hidden
+                self._reattach()
+
     def describe(self) -> str:
         """Returns the sites as a tree with their shapes, with all layers in one entry."""
         return describe_sites(self.cfg, self.sites)

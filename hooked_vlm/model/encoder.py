@@ -58,7 +58,7 @@ class HookedVisionEncoder(HookedModel):
         self.cfg: EncoderConfig = read_encoder_config(
             self.hf_model, vision, name or type(hf_model).__name__
         )
-        self._grids = EncoderGrids(self.hf_model, vision, self.cfg)
+        self._grids = EncoderGrids(self.hf_model, vision, self.cfg, self.without_hooks)
 
     @classmethod
     def from_pretrained(

@@ -36,6 +36,7 @@ from hooked_vlm.hooks.stand_ins import (
     skipping,
     uncached,
 )
+from hooked_vlm.inputs.given import given_grids
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
@@ -173,9 +174,13 @@ class HookedVLM(HookedModel):
     def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
 
-        For inputs that `prepare` did not make, pixels are those of the processed images.
+        For inputs that `prepare` did not make, pixels are those of the processed images.  The
+        rule that gives their grids is compared with a measurement, once for each layout.
+
+        Raises `GridError` when these inputs determine no grid, and `NoGridError` where the model
+        does not follow the rule: `prepare` then measures the grids, if there are any.
         """
-        return inputs.grids if isinstance(inputs, Inputs) else self.grid_finder.by_rule(inputs)
+        return inputs.grids if isinstance(inputs, Inputs) else given_grids(self.grid_finder, inputs)
 
     # --- running --------------------------------------------------------------------------
 
@@ -294,11 +299,11 @@ class HookedVLM(HookedModel):
     def block_outputs(self, run: Callable[[], Any]) -> list[int]:
         """Returns the length of each LM block's output tuple (0: no tuple).
 
-        It is measured once, in one pass of `run`, and cached.
+        It is measured once, in one pass of `run` without the user's hooks, and cached.
         """
         if self._tuples is None:
             blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-            with torch.no_grad(), self.turn():
+            with self.without_hooks(), torch.no_grad():
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
