@@ -56,6 +56,13 @@ def run_cells(
     """
     check_engine(engine)
     given = (model, inputs, cells, metric, on_progress, forward_kwargs)
+    with model.eager():
+        return _run_fastest(engine, given, memory)
+
+
+def _run_fastest(
+    engine: str, given: tuple[Any, ...], memory: int | None
+) -> tuple[list[Tensor], str]:
     why: list[str] = []
     if engine == "growing":
         try:

@@ -101,6 +101,7 @@ class SiteDispatch:
                     assert isinstance(part, Tensor)
                     value = value.clone()
                     value[window] = part
+            run.note(changed)
             any_changed |= changed
         return value, any_changed
 

@@ -29,6 +29,7 @@ from hooked_vlm.errors import (
     UnsupportedModelError,
     counted,
 )
+from hooked_vlm.hooks.checkpointing import evaluating
 from hooked_vlm.hooks.stand_ins import run_until
 from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
@@ -216,7 +217,7 @@ def _prefix(encoder: EncoderGrids, inputs: Mapping[str, Any], image: int, shape:
 
 def _measured(encoder: EncoderGrids, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
     """Returns for each element of one image's pixels the row of block 0's input it reaches."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(encoder.hf_model):
         copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         pixels = copies[name].requires_grad_(True)
         rows = run_until(encoder.hf_model, encoder.vision, 0, lambda: encoder.hf_model(**copies))

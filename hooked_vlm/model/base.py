@@ -10,7 +10,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ from hooked_vlm.errors import HookedVLMWarning, HookError, counted
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
+from hooked_vlm.hooks.checkpointing import require_repeatable, warn_unrepeated
+from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
 from hooked_vlm.hooks.hook_point import HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
@@ -50,9 +52,21 @@ class HookedModel(ABC):
     cfg: HookedVLMConfig | EncoderConfig
     processor: Any
 
-    def __init__(self, hf_model: nn.Module, sites: dict[str, Site], vision: Vision | None) -> None:
-        """Wraps a model with its sites, in the order of a forward pass, and its encoder."""
-        self.hf_model = hf_model
+    def __init__(
+        self,
+        chain: Sequence[nn.Module],
+        sites: dict[str, Site],
+        vision: Vision | None,
+        lm_path: str = "",
+    ) -> None:
+        """Wraps a model with its sites, in the order of a forward pass, and its encoder.
+
+        The model is the last of `chain`; before it are the modules that the user has put around
+        it, from the outside.  `lm_path` leads to the language model in it.
+        """
+        self.hf_model = chain[-1]
+        self._chain = tuple(chain)
+        self._lm_path = lm_path
         self.sites: dict[str, Site] = sites
         self.hook_dict: dict[str, HookPoint] = {
             site.name: HookPoint(site.name, site.axes, site.read_only) for site in sites.values()
@@ -63,6 +77,7 @@ class HookedModel(ABC):
         self._open: list[tuple[list[tuple[str, HookFunction]], PassCounter]] = []
         self._attached = ExitStack()
         self._said_eager = False
+        self._said_unrepeated = False
         self._footprint: Footprint | None = None
         self._read: set[str] = set()
         self._generates: set[str] = set()
@@ -104,8 +119,18 @@ class HookedModel(ABC):
         `inputs` they will act on.  Raises `UnknownHookError` for an unknown name before any
         function is attached.  All functions are removed at the end, also after an error.
         """
-        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), prefill_only):
+        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), prefill_only) as counter:
             yield self
+        if not self._said_unrepeated:
+            said = warn_unrepeated(self._chain[0], counter, _callers_level())
+            self._said_unrepeated = said
+
+    def eager(self) -> AbstractContextManager[None]:
+        """Returns a context in which compiled parts of the model run eagerly.
+
+        Runs under hooks do so by themselves; other runs are to be compared with them in it.
+        """
+        return eager(self._chain[0])
 
     def describe(self) -> str:
         """Returns the sites as a tree with their shapes, with all layers in one entry."""
@@ -134,14 +159,14 @@ class HookedModel(ABC):
         pairs: list[tuple[str, HookFunction]],
         prefill_only: bool = False,
         is_generation: bool = False,
-    ) -> Iterator[None]:
+    ) -> Iterator[PassCounter]:
         """Attaches functions to sites with exact names; see `hooks`."""
         self._say_eager(pairs)
         opened = pairs, PassCounter(prefill_only, is_generation)
         self._open.append(opened)
         try:
             self._reattach()
-            yield
+            yield opened[1]
         finally:
             # Blocks may be closed in another order than they were opened in.
             self._open[:] = [other for other in self._open if other is not opened]
@@ -161,8 +186,9 @@ class HookedModel(ABC):
         note = Reader(lambda _, hook: ran.add(hook.name))
         named = {name for name, _ in pairs}
         pairs += [(name, note) for name in named]
-        with self._attached_to_sites(pairs, prefill_only, is_generation):
+        with self._attached_to_sites(pairs, prefill_only, is_generation) as counter:
             output = run()
+        require_repeatable(self._chain[0], counter, output)
         self._warn_unran(named - ran)
         return output
 
@@ -208,8 +234,9 @@ class HookedModel(ABC):
             found[hook.name] = kept
 
         reader = Reader(store)
-        with self._attached_to_sites([*pairs, *((name, reader) for name in names)]):
+        with self._attached_to_sites([*pairs, *((name, reader) for name in names)]) as counter:
             output = run()
+        require_repeatable(self._chain[0], counter, output)
         # 3. Warn about named sites that never ran.  All other filters select sites loosely.
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
             self._warn_unran(set(names) - set(found))
@@ -235,9 +262,16 @@ class HookedModel(ABC):
         """Attaches the functions of all open blocks again, so that outer functions run first."""
         self._attached.close()
         if self._open:
-            self._attached.enter_context(
-                attach(self.hf_model, self.sites, self.hook_dict, self._open, self._vision)
-            )
+            given = self.hf_model, self.sites, self.hook_dict, self._open, self._vision
+            self._attached.enter_context(attach(*given, self._entries()))
+
+    def _entries(self) -> list[nn.Module]:
+        """Returns the modules whose call may be the outermost one of a pass, from the outside."""
+        entries, module = list(self._chain), self.hf_model
+        for name in filter(None, self._lm_path.split(".")):
+            module = module.get_submodule(name)
+            entries.append(module)
+        return entries
 
     def _pairs(
         self, fwd_hooks: Iterable[FwdHook], inputs: ModelInputs | None

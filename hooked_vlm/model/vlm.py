@@ -22,6 +22,7 @@ from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
+from hooked_vlm.anatomy.wrappers import chain_of
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
@@ -60,11 +61,16 @@ class HookedVLM(HookedModel):
     def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
         """Wraps a loaded model; `processor` is only needed for `prepare`.
 
+        Of a compiled, parallel or adapted model (PEFT), `hf_model` is then the model inside.
+
         Raises `UnsupportedModelError` when the module tree has no decoder with
-        attention blocks or no language-modelling head.
+        attention blocks or no language-modelling head, and for a wrapper with weights of its own.
         """
+        chain = chain_of(hf_model)
+        hf_model = chain[-1]
         self.anatomy: Anatomy = read_anatomy(hf_model)
-        super().__init__(hf_model, list_sites(self.anatomy), self.anatomy.vision)
+        sites = list_sites(self.anatomy)
+        super().__init__(chain, sites, self.anatomy.vision, self.anatomy.lm.path)
         self.processor = processor
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
         self.cfg: HookedVLMConfig = read_config(
@@ -186,7 +192,7 @@ class HookedVLM(HookedModel):
         """
         self.require_call(inputs, kwargs)
         self._require_pixels({**inputs, **kwargs})
-        return self.hf_model(**inputs, **kwargs).logits
+        return self._chain[0](**inputs, **kwargs).logits
 
     __call__ = forward
 
@@ -281,8 +287,10 @@ class HookedVLM(HookedModel):
             self._generates |= set() if callable(kwargs.get("custom_generate")) else new.keys()
         self._require_pixels({**inputs, **kwargs})
 
+        generate: Any = getattr(self._chain[0], "generate", None) or self.hf_model.generate
+
         def run() -> Tensor:
-            return self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+            return generate(**inputs, **kwargs)
 
         return self._run_hooked(run, fwd_hooks, inputs, prefill_only, is_generation=True)
 
@@ -293,7 +301,7 @@ class HookedVLM(HookedModel):
         """
         if self._tuples is None:
             blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-            with torch.no_grad():
+            with torch.no_grad(), self.eager():
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
