@@ -341,6 +341,10 @@ class AdaptedLayer(nn.Module):
                 setattr(self, name, getattr(layer, name))
         self.beside = type(layer)(**_sizes(layer))
 
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + 0.5 * self.beside(x)
 
@@ -570,16 +574,18 @@ def test_d3_weights_of_integers() -> None:
 
 @pytest.mark.parametrize("model_type", ["blip-2", "kosmos-2"])
 def test_d3_models_that_generate_by_the_language_model_inside(model_type: str) -> None:
-    model = HookedVLM(tiny_model(model_type))
+    hf_model: Any = tiny_model(model_type)
+    hf_model.config.image_token_id = 4
+    model = HookedVLM(hf_model)
     ids = torch.randint(5, 90, (1, 12))
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "min_new_tokens": 3}
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     pixels = torch.randn(1, 3, *[model.require_vision().image_size or 0] * 2)
     if model_type == "blip-2":
-        ids[:, : model.hf_model.config.num_query_tokens] = model.cfg.image_token_id or 0
+        ids[:, : hf_model.config.num_query_tokens] = 4
     else:
         mask = torch.zeros_like(ids)
-        mask[:, : model.hf_model.config.latent_query_num] = 1
+        mask[:, : hf_model.config.latent_query_num] = 1
         inputs["image_embeds_position_mask"] = mask
     inputs["pixel_values"] = pixels
     for only, expected in ((True, [0]), (False, [0, 1, 2])):
