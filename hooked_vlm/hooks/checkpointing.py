@@ -35,8 +35,8 @@ def has_gradient(output: Any) -> bool:
 
 
 _WITHOUT = (
-    "the model's gradient checkpointing is on, so a backward pass runs its blocks again, then "
-    "without these edits: the gradients would be those of another model. "
+    "gradient checkpointing is on, so a backward pass runs blocks again, then without these edits: "
+    "its gradients would be another model's."
 )
 _INSTEAD = (
     "with model.hooks(…): around both the run and backward(), or switch it off: "
@@ -48,8 +48,8 @@ def require_repeatable(model: nn.Module, run: PassCounter, output: Any) -> None:
     """Raises `HookError` where a run that has ended edited what a backward pass makes again."""
     if run.edited and has_gradient(output) and is_checkpointed(model):
         raise HookError(
-            f"Hook functions edited activations of a run that has ended, and {_WITHOUT}Use "
-            f"{_INSTEAD} Where no gradient is wanted, run under torch.no_grad()."
+            f"Hook functions edited activations of a run that has ended, and {_WITHOUT} Use "
+            f"{_INSTEAD} Without gradients, run under torch.no_grad()."
         )
 
 
@@ -58,7 +58,7 @@ def warn_unrepeated(model: nn.Module, run: PassCounter, stacklevel: int) -> bool
     if not (run.edited and run.has_gradient and is_checkpointed(model)):
         return False
     warnings.warn(
-        f"A block of hooks ended after edits and before a backward pass, and {_WITHOUT}Put "
+        f"A block of hooks ended after edits and before a backward pass, and {_WITHOUT} Put "
         f"{_INSTEAD} (Shown once per model.)",
         HookedVLMWarning,
         stacklevel=stacklevel + 1,

@@ -182,6 +182,8 @@ class HookedModel(ABC):
     ) -> Any:
         """Returns the result of `run` under hook functions; warns when a named site never ran."""
         pairs = self._pairs(fwd_hooks, inputs)
+        if not pairs:
+            return run()  # as the user's model runs, also where it is compiled
         ran: set[str] = set()
         note = Reader(lambda _, hook: ran.add(hook.name))
         named = {name for name, _ in pairs}
