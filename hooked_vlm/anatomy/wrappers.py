@@ -23,15 +23,15 @@ _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Names under which torch's compiled, checkpointed and sharded modules keep the module inside."""
 
 
-def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
-    """Yields every module once; in a third of the time of `modules()`, since it runs per run."""
-    waiting, seen = list(roots), set()
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """Returns every module once, in no order: faster than `modules()`, for use in every run."""
+    waiting, seen = [root], {root}
     while waiting:
-        module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            waiting += [child for child in module._modules.values() if child is not None]
+        for child in waiting.pop()._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    return list(seen)
 
 
 def wrapped_by(module: nn.Module) -> nn.Module | None:

@@ -16,33 +16,39 @@ from torch import nn
 from hooked_vlm.anatomy.wrappers import modules_of
 
 
-@contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """Runs what is compiled of a model eagerly, for the duration of a `with` block.
+def eager(model: nn.Module) -> AbstractContextManager[None]:
+    """Returns a context in which what is compiled of a model runs eagerly.
 
     That is a module compiled in place (`module.compile()`), `torch.compile(module)`, a compiled
     `forward`, and the decoding steps that transformers compiles in `generate`.  The stance of
     torch's compiler holds for the whole process, so it is changed only where a part is compiled.
     """
+    return _held(("eager", id(model)), lambda: _eagerly(model))
+
+
+@contextmanager
+def _eagerly(model: nn.Module) -> Iterator[None]:
+    modules = modules_of(model)
+    kinds = {type(module) for module in modules}
+    generating = {kind for kind in kinds if hasattr(kind, "get_compiled_call")}
     with ExitStack() as stack:
-        modules = list(modules_of(model))
-        if any(_is_compiled(module) for module in modules):
+        if any(map(_is_made_by_torch, [kind.forward for kind in kinds])) or any(
+            map(_is_compiled, modules)
+        ):
             stance = _held("stance", lambda: torch.compiler.set_stance("force_eager"))
             stack.enter_context(stance)
-        kinds = {kind for kind in {type(m) for m in modules} if hasattr(kind, "get_compiled_call")}
         for module in modules:
-            if type(module) in kinds:
-                stack.enter_context(_held(id(module), lambda m=module: _decoding_eagerly(m)))
+            if type(module) in generating:
+                decoding = _held(("decoding", id(module)), lambda m=module: _decoding_eagerly(m))
+                stack.enter_context(decoding)
         yield
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    own = vars(module)
-    return (
-        own.get("_compiled_call_impl") is not None
-        or "_orig_mod" in module._modules
-        or any(_is_made_by_torch(f) for f in (own.get("forward"), type(module).forward))
-    )
+    """Whether a module is compiled in place, or its own `forward` is (`torch.compile(module)`)."""
+    own = vars(module)  # a lookup by getattr would take most of the time of a run's preparation
+    in_place = own.get("_compiled_call_impl") is not None
+    return in_place or ("forward" in own and _is_made_by_torch(own["forward"]))
 
 
 def _is_made_by_torch(function: Any) -> bool:
