@@ -61,7 +61,7 @@ def run_cells(
 
 
 def _run_fastest(
-    engine: str, given: tuple[Any, ...], memory: int | None
+    engine: str, given: Sequence[Any], memory: int | None
 ) -> tuple[list[Tensor], str]:
     why: list[str] = []
     if engine == "growing":

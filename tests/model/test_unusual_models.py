@@ -269,9 +269,7 @@ def switch(hf_model: Any, which: str, *options: Any) -> None:
 
 def gradient(model: HookedVLM, run: Callable[[], Tensor]) -> Tensor:
     weight: Any = model.hf_model.get_submodule(model.anatomy.embed).weight
-    weight.grad = None
-    run()[0, -1].max().backward()
-    return weight.grad.clone()
+    return torch.autograd.grad(run()[0, -1].max(), weight)[0]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
