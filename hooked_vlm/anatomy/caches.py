@@ -31,6 +31,11 @@ def caches_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     return [value for value in (*args, *kwargs.values()) if is_cache(value)]
 
 
+def cached_positions(caches: Iterable[Any]) -> int:
+    """Returns how many positions key-value caches hold, those that left a window counted."""
+    return max((int(cache.get_seq_length()) for cache in caches), default=0)
+
+
 def cache_parameter(module: nn.Module) -> str | None:
     """Returns the keyword under which a module's `forward` takes a key-value cache (None: none).
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hooked_vlm.checks import laws
+from hooked_vlm.checks import given, laws
+from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.hooks.names import site_path
@@ -49,9 +50,14 @@ def _findings(
         ("patterns", laws.check_patterns),
         ("grid", laws.check_grid),
         ("generate", laws.check_generate),
+        ("steered answer", check_steered),
         ("start layer", laws.check_start_layer),
+        ("own output", given.check_own_output),
+        ("4-D mask", given.check_masks),
+        ("gradients", given.check_gradients),
     ):
         yield _safely(law, name, model, inputs)
+    yield _safely(check_chunks, "chunks", model)
     yield _safely(check_sweep, "sweep", model, inputs, source, every_layer)
 
 

@@ -56,13 +56,11 @@ def run_cells(
     """
     check_engine(engine)
     given = (model, inputs, cells, metric, on_progress, forward_kwargs)
-    with model.eager():
+    with model.turn(), model.eager():  # engines replace forwards, which all threads share
         return _run_fastest(engine, given, memory)
 
 
-def _run_fastest(
-    engine: str, given: Sequence[Any], memory: int | None
-) -> tuple[list[Tensor], str]:
+def _run_fastest(engine: str, given: Sequence[Any], memory: int | None) -> tuple[list[Tensor], str]:
     why: list[str] = []
     if engine == "growing":
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hooked_vlm.anatomy.caches import prompts_among
+from hooked_vlm.anatomy.caches import cached_positions, caches_among, prompts_among
 from hooked_vlm.anatomy.source import carrier, signature_of
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.anatomy.wrappers import wrapped_by
@@ -25,6 +25,7 @@ from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch, is_watched
 from hooked_vlm.hooks.generation import at_each_pass, count_steps
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call
+from hooked_vlm.hooks.prompts import OnPrompt, acts_on_prompt, match, refuse_mixed
 from hooked_vlm.hooks.sites import Site
 
 
@@ -61,7 +62,8 @@ def attach(
         # A generation may call the encoder before the first pass: its calls count from 0 too.
         forget = _reset_calls(fired)
         forget()
-        stack.enter_context(at_each_pass(entries, _reset_counters(fired, packing), forget))
+        restart = _reset_counters(fired, packing)
+        stack.enter_context(at_each_pass(entries, restart, _forgetting(forget, packing)))
         handles: list[torch.utils.hooks.RemovableHandle] = []
         stack.callback(_remove, handles)
         # Prepended hooks run in reverse order of registration, and at one module the sites must
@@ -129,15 +131,31 @@ def _reset_calls(fired: Sequence[SiteDispatch]) -> Callable[..., None]:
     return forget
 
 
+def _forgetting(forget: Callable[..., None], packing: CallContext) -> Callable[..., None]:
+    """Returns a function for the end of a pass; its arguments are not kept alive."""
+
+    def end(*_: Any) -> None:
+        forget()
+        packing.given, packing.prompt = {}, None
+
+    return end
+
+
 def _reset_counters(fired: Sequence[SiteDispatch], packing: CallContext) -> Callable[..., None]:
     """Returns a function that resets the counts of calls and prompts before each pass."""
 
     forget = _reset_calls(fired)
+    made_for = [(fn, run) for item in fired for fn, run in item.fns if isinstance(fn, OnPrompt)]
 
     def restart(args: tuple, kwargs: dict) -> None:
         forget()
         prompts = prompts_among(args, kwargs)
         packing.n_prompts = 0 if prompts is None else len(prompts)
+        packing.given, packing.prompt = kwargs, prompts
+        packing.start = cached_positions(caches_among(args, kwargs))
+        packing.matches.clear()
+        for fn, run in made_for:  # also where only the encoder has them, which may have run before
+            match(fn, packing, run)
 
     return restart
 
@@ -220,13 +238,15 @@ def _attention_edit(item: SiteDispatch) -> Callable[[Any], Any]:
         # Keys and values may be the cache's own memory, which later steps read: an edit in place
         # acts on a copy, as one that returns a copy does.
         is_cached = item.site.part in ("rot_k", "v")
-        shown = raw.clone() if is_cached and item.may_edit else raw
+        shown = raw.clone() if is_cached and item.editing else raw
         changed = item.run_on_module_value(shown)
         if changed is None:
             return shown if is_watched(shown) else raw
-        if is_cached and any(run.prefill_only for _, run in item.fns):
+        if is_cached and any(acts_on_prompt(fn, run) for fn, run in item.fns):
             # The key-value cache holds this tensor, and later steps, in which the functions are
             # inactive, read it.  Written in place, the edit lasts.
+            if item.packing.start and any(not acts_on_prompt(fn, run) for fn, run in item.editing):
+                raise refuse_mixed(item.point.name)
             return raw.copy_(changed)
         return changed
 
@@ -243,8 +263,9 @@ def _edit_chunks(item: SiteDispatch, chunks: list[Tensor]) -> list[Tensor]:
     orders = _chunk_orders(layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device)
     raster = [_reordered(c[0], o) for c, o in zip(chunks, orders, strict=True)]
     by_image = len(chunks) == len(layout.patches.rows) and layout.patches.even
-    value, changed = item.on_value(torch.stack(raster) if by_image else raster)
-    if not changed:
+    shown = torch.stack(raster) if by_image else raster
+    value, changed = item.on_value(shown)
+    if not changed and not is_watched(shown):
         return chunks
     inverses = [torch.argsort(order) for order in orders]
     return [_reordered(v, i)[None] for v, i in zip(value, inverses, strict=True)]

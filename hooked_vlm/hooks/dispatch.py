@@ -13,6 +13,7 @@ from torch import Tensor
 from hooked_vlm.errors import HookError
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
 from hooked_vlm.hooks.patch_order import VisionActivation
+from hooked_vlm.hooks.prompts import OnPrompt, acts_on_prompt, match
 from hooked_vlm.hooks.sites import Site, read, write
 
 
@@ -47,20 +48,26 @@ class SiteDispatch:
         self.site, self.point, self.fns, self.packing = site, point, fns, packing
 
     @property
-    def may_edit(self) -> bool:
-        """Whether any function acts in this pass that may edit what it is shown."""
-        return any(
-            not isinstance(fn, Reader) and not self._is_inactive(run) for fn, run in self.fns
-        )
+    def editing(self) -> list[tuple[HookFunction, PassCounter]]:
+        """The functions that act in this pass and may edit what they are shown."""
+        return [
+            (fn, run)
+            for fn, run in self.fns
+            if not isinstance(fn, Reader) and not self._is_inactive(fn, run)
+        ]
 
     @property
     def inactive(self) -> bool:
         """Whether no function acts in this pass."""
-        return all(self._is_inactive(run) for _, run in self.fns)
+        return all(self._is_inactive(fn, run) for fn, run in self.fns)
 
-    def _is_inactive(self, run: PassCounter) -> bool:
+    def _is_inactive(self, fn: HookFunction, run: PassCounter) -> bool:
         # The vision encoder runs only when there are images to encode: always in a prefill.
-        return run.inactive and self.site.by_prompt
+        if not self.site.by_prompt or not acts_on_prompt(fn, run):
+            return False
+        if isinstance(fn, OnPrompt):
+            return match(fn, self.packing, run).n_copies == 0
+        return run.is_after_prompt
 
     def run_on_module_value(self, raw: Any) -> Any:
         """Returns the replacement of the module's value `raw`, or None when nothing changed."""
@@ -88,22 +95,61 @@ class SiteDispatch:
         """Returns the value after all functions, and whether any function changed it."""
         any_changed = False
         self.point.call += 1
+        self._note_positions(value)
         for fn, run in self.fns:
-            if self._is_inactive(run):
+            if self._is_inactive(fn, run):
                 continue
             self.point.step = max(run.steps, 0)
-            window = run.window(self.site.axes)
-            if window is None or isinstance(value, list):  # lists are by image, not by prompt
-                value, changed = self._apply(fn, value)
+            act, n_new = fn, run.n_new if run.prefill_only else 0
+            if isinstance(fn, OnPrompt):
+                found = match(fn, self.packing, run)
+                act, n_new = fn.on_copies(max(found.n_copies, 1)), found.n_new
+            if not n_new or not self.site.by_prompt or isinstance(value, list):
+                value, changed = self._apply(act, value)
             else:
-                part, changed = self._apply(fn, value[window])
-                if changed:
-                    assert isinstance(part, Tensor)
-                    value = value.clone()
-                    value[window] = part
+                value, changed = self._apply_before(n_new, act, value)
             run.note(changed)
             any_changed |= changed
         return value, any_changed
+
+    def _apply_before(
+        self, n_new: int, fn: HookFunction, value: Tensor
+    ) -> tuple[VisionActivation, bool]:
+        """Applies a function to all but the last positions, which are no part of the prompt."""
+        axes = self.site.axes.split()
+        prompt = tuple(
+            slice(0, -n_new) if axis in ("pos", "query", "key") else slice(None) for axis in axes
+        )
+        if not value[prompt].numel():  # such as logits of the last position alone
+            return value, False
+        self._note_positions(value[prompt], n_new)
+        part, changed = self._apply(fn, value[prompt])
+        self._note_positions(value)
+        if not changed:
+            return value, False
+        assert isinstance(part, Tensor)
+        value = value.clone()
+        value[prompt] = part
+        return value, True
+
+    def _note_positions(self, value: VisionActivation, n_new: int = 0) -> None:
+        """Notes which positions of the prompt and its answer the activation's axes hold."""
+        axes, call = self.site.axes.split(), self.packing
+        if not self.site.by_prompt or call.prompt is None or not isinstance(value, Tensor):
+            return
+        end = call.start + call.prompt.shape[1] - n_new
+        sizes = dict(zip(axes, value.shape, strict=len(axes) == value.ndim))
+
+        def last(axis: str) -> range:
+            # The last ones: a layer whose window is full has dropped the first, and logits may be
+            # of the last position alone.  A cache of fixed size has room after the last.
+            return range(max(end - sizes[axis], 0), end) if axis in sizes else range(0)
+
+        self.point.positions = last("pos" if "pos" in sizes else "query")
+        self.point.key_positions = last("key")
+        if sizes.get("pos", sizes.get("query", 0)) > end and self.site.tap != "attention":
+            # The blocks run on other positions than the prompt's (on an image before it, say).
+            self.point.positions = self.point.key_positions = range(0)
 
     def _apply(self, fn: HookFunction, value: VisionActivation) -> tuple[VisionActivation, bool]:
         if isinstance(fn, Reader):

@@ -1,7 +1,8 @@
 """Detects which forward pass of a generation is in progress: the prefill, or a later step.
 
 Each pass that runs is counted.  A pass continues the previous one when its arguments have a
-non-empty key-value cache, or the prompt of the prefill followed by more tokens.
+non-empty key-value cache, or the prompt of the prefill followed by more tokens.  A prefill may
+take several passes, each a chunk of the prompt; they are one step.
 
 A pass is a call of the outermost module that runs.  That is not always the wrapped model: the
 `generate` of some models calls that of the language model inside (BLIP-2), and a wrapper around
@@ -17,8 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hooked_vlm.anatomy.caches import caches_among, is_cache, prompts_among
-from hooked_vlm.errors import HookError
+from hooked_vlm.anatomy.caches import (
+    cached_positions,
+    caches_among,
+    is_cache,
+    prompts_among,
+)
+from hooked_vlm.errors import HookError, counted
 from hooked_vlm.hooks.checkpointing import has_gradient
 from hooked_vlm.hooks.hook_point import PassCounter
 
@@ -68,10 +74,14 @@ def count_steps(entries: Sequence[nn.Module], run: PassCounter) -> Iterator[None
     returned: list[weakref.ref] = []
 
     def begin(args: tuple, kwargs: dict) -> None:
+        run.owner.require_current()
         run.running = True
         caches, prompt = caches_among(args, kwargs), prompts_among(args, kwargs)
-        run.repeats = not caches and _repeats(prompt, run.prompt)
-        if run.repeats or any(cache.get_seq_length() for cache in caches):
+        run.n_new = 0 if caches else _new_tokens(prompt, run.prompt)
+        start = cached_positions(caches)
+        if run.steps == 0 and not run.n_new and _continues_prefill(run, start, prompt):
+            return
+        if run.n_new or start:
             run.steps += 1
             return
         _refuse_unknown_cache((*args, *kwargs.values()), returned)
@@ -96,6 +106,24 @@ def count_steps(entries: Sequence[nn.Module], run: PassCounter) -> Iterator[None
         yield
 
 
+def _continues_prefill(run: PassCounter, start: int, prompt: Tensor | None) -> bool:
+    """Whether a pass computes a further chunk of the prompt, after the `start` positions cached.
+
+    Raises `HookError` where this is not known and would matter.
+    """
+    if not start or prompt is None or prompt.shape[1] == 1:
+        return False
+    if run.length is not None:
+        return start < run.length
+    if run.prefill_only:
+        raise HookError(
+            f"A pass of {counted(prompt.shape[1], 'token')} continues another, so it may be a "
+            "chunk of the prompt, on which the hooks act, or come after it. Give the prompt, "
+            "hooks(…, inputs=inputs), or use model.generate(inputs, fwd_hooks=…)."
+        )
+    return False
+
+
 def _values(output: Any) -> Iterable[Any]:
     """Returns the values in an output that is not a transformers `ModelOutput`."""
     if isinstance(output, tuple | list):
@@ -103,12 +131,13 @@ def _values(output: Any) -> Iterable[Any]:
     return vars(output).values() if hasattr(output, "__dict__") else ()
 
 
-def _repeats(given: Tensor | None, prompt: Tensor | None) -> bool:
-    """Whether the input is the prompt of the prefill followed by more tokens."""
+def _new_tokens(given: Tensor | None, prompt: Tensor | None) -> int:
+    """Returns how many tokens an input has after the prompt of the prefill (0: no such prompt)."""
     if given is None or prompt is None or given.ndim != prompt.ndim or len(given) != len(prompt):
-        return False
+        return 0
     length = prompt.shape[1]
-    return given.shape[1] > length and torch.equal(given[:, :length], prompt)
+    repeats = given.shape[1] > length and torch.equal(given[:, :length], prompt)
+    return given.shape[1] - length if repeats else 0
 
 
 def _refuse_unknown_cache(given: Sequence[Any], returned: Sequence[weakref.ref]) -> None:

@@ -5,13 +5,17 @@ functions of one `with` block act, and `CallContext` describes the images and pr
 forward pass in progress.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import HookError
 from hooked_vlm.hooks.names import site_path
 from hooked_vlm.hooks.patch_order import PackedLayout
+from hooked_vlm.hooks.turns import Owner
 
 
 @dataclass(eq=False)
@@ -42,6 +46,24 @@ class HookPoint:
     cache, the same prompt followed by more tokens; any other pass is a new prefill."""
     call: int = -1
     """Number of the module's call in this pass: some projectors run once for each image."""
+    positions: range = range(0)
+    """The positions of the prompt and its answer, padding counted, that the axis `pos` (or
+    `query`) holds in this pass: one, in a step of a generation with a cache.  Empty at sites of
+    the vision encoder and projector."""
+    key_positions: range = range(0)
+    """The positions that the axis `key` holds: fewer than all where a layer's attention is to a
+    window of them.  A cache of fixed size has unused keys after these."""
+
+    def keys_at(self, positions: Int[Tensor, "*any"]) -> Int[Tensor, " key"]:
+        """Returns where positions of the prompt and its answer are on the axis `key`, ascending.
+
+        Positions that a sliding window no longer holds are left out: no query attends to them.
+        `pattern[..., hook.keys_at(grid.positions)].sum(-1)` is the attention on an image, at
+        every step of a generation and in every layer.
+        """
+        held = self.key_positions
+        index = positions.flatten().unique() - held.start
+        return index[(index >= 0) & (index < len(held))]
 
     def layer(self) -> int:
         """Returns the number of the site's block; raises `HookError` when it is in no block."""
@@ -61,12 +83,18 @@ class PassCounter:
     prefill_only: bool = False
     is_generation: bool = False
     """Whether the block holds one generation, and so exactly one prefill."""
+    owner: Owner = field(default_factory=Owner.current)
+    """The thread and task that opened the block."""
+    length: int | None = None
+    """The length of the prompt, where it is known before the run: the prefill may come in
+    several passes (chunks)."""
     steps: int = -1
     """Number of the forward pass in progress: 0 is the prefill."""
     prompt: Tensor | None = None
     """The token ids (or embeddings) of the prefill."""
-    repeats: bool = False
-    """Whether the pass in progress repeats the prompt, as a generation without a cache does."""
+    n_new: int = 0
+    """Number of tokens after the prompt in the pass in progress, where it repeats the prompt, as
+    a generation without a cache does; 0 elsewhere."""
     running: bool = False
     """Whether a pass is in progress; a backward pass that runs blocks again is none."""
     edited: bool = False
@@ -79,18 +107,9 @@ class PassCounter:
         self.edited = self.running and (self.edited or changed)
 
     @property
-    def inactive(self) -> bool:
+    def is_after_prompt(self) -> bool:
         """Whether this pass comes after the prefill and does not repeat the prompt."""
-        return self.prefill_only and self.steps > 0 and not self.repeats
-
-    def window(self, axes: str) -> tuple[slice, ...] | None:
-        """Returns the slice with the prompt in a pass that repeats it (None: the whole pass)."""
-        names = axes.split()
-        if not self.prefill_only or self.steps <= 0 or names[0] != "batch":
-            return None
-        assert self.prompt is not None, "a pass repeats a prompt that was noted before it"
-        prompt = slice(0, self.prompt.shape[1])
-        return tuple(prompt if axis in ("pos", "query", "key") else slice(None) for axis in names)
+        return self.steps > 0 and not self.n_new
 
 
 @dataclass(eq=False)
@@ -103,3 +122,11 @@ class CallContext:
     """Number of images in the encoder's call, where it does not pack them."""
     n_prompts: int = 0
     """Number of prompts in the language model's call; 0 while unknown."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """The keyword arguments of the model's call."""
+    prompt: Tensor | None = None
+    """The token ids (or embeddings) of the model's call."""
+    start: int = 0
+    """Number of positions that a key-value cache held before the call."""
+    matches: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """What the call is to the inputs of interventions, once it was asked (see `prompts`)."""

@@ -28,7 +28,7 @@ from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders, refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
-from hooked_vlm.regions.positions import PromptRow, token_pieces
+from hooked_vlm.regions.positions import PromptRow, token_mask, token_pieces
 
 
 OneImage = Any
@@ -380,14 +380,15 @@ def rows_of(
     part = "" if "input_ids" in inputs else "decoder_"
     ids, mask = inputs.get(f"{part}input_ids"), inputs.get(f"{part}attention_mask")
     if ids is None:
-        ids = torch.zeros(len(grids), 0, dtype=torch.long)
+        embeds = inputs.get("inputs_embeds", torch.zeros(len(grids), 0))
+        ids, mask = torch.zeros(embeds.shape[:2], dtype=torch.long), inputs.get("attention_mask")
     if len(grids) != len(ids):
         raise GridError(
             f"The processor made {counted(len(ids), 'row')} of {counted(len(grids), 'prompt')}, so "
             "images cannot be assigned to rows. Use hook functions instead of places: "
             "fwd_hooks=[(name, fn)]."
         )
-    mask = torch.ones_like(ids) if mask is None else mask
+    mask = torch.ones_like(ids) if mask is None else token_mask(mask, ids.shape[1])
     tokenizer = getattr(inputs, "tokenizer", None) if text else None
     return [
         PromptRow(

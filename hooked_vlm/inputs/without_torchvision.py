@@ -126,7 +126,12 @@ def _members(base: Any, parts: Sequence[str], absent: Sequence[str]) -> dict[str
         with _standing_in(self, absent, ""):  # it looks for a file with this name
             return base.save_pretrained(self, *args, **kwargs)
 
+    def reduced(self: Any, _protocol: Any) -> Any:
+        # pickle would look for the original class under this one's name.
+        return _made_again, (base, dict(vars(self)))
+
     return {
+        "__reduce_ex__": reduced,
         "get_attributes": classmethod(lambda _cls: list(kept)),
         "_get_arguments_from_pretrained": classmethod(loaded),
         "get_processor_dict": classmethod(processor_dict),
@@ -135,6 +140,13 @@ def _members(base: Any, parts: Sequence[str], absent: Sequence[str]) -> dict[str
         "apply_chat_template": apply_chat_template,
         "save_pretrained": save_pretrained,
     }
+
+
+def _made_again(base: Any, state: dict[str, Any]) -> Any:
+    """Returns a processor for images only from its original class and its attributes."""
+    made = object.__new__(images_only(base))
+    vars(made).update(state)
+    return made
 
 
 def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

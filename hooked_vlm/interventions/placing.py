@@ -11,9 +11,12 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
+from torch import Tensor
+
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
+from hooked_vlm.hooks.prompts import OnPrompt
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.interventions.indexing import Located, locate, needs_text, rows_needed
@@ -136,7 +139,7 @@ def inputs_of(source: "Source") -> Mapping[str, Any]:
 
 def guarded(
     edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, rows: Sequence[PromptRow]
-) -> Callable:
+) -> OnPrompt:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
     needed = None if site.by_position else rows_needed(site, rows)
 
@@ -150,7 +153,8 @@ def guarded(
         _require(site, activation, inputs, needed)
         return edit(activation)
 
-    return hook_fn
+    one_each = all(len(row.grids) == 1 for row in rows)
+    return OnPrompt(hook_fn, inputs, len(rows) if one_each else None)
 
 
 def require_made_for(
@@ -182,18 +186,18 @@ def _require(
 
 
 def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> None:
-    ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
-    if ids is None:
+    names = ("input_ids", "decoder_input_ids", "inputs_embeds")
+    prompts = next((inputs[n] for n in names if isinstance(inputs.get(n), Tensor)), None)
+    if prompts is None:
         raise InterventionError(
             f"There are no positions to intervene at {name}: these inputs have no input_ids. Use "
             "a hook function: fwd_hooks=[(name, fn)]."
         )
-    batch, length = ids.shape
+    batch, length = prompts.shape[:2]
     if (ran := tuple(activation.shape[:2])) != (batch, length):
         raise InterventionError(
             f"An intervention at {name} was made for {counted(batch, 'prompt')} of "
             f"{counted(length, 'position')} and ran on {ran[0]} of {ran[1]}. Give hooks(…, "
-            "inputs=…) the inputs that you run; in a generation, interventions act on the prompt: "
-            "prefill_only=True. Where a model's blocks run on other positions than the prompt's, "
-            "use a hook function there."
+            "inputs=…) the inputs that you run. Where a model's blocks run on other positions than "
+            "the prompt's, use a hook function there."
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.errors import HookedVLMWarning, HookError, counted
@@ -31,6 +32,7 @@ from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_nam
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.sites import Site, describe_sites
+from hooked_vlm.hooks.turns import lock_of
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
 from hooked_vlm.model.keywords import require_read
@@ -106,6 +108,14 @@ class HookedModel(ABC):
             self._footprint = Footprint(self.hf_model, self.sites, self.cfg, self._vision)
         return self._footprint
 
+    def turn(self) -> Any:
+        """Returns a context manager inside which no other thread runs this model.
+
+        Every run of the library is inside one, so threads take turns; use it around what must
+        not be interrupted.  A thread that has its turn can take it again.
+        """
+        return lock_of(self.hf_model)
+
     @contextmanager
     def hooks(
         self: Wrapped,
@@ -115,11 +125,15 @@ class HookedModel(ABC):
     ) -> Iterator[Wrapped]:
         """Attaches hook functions for the duration of a `with` block.
 
-        In nested blocks, outer functions run first.  Interventions among `fwd_hooks` need the
-        `inputs` they will act on.  Raises `UnknownHookError` for an unknown name before any
-        function is attached.  All functions are removed at the end, also after an error.
+        In nested blocks, outer functions run first.  In a generation, functions act at every
+        step, or with `prefill_only` on the prompt alone; interventions always act on the prompt
+        alone.  They need the `inputs` they will act on, and raise on others.  Raises
+        `UnknownHookError` for an unknown name before any function is attached.  All functions are
+        removed at the end, also after an error.  While a block is open, other threads and asyncio
+        tasks cannot run the model.
         """
-        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), prefill_only) as counter:
+        counter = PassCounter(prefill_only, length=_prompt_length(inputs))
+        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), counter):
             yield self
         if not self._said_unrepeated:
             said = warn_unrepeated(self._chain[0], counter, _callers_level())
@@ -157,20 +171,24 @@ class HookedModel(ABC):
     def _attached_to_sites(
         self,
         pairs: list[tuple[str, HookFunction]],
-        prefill_only: bool = False,
-        is_generation: bool = False,
+        counter: PassCounter | None = None,
     ) -> Iterator[PassCounter]:
         """Attaches functions to sites with exact names; see `hooks`."""
         self._say_eager(pairs)
-        opened = pairs, PassCounter(prefill_only, is_generation)
-        self._open.append(opened)
+        opened = pairs, counter or PassCounter()
+        with self.turn():
+            for _, other in self._open:
+                other.owner.require_current()
+            self._open.append(opened)
         try:
-            self._reattach()
+            with self.turn():
+                self._reattach()
             yield opened[1]
         finally:
             # Blocks may be closed in another order than they were opened in.
-            self._open[:] = [other for other in self._open if other is not opened]
-            self._reattach()
+            with self.turn():
+                self._open[:] = [other for other in self._open if other is not opened]
+                self._reattach()
 
     def _run_hooked(
         self,
@@ -182,13 +200,15 @@ class HookedModel(ABC):
     ) -> Any:
         """Returns the result of `run` under hook functions; warns when a named site never ran."""
         pairs = self._pairs(fwd_hooks, inputs)
-        if not pairs:
-            return run()  # as the user's model runs, also where it is compiled
+        if not pairs:  # nothing is attached, so a compiled model stays compiled
+            with self.turn():
+                return run()
         ran: set[str] = set()
         note = Reader(lambda _, hook: ran.add(hook.name))
         named = {name for name, _ in pairs}
         pairs += [(name, note) for name in named]
-        with self._attached_to_sites(pairs, prefill_only, is_generation) as counter:
+        counter = PassCounter(prefill_only, is_generation, length=_prompt_length(inputs))
+        with self.turn(), self._attached_to_sites(pairs, counter):
             output = run()
         require_repeatable(self._chain[0], counter, output)
         self._warn_unran(named - ran)
@@ -236,7 +256,8 @@ class HookedModel(ABC):
             found[hook.name] = kept
 
         reader = Reader(store)
-        with self._attached_to_sites([*pairs, *((name, reader) for name in names)]) as counter:
+        reading = [*pairs, *((name, reader) for name in names)]
+        with self.turn(), self._attached_to_sites(reading) as counter:
             output = run()
         require_repeatable(self._chain[0], counter, output)
         # 3. Warn about named sites that never ran.  All other filters select sites loosely.
@@ -348,6 +369,11 @@ class HookedModel(ABC):
                 HookedVLMWarning,
                 stacklevel=_callers_level(),
             )
+
+
+def _prompt_length(inputs: ModelInputs | None) -> int | None:
+    prompt = None if inputs is None else prompts_among((), inputs)
+    return None if prompt is None else prompt.shape[1]
 
 
 def _callers_level() -> int:

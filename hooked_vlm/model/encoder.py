@@ -131,7 +131,8 @@ class HookedVisionEncoder(HookedModel):
         Raises `HookError` for a keyword that the encoder does not read.
         """
         self.require_call(inputs, kwargs)
-        return self._chain[0](**inputs, **kwargs)
+        with self.turn():
+            return self._chain[0](**inputs, **kwargs)
 
     __call__ = forward
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.devices import execution_device
@@ -192,7 +193,8 @@ class HookedVLM(HookedModel):
         """
         self.require_call(inputs, kwargs)
         self._require_pixels({**inputs, **kwargs})
-        return self._chain[0](**inputs, **kwargs).logits
+        with self.turn():
+            return self._chain[0](**inputs, **kwargs).logits
 
     __call__ = forward
 
@@ -269,15 +271,18 @@ class HookedVLM(HookedModel):
         inputs: ModelInputs,
         *,
         fwd_hooks: Sequence[FwdHook] = (),
-        prefill_only: bool = True,
+        prefill_only: bool = False,
         **kwargs: Any,
-    ) -> Int[Tensor, "batch pos"]:
+    ) -> Int[Tensor, "batch pos"] | ModelOutput:
         """Generates with transformers' own `generate` under hooks; returns prompt and new ids.
 
-        With `prefill_only` the functions act only on the prompt.  Without a key-value cache
-        (`use_cache=False`) every step runs the prompt again, and the functions act on the
-        prompt's positions in each step, so the result is the same.  With
-        `prefill_only=False` the functions run at every step; `hook.step` is its number.
+        With `return_dict_in_generate=True` it is transformers' own output, as `generate` gives it.
+
+        Functions run at every step, as in TransformerLens and under `hooks()`; `hook.step` is its
+        number, and `hook.positions` are the positions that it computes.  With `prefill_only` they
+        act on the prompt alone.  Interventions always do, since they name places of the prompt; of
+        several beams or sequences they act on each.  Without a key-value cache every step runs the
+        prompt again, and they act on the prompt's positions in each, so the result is the same.
         """
 
         self.require_call(inputs, ())
@@ -289,7 +294,7 @@ class HookedVLM(HookedModel):
 
         generate: Any = getattr(self._chain[0], "generate", None) or self.hf_model.generate
 
-        def run() -> Tensor:
+        def run() -> Any:
             return generate(**inputs, **kwargs)
 
         return self._run_hooked(run, fwd_hooks, inputs, prefill_only, is_generation=True)
@@ -301,7 +306,7 @@ class HookedVLM(HookedModel):
         """
         if self._tuples is None:
             blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-            with torch.no_grad(), self.eager():
+            with torch.no_grad(), self.turn(), self.eager():
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
@@ -343,7 +348,7 @@ class HookedVLM(HookedModel):
             if name not in skipped
         ]
         # 2. Run with the blocks below `layer` replaced, then warn about functions without effect.
-        with skipping(blocks[:layer], tuples[:layer]):
+        with self.turn(), skipping(blocks[:layer], tuples[:layer]):
             logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
         self._warn_unran(skipped)
         if lost:

@@ -269,6 +269,18 @@ def union(*places: Any) -> AnyOf:
     return AnyOf(tuple(parts))
 
 
+def token_mask(mask: Tensor, length: int) -> Int[Tensor, "batch pos"]:
+    """Returns which of the last `length` positions hold a token, from any mask that models take.
+
+    Inputs that continue a key-value cache have a mask of what is in it too.  A mask
+    `[batch, head, query, key]`, boolean or additive, has the keys that the last query sees.
+    """
+    if mask.ndim == 4:
+        seen = mask[:, :, -1].amax(1)
+        mask = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
+    return mask[:, mask.shape[1] - length :].long()
+
+
 def token_pieces(tokenizer: Any, ids: Sequence[int] | Int[Tensor, " pos"]) -> tuple[str, ...]:
     """Returns the text that each token adds to the decoded prompt.
 

@@ -129,7 +129,7 @@ def clean_run(
     _refuse_state(model)
     probes = {name: ZeroProbe() for name in names}
     arguments = {**uncached(model.hf_model), **forward_kwargs}
-    with torch.enable_grad(), frozen(model.hf_model), _explained():
+    with model.turn(), torch.enable_grad(), frozen(model.hf_model), _explained():
         logits = model.run_with_hooks(inputs, [*base, *probes.items()], **arguments)
         score = metric(logits)
     _check_score(score, logits, any(probe.values for probe in probes.values()))

@@ -22,7 +22,8 @@ from PIL import Image
 from conformance import exceptions
 from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
-from hooked_vlm.checks import laws
+from hooked_vlm.checks import given, laws
+from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.errors import GridError
@@ -41,10 +42,15 @@ LAWS = (
     "pixels",
     "wide image",
     "generate",
+    "steered answer",
+    "chunks",
     "start layer",
     "sweep",
     "padding",
     "images",
+    "own output",
+    "4-D mask",
+    "gradients",
     "bf16",
 )
 """The columns of the table, in order."""
@@ -124,10 +130,15 @@ def _fill(row: Row) -> None:
         "pixels": partial(check_pixels, model, size),
         "wide image": partial(check_wide, model, size),
         "generate": partial(laws.check_generate, model, inputs),
+        "steered answer": partial(check_steered, model, inputs),
+        "chunks": partial(check_chunks, model),
         "start layer": partial(laws.check_start_layer, model, inputs),
         "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),
+        "own output": partial(given.check_own_output, model, inputs),
+        "4-D mask": partial(given.check_masks, model, inputs),
+        "gradients": partial(given.check_gradients, model, inputs),
         "bf16": partial(check_bf16, model, inputs),
     }
     for name, run in checks.items():

@@ -62,10 +62,11 @@ def test_prefill_hooks_act_alike_with_and_without_the_cache(family):
     model, inputs = tiny(family), make_inputs(family, 2, seed=1)
     plain, changed = model.generate(inputs, **GREEDY), 0
     for word, edit in EDITS.items():
-        cached = model.generate(inputs, fwd_hooks=[edit], **GREEDY)
+        cached = model.generate(inputs, fwd_hooks=[edit], prefill_only=True, **GREEDY)
         if word == "logits":
             continue  # it is not part of what a cache keeps
-        uncached = model.generate(inputs, fwd_hooks=[edit], use_cache=False, **GREEDY)
+        options = {**GREEDY, "use_cache": False}
+        uncached = model.generate(inputs, fwd_hooks=[edit], prefill_only=True, **options)
         assert torch.equal(cached, uncached), word
         changed += not torch.equal(cached, plain)
     assert changed >= 3  # small edits may leave the greedy ids as they were
@@ -96,13 +97,13 @@ def test_every_step_is_seen_and_counted(family):
             ("vision_encoder.hook_patch_embed", lambda x, hook, seen=seen: seen.append(hook.step)),
         ]
         options = {**GREEDY, "use_cache": cached}
-        model.generate(inputs, fwd_hooks=hooks, prefill_only=False, **options)
+        model.generate(inputs, fwd_hooks=hooks, **options)
         assert steps == list(enumerate(lengths))
         # generate() encodes the images once, before all steps; up to transformers 5.17 it does so
         # again wherever there is no cache.
         assert seen == [0] or (not cached and seen == list(range(5)))
         steps.clear()
-        model.generate(inputs, fwd_hooks=hooks, **options)
+        model.generate(inputs, fwd_hooks=hooks, prefill_only=True, **options)
         assert steps == ([(0, n)] if cached else [(i, n) for i in range(5)])
 
 
@@ -112,9 +113,7 @@ def test_hooks_at_every_step_are_hooks_without_a_cache_at_the_last(family):
     model, inputs = tiny(family), make_inputs(family, 2, seed=1)
     for word in ("residual", "vision", "rot_k"):
         runs = [
-            model.generate(
-                inputs, fwd_hooks=[EDITS[word]], prefill_only=False, use_cache=cached, **GREEDY
-            )
+            model.generate(inputs, fwd_hooks=[EDITS[word]], use_cache=cached, **GREEDY)
             for cached in (True, False)
         ]
         assert torch.equal(*runs), word
@@ -123,7 +122,7 @@ def test_hooks_at_every_step_are_hooks_without_a_cache_at_the_last(family):
 def test_patterns_of_later_steps_have_one_query():
     model, inputs, shapes = tiny("qwen2-vl"), make_inputs("qwen2-vl"), []
     hook = ("blocks.0.attn.hook_pattern", lambda x, hook: shapes.append(tuple(x.shape)))
-    model.generate(inputs, fwd_hooks=[hook], prefill_only=False, **GREEDY)
+    model.generate(inputs, fwd_hooks=[hook], **GREEDY)
     n = inputs["input_ids"].shape[1]
     assert shapes == [(1, 4, n, n), *((1, 4, 1, n + i) for i in range(1, 5))]
 
@@ -143,7 +142,7 @@ def test_a_hooks_block_covers_generation_and_can_be_prefill_only():
 @pytest.mark.parametrize("word", ["residual", "vision", "rot_k"])
 def test_one_block_covers_one_generation_after_the_other(word):
     model, inputs = tiny("qwen2-vl"), make_inputs("qwen2-vl", 2, seed=1)
-    expected = model.generate(inputs, fwd_hooks=[EDITS[word]], **GREEDY)
+    expected = model.generate(inputs, fwd_hooks=[EDITS[word]], prefill_only=True, **GREEDY)
     logits = model.run_with_hooks(inputs, [EDITS[word]])
     with model.hooks([EDITS[word]], prefill_only=True):
         for _ in range(2):
