@@ -33,6 +33,13 @@ def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding
     vision = model.require_vision()
     side = vision.image_size or 4 * (vision.patch_size or 14) * max(vision.merge, 2)
     inputs, source = (_prepared(model, side, seed) for seed in (0, 1))
+    with model.eager():  # runs without hooks are compared with runs under hooks
+        yield from _findings(model, inputs, source, every_layer)
+
+
+def _findings(
+    model: HookedVLM, inputs: Inputs, source: Inputs, every_layer: bool
+) -> Iterator[Finding]:
     yield _safely(laws.check_parity, "parity", model, inputs)
     yield _safely(laws.check_fires, "fires", model, inputs)
     for group in laws.SITE_GROUPS:

@@ -30,6 +30,7 @@ from hooked_vlm.errors import (
     UnsupportedModelError,
     counted,
 )
+from hooked_vlm.hooks.checkpointing import evaluating
 from hooked_vlm.hooks.stand_ins import run_until
 from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
@@ -225,7 +226,7 @@ def _prefix(encoder: EncoderGrids, inputs: Mapping[str, Any], image: int, shape:
 
 def _measured(encoder: EncoderGrids, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
     """Returns for each element of one image's pixels the row of block 0's input it reaches."""
-    with measuring(encoder.without_hooks()):
+    with measuring(encoder.without_hooks()), evaluating(encoder.hf_model):
         copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         pixels = copies[name].requires_grad_(True)
         rows = run_until(encoder.hf_model, encoder.vision, 0, lambda: encoder.hf_model(**copies))

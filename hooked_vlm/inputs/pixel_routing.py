@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
+from hooked_vlm.hooks.checkpointing import evaluating, is_checkpointed
 from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
 from hooked_vlm.hooks.patch_order import VisionActivation, each
 from hooked_vlm.hooks.sites import Site
@@ -160,7 +161,8 @@ def measure_routes(model: Wrapped, inputs: Mapping[str, Any]) -> Routes:
         if name in model.sites
     }
     try:
-        found = _reached(model, inputs, attention, captures)
+        with evaluating(model.hf_model):
+            found = _reached(model, inputs, attention, captures)
     except RuntimeError as error:  # torch raises it for an operation without a derivative
         raise NoGradientError(
             "The route of a pixel could not be measured by its gradient: "
@@ -182,6 +184,11 @@ def _reached(
 ) -> list[Tensor]:
     """Returns the positions that the pixels reach, then those that captured rows reach."""
     key = pixel_name(inputs)
+    if is_checkpointed(model.hf_model):
+        raise NoGradientError(
+            "The route of a pixel cannot be measured, because blocks inside torch's "
+            "checkpoint_wrapper run again in a backward pass. Measure it before they are wrapped."
+        )
     # MLPs do not mix patches; they are switched off only to save time in the backward passes.
     off = [(name, _zero) for name in [*attention, *_in_encoder(model, "hook_mlp_out")]]
     with measuring(model.without_hooks()):

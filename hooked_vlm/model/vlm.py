@@ -23,6 +23,7 @@ from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
+from hooked_vlm.anatomy.wrappers import chain_of
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
@@ -42,6 +43,7 @@ from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.keywords import require_generates, require_processed
 from hooked_vlm.model.loading import load_pretrained
+from hooked_vlm.model.said import warn_unran
 
 
 class HookedVLM(HookedModel):
@@ -62,11 +64,16 @@ class HookedVLM(HookedModel):
     def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
         """Wraps a loaded model; `processor` is only needed for `prepare`.
 
+        Of a compiled, parallel or adapted model (PEFT), `hf_model` is then the model inside.
+
         Raises `UnsupportedModelError` when the module tree has no decoder with
-        attention blocks or no language-modelling head.
+        attention blocks or no language-modelling head, and for a wrapper with weights of its own.
         """
+        chain = chain_of(hf_model)
+        hf_model = chain[-1]
         self.anatomy: Anatomy = read_anatomy(hf_model)
-        super().__init__(hf_model, list_sites(self.anatomy), self.anatomy.vision)
+        sites = list_sites(self.anatomy)
+        super().__init__(chain, sites, self.anatomy.vision, self.anatomy.lm.path)
         self.processor = processor
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
         self.cfg: HookedVLMConfig = read_config(
@@ -193,7 +200,7 @@ class HookedVLM(HookedModel):
         self.require_call(inputs, kwargs)
         self._require_pixels({**inputs, **kwargs})
         with self.turn():
-            return self.hf_model(**inputs, **kwargs).logits
+            return self._chain[0](**inputs, **kwargs).logits
 
     __call__ = forward
 
@@ -291,8 +298,10 @@ class HookedVLM(HookedModel):
             self._generates |= set() if callable(kwargs.get("custom_generate")) else new.keys()
         self._require_pixels({**inputs, **kwargs})
 
+        generate: Any = getattr(self._chain[0], "generate", None) or self.hf_model.generate
+
         def run() -> Any:
-            return self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+            return generate(**inputs, **kwargs)
 
         return self._run_hooked(run, fwd_hooks, inputs, prefill_only, is_generation=True)
 
@@ -303,7 +312,7 @@ class HookedVLM(HookedModel):
         """
         if self._tuples is None:
             blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-            with self.without_hooks(), torch.no_grad():
+            with self.without_hooks(), torch.no_grad(), self.eager():
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
@@ -347,7 +356,7 @@ class HookedVLM(HookedModel):
         # 2. Run with the blocks below `layer` replaced, then warn about functions without effect.
         with self.turn(), skipping(blocks[:layer], tuples[:layer]):
             logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
-        self._warn_unran(skipped)
+        warn_unran(skipped)
         if lost:
             warnings.warn(
                 f"The write to {', '.join(sorted(lost))} has no effect: the run starts "

@@ -80,7 +80,7 @@ def _linear(module: nn.Module) -> int:
     return 2 * sum(
         m.in_features * m.out_features  # type: ignore[operator]
         for m in module.modules()
-        if is_linear(m)
+        if is_linear(m) and not m._modules  # an adapter's layer holds its maps inside
     )
 
 

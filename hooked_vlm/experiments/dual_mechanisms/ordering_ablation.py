@@ -232,7 +232,7 @@ def _pictures(setting: Setting, asked: dict[str, list[Question]]) -> dict:
 
 
 def _dtype(model) -> str:
-    return str(next(model.hf_model.parameters()).dtype).removeprefix("torch.")
+    return str(model.cfg.dtype).removeprefix("torch.")
 
 
 def _verdict(table: pd.DataFrame, names: Mapping[str, set[str]]) -> str:
