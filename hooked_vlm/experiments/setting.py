@@ -23,7 +23,7 @@ from hooked_vlm.analysis.scoring import (
 )
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments.options import Config
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Count
+from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli import shapes
 from hooked_vlm.stimuli.squares import COLORS
@@ -20,6 +22,7 @@ Cell = tuple[str, str]
 """A shape and a colour."""
 
 
+@checked(DataError)
 @dataclass(frozen=True)
 class GridLayout:
     """The places of the cells of a k x k grid, in visual tokens."""
@@ -27,7 +30,7 @@ class GridLayout:
     k: int
     n_tokens: int
     """Visual tokens on a side."""
-    token_px: int
+    token_px: Count
 
     def __post_init__(self) -> None:
         if self.k < 2 or self.block < 2:
@@ -56,6 +59,7 @@ class GridLayout:
         """The first token of the first cell; tokens left over are split between both ends."""
         return (self.n_tokens - self.k * self.block) // 2
 
+    @checked(DataError)
     def span(self, index: int) -> tuple[int, int]:
         """Returns the half-open range of tokens of a cell's object, along either axis."""
         if not 0 <= index < self.k:
@@ -65,6 +69,7 @@ class GridLayout:
         begin = self.start + index * self.block + (self.block - self.object_tokens) // 2
         return begin, begin + self.object_tokens
 
+    @checked(DataError)
     def object_region(self, row: int, col: int) -> Region:
         """Returns the tokens of a cell's object."""
         shape = (self.n_tokens, self.n_tokens)
@@ -85,17 +90,22 @@ def random_cells(k: int, rng: random.Random) -> list[list[Cell]]:
     ]
 
 
+@checked(DataError)
 def draw(cells: Sequence[Sequence[Cell]], layout: GridLayout) -> Image.Image:
     """Returns a white canvas with the cells' shapes; raises `DataError` for another k."""
     if len(cells) != layout.k or any(len(row) != layout.k for row in cells):
         raise DataError(
-            f"The layout has {layout.k}x{layout.k} cells, and {cells} were given. Give as many "
-            "rows and columns."
+            f"The layout has {layout.k}x{layout.k} cells, and {shown(cells)} were given. Give "
+            "as many rows and columns."
         )
     image = Image.new("RGB", (layout.canvas, layout.canvas), "white")
     pen = ImageDraw.Draw(image)
     for r, row in enumerate(cells):
         for c, (shape, color) in enumerate(row):
+            if color not in COLORS:
+                raise DataError(
+                    f"No colour {color!r} among {', '.join(COLORS)}.{did_you_mean(color, COLORS)}"
+                )
             (y0, y1), (x0, x1) = layout.span(r), layout.span(c)
             x0, y0, x1, y1 = (token * layout.token_px for token in (x0, y0, x1, y1))
             shapes.paint(pen, shape, (x0, y0, x1, y1), COLORS[color])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Geometry
 from hooked_vlm.stimuli.pairs import Question
@@ -35,16 +36,20 @@ STAR_RATIO = 0.381966
 """Inner over outer radius of the five-pointed star."""
 
 
+@checked(DataError)
 def prompt(question: Question) -> str:
     """Returns the question for the colour of the shape in a direction from the middle one.
 
     >>> prompt(Question(("red", "green", "blue"), "left"))
     'The color of the shape to the left of the green circle is '
     """
+    if question.reference not in SHAPE_OF:
+        raise _unknown(question.reference)
     reference = f"{question.reference} {SHAPE_OF[question.reference]}"
     return SHAPES.format(preposition=PREPOSITION[question.direction], reference=reference)
 
 
+@checked(DataError)
 def draw(
     entities: Sequence[str | None],
     axis: str,
@@ -61,11 +66,15 @@ def draw(
         if name is None:
             continue
         if name not in SHAPE_OF:
-            raise DataError(
-                f"No entity {name!r} among {', '.join(SHAPE_OF)}.{did_you_mean(name, SHAPE_OF)}"
-            )
+            raise _unknown(name)
         paint(pen, SHAPE_OF[name], geometry.place_box(axis, place), COLORS[name])
     return image
+
+
+def _unknown(name: str) -> DataError:
+    return DataError(
+        f"No entity {name!r} among {', '.join(SHAPE_OF)}.{did_you_mean(name, SHAPE_OF)}"
+    )
 
 
 def paint(pen: ImageDraw.ImageDraw, shape: str, box: Box, color: Color) -> None:

@@ -188,10 +188,10 @@ def test_interval_prints_and_indexes():
     [
         (lambda: bootstrap(np.zeros(1)), "at least 2 rows"),
         (lambda: bootstrap(np.array([0.0, np.nan])), "1 of 2 values are NaN"),
-        (lambda: bootstrap(np.zeros(3), level=95.0), "level 95.0"),
+        (lambda: bootstrap(np.zeros(3), level=95.0), "level=95.0"),
         (lambda: paired_difference(np.zeros((3, 2)), np.zeros(3)), "same pairs"),
         (lambda: wilson(3, 2), "0 <= successes <= n"),
-        (lambda: wilson(0, 0), "n >= 1"),
+        (lambda: wilson(0, 0), "n=0; expected a whole number of at least 1"),
         (lambda: holm([0.5, 1.5]), "outside"),
     ],
 )
