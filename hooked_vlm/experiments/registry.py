@@ -29,11 +29,12 @@ from hooked_vlm.experiments.further import (
     photographs,
     redundancy,
 )
+from hooked_vlm.experiments.notes import with_notes
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.stimuli.datasets import whatsup
-from hooked_vlm.stimuli.settings import SETTINGS, require_known
+from hooked_vlm.stimuli.settings import INSET, SETTINGS, require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +79,15 @@ PAPER = tuple(
 )
 """The paper's experiments on each of its synthetic settings."""
 EXPERIMENTS: dict[str, Experiment] = {
-    module.ABOUT.name: Experiment(**vars(module.ABOUT), run=module.run, config=module.Config)
+    module.ABOUT.name: Experiment(
+        **vars(module.ABOUT), run=with_notes(module.run), config=module.Config
+    )
     for module in MODULES
 }
 SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),
     "reproduce": (
-        *(f"behaviour:{setting}" for setting in SETTINGS),
+        *(f"behaviour:{setting}" for setting in SETTINGS if setting != INSET),
         *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
         *(
             m.ABOUT.name

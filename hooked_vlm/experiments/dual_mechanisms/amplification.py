@@ -36,6 +36,7 @@ from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
+from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -113,7 +114,19 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "same projection energy on the image tokens; an item counts by its mean over seeds.",
             "'held-out alpha': chosen for accuracy on half of the items, reported on the other "
             "half, for both halves. 'best alpha': chosen on the reported items, as published.",
+            *stand_in(config.setting),
         ),
+    )
+
+
+def stand_in(setting: str) -> tuple[str, ...]:
+    """Returns a note on the stimuli, unless they are the paper's."""
+    if setting in whatsup.SETTINGS:
+        return ()
+    return (
+        f"The paper amplifies on photographs, What'sUp (v1) and COCO-spatial (v2), of which you "
+        f"need a copy; {setting!r} stands in for them. For the paper's own: --setting "
+        f"{whatsup.SETTINGS[0]} --data FOLDER, and the experiment coco-amplification.",
     )
 
 

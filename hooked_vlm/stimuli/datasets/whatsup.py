@@ -296,7 +296,6 @@ def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
         directions=("left", "right"),
         middle=reference,
         layout=partial(layout_of, reference),
-        skip_split_names=True,
     )
 
 
