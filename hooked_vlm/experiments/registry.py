@@ -28,6 +28,7 @@ from hooked_vlm.experiments.further import (
     grid_probes,
     photographs,
     redundancy,
+    whatsup_pooled,
 )
 from hooked_vlm.experiments.notes import with_notes
 from hooked_vlm.experiments.options import Config as Config
@@ -63,9 +64,10 @@ MODULES = (
     redundancy,
     coco_spatial,
     coco_amplification,
+    whatsup_pooled,
 )
-NEED_DATA = (coco_spatial, coco_amplification)
-"""Experiments that need a user's copy of COCO-spatial."""
+NEED_DATA = (coco_spatial, coco_amplification, whatsup_pooled)
+"""Experiments that need a user's copy of What'sUp or COCO-spatial."""
 PAPER = tuple(
     name
     for name in (
@@ -95,10 +97,19 @@ SUITES: dict[str, tuple[str, ...]] = {
             if m.ABOUT.name not in ("behaviour", *PAPER) and m not in NEED_DATA
         ),
     ),
-    "whatsup": tuple(
-        f"{name}:{setting}"
-        for name in ("behaviour", "final-token", "ordering-probes", "strip-swap", "amplification")
-        for setting in whatsup.SETTINGS
+    "whatsup": (
+        whatsup_pooled.ABOUT.name,
+        *(
+            f"{name}:{setting}"
+            for name in (
+                "behaviour",
+                "final-token",
+                "ordering-probes",
+                "strip-swap",
+                "amplification",
+            )
+            for setting in whatsup.SETTINGS
+        ),
     ),
 }
 """Lists of experiments; a fixed setting follows after a colon."""

@@ -314,6 +314,7 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
     assert {step.experiment.name for step in found} == set(EXPERIMENTS) - {
         "coco-spatial",
         "coco-amplification",
+        "whatsup-pooled",
     }
     assert len({step.key for step in found}) == len(found)
     swaps = [step.setting for step in found if step.experiment.id == "E4"]

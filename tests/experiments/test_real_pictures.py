@@ -14,6 +14,7 @@ from PIL import Image
 
 from helpers import synthetic_results
 from helpers.planted_models import planted
+from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.errors import DataError, HookedVLMWarning, RegionError
 from hooked_vlm.experiments.dual_mechanisms import amplification
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, cell_pairs, strips_of
@@ -22,13 +23,15 @@ from hooked_vlm.experiments.further import (
     coco_spatial,
     compared,
     composite_artefacts,
+    whatsup_pooled,
 )
+from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli import squares
 from hooked_vlm.stimuli.datasets import coco, coco_boxes, whatsup
-from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.pairs import Question, swap_pair
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
@@ -506,3 +509,113 @@ def test_a_probe_of_photographs_is_given_the_means_of_boxes(boxed: Path) -> None
     for box, mean in zip(item.by_class, told.things, strict=True):
         assert torch.equal(told.tokens[grid.box(*box).tokens].mean(0), mean)
     assert not torch.allclose(told.things[0], told.things[1])
+
+
+# --- B5: What'sUp as published -------------------------------------------------------------
+
+
+def test_b5_probe_boxes_are_rounded_as_published() -> None:
+    published = {  # rows, then columns, on 12 tokens
+        "chair": ((9, 11, 2, 4), (3, 11, 4, 8), (9, 11, 7, 10)),
+        "table": ((7, 11, 1, 3), (3, 11, 3, 9), (7, 11, 9, 10)),
+        "armchair": ((9, 11, 1, 4), (4, 11, 3, 8), (9, 11, 8, 10)),
+    }
+    for reference, boxes in published.items():
+        layout = whatsup.layout_of(reference, 12, 28)
+        for place, (r0, r1, c0, c1) in enumerate(boxes):
+            region = layout.probe_region("horizontal", place)
+            assert region.cells == tuple((r, c) for r in range(r0, r1) for c in range(c0, c1))
+            assert not region & layout.background("horizontal")
+        examples = object_examples(
+            torch.zeros(2, 144, 3), [layout.probe_region("horizontal", place) for place in range(3)]
+        )
+        assert len(examples.y) == 2 * sum((b[1] - b[0]) * (b[3] - b[2]) for b in boxes)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """Set A around all three references, six objects each, whose colours differ by side."""
+    names = ("red", "green", "blue", "black", "gray", "brown")
+    entries = []
+    for reference in whatsup.REFERENCES:
+        for name in names[: 5 if reference == "table" else 6]:
+            for preposition, dark in (("left_of", 0), ("right_of", 1)):
+                file = f"{name}_{preposition}_{reference}.jpeg"
+                shade = tuple(value // (1 + dark) for value in squares.COLORS[name])
+                picture(tmp_path / "data" / "controlled_images" / file, shade)
+                captions = [
+                    CAPTION.format(name, p.replace("_", " "), reference) for p in PREPOSITIONS
+                ]
+                captions = captions if preposition == "left_of" else captions[1:] + captions[:1]
+                path = f"data/controlled_images/{file}"
+                entries.append({"image_path": path, "caption_options": captions})
+    listing = tmp_path / "data" / "controlled_images_dataset.json"
+    listing.write_text(json.dumps(entries))
+    return tmp_path
+
+
+def pooled(folder: Path) -> dict[str, Setting]:
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    return {
+        name: Setting(model, stimulus_set(f"whatsup-{name}", data=folder), 16)
+        for name in whatsup.REFERENCES
+    }
+
+
+def test_b5_another_number_of_composites_than_published_is_said(three: Path) -> None:
+    said = whatsup.count_difference(whatsup.load(three))
+    assert "80 composites (chair 30, table 20, armchair 30); the paper has 1074" in said
+    sizes = dict(zip(whatsup.REFERENCES, (18, 18, 22), strict=True))  # 306 + 306 + 462
+    items = tuple(
+        whatsup.Item(Path(), f"n{i}", preposition, reference)
+        for reference, n in sizes.items()
+        for i in range(n)
+        for preposition in ("left_of", "right_of")
+    )
+    assert whatsup.count_difference(whatsup.WhatsUp("A", items)) == ""
+
+
+def test_b5_pairs_draw_a_reference_each_and_probes_all_of_them(three: Path) -> None:
+    settings = pooled(three)
+    config = whatsup_pooled.Config(data=three, pairs=20)
+    for setting in settings.values():
+        setting.is_right = lambda questions: [True] * len(questions)
+    pairs = whatsup_pooled.drawn_pairs(settings, swap_pair, 3, config)
+    assert set(pairs) == {"left", "right"} and {len(found) for found in pairs.values()} == {20}
+    for found in pairs.values():
+        assert {pair.clean.reference for pair in found} == set(whatsup.REFERENCES)
+        assert all(pair.clean.reference == pair.counterfactual.reference for pair in found)
+        tables = [p for p in found if p.clean.reference == "table"]
+        assert all("brown" not in p.clean.entities for p in tables)  # not photographed there
+    drawn = whatsup_pooled.drawn_tuples(settings, 40, 42)
+    assert len(set(drawn)) == 40 and {q.reference for q in drawn} == set(whatsup.REFERENCES)
+    assert drawn != whatsup_pooled.drawn_tuples(settings, 40, 43)
+    assert len(whatsup_pooled.drawn_tuples(settings, 120, 42)) == 80
+
+
+@pytest.mark.filterwarnings("ignore:Pairing")
+def test_b5_one_accuracy_one_probe_and_swaps_over_all_references(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Setting, "is_right", lambda _, asked: [q.direction == "left" for q in asked]
+    )
+    monkeypatch.setattr(
+        whatsup_pooled,
+        "right_on_both",
+        lambda make, is_right: lambda d, drawn: [True] * len(drawn),
+    )
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    config = whatsup_pooled.Config(data=three, pairs=3, tuples=16)
+    with pytest.warns(HookedVLMWarning, match="the paper has 1074"):
+        result = EXPERIMENTS["whatsup-pooled"].run(model, config, lambda *_: None)
+    table = result.table
+    accuracy = table[table["quantity"] == "accuracy"].set_index(["reference", "direction"])
+    assert accuracy.loc[("all", "all"), ["value", "n"]].tolist() == [0.5, 160]
+    assert accuracy.loc[("table", "left"), ["value", "n"]].tolist() == [1.0, 20]
+    probes = table[table["part"] == "probes"]
+    assert set(probes["n"]) == {4} and len(probes) == 4
+    swaps = table[(table["part"] == "strip-swap") & (table["direction"] == "all")]
+    assert set(swaps["kind"]) == {"strip", "object", "background"} and set(swaps["n"]) == {6}
+    assert "Accuracy 0.50" in result.verdict and "(160 questions)" in result.verdict
+    assert "the paper has 1074" in result.notes[0]
