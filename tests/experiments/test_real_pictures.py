@@ -660,8 +660,8 @@ def three(tmp_path: Path) -> Path:
         for name in names[: 5 if reference == "table" else 6]:
             for preposition, dark in (("left_of", 0), ("right_of", 1)):
                 file = f"{name}_{preposition}_{reference}.jpeg"
-                shade = tuple(value // (1 + dark) for value in squares.COLORS[name])
-                picture(tmp_path / "data" / "controlled_images" / file, shade)
+                r, g, b = (value // (1 + dark) for value in squares.COLORS[name])
+                picture(tmp_path / "data" / "controlled_images" / file, (r, g, b))
                 captions = [
                     CAPTION.format(name, p.replace("_", " "), reference) for p in PREPOSITIONS
                 ]
@@ -731,8 +731,9 @@ def test_b5_one_accuracy_one_probe_and_swaps_over_all_references(
         result = EXPERIMENTS["whatsup-pooled"].run(model, config, lambda *_: None)
     table = result.table
     accuracy = table[table["quantity"] == "accuracy"].set_index(["reference", "direction"])
-    assert accuracy.loc[("all", "all"), ["value", "n"]].tolist() == [0.5, 160]
-    assert accuracy.loc[("table", "left"), ["value", "n"]].tolist() == [1.0, 20]
+    share, n = accuracy["value"].to_dict(), accuracy["n"].to_dict()
+    assert (share["all", "all"], n["all", "all"]) == (0.5, 160)
+    assert (share["table", "left"], n["table", "left"]) == (1.0, 20)
     probes = table[table["part"] == "probes"]
     assert set(probes["n"]) == {4} and len(probes) == 4
     swaps = table[(table["part"] == "strip-swap") & (table["direction"] == "all")]
