@@ -30,7 +30,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from hooked_vlm.analysis.directions import Direction
-from hooked_vlm.analysis.statistics import Interval, wilson
+from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
 from hooked_vlm.errors import DataError, counted
 from hooked_vlm.regions.region import Region
 
@@ -253,19 +253,34 @@ def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
 
 
 def held_out_accuracy(
-    probe: ClassifierMixin, examples: Examples, *, level: float = 0.95
+    probe: ClassifierMixin, examples: Examples, *, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Returns the mean over images of the share of correct tokens, with Wilson's interval.
+    """Returns the mean over images of the share of correct tokens, with its interval.
 
     The probe may be any fitted scikit-learn classifier.
-
-    Each image counts as one trial, because the tokens of an image are far from independent.
-    This is conservative (see `statistics.wilson`).
     """
+    return mean_of_shares(held_out_shares(probe, examples), level=level, seed=seed)
+
+
+def held_out_shares(probe: ClassifierMixin, examples: Examples) -> Float[np.ndarray, " image"]:
+    """Returns the share of each image's tokens that a probe gets right: one observation each."""
     right = probe.predict(examples.X) == examples.y  # type: ignore[attr-defined]
-    images, member = np.unique(examples.images, return_inverse=True)
-    shares = np.bincount(member, weights=right) / np.bincount(member)
-    return wilson(float(shares.sum()), len(images), level=level)
+    _, member = np.unique(examples.images, return_inverse=True)
+    return np.bincount(member, weights=right) / np.bincount(member)
+
+
+def mean_of_shares(
+    shares: Float[np.ndarray, " image"], *, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Returns the mean over images of shares of tokens, with its interval.
+
+    It is a bootstrap over images.  Wilson's interval takes every share for the sum of yes/no
+    outcomes, and is about five times too wide for probes.  Where all images have one share, a
+    bootstrap has no width, and Wilson's interval is given.
+    """
+    if len(shares) < 2 or np.ptp(shares) == 0:
+        return wilson(float(shares.sum()), len(shares), level=level)
+    return bootstrap(shares, level=level, seed=seed)
 
 
 def class_directions(probe: LinearProbe, provenance: str = "") -> list[Direction]:

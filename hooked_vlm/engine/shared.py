@@ -92,7 +92,7 @@ def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[RunStore]:
         return
     runs = _OPEN[id(model)] = RunStore(model, memory)
     try:
-        with encoding_once(model, runs):
+        with model.eager(), encoding_once(model, runs):
             yield runs
     finally:
         del _OPEN[id(model)]

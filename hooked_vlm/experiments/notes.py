@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.anatomy.devices import compute_dtype
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import for_tokenizer, stimuli_of
@@ -34,7 +33,7 @@ def notes_of(model: Any, config: Config) -> tuple[str, ...]:
         stimuli = stimuli_of(replace(config, setting=setting))
         found.append(for_tokenizer(stimuli, model.tokenizer)[1])
     if config.in_float32:
-        found.append(_precision(compute_dtype(model.hf_model)))
+        found.append(_precision(model.cfg.dtype))
     return tuple(note for note in found if note)
 
 

@@ -108,6 +108,7 @@ class SiteDispatch:
                 value, changed = self._apply(act, value)
             else:
                 value, changed = self._apply_before(n_new, act, value)
+            run.note(changed)
             any_changed |= changed
         return value, any_changed
 

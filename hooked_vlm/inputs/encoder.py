@@ -8,7 +8,8 @@ number of leading tokens, and detects encoders that drop or shuffle patches.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +30,11 @@ from hooked_vlm.errors import (
     UnsupportedModelError,
     counted,
 )
+from hooked_vlm.hooks.checkpointing import evaluating
 from hooked_vlm.hooks.stand_ins import run_until
 from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
-from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, positions_reached
+from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, measuring, positions_reached
 from hooked_vlm.inputs.prepare import Images, Inputs, to_pil
 from hooked_vlm.inputs.processor import refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
@@ -48,6 +50,8 @@ class EncoderGrids:
     hf_model: nn.Module
     vision: Vision
     cfg: EncoderConfig
+    without_hooks: Callable[[], AbstractContextManager[None]]
+    """Detaches the user's hooks during a measurement."""
     prefixes: dict[Any, int] = field(default_factory=dict)
     """Measured numbers of leading tokens, by shapes and masks of the inputs."""
     shown: set[Any] = field(default_factory=set)
@@ -113,7 +117,13 @@ def find_grids(
     pixels are those of the processed images.  Raises `GridError` when the inputs do not determine
     the grid, and when the patches are not in raster order after the leading tokens.
     """
-    pixels, patch = inputs[pixel_name(encoder)], encoder.vision.patch_size
+    name, patch = pixel_name(encoder), encoder.vision.patch_size
+    if name not in inputs:
+        raise GridError(
+            f"These inputs hold {', '.join(list(inputs)[:5]) or 'nothing'} and no {name!r}, which "
+            "has this encoder's pixels. Give what prepare(images) returns, or use that name."
+        )
+    pixels = inputs[name]
     if not patch:
         raise GridError(
             "This encoder has no fixed patch size, so its patches form no grid of pixels. Use rows "
@@ -216,7 +226,7 @@ def _prefix(encoder: EncoderGrids, inputs: Mapping[str, Any], image: int, shape:
 
 def _measured(encoder: EncoderGrids, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
     """Returns for each element of one image's pixels the row of block 0's input it reaches."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with measuring(encoder.without_hooks()), evaluating(encoder.hf_model):
         copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         pixels = copies[name].requires_grad_(True)
         rows = run_until(encoder.hf_model, encoder.vision, 0, lambda: encoder.hf_model(**copies))

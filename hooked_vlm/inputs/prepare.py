@@ -29,7 +29,6 @@ from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders, refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
-from hooked_vlm.regions.positions import PromptRow, token_mask, token_pieces
 
 
 OneImage = Any
@@ -130,7 +129,7 @@ def prepare_inputs(
             + " Give it as part of the text, or use a processor with a chat template."
         )
     with refusals(by_prompt):
-        made, prompts = _processed(finder, by_prompt, texts, system, chat, processor_kwargs)
+        made, prompts = processed(finder, by_prompt, texts, system, chat, processor_kwargs)
     # 2. The grids of the images.  Images without a grid give a warning, not an error.
     grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
     no_grid = ""
@@ -138,7 +137,7 @@ def prepare_inputs(
         sizes = [[image.size for image in row] for row in by_prompt]
 
         def process(together: list[Image.Image]) -> dict[str, Any]:
-            return _processed(finder, [together], ["."], None, chat, processor_kwargs)[0]
+            return processed(finder, [together], ["."], None, chat, processor_kwargs)[0]
 
         key = repr(sorted(processor_kwargs.items(), key=lambda item: item[0]))
         try:
@@ -151,7 +150,7 @@ def prepare_inputs(
     return Inputs(made, grids, prompts, tokenizer, no_grid)
 
 
-def _processed(
+def processed(
     finder: GridFinder,
     by_prompt: Sequence[Sequence[Image.Image]],
     texts: Sequence[str],
@@ -350,31 +349,3 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> di
             "be padded into one batch. Give prompts of one length, or one at a time."
         )
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-
-
-def rows_of(
-    inputs: Mapping[str, Any], grids: Sequence[Sequence[TokenGrid]], text: bool
-) -> list[PromptRow]:
-    """Returns each prompt of the inputs as a `PromptRow`, with its tokens' text if `text`.
-
-    Inputs without text have one prompt without tokens for each image.
-    """
-    part = "" if "input_ids" in inputs else "decoder_"
-    ids, mask = inputs.get(f"{part}input_ids"), inputs.get(f"{part}attention_mask")
-    if ids is None:
-        embeds = inputs.get("inputs_embeds", torch.zeros(len(grids), 0))
-        ids, mask = torch.zeros(embeds.shape[:2], dtype=torch.long), inputs.get("attention_mask")
-    if len(grids) != len(ids):
-        raise GridError(
-            f"The processor made {counted(len(ids), 'row')} of {counted(len(grids), 'prompt')}, so "
-            "images cannot be assigned to rows. Use hook functions instead of places: "
-            "fwd_hooks=[(name, fn)]."
-        )
-    mask = torch.ones_like(ids) if mask is None else token_mask(mask, ids.shape[1])
-    tokenizer = getattr(inputs, "tokenizer", None) if text else None
-    return [
-        PromptRow(
-            ids[b], mask[b], token_pieces(tokenizer, ids[b]) if tokenizer else None, tuple(grids[b])
-        )
-        for b in range(len(ids))
-    ]

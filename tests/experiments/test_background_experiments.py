@@ -122,7 +122,7 @@ def test_nothing_is_read_from_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     config = grid_probes.Config(ks=(2,), images=60, batch_size=60)
     result = grid_probes.run(planted("object"), config, lambda *_: None)
-    assert result.verdict.count("not read") == 2
+    assert result.verdict.count("undecided") == 2  # of few pictures, and never "read"
 
 
 @pytest.mark.filterwarnings("ignore:Too few tuples")  # on photographs, of "below"

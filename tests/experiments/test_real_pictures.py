@@ -480,9 +480,7 @@ def test_amplification_on_photographs_with_boxes(
     boxed: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = HookedVLM.from_pretrained(name)
-    config = coco_amplification.Config(
-        data=boxed, style="reference", alphas=(0.0, 2.0), control_alphas=(0.0, 2.0), controls=2
-    )
+    config = coco_amplification.Config(data=boxed, style="reference", alphas=(0.0, 2.0), controls=2)
     with pytest.raises(DataError, match=r"horizontal: \d of 6 items correct, too few"):
         coco_amplification.run(model, config, lambda *_: None)  # it was not taught such questions
     observed = coco_amplification.observed
@@ -570,9 +568,7 @@ def test_b2_boxes_lie_on_the_captioned_side_or_fit_no_probe(
         "observed",
         lambda *given: [replace(t, right=True, listings=(0, -1)) for t in observed(*given)],
     )
-    config = coco_amplification.Config(
-        data=boxed, alphas=(0.0, 2.0), control_alphas=(0.0,), controls=1
-    )
+    config = coco_amplification.Config(data=boxed, alphas=(0.0, 2.0), controls=1)
     result = coco_amplification.run(
         HookedVLM.from_pretrained("tiny-qwen2-vl"), config, lambda *_: None
     )

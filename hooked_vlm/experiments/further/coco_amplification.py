@@ -26,11 +26,13 @@ from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, counted
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
-    CONTROLS,
     Strengths,
     answered,
     conditions,
     matched_controls,
+)
+from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
+    CONTROLS,
     table_of,
     verdict_of,
 )
@@ -170,10 +172,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     published = published_rows(
         np.array([told[item].listings for item in items]),
         {kind: np.concatenate([part[kind] for part in asked], axis=2) for kind in asked[0]},
-        {k: config.control_alphas if k in CONTROLS else config.alphas for k in asked[0]},
+        config.alphas,
     )
     outcomes = {kind: np.concatenate([part[kind] for part in parts], axis=2) for kind in parts[0]}
-    table = table_of(outcomes, [item.item.axis for item in items], config)
+    photographs = [item.item.image_id for item in items]
+    table = table_of(outcomes, photographs, config.alphas, config.seed)
     probes = type(table)(rows)
     return Result(
         **vars(ABOUT),
@@ -181,7 +184,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         images={"an item": opened(items[0].item)},
         verdict="\n".join(
             [
-                verdict_of(table, outcomes) if config.controls else "",
+                verdict_of(table),
                 "Probes on held-out items: "
                 + "; ".join(
                     f"{axis} {format_interval(select(probes, axis=axis).iloc[0])}"

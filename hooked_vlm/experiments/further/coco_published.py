@@ -66,7 +66,7 @@ def published_accuracy(
 def published_rows(
     before: Int[np.ndarray, "item order"],
     right: Mapping[str, Bool[np.ndarray, "seed alpha item order"]],
-    alphas: Mapping[str, Sequence[float]],
+    alphas: Sequence[float],
 ) -> list[dict]:
     """Returns the rows of the published count, for every kind of direction and strength.
 
@@ -78,7 +78,7 @@ def published_rows(
         shares = {"published, accuracy": (accuracy.mean(0), n)}
         shares["published, fixed"] = (fixed.mean(0), n_wrong)
         for quantity, (values, count) in shares.items():
-            for alpha, value in zip(alphas[kind], values, strict=True) if count else ():
+            for alpha, value in zip(alphas, values, strict=True) if count else ():
                 rows += interval_rows(
                     wilson(float(value) * count, count),
                     {},

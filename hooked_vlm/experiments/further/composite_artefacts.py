@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from hooked_vlm.errors import CannotRunError, DataError
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
+from hooked_vlm.experiments.dual_mechanisms import order_reading, ordering_probes, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
 from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
@@ -113,7 +113,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "is computed; probes are fitted anew on each kind of picture.",
             f"Rows of the quantity '{compared.DIFFERENCE}' compare a variant with {variants[0]} "
             "pictures on the same held-out layouts and the pairs that both keep (paired bootstrap "
-            "intervals; sign-flip tests over pairs, Holm's correction over the slots of a kind).",
+            "intervals; bounded mean tests over pairs, Holm's correction over a kind's slots).",
             f"'{UNCUT}': probes fitted to What'sUp's own photographs, their things labelled left, "
             "middle and right by What'sUp's boxes, and read on held-out ones. A swap of an uncut "
             "photograph has no second answer to flip to, so there is none."
@@ -220,7 +220,7 @@ def _uncut(
             for batch in setting.batches(pictures)
         ]
     )
-    return ordering_probes.read_some(
+    return order_reading.read_some(
         geometry, "horizontal", features, [(place, 1) for _, place in shown], seed
     ), pictures[0]
 
