@@ -207,7 +207,9 @@ def object_examples(
 
     Raises:
         RegionError: an empty region.
-        DataError: a region of another grid, or two regions that share a cell.
+        DataError: a region of another grid, or a region inside another one.  A token of two
+            regions is an example of both places, as in the paper, whose boxes of What'sUp share
+            a column on 12 tokens.
 
     >>> places = [Region.column_band((4, 4), 0, 1), Region.column_band((4, 4), 3, 4)]
     >>> object_examples(torch.zeros(5, 16, 32), places).X.shape
@@ -357,8 +359,9 @@ def _check_regions(regions: Sequence[Region], n_tokens: int) -> None:
                 f"and the features have {n_tokens} per image. Make it from the images' grid."
             )
         for other in regions[:place]:
-            if len(region & other):
+            shared = len(region & other)
+            if shared == min(len(region), len(other)):
                 raise DataError(
-                    f"{region!r} and {other!r} share {len(region & other)} cells; a token can be "
-                    "an example of one place only. Give disjoint regions."
+                    f"{region!r} and {other!r} share {shared} cells, so one has no token of its "
+                    "own. Give disjoint regions."
                 )

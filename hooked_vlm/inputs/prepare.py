@@ -23,6 +23,7 @@ from hooked_vlm.errors import (
     callers_level,
     counted,
 )
+from hooked_vlm.inputs.chat import chat_prompt
 from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.inputs.prepared import Inputs
@@ -96,7 +97,7 @@ def processed(
     model, options = finder.model, dict(options)
     processor = model.processor
     prompts = [
-        _chat(processor, text, len(i), system) if chat else _plain(finder, text, len(i))
+        chat_prompt(processor, text, len(i), system) if chat else _plain(finder, text, len(i))
         for text, i in zip(texts, by_prompt, strict=True)
     ]
     _check_placeholders(processor, prompts, by_prompt)
@@ -111,25 +112,6 @@ def processed(
     made |= _positions(model.hf_model, made, _is_rotary(model))
     _say_padded(model, made)
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
-
-
-def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
-    content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    try:
-        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's authors
-        raise DataError(
-            f"The model's chat template refuses this prompt: {str(error)[:150]}. Give other texts, "
-            "leave out system=…, or use chat=False."
-        ) from error
-    if system is not None and "".join(system.split()) not in "".join(prompt.split()):
-        raise DataError(
-            "The model's chat template leaves out the system message. Give it as part of the text."
-        )
-    return prompt
 
 
 def _plain(finder: GridFinder, text: str, n_images: int) -> str:

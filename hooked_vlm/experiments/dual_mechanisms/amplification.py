@@ -41,6 +41,7 @@ from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
+from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -121,7 +122,19 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "The verdict compares each formula with its own random directions, picture by picture "
             "at the held-out alpha ('real - random'), and by its rank among them ('p, random'). "
             "Amplified order can only repair answers that name the other end.",
+            *stand_in(config.setting),
         ),
+    )
+
+
+def stand_in(setting: str) -> tuple[str, ...]:
+    """Returns a note on the stimuli, unless they are the paper's."""
+    if setting in whatsup.SETTINGS:
+        return ()
+    return (
+        f"The paper amplifies on photographs, What'sUp (v1) and COCO-spatial (v2), of which you "
+        f"need a copy; {setting!r} stands in for them. For the paper's own: --setting "
+        f"{whatsup.SETTINGS[0]} --data FOLDER, and the experiment coco-amplification.",
     )
 
 

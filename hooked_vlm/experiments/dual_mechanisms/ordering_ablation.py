@@ -64,6 +64,7 @@ class Config(common.Config):
 
     settings_allowed = SETTINGS  # What'sUp cannot show one object alone
     ranges: ClassVar = {"items": (0, 10**6)}
+    in_float32 = True
 
     items: int = 120
 
@@ -101,8 +102,6 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Accuracies have 95 % Wilson intervals; 'difference' is the paired difference to "
             "'intact', with a bootstrap interval over items and a bounded mean test, Holm-adjusted "
             "over the kinds of a direction. 'probability' is that of the correct answer.",
-            f"Computed in {_dtype(model)}. The paper computes this in float32, since borderline "
-            "answers depend on precision.",
         ),
     )
 
@@ -229,10 +228,6 @@ def _pictures(setting: Setting, asked: dict[str, list[Question]]) -> dict:
         "its first entity, alone": stimuli.scene(middle, question.axis, setting.geometry, ground),
         "empty": stimuli.scene((None,) * 3, question.axis, setting.geometry, ground),
     }
-
-
-def _dtype(model) -> str:
-    return str(model.cfg.dtype).removeprefix("torch.")
 
 
 def _verdict(table: pd.DataFrame, names: Mapping[str, set[str]]) -> str:

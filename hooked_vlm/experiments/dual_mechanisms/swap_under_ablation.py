@@ -68,6 +68,7 @@ class Config(common.Config):
     """The common options; What'sUp cannot show one object alone."""
 
     settings_allowed = SETTINGS
+    in_float32 = True
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:

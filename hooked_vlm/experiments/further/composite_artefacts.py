@@ -29,13 +29,12 @@ from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
 from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, for_tokenizer, stimuli_of
 from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.stimuli import photographs
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.sets import StimulusSet
-from hooked_vlm.stimuli.settings import stimulus_set
 
 
 ABOUT = About(
@@ -66,7 +65,7 @@ class Config(common.Config):
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Runs the ordering probes and the strip swap on every way to join pictures."""
-    plain = stimulus_set(config.setting, cutouts=config.cutouts, data=config.data)
+    plain, _ = for_tokenizer(stimuli_of(config), model.tokenizer)
     real = config.setting in whatsup.SETTINGS
     variants = VARIANTS[1:] if real else VARIANTS
     total = len(variants) * 2 + real
