@@ -9,12 +9,13 @@ Why no tool: mutmut 3 is well kept, but it changes undecorated functions alone a
 them that take any arguments, which the shape checks and our reading of signatures both see; it
 takes no sample, and one core would need days for all.  cosmic-ray starts an interpreter for every
 mutant, which here imports torch and transformers for longer than most tests take.  This script
-imports them once and forks.  Nothing is written into the working tree: everything runs in a copy.
+imports them once and forks.  A mutant's tests are those of its module's own file and of a few
+others, as far as they take no more than `--cap` seconds of the processor; a survivor whose tests
+took longer is marked.  Nothing is written into the working tree: everything runs in a copy.
 """
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import json
 import os
@@ -28,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.forked_tests import Chosen, Known, Traced, in_child, run_tests
+from helpers.forked_tests import CUT, Watched, in_child, run_tests
 from helpers.mutations import Mutant, mutants_of
 
 
@@ -46,24 +47,25 @@ MODULES = (
     "report/files.py",
     "report/results.py",
 )
-TESTS = (
-    "analysis/test_statistics.py",
-    "engine/test_*.py",
-    "hooks/test_*.py",
-    "inputs/test_by_*.py",
-    "inputs/test_grid_finder.py",
-    "inputs/test_pixel_*.py",
-    "interventions/test_*.py",
-    "model/test_silent_cases.py",
-    "model/test_vlm.py",
-    "regions/test_*.py",
-    "report/test_files.py",
-    "report/test_results.py",
-    "sweeps/test_plan.py",
-    "sweeps/test_sweep.py",
-)
-MIRRORS = {"interventions": "interventions/test_interventions.py", "engine": "engine/test_batch.py"}
-"""By package, where the tests of a module are that has no file of its own."""
+OWN = {
+    "engine": "engine/test_batch.py",
+    "engine/fingerprints.py": "engine/test_image_cache.py",
+    "hooks": "hooks/test_attach.py",
+    "hooks/generation.py": "model/test_generate.py",
+    "hooks/hook_point.py": "hooks/test_windows.py",
+    "interventions": "interventions/test_interventions.py",
+    "interventions/hook_at.py": "interventions/test_placing.py",
+}
+"""By package or module, the tests of a module that has no file of that name."""
+FURTHER = {
+    "engine": ("sweeps/test_sweep.py",),
+    "hooks": ("hooks/test_attach.py", "model/test_silent_cases.py"),
+    "inputs": ("inputs/test_grid_finder.py",),
+    "interventions": ("interventions/test_interventions.py", "interventions/test_placing.py"),
+    "regions": ("regions/test_grid.py", "regions/test_region.py"),
+    "report": ("report/test_results.py",),
+}
+"""By package, what is run after a module's own tests."""
 FEWER = {"return None": 0.2, "condition": 0.5, "constant": 0.7}
 """Kinds of which a share is tried: most are noticed by anything that runs the line."""
 # What the library imports from others; with a module missing here a mutant only starts later.
@@ -149,103 +151,46 @@ def prepare() -> None:
     hypothesis.settings.load_profile("mutants")
 
 
-# --- which tests run which lines ------------------------------------------------------------
-
-
-def known_tests(work: Path, store: Path) -> Known:
-    """Returns what each test runs, file by file; `store` keeps it between calls."""
-    library = hashlib.sha256()
-    for path in sorted((ROOT / "hooked_vlm").rglob("*.py")):
-        library.update(path.read_bytes())
-    kept = json.loads(store.read_text()) if store.exists() else {}
-    known: Known = {}
-    files = sorted({path for pattern in TESTS for path in (ROOT / "tests").glob(pattern)})
-    for path in files:
-        file = str(path.relative_to(ROOT))
-        key = f"{library.hexdigest()} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        if kept.get(file, {}).get("key") != key:
-            began, out = time.monotonic(), work / "known.json"
-            out.unlink(missing_ok=True)
-
-            def run(file: str = file, out: Path = out) -> int:
-                plugin = Traced(work / "hooked_vlm", out)
-                return run_tests(work, [file], [plugin], "--maxfail=999")
-
-            in_child(work, run, 1800.0)
-            if not out.exists():
-                sys.exit(f"{file} does not run:\n{(work / 'output.txt').read_text()[-2000:]}")
-            kept[file] = {"key": key, "tests": json.loads(out.read_text())}
-            store.write_text(json.dumps(kept))
-            print(f"{file}: {len(kept[file]['tests'])} tests, {time.monotonic() - began:.0f} s")
-        known |= kept[file]["tests"]
-    return known
-
-
-def mirror_of(module: str) -> str:
-    """Returns the file with a module's own tests."""
-    package, name = module.split("/")
-    own = f"{package}/test_{name}"
-    return f"tests/{own if (ROOT / 'tests' / own).exists() else MIRRORS.get(package, own)}"
-
-
-def tests_for(mutant: Mutant, known: Known, cap: float) -> tuple[list[str], bool]:
-    """Returns the tests that may notice a mutant, in order, and whether some were left out.
-
-    First those that run the line, then the others of the module's own file, as far as they take
-    no more than `cap` seconds together.
-    """
-    file = f"{mirror_of(mutant.module)}::"
-    first, last = mutant.lines
-
-    def rank(name: str) -> tuple[bool, bool, float]:
-        lines = known[name]["lines"].get(mutant.module, ())
-        hit = any(first <= line <= last for line in lines)
-        return not hit, not name.startswith(file), known[name]["seconds"]
-
-    ranked = sorted((*rank(name), name) for name in known)
-    candidates = [name for missed, other, _, name in ranked if not (missed and other)]
-    taken, total = [], 0.0
-    for name in candidates:
-        total += known[name]["seconds"]
-        if total <= cap or not taken:
-            taken.append(name)
-    return taken, len(taken) < len(candidates)
-
-
 # --- the verdicts ---------------------------------------------------------------------------
 
 
-def verdict(work: Path, mutant: Mutant, known: Known, cap: float) -> dict[str, Any]:
+def tests_of(module: str) -> list[str]:
+    """Returns the files whose tests may notice a fault in a module, its own first."""
+    package, name = module.split("/")
+    own = f"{package}/test_{name}"
+    if not (ROOT / "tests" / own).exists():
+        own = OWN.get(module, OWN.get(package, ""))
+    files = dict.fromkeys([own, *FURTHER.get(package, ())])
+    return [f"tests/{file}" for file in files if file]
+
+
+def verdict(work: Path, mutant: Mutant, cap: int) -> dict[str, Any]:
     """Returns what became of one mutant."""
-    names, cut = tests_for(mutant, known, cap)
     target, noticed = work / "hooked_vlm" / mutant.module, work / "noticed.txt"
     source, times = target.read_text(), target.stat()
     noticed.unlink(missing_ok=True)
-    files = sorted({name.split("::")[0] for name in names})
     began = time.monotonic()
 
     def run() -> int:
         sys.dont_write_bytecode = True
-        return run_tests(work, files, [Chosen(names, noticed)])
+        return run_tests(work, tests_of(mutant.module), [Watched(noticed, cap)])
 
     try:
         target.write_text(mutant.applied(source))
         # Bytecode is recognised by the time of the source, in whole seconds.
         os.utime(target, (began + 1e9, began + 1e9))
-        budget = 60 + 3 * sum(known[name]["seconds"] for name in names)
-        status = in_child(work, run, budget) if names else 5
+        status = in_child(work, run, 3 * cap + 60)
     finally:
         target.write_text(source)
         os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
     by = noticed.read_text() if noticed.exists() else f"no test: pytest ended with {status}"
-    outcome = {0: SURVIVED, 5: SURVIVED, None: TIMEOUT}.get(status, KILLED)
+    outcome = SURVIVED if status in (0, CUT) else TIMEOUT if status < 0 else KILLED
     return {
         "name": mutant.name,
         "module": mutant.module,
         "verdict": outcome,
         "by": by if outcome == KILLED else "",
-        "tests": len(names),
-        "cut": cut,
+        "cut": status == CUT,
         "seconds": round(time.monotonic() - began, 1),
         "diff": mutant.diff(source),
     }
@@ -261,8 +206,8 @@ def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
     n, left = len(rows), len(survivors)
     lines.append(f"{'all':32} {n - left:4} / {n} = {(n - left) / max(n, 1):.2f}")
     for row in survivors:
-        note = f"{row['tests']} tests ran" + (", others were left out" if row["cut"] else "")
-        lines += ["", f"hooked_vlm/{row['name'].split(' @')[0]} ({note})", row["diff"]]
+        cut = " (not all tests were run)" if row["cut"] else ""
+        lines += ["", f"hooked_vlm/{row['name'].split(' @')[0]}{cut}", row["diff"]]
     return "\n".join(lines)
 
 
@@ -273,7 +218,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--out", type=Path, required=True, help="file for the verdicts")
     parser.add_argument("--only", default="", help="beginning of a module's path: hooks/attention")
-    parser.add_argument("--cap", type=float, default=60, help="seconds of tests for one mutant")
+    parser.add_argument("--cap", type=int, default=60, help="seconds of tests for a mutant")
     parser.add_argument("--again", action="store_true", help="try the file's survivors again")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copy is removed
@@ -288,12 +233,13 @@ def main() -> None:
     if picked:
         prepare()
         with copied() as work, out.open("a") as file:
-            known = known_tests(work, out.with_suffix(".tests.json"))
-            all_files = sorted({name.split("::")[0] for name in known})
             # Compiles everything once, so that no mutant has to.
-            in_child(work, lambda: run_tests(work, all_files, [], "--collect-only"), 900.0)
+            files = sorted({file for module in modules() for file in tests_of(module)})
+            status = in_child(work, lambda: run_tests(work, files, [], "--collect-only"), 900)
+            if status:
+                sys.exit((work / "output.txt").read_text())
             for number, mutant in enumerate(picked, 1):
-                row = verdict(work, mutant, known, given.cap)
+                row = verdict(work, mutant, given.cap)
                 rows[row["name"]] = row
                 file.write(json.dumps(row) + "\n")
                 file.flush()

@@ -1,13 +1,10 @@
 """Runs tests in forked processes, on a copy of the project: what `tests/mutants.py` is made of."""
 
 import contextlib
-import functools
-import json
 import os
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,74 +17,26 @@ import pytest
 MEMORY = 32 * 2**30
 """Bytes of address space that one process may take."""
 
-Known = dict[str, dict[str, Any]]
-"""By test: the seconds that it took, and the lines of each module that it ran."""
+CUT = 71
+"""Exit status of a process whose tests passed until their time was over."""
 
 
-class Chosen:
-    """Lets pytest run the named tests in their order, and notes the first that fails."""
+class Watched:
+    """Notes the first test that fails, and ends a session that took its share of the processor."""
 
-    def __init__(self, names: Sequence[str], noticed: Path) -> None:
-        self.order = {name: number for number, name in enumerate(names)}
-        self.noticed = noticed
-
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = sorted(
-            (item for item in items if item.nodeid in self.order),
-            key=lambda item: self.order[item.nodeid],
-        )
+    def __init__(self, noticed: Path, cap: float) -> None:
+        self.noticed, self.cap = noticed, cap
+        self.passed = 0
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        self.passed += report.passed and report.when == "call"
         if report.failed and not self.noticed.exists():
             self.noticed.write_text(report.nodeid)
 
-
-class Traced:
-    """Notes for each test how long it takes and which lines of the package it runs."""
-
-    def __init__(self, package: Path, out: Path) -> None:
-        self.package, self.out = f"{package}{os.sep}", out
-        self.known: Known = {}
-        self.failed: set[str] = set()
-
-    def pytest_runtest_protocol(self, item: Any) -> None:
-        # Models that tests share are made anew, so that each test runs what it rests on.
-        for name, module in list(sys.modules.items()):
-            if name.startswith("helpers."):
-                for value in vars(module).values():
-                    if isinstance(value, functools._lru_cache_wrapper):
-                        value.cache_clear()
-        self.lines: dict[str, set[int]] = {}
-        self.began = time.monotonic()
-        sys.settrace(self._on_call)
-        threading.settrace(self._on_call)
-
-    def _on_call(self, frame: Any, event: str, argument: Any) -> Any:
-        file = frame.f_code.co_filename
-        if not file.startswith(self.package):
-            return None
-        lines = self.lines.setdefault(file.removeprefix(self.package), set())
-
-        def on_line(frame: Any, event: str, argument: Any) -> Any:
-            lines.add(frame.f_lineno)
-            return on_line
-
-        return on_line(frame, event, argument)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed or report.skipped:
-            self.failed.add(report.nodeid)
-
-    def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        sys.settrace(None)
-        self.known[nodeid] = {
-            "seconds": round(time.monotonic() - self.began, 2),
-            "lines": {file: sorted(lines) for file, lines in self.lines.items()},
-        }
-
-    def pytest_sessionfinish(self) -> None:
-        kept = {name: told for name, told in self.known.items() if name not in self.failed}
-        self.out.write_text(json.dumps(kept))
+    def pytest_runtest_logfinish(self) -> None:
+        # Processor time: what other processes do changes no verdict.
+        if time.process_time() > self.cap and not self.noticed.exists():
+            os._exit(CUT)
 
 
 def run_tests(work: Path, files: Sequence[str], plugins: Sequence[Any], *options: str) -> int:
@@ -97,8 +46,11 @@ def run_tests(work: Path, files: Sequence[str], plugins: Sequence[Any], *options
     return int(pytest.main([*files, *common, *place, *options], plugins=[*plugins]))
 
 
-def in_child(work: Path, run: Callable[[], int], limit: float) -> int | None:
-    """Returns the status of `run` in a forked process; None when it took longer than `limit` s."""
+def in_child(work: Path, run: Callable[[], int], limit: int) -> int:
+    """Returns the status of `run` in a forked process that may take `limit` s of the processor.
+
+    The status of a process that a signal ended, also for too much time, is negative.
+    """
     child = os.fork()
     if child == 0:
         status = 70
@@ -109,6 +61,8 @@ def in_child(work: Path, run: Callable[[], int], limit: float) -> int | None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+            signal.alarm(20 * limit)  # for a process that waits
             sys.path[:0] = [str(work)]
             os.environ["PYTHONPATH"] = str(work)  # for tests that start an interpreter
             status = run()
@@ -117,16 +71,8 @@ def in_child(work: Path, run: Callable[[], int], limit: float) -> int | None:
         finally:
             sys.stdout.flush()
             os._exit(status)
-    until = time.monotonic() + limit
     try:
-        while time.monotonic() < until:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        return None
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # what tests started
             os.killpg(child, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(child, 0)

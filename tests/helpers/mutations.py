@@ -45,8 +45,6 @@ class Mutant:
     """Path below the package's folder."""
     kind: str
     line: int
-    lines: tuple[int, int]
-    """First and last line of the code that behaves differently."""
     start: int
     stop: int
     text: str
@@ -89,7 +87,6 @@ class _Finder(ast.NodeVisitor):
     def __init__(self, module: str, source: str) -> None:
         self.module, self.source = module, source
         self.found: list[Mutant] = []
-        self.statement: ast.stmt | None = None
         self.depth = 0
         starts = [0]
         for line in source.encode().splitlines(keepends=True):
@@ -97,13 +94,9 @@ class _Finder(ast.NodeVisitor):
         self.starts = starts
 
     def visit(self, node: ast.AST) -> None:
-        outer = self.statement
-        if isinstance(node, ast.stmt):
-            self.statement = node
         for kind, old, new in _changes(node, self.depth):
             self._add(kind, old, new)
         super().visit(node)
-        self.statement = outer
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         defaults = [default for default in node.args.kw_defaults if default is not None]
@@ -138,14 +131,10 @@ class _Finder(ast.NodeVisitor):
             return
         if not isinstance(old, ast.Slice | ast.Return | ast.Constant | ast.Call):
             text = f"({text})"
-        whole: Any = self.statement
-        if whole is None or hasattr(whole, "body"):  # an `if` differs in its header alone
-            whole = old
         mutant = Mutant(
             self.module,
             kind,
             old.lineno,
-            (whole.lineno, whole.end_lineno),
             self.starts[old.lineno - 1] + old.col_offset,
             self.starts[old.end_lineno - 1] + old.end_col_offset,
             text,

@@ -114,6 +114,21 @@ def test_j2_what_is_meant_for_one_image_is_not_written_into_the_next(site: str, 
                 model.run_with_hooks(inputs, [refused])
 
 
+def test_j2_an_encoder_that_runs_twice_on_an_image_is_refused_at_the_second_call():
+    hf_model = build("llava")
+    own = hf_model.model.get_image_features
+
+    def twice(**options: Any) -> Any:
+        own(**options)
+        return own(**options)
+
+    hf_model.model.get_image_features = twice
+    with torch.no_grad(), pytest.raises(InterventionError, match="runs once for each image"):
+        HookedVLM(hf_model).run_with_hooks(
+            make_inputs("llava"), [Ablate("vision_projector.hook_out")]
+        )
+
+
 def double(activation: torch.Tensor, hook: Any) -> torch.Tensor:
     return activation * 2
 
