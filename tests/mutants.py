@@ -59,7 +59,7 @@ OWN = {
 """By package or module, the tests of a module that has no file of that name."""
 FURTHER = {
     "engine": ("sweeps/test_sweep.py",),
-    "hooks": ("hooks/test_attach.py", "model/test_silent_cases.py"),
+    "hooks": ("hooks/test_attach.py", "hooks/test_describe.py", "model/test_silent_cases.py"),
     "inputs": ("inputs/test_grid_finder.py",),
     "interventions": ("interventions/test_interventions.py", "interventions/test_placing.py"),
     "regions": ("regions/test_grid.py", "regions/test_region.py"),

@@ -19,7 +19,7 @@ from hooked_vlm.engine.growing import BOUNDS, run_growing
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import run_plain
 from hooked_vlm.engine.stages import job_of
-from hooked_vlm.engine.vision import TowerRestart, merges_first
+from hooked_vlm.engine.vision import TowerRestart, merges_first, tower_depth
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
@@ -62,6 +62,28 @@ def sweep_of(
         }[kind]()
 
     return Sweep(make_inputs(family, batch, seed=1), {"kind": kinds, "site": sites}, make, base)
+
+
+@pytest.mark.parametrize(
+    ("site", "depth"),
+    [
+        ("vision_encoder.hook_patch_embed", 0),
+        ("vision_encoder.blocks.0.hook_resid_pre", 0),
+        ("vision_encoder.blocks.0.hook_resid_post", 1),
+        ("vision_encoder.blocks.1.hook_mlp_out", 1),
+        ("vision_encoder.blocks.1.hook_resid_post", 2),
+        ("vision_encoder.hook_out", 3),
+        ("vision_projector.hook_out", 3),
+        ("blocks.0.hook_resid_pre", 3),
+    ],
+)
+def test_j2_the_tower_is_shared_below_the_lowest_change(site: str, depth: int) -> None:
+    model, inputs = tiny("gemma-3"), make_inputs("gemma-3")
+    placed = Ablate(site).place(model, inputs)
+    assert tower_depth(model, [placed]) == depth
+    assert tower_depth(model, [placed, Ablate(1).place(model, inputs)]) == depth
+    # One of the user's own, of which nothing is known, may act anywhere.
+    assert tower_depth(model, [placed, object()]) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import GridError
+from hooked_vlm.hooks import patch_order
 from hooked_vlm.hooks.patch_order import from_images, packed_layout, to_images
 
 
@@ -57,3 +58,15 @@ def test_a_grid_that_does_not_merge():
 def test_a_layout_of_other_rows():
     with pytest.raises(GridError, match="packed 7 rows where its grid_thw makes 4"):
         to_images(torch.zeros(7, 3), packed_layout(torch.tensor([[1, 2, 2]]), 2).patches)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sides"),
+    # 4 and 9 rows for each place: merged blocks of 2x2 and 3x3 patches.
+    [(12, 1), (48, 2), (108, 3), (49, 1), (24, 1), (6, 1), (52, 1)],
+)
+def test_j2_a_grid_of_merged_blocks_is_told_by_the_number_of_patches(rows: int, sides: int):
+    grid = torch.tensor([[1, 2, 3], [1, 1, 6]])
+    expected = grid * torch.tensor([1, sides, sides])
+    assert torch.equal(patch_order._in_patches(grid, torch.zeros(rows, 4)), expected)
+    assert torch.equal(patch_order._in_patches(grid, None), grid)
