@@ -104,7 +104,7 @@ def sample(n: int, seed: int, only: str = "") -> list[Mutant]:
         module = min(open_, key=lambda m: (taken[m] + 0.5) / len(pools[m]))
         mutant = pools[module][taken[module]]
         taken[module] += 1
-        if mutant.parses(sources[module]):
+        if mutant.is_fair(sources[module]):
             picked.append(mutant)
     # Mixed, so that a run that is broken off has tried some of every package.
     random.Random(seed).shuffle(picked)

@@ -2,7 +2,7 @@
 
 Left out, because no result depends on them or the shape checks find them at once: annotations,
 decorators, docstrings, what is inside `raise`, `assert`, a warning or an f-string, and the
-classes of an `isinstance`.
+classes of an `isinstance`.  `Mutant.is_fair` leaves out `strict` of a `zip` too.
 """
 
 import ast
@@ -59,10 +59,17 @@ class Mutant:
         data = source.encode()
         return (data[: self.start] + self.text.encode() + data[self.stop :]).decode()
 
-    def parses(self, source: str) -> bool:
-        """Whether the changed source is Python (`(x)` may not stand everywhere that `x` may)."""
+    def is_fair(self, source: str) -> bool:
+        """Whether a test could notice: the source parses, and no mere second check is changed."""
+        data = source.encode()
+        old = data[self.start : self.stop].decode()
+        # `zip(…, strict=True)` of what was made of one length.
+        if data[: self.start].endswith(b"strict=") or old.count("strict=") > self.text.count(
+            "strict="
+        ):
+            return False
         try:
-            ast.parse(self.applied(source))
+            ast.parse(self.applied(source))  # `(x)` may not stand everywhere that `x` may
         except SyntaxError:
             return False
         return True
