@@ -114,6 +114,17 @@ def test_j2_a_sink_takes_part_of_the_attention_and_gives_nothing():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_j2_the_softmax_is_computed_in_float32_as_eager_attention_does(dtype, with_sinks):
+    weights = (3 * torch.randn(2, 4, 5, 7)).to(dtype)
+    sinks = torch.randn(2, 4, 5, 1).to(dtype) if with_sinks else None
+    whole = weights if sinks is None else torch.cat([weights, sinks], dim=-1)
+    expected = whole.float().softmax(-1)[..., :7].to(dtype)
+    found = pattern(weights, dtype, sinks)
+    assert found.dtype == dtype and torch.equal(found, expected)
+
+
 def capped_with_sinks(module, query, key, value, mask, scaling=None, **options):
     """Attention with both, written out by head and query: what a model's own file may do."""
     cap, sinks, out = options["softcap"], options["sinks"], torch.zeros_like(query.transpose(1, 2))
