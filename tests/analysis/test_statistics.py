@@ -204,6 +204,8 @@ def test_interval_prints_and_indexes():
         (lambda: bootstrap(np.zeros(1)), "at least 2 rows"),
         (lambda: bootstrap(np.array([0.0, np.nan])), "1 of 2 values are NaN"),
         (lambda: bootstrap(np.zeros(3), level=95.0), "level 95.0"),
+        (lambda: bootstrap(np.zeros(3), level=0.0), "level 0.0"),
+        (lambda: wilson(1, 2, level=1.0), "level 1.0"),
         (lambda: paired_difference(np.zeros((3, 2)), np.zeros(3)), "same pairs"),
         (lambda: wilson(3, 2), "0 <= successes <= n"),
         (lambda: wilson(0, 0), "n >= 1"),

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, make_region
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from helpers.toy_grids import make_grid
 from hooked_vlm.engine import vision
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.growing import BOUNDS, run_growing
@@ -162,6 +164,13 @@ def test_an_encoder_too_large_to_keep_runs_anew_for_every_cell(
     fronts = [cell.interventions for cell in sweep.recorded(model)]
     assert TowerRestart.of(model, sweep.inputs, fronts) is None
     compared(model, sweep)
+
+
+def test_j2_a_block_of_the_encoder_takes_bytes_for_every_patch_of_every_image() -> None:
+    grids = [[make_grid(2, 3), make_grid(1, 2)], [make_grid(3, 1)]]
+    model = SimpleNamespace(grids=lambda _: grids, cfg=tiny("gemma-3").cfg)
+    # Cells of 2x2 patches, a width of 32, and four bytes for each number.
+    assert vision._block_bytes(model, {}) == 4 * (6 + 2 + 3) * 32 * 4
 
 
 def small(model_type: str) -> tuple[HookedVLM, Any, Any]:
