@@ -158,11 +158,11 @@ def reproduce(
     data: Data = None,
     options: Options = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = "float32",
     fresh: Fresh = False,
     jobs: Jobs = 0,
 ) -> None:
-    """Run every experiment on every setting. Run the same command again to resume."""
+    """Run every experiment on every setting, in float32. Run it again to resume."""
     from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config
     from hooked_vlm.report import job as runner

@@ -293,6 +293,8 @@ def test_reproduce_needs_no_model(
         "shapes",
         "objects",
     }
+    record = json.loads((tmp_path / "tiny-two" / "provenance.json").read_text())
+    assert record["config"]["dtype"] == "float32"  # b7: the paper's, whatever the checkpoint's is
     page = (tmp_path / "index.html").read_text()
     assert 'id="E1-shapes"' in page and 'id="E1-objects"' in page
 

@@ -108,7 +108,7 @@ CASES: dict[str, tuple[str, str]] = {
         "--set controls was given twice, as '1' and '2'",
     ),
     "g6 nan": ("amplification --set alphas=0,nan", "alphas must be finite (got nan)"),
-    "g6 infinite": ("amplification --set control_alphas=inf", "must be finite (got inf)"),
+    "g6 infinite": ("amplification --set alphas=0,inf", "must be finite (got inf)"),
     "g6 no alpha": ("amplification --set alphas=", "alphas is empty"),
     "g6 no control": ("amplification --set controls=-1", "from 0 to 1000 (got -1)"),
     "i1 one pair": ("final-token --pairs 1", "--pairs must be a whole number from 2"),

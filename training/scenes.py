@@ -85,7 +85,7 @@ class MixedScene:
                 continue
             color = COLORS.get(name) or EXTRA_COLORS[name]
             if self.kind == "shapes":
-                shapes.paint(pen, form, box, color)
+                shapes.paint(pen, form, box, color, "inset")  # what the models have seen
             else:
                 pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=color)
         return np.asarray(image)

@@ -13,9 +13,11 @@ Which interval for what:
   skewed values, is not used: it covered 0.91 for sparse -1/0/1 differences and is undefined
   for constant values, which layer sweeps are full of;
 * rates of yes/no outcomes: `wilson`, which stays honest at 0 and 1, where any bootstrap
-  has zero width;
-* two kinds on the same pairs: `paired_difference` for the size, `sign_flip_test` for the
-  p-value, `holm` over slots.
+  has zero width: of 20 outcomes with p = 0.98, a bootstrap's interval covers p in 0.32 of draws;
+* the largest of several means (the best slot): `simultaneous`, because an interval made for one
+  slot lies wholly above the truth in 15 % of draws when it is the best of seven equal ones;
+* two kinds on the same pairs: `paired_difference` for the size, and for the p-value
+  `bounded.bounded_test`, which keeps its level for skewed differences too, `holm` over slots.
 """
 
 import math
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Count, Seed, Share
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, counted
 
 
 Rows = Shaped[Tensor | np.ndarray, "pair *axes"] | Sequence[float] | Sequence[bool]
@@ -74,7 +76,7 @@ class Interval:
             not -n <= i < n for i, n in zip(index, shape, strict=False)
         ):
             raise DataError(f"There is no interval at {index}: they are an array of {shape}.")
-        parts = (_plain(np.asarray(part)[index]) for part in (self.estimate, self.low, self.high))
+        parts = (plain(np.asarray(part)[index]) for part in (self.estimate, self.low, self.high))
         return Interval(*parts, n=self.n, level=self.level, method=self.method)
 
     def __str__(self) -> str:
@@ -99,12 +101,42 @@ def bootstrap(
     >>> bootstrap(np.zeros((50, 13))).low.shape
     (13,)
     """
-    rows = _rows(values)
+    rows = rows_of_pairs(values)
     means = _resampled_means(rows, n_resamples, seed)
     tail = _expanded_tail(len(rows), level)
     bounds = (rows.mean(axis=0), *np.quantile(means, [tail, 1 - tail], axis=0))
-    estimate, low, high = map(_plain, bounds)
+    estimate, low, high = map(plain, bounds)
     return Interval(estimate, low, high, len(rows), level, "bootstrap percentile")
+
+
+@checked(DataError)
+def simultaneous(
+    values: Rows, *, level: Share = 0.95, n_resamples: Count = 10_000, seed: Seed = 0
+) -> Interval:
+    """Returns means over pairs of `values` `[pair, *axes]`, with intervals that hold together.
+
+    In `level` of draws *all* intervals cover, so that of the largest mean does, whichever it is.
+    The half-widths are standard errors times one quantile of the largest studentised deviation
+    over all axes, widened to Student's t as `bootstrap`'s are.
+
+    Raises:
+        DataError: fewer than two pairs, NaN or infinite values.
+
+    >>> values = np.random.default_rng(0).normal(size=(50, 13))
+    >>> bool((simultaneous(values).high > bootstrap(values).high).all())
+    True
+    """
+    rows = rows_of_pairs(values)
+    n, estimate = len(rows), rows.mean(axis=0)
+    error = rows.std(axis=0, ddof=1) / math.sqrt(n)
+    deviations = np.abs(_resampled_means(rows, n_resamples, seed) - estimate)
+    ratios = np.divide(deviations, error, out=np.zeros_like(deviations), where=error > 0)
+    largest = ratios.reshape(n_resamples, -1).max(axis=1)
+    t_to_z = student_t.ppf((1 + level) / 2, n - 1) / norm.ppf((1 + level) / 2)
+    factor = math.sqrt(n / (n - 1)) * t_to_z * np.quantile(largest, level)
+    bounds = (estimate, estimate - factor * error, estimate + factor * error)
+    mean, low, high = map(plain, bounds)
+    return Interval(mean, low, high, n, level, "simultaneous")
 
 
 @checked(DataError, but=("values",))
@@ -134,7 +166,7 @@ def bootstrap_of(
     estimate = float(of_all[0])
     found = np.empty(0)
     if len(rows) > 1:
-        found = statistic(_resampled_means(_rows(rows), n_resamples, seed))
+        found = statistic(_resampled_means(rows_of_pairs(rows), n_resamples, seed))
         found = found[np.isfinite(found)]
     low = high = math.nan
     if len(found):
@@ -183,24 +215,27 @@ def wilson(successes: Number, n: Count, *, level: Share = 0.95) -> Interval:
     # At 0 and 1 the bound equals the rate in exact arithmetic; rounding may cross it.
     low, high = np.minimum(centre - half, rate), np.maximum(centre + half, rate)
     low, high = np.where(rate == 0, 0.0, low), np.where(rate == 1, 1.0, high)
-    return Interval(_plain(rate), _plain(low), _plain(high), n, level, "wilson")
+    return Interval(plain(rate), plain(low), plain(high), n, level, "wilson")
 
 
 @checked(DataError, but=("a", "b"))
 def sign_flip_test(
     a: Rows, b: OtherRows | None = None, *, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Number:
-    """Returns two-sided p-values `[*axes]` for "the mean of `a - b` over pairs is zero".
+    """Returns two-sided p-values `[*axes]` for "`a - b` is symmetric about zero".
 
-    Under the null hypothesis each pair's difference is as likely as its negative, so the
-    signs of whole rows are flipped at random.  With few pairs (2^n <= `n_resamples`) all
+    Under this null hypothesis each pair's difference is as likely as its negative, so the
+    signs of whole rows are flipped at random.  Differences of mean zero that are skewed are not
+    symmetric, and are rejected too: of values -0.05 (95 %) and +0.95 (5 %) 0.46 of draws at 8
+    pairs.  (Studentised flips are the same test: flips keep the sum of squares.)  For a claim
+    about a mean use `bounded.bounded_test`.  With few pairs (2^n <= `n_resamples`) all
     sign patterns are enumerated and the p-value is exact; otherwise it is
     (1 + hits) / (1 + n_resamples), which is never zero and keeps its level.
 
     Raises:
         DataError: shapes differ, fewer than two pairs, NaN or infinite values.
     """
-    rows = _rows(a) if b is None else _difference(a, b)
+    rows = rows_of_pairs(a) if b is None else _difference(a, b)
     flat = rows.reshape(len(rows), -1)
     observed = np.abs(flat.sum(axis=0)) - _TIE * np.abs(flat).sum(axis=0)
     exact = 2 ** len(rows) <= n_resamples
@@ -208,7 +243,7 @@ def sign_flip_test(
     for signs in _all_signs(len(rows)) if exact else _random_signs(len(rows), n_resamples, seed):
         hits += (np.abs(signs @ flat) >= observed).sum(axis=0)
     p = hits / 2 ** len(rows) if exact else (1 + hits) / (1 + n_resamples)
-    return _plain(p.reshape(rows.shape[1:]))
+    return plain(p.reshape(rows.shape[1:]))
 
 
 @checked(DataError, but=("p_values",))
@@ -232,10 +267,13 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
     return adjusted.reshape(p.shape)
 
 
-def _rows(values: OtherRows) -> np.ndarray:
+def rows_of_pairs(values: OtherRows, least: int = 2) -> np.ndarray:
+    """Returns values as an array of pairs; raises `DataError` for too few, and for NaN."""
     rows = _numbers(values)
-    if rows.ndim == 0 or len(rows) < 2:
-        raise DataError(f"Statistics over pairs need at least 2 rows; got shape {rows.shape}.")
+    if rows.ndim == 0 or len(rows) < least:
+        raise DataError(
+            f"Statistics over pairs need at least {counted(least, 'row')}; got shape {rows.shape}."
+        )
     if not np.isfinite(rows).all():
         raise DataError(
             f"{np.count_nonzero(~np.isfinite(rows))} of {rows.size} values are NaN or infinite; "
@@ -258,7 +296,7 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def _difference(a: Rows, b: OtherRows) -> np.ndarray:
-    left, right = _rows(a), _rows(b)
+    left, right = rows_of_pairs(a), rows_of_pairs(b)
     if left.shape != right.shape:
         raise DataError(
             f"A paired comparison was given shapes {left.shape} and {right.shape}; both must be "
@@ -267,7 +305,8 @@ def _difference(a: Rows, b: OtherRows) -> np.ndarray:
     return left - right
 
 
-def _plain(value: Number) -> Number:
+def plain(value: Number) -> Number:
+    """Returns an array as it is, and a single number as a float."""
     return value if np.ndim(value) else float(value)
 
 

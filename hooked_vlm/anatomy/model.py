@@ -19,6 +19,7 @@ from hooked_vlm.anatomy.parts import block_lists, first_of, has_weights
 from hooked_vlm.anatomy.projector import base_of, find_projector, takes_maps
 from hooked_vlm.anatomy.source import POSITIONAL, keywords_of
 from hooked_vlm.anatomy.vision import Stack, Vision, _patch_embed, read_stack, read_vision
+from hooked_vlm.anatomy.wrappers import through_wrappers
 from hooked_vlm.errors import UnsupportedModelError
 
 
@@ -36,6 +37,7 @@ class Anatomy:
     image_token_id: int | None
 
 
+@through_wrappers
 def read_anatomy(model: nn.Module) -> Anatomy:
     """Returns the anatomy of a transformers model, detected from its module tree.
 

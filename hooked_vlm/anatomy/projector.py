@@ -9,6 +9,7 @@ from torch import nn
 
 from hooked_vlm.anatomy.parts import block_lists, has_weights, is_linear, is_norm
 from hooked_vlm.anatomy.source import called_children, self_calls
+from hooked_vlm.anatomy.wrappers import bare
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -57,7 +58,7 @@ def takes_maps(projector: nn.Module) -> bool:
     """Whether a projector's first operation is a convolution."""
     children = dict(projector.named_children())
     first = next(iter(called_children(projector)), None)
-    return isinstance(children[first] if first else projector, nn.Conv2d)
+    return isinstance(bare(children[first] if first else projector), nn.Conv2d)
 
 
 def _between(

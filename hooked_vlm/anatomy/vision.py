@@ -35,6 +35,7 @@ from hooked_vlm.anatomy.source import (
     forward_source,
     self_calls,
 )
+from hooked_vlm.anatomy.wrappers import bare, through_wrappers
 from hooked_vlm.errors import UnsupportedModelError
 
 
@@ -143,15 +144,17 @@ def read_vision(
     called = position is not None and _is_called(encoder, paths[id(position)], paths[id(encoder)])
     # 2. Sizes of patches and images.  A packed encoder takes images of any size.
     own = getattr(encoder, "config", None)
-    conv = isinstance(embed, nn.Conv2d | nn.Conv3d)
-    patch_size = embed.kernel_size[-1] if conv else _side(first_of(own, "patch_size"))
+    cut: Any = None if embed is None else bare(embed)
+    conv = isinstance(cut, nn.Conv2d | nn.Conv3d)
+    patch_size = cut.kernel_size[-1] if conv else _side(first_of(own, "patch_size"))
     packed = grid_argument(encoder) is not None
     side = _side(first_of(own, "image_size"))
     side = None if packed or not side else side
     # 3. Tokens before the patches: what the position table has beyond the patches, or parameters.
     n_prefix = 0
-    if side and patch_size and isinstance(position, nn.Embedding):
-        n_prefix = max(position.num_embeddings - (side // patch_size) ** 2, 0)
+    table = None if position is None else bare(position)
+    if side and patch_size and isinstance(table, nn.Embedding):
+        n_prefix = max(table.num_embeddings - (side // patch_size) ** 2, 0)
         n_prefix = n_prefix if n_prefix <= _MOST_PREFIX else 0
     elif heads := [n for n, _ in _parameters(encoder) if re.search(_LEADING, n)]:
         n_prefix = len(heads) + (first_of(own, "num_register_tokens") or 0)
@@ -204,9 +207,11 @@ def _side(size: Any) -> int | None:
 
 def _patch_embed(encoder: nn.Module) -> Any:
     """Returns the convolution that cuts patches, or the first linear map with a matching name."""
+    # An adapter's layer is found before the parts of it, which are convolutions themselves.
     modules = list(encoder.named_modules())
-    convs = [m for _, m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)]
-    cutting = [m for m in convs if m.stride == m.kernel_size and m.kernel_size[-1] > 1]
+    convs = [m for _, m in modules if isinstance(bare(m), nn.Conv2d | nn.Conv3d)]
+    cuts: list[tuple[nn.Module, Any]] = [(m, bare(m)) for m in convs]
+    cutting = [m for m, c in cuts if c.stride == c.kernel_size and c.kernel_size[-1] > 1]
     if cutting:
         return cutting[0]
     maps = [
@@ -279,6 +284,7 @@ def find_tower(model: Any) -> Any:
     return found
 
 
+@through_wrappers
 def read_tower(model: nn.Module) -> Tower:
     """Returns a vision encoder's anatomy; paths are relative to `model`, heads are excluded.
 

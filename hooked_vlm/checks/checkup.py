@@ -14,6 +14,7 @@ from PIL import Image
 
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
+from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.hooks.names import site_path
@@ -32,6 +33,13 @@ def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding
     vision = model.require_vision()
     side = vision.image_size or 4 * (vision.patch_size or 14) * max(vision.merge, 2)
     inputs, source = (_prepared(model, side, seed) for seed in (0, 1))
+    with model.eager():  # runs without hooks are compared with runs under hooks
+        yield from _findings(model, inputs, source, every_layer)
+
+
+def _findings(
+    model: HookedVLM, inputs: Inputs, source: Inputs, every_layer: bool
+) -> Iterator[Finding]:
     yield _safely(laws.check_parity, "parity", model, inputs)
     yield _safely(laws.check_fires, "fires", model, inputs)
     for group in laws.SITE_GROUPS:
@@ -40,12 +48,14 @@ def check_model(model: HookedVLM, every_layer: bool = False) -> Iterator[Finding
         yield laws.check_sites(model, inputs, group, names)
     for name, law in (
         ("residual", laws.check_residual),
+        ("decomposition", check_decomposition),
         ("patterns", laws.check_patterns),
         ("grid", laws.check_grid),
         ("generate", laws.check_generate),
         ("steered answer", check_steered),
         ("start layer", laws.check_start_layer),
         ("own output", given.check_own_output),
+        ("videos", given.check_videos),
         ("4-D mask", given.check_masks),
         ("gradients", given.check_gradients),
     ):

@@ -144,7 +144,7 @@ def _write(clean: Clean, job: RowPlan) -> Write | None:
         return None
     here = clean.residuals[job.stage]
     rows = here.new_empty(*clean.size, here.shape[-1], device="meta")
-    require_made_for(placed.where, rows, placed.inputs, ())
+    require_made_for(placed.where, rows, placed.inputs, placed.places)
     return found
 
 

@@ -56,21 +56,25 @@ def run_cells(
     """
     check_engine(engine)
     given = (model, inputs, cells, metric, on_progress, forward_kwargs)
+    with model.turn(), model.eager():  # engines replace forwards, which all threads share
+        return _run_fastest(engine, given, memory)
+
+
+def _run_fastest(engine: str, given: Sequence[Any], memory: int | None) -> tuple[list[Tensor], str]:
     why: list[str] = []
-    with model.turn():  # engines replace forwards of modules, which all threads share
-        if engine == "growing":
-            try:
-                scores, report = run_growing(*given, memory)
-            except GrowthError as reason:
-                why.append(f"no growing batch: {reason}")
-            else:
-                return scores, str(report)
-        if engine != "plain":
-            try:
-                return run_restarted(*given), _said("restart", why)
-            except GrowthError as reason:
-                why.append(f"no restart: {reason}")
-        return run_plain(*given), _said("plain", why)
+    if engine == "growing":
+        try:
+            scores, report = run_growing(*given, memory)
+        except GrowthError as reason:
+            why.append(f"no growing batch: {reason}")
+        else:
+            return scores, str(report)
+    if engine != "plain":
+        try:
+            return run_restarted(*given), _said("restart", why)
+        except GrowthError as reason:
+            why.append(f"no restart: {reason}")
+    return run_plain(*given), _said("plain", why)
 
 
 def _said(engine: str, why: Sequence[str]) -> str:

@@ -96,7 +96,7 @@ def shared_runs(model: Model, memory: Count = BUDGET) -> Iterator[RunStore]:
         return
     runs = _OPEN[id(model)] = RunStore(model, memory)
     try:
-        with encoding_once(model, runs):
+        with model.eager(), encoding_once(model, runs):
             yield runs
     finally:
         del _OPEN[id(model)]

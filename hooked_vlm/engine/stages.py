@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_vlm.hooks.names import site_path
+from hooked_vlm.inputs.rows import known_grids
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
@@ -122,8 +123,9 @@ def _steps(
 
 
 def _first_image_token(model: Any, inputs: Mapping[str, Any]) -> int:
-    grids = [grid for row in model.grids(inputs) for grid in row]
-    return min((int(grid.positions.min()) for grid in grids), default=0)
+    if any("video" in name for name in inputs):
+        return 0  # an edit in the encoder acts on videos, too
+    return min((int(grid.positions.min()) for grid in known_grids(model, inputs)), default=0)
 
 
 def stage_of(site: str, n_layers: int, *, merged_first: bool = True) -> tuple[int, bool]:

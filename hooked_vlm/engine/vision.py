@@ -22,6 +22,7 @@ from hooked_vlm.engine.fingerprints import remember, shapes_of, ways_of_attendin
 from hooked_vlm.engine.stages import MERGED, RowPlan
 from hooked_vlm.hooks.names import VISION, site_path
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
+from hooked_vlm.inputs.rows import known_grids
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
@@ -105,8 +106,7 @@ def _encoded(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
 
 def _block_bytes(model: Any, inputs: Mapping[str, Any]) -> int:
     """Returns about how many bytes a block of the encoder returns for some inputs' images."""
-    grids = [grid for row in model.grids(inputs) for grid in row]
-    n_patches = sum(grid.patch_rows * grid.patch_cols for grid in grids)
+    n_patches = sum(g.patch_rows * g.patch_cols for g in known_grids(model, inputs))
     return n_patches * model.cfg.vision.d_model * model.cfg.dtype.itemsize
 
 

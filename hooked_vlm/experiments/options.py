@@ -33,6 +33,8 @@ class Config:
     """The lowest and the highest value of the experiment's own numbers."""
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The values of the experiment's own texts."""
+    in_float32: ClassVar[bool] = False
+    """Whether the paper computes the experiment in float32 (Table 5)."""
 
     pairs: int = 50
     """Clean/counterfactual pairs per direction (protocol 2.5)."""

@@ -28,12 +28,14 @@ from hooked_vlm.experiments.further import (
     grid_probes,
     photographs,
     redundancy,
+    whatsup_pooled,
 )
+from hooked_vlm.experiments.notes import with_notes
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.stimuli.datasets import whatsup
-from hooked_vlm.stimuli.settings import SETTINGS, require_known
+from hooked_vlm.stimuli.settings import INSET, SETTINGS, require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,10 @@ MODULES = (
     redundancy,
     coco_spatial,
     coco_amplification,
+    whatsup_pooled,
 )
-NEED_DATA = (coco_spatial, coco_amplification)
-"""Experiments that need a user's copy of COCO-spatial."""
+NEED_DATA = (coco_spatial, coco_amplification, whatsup_pooled)
+"""Experiments that need a user's copy of What'sUp or COCO-spatial."""
 PAPER = tuple(
     name
     for name in (
@@ -78,13 +81,15 @@ PAPER = tuple(
 )
 """The paper's experiments on each of its synthetic settings."""
 EXPERIMENTS: dict[str, Experiment] = {
-    module.ABOUT.name: Experiment(**vars(module.ABOUT), run=module.run, config=module.Config)
+    module.ABOUT.name: Experiment(
+        **vars(module.ABOUT), run=with_notes(module.run), config=module.Config
+    )
     for module in MODULES
 }
 SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),
     "reproduce": (
-        *(f"behaviour:{setting}" for setting in SETTINGS),
+        *(f"behaviour:{setting}" for setting in SETTINGS if setting != INSET),
         *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
         *(
             m.ABOUT.name
@@ -92,10 +97,19 @@ SUITES: dict[str, tuple[str, ...]] = {
             if m.ABOUT.name not in ("behaviour", *PAPER) and m not in NEED_DATA
         ),
     ),
-    "whatsup": tuple(
-        f"{name}:{setting}"
-        for name in ("behaviour", "final-token", "ordering-probes", "strip-swap", "amplification")
-        for setting in whatsup.SETTINGS
+    "whatsup": (
+        whatsup_pooled.ABOUT.name,
+        *(
+            f"{name}:{setting}"
+            for name in (
+                "behaviour",
+                "final-token",
+                "ordering-probes",
+                "strip-swap",
+                "amplification",
+            )
+            for setting in whatsup.SETTINGS
+        ),
     ),
 }
 """Lists of experiments; a fixed setting follows after a colon."""

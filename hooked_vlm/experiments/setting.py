@@ -1,10 +1,11 @@
 """A setting for one model: pictures whose objects fill whole tokens, prompts and answers.
 
 It converts questions to model inputs and final logits to scores.  The canvas is the paper's
-for the model's kind of encoder: the encoder's image size if it is fixed, else 12x12 visual
-tokens.
+for the model's kind of encoder: the encoder's image size if it is fixed, else 15x15 visual
+tokens where separators stand between the rows of tokens (Pixtral), else 12x12 (Qwen2-VL).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,10 +22,11 @@ from hooked_vlm.analysis.scoring import (
     normalise,
     top_answer,
 )
-from hooked_vlm.errors import CannotRunError
+from hooked_vlm.errors import CannotRunError, HookedVLMWarning
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.inputs.prepared import Inputs
-from hooked_vlm.stimuli.geometry import Layout
+from hooked_vlm.regions.grid import TokenGrid
+from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY, Layout
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
 from hooked_vlm.stimuli.sets import StimulusSet
@@ -32,8 +34,10 @@ from hooked_vlm.stimuli.settings import stimulus_set
 
 
 FEWEST_PAIRS = 2
-PAPER_TOKENS = 12
+PAPER_TOKENS = PAPER_GEOMETRY["qwen2-vl"].n_tokens
 """Visual tokens a side where the encoder takes any size (the paper's Qwen2-VL canvas)."""
+SEPARATED_TOKENS = PAPER_GEOMETRY["pixtral"].n_tokens
+"""The same where separators stand between the rows of tokens (the paper's Pixtral canvas)."""
 
 
 class Setting:
@@ -43,12 +47,12 @@ class Setting:
         """Verifies that the model can answer the setting's questions, before any long work.
 
         Raises `UnsupportedModelError` for a model without a vision encoder or processor,
-        `ScoringError` for an answer that its tokenizer splits, and `CannotRunError` for an
-        encoder whose visual tokens do not form a square grid.
+        `ScoringError` for an answer that cannot be scored, and `CannotRunError` for a tokenizer
+        that splits all but two names, and for an encoder whose visual tokens do not form a
+        square grid.
         """
         model.require_vision()
-        if stimuli.skip_split_names:
-            stimuli = _whole_names(stimuli, model.tokenizer)
+        stimuli, _ = for_tokenizer(stimuli, model.tokenizer)
         self.model, self.stimuli, self.batch_size = model, stimuli, batch_size
         self.names = stimuli.names
         for name in self.names:
@@ -58,14 +62,7 @@ class Setting:
     @classmethod
     def of(cls, model: Any, config: Config) -> "Setting":
         """Returns the setting of a configuration, for a model."""
-        stimuli = stimulus_set(
-            config.setting,
-            cutouts=config.cutouts,
-            backgrounds=config.backgrounds,
-            data=config.data,
-            other_words=config.other_words,
-        )
-        return cls(model, stimuli, config.batch_size)
+        return cls(model, stimuli_of(config), config.batch_size)
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -127,9 +124,16 @@ class Setting:
     ) -> dict[str, list[Any]]:
         """Returns each direction's pairs as `pairs` does, with another filter."""
         middle = self.stimuli.with_middle
+        drawn_names = k - (self.stimuli.middle is not None)
+        if drawn_names > len(self.names):
+            raise CannotRunError(
+                f"A pair needs {drawn_names} different names, and {self.stimuli.title} has "
+                f"{len(self.names)} that this model's tokenizer keeps as one token: "
+                f"{', '.join(self.names)}. Use another setting."
+            )
         tuples = sample_tuples(
             self.names,
-            k - (self.stimuli.middle is not None),
+            drawn_names,
             per_direction=config.pairs,
             seed=config.seed,
             accept_batch=lambda d, drawn: accept(d, [middle(names) for names in drawn]),
@@ -157,30 +161,85 @@ class Setting:
         return every.gather(-1, columns.to(every.device))
 
 
-def _whole_names(stimuli: StimulusSet, tokenizer: Any) -> StimulusSet:
-    """Returns a setting without the names that a tokenizer splits (the paper's filter)."""
-    kept = tuple(name for name in stimuli.names if is_single_token(tokenizer, name))
+def stimuli_of(config: Config) -> StimulusSet:
+    """Returns the stimuli of a configuration, for any model."""
+    return stimulus_set(
+        config.setting,
+        cutouts=config.cutouts,
+        backgrounds=config.backgrounds,
+        data=config.data,
+        other_words=config.other_words,
+    )
+
+
+def for_tokenizer(stimuli: StimulusSet, tokenizer: Any) -> tuple[StimulusSet, str]:
+    """Returns a setting with names that a tokenizer keeps as one token, and a note about others.
+
+    This is the paper's filter: a name that the tokenizer splits is replaced by its spare if it
+    has one (orange instead of brown), else left out.  The note is empty where nothing changes.
+
+    Raises `CannotRunError` when fewer than three names are left.
+    """
+    kept, changes = [], []
+    for name in stimuli.names:
+        spare = stimuli.spares.get(name)
+        if is_single_token(tokenizer, name):
+            kept.append(name)
+        elif spare is not None and is_single_token(tokenizer, spare):
+            kept.append(spare)
+            changes.append(f"{name} is replaced by {spare}")
+        else:
+            changes.append(f"{name} is left out")
     if len(kept) < 3:
         raise CannotRunError(
             f"This model's tokenizer has {len(kept)} of the {len(stimuli.names)} names of "
             f"{stimuli.title} as one token ({', '.join(kept) or 'none'}); at least 3 are needed. "
             "Use another setting."
         )
-    return replace(stimuli, names=kept)
+    if not changes:
+        return stimuli, ""
+    found = replace(stimuli, names=tuple(kept))
+    note = (
+        f"{stimuli.title}: this model's tokenizer splits some names, so {', '.join(changes)}, as "
+        f"in the paper's filter of names. {len(found.items())} of {len(stimuli.items())} items "
+        "remain."
+    )
+    return found, note
 
 
 def token_grid(model: Any) -> tuple[int, int]:
-    """Returns the number of visual tokens on a side of the canvas, and the pixels of one."""
+    """Returns the number of visual tokens on a side of the canvas, and the pixels of one.
+
+    Raises `CannotRunError` where a square canvas does not become a square grid of cells of
+    whole pixels.
+    """
     vision = model.cfg.vision
     side = vision.image_size or PAPER_TOKENS * vision.patch_size * vision.merge
-    blank = Image.new("RGB", (side, side), "white")
-    rows, cols = model.prepare(blank, "", system=system_of(model, SYSTEM_PROMPT)).grid.shape
+    grid = _grid_of(model, side)
+    wanted = grid.rows
+    if vision.image_size is None:
+        wanted = SEPARATED_TOKENS if grid.is_separated else PAPER_TOKENS
+    if grid.shape != (wanted, wanted):
+        # The measured size of a token, since a projector may merge tokens too.
+        fitting = wanted * (grid.processed_size[0] // grid.cols)
+        other = _grid_of(model, fitting)
+        if other.shape == (wanted, wanted) and not other.is_resized:
+            side, grid = fitting, other
+    rows, cols = grid.shape
     if rows != cols or side % rows:
         raise CannotRunError(
             f"A picture of {side}x{side} px becomes {rows}x{cols} visual tokens in this model; the "
             "stimuli need a square grid of cells of whole pixels. Use another model."
         )
     return rows, side // rows
+
+
+def _grid_of(model: Any, side: int) -> TokenGrid:
+    blank = Image.new("RGB", (side, side), "white")
+    with warnings.catch_warnings():
+        # The pictures of the experiments are prepared later, and give the warning then.
+        warnings.filterwarnings("ignore", "The image processor changed", HookedVLMWarning)
+        return model.prepare(blank, "", system=system_of(model, SYSTEM_PROMPT)).grid
 
 
 def system_of(model: Any, system: str | None) -> str | None:

@@ -1,18 +1,19 @@
 """Makes and selects rows of a result's table, and formats intervals, slots and names."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from hooked_vlm.analysis.bounded import bounded_test, by_unit
 from hooked_vlm.analysis.statistics import (
     Interval,
     bootstrap,
     holm,
     paired_difference,
-    sign_flip_test,
+    wilson,
 )
 
 
@@ -41,15 +42,25 @@ def score_rows(scores: xr.DataArray, seed: int, **columns: Any) -> list[dict]:
     return interval_rows(bootstrap(scores.values, seed=seed), axes, **columns)
 
 
+def rate_rows(verdicts: np.ndarray, units: Sequence[Hashable], **columns: Any) -> list[dict]:
+    """Returns the row of a rate of yes/no outcomes, with Wilson's interval over units.
+
+    Two questions about one picture are one observation: the mean of its outcomes.
+    """
+    means = by_unit(np.asarray(verdicts, dtype=float), units)
+    return interval_rows(wilson(float(means.sum()), len(means)), {}, **columns)
+
+
 def difference_rows(
     one: np.ndarray, other: np.ndarray, axes: Mapping[str, Sequence[Any]], seed: int, **columns: Any
 ) -> list[dict]:
     """Returns the rows of `one` minus `other`, paired along their first axis.
 
-    Column p_holm has the p-values of sign-flip tests, Holm-adjusted over all rows.
+    Column p_holm has the p-values of bounded mean tests, Holm-adjusted over all rows: both are
+    probabilities or shares.
     """
     rows = interval_rows(paired_difference(one, other, seed=seed), axes, **columns)
-    adjusted = holm(sign_flip_test(one, other, seed=seed))
+    adjusted = holm(bounded_test(np.asarray(one) - np.asarray(other), seed=seed))
     return [{**row, "p_holm": float(p)} for row, p in zip(rows, adjusted, strict=True)]
 
 

@@ -17,9 +17,12 @@ from transformers.utils import ModelOutput
 from hooked_vlm.anatomy.caches import cached_positions, caches_among, prompts_among
 from hooked_vlm.anatomy.source import carrier, signature_of
 from hooked_vlm.anatomy.vision import Vision
+from hooked_vlm.anatomy.wrappers import wrapped_by
+from hooked_vlm.errors import HookError
 from hooked_vlm.hooks.attention import Edits, tapped_config
+from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch, is_watched
-from hooked_vlm.hooks.generation import count_steps
+from hooked_vlm.hooks.generation import at_each_pass, count_steps
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call
 from hooked_vlm.hooks.prompts import OnPrompt, acts_on_prompt, match, refuse_mixed
@@ -33,12 +36,15 @@ def attach(
     points: dict[str, HookPoint],
     layers: Sequence[tuple[Sequence[tuple[str, HookFunction]], PassCounter]],
     vision: Vision | None = None,
+    entries: Sequence[nn.Module] = (),
 ) -> Iterator[None]:
     """Attaches functions to sites of a model for the duration of a `with` block.
 
     `layers` are the open blocks, outermost first: pairs of a site's name and a function, and
     the counter that decides in which passes they run.  Functions at one site run in this order.
+    `entries` are the modules that may begin a pass, from the outside (see `at_each_pass`).
     """
+    entries = entries or (model,)
     # 1. Collect the functions by site.
     by_site: dict[str, list[tuple[HookFunction, PassCounter]]] = {}
     for pairs, run in layers:
@@ -48,16 +54,17 @@ def attach(
     fired = [SiteDispatch(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
     # 2. Register hooks that track passes and calls, then those of the sites.
     with ExitStack() as stack:
+        stack.enter_context(eager(entries[0]))
         for _, run in layers:
-            stack.enter_context(count_steps(model, run))
+            stack.enter_context(count_steps(entries, run))
         if vision is not None and any(f.site.by_image for f in fired):
             _note_call(model, vision, packing, stack)
-        restart = _reset_counters(fired, packing)
-        handles = [model.register_forward_pre_hook(restart, with_kwargs=True)]
         # A generation may call the encoder before the first pass: its calls count from 0 too.
         forget = _reset_calls(fired)
         forget()
-        handles.append(model.register_forward_hook(_forgetting(forget, packing), always_call=True))
+        restart = _reset_counters(fired, packing)
+        stack.enter_context(at_each_pass(entries, restart, _forgetting(forget, packing)))
+        handles: list[torch.utils.hooks.RemovableHandle] = []
         stack.callback(_remove, handles)
         # Prepended hooks run in reverse order of registration, and at one module the sites must
         # run in the order of the model.
@@ -87,7 +94,14 @@ def _module_at(model: nn.Module, path: str) -> nn.Module:
     for name in path.split("."):
         found = found._modules.get(name)
         if found is None:  # the whole model, or a path that a wrapper resolves
-            return model.get_submodule(path)
+            found = model.get_submodule(path)
+            break
+    if wrapped_by(found) is not None:
+        raise HookError(
+            f"{path} is now a {type(found).__name__}: it was compiled, checkpointed or sharded "
+            "after HookedVLM read the model. Wrap the model again, or compile in place, "
+            "module.compile()."
+        )
     return found
 
 
@@ -108,7 +122,7 @@ def _note_call(model: nn.Module, vision: Vision, packing: CallContext, stack: Ex
 
 
 def _reset_calls(fired: Sequence[SiteDispatch]) -> Callable[..., None]:
-    """Returns a function, also as a hook, that sets the counts of calls to zero."""
+    """Returns a function that sets the counts of calls to zero."""
 
     def forget(*_: Any) -> None:
         for item in fired:
@@ -118,7 +132,7 @@ def _reset_calls(fired: Sequence[SiteDispatch]) -> Callable[..., None]:
 
 
 def _forgetting(forget: Callable[..., None], packing: CallContext) -> Callable[..., None]:
-    """Returns a hook for the end of a pass; its arguments are not kept alive."""
+    """Returns a function for the end of a pass; its arguments are not kept alive."""
 
     def end(*_: Any) -> None:
         forget()
@@ -128,12 +142,12 @@ def _forgetting(forget: Callable[..., None], packing: CallContext) -> Callable[.
 
 
 def _reset_counters(fired: Sequence[SiteDispatch], packing: CallContext) -> Callable[..., None]:
-    """Returns a hook that resets the counts of calls and prompts at each forward pass."""
+    """Returns a function that resets the counts of calls and prompts before each pass."""
 
     forget = _reset_calls(fired)
     made_for = [(fn, run) for item in fired for fn, run in item.fns if isinstance(fn, OnPrompt)]
 
-    def restart(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def restart(args: tuple, kwargs: dict) -> None:
         forget()
         prompts = prompts_among(args, kwargs)
         packing.n_prompts = 0 if prompts is None else len(prompts)

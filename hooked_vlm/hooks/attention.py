@@ -13,6 +13,7 @@ form.  It raises where a missing mask could mean causal or not causal, because a
 that silently loses causality gives wrong results.
 """
 
+import math
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
@@ -224,8 +225,10 @@ def _verify(
     """Verifies our arithmetic against the module's own, once for each kind of call.
 
     A future attention may take a new argument that changes its scores (as sinks, soft-capping
-    and position biases did), under any name.  Raises `UnsupportedModelError` when our result
-    then differs.
+    and position biases did), under any name.  The verification uses noise: queries, keys and
+    values of the run may have been edited by hooks, and zeros would agree in any arithmetic.
+
+    Raises `UnsupportedModelError` when our result differs.
     """
     # 1. The kind of call: module, implementation, dtype, device and arguments.
     query, key, value = qkv
@@ -236,6 +239,7 @@ def _verify(
     if kind in _VERIFIED or query.is_meta:
         return
     # 2. Compare our output with the module's own.
+    query, key, value = _noise_like(query, key, value, options["scaling"])
     call = {"scaling": options["scaling"], "dropout": 0.0, **kwargs}
     with torch.no_grad():
         theirs = _base_function(base, module)(module, query, key, value, given_mask, **call)[0]
@@ -252,6 +256,18 @@ def _verify(
             f"from eager attention by {off:.2g} of the largest value. Hook q, k, v or z instead."
         )
     _VERIFIED.add(kind)
+
+
+def _noise_like(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns noise of the given shapes, with scores of a standard deviation of 3."""
+    random = torch.Generator(query.device).manual_seed(0)
+    like = {"generator": random, "device": query.device, "dtype": query.dtype}
+    width = query.shape[-1]
+    factor = 3 / (math.sqrt(width) * (scaling or width**-0.5))
+    made = [torch.randn(x.shape, **like) for x in (query, key, value)]
+    return made[0] * factor, made[1], made[2]
 
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Device
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
+from hooked_vlm.hooks.decomposition import parts_of
 from hooked_vlm.hooks.names import (
     VISION,
     count_layers,
@@ -191,19 +192,33 @@ class ActivationCache(Mapping[str, Any]):
 
     @checked(DataError)
     def decompose_resid(
-        self, tower: str | None = None, return_labels: bool = False
+        self,
+        tower: str | None = None,
+        return_labels: bool = False,
+        *,
+        layer: int | None = None,
     ) -> Tensor | tuple[Tensor, list[str]]:
         """Returns the contribution of each part to the residual stream: `[part, batch, pos, ...]`.
 
-        Parts are the input of block 0, then the attention and MLP output of every layer.  Their
-        sum is the last slot of the residual stream.
+        Parts are the input of block 0 (`embed`), then the attention and MLP output of every layer
+        (`0_attn_out`, `0_mlp_out`), as they are added: a model may scale them.  Where a model adds
+        more between two blocks (DeepStack), that is a part as well: `before_1` is added before
+        block 1.  Their sum is the stream before block `layer`; without `layer`, it is the stream
+        after the last block.  The sum is verified on the cached stream.
+
+        Raises `DataError` when the parts do not sum to the stream: the model scales or normalises
+        it, adds something that has no site, or a hook wrote to it.
         """
-        parts, labels = [self["resid_pre", 0, tower]], ["embed"]
-        for layer in range(self._n_layers(tower)):
-            parts += [self["attn_out", layer, tower], self["mlp_out", layer, tower]]
-            labels += [f"{layer}_attn_out", f"{layer}_mlp_out"]
-        stacked = torch.stack(parts)  # type: ignore[arg-type]
-        return (stacked, labels) if return_labels else stacked
+        n_layers = self._n_layers(tower)
+        end = layer is None or layer == n_layers
+        layer = n_layers if layer is None else layer
+        if not 0 <= layer <= n_layers:
+            raise UnknownHookError(
+                f"layer={layer} was given; expected 0 to {n_layers} (after the last block)."
+            )
+        parts = parts_of(self, tower, layer, end)
+        stacked = torch.stack([part for _, part in parts])
+        return (stacked, [label for label, _ in parts]) if return_labels else stacked
 
     @checked(DataError)
     def save(self, path: str | Path) -> None:

@@ -3,10 +3,14 @@
 Each pass that runs is counted.  A pass continues the previous one when its arguments have a
 non-empty key-value cache, or the prompt of the prefill followed by more tokens.  A prefill may
 take several passes, each a chunk of the prompt; they are one step.
+
+A pass is a call of the outermost module that runs.  That is not always the wrapped model: the
+`generate` of some models calls that of the language model inside (BLIP-2), and a wrapper around
+the model may call the model, or a module between the two.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +25,47 @@ from hooked_vlm.anatomy.caches import (
     prompts_among,
 )
 from hooked_vlm.errors import HookError, counted
+from hooked_vlm.hooks.checkpointing import has_gradient
 from hooked_vlm.hooks.hook_point import PassCounter
 
 
 @contextmanager
-def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
+def at_each_pass(
+    entries: Sequence[nn.Module],
+    begin: Callable[[tuple, dict], None],
+    end: Callable[[Any], None],
+) -> Iterator[None]:
+    """Calls functions before and after each pass, for the duration of a `with` block.
+
+    `entries` are modules that contain one another, from the outside: whichever runs outermost
+    makes the pass.  `end` is given its output, or None after an error.
+    """
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        running.append(module)
+        if len(running) == 1:
+            begin(args, kwargs)
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        if running and running[-1] is module:  # else an error came before `enter`
+            running.pop()
+            if not running:
+                end(output)
+
+    handles = []
+    for module in entries:
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def count_steps(entries: Sequence[nn.Module], run: PassCounter) -> Iterator[None]:
     """Counts the passes of a generation, and records which of them repeat its prompt.
 
     Raises `HookError` in a pass that continues another with an unknown kind of cache, because
@@ -33,8 +73,9 @@ def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
     """
     returned: list[weakref.ref] = []
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(args: tuple, kwargs: dict) -> None:
         run.owner.require_current()
+        run.running = True
         caches, prompt = caches_among(args, kwargs), prompts_among(args, kwargs)
         run.n_new = 0 if caches else _new_tokens(prompt, run.prompt)
         start = cached_positions(caches)
@@ -53,21 +94,16 @@ def count_steps(model: nn.Module, run: PassCounter) -> Iterator[None]:
             )
         run.steps, run.prompt = 0, prompt
 
-    def end(module: nn.Module, args: tuple, output: Any) -> None:
+    def end(output: Any) -> None:
+        run.running = False
+        run.has_gradient = has_gradient(output)
         values = output.values() if isinstance(output, ModelOutput) else _values(output)
         kept = (value for value in values if not isinstance(value, Tensor))
         # Plain values and tuples of tensors cannot be weakly referenced.
         returned[:] = [weakref.ref(v) for v in kept if type(v).__weakrefoffset__]
 
-    handles = [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.register_forward_hook(end),
-    ]
-    try:
+    with at_each_pass(entries, begin, end):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _continues_prefill(run: PassCounter, start: int, prompt: Tensor | None) -> bool:

@@ -105,6 +105,16 @@ class PassCounter:
     n_new: int = 0
     """Number of tokens after the prompt in the pass in progress, where it repeats the prompt, as
     a generation without a cache does; 0 elsewhere."""
+    running: bool = False
+    """Whether a pass is in progress; a backward pass that runs blocks again is none."""
+    edited: bool = False
+    """Whether a function edited an activation in a pass that no backward pass has run again."""
+    has_gradient: bool = False
+    """Whether the output of a pass can be differentiated."""
+
+    def note(self, changed: bool) -> None:
+        """Records that a function has run, and whether it changed its activation."""
+        self.edited = self.running and (self.edited or changed)
 
     @property
     def is_after_prompt(self) -> bool:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.anatomy.vision import Stack
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError, counted
+from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.sites import Site
 
 
@@ -63,7 +64,8 @@ def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -
 
     handle = model.get_submodule(behind).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        run()
+        with eager(model):
+            run()
     except _Stopped as stopped:
         return stopped.residual
     finally:

@@ -8,7 +8,8 @@ number of leading tokens, and detects encoders that drop or shuffle patches.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +31,11 @@ from hooked_vlm.errors import (
     callers_level,
     counted,
 )
+from hooked_vlm.hooks.checkpointing import evaluating
 from hooked_vlm.hooks.stand_ins import run_until
 from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
-from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, positions_reached
+from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, measuring, positions_reached
 from hooked_vlm.inputs.prepare import Images, to_pil
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.processor import refusals
@@ -50,6 +52,8 @@ class EncoderGrids:
     hf_model: nn.Module
     vision: Vision
     cfg: EncoderConfig
+    without_hooks: Callable[[], AbstractContextManager[None]]
+    """Detaches the user's hooks during a measurement."""
     prefixes: dict[Any, int] = field(default_factory=dict)
     """Measured numbers of leading tokens, by shapes and masks of the inputs."""
     shown: set[Any] = field(default_factory=set)
@@ -152,13 +156,13 @@ def pixel_name(encoder: EncoderGrids) -> str:
 
 def _pixels(encoder: EncoderGrids, inputs: Mapping[str, Any]) -> Tensor:
     """Returns the pixels of some inputs; raises `GridError` where there are none."""
-    pixels = inputs.get(pixel_name(encoder))
-    if not isinstance(pixels, Tensor):
+    name = pixel_name(encoder)
+    if not isinstance(inputs.get(name), Tensor):
         raise GridError(
-            f"These inputs hold no tensor {pixel_name(encoder)!r}, so their images have no grid. "
-            "Use prepare(images)."
+            f"These inputs hold {', '.join(list(inputs)[:5]) or 'nothing'} and no {name!r}, which "
+            "has this encoder's pixels. Give what prepare(images) returns, or use that name."
         )
-    return pixels
+    return inputs[name]
 
 
 def _named(encoder: EncoderGrids, made: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +233,7 @@ def _prefix(encoder: EncoderGrids, inputs: Mapping[str, Any], image: int, shape:
 
 def _measured(encoder: EncoderGrids, inputs: dict[str, Any], name: str) -> Int[Tensor, "..."]:
     """Returns for each element of one image's pixels the row of block 0's input it reaches."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with measuring(encoder.without_hooks()), evaluating(encoder.hf_model):
         copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         pixels = copies[name].requires_grad_(True)
         rows = run_until(encoder.hf_model, encoder.vision, 0, lambda: encoder.hf_model(**copies))

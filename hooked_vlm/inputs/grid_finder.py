@@ -40,7 +40,7 @@ from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import (
     Wrapped,
     attention_sites,
-    holds_pixels,
+    holds_images,
     measure_routes,
     pixel_name,
 )
@@ -75,10 +75,10 @@ class GridFinder:
         """Returns the grids that the inputs determine; raises `GridError` if they do not.
 
         `image_sizes` are (width, height) of the given images; without them, pixels are those of
-        the processed images.
+        the processed images.  Whether the rule holds for the model is not verified here.
         """
         ids, vision = _prompt_ids(inputs), self.model.anatomy.vision
-        if vision is None or not holds_pixels(inputs):
+        if vision is None or not holds_images(inputs):
             return ((),) * len(ids)
         image_token = self.model.anatomy.image_token_id
         if image_token is None:
@@ -86,24 +86,24 @@ class GridFinder:
                 "The model's config has no image_token_id, so no image can be found in the prompt. "
                 "Use prepare(images, texts), which measures the positions."
             )
-        patch_grids = _patch_grids(inputs, vision)
-        if image_sizes is not None and len(image_sizes) != len(patch_grids):
+        shapes = patch_grids(inputs, vision)
+        if image_sizes is not None and len(image_sizes) != len(shapes):
             raise GridError(
                 f"{counted(len(image_sizes), 'image')} became "
-                f"{counted(len(patch_grids), 'picture')} for the encoder: this model cuts images "
+                f"{counted(len(shapes), 'picture')} for the encoder: this model cuts images "
                 "into tiles. Use prepare(images, texts), which measures their grids."
             )
         # Several patches may become one token: in the encoder, or pooled after it.
         n_tokens = int((ids == image_token).sum())
-        pool = vision.merge if vision.merge > 1 else _pool(n_tokens, patch_grids)
+        pool = vision.merge if vision.merge > 1 else _pool(n_tokens, shapes)
         processor = getattr(self.model.processor, "image_processor", None)
         layouts = []
-        for i, (rows, cols) in enumerate(patch_grids):
+        for i, (rows, cols) in enumerate(shapes):
             seen = (cols * vision.patch_size, rows * vision.patch_size)
             given = image_sizes[i] if image_sizes is not None else seen
             scale, offset = pixel_transform(processor if image_sizes else None, given, seen)
-            shape = rows // pool, cols // pool, rows, cols
-            layouts.append(ImageLayout(*shape, given, seen, scale, offset, vision.n_prefix))
+            sides = rows // pool, cols // pool, rows, cols
+            layouts.append(ImageLayout(*sides, given, seen, scale, offset, vision.n_prefix))
         found = token_grids(ids, image_token, layouts, images_per_prompt)
         return tuple(tuple(g for g in found if g.prompt == row) for row in range(len(ids)))
 
@@ -142,7 +142,7 @@ class GridFinder:
         return self.shown[name]
 
     def _compare(self, grid: TokenGrid, process: Process) -> bool:
-        inputs = process([_noise(grid.image_size)])
+        inputs = process([noise(grid.image_size)])
         pixels = pixel_name(inputs)
         if inputs[pixels].ndim != 4 or len(inputs[pixels]) != 1:
             return True  # packed patches: the whole image is scaled
@@ -155,7 +155,7 @@ class GridFinder:
         if vision.packed:  # any size is possible; a size that is not square detects transposition
             side = vision.patch_size * max(vision.merge, 2)
             size = 4 * side, 3 * side
-        inputs = process([_noise(size)])
+        inputs = process([noise(size)])
         if not attention_sites(self.model):
             return True  # nothing to compare with
         try:
@@ -248,9 +248,14 @@ class GridFinder:
 
     def _template(self, size: Size, process: Process, company: int = 1) -> Template:
         """Returns the measured template of an image, with `company` images of its size."""
+        # A template is kept; tensors of the caller's inference mode would be of no use later.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._new_template(size, process, company)
+
+    def _new_template(self, size: Size, process: Process, company: int) -> Template:
         vision = self.model.anatomy.vision
         assert vision is not None
-        inputs = process([_noise(size)] * company)
+        inputs = process([noise(size)] * company)
         routes = measure_routes(self.model, inputs)
         name = pixel_name(inputs)
         shape = inputs[name].shape
@@ -293,7 +298,8 @@ def _same_patches(rule: TokenGrid, measured: TokenGrid) -> bool:
     return not tiles.any() and torch.equal(found.sort(-1).values, rows.sort(-1).values)
 
 
-def _noise(size: Size) -> Image.Image:
+def noise(size: Size) -> Image.Image:
+    """Returns a picture of noise."""
     width, height = size
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -362,7 +368,7 @@ def _grid(
     )
 
 
-def _patch_grids(inputs: Mapping[str, Any], vision: Vision) -> list[tuple[int, int]]:
+def patch_grids(inputs: Mapping[str, Any], vision: Vision) -> list[tuple[int, int]]:
     """Returns (rows, cols) of encoder patches for each image."""
     if "image_grid_thw" in inputs:
         return [(t * h, w) for t, h, w in inputs["image_grid_thw"].tolist()]

@@ -14,7 +14,8 @@ Q-former, a resampler) gives a ratio other than 0 and 1, and is marked `SEVERAL`
 The rows of the encoder and the projector are measured in the same way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.errors import GridError, NoGradientError
+from hooked_vlm.hooks.checkpointing import evaluating, is_checkpointed
 from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
 from hooked_vlm.hooks.patch_order import VisionActivation, each
 from hooked_vlm.hooks.sites import Site
@@ -50,6 +52,18 @@ class Wrapped(Protocol):
     def run_with_cache(
         self, inputs: Mapping[str, Any], names_filter: Any, **kwargs: Any
     ) -> Any: ...
+
+    def without_hooks(self) -> AbstractContextManager[None]: ...
+
+
+@contextmanager
+def measuring(without_hooks: AbstractContextManager[None]) -> Iterator[None]:
+    """Runs a measurement that is cached: without the user's hooks, and with gradients.
+
+    Tensors made in the caller's inference mode have no gradient in here either: copy them.
+    """
+    with without_hooks, torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +107,13 @@ def _in_encoder(model: Wrapped, *leaves: str) -> list[str]:
 
 
 def holds_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether the inputs contain an image."""
+    """Whether the inputs contain an image or a video."""
     return bool(_pixel_names(inputs))
+
+
+def holds_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether the inputs contain an image; the pixels of a video are none."""
+    return any("video" not in name for name in _pixel_names(inputs))
 
 
 def _pixel_names(inputs: Mapping[str, Any]) -> list[str]:
@@ -126,7 +145,8 @@ def measure_routes(model: Wrapped, inputs: Mapping[str, Any]) -> Routes:
 
     Raises `GridError` when the encoder's attention cannot be switched off, or when no
     position of the prompt depends on a pixel (cross-attention).  Raises `NoGradientError` when
-    a layer between pixels and prompt has no gradient (a quantised layer).
+    a layer between pixels and prompt has no gradient (a quantised layer).  The user's hooks do
+    not run.
     """
     attention = attention_sites(model)
     if not attention:
@@ -141,10 +161,12 @@ def measure_routes(model: Wrapped, inputs: Mapping[str, Any]) -> Routes:
         if name in model.sites
     }
     try:
-        found = _reached(model, inputs, attention, captures)
+        with evaluating(model.hf_model):
+            found = _reached(model, inputs, attention, captures)
     except RuntimeError as error:  # torch raises it for an operation without a derivative
         raise NoGradientError(
-            f"The route of a pixel could not be measured by its gradient: {error}"
+            "The route of a pixel could not be measured by its gradient: "
+            f"{str(error).strip()[:200]}{_remedy(model.hf_model)}"
         ) from error
     sites, start = {}, 1
     for name, capture in captures.items():
@@ -162,12 +184,18 @@ def _reached(
 ) -> list[Tensor]:
     """Returns the positions that the pixels reach, then those that captured rows reach."""
     key = pixel_name(inputs)
+    if is_checkpointed(model.hf_model):
+        raise NoGradientError(
+            "The route of a pixel cannot be measured, because blocks inside torch's "
+            "checkpoint_wrapper run again in a backward pass. Measure it before they are wrapped."
+        )
     # MLPs do not mix patches; they are switched off only to save time in the backward passes.
     off = [(name, _zero) for name in [*attention, *_in_encoder(model, "hook_mlp_out")]]
-    with torch.enable_grad():
-        pixels = inputs[key].detach().clone().requires_grad_(True)
+    with measuring(model.without_hooks()):
+        given = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        pixels = given[key].detach().requires_grad_(True)
         residual, _ = model.run_with_cache(
-            {**inputs, key: pixels},
+            {**given, key: pixels},
             "hook_embed",
             stop_at_layer=0,
             fwd_hooks=[*off, *captures.items()],
@@ -187,6 +215,12 @@ def _no_gradient() -> NoGradientError:
         "The route of a pixel cannot be measured, because quantised layers pass no gradient on. "
         "Load the model without quantisation to measure it."
     )
+
+
+def _remedy(model: nn.Module) -> str:
+    if any(p.is_inference() for p in (*model.parameters(), *model.buffers())):
+        return " Load the model outside torch.inference_mode(): its weights have no gradient."
+    return ""
 
 
 def _packed(model: nn.Module) -> bool:

@@ -11,26 +11,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.errors import (
     DataError,
-    GridError,
     HookedVLMWarning,
     NoGridError,
     UnsupportedModelError,
     callers_level,
     counted,
 )
+from hooked_vlm.inputs.chat import chat_prompt
 from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders, refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
-from hooked_vlm.regions.positions import PromptRow, token_mask, token_pieces
 
 
 OneImage = Any
@@ -66,7 +64,7 @@ def prepare_inputs(
             + " Give it as part of the text, or use a processor with a chat template."
         )
     with refusals(by_prompt):
-        made, prompts = _processed(finder, by_prompt, texts, system, chat, processor_kwargs)
+        made, prompts = processed(finder, by_prompt, texts, system, chat, processor_kwargs)
     # 2. The grids of the images.  Images without a grid give a warning, not an error.
     grids: Sequence[Sequence[TokenGrid]] = ((),) * len(texts)
     no_grid = ""
@@ -74,7 +72,7 @@ def prepare_inputs(
         sizes = [[image.size for image in row] for row in by_prompt]
 
         def process(together: list[Image.Image]) -> dict[str, Any]:
-            return _processed(finder, [together], ["."], None, chat, processor_kwargs)[0]
+            return processed(finder, [together], ["."], None, chat, processor_kwargs)[0]
 
         key = repr(sorted(processor_kwargs.items(), key=lambda item: item[0]))
         try:
@@ -87,7 +85,7 @@ def prepare_inputs(
     return Inputs(made, grids, prompts, tokenizer, no_grid)
 
 
-def _processed(
+def processed(
     finder: GridFinder,
     by_prompt: Sequence[Sequence[Image.Image]],
     texts: Sequence[str],
@@ -99,7 +97,7 @@ def _processed(
     model, options = finder.model, dict(options)
     processor = model.processor
     prompts = [
-        _chat(processor, text, len(i), system) if chat else _plain(finder, text, len(i))
+        chat_prompt(processor, text, len(i), system) if chat else _plain(finder, text, len(i))
         for text, i in zip(texts, by_prompt, strict=True)
     ]
     _check_placeholders(processor, prompts, by_prompt)
@@ -114,25 +112,6 @@ def _processed(
     made |= _positions(model.hf_model, made, _is_rotary(model))
     _say_padded(model, made)
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
-
-
-def _chat(processor: Any, text: str, n_images: int, system: str | None) -> str:
-    content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    try:
-        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's authors
-        raise DataError(
-            f"The model's chat template refuses this prompt: {str(error)[:150]}. Give other texts, "
-            "leave out system=…, or use chat=False."
-        ) from error
-    if system is not None and "".join(system.split()) not in "".join(prompt.split()):
-        raise DataError(
-            "The model's chat template leaves out the system message. Give it as part of the text."
-        )
-    return prompt
 
 
 def _plain(finder: GridFinder, text: str, n_images: int) -> str:
@@ -295,31 +274,3 @@ def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> di
             "be padded into one batch. Give prompts of one length, or one at a time."
         )
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-
-
-def rows_of(
-    inputs: Mapping[str, Any], grids: Sequence[Sequence[TokenGrid]], text: bool
-) -> list[PromptRow]:
-    """Returns each prompt of the inputs as a `PromptRow`, with its tokens' text if `text`.
-
-    Inputs without text have one prompt without tokens for each image.
-    """
-    part = "" if "input_ids" in inputs else "decoder_"
-    ids, mask = inputs.get(f"{part}input_ids"), inputs.get(f"{part}attention_mask")
-    if ids is None:
-        embeds = inputs.get("inputs_embeds", torch.zeros(len(grids), 0))
-        ids, mask = torch.zeros(embeds.shape[:2], dtype=torch.long), inputs.get("attention_mask")
-    if len(grids) != len(ids):
-        raise GridError(
-            f"The processor made {counted(len(ids), 'row')} of {counted(len(grids), 'prompt')}, so "
-            "images cannot be assigned to rows. Use hook functions instead of places: "
-            "fwd_hooks=[(name, fn)]."
-        )
-    mask = torch.ones_like(ids) if mask is None else token_mask(mask, ids.shape[1])
-    tokenizer = getattr(inputs, "tokenizer", None) if text else None
-    return [
-        PromptRow(
-            ids[b], mask[b], token_pieces(tokenizer, ids[b]) if tokenizer else None, tuple(grids[b])
-        )
-        for b in range(len(ids))
-    ]

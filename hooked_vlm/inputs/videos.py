@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import GridError, counted
+from hooked_vlm.errors import GridError, NoGridError, counted
+from hooked_vlm.inputs.given import follows
 from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.regions.grid import TokenGrid
 
@@ -30,8 +31,10 @@ def frame_grids(model: Wrapped, inputs: Mapping[str, Any]) -> Frames:
     Pixels are those of the processed video.  `grid.patches` and `grid.projected` are rows of
     the whole video, one frame after the other.
 
+    The grids follow a rule, which is compared with a measurement once for each layout.
+
     Raises `GridError` when the inputs have no patch counts of the videos, or when the prompts
-    have another number of video tokens.
+    have another number of video tokens, and `NoGridError` where the model does not follow the rule.
     """
     vision, ids = model.anatomy.vision, inputs["input_ids"]
     sizes = inputs.get("video_grid_thw")
@@ -73,6 +76,14 @@ def frame_grids(model: Wrapped, inputs: Mapping[str, Any]) -> Frames:
         raise GridError(
             f"The prompts have no video tokens for {counted(len(rest), 'video')}. Give one "
             "placeholder per video in the text."
+        )
+    frames = [grid for videos in found for grids in videos for grid in grids]
+    on_meta = ids.is_meta or model.device.type == "meta"
+    if frames and not on_meta and not follows(model, inputs, frames, len(sizes)):
+        raise NoGridError(
+            f"The video tokens of {type(model.hf_model).__name__} do not follow the usual layout "
+            "(frame after frame, each in raster order), so no frame has a grid. Use token "
+            "positions instead of regions."
         )
     return tuple(found)
 

@@ -19,7 +19,16 @@ from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import CellPairs
-from hooked_vlm.regions.positions import AnyOf, InImage, PromptRow, Span, TokenSelector
+from hooked_vlm.regions.positions import (
+    AnyOf,
+    InImage,
+    LastToken,
+    Positions,
+    PromptRow,
+    Span,
+    TextTokens,
+    TokenSelector,
+)
 from hooked_vlm.regions.region import Region
 
 
@@ -46,6 +55,16 @@ class Located(list[tuple[int, Tensor]]):
 def needs_text(place: Any) -> bool:
     """Whether a place can only be found in prompts whose tokens' text is known."""
     return isinstance(place, Span) or any(needs_text(part) for part in getattr(place, "parts", ()))
+
+
+def needs_images(place: Any) -> bool:
+    """Whether a place can only be found in prompts whose images have a grid.
+
+    A selector of the user's own may read the grids.
+    """
+    if isinstance(place, AnyOf):
+        return any(needs_images(part) for part in place.parts)
+    return not (place is None or isinstance(place, LastToken | Positions | Span | TextTokens))
 
 
 def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:

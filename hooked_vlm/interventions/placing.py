@@ -5,21 +5,25 @@ indices would still fit somewhere; a wrong number is worse than an error, so the
 function refuses to act on anything but what it was placed for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
-
-from torch import Tensor
 
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.prompts import OnPrompt
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.inputs.prepare import rows_of
-from hooked_vlm.interventions.indexing import Located, locate, needs_text, rows_needed
+from hooked_vlm.inputs.rows import placeholder_ids, prompt_shape, rows_of
+from hooked_vlm.interventions.indexing import (
+    Located,
+    locate,
+    needs_images,
+    needs_text,
+    rows_needed,
+)
 from hooked_vlm.interventions.recording import Recording, Source, record
 from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.positions import PromptRow
@@ -60,18 +64,23 @@ class Places:
         self._rows: dict[Any, tuple[Any, list[PromptRow]]] = {}
         self._located: dict[Any, tuple[Any, Located]] = {}
 
-    def rows(self, inputs: Mapping[str, Any], *, text: bool = False) -> list[PromptRow]:
-        """Returns the prompts of some inputs, with the text of their tokens if asked for."""
-        key = id(inputs), text
+    def rows(
+        self, inputs: Mapping[str, Any], *, text: bool = False, images: bool = True
+    ) -> list[PromptRow]:
+        """Returns the prompts of some inputs, with their tokens' text and images if asked for."""
+        key = id(inputs), text, images
         if key not in self._rows:
-            self._rows[key] = inputs, rows_of(inputs, self.model.grids(inputs), text)
+            grids = self.model.grids(inputs) if images else None
+            found = rows_of(inputs, grids, text, placeholder_ids(self.model.hf_model))
+            self._rows[key] = inputs, found
         return self._rows[key][1]
 
     def located(self, site: Site, inputs: Mapping[str, Any], at: Any) -> Located:
         """Returns where a place is at a site (at all sites by prompt and position it is alike)."""
         key = id(inputs), id(at), None if site.by_position else site.name
         if key not in self._located:
-            found = locate(site, at, self.rows(inputs, text=needs_text(at)))
+            images = not site.by_position or needs_images(at)
+            found = locate(site, at, self.rows(inputs, text=needs_text(at), images=images))
             self._located[key] = (inputs, at), found
         return self._located[key][1]
 
@@ -110,9 +119,7 @@ class Placed:
 
     @cached_property
     def _hook(self) -> Callable[..., Any]:
-        return guarded(
-            self.part._edit(self), self.inputs, self.where, self.places.rows(self.inputs)
-        )
+        return guarded(self.part._edit(self), self.inputs, self.where, self.places)
 
     def __str__(self) -> str:
         return str(self.part)
@@ -123,7 +130,7 @@ def recorded_at(placed: Placed, source: "Source") -> Any:
     model, site = placed.places.model, placed.where
     run = source if isinstance(source, Recording) else record(model, source, [site.name])
     values = run.cache[site.name]
-    require_made_for(site, values, run.inputs, placed.places.rows(run.inputs))
+    require_made_for(site, values, run.inputs, placed.places)
     return values
 
 
@@ -138,13 +145,17 @@ def inputs_of(source: "Source") -> Mapping[str, Any]:
 
 
 def guarded(
-    edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, rows: Sequence[PromptRow]
+    edit: Callable[[Any], Any], inputs: Mapping[str, Any], site: Site, places: Places
 ) -> OnPrompt:
     """Returns an edit as a hook function that acts on the batch it was made for, and no other."""
+    # Sites by prompt and position need no image.
+    rows = [] if site.by_position else places.rows(inputs)
     needed = None if site.by_position else rows_needed(site, rows)
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        if hook.call > 0 and not site.by_position:
+        # The second call, or the first one of a part of the images.
+        apart = hook.call > 0 or len(activation) <= max(needed or (), default=-1)
+        if apart and not site.by_position:
             raise InterventionError(
                 f"{hook.name} runs once for each image of these inputs, so an intervention there "
                 "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "
@@ -153,18 +164,18 @@ def guarded(
         _require(site, activation, inputs, needed)
         return edit(activation)
 
-    one_each = all(len(row.grids) == 1 for row in rows)
+    one_each = bool(rows) and all(len(row.grids) == 1 for row in rows)
     return OnPrompt(hook_fn, inputs, len(rows) if one_each else None)
 
 
 def require_made_for(
-    site: Site, activation: Any, inputs: Mapping[str, Any], rows: Sequence[PromptRow]
+    site: Site, activation: Any, inputs: Mapping[str, Any], places: Places
 ) -> None:
     """Raises `InterventionError` unless an activation is of these prompts, or of their images.
 
     Images may have more rows than their grids tell (of registers, say), but not fewer.
     """
-    needed = None if site.by_position else rows_needed(site, rows)
+    needed = None if site.by_position else rows_needed(site, places.rows(inputs))
     _require(site, activation, inputs, needed)
 
 
@@ -186,14 +197,13 @@ def _require(
 
 
 def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> None:
-    names = ("input_ids", "decoder_input_ids", "inputs_embeds")
-    prompts = next((inputs[n] for n in names if isinstance(inputs.get(n), Tensor)), None)
-    if prompts is None:
+    shape = prompt_shape(inputs)
+    if shape is None:
         raise InterventionError(
-            f"There are no positions to intervene at {name}: these inputs have no input_ids. Use "
-            "a hook function: fwd_hooks=[(name, fn)]."
+            f"There are no positions to intervene at {name}: these inputs have no input_ids and no "
+            "inputs_embeds. Use a hook function: fwd_hooks=[(name, fn)]."
         )
-    batch, length = prompts.shape[:2]
+    batch, length = shape
     if (ran := tuple(activation.shape[:2])) != (batch, length):
         raise InterventionError(
             f"An intervention at {name} was made for {counted(batch, 'prompt')} of "

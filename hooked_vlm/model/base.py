@@ -9,7 +9,7 @@ abstract: the final classes, `vlm.HookedVLM` and `encoder.HookedVisionEncoder`, 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,8 @@ from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level, counte
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
+from hooked_vlm.hooks.checkpointing import require_repeatable, warn_unrepeated
+from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
 from hooked_vlm.hooks.hook_point import HookDict, HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
@@ -36,6 +38,7 @@ from hooked_vlm.model.activation_sizes import Footprint
 from hooked_vlm.model.instead import ActsLikeAModule
 from hooked_vlm.model.keywords import require_inputs, require_read
 from hooked_vlm.model.memory import require_memory
+from hooked_vlm.model.said import warn_unran
 
 
 ModelInputs = Mapping[str, Any]
@@ -53,9 +56,21 @@ class HookedModel(ActsLikeAModule, ABC):
     cfg: HookedVLMConfig | EncoderConfig
     processor: Any
 
-    def __init__(self, hf_model: nn.Module, sites: dict[str, Site], vision: Vision | None) -> None:
-        """Wraps a model with its sites, in the order of a forward pass, and its encoder."""
-        self.hf_model = hf_model
+    def __init__(
+        self,
+        chain: Sequence[nn.Module],
+        sites: dict[str, Site],
+        vision: Vision | None,
+        lm_path: str = "",
+    ) -> None:
+        """Wraps a model with its sites, in the order of a forward pass, and its encoder.
+
+        The model is the last of `chain`; before it are the modules that the user has put around
+        it, from the outside.  `lm_path` leads to the language model in it.
+        """
+        self.hf_model = chain[-1]
+        self._chain = tuple(chain)
+        self._lm_path = lm_path
         self.sites: dict[str, Site] = sites
         points = [HookPoint(site.name, site.axes, site.read_only) for site in sites.values()]
         self.hook_dict: dict[str, HookPoint] = HookDict({point.name: point for point in points})
@@ -65,6 +80,7 @@ class HookedModel(ActsLikeAModule, ABC):
         self._open: list[tuple[list[tuple[str, HookFunction]], PassCounter]] = []
         self._attached = ExitStack()
         self._said_eager = False
+        self._said_unrepeated = False
         self._footprint: Footprint | None = None
         self._read: set[str] = set()
         self._generates: set[str] = set()
@@ -116,6 +132,33 @@ class HookedModel(ActsLikeAModule, ABC):
         counter = PassCounter(prefill_only, length=_prompt_length(inputs))
         with self._attached_to_sites(self._pairs(fwd_hooks, inputs), counter):
             yield self
+        if not self._said_unrepeated:
+            said = warn_unrepeated(self._chain[0], counter, callers_level())
+            self._said_unrepeated = said
+
+    def eager(self) -> AbstractContextManager[None]:
+        """Returns a context in which compiled parts of the model run eagerly.
+
+        Runs under hooks do so by themselves; other runs are to be compared with them in it.
+        """
+        return eager(self._chain[0])
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Detaches the functions of all open `hooks` blocks for the duration of a `with` block.
+
+        What is measured once and cached must not depend on functions that happen to be attached.
+        Hooks that the user registered on the wrapped model's own modules stay: they are part of it.
+        """
+        with self.turn():
+            hidden = self._open[:]
+            self._open.clear()
+            try:
+                self._reattach()
+                yield
+            finally:
+                self._open[:0] = hidden
+                self._reattach()
 
     def describe(self) -> str:
         """Returns the sites as a tree with their shapes, with all layers in one entry."""
@@ -143,7 +186,7 @@ class HookedModel(ActsLikeAModule, ABC):
         self,
         pairs: list[tuple[str, HookFunction]],
         counter: PassCounter | None = None,
-    ) -> Iterator[None]:
+    ) -> Iterator[PassCounter]:
         """Attaches functions to sites with exact names; see `hooks`."""
         self._say_eager(pairs)
         opened = pairs, counter or PassCounter()
@@ -154,7 +197,7 @@ class HookedModel(ActsLikeAModule, ABC):
         try:
             with self.turn():
                 self._reattach()
-            yield
+            yield opened[1]
         finally:
             # Blocks may be closed in another order than they were opened in.
             with self.turn():
@@ -171,6 +214,9 @@ class HookedModel(ActsLikeAModule, ABC):
     ) -> Any:
         """Returns the result of `run` under hook functions; warns when a named site never ran."""
         pairs = self._pairs(fwd_hooks, inputs)
+        if not pairs:  # nothing is attached, so a compiled model stays compiled
+            with self.turn():
+                return run()
         ran: set[str] = set()
         note = Reader(lambda _, hook: ran.add(hook.name))
         named = {name for name, _ in pairs}
@@ -178,7 +224,8 @@ class HookedModel(ActsLikeAModule, ABC):
         counter = PassCounter(prefill_only, is_generation, length=_prompt_length(inputs))
         with self.turn(), self._attached_to_sites(pairs, counter):
             output = run()
-        self._warn_unran(named - ran)
+        require_repeatable(self._chain[0], counter, output)
+        warn_unran(named - ran)
         return output
 
     def _run_cached(
@@ -223,11 +270,13 @@ class HookedModel(ActsLikeAModule, ABC):
             found[hook.name] = kept
 
         reader = Reader(store)
-        with self.turn(), self._attached_to_sites([*pairs, *((name, reader) for name in names)]):
+        reading = [*pairs, *((name, reader) for name in names)]
+        with self.turn(), self._attached_to_sites(reading) as counter:
             output = run()
+        require_repeatable(self._chain[0], counter, output)
         # 3. Warn about named sites that never ran.  All other filters select sites loosely.
         if names_filter is not None and not callable(names_filter) and stop_at_layer is None:
-            self._warn_unran(set(names) - set(found))
+            warn_unran(set(names) - set(found))
         kept = {name: found[name] for name in names if name in found}
         # What is returned is the user's to write to.
         given = {x.data_ptr() for x in tree_leaves(output) if isinstance(x, Tensor)}
@@ -250,9 +299,16 @@ class HookedModel(ActsLikeAModule, ABC):
         """Attaches the functions of all open blocks again, so that outer functions run first."""
         self._attached.close()
         if self._open:
-            self._attached.enter_context(
-                attach(self.hf_model, self.sites, self.hook_dict, self._open, self._vision)
-            )
+            given = self.hf_model, self.sites, self.hook_dict, self._open, self._vision
+            self._attached.enter_context(attach(*given, self._entries()))
+
+    def _entries(self) -> list[nn.Module]:
+        """Returns the modules whose call may be the outermost one of a pass, from the outside."""
+        entries, module = list(self._chain), self.hf_model
+        for name in filter(None, self._lm_path.split(".")):
+            module = module.get_submodule(name)
+            entries.append(module)
+        return entries
 
     def _pairs(
         self, fwd_hooks: Iterable[FwdHook], inputs: ModelInputs | None
@@ -317,16 +373,6 @@ class HookedModel(ActsLikeAModule, ABC):
             HookedVLMWarning,
             stacklevel=callers_level(),
         )
-
-    def _warn_unran(self, names: set[str]) -> None:
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
-            warnings.warn(
-                f"{len(names)} of the sites requested never ran, so nothing was read or written "
-                f"there: {shown}. Vision sites run only when the inputs have an image.",
-                HookedVLMWarning,
-                stacklevel=callers_level(),
-            )
 
 
 def _prompt_length(inputs: ModelInputs | None) -> int | None:

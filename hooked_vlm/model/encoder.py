@@ -18,6 +18,7 @@ from torch import nn
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
+from hooked_vlm.anatomy.wrappers import chain_of
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import OptionalDevice, Processor
 from hooked_vlm.errors import DataError, HookError, UnsupportedModelError, counted
@@ -61,16 +62,19 @@ class HookedVisionEncoder(HookedModel):
         Raises `UnsupportedModelError` for a model without a single residual stream of patches:
         a convolutional one, one with stages, or one with attention in windows.
         """
-        tower = read_tower(find_tower(hf_model))
+        whole = chain_of(hf_model)
+        found = find_tower(whole[-1])
+        chain = whole if found is whole[-1] else chain_of(found)
+        tower = read_tower(chain[-1])
         vision = tower.vision
-        super().__init__(find_tower(hf_model), list_encoder_sites(vision, tower.out), vision)
+        super().__init__(chain, list_encoder_sites(vision, tower.out), vision)
         self.processor = processor
         self.vision: Vision = vision
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
         self.cfg: EncoderConfig = read_encoder_config(
             self.hf_model, vision, name or type(hf_model).__name__
         )
-        self._grids = EncoderGrids(self.hf_model, vision, self.cfg)
+        self._grids = EncoderGrids(self.hf_model, vision, self.cfg, self.without_hooks)
 
     @classmethod
     @checked(UnsupportedModelError, but=("name",))
@@ -150,7 +154,7 @@ class HookedVisionEncoder(HookedModel):
         self.require_call(inputs, kwargs)
         require_held({**inputs, **kwargs})
         with self.turn():
-            return self.hf_model(**inputs, **kwargs)
+            return self._chain[0](**inputs, **kwargs)
 
     __call__ = forward
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
+from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.arguments.checked import require, shown
 from hooked_vlm.arguments.kinds import Count, NotNegative, Whole
@@ -194,3 +195,23 @@ def _fields(typed: Any) -> set[str]:
     """Returns the fields of a TypedDict, and of the TypedDicts in it."""
     found: Mapping[str, Any] = getattr(typed, "__annotations__", None) or {}
     return {*found, *(name for inner in found.values() for name in _fields(inner))}
+
+
+def require_pixels(given: Mapping[str, Any], token: int | None) -> None:
+    """Raises `HookError` for image tokens without an image: the model would run blind."""
+    require_held(given)
+    ids = given.get("input_ids")
+    if ids is None or token is None or ids.device.type == "meta":
+        return
+    # Pixels, features or embeddings that were computed before, or a cache of the prompt.
+    seen = any(
+        is_cache(value)
+        or isinstance(value, tuple | list | Mapping)
+        or (isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name)
+        for name, value in given.items()
+    )
+    if not seen and bool((ids == token).any()):
+        raise HookError(
+            "The prompt holds image tokens, and these inputs hold no image: the model would run "
+            "blind. Give everything that prepare(images, texts) returns, not the tokens alone."
+        )

@@ -11,7 +11,7 @@ pass without hooks is transformers' own.  The wrapper adds a name for each activ
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
+from hooked_vlm.anatomy.wrappers import chain_of
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import OptionalDevice, Processor
 from hooked_vlm.errors import (
@@ -46,6 +46,7 @@ from hooked_vlm.hooks.stand_ins import (
     start_site,
     uncached,
 )
+from hooked_vlm.inputs.given import given_grids
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
 from hooked_vlm.inputs.prepared import Inputs
@@ -55,12 +56,13 @@ from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
     require_generates,
-    require_held,
     require_inputs,
     require_options,
+    require_pixels,
     require_processed,
 )
 from hooked_vlm.model.loading import load_pretrained
+from hooked_vlm.model.said import warn_unran
 
 
 class HookedVLM(ShowsWeights, HookedModel):
@@ -84,11 +86,16 @@ class HookedVLM(ShowsWeights, HookedModel):
     ) -> None:
         """Wraps a loaded model; `processor` is only needed for `prepare`.
 
+        Of a compiled, parallel or adapted model (PEFT), `hf_model` is then the model inside.
+
         Raises `UnsupportedModelError` when the module tree has no decoder with
-        attention blocks or no language-modelling head.
+        attention blocks or no language-modelling head, and for a wrapper with weights of its own.
         """
+        chain = chain_of(hf_model)
+        hf_model = chain[-1]
         self.anatomy: Anatomy = read_anatomy(hf_model)
-        super().__init__(hf_model, list_sites(self.anatomy), self.anatomy.vision)
+        sites = list_sites(self.anatomy)
+        super().__init__(chain, sites, self.anatomy.vision, self.anatomy.lm.path)
         self.processor = processor
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
         self.cfg: HookedVLMConfig = read_config(
@@ -203,10 +210,14 @@ class HookedVLM(ShowsWeights, HookedModel):
     def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
 
-        For inputs that `prepare` did not make, pixels are those of the processed images.
+        For inputs that `prepare` did not make, pixels are those of the processed images.  The
+        rule that gives their grids is compared with a measurement, once for each layout.
+
+        Raises `GridError` when these inputs determine no grid, and `NoGridError` where the model
+        does not follow the rule: `prepare` then measures the grids, if there are any.
         """
         require_inputs(inputs)
-        return inputs.grids if isinstance(inputs, Inputs) else self.grid_finder.by_rule(inputs)
+        return inputs.grids if isinstance(inputs, Inputs) else given_grids(self.grid_finder, inputs)
 
     # --- running --------------------------------------------------------------------------
 
@@ -218,31 +229,11 @@ class HookedVLM(ShowsWeights, HookedModel):
         that holds image tokens without its pixels.
         """
         self.require_call(inputs, kwargs)
-        self._require_pixels({**inputs, **kwargs})
+        require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
         with self.turn():
-            return self.hf_model(**inputs, **kwargs).logits
+            return self._chain[0](**inputs, **kwargs).logits
 
     __call__ = forward
-
-    def _require_pixels(self, given: Mapping[str, Any]) -> None:
-        """Raises `HookError` for image tokens without an image: the model would run blind."""
-        require_held(given)
-        ids, token = given.get("input_ids"), self.cfg.image_token_id
-        if ids is None or token is None or ids.device.type == "meta":
-            return
-        # Pixels, features or embeddings that were computed before, or a cache of the prompt.
-        seen = any(
-            is_cache(value)
-            or isinstance(value, tuple | list | Mapping)
-            or (isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name)
-            for name, value in given.items()
-        )
-        if not seen and bool((ids == token).any()):
-            raise HookError(
-                "The prompt holds image tokens, and these inputs hold no image: the model would "
-                "run blind. Give everything that prepare(images, texts) returns, not the tokens "
-                "alone."
-            )
 
     @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
     def run_with_hooks(
@@ -321,21 +312,23 @@ class HookedVLM(ShowsWeights, HookedModel):
             require_generates(self.hf_model, new)
             # With a function of the user's as `custom_generate`, any keyword was let through.
             self._generates |= set() if callable(kwargs.get("custom_generate")) else new.keys()
-        self._require_pixels({**inputs, **kwargs})
+        require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
+
+        generate: Any = getattr(self._chain[0], "generate", None) or self.hf_model.generate
 
         def run() -> Any:
-            return self.hf_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+            return generate(**inputs, **kwargs)
 
         return self._run_hooked(run, fwd_hooks, inputs, prefill_only, is_generation=True)
 
     def block_outputs(self, run: Callable[[], Any]) -> list[int]:
         """Returns the length of each LM block's output tuple (0: no tuple).
 
-        It is measured once, in one pass of `run`, and cached.
+        It is measured once, in one pass of `run` without the user's hooks, and cached.
         """
         if self._tuples is None:
             blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-            with torch.no_grad(), self.turn():
+            with self.without_hooks(), torch.no_grad(), self.eager():
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
@@ -379,7 +372,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         # 2. Run with the blocks below `layer` replaced, then warn about functions without effect.
         with self.turn(), skipping(blocks[:layer], tuples[:layer]):
             logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
-        self._warn_unran(skipped)
+        warn_unran(skipped)
         if lost:
             warnings.warn(
                 f"The write to {', '.join(sorted(lost))} has no effect: the run starts "

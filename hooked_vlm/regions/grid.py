@@ -131,6 +131,12 @@ class TokenGrid:
         return self.processed_size != self.image_size or self.scale != (1.0, 1.0)
 
     @property
+    def is_separated(self) -> bool:
+        """Whether other tokens, such as row separators, stand between all rows of cells."""
+        gaps = self.positions[1:, 0] - self.positions[:-1, -1]
+        return bool(len(gaps)) and bool((gaps > 1).all())
+
+    @property
     def shows_everything(self) -> bool:
         """Whether no part of the image was cropped away."""
         return self.visible_box == (0.0, 0.0, *map(float, self.image_size))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, is_sequence, shown
@@ -55,13 +55,16 @@ class ImageCells(Protocol):
 class PromptRow:
     """One prompt of a batch, as the language model sees it."""
 
-    input_ids: Int[Tensor, " pos"]
+    input_ids: Int[Tensor, " pos"] | None
+    """None where the prompt was given as embeddings."""
     attention_mask: Int[Tensor, " pos"]
     """1 for a token, 0 for padding."""
     tokens: tuple[str, ...] | None = None
     """The text of each position (see `token_pieces`); joined, they are the prompt."""
     grids: tuple[ImageCells, ...] = ()
     """The token grids of this prompt's images, in the order of the prompt."""
+    visual: Bool[Tensor, " pos"] | None = None
+    """Which positions stand for a part of an image or video; None: only the grids tell."""
 
     @property
     def real(self) -> Int[Tensor, " real"]:
@@ -215,12 +218,19 @@ class Span(_Joinable):
 
 @dataclass(frozen=True)
 class TextTokens(_Joinable):
-    """Every token of the prompt that is not a visual token of an image."""
+    """Every token of the prompt that is no placeholder of an image or a video."""
 
     @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
-        """Returns the positions, ascending."""
+        """Returns the positions, ascending; raises `RegionError` where there is no text."""
+        if where.input_ids is None:
+            raise RegionError(
+                "This prompt was given as embeddings, which do not tell text from images. Give "
+                "input_ids, or use Positions((…))."
+            )
         text = where.attention_mask.bool().clone()
+        if where.visual is not None:
+            text &= ~where.visual.to(text.device)
         for grid in where.grids:
             text[grid.positions.flatten().to(text.device)] = False
         if not text.any():

@@ -311,6 +311,11 @@ class Region:
         return Region.from_mask(mask, f"({self.name} {sign} {other.name})")
 
     def _only_image(self, row: PromptRow) -> ImageCells:
+        if not row.grids:
+            raise RegionError(
+                f"{self.name!r} is a region of an image, and this prompt has 0 images whose tokens "
+                "form a grid. Give an image, or use LastToken(), Positions((…)) or Span('…')."
+            )
         if len(row.grids) != 1:
             raise RegionError(
                 f"{self.name!r} is a region of one image, and this prompt has {len(row.grids)}. "

@@ -126,6 +126,8 @@ PAPER_GEOMETRY = {
     "gemma-3": Geometry(16, 56, 3, 3, (5, 6, 5)),
     "pixtral": Geometry(15, 16, 2, 2, (5, 5, 5)),
 }
+FEWEST_TOKENS = 5
+"""Tokens a side of the smallest canvas that holds three objects with gaps between them."""
 
 
 @checked(DataError)
@@ -140,10 +142,10 @@ def geometry_for(n_tokens: int, token_px: int) -> Geometry:
     for paper in PAPER_GEOMETRY.values():
         if paper.n_tokens == n_tokens:
             return Geometry(n_tokens, token_px, paper.object_tokens, paper.gap_tokens, paper.strips)
-    if n_tokens < 5:
+    if n_tokens < FEWEST_TOKENS:
         raise DataError(
             f"{n_tokens} tokens a side cannot hold three objects with gaps between them. Use a "
-            "canvas of at least 5 tokens a side."
+            f"canvas of at least {FEWEST_TOKENS} tokens a side."
         )
     size = max(1, n_tokens // 6)
     gap = min(size, (n_tokens - 3 * size) // 2)

@@ -1,7 +1,8 @@
 """Grids: k x k cells, each with a random shape of a random colour (paper, App. C.6).
 
-Every cell is a square block of whole visual tokens with its object in the middle, so a column
-and a row of the grid are columns and rows of tokens.
+Objects and gaps have the sizes of the rows of three (`geometry`), and the grid is centred, so a
+column and a row of the grid are columns and rows of tokens.  A 3x3 grid has its objects where
+rows and columns of three have theirs.
 """
 
 import random
@@ -15,6 +16,7 @@ from hooked_vlm.arguments.kinds import Count
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli import shapes
+from hooked_vlm.stimuli.geometry import FEWEST_TOKENS, Geometry, geometry_for
 from hooked_vlm.stimuli.squares import COLORS
 
 
@@ -25,7 +27,13 @@ Cell = tuple[str, str]
 @checked(DataError)
 @dataclass(frozen=True)
 class GridLayout:
-    """The places of the cells of a k x k grid, in visual tokens."""
+    """The places of the objects of a k x k grid, in visual tokens.
+
+    Raises `DataError` where k objects with gaps between them do not fit.
+
+    >>> [GridLayout(2, 16, 56).span(index) for index in range(2)]
+    [(3, 6), (9, 12)]
+    """
 
     k: int
     n_tokens: int
@@ -33,21 +41,27 @@ class GridLayout:
     token_px: Count
 
     def __post_init__(self) -> None:
-        if self.k < 2 or self.block < 2:
+        if self.k < 2 or self.gap_tokens < 1:
             raise DataError(
-                f"A {self.k}x{self.k} grid needs at least 2 cells a side, each of at least 2 "
-                f"tokens; there are {self.n_tokens} tokens a side."
+                f"A {self.k}x{self.k} grid needs at least 2 objects a side, each of at least 1 "
+                f"token and 1 token apart; there are {self.n_tokens} tokens a side."
             )
 
     @property
-    def block(self) -> int:
-        """Tokens on a side of a cell."""
-        return self.n_tokens // self.k
+    def object_tokens(self) -> int:
+        """Tokens on a side of an object: as in the rows of three, or less where k do not fit."""
+        most = (self.n_tokens - (self.k - 1)) // self.k
+        return max(1, min(self._row.object_tokens, most))
 
     @property
-    def object_tokens(self) -> int:
-        """Tokens on a side of an object: as in the paper's rows, where they fit."""
-        return max(1, min(self.n_tokens * 3 // 16, self.block - 1))
+    def gap_tokens(self) -> int:
+        """Tokens between two objects: as in the rows of three, or less where k do not fit."""
+        left = self.n_tokens - self.k * self.object_tokens
+        return min(self._row.gap_tokens, left // (self.k - 1))
+
+    @property
+    def _row(self) -> Geometry:
+        return geometry_for(max(self.n_tokens, FEWEST_TOKENS), self.token_px)
 
     @property
     def canvas(self) -> int:
@@ -56,17 +70,22 @@ class GridLayout:
 
     @property
     def start(self) -> int:
-        """The first token of the first cell; tokens left over are split between both ends."""
-        return (self.n_tokens - self.k * self.block) // 2
+        """The first token of the first object: the grid is centred."""
+        width = self.k * self.object_tokens + (self.k - 1) * self.gap_tokens
+        return (self.n_tokens - width) // 2
+
+    @property
+    def _step(self) -> int:
+        return self.object_tokens + self.gap_tokens
 
     @checked(DataError)
     def span(self, index: int) -> tuple[int, int]:
-        """Returns the half-open range of tokens of a cell's object, along either axis."""
+        """Returns the half-open range of tokens of an object, along either axis."""
         if not 0 <= index < self.k:
             raise DataError(
                 f"Index {index} does not exist: a {self.k}x{self.k} grid has 0 to {self.k - 1}."
             )
-        begin = self.start + index * self.block + (self.block - self.object_tokens) // 2
+        begin = self.start + index * self._step
         return begin, begin + self.object_tokens
 
     @checked(DataError)
@@ -78,8 +97,11 @@ class GridLayout:
         )
 
     def band(self, token: int) -> int:
-        """Returns the cell index that a token's row or column belongs to."""
-        return min(max((token - self.start) // self.block, 0), self.k - 1)
+        """Returns the index of the objects that a token's row or column is nearest to.
+
+        Bands meet in the middle of a gap, as strips do.
+        """
+        return min(max((token - self.start + self.gap_tokens // 2) // self._step, 0), self.k - 1)
 
 
 def random_cells(k: int, rng: random.Random) -> list[list[Cell]]:
@@ -91,8 +113,13 @@ def random_cells(k: int, rng: random.Random) -> list[list[Cell]]:
 
 
 @checked(DataError)
-def draw(cells: Sequence[Sequence[Cell]], layout: GridLayout) -> Image.Image:
-    """Returns a white canvas with the cells' shapes; raises `DataError` for another k."""
+def draw(
+    cells: Sequence[Sequence[Cell]], layout: GridLayout, drawing: str = shapes.DEFAULT
+) -> Image.Image:
+    """Returns a white canvas with the cells' shapes, in one of `shapes.DRAWINGS`.
+
+    Raises `DataError` for another k than the layout's.
+    """
     if len(cells) != layout.k or any(len(row) != layout.k for row in cells):
         raise DataError(
             f"The layout has {layout.k}x{layout.k} cells, and {shown(cells)} were given. Give "
@@ -108,5 +135,5 @@ def draw(cells: Sequence[Sequence[Cell]], layout: GridLayout) -> Image.Image:
                 )
             (y0, y1), (x0, x1) = layout.span(r), layout.span(c)
             x0, y0, x1, y1 = (token * layout.token_px for token in (x0, y0, x1, y1))
-            shapes.paint(pen, shape, (x0, y0, x1, y1), COLORS[color])
+            shapes.paint(pen, shape, (x0, y0, x1, y1), COLORS[color], drawing)
     return image

@@ -198,13 +198,38 @@ def sample_tuples(
     """
     names = _distinct(names, None)
     _check_request(names, k, per_direction, max_attempts)
-    judge = _batched(accept, accept_batch)
+    return sample_draws(
+        lambda rng: tuple(rng.sample(names, k)),
+        _batched(accept, accept_batch),
+        per_direction,
+        seed,
+        max_attempts,
+        directions=directions,
+    )
+
+
+def sample_draws(
+    draw: Callable[[random.Random], tuple[str, ...]],
+    accept_batch: BatchFilter,
+    per_direction: int = 50,
+    seed: int = 0,
+    max_attempts: int = 2000,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+) -> dict[str, list[tuple[str, ...]]]:
+    """Returns direction -> accepted tuples, as `sample_tuples`, of any way to draw a tuple.
+
+    Warns:
+        HookedVLMWarning: a direction with fewer than `per_direction` accepted tuples.
+    """
     rng = random.Random(seed)
     chosen: dict[str, list[tuple[str, ...]]] = {}
     tried: dict[str, int] = {}
     for direction in directions:
-        draws = _unseen_draws(rng, names, k, max_attempts)
-        chosen[direction], tried[direction] = _collect(direction, draws, per_direction, judge)
+        draws = _unseen_draws(rng, draw, max_attempts)
+        chosen[direction], tried[direction] = _collect(
+            direction, draws, per_direction, accept_batch
+        )
     _warn_if_short(chosen, tried, per_direction, max_attempts)
     return chosen
 
@@ -231,11 +256,11 @@ def right_on_both(
 
 
 def _unseen_draws(
-    rng: random.Random, names: Sequence[str], k: int, max_attempts: int
+    rng: random.Random, draw: Callable[[random.Random], tuple[str, ...]], max_attempts: int
 ) -> Iterator[tuple[str, ...]]:
     seen = set()
     for _ in range(max_attempts):
-        drawn = tuple(rng.sample(names, k))
+        drawn = draw(rng)
         if drawn not in seen:
             seen.add(drawn)
             yield drawn

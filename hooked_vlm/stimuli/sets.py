@@ -41,8 +41,9 @@ class StimulusSet:
     """Background photographs by name; empty: white."""
     middle: str | None = None
     """The entity that is always in the middle (What'sUp); None: any."""
-    skip_split_names: bool = False
-    """Whether names that a model's tokenizer splits are left out; otherwise they raise."""
+    spares: Mapping[str, str] = field(default_factory=dict)
+    """By name: the entity that replaces it for a tokenizer that splits the name.  Other names
+    that a tokenizer splits are left out."""
     layout: Callable[[int, int], Layout] = geometry_for
     """(visual tokens a side, pixels of one) -> the places of objects and strips."""
 

@@ -31,6 +31,8 @@ def stimulus_set(
 ) -> StimulusSet:
     """Returns a setting: `squares`, `shapes` or `objects`, one of them with `-photos`, `whatsup-…`.
 
+    `shapes-inset` has the shapes as the shipped models saw them in training: smaller.
+
     `cutouts` and `backgrounds` are folders of a user's own pictures, used instead of the
     shipped ones; `data` is the folder of What'sUp; `other_words` selects a second phrasing.
 
@@ -41,18 +43,22 @@ def stimulus_set(
         return whatsup.composite_set(
             whatsup.load(_folder(name, data)), name.removeprefix("whatsup-")
         )
-    plain, _, ground = name.partition("-")
+    plain, _, variant = name.partition("-")
     names, draw, prompt = _MAKE[plain](cutouts)
-    grounds = {}
-    if ground:
+    grounds, title = {}, plain.capitalize()
+    if name == INSET:
+        draw, title = partial(draw, drawing="inset"), f"{title}, drawn inset"
+    elif variant:
+        title = f"{title} on photographs"
         grounds = photographs.load_photographs(backgrounds) if backgrounds else _scenes()
     return StimulusSet(
         name=name,
-        title=plain.capitalize() + (" on photographs" if ground else ""),
+        title=title,
         names=names,
         draw=draw,
         prompt=partial(_other_prompt, plain) if other_words else prompt,
         grounds=grounds,
+        spares={} if plain == "objects" else squares.SPARES,
     )
 
 
@@ -103,7 +109,7 @@ def _folder(name: str, data: Path | None) -> Path:
 def _other_prompt(plain: str, question: Question) -> str:
     reference = question.reference
     if plain == "shapes":
-        reference = f"{reference} {shapes.SHAPE_OF[reference]}"
+        reference = f"{reference} {shapes.FORMS[reference]}"
     preposition = PREPOSITION[question.direction]
     return OTHER_WORDS[plain].format(preposition=preposition, reference=reference)
 
@@ -129,5 +135,7 @@ _MAKE: dict[str, Callable[[Path | None], Any]] = {
     "shapes": lambda _: (tuple(shapes.SHAPE_OF), shapes.draw, shapes.prompt),
     "objects": _objects,
 }
-SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE))
+INSET = "shapes-inset"
+"""Shapes at 0.9 of the published size, as in the training of the shipped models."""
+SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE), INSET)
 """The settings that need only data of the package."""

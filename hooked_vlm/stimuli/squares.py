@@ -26,6 +26,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 128),
 }
 """Names and RGB values, in the paper's order."""
+SPARES = {"brown": "orange"}
+"""Colours that replace others where a tokenizer splits their names, as in the paper for Pixtral."""
+PAINTS = {**COLORS, "orange": (255, 165, 0)}
+"""RGB values of all colours that can be drawn.  The paper does not give orange's value; this is
+the one of CSS."""
 
 
 @checked(DataError)
@@ -72,10 +77,10 @@ def draw(
     for place, name in enumerate(entities):
         if name is None:
             continue
-        if name not in COLORS:
+        if name not in PAINTS:
             raise DataError(
-                f"No colour {name!r} among {', '.join(COLORS)}.{did_you_mean(name, COLORS)}"
+                f"No colour {name!r} among {', '.join(PAINTS)}.{did_you_mean(name, PAINTS)}"
             )
         x0, y0, x1, y1 = geometry.place_box(axis, place)
-        pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=COLORS[name])
+        pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=PAINTS[name])
     return image

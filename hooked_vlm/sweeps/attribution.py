@@ -190,6 +190,11 @@ def _owners(model: Any, inputs: Mapping[str, Any], axes: str, rows: int, batch: 
     # An image that is cut into tiles has them all after its first row.
     grids = [(grid, b) for b, row in enumerate(model.grids(inputs)) for grid in row]
     grids += [(grid.overview, b) for grid, b in grids if grid.overview is not None]
+    if not grids:
+        raise InterventionError(
+            f"A site with axes [{axes}] has a row for each image, and no image here has a grid, so "
+            "effects cannot be told apart by prompt. Run one prompt at a time."
+        )
     firsts = sorted((grid.image, b) for grid, b in grids)
     starts = [image for image, _ in firsts]
     return torch.tensor([firsts[max(bisect_right(starts, r) - 1, 0)][1] for r in range(rows)])

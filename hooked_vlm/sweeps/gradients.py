@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_vlm.errors import HookedVLMWarning, InterventionError, callers_level
+from hooked_vlm.hooks.checkpointing import is_checkpointed
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.stand_ins import uncached
@@ -171,6 +172,11 @@ def _refuse_state(model: Any) -> None:
         raise InterventionError(
             "The model is in training mode, where dropout makes every run another one. Call "
             "model.hf_model.eval() first."
+        )
+    if is_checkpointed(model.hf_model):
+        raise InterventionError(
+            "Gradient checkpointing is on, and its backward pass would run blocks again without "
+            "the edits. Call model.hf_model.gradient_checkpointing_disable() first."
         )
     if torch.is_inference_mode_enabled():
         raise InterventionError(

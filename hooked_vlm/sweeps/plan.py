@@ -17,10 +17,11 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count
 from hooked_vlm.engine.budget import row_bytes, rows_within
 from hooked_vlm.engine.growing import firsts_of, groups_of, starts_of, whole_rows
-from hooked_vlm.engine.stages import RowPlan, job_of
+from hooked_vlm.engine.stages import RowPlan, ids_of, job_of
 from hooked_vlm.engine.vision import tower_depth
 from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.names import last_block
+from hooked_vlm.inputs.rows import known_grids
 from hooked_vlm.interventions.chain import Cell, flattened, source_of
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.memory import size_text
@@ -81,13 +82,13 @@ def _linear(module: nn.Module) -> int:
     return 2 * sum(
         m.in_features * m.out_features  # type: ignore[operator]
         for m in module.modules()
-        if is_linear(m)
+        if is_linear(m) and not m._modules  # an adapter's layer holds its maps inside
     )
 
 
 def _vision(model: Any, inputs: Mapping[str, Any]) -> int:
     vision = model.anatomy.vision
-    grids = [grid for row in model.grids(inputs) for grid in row]
+    grids = known_grids(model, inputs)
     if vision is None or not grids:
         return 0
     total = 0
@@ -173,7 +174,12 @@ class CheckedCells(Sequence[Cell]):
         model, inputs = self.model, self.inputs
         model.require_call({}, forward_kwargs)
         costs = costs_of(model, inputs)
-        batch, length = inputs["input_ids"].shape
+        if (ids := ids_of(inputs)) is None:
+            raise InterventionError(
+                "explain needs the length of the prompts, and these inputs have no input_ids. "
+                "Sweep.run takes them, one pass for each cell."
+            )
+        batch, length = ids.shape
         keep = forward_kwargs.get("logits_to_keep", 0) or length
         keep = keep if isinstance(keep, int) else len(keep)
         whole = costs.vision + costs.rows(batch, length, length) + batch * keep * costs.head
@@ -245,7 +251,7 @@ class CheckedCells(Sequence[Cell]):
         """Returns where rows start whose image blocks see all of themselves."""
         if "token_type_ids" not in self.inputs:
             return starts
-        grids = [grid for row in self.model.grids(self.inputs) for grid in row]
+        grids = known_grids(self.model, self.inputs)
         spans = [(int(grid.positions.min()), int(grid.positions.max())) for grid in grids]
         return [
             next((low for low, high in spans if low <= start <= high), start) for start in starts

@@ -30,6 +30,8 @@ from hooked_vlm.engine.run import run_cells
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name, tower_of
 from hooked_vlm.hooks.sites import Site
+from hooked_vlm.inputs.pixel_routing import holds_pixels
+from hooked_vlm.inputs.rows import prompt_shape
 from hooked_vlm.interventions.chain import Cell
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Places
@@ -182,16 +184,15 @@ def _number(value: Any) -> Tensor:
 
 
 def _check_images(model: Any, inputs: Mapping[str, Any], cache: Mapping[str, Any]) -> None:
-    if inputs.get("pixel_values") is not None:
+    if holds_pixels(inputs):
         return
     if "input_ids" not in inputs:
         raise InterventionError("The corrupted inputs have no input_ids. Use what prepare returns.")
     from_image = any(name.startswith("vision_") for name in cache)
-    image_token = model.cfg.image_token_id
-    if from_image or (image_token is not None and bool((inputs["input_ids"] == image_token).any())):
-        why = "the clean cache is of a run with an image"
-        if not from_image:
-            why = "the prompt holds image tokens"
+    ids, token = inputs.get("input_ids"), model.cfg.image_token_id
+    blind = ids is not None and token is not None and bool((ids == token).any())
+    if from_image or blind:
+        why = "the clean run had an image" if from_image else "the prompt holds image tokens"
         raise InterventionError(
             f"The corrupted inputs have no pixel_values, but {why}: the patched runs would be "
             "blind. Pass everything that prepare(images, texts) returns, not the tokens alone."
@@ -247,9 +248,8 @@ def _check_cache(
 
 def _lengths(model: Any, inputs: Mapping[str, Any], site: Site) -> dict[str, int]:
     """Returns how long the axes of a site will be, as far as the inputs alone tell."""
-    ids = inputs["input_ids"]
     if site.axes.startswith("batch"):
-        batch, pos = ids.shape
+        batch, pos = prompt_shape(inputs) or (0, 0)
         return {"batch": batch, "pos": pos, "query": pos, "key": pos}
     grids = [grid for row in model.grids(inputs) for grid in row]
     sizes = {(g.patch_rows * g.patch_cols, len(g)) for g in grids}

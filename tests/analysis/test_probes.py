@@ -199,6 +199,13 @@ def test_split_covers_every_image_once(n, test_size, expected):
     assert n < 20 or list(split_by_image(n, test_size=test_size, seed=1)[0]) != list(train)
 
 
+def test_b5_a_shared_token_is_an_example_of_both_places():
+    wide = [Region.column_band((6, 6), 0, 3), Region.column_band((6, 6), 2, 6)]
+    examples = object_examples(torch.arange(36.0).reshape(1, 36, 1), wide)
+    twice = examples.X[:, 0] % 6 == 2
+    assert twice.sum() == 12 and sorted(examples.y[twice.numpy()]) == [0] * 6 + [1] * 6
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

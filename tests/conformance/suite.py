@@ -24,6 +24,7 @@ from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
+from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.errors import GridError
@@ -37,6 +38,7 @@ LAWS = (
     "fires",
     *laws.SITE_GROUPS,
     "residual",
+    "decomposition",
     "patterns",
     "grid",
     "pixels",
@@ -49,6 +51,7 @@ LAWS = (
     "padding",
     "images",
     "own output",
+    "videos",
     "4-D mask",
     "gradients",
     "bf16",
@@ -125,6 +128,7 @@ def _fill(row: Row) -> None:
         "fires": partial(laws.check_fires, model, inputs),
         **{g: partial(laws.check_sites, model, inputs, g) for g in laws.SITE_GROUPS},
         "residual": partial(laws.check_residual, model, inputs),
+        "decomposition": partial(check_decomposition, model, inputs),
         "patterns": partial(laws.check_patterns, model, inputs),
         "grid": partial(laws.check_grid, model, inputs),
         "pixels": partial(check_pixels, model, size),
@@ -137,6 +141,7 @@ def _fill(row: Row) -> None:
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),
         "own output": partial(given.check_own_output, model, inputs),
+        "videos": partial(given.check_videos, model, inputs),
         "4-D mask": partial(given.check_masks, model, inputs),
         "gradients": partial(given.check_gradients, model, inputs),
         "bf16": partial(check_bf16, model, inputs),

@@ -43,10 +43,10 @@ def test_without_the_planted_order_the_answer_is_gone(coded: str) -> None:
     assert set(found) == set(REMOVALS)
     assert found["intact"] == found["itself"] == 1
     assert found["removed"] < 0.5 and found["mean"] < 0.5
-    assert (
-        "not distinguishable from chance" in e5(coded).verdict
-        or "below chance" in e5(coded).verdict
-    )
+    # Eight questions in a direction: too few to exclude an order.
+    assert "as in the paper" not in e5(coded).verdict
+    kinds = accuracy(e5(coded), quantity="other end")
+    assert kinds["removed"] + found["removed"] <= 1
 
 
 def test_the_halves_tell_where_the_order_was() -> None:

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.forward_counter import count_forwards
 from helpers.planted_models import planted
-from hooked_vlm.errors import DataError, HookedVLMWarning, ScoringError, UnsupportedModelError
-from hooked_vlm.experiments.dual_mechanisms import final_token, ordering_probes, strip_swap
+from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, UnsupportedModelError
+from hooked_vlm.experiments.dual_mechanisms import final_token
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, cell_pairs
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
@@ -28,7 +28,7 @@ from hooked_vlm.zoo import available
 
 CORE = SUITES["dual-mechanisms"]
 NUMBERS = {"value", "low", "high", "n"}
-QUICK = Config(pairs=2, batch_size=8)
+QUICK = Config(pairs=4, batch_size=8)
 WIDE = Config(pairs=2, batch_size=80)  # where nothing depends on how questions are batched
 
 
@@ -74,9 +74,9 @@ def test_results_are_whole_and_progress_reaches_its_total(name: str) -> None:
 def test_e1_counts_every_item_once() -> None:
     result, _ = run("behaviour")
     assert result.table["direction"].tolist() == ["left", "right", "above", "below", "all"]
-    assert result.table["n"].tolist() == [120, 120, 120, 120, 480]
+    assert result.table["n"].tolist() == [120, 120, 120, 120, 240]
     assert (result.table["value"] == 1).all()
-    assert "(480 items)" in result.verdict
+    assert "(240 pictures)" in result.verdict
     assert "1.00" in result.verdict
     assert "equal in all directions" in result.verdict
 
@@ -101,10 +101,10 @@ def test_e2_finds_the_three_stages_that_were_planted() -> None:
             else:
                 assert odds[f"log odds, {quantity}"] > 4
     assert "three stages follow each other as in the paper" in result.verdict
-    assert "peaks at slot 1" in result.verdict
+    assert "highest at slot 1" in result.verdict
     assert result.arrays["pairs_left"].sizes == {
         "slot": 3,
-        "pair": 2,
+        "pair": 4,
         "quantity": 8,
     }
 
@@ -113,21 +113,26 @@ def test_e2_finds_the_three_stages_that_were_planted() -> None:
     ("winners", "says"),
     [
         (["clean", "ordering", "attribute", "attribute"], "follow each other as in the paper"),
-        (["clean", "attribute"], "Unlike in the paper, there is no ordering stage."),
+        (["clean", "", "ordering", "attribute"], "follow each other as in the paper"),
+        (["clean", "attribute"], "Unlike in the paper, there is no ordering stage"),
+        (["clean", "", "attribute"], "Undecided whether there is a stage of ordering"),
         (["clean"], "no ordering and no attribute stage"),
         (["clean", "ordering", "clean", "attribute"], "not in the paper's order"),
     ],
 )
 def test_e2_says_which_stage_is_not_there(winners: list[str], says: str) -> None:
-    assert says in final_token._against_the_paper(pd.Series(winners))
+    stages = {a: [i for i, w in enumerate(winners) if w == a] for a in final_token.ANSWERS}
+    unclear = [i for i, winner in enumerate(winners) if not winner]
+    assert says in final_token._against_the_paper(stages, unclear)
 
 
 @pytest.mark.parametrize("coded", ["background", "object"])
 def test_e3_finds_the_order_in_the_background_where_it_is(coded: str) -> None:
     result, _ = run("ordering-probes", coded)
     for axis in ("horizontal", "vertical"):
-        value = rows(result, axis=axis).set_index("quantity")["value"]
-        assert value["accuracy"] == 1
+        here = rows(result, axis=axis)
+        value = here[here["probe"].isna()].set_index("quantity")["value"]
+        assert value["accuracy"] == 1 and value["p, shuffled"] == pytest.approx(1 / 21)
         assert 0.1 < value["shuffled"] < 0.56
         if coded == "background":
             assert value["background"] > 0.55
@@ -139,26 +144,10 @@ def test_e3_finds_the_order_in_the_background_where_it_is(coded: str) -> None:
     cells = result.arrays["object_cells"]
     assert cells.sum().item() == 6  # one cell for each of three objects on two axes
     assert set(result.images) == set(result.arrays["item_maps"]["item"].values.tolist())
-    where = "and from" if coded == "background" else "and not from"
-    assert result.verdict.count(f"is read from the objects {where} the background") == 2
-
-
-@pytest.mark.parametrize(
-    ("low", "says"),
-    [
-        ({"accuracy": 0.9, "background": 0.6}, "from the objects and from the background, as in"),
-        ({"accuracy": 0.9}, "and not from the background, unlike in the paper"),
-        ({"background": 0.6}, "from the background and not from the objects"),
-        ({"converged": 0.44}, "its recipe reads no order; only a probe fitted to convergence"),
-        ({"background": 0.36}, "no order is read"),
-        ({}, "no order is read"),
-    ],
-)
-def test_e3_says_in_words_what_its_intervals_say(low: dict[str, float], says: str) -> None:
-    names = ["accuracy", "converged", "shuffled", "background", "background, shuffled"]
-    lows = pd.Series(0.3, index=names)
-    lows.update(pd.Series(low, dtype=float))
-    assert says in ordering_probes._found(pd.DataFrame({"low": lows, "high": lows + 0.05}))
+    # The planted background codes its own place, whatever is shown: one object gives as much.
+    assert "as in the paper" not in result.verdict
+    assert result.verdict.count("the order is read from the objects") == 2
+    assert "5 of 5 probes with other initialisations say the same" in result.verdict
 
 
 @pytest.mark.parametrize("coded", ["background", "object"])
@@ -176,7 +165,8 @@ def test_e4_tells_the_two_mechanisms_apart(coded: str) -> None:
             # Behind the block in which the answer is read, no swap does anything.
             assert swapped[2] < 0.01
             assert clean[2] > 0.99
-        difference = rows(result, direction=direction, kind="strip - object").set_index("slot")
+        difference = rows(result, direction=direction, kind="strip - object")
+        difference = difference[difference["quantity"] == "difference"].set_index("slot")
         assert difference["p_holm"].between(0, 1).all()
         expected = 1.0 if coded == "background" else 0.0
         assert difference["value"][0] == pytest.approx(expected, abs=0.01)
@@ -184,32 +174,11 @@ def test_e4_tells_the_two_mechanisms_apart(coded: str) -> None:
     assert set(result.images) == {"horizontal regions", "vertical regions"}
     other = "strips without objects" if coded == "object" else "objects alone"
     assert f"{other} 0.00" in result.verdict
-    first = result.verdict.splitlines()[0]
-    found = "alone do not, as in" if coded == "background" else "flip the answer too"
-    assert first.startswith("Left, right, above and below: ")
-    assert found in first
-    clear = (
-        "strips flip more answers than objects at slots 0-1, by up to 1.00 [1.00, 1.00] (slot 0)"
-    )
-    unclear = "no clear difference between strips and objects at any slot"
-    # Two pairs are too few for a sign-flip test, however large their difference is.
-    assert result.verdict.count(unclear) == 4
-    many = rows(result, direction="left", kind="strip - object").assign(p_holm=0.001)
-    assert strip_swap._compared(many).startswith(clear if coded == "background" else unclear)
-
-
-def test_e4_speaks_of_no_difference_that_is_only_significant() -> None:
-    table = pd.DataFrame(
-        {
-            "slot": [0, 1, 2],
-            "value": [0.0001, -0.2, -0.3],
-            "low": [0.00005, -0.3, -0.5],
-            "high": [0.0002, -0.1, 0.1],
-            "p_holm": [0.0007, 0.0007, 0.2],
-        }
-    )
-    said = strip_swap._compared(table)
-    assert said == "objects flip more answers than strips at slot 1, by 0.20 [0.10, 0.30]"
+    first, every = result.verdict.splitlines()[:2]
+    # Four pairs in a direction decide nothing, sixteen in all of them do.
+    assert first.startswith("Left, right, above and below: undecided")
+    found = "objects alone do not, as in" if coded == "background" else "alone flip the answer too"
+    assert found.replace("objects", "object cells") in every
 
 
 def test_the_controls_of_e4_have_the_cells_they_say() -> None:
@@ -269,7 +238,7 @@ def test_a_model_without_a_vision_encoder_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_a_tokenizer_that_splits_a_colour_is_refused(name: str) -> None:
+def test_a_tokenizer_that_splits_most_colours_is_refused(name: str) -> None:
     whole = planted("object")
     tokenizer = copy.deepcopy(whole.tokenizer)
     encode: Callable[..., list[int]] = tokenizer.encode
@@ -278,10 +247,11 @@ def test_a_tokenizer_that_splits_a_colour_is_refused(name: str) -> None:
         return [*encode(text[:2], **options), *encode(text[2:], **options)]
 
     tokenizer.encode = lambda text, **options: (
-        split(text, **options) if "brown" in text else encode(text, **options)
+        encode(text, **options) if text.strip().lower() in ("red", "blue") else split(text)
     )
     model = HookedVLM(whole.hf_model, SimpleNamespace(tokenizer=tokenizer))
-    with count_forwards(model) as forwards, pytest.raises(ScoringError, match="'brown' cannot be"):
+    refused = pytest.raises(CannotRunError, match=r"2 of the 6 names .*\(red, blue\)")
+    with count_forwards(model) as forwards, refused:
         EXPERIMENTS[name].run(model, QUICK, nothing)
     assert not forwards
 
@@ -313,6 +283,7 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
     assert {step.experiment.name for step in found} == set(EXPERIMENTS) - {
         "coco-spatial",
         "coco-amplification",
+        "whatsup-pooled",
     }
     assert len({step.key for step in found}) == len(found)
     swaps = [step.setting for step in found if step.experiment.id == "E4"]

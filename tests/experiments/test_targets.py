@@ -11,8 +11,9 @@ from hooked_vlm.report.page import write_report
 def test_every_figure_is_of_an_experiment_that_runs() -> None:
     ids = {experiment.id for experiment in EXPERIMENTS.values()}
     assert {target.id for target in TARGETS} <= ids
-    assert len(set(TARGETS)) == len(TARGETS) == 30
+    assert len(set(TARGETS)) == len(TARGETS) == 32
     assert {t.value for t in targets("E1", "whatsup")} == {"0.73", "0.62"}
+    assert {t.value for t in targets("R3", "whatsup")} == {"0.73", "0.62"}
     assert {t.value for t in targets("E5", "objects")} == {"0.43", "0.54"}
     assert targets("E5", "objects-photos") == targets("E5")  # none there: all of them
     assert targets("Q5") == []

@@ -11,9 +11,9 @@ from PIL import Image
 from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm.errors import DataError, HookedVLMWarning, NoGridError
-from hooked_vlm.inputs.prepare import rows_of
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.processor import model_inputs, placeholder
+from hooked_vlm.inputs.rows import rows_of
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -118,6 +118,7 @@ def test_a_prompt_that_no_encoder_takes_begins_the_answer(model_type):
     own = model.tokenizer("Here", add_special_tokens=False)["input_ids"]
     assert ids == [config.decoder_start_token_id, *own]
     (row,) = rows_of(inputs, inputs.grids, text=True)
+    assert row.input_ids is not None
     assert row.input_ids.tolist() == ids
     new = model.generate(inputs, max_new_tokens=2, do_sample=False, eos_token_id=None)
     assert new[0, : len(ids)].tolist() == ids

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.errors import InterventionError, RegionError
-from hooked_vlm.inputs.prepare import rows_of
+from hooked_vlm.inputs.rows import rows_of
 from hooked_vlm.interventions.indexing import (
     index_of,
     locate,

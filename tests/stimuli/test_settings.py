@@ -66,24 +66,66 @@ def test_a_picture_and_its_counterfactual_stand_on_one_photograph(name):
     assert len(grounds) > 1 and grounds <= set(photographs.SCENES)
 
 
-@given(st.sampled_from(sorted(shapes.PAINT)), st.integers(12, 120), st.integers(0, 40))
-def test_a_shape_stays_in_its_box_and_has_the_papers_size(shape, side, offset):
+def drawn(shape: str, side: int, drawing: str, offset: int = 0) -> np.ndarray:
+    """The painted pixels of a shape in a box at (offset, 3)."""
     image = Image.new("RGB", (180, 180), "white")
     box = (offset, 3, offset + side, 3 + side)
-    shapes.paint(ImageDraw.Draw(image), shape, box, (0, 0, 0))
-    rows, cols = np.nonzero(painted(image))
-    assert offset <= cols.min() and cols.max() < offset + side
-    assert rows.min() >= 3 and rows.max() < 3 + side
-    wide = {"square": 0.8}.get(shape, 0.9) * side
-    if shape != "star":  # a star's arms end before its circle does
-        assert abs((cols.max() - cols.min() + 1) - wide) <= 2.5
+    shapes.paint(ImageDraw.Draw(image), shape, box, (0, 0, 0), drawing)
+    return painted(image)
+
+
+def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of the painted pixels."""
+    rows, cols = np.nonzero(mask)
+    left, top = int(cols.min()), int(rows.min())
+    return left, top, int(cols.max()) - left + 1, int(rows.max()) - top + 1
+
+
+@pytest.mark.parametrize("drawing", shapes.DRAWINGS)
+@given(st.sampled_from(sorted(shapes.PAINT)), st.integers(12, 120), st.integers(0, 40))
+def test_a_shape_stays_in_its_box_and_has_the_size_of_its_drawing(drawing, shape, side, offset):
+    left, top, wide, tall = extent(drawn(shape, side, drawing, offset))
+    assert left >= offset and left + wide <= offset + side
+    assert top >= 3 and top + tall <= 3 + side
+    share = {"square": 0.8, "circle": 0.9}.get(shape, 1.0 if drawing == "published" else 0.9)
+    if (shape, drawing) != ("star", "inset"):  # a star's arms end before its circle does
+        assert abs(wide - share * side) <= 2.5
+
+
+def test_b4_shapes_have_the_published_sizes_in_a_box_of_56_px():
+    found = {shape: extent(drawn(shape, 56, "published")) for shape in shapes.PAINT}
+    assert found["triangle"] == (0, 3, 56, 48)  # from the top of the box
+    assert found["cross"] == found["heart"] == (0, 3, 56, 56)
+    assert found["star"][0] == 0 and found["star"][2] == 56
+    assert abs(found["square"][2] - 0.8 * 56) < 1 and abs(found["circle"][2] - 0.9 * 56) < 1
+    cross = drawn("cross", 56, "published")
+    assert cross[3].sum() == 56 // 3 and cross[3 + 28].sum() == 56
+
+
+def test_b4_published_shapes_are_the_default_and_inset_ones_a_setting_of_their_own():
+    question = Question(("blue", "black", "brown"), "left")
+    for name, drawing in (("shapes", "published"), ("shapes-inset", "inset")):
+        picture = painted(stimulus_set(name).picture(question, GEOMETRY))
+        x0, y0, x1, y1 = GEOMETRY.place_box("horizontal", 0)
+        assert extent(picture[y0:y1, x0:x1])[2:] == extent(drawn("triangle", 56, drawing))[2:]
+    assert stimulus_set("shapes-inset").title == "Shapes, drawn inset"
+    with pytest.raises(DataError, match="'inset'"):
+        shapes.draw(question.entities, "horizontal", GEOMETRY, drawing="insett")
+
+
+def test_b1_a_spare_colour_has_the_shape_of_the_one_it_replaces():
+    question = Question(("red", "orange", "gray"), "left")
+    assert stimulus_set("shapes").prompt(question).endswith("of the orange cross is ")
+    assert stimulus_set("shapes").spares == stimulus_set("squares").spares == {"brown": "orange"}
+    picture = pixels(stimulus_set("squares").picture(question, GEOMETRY))
+    assert tuple(picture[168, 168]) == (255, 165, 0)
 
 
 def test_shapes_differ_in_form_and_not_in_colour_alone():
     image = {}
     for shape in shapes.PAINT:
         canvas = Image.new("RGB", (84, 84), "white")
-        shapes.paint(ImageDraw.Draw(canvas), shape, (0, 0, 84, 84), (0, 0, 0))
+        shapes.paint(ImageDraw.Draw(canvas), shape, (0, 0, 84, 84), (0, 0, 0), "inset")
         image[shape] = painted(canvas)
     area = {shape: mask.mean() for shape, mask in image.items()}
     assert area["square"] == pytest.approx(0.64, abs=0.03)

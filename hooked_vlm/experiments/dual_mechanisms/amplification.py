@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -25,17 +24,24 @@ from torch import Tensor
 from hooked_vlm.analysis.directions import orthonormalise, random_controls, stack
 from hooked_vlm.analysis.probes import LinearProbe, class_directions, object_examples
 from hooked_vlm.analysis.scoring import normalise, top_answer
-from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
-from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import probe_regions, projected
+from hooked_vlm.experiments.answers import named, picture_of
+from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
+    CONTROLS,
+    FEWEST_CONTROLS,
+    FORMULAS,
+    table_of,
+    verdict_of,
+)
+from hooked_vlm.experiments.dual_mechanisms.order_reading import probe_regions
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import projected
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
+from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -51,10 +57,6 @@ ABOUT = About(
         "directions 0.57) for Gemma-3-4b and from 0.60 to 0.82 (random 0.65) for Qwen2-VL-2B."
     ),
 )
-FORMULAS = ("written, first", "written, last", "released", "orthonormal")
-CONTROLS = ("random, same norms", "random, same energy")
-Outcomes = Mapping[str, Bool[np.ndarray, "seed alpha item"]]
-"""Kind -> whether each answer is right; formulas have one seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,10 @@ class Strengths(common.Config):
 
     ranges: ClassVar = {"controls": (0, 1000)}
 
-    alphas: tuple[float, ...] = tuple(float(a) for a in range(16))
-    controls: int = 3
+    alphas: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0)
+    """Strengths of the directions and of the random ones: the best of few is seldom as good."""
+    controls: int = FEWEST_CONTROLS
     """Seeds of the random directions."""
-    control_alphas: tuple[float, ...] = (0.0, 1.0, 4.0, 8.0, 12.0, 15.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +87,20 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     plans = {axis: Plan.of(setting, axis, config) for axis in setting.axes}
     batches = [(plan, batch) for plan in plans.values() for batch in setting.batches(plan.asked)]
     on_progress(0, len(batches))
-    found, asked = [], []
+    found, asked, kinds = [], [], []
     for done, (plan, batch) in enumerate(batches, start=1):
         found.append(outcomes(setting, plan, batch, config))
+        kinds.append(named(setting.logits(batch), model.tokenizer, batch))
         asked += batch
         on_progress(done, len(batches))
     right = {kind: np.concatenate([part[kind] for part in found], axis=2) for kind in found[0]}
-    table = table_of(right, [q.direction for q in asked], config)
+    pictures = [picture_of(q) for q in asked]
+    table = table_of(right, pictures, config.alphas, config.seed, np.concatenate(kinds))
     return Result(
         **vars(ABOUT),
         table=table,
         images={"a question's picture": setting.picture(asked[0])},
-        verdict=verdict_of(table, right),
+        verdict=verdict_of(table),
         config={"items": len(asked), "seed": config.seed, "controls": config.controls},
         notes=(
             "Directions are the class weights of E3's probe, one for each axis, fitted to the "
@@ -107,13 +111,30 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "specify w, so the probe's first and last class are both reported; neither depends "
             "on the question.",
             "'corrected' is a share of the answers that were wrong at alpha 0, 'broken' of those "
-            "that were correct (Wilson intervals); 'net' is the change in accuracy over all items "
-            "(bootstrap over items). Random directions are random rotations of the directions, for "
-            f"{config.controls} seeds: with the same norms and angles, and in addition with the "
-            "same projection energy on the image tokens; an item counts by its mean over seeds.",
-            "'held-out alpha': chosen for accuracy on half of the items, reported on the other "
+            "that were correct (Wilson intervals over pictures), 'corrected, order' of those that "
+            "named the other end; 'net' is the change in accuracy (bootstrap over pictures, each "
+            "with its two questions). Random directions are random rotations of the directions, "
+            f"for {config.controls} seeds, at the same strengths: with the same norms and angles, "
+            "in addition with the same projection energy on the image tokens, orthonormal ones, "
+            "and single ones for 'written'; a picture counts by its mean over seeds.",
+            "'held-out alpha': chosen for accuracy on half of the pictures, reported on the other "
             "half, for both halves. 'best alpha': chosen on the reported items, as published.",
+            "The verdict compares each formula with its own random directions, picture by picture "
+            "at the held-out alpha ('real - random'), and by its rank among them ('p, random'). "
+            "Amplified order can only repair answers that name the other end.",
+            *stand_in(config.setting),
         ),
+    )
+
+
+def stand_in(setting: str) -> tuple[str, ...]:
+    """Returns a note on the stimuli, unless they are the paper's."""
+    if setting in whatsup.SETTINGS:
+        return ()
+    return (
+        f"The paper amplifies on photographs, What'sUp (v1) and COCO-spatial (v2), of which you "
+        f"need a copy; {setting!r} stands in for them. For the paper's own: --setting "
+        f"{whatsup.SETTINGS[0]} --data FOLDER, and the experiment coco-amplification.",
     )
 
 
@@ -174,10 +195,11 @@ def conditions(
         for alpha in config.alphas
     }
     for kind, seeds in controls.items():
+        mode = "add" if kind == "random, written" else "project"
         for seed, rows in enumerate(seeds):
-            for alpha in config.control_alphas:
+            for alpha in config.alphas:
                 made[kind, seed, alpha] = Steer(
-                    0, at=region, directions=rows, alpha=alpha, mode="project"
+                    0, at=region, directions=rows, alpha=alpha, mode=mode
                 )
     return made
 
@@ -185,13 +207,14 @@ def conditions(
 def matched_controls(
     fitted: Float[Tensor, "class d_model"], tokens: Float[Tensor, "*batch d_model"], seeds: range
 ) -> dict[str, Float[Tensor, "seed class d_model"]]:
-    """Returns random directions of the same norms, and others with the same energy on tokens."""
+    """Returns random directions for each formula: see `CONTROLS`."""
     if not seeds:
         return {}
-    return {
-        CONTROLS[0]: random_controls(fitted, seeds),
-        CONTROLS[1]: random_controls(fitted, seeds, match_energy_on=tokens),
-    }
+    norms = random_controls(fitted, seeds)
+    energy = random_controls(fitted, seeds, match_energy_on=tokens)
+    orthonormal = torch.stack([orthonormalise(rows) for rows in norms])
+    written = torch.stack([rows[:1] for rows in norms])
+    return dict(zip(CONTROLS, (norms, energy, orthonormal, written), strict=True))
 
 
 def fit_directions(
@@ -242,100 +265,3 @@ def answered(
 
 def _axis(direction: str) -> str:
     return "horizontal" if direction in ("left", "right") else "vertical"
-
-
-# --- from answers to numbers ----------------------------------------------------------------
-
-
-def table_of(right: Outcomes, directions: Sequence[str], config: Strengths) -> pd.DataFrame:
-    """Returns each kind's accuracy and changes at every strength, and at the chosen ones."""
-    rows = []
-    for kind, verdicts in right.items():
-        alphas = config.control_alphas if kind in CONTROLS else config.alphas
-        share = verdicts.mean(0)  # over seeds
-        base = share[list(alphas).index(0.0)] if 0.0 in alphas else share[0]
-        for alpha, now in zip(alphas, share, strict=True):
-            for quantity, interval in _changes(base, now, config.seed).items():
-                rows += interval_rows(
-                    interval, {}, direction="all", kind=kind, alpha=alpha, quantity=quantity
-                )
-        chosen = held_out_change(share, base, directions, config.seed)
-        best = int(share.mean(1).argmax())
-        for quantity, values, alpha in (
-            ("net, held-out alpha", chosen, float("nan")),
-            ("net, best alpha", share[best] - base, alphas[best]),
-        ):
-            interval = bootstrap(values, seed=config.seed)
-            rows += interval_rows(
-                interval, {}, direction="all", kind=kind, alpha=alpha, quantity=quantity
-            )
-    return pd.DataFrame(rows)
-
-
-def _changes(base: np.ndarray, now: np.ndarray, seed: int) -> dict[str, Interval]:
-    """Returns accuracy, net change, and shares corrected and broken where there are any."""
-    wrong = base < 0.5
-    found = {
-        "accuracy": wilson(float(now.sum()), len(now)),
-        "net": bootstrap(now - base, seed=seed),
-    }
-    if wrong.any():
-        found["corrected"] = wilson(float(now[wrong].sum()), int(wrong.sum()))
-    if not wrong.all():
-        found["broken"] = wilson(float((1 - now[~wrong]).sum()), int((~wrong).sum()))
-    return found
-
-
-def held_out_change(
-    share: Float[np.ndarray, "alpha item"],
-    base: Float[np.ndarray, " item"],
-    directions: Sequence[str],
-    seed: int,
-) -> Float[np.ndarray, " item"]:
-    """Returns each item's change at the strength that is best for the *other* half of the items.
-
-    Halves are drawn with the seed within each direction; of equal strengths the first counts.
-    """
-    rng = np.random.default_rng(seed)
-    half = np.zeros(len(base), dtype=int)
-    for direction in dict.fromkeys(directions):
-        own = np.flatnonzero(np.array(directions) == direction)
-        half[rng.permutation(own)[: len(own) // 2]] = 1
-    change = np.zeros(len(base))
-    for side in (0, 1):
-        best = int(share[:, half != side].mean(1).argmax())
-        change[half == side] = (share[best] - base)[half == side]
-    return change
-
-
-def verdict_of(table: pd.DataFrame, right: Outcomes) -> str:
-    """Returns in words how amplification changes accuracy, compared with random directions."""
-    base = right["released"][0, 0]
-    parts = [
-        f"Accuracy without amplification {base.mean():.2f} ({counted(len(base), 'item')}), so "
-        f"{int((~base).sum())} could be corrected."
-    ]
-    for kind in ("released", "orthonormal"):
-        held, best = (_net(table, kind, q) for q in ("held-out alpha", "best alpha"))
-        parts.append(
-            f"{kind}: accuracy changes by {format_interval(held)} with alpha chosen on other "
-            f"items, by {format_interval(best)} with the best alpha ({best['alpha']:g})."
-        )
-    held = {kind: _net(table, kind, "held-out alpha") for kind in CONTROLS}
-    parts.append(
-        "Random directions, alpha chosen on other items: "
-        + "; ".join(f"{kind.split(', ')[1]} {format_interval(row)}" for kind, row in held.items())
-        + "."
-    )
-    real, control = _net(table, "released", "held-out alpha"), held[CONTROLS[1]]
-    apart = real["low"] > max(control["high"], 0)
-    parts.append(
-        "Amplified ordering improves accuracy, and more than random directions do."
-        if apart
-        else "Amplified ordering does not improve accuracy beyond random directions."
-    )
-    return "\n".join(part[0].upper() + part[1:] for part in parts)
-
-
-def _net(table: pd.DataFrame, kind: str, alpha: str) -> pd.Series:
-    return select(table, kind=kind, quantity=f"net, {alpha}").iloc[0]

@@ -1,13 +1,14 @@
 """E1, behaviour: accuracy of the model on the setting's questions (paper, Table 1)."""
 
+import numpy as np
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import counted
+from hooked_vlm.experiments.answers import picture_of
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows
+from hooked_vlm.experiments.tables import format_interval, rate_rows
 
 
 ABOUT = About(
@@ -34,9 +35,14 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             right[question.direction].append(verdict)
         done += len(batch)
         on_progress(done, len(questions))
-    rows = [_row(direction, verdicts) for direction, verdicts in right.items()]
-    every = [verdict for verdicts in right.values() for verdict in verdicts]
-    table = pd.DataFrame([*rows, _row("all", every)])
+    pictures = {d: [picture_of(q) for q in questions if q.direction == d] for d in right}
+    rows = []
+    for direction, verdicts in right.items():
+        about = {"direction": direction, "quantity": "accuracy"}
+        rows += rate_rows(np.array(verdicts), pictures[direction], **about)
+    every, shown = ([x for own in parts.values() for x in own] for parts in (right, pictures))
+    rows += rate_rows(np.array(every), shown, direction="all", quantity="accuracy")
+    table = pd.DataFrame(rows)
     examples = {axis: next(q for q in questions if q.axis == axis) for axis in setting.axes}
     return Result(
         **vars(ABOUT),
@@ -47,14 +53,10 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         notes=(
             "All ordered triples of the setting's names in each direction, in the paper's layout. "
             "An answer is correct when the most probable next token, lower-cased and stripped of "
-            "all but letters and digits, is the target.",
+            "all but letters and digits, is the target. Intervals are Wilson's over pictures: two "
+            "questions about one picture are one observation.",
         ),
     )
-
-
-def _row(direction: str, verdicts: list[bool]) -> dict:
-    interval = wilson(float(sum(verdicts)), len(verdicts))
-    return interval_rows(interval, {}, direction=direction, quantity="accuracy")[0]
 
 
 def _verdict(table: pd.DataFrame) -> str:
@@ -62,9 +64,9 @@ def _verdict(table: pd.DataFrame) -> str:
     by = table[table["direction"] != "all"]
     worst = by.sort_values("value").iloc[0]
     alike = by["value"].nunique() == 1
-    return f"Accuracy {format_interval(every)} ({counted(every['n'], 'item')}); " + (
+    return f"Accuracy {format_interval(every)} ({counted(every['n'], 'picture')}); " + (
         f"equal in all directions ({format_interval(worst)} each)."
         if alike
         else f"lowest for {worst['direction']!r}: {format_interval(worst)} "
-        f"({counted(worst['n'], 'item')})."
+        f"({counted(worst['n'], 'picture')})."
     )

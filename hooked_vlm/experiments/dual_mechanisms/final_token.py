@@ -6,8 +6,9 @@ was transferred: the clean answer (nothing), the clean image's colour at the pla
 counterfactual asks for (the ordering), or the counterfactual's own colour (the attribute).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
@@ -20,6 +21,7 @@ from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, format_slots, score_rows, select
+from hooked_vlm.experiments.verdicts import LEAST, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
@@ -60,12 +62,16 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         on_progress,
         cells=len(slots),
     )
+    by_direction = {
+        d: values.assign_coords(pair=[_pictures(pair) for pair in pairs[d]])
+        for d, values in by_direction.items()
+    }
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
-        verdict=_verdict(table),
+        verdict=_verdict(table, setting.directions),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         notes=(
             "Slot 0 is the input of block 0 (visual tokens merged in), slot l the output of block "
@@ -75,8 +81,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "the log odds against the clean answer. Intervals are 95 % bootstrap intervals over "
             "pairs. A pair counts only if the model answers both of its images correctly without "
             "intervention.",
-            "The verdict names for each slot the most probable of the three answers: 'clean' keeps "
-            "the clean answer, 'ordering' and 'attribute' transfer these from the counterfactual.",
+            "The verdict gives a slot to one of the three answers: 'clean' keeps the clean answer, "
+            "'ordering' and 'attribute' transfer these from the counterfactual. It does so where "
+            f"the answer is more probable than both others by at least {LEAST} in a paired test "
+            "over pairs (rows '… over others'; p_holm is adjusted over slots and answers); all "
+            "other slots are undecided.",
         ),
     )
 
@@ -94,6 +103,12 @@ def scored(
     return torch.cat([found, *(column.to(found)[:, None] for column in more)], dim=-1)
 
 
+def _pictures(pair: FinalTokenPair) -> str:
+    """Returns the two pictures of a pair, by which it is one observation with its like."""
+    shown = (pair.clean.entities, pair.counterfactual.entities)
+    return f"{pair.clean.axis}: {'; '.join(', '.join(entities) for entities in shown)}"
+
+
 def _sweep(setting: Setting, pairs: list[FinalTokenPair], slots: range) -> Sweep:
     source = setting.inputs([pair.counterfactual for pair in pairs])
     return Sweep(
@@ -108,32 +123,59 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     together = xr.concat(list(by_direction.values()), dim="pair")
     for direction, values in {**by_direction, "all": together}.items():
         rows += score_rows(values, seed, direction=direction)
+    slots = together["slot"].values.tolist()
+    answers = together.sel(quantity=list(ANSWERS)).transpose("pair", "slot", "quantity").values
+    over = np.stack(
+        [
+            answers[..., i] - np.delete(answers, i, axis=-1).max(axis=-1)
+            for i in range(len(ANSWERS))
+        ],
+        axis=-1,
+    )
+    names = [f"{answer} over others" for answer in ANSWERS]
+    units = [str(pair) for pair in together["pair"].values]
+    rows += claim_rows(over, {"slot": slots, "quantity": names}, units, seed, direction="all")
     table = pd.DataFrame(rows)
     table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
     return table
 
 
-def _verdict(table: pd.DataFrame) -> str:
+def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
     every = select(table, direction="all")
-    wide = every.pivot(index="slot", columns="quantity", values="value")
-    winner = wide[list(ANSWERS)].idxmax(axis=1)
-    spans = [
-        f"{format_slots(winner.index[winner == q]).partition(' ')[2]} {q}"
-        for q in ANSWERS
-        if (winner == q).any()
-    ]
+    stages = {
+        answer: [
+            int(row["slot"])
+            for _, row in select(every, quantity=f"{answer} over others").iterrows()
+            if judge(row).above
+        ]
+        for answer in ANSWERS
+    }
+    slots = sorted(int(slot) for slot in set(every["slot"]))
+    unclear = [slot for slot in slots if not any(slot in found for found in stages.values())]
+    spans = [f"{format_slots(found)} {answer}" for answer, found in stages.items() if found]
+    if unclear:
+        spans.append(f"{format_slots(unclear)} undecided")
     ordering = select(every, quantity="ordering")
     peak = ordering.sort_values("value").iloc[-1]
-    return (
-        f"Top answer by slot: {'; '.join(spans)}. The ordering answer peaks "
-        f"at slot {peak['slot']} with {format_interval(peak)}. {_against_the_paper(winner)}"
-    )
+    parts = [
+        f"Answer by slot: {'; '.join(spans)}",
+        f"The ordering answer is highest at slot {peak['slot']}, {format_interval(peak)}",
+        _against_the_paper(stages, unclear),
+        *not_tested(directions, list(table["direction"])),
+    ]
+    return " ".join(map(sentence, parts))
 
 
-def _against_the_paper(winner: pd.Series) -> str:
-    missing = [q for q in ANSWERS if not (winner == q).any()]
+def _against_the_paper(stages: Mapping[str, Sequence[int]], unclear: Sequence[int]) -> str:
+    missing = [answer for answer, found in stages.items() if not found]
+    if missing and unclear:
+        return (
+            f"Undecided whether there is a stage of {' and of '.join(missing)}: no answer is "
+            f"clearly more probable than both others at {format_slots(unclear)}"
+        )
     if missing:
-        return f"Unlike in the paper, there is no {' and no '.join(missing)} stage."
-    if winner.tolist() == sorted(winner, key=ANSWERS.index):
-        return "The three stages follow each other as in the paper."
-    return "All three stages appear, but not in the paper's order."
+        return f"Unlike in the paper, there is no {' and no '.join(missing)} stage"
+    in_turn = [answer for _, answer in sorted((s, a) for a, found in stages.items() for s in found)]
+    if in_turn == sorted(in_turn, key=ANSWERS.index):
+        return "The three stages follow each other as in the paper"
+    return "All three stages appear, but not in the paper's order"

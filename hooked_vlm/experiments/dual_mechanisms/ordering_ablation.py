@@ -7,7 +7,7 @@ an order itself, from the positions of tokens in the prompt, accuracy stays abov
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,19 +15,29 @@ import numpy as np
 import pandas as pd
 import torch
 
+from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import (
     bootstrap,
-    wilson,
 )
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.answers import CHANCE, KINDS, ORDER, OTHER, RIGHT, named, picture_of
 from hooked_vlm.experiments.batches import over_batches
 from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, references
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import difference_rows, format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import (
+    difference_rows,
+    format_interval,
+    interval_rows,
+    rate_rows,
+    select,
+)
+from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -42,8 +52,10 @@ ABOUT = About(
         "and Gemma-3-4b 0.57, 0.64 and 0.54 on Squares, Shapes and Objects."
     ),
 )
-CHANCE = 1 / 3
-QUANTITIES = ("accuracy", "probability")
+
+
+REFERENCES = 3
+"""Number of references in whose questions an isolated picture is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +64,7 @@ class Config(common.Config):
 
     settings_allowed = SETTINGS  # What'sUp cannot show one object alone
     ranges: ClassVar = {"items": (0, 10**6)}
+    in_float32 = True
 
     items: int = 120
 
@@ -60,15 +73,20 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks the setting's questions intact and under each way of removing the order."""
     setting = Setting.of(model, config)
     asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
+    names = {axis: named_alone(setting, axis) for axis in setting.axes}
     scores = over_batches(setting, asked, lambda _, batch, __: _scores(setting, batch), on_progress)
     by_direction = {d: np.concatenate(parts, axis=1) for d, parts in scores.items()}
-    table = _table(by_direction, config.seed)
+    table = _table(by_direction, asked, names, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
         images=_pictures(setting, asked),
-        verdict=_verdict(table),
-        config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},
+        verdict=_verdict(table, names),
+        config={
+            "items": {d: len(found) for d, found in asked.items()},
+            "seed": config.seed,
+            "named alone": {axis: sorted(found) for axis, found in names.items()},
+        },
         notes=(
             "'removed': at slot 0 every image token is replaced, an entity's tokens by those of a "
             "picture with this entity alone in the middle, the background by an empty picture's.",
@@ -76,11 +94,14 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "from a picture with this entity alone at its own place, so the encoder's information "
             "about that place remains. 'mean' writes the mean image token everywhere, so no "
             "picture remains. 'itself' writes the existing tokens and must equal 'intact'.",
+            "Every answer names the right end, the other end, the reference or nothing in the "
+            "picture; without order the ends are equally probable. The verdict is about "
+            f"'{ORDER}', against 1/2, by picture, and only about questions whose three entities "
+            "the model names when it is shown the isolated picture that a removal reads: other "
+            "answers show a loss of names.",
             "Accuracies have 95 % Wilson intervals; 'difference' is the paired difference to "
-            "'intact', with a bootstrap interval over items and a sign-flip test, Holm-adjusted "
+            "'intact', with a bootstrap interval over items and a bounded mean test, Holm-adjusted "
             "over the kinds of a direction. 'probability' is that of the correct answer.",
-            f"Computed in {_dtype(model)}. The paper computes this in float32, since borderline "
-            "answers depend on precision.",
         ),
     )
 
@@ -94,31 +115,70 @@ def sampled(setting: Setting, direction: str, n: int, seed: int) -> list[Questio
     return [questions[i] for i in sorted(chosen)]
 
 
+def named_alone(setting: Setting, axis: str) -> set[str]:
+    """Returns the entities that the model names when each is shown alone, in the middle.
+
+    The questions are the setting's own, about other references; most answers must be the entity.
+    """
+    directions = [d for d in setting.directions if AXIS_OF[d] == axis]
+    stimuli, layout = setting.stimuli, setting.geometry
+    right: dict[str, list[bool]] = {name: [] for name in setting.names}
+    asked = [
+        (name, Question((name, reference, name), direction))
+        for name in setting.names
+        for i, reference in enumerate(n for n in setting.names if n != name)
+        for direction in directions
+        if i < REFERENCES
+    ]
+    for batch in setting.batches(asked):
+        questions = [question for _, question in batch]
+        pictures = [
+            stimuli.scene((None, name, None), axis, layout, stimuli.ground_of(question))
+            for name, question in batch
+        ]
+        with torch.no_grad():
+            logits = setting.model(setting.inputs_of(pictures, questions), logits_to_keep=1)
+        answers = top_answer(final_logits(logits), setting.model.tokenizer)
+        for (name, _), answer in zip(batch, answers, strict=True):
+            right[name].append(answer == normalise(name))
+    return {name for name, found in right.items() if 2 * sum(found) > len(found)}
+
+
 def _scores(setting: Setting, batch: Sequence[Question]) -> np.ndarray:
-    """Returns `[kind, item, quantity]`: whether the answer is correct, and its probability."""
+    """Returns `[kind, item, quantity]`: what the answer names, and the right one's probability."""
     found = references(setting, batch)
-    targets = [normalise(question.target) for question in batch]
 
     def metric(logits: torch.Tensor) -> torch.Tensor:
         last = final_logits(logits)
-        answers = top_answer(last, setting.model.tokenizer)
-        right = torch.tensor([a == t for a, t in zip(answers, targets, strict=True)])
-        probability = setting.probabilities(last, [(q.target,) for q in batch])[:, 0]
-        return torch.stack([right.to(probability), probability], dim=-1)
+        probability = setting.probabilities(last, [(q.target,) for q in batch])
+        kinds = torch.from_numpy(named(last, setting.model.tokenizer, batch)).to(probability)
+        return torch.cat([kinds, probability], dim=-1)
 
     sweep = Sweep(found.inputs, {"kind": list(REMOVALS)}, make=lambda kind: REMOVALS[kind](found))
     scores = sweep.run(setting.model, metric, dims=("item", "quantity"), logits_to_keep=1)
     return scores.values
 
 
-def _table(by_direction: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
+def _table(
+    by_direction: dict[str, np.ndarray],
+    asked: Mapping[str, Sequence[Question]],
+    names: Mapping[str, set[str]],
+    seed: int,
+) -> pd.DataFrame:
     rows = []
+    every = [question for questions in asked.values() for question in questions]
     together = np.concatenate(list(by_direction.values()), axis=1)
     for direction, values in {**by_direction, "all": together}.items():
-        right, probability = values[..., 0], values[..., 1]
-        for kind, verdicts in zip(REMOVALS, right, strict=True):
-            interval = wilson(float(verdicts.sum()), len(verdicts))
-            rows += interval_rows(interval, {}, direction=direction, kind=kind, quantity="accuracy")
+        questions = every if direction == "all" else asked[direction]
+        pictures = [picture_of(question) for question in questions]
+        right, probability = (
+            by_unit(np.moveaxis(values[..., i], 1, 0), pictures).T for i in (RIGHT, -1)
+        )
+        for kind, verdicts in zip(REMOVALS, values, strict=True):
+            about = {"direction": direction, "kind": kind}
+            for i, name in enumerate(("accuracy", *KINDS[1:])):
+                rows += rate_rows(verdicts[:, i], pictures, quantity=name, **about)
+            rows += order_rows(verdicts, questions, names, seed, **about)
         axes = {"kind": list(REMOVALS)}
         rows += interval_rows(
             bootstrap(probability.T, seed=seed), axes, direction=direction, quantity="probability"
@@ -136,6 +196,28 @@ def _table(by_direction: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def order_rows(
+    kinds: np.ndarray,
+    questions: Sequence[Question],
+    names: Mapping[str, set[str]],
+    seed: int,
+    **columns: str,
+) -> list[dict]:
+    """Returns the claim about order among answers that name an end; of none, a row without number.
+
+    `kinds` are `[item, kind]`, as `answers.named` gives them.  Only questions whose three entities
+    are all among the `names` of their axis count.
+    """
+    whole = np.array([set(q.entities) <= names[q.axis] for q in questions])
+    kept = (kinds[:, [RIGHT, OTHER]].any(-1) & whole).nonzero()[0]
+    about = {"quantity": ORDER, **columns}
+    if not len(kept):
+        nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+        return [{**about, **nothing, "null": CHANCE, "p_holm": 1.0}]
+    units = [picture_of(questions[i]) for i in kept]
+    return claim_rows(kinds[kept, RIGHT], {}, units, seed, null=CHANCE, low=0.0, high=1.0, **about)
+
+
 def _pictures(setting: Setting, asked: dict[str, list[Question]]) -> dict:
     """Returns, for one question, its picture and those that the removal reads."""
     question = next(iter(asked.values()))[0]
@@ -148,36 +230,49 @@ def _pictures(setting: Setting, asked: dict[str, list[Question]]) -> dict:
     }
 
 
-def _dtype(model) -> str:
-    return str(next(model.hf_model.parameters()).dtype).removeprefix("torch.")
-
-
-def _verdict(table: pd.DataFrame) -> str:
+def _verdict(table: pd.DataFrame, names: Mapping[str, set[str]]) -> str:
     directions = [d for d in dict.fromkeys(table["direction"]) if d != "all"]
     parts = []
     for direction in ["all", *directions]:
         accuracy = _accuracy(table, direction)
+        kinds = select(table, direction=direction, kind="removed").set_index("quantity")
+        shares = ", ".join(
+            f"{name} {kinds.loc[column, 'value']:.2f}"
+            for name, column in zip(KINDS, ("accuracy", *KINDS[1:]), strict=True)
+        )
         parts.append(
-            f"{direction}: accuracy {format_interval(accuracy['removed'])} with vision's order "
-            f"removed ({_beside_chance(accuracy['removed'])}), "
+            f"{direction}: {_order(kinds.loc[ORDER])}. Answers with vision's order removed: "
+            f"{shares}; accuracy {format_interval(accuracy['removed'])}, "
             f"{format_interval(accuracy['intact'])} intact"
         )
     every = _accuracy(table, "all")
-    return (
-        f"{parts[0][0].upper()}{parts[0][1:]}. {'; '.join(parts[1:])}. Accuracy after other "
-        f"replacements: objects only {format_interval(every['objects only'])}, background only "
-        f"{format_interval(every['background only'])}, entities alone at their own places "
-        f"{format_interval(every['in place'])}, mean image token everywhere "
-        f"{format_interval(every['mean'])}."
+    parts.append(
+        f"Accuracy after other replacements: objects only {format_interval(every['objects only'])},"
+        f" background only {format_interval(every['background only'])}, entities alone at their "
+        f"own places {format_interval(every['in place'])}, mean image token everywhere "
+        f"{format_interval(every['mean'])}"
     )
+    for axis, found in names.items():
+        parts.append(f"named alone, {axis}: {', '.join(sorted(found)) or 'none'}")
+    return "\n".join(map(sentence, parts))
+
+
+def _order(row: pd.Series) -> str:
+    """Returns whether an order remains, in words."""
+    if not row["n"]:
+        return "undecided whether an order remains: no answer names an end of a picture it can name"
+    found = judge(row)
+    n = counted(int(row["n"]), "picture")
+    said = f"{format_interval(row)} right of those that name an end, {n}"
+    if found.above:
+        return f"an order remains ({said}), as in the paper"
+    if found.outcome == "not found":
+        return f"no order remains ({said}), unlike in the paper"
+    if found.below:
+        return f"answers name the other end more often ({said}), unlike in the paper"
+    return f"undecided whether an order remains ({said})"
 
 
 def _accuracy(table: pd.DataFrame, direction: str) -> dict[str, Any]:
     rows = select(table, direction=direction, quantity="accuracy")
     return {str(row["kind"]): row for _, row in rows.iterrows()}
-
-
-def _beside_chance(row: pd.Series) -> str:
-    if row["low"] > CHANCE:
-        return "above chance"
-    return "below chance" if row["high"] < CHANCE else "not distinguishable from chance"

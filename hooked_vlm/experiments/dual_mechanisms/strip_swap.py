@@ -8,32 +8,36 @@ strips without their objects (a control for the size of the change).
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
+from hooked_vlm.analysis.statistics import Interval, simultaneous
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments.batches import sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, strips_of
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import (
-    difference_rows,
     format_interval,
     format_names,
-    format_slots,
+    interval_rows,
     score_rows,
     select,
 )
+from hooked_vlm.experiments.verdicts import claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
-from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS
+from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweeps.sweep import Sweep
 
 
@@ -50,10 +54,11 @@ ABOUT = About(
 QUANTITIES = ("swapped", "clean", "agreement", "log odds")
 """Probability of the swapped answer (the paper's "IIA") and of the clean answer; whether the
 top answer is the swapped one; log odds of the two."""
-FLIPPED = 0.5
-"""The mean probability of the swapped answer from which the verdict calls it flipped."""
-SMALLEST = 0.01
-"""The smallest difference in the verdict: with 50 pairs, even 0.0001 can be significant."""
+HALF = 0.5
+"""The mean probability of the swapped answer above which it is the model's answer."""
+EARLY = "swapped, early slots"
+"""Quantity: the mean over slots 0 to L/2 of a model with L layers.  The paper's curves (Figs. 5-7)
+flip there and fall only in the last sixth of the layers, where the final token has the answer."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -77,7 +82,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         cells=len(slots) * len(regions.kinds),
     )
     by_direction = {
-        d: values.assign_coords(pair=[_name(pair) for pair in pairs[d]])
+        d: values.assign_coords(pair=[name_of(pair) for pair in pairs[d]])
         for d, values in by_direction.items()
     }
     table = _table(by_direction, model.cfg.n_layers, config.seed)
@@ -86,7 +91,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
         images=_pictures(setting, pairs),
-        verdict=_verdict(table),
+        verdict=_verdict(table, setting.directions),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         notes=(
             "Activations are written into the run on the clean picture; the source is the run on "
@@ -98,10 +103,13 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             "pairing of strips moves an object by a column.",
             "Intervals are 95 % bootstrap intervals over pairs. 'strip - object' is the paired "
             "difference in the swapped answer's probability; its p-values (column p_holm) are "
-            "sign-flip tests over pairs, adjusted by Holm over the slots of a direction.",
-            f"The verdict's first sentence calls an answer flipped where the mean probability of "
-            f"the swapped answer reaches {FLIPPED} at the best slot. Its differences are those "
-            f"with p_holm of at most 0.05 and a size of at least {SMALLEST}.",
+            "those of the bounded mean test over pairs, adjusted by Holm over the slots of a "
+            "direction. 'swapped, highest' has intervals that hold at all slots together.",
+            f"The verdict is about '{EARLY}', slots 0 to {model.cfg.n_layers // 2}, one number for "
+            "each picture. An answer flips where the interval of this mean lies above "
+            f"{HALF}; strips and objects differ where the interval of their paired difference "
+            "excludes zero and its p-value is at most 0.05. These intervals are for bounded values "
+            "(Gaffke), at any number of pictures.",
             *regions.notes,
         ),
     )
@@ -121,7 +129,8 @@ def scored(
     return torch.cat([both, torch.stack(columns, dim=-1)], dim=-1)
 
 
-def _name(pair: SwapPair) -> str:
+def name_of(pair: SwapPair) -> str:
+    """Returns a pair's direction and its clean picture's entities."""
     return f"{pair.clean.direction}: {', '.join(map(str, pair.clean.entities))}"
 
 
@@ -141,21 +150,60 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     together = xr.concat(list(by_direction.values()), dim="pair")
     for direction, values in {**by_direction, "all": together}.items():
         rows += score_rows(values, seed, direction=direction)
+        rows += claims(values, n_layers, seed, direction=direction)
         swapped = values.sel(quantity="swapped").transpose("pair", "kind", "slot")
         kinds = [str(kind) for kind in values["kind"].values]
         strip, inside = (swapped.sel(kind=k).values for k in (strips_of(kinds), "object"))
-        rows += difference_rows(
-            strip,
-            inside,
+        rows += claim_rows(
+            strip - inside,
             {"slot": values["slot"].values.tolist()},
+            pictures_of(values),
             seed,
             direction=direction,
             kind="strip - object",
             quantity="difference",
         )
     table = pd.DataFrame(rows)
-    table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
+    slots = table["slot"]
+    table["site"] = [None if pd.isna(slot) else slot_name(int(slot), n_layers) for slot in slots]
     return table
+
+
+def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> list[dict]:
+    """Returns the rows that a verdict is about: means over early slots, and highest slots."""
+    swapped = values.sel(quantity="swapped").transpose("pair", "kind", "slot")
+    kinds, units = [str(kind) for kind in values["kind"].values], pictures_of(values)
+    early = swapped.sel(slot=slice(0, n_layers // 2)).mean("slot")
+    rows = []
+    for kind in kinds:
+        about = {"kind": kind, "quantity": EARLY, **columns}
+        own = early.sel(kind=kind).values
+        rows += claim_rows(own, {}, units, seed, null=HALF, low=0.0, high=1.0, **about)
+    difference = (early.sel(kind=strips_of(kinds)) - early.sel(kind="object")).values
+    about = {"kind": "strip - object", "quantity": EARLY, **columns}
+    rows += claim_rows(difference, {}, units, seed, **about)
+    for kind in kinds:
+        means = by_unit(swapped.sel(kind=kind).values, units)
+        best = int(np.argmax(means.mean(0)))
+        if len(means) < 2:  # of one picture there is no interval
+            nothing = np.full(means.shape[1], np.nan)
+            interval = Interval(means.mean(0), nothing, nothing, 1, 0.95, "none")
+        else:
+            interval = simultaneous(means, seed=seed)
+        slot = int(values["slot"].values[best])
+        about = {"kind": kind, "quantity": "swapped, highest", "slot": slot, **columns}
+        rows += interval_rows(interval.at(best), {}, **about)
+    return rows
+
+
+def pictures_of(values: xr.DataArray) -> list[str]:
+    """Returns the picture of each pair: a layout and its mirror image are the same two pictures."""
+    names = []
+    for pair in values["pair"].values:
+        direction, _, entities = str(pair).partition(": ")
+        axis = AXIS_OF.get(direction, direction)
+        names.append(f"{axis}: {', '.join(min(e := entities.split(', '), e[::-1]))}")
+    return names
 
 
 def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:
@@ -173,70 +221,70 @@ def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:
     return pictures
 
 
-def _verdict(table: pd.DataFrame) -> str:
+def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
+    tested = [d for d in directions if d in set(table["direction"])]
     found: dict[str, list[str]] = {}
     parts = []
-    for direction in [d for d in DIRECTIONS if d in set(table["direction"])]:
-        here = select(table, direction=direction, quantity="swapped")
-        strips = strips_of(list(here["kind"]))
-        shown = {"strip": strips, "object": "object", "background": "background"}
-        best = {kind: _peak(select(here, kind=found)) for kind, found in shown.items()}
-        flips = {kind: bool(best[kind]["value"] >= FLIPPED) for kind in shown}
-        found.setdefault(_FINDINGS[flips["strip"], flips["object"]], []).append(direction)
+    for direction in ["all", *tested]:
+        here = select(table, direction=direction)
+        strips = strips_of(list(select(here, quantity="swapped")["kind"]))
+        early = {str(row["kind"]): row for _, row in select(here, quantity=EARLY).iterrows()}
+        finding = _finding(early, strips)
+        if direction == "all":
+            parts.append(f"all directions together: {finding}")
+        else:
+            found.setdefault(finding, []).append(direction)
+        shown = {
+            "strips": strips,
+            "objects alone": "object",
+            "strips without objects": "background",
+        }
+        means = ", ".join(f"{name} {format_interval(early[k])}" for name, k in shown.items())
+        best = select(here, quantity="swapped, highest")
+        highest = ", ".join(f"{n} {_at(select(best, kind=k).iloc[0])}" for n, k in shown.items())
         parts.append(
-            f"{direction}: highest probability of a flipped answer: strips {_at(best['strip'])}, "
-            f"objects alone {_at(best['object'])}, strips without objects "
-            f"{_at(best['background'])}; "
-            f"{_compared(select(table, direction=direction, kind='strip - object'))}."
-            + (_aligned(here, best["strip"]) if strips == "strip" else "")
+            f"{direction}: probability of a flipped answer in early slots "
+            f"({counted(int(early[strips]['n']), 'picture')}): {means}; {_more(early)}. "
+            f"Highest: {highest}."
         )
-    first = "; ".join(f"{format_names(where)}: {finding}" for finding, where in found.items())
-    return "\n".join(part[0].upper() + part[1:] for part in (f"{first}.", *parts))
+        if strips == "strip" and ALIGNED in set(best["kind"]):
+            aligned, published = (select(best, kind=k).iloc[0] for k in (ALIGNED, "strip"))
+            parts[-1] += (
+                f" Aligned strips (object on object): {_at(aligned)}; published strips (object "
+                f"moved by a column): {_at(published)}."
+            )
+    by_direction = "; ".join(f"{format_names(where)}: {what}" for what, where in found.items())
+    parts = [by_direction, *parts, *not_tested(directions, tested)]
+    return "\n".join(map(sentence, parts))
 
 
-_FINDINGS = {  # by whether strips flip the answer, and whether object cells alone do
-    (True, False): "strips flip the answer and object cells alone do not, as in the paper",
-    (True, True): "object cells alone flip the answer too, unlike in the paper",
-    (False, True): "object cells alone flip the answer and strips do not, unlike in the paper",
-    (False, False): "neither strips nor object cells flip the answer, unlike in the paper",
-}
+def _finding(early: Mapping[str, pd.Series], strips: str) -> str:
+    """Returns what strips and objects do in early slots, in words."""
+    strip, inside = judge(early[strips], least=0.0), judge(early["object"], least=0.0)
+    apart = judge(early["strip - object"])
+    if strip.above and inside.below and apart.above:
+        return "strips flip the answer and object cells alone do not, as in the paper"
+    if strip.above and inside.above:
+        return "object cells alone flip the answer too, unlike in the paper"
+    if inside.above and strip.below:
+        return "object cells alone flip the answer and strips do not, unlike in the paper"
+    if strip.below and inside.below:
+        return "neither strips nor object cells flip the answer, unlike in the paper"
+    unclear = {"strips": strip, "object cells": inside}
+    names = [name for name, judged in unclear.items() if judged.outcome != "found"]
+    return f"undecided whether {format_names(names)} flip the answer"
 
 
-def _compared(difference: pd.DataFrame) -> str:
-    """Returns in words the slots at which strips and objects differ, and the largest difference."""
-    clear = difference[(difference["p_holm"] <= 0.05) & (difference["value"].abs() >= SMALLEST)]
-    parts = []
-    for words, sign in (
-        ("strips flip more answers than objects", 1),
-        ("objects flip more answers than strips", -1),
-    ):
-        rows = clear[clear["value"] * sign > 0]
-        if len(rows):
-            most = rows.loc[rows["value"].abs().idxmax()]
-            size = format_interval(most if sign > 0 else _negated(most))
-            size = size if len(rows) == 1 else f"up to {size} (slot {most['slot']})"
-            parts.append(f"{words} at {format_slots(rows['slot'])}, by {size}")
-    return "; ".join(parts) or "no clear difference between strips and objects at any slot"
-
-
-def _aligned(here: pd.DataFrame, published: pd.Series) -> str:
-    """Returns in words the effect of aligned strips, where they differ from the published ones."""
-    aligned = select(here, kind=ALIGNED)
-    if aligned.empty:
-        return ""
-    return (
-        f" Aligned strips (object on object): {_at(_peak(aligned))}; published strips (object "
-        f"moved by a column): {_at(published)}."
-    )
-
-
-def _negated(row: pd.Series) -> pd.Series:
-    return pd.Series({"value": -row["value"], "low": -row["high"], "high": -row["low"]})
+def _more(early: Mapping[str, pd.Series]) -> str:
+    """Returns which of the two flips more answers, in words."""
+    apart = judge(early["strip - object"])
+    if apart.outcome == "undecided":
+        return f"undecided which flip more (strips - objects {apart.reason})"
+    if apart.outcome == "not found":
+        return f"no difference between strips and objects ({apart.reason})"
+    more = "strips flip more than objects" if apart.above else "objects flip more than strips"
+    return f"{more} (difference {apart.reason})"
 
 
 def _at(row: pd.Series) -> str:
-    return f"{format_interval(row)} (slot {row['slot']})"
-
-
-def _peak(rows: pd.DataFrame) -> pd.Series:
-    return rows.sort_values("value").iloc[-1]
+    return f"{format_interval(row)} (slot {int(row['slot'])})"

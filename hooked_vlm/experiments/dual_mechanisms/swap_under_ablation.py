@@ -14,16 +14,29 @@ import torch
 import xarray as xr
 
 from hooked_vlm.analysis.scoring import normalise, top_answer
-from hooked_vlm.errors import CannotRunError
+from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.batches import sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
-from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED, QUANTITIES, scored
+from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
+    HALF,
+    QUANTITIES,
+    name_of,
+    pictures_of,
+    scored,
+)
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, format_names, score_rows, select
+from hooked_vlm.experiments.tables import (
+    format_interval,
+    format_names,
+    format_slots,
+    score_rows,
+    select,
+)
+from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording
@@ -46,11 +59,16 @@ ABOUT = About(
 )
 
 
+CLAIM = "swapped, claim"
+"""Quantity: the probability of the swapped answer, with intervals that a verdict may use."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """The common options; What'sUp cannot show one object alone."""
 
     settings_allowed = SETTINGS
+    in_float32 = True
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -72,6 +90,10 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         on_progress,
         cells=len(slots) * len(regions.kinds),
     )
+    by_direction = {
+        d: values.assign_coords(pair=[name_of(pair) for pair in pairs[d]])
+        for d, values in by_direction.items()
+    }
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return _result(
         table,
@@ -125,6 +147,19 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
         if values.sizes["pair"] < 2:
             continue  # no interval over one pair
         rows += score_rows(values, seed, direction=direction)
+        inside = values.sel(kind="object", quantity="swapped").transpose("pair", "slot")
+        rows += claim_rows(
+            inside.values,
+            {"slot": values["slot"].values.tolist()},
+            pictures_of(values),
+            seed,
+            null=HALF,
+            low=0.0,
+            high=1.0,
+            direction=direction,
+            kind="object",
+            quantity=CLAIM,
+        )
     table = pd.DataFrame(rows)
     if len(table):
         table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
@@ -161,6 +196,10 @@ def _result(
             "the removal*: these pairs are answered by another mechanism.",
             "Strips and strips without their objects are controls. Intervals are 95 % bootstrap "
             "intervals over pairs; a direction with fewer than two pairs has no row.",
+            f"The verdict calls an answer flipped at slots where the interval of '{CLAIM}' (for "
+            f"bounded values, by picture) lies above {HALF}, with p-values adjusted by Holm over "
+            "the slots. At slot 0 the swap moves tokens without an order, so a flip there means "
+            "that the removal is not clean.",
             *notes,
         ),
     )
@@ -169,20 +208,35 @@ def _result(
 def _verdict(table: pd.DataFrame, missing: Sequence[str]) -> str:
     parts = []
     for direction in dict.fromkeys(table["direction"]) if len(table) else ():
-        here = select(table, direction=direction, quantity="swapped")
-        kinds = list(dict.fromkeys(here["kind"]))
-        best = {k: select(here, kind=k).sort_values("value").iloc[-1] for k in kinds}
-        first = select(here, kind="object", slot=0).iloc[0]
+        here = select(table, direction=direction)
+        swapped = select(here, quantity="swapped")
+        kinds = list(dict.fromkeys(swapped["kind"]))
+        best = {k: select(swapped, kind=k).sort_values("value").iloc[-1] for k in kinds}
+        first = select(swapped, kind="object", slot=0).iloc[0]
         own = best["object"]
-        finding = "flip the answer" if own["value"] >= FLIPPED else "do not flip the answer"
         parts.append(
-            f"{direction}: object swaps {finding} (highest probability {format_interval(own)} at "
-            f"slot {own['slot']}, at slot 0 {format_interval(first)}); strips "
-            f"{format_interval(best[strips_of(kinds)])}, strips without objects "
-            f"{format_interval(best['background'])} ({own['n']} pairs)."
+            f"{direction}: {_finding(select(here, quantity=CLAIM))} (highest probability "
+            f"{format_interval(own)} at slot {own['slot']}, at slot 0 {format_interval(first)}); "
+            f"strips {format_interval(best[strips_of(kinds)])}, strips without objects "
+            f"{format_interval(best['background'])} ({counted(int(own['n']), 'pair')})."
         )
     if missing:
         parts.append(f"{format_names(missing)}: no pair is answered correctly under the removal.")
-    return "\n".join(part[0].upper() + part[1:] for part in parts) or (
+    return "\n".join(map(sentence, parts)) or (
         "Too few pairs are answered correctly under the removal for an interval."
     )
+
+
+def _finding(claims: pd.DataFrame) -> str:
+    """Returns at which slots object swaps flip the answer, in words."""
+    judged = {int(row["slot"]): judge(row, least=0.0) for _, row in claims.iterrows()}
+    flips = [slot for slot, found in judged.items() if found.above]
+    if 0 in flips:
+        return (
+            "undecided: object swaps flip the answer at slot 0 already, so the removal is not clean"
+        )
+    if flips:
+        return f"object swaps flip the answer at {format_slots(flips)}"
+    if all(found.below for found in judged.values()):
+        return "object swaps do not flip the answer at any slot"
+    return "undecided whether object swaps flip the answer"

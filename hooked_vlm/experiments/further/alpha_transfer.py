@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.analysis.bounded import by_unit
+from hooked_vlm.analysis.statistics import wilson
+from hooked_vlm.experiments.answers import picture_of
 from hooked_vlm.experiments.dual_mechanisms import amplification
-from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, held_out_change, outcomes
+from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, outcomes
+from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import LEAST, held_out_change
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -45,7 +49,7 @@ class Config(amplification.Config):
     settings: tuple[str, ...] = ("squares", "shapes", "objects", "objects-photos")
     items: int = 12
     alphas: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)
-    controls: int = 0
+    controls: int = 0  # compared are settings
 
     @property
     def used_settings(self) -> tuple[str, ...]:
@@ -94,7 +98,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "was fitted to.",
             "'transferred': the directions of another setting, with the alpha that is best there. "
             "'itself': a setting's own directions, with alpha chosen on the other half of its "
-            "items. Bootstrap intervals over items.",
+            "pictures. Intervals are for bounded values, over pictures; an accuracy has Wilson's.",
             "Transfer between models: run this on each and compare the column alpha.",
         ),
     )
@@ -104,22 +108,23 @@ def _table(
     right: dict[tuple[str, str], np.ndarray], asked: dict[str, list[Question]], config: Config
 ) -> pd.DataFrame:
     rows = []
+    pictures = {target: [picture_of(q) for q in questions] for target, questions in asked.items()}
     for (source, target), share in right.items():
         base = share[0]
         if source == target:
-            directions = [question.direction for question in asked[target]]
-            change = held_out_change(share, base, directions, config.seed)
+            change = held_out_change(share, base, pictures[target], config.seed)
             alpha = float("nan")  # one for each half
         else:
             best = int(right[source, source].mean(1).argmax())
             change, alpha = share[best] - base, config.alphas[best]
         about = {"source": source, "target": target, "alpha": alpha, "quantity": "net"}
         kind = "itself" if source == target else "transferred"
-        rows += interval_rows(bootstrap(change, seed=config.seed), {}, kind=kind, **about)
+        rows += claim_rows(change, {}, pictures[target], config.seed, kind=kind, **about)
     for target in asked:
-        intact = right[target, target][0]
+        intact = by_unit(right[target, target][0], pictures[target])
         about = {"source": "none", "target": target, "alpha": 0.0, "quantity": "accuracy"}
-        rows += interval_rows(bootstrap(intact, seed=config.seed), {}, kind="intact", **about)
+        interval = wilson(float(intact.sum()), len(intact))
+        rows += interval_rows(interval, {}, kind="intact", **about)
     return pd.DataFrame(rows)
 
 
@@ -129,16 +134,26 @@ def _verdict(table: pd.DataFrame, settings: Sequence[str]) -> str:
         own = select(table, target=target, kind="itself").iloc[0]
         others = select(table, target=target, kind="transferred")
         accuracy = select(table, target=target, kind="intact").iloc[0]
-        helped = others[others["low"] > 0]
-        harmed = others[others["high"] < 0]
+        judged = [judge(row, LEAST) for _, row in others.iterrows()]
+        helped, harmed = sum(j.above for j in judged), sum(j.below for j in judged)
+        unclear = sum(j.outcome == "undecided" for j in judged)
+        if (others["alpha"] == 0).all() and not own["value"]:
+            parts.append(
+                f"{target} (accuracy {format_interval(accuracy)} without amplification): nothing "
+                "to transfer, since no strength above zero is best on any setting"
+            )
+            continue
         words = [
             f"from {row['source']} (alpha {row['alpha']:g}) {format_interval(row)}"
             for _, row in others.iterrows()
         ]
-        found = f"sources that help: {len(helped)} of {len(others)}, that harm: {len(harmed)}"
+        found = (
+            f"sources that help: {helped} of {len(others)}, that harm: {harmed}, undecided: "
+            f"{unclear}"
+        )
         parts.append(
             f"{target} (accuracy {format_interval(accuracy)} without amplification): change with "
             f"its own directions and held-out alpha {format_interval(own)}; "
-            f"{', '.join(words)}; {found}."
+            f"{', '.join(words)}; {found}"
         )
-    return "\n".join(part[0].upper() + part[1:] for part in parts)
+    return "\n".join(map(sentence, parts))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,15 +26,25 @@ from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, counted
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
-    CONTROLS,
     Strengths,
     answered,
     conditions,
     matched_controls,
+)
+from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
+    CONTROLS,
     table_of,
     verdict_of,
 )
-from hooked_vlm.experiments.further.coco_spatial import listed_files, opened, usable_items
+from hooked_vlm.experiments.further.coco_published import NOTE, listings, published_rows
+from hooked_vlm.experiments.further.coco_spatial import (
+    STYLES,
+    listed_files,
+    opened,
+    style_note,
+    style_of,
+    usable_items,
+)
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
@@ -63,17 +74,22 @@ FEWEST = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Strengths):
-    """`style` is the wording: "reference" (the paper's for Qwen2-VL) or "choice" (Gemma 3)."""
+    """`style` is the wording, as in R1; `boxes` a file of detected boxes.
+
+    Detected boxes are used for objects of which COCO has no box
+    (`stimuli.datasets.coco_boxes.read_detected` describes the file).
+    """
 
     settings_allowed = ("coco",)
     choices: ClassVar = {
-        "style": ("reference", "choice"),
+        "style": STYLES,
         "name": ("coco_qa_two_obj", "vg_qa_two_obj"),
     }
 
     setting: str = "coco"
-    style: str = "reference"
+    style: str = "auto"
     name: str = "coco_qa_two_obj"
+    boxes: Path | None = None
 
     @property
     def used_settings(self) -> tuple[str, ...]:
@@ -83,18 +99,19 @@ class Config(Strengths):
     def check(self) -> None:
         """Raises `DataError` without a usable copy of the data and of COCO's annotations."""
         super().check()
-        usable_boxes(self.data, self.name)
+        usable_boxes(self.data, self.name, self.boxes)
 
     def files(self) -> dict[str, Path]:
-        """Returns the list, its photographs and COCO's annotations."""
+        """Returns the list, its photographs, COCO's annotations and the detected boxes."""
         folder, _ = usable_items(self.data, self.name)
-        return {**listed_files(folder, self.name), "annotations": annotations(folder)}
+        found = {**listed_files(folder, self.name), "annotations": annotations(folder)}
+        return found | ({"boxes": self.boxes} if self.boxes is not None else {})
 
 
-def usable_boxes(data: Path | None, name: str) -> tuple[Spatial, Boxed]:
+def usable_boxes(data: Path | None, name: str, boxes: Path | None = None) -> tuple[Spatial, Boxed]:
     """Returns the list and its items with boxes; raises `DataError` if no item is usable."""
     folder, listed = usable_items(data, name)
-    found = with_boxes(listed.items, folder)
+    found = with_boxes(listed.items, folder, boxes)
     if not found.items:
         problems = "; ".join([*listed.problems, *found.problems][:3])[:200]
         raise DataError(f"'{folder}' has no usable item: {problems}.")
@@ -106,6 +123,8 @@ class Told:
     """The results of one item without intervention."""
 
     right: bool
+    listings: tuple[int, ...]
+    """The state of its two listings in the published count (`coco_published`)."""
     tokens: Float[Tensor, "token d_model"]
     things: Float[Tensor, "2 d_model"]
     """Mean tokens of the left and the right object, or of the upper and the lower one."""
@@ -113,22 +132,24 @@ class Told:
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Fits probes on correctly answered items, then asks every item at every strength."""
-    listed, found = usable_boxes(config.data, config.name)
+    listed, found = usable_boxes(config.data, config.name, config.boxes)
+    style = style_of(model, config.style)
     problems = [*listed.problems, *found.problems]
     total, done = 2 * len(found.items), 0
     on_progress(0, total)
     told: dict[BoxedItem, Told] = {}
     for group in by_size(found.items, config.batch_size):
-        told |= dict(zip(group, observed(model, group, config.style), strict=True))
+        told |= dict(zip(group, observed(model, group, style), strict=True))
         done += len(group)
         on_progress(done, total)
-    parts, items, rows, left_out = [], [], [], []
+    parts, asked, items, rows, left_out = [], [], [], [], []
     for axis in ("horizontal", "vertical"):
         own = [item for item in found.items if item.item.axis == axis]
-        right = [item for item in own if told[item].right]
+        right = [item for item in own if told[item].right and item.is_as_captioned]
         if len(right) < FEWEST:
             left_out.append(
-                f"{axis}: {len(right)} of {counted(len(own), 'item')} correct, too few for a probe."
+                f"{axis}: {len(right)} of {counted(len(own), 'item')} correct, too few for a probe "
+                "(without those whose boxes contradict their caption)."
             )
             continue
         probe, interval = fitted([told[item] for item in right], config.seed)
@@ -137,45 +158,73 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         tokens = torch.cat([told[item].tokens for item in right])
         controls = matched_controls(w, tokens, range(config.seed, config.seed + config.controls))
         for group in by_size(own, config.batch_size):
-            inputs = inputs_of(model, group, config.style)
+            inputs = inputs_of(model, group, style)
             made = conditions(w, controls, Region.everything(inputs.grids[0][0].shape), config)
             targets = [item.item.side for item in group for _ in range(2)]
             verdicts = answered(model, inputs, targets, made)
+            asked.append({k: v.reshape(*v.shape[:2], -1, 2) for k, v in verdicts.items()})
             parts.append({k: v[..., 0::2] & v[..., 1::2] for k, v in verdicts.items()})
             items += group
             done += len(group)
             on_progress(done, total)
     if not parts:
         raise CannotRunError(f"No probe could be fitted: {' '.join(left_out)}")
+    published = published_rows(
+        np.array([told[item].listings for item in items]),
+        {kind: np.concatenate([part[kind] for part in asked], axis=2) for kind in asked[0]},
+        config.alphas,
+    )
     outcomes = {kind: np.concatenate([part[kind] for part in parts], axis=2) for kind in parts[0]}
-    table = table_of(outcomes, [item.item.axis for item in items], config)
+    photographs = [item.item.image_id for item in items]
+    table = table_of(outcomes, photographs, config.alphas, config.seed)
     probes = type(table)(rows)
     return Result(
         **vars(ABOUT),
-        table=type(table)([*table.to_dict("records"), *rows]),
+        table=type(table)([*table.to_dict("records"), *published, *rows]),
         images={"an item": opened(items[0].item)},
         verdict="\n".join(
             [
-                verdict_of(table, outcomes) if config.controls else "",
+                verdict_of(table),
                 "Probes on held-out items: "
                 + "; ".join(
                     f"{axis} {format_interval(select(probes, axis=axis).iloc[0])}"
                     for axis in probes["axis"]
                 )
                 + ".",
+                _published_verdict(pd.DataFrame(published)),
                 *left_out,
             ]
         ).strip(),
-        config={"items": len(items), "style": config.style, "list": config.name},
+        config={"items": len(items), "style": style, "list": config.name},
         notes=(
             "Each item is asked in both orders of its options and is correct where both answers "
             "are. Probes have two classes for each axis and are fitted to 95 % of the correct "
             "items; their directions are amplified at slot 0, in all image tokens of all items, "
-            "including those of the probe's fit, as published.",
+            "including those of the probe's fit, as published. Items whose boxes contradict their "
+            "caption are asked, and no probe is fitted to them.",
+            NOTE,
+            style_note(style, config.style),
             f"'{CONTROLS[0]}' and the other columns are as in E7. Unusable entries: "
             f"{len(problems)}. {'; '.join(problems[:5])}".strip(),
         ),
     )
+
+
+def _published_verdict(rows: pd.DataFrame) -> str:
+    """Returns in words the published count at the strength that is best for it."""
+    if rows.empty:
+        return "Published count: no prediction is one of the two options of its axis."
+    words = []
+    for kind in ("released", CONTROLS[0]):
+        here = select(rows, kind=kind, quantity="published, accuracy")
+        if here.empty:
+            continue
+        start, best = here.iloc[0], here.sort_values("value").iloc[-1]
+        words.append(
+            f"{kind}: accuracy {start['value']:.2f} at alpha {start['alpha']:g}, at best "
+            f"{best['value']:.2f} (alpha {best['alpha']:g}, {counted(best['n'], 'item')})"
+        )
+    return f"Published count, in which nothing can break: {'; '.join(words)}."
 
 
 def by_size(items: Sequence[BoxedItem], at_most: int) -> list[list[BoxedItem]]:
@@ -213,8 +262,9 @@ def observed(model, group: Sequence[BoxedItem], style: str) -> list[Told]:
         for x0, y0, x1, y1 in item.by_class:
             region = grid.box(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
             means.append(tokens[region.tokens].mean(0))
+        said = answers[2 * i : 2 * i + 2]
         found.append(
-            Told(item.item.is_right(answers[2 * i : 2 * i + 2]), tokens, torch.stack(means))
+            Told(item.item.is_right(said), listings(item.item, said), tokens, torch.stack(means))
         )
     return found
 

@@ -8,7 +8,7 @@ message.  An item counts where both answers are right.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -33,20 +33,24 @@ ABOUT = About(
     title="Does the model answer questions about sides on photographs?",
     claim="Accuracy on COCO-spatial without steering: Gemma-3-4b 0.53, Qwen2-VL-2B 0.60.",
 )
+STYLES = ("auto", "reference", "choice")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
-    """`style` is the wording: "reference" (the paper's for Qwen2-VL) or "choice" (Gemma 3)."""
+    """`style` is the wording: "reference" (the paper's for Qwen2-VL) or "choice" (Gemma 3).
+
+    "auto" is the paper's for the model's kind of encoder: see `style_of`.
+    """
 
     settings_allowed = ("coco",)
     choices: ClassVar = {
-        "style": ("reference", "choice"),
+        "style": STYLES,
         "name": ("coco_qa_two_obj", "vg_qa_two_obj"),
     }
 
     setting: str = "coco"
-    style: str = "reference"
+    style: str = "auto"
     name: str = "coco_qa_two_obj"
     """The list: `coco_qa_two_obj` or `vg_qa_two_obj`."""
 
@@ -89,11 +93,12 @@ def listed_files(data: Path | None, name: str) -> dict[str, Path]:
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks every item in both orders of its options; raises `DataError` without `config.data`."""
     _, found = usable_items(config.data, config.name)
+    style = style_of(model, config.style)
     on_progress(0, len(found.items))
     answers: list[list[str]] = []
     for start in range(0, len(found.items), config.batch_size):
         batch = found.items[start : start + config.batch_size]
-        answers += _answers(model, batch, config.style)
+        answers += _answers(model, batch, style)
         on_progress(min(start + config.batch_size, len(found.items)), len(found.items))
     table = _table(found.items, answers)
     problems = "; ".join(found.problems[:5])
@@ -102,13 +107,32 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         table=table,
         images={"an item": opened(found.items[0])},
         verdict=_verdict(table),
-        config={"items": len(found.items), "style": config.style, "list": config.name},
+        config={"items": len(found.items), "style": style, "list": config.name},
         notes=(
             "Each item is asked twice, with its options in both orders, and is correct where both "
             "answers are; 'single' counts answers. Wilson intervals; chance is 0.5 for an answer.",
+            style_note(style, config.style),
             f"Unusable entries: {len(found.problems)}. {problems}".strip(),
         ),
     )
+
+
+def style_of(model: Any, style: str) -> str:
+    """Returns a wording; for "auto" the paper's for the model's kind of encoder.
+
+    The paper asks Qwen2-VL, whose encoder takes images of any size, in one wording, and
+    Gemma 3, whose encoder takes images of one size, in another.
+    """
+    if style != "auto":
+        return style
+    return "reference" if model.require_vision().image_size is None else "choice"
+
+
+def style_note(style: str, given: str) -> str:
+    """Returns a note on the wording of the questions."""
+    of = {"reference": "Qwen2-VL (images of any size)", "choice": "Gemma 3 (images of one size)"}
+    why = "chosen by the model's encoder" if given == "auto" else "as given"
+    return f"Questions are worded as the paper does for {of[style]}, {why} (style={style})."
 
 
 def _answers(model, items: Sequence[SpatialItem], style: str) -> list[list[str]]:

@@ -11,6 +11,7 @@ from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.tables import difference_rows, format_interval, interval_rows, select
+from hooked_vlm.experiments.verdicts import LEAST
 
 
 DIFFERENCE = "paired difference"
@@ -89,7 +90,7 @@ def said_swaps(table: pd.DataFrame) -> str:
     rows = select(table, part=strip_swap.ABOUT.name, quantity=DIFFERENCE)
     for kind in dict.fromkeys(rows["kind"]):
         here = select(rows, kind=kind)
-        clear = here[(here["p_holm"] <= 0.05) & (here["value"].abs() >= strip_swap.SMALLEST)]
+        clear = here[(here["p_holm"] <= 0.05) & (here["value"].abs() >= LEAST)]
         if clear.empty:
             words.append(f"{kind}: no clear difference at any slot")
             continue

@@ -24,18 +24,17 @@ from PIL import Image, ImageOps
 
 from hooked_vlm.errors import CannotRunError, DataError
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
+from hooked_vlm.experiments.dual_mechanisms import order_reading, ordering_probes, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
 from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, for_tokenizer, stimuli_of
 from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.stimuli import photographs
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.sets import StimulusSet
-from hooked_vlm.stimuli.settings import stimulus_set
 
 
 ABOUT = About(
@@ -66,7 +65,7 @@ class Config(common.Config):
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Runs the ordering probes and the strip swap on every way to join pictures."""
-    plain = stimulus_set(config.setting, cutouts=config.cutouts, data=config.data)
+    plain, _ = for_tokenizer(stimuli_of(config), model.tokenizer)
     real = config.setting in whatsup.SETTINGS
     variants = VARIANTS[1:] if real else VARIANTS
     total = len(variants) * 2 + real
@@ -114,7 +113,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "is computed; probes are fitted anew on each kind of picture.",
             f"Rows of the quantity '{compared.DIFFERENCE}' compare a variant with {variants[0]} "
             "pictures on the same held-out layouts and the pairs that both keep (paired bootstrap "
-            "intervals; sign-flip tests over pairs, Holm's correction over the slots of a kind).",
+            "intervals; bounded mean tests over pairs, Holm's correction over a kind's slots).",
             f"'{UNCUT}': probes fitted to What'sUp's own photographs, their things labelled left, "
             "middle and right by What'sUp's boxes, and read on held-out ones. A swap of an uncut "
             "photograph has no second answer to flip to, so there is none."
@@ -221,7 +220,7 @@ def _uncut(
             for batch in setting.batches(pictures)
         ]
     )
-    return ordering_probes.read_some(
+    return order_reading.read_some(
         geometry, "horizontal", features, [(place, 1) for _, place in shown], seed
     ), pictures[0]
 

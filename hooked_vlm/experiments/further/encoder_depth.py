@@ -17,12 +17,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.analysis.statistics import bootstrap, simultaneous
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms.order_reading import read_order
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import read_order
-from hooked_vlm.experiments.dual_mechanisms.strip_swap import FLIPPED
+from hooked_vlm.experiments.dual_mechanisms.strip_swap import HALF
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
@@ -83,7 +83,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     for direction, parts in scores.items():
         values = xr.concat(parts, dim="pair").transpose("pair", "kind", "site").values
         layers = {"kind": KINDS, "layer": range(len(sites))}
-        found = interval_rows(bootstrap(values, seed=config.seed), layers, direction=direction)
+        interval = simultaneous(values, seed=config.seed)  # the verdict picks the best layer
+        found = interval_rows(interval, layers, direction=direction)
         rows += [{**row, "quantity": "swapped", "site": sites[row["layer"]]} for row in found]
     table = pd.DataFrame(rows)
     shape = (len(setting.axes), len(sites), *maps[0].shape)
@@ -266,10 +267,12 @@ def _verdict(table: pd.DataFrame, n_sites: int) -> str:
         for kind in KINDS:
             swaps = select(table, direction=direction, kind=kind, quantity="swapped")
             best = swaps.sort_values("value").iloc[-1]
-            flips = "flip" if best["value"] >= FLIPPED else "do not flip"
+            flips = "flip" if best["low"] > HALF else "do not flip"
+            undecided = "" if best["low"] > HALF or best["high"] < HALF else "undecided whether "
+            flips = "flip" if undecided else flips
             words.append(
-                f"{kind}s {flips} the answer (highest probability {format_interval(best)} at layer "
-                f"{best['layer']})"
+                f"{undecided}{kind}s {flips} the answer (highest probability "
+                f"{format_interval(best)} at layer {best['layer']})"
             )
         parts.append(f"{direction} ({AXIS_OF[direction]}): {'; '.join(words)}")
     return "\n".join(part[0].upper() + part[1:] + "." for part in parts)

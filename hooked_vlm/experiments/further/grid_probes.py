@@ -18,7 +18,7 @@ from PIL import Image
 from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
+from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     background_shares,
     fit_with_controls,
 )
@@ -26,6 +26,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import system_of, token_grid
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.verdicts import claim_rows, judge
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
@@ -39,6 +40,8 @@ ABOUT = About(
     claim="On grids of 2x2 and 3x3 shapes, both the column and the row of an object can be read.",
 )
 LABELS = ("column", "row")
+CLAIM = "accuracy, claim"
+"""Quantity: the accuracy by picture, with an interval that a verdict may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +126,19 @@ def _fit(
     regions = [layout.object_region(row, col) for row in range(k) for col in range(k)]
     examples = object_examples(features, regions)
     examples = replace(examples, y=examples.y % k if label == "column" else examples.y // k)
-    probe, control, test, rows = fit_with_controls(examples, len(features), seed)
-    grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
+    fitted, rows = fit_with_controls(examples, len(features), seed)
+    probe, control = fitted.probes[0], fitted.controls[0]
+    grids = features[torch.as_tensor(fitted.test)].unflatten(1, (n, n))
     band = np.array([layout.band(token) for token in range(n)])
     own = np.broadcast_to(band[None] if label == "column" else band[:, None], (n, n))
     background = ~np.any([region.mask for region in regions], axis=0)
-    for quantity, fitted in (("background", probe), ("background, shuffled", control)):
-        shares = background_shares(fitted.probability_map(grids), own, background)
+    for quantity, one in (("background", probe), ("background, shuffled", control)):
+        shares = background_shares(one.probability_map(grids), own, background)
         rows += interval_rows(bootstrap(shares, seed=seed), {}, quantity=quantity)
     mean = probe.probability_map(grids).mean(0).permute(2, 0, 1).numpy()
+    units = range(len(fitted.test))
+    about = {"null": 1 / k, "low": 0.0, "high": 1.0}
+    rows += claim_rows(fitted.accuracies[0], {}, units, seed, quantity=CLAIM, **about)
     return [{**row, "kind": f"{k}x{k}", "axis": label} for row in rows], mean
 
 
@@ -149,9 +156,10 @@ def _verdict(table: pd.DataFrame) -> str:
         for label in LABELS:
             here: Any = select(table, kind=kind, axis=label).set_index("quantity")
             chance = 1 / int(kind.split("x")[0])
-            read = here.loc["accuracy", "low"] > max(chance, here.loc["shuffled", "high"])
+            judged = judge(here.loc[CLAIM])
+            read = {True: "read", False: judged.outcome}[judged.above]
             parts.append(
-                f"{kind}, {label}: {'read' if read else 'not read'}, "
+                f"{kind}, {label}: {read.replace('not found', 'not read')}, "
                 f"{format_interval(here.loc['accuracy'])} of held-out object tokens "
                 f"({format_interval(here.loc['converged'])} if fitted to convergence, control "
                 f"{here.loc['shuffled', 'value']:.2f}); background "

@@ -85,7 +85,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "kept where both pictures are answered correctly on that background, so they differ.",
             f"Rows of the ground '{BOTH}' compare the two on what they have in common: the same "
             "layouts held out of the probes, and the pairs that both keep (paired bootstrap "
-            "intervals; sign-flip tests over pairs, Holm's correction over the slots of a kind).",
+            "intervals; bounded mean tests over pairs, Holm's correction over a kind's slots).",
             "A picture and its mirror image stand on one and the same photograph, which is not "
             "mirrored.",
             "See E3 and E4 for how each number is computed.",

@@ -7,28 +7,34 @@ by masking the attention of image tokens to each other in all blocks.  The inter
 whether one signal can replace the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool
+from scipy.special import expit
 from torch import Tensor
 
-from hooked_vlm.analysis.scoring import normalise, top_answer
-from hooked_vlm.analysis.statistics import bootstrap, wilson
+from hooked_vlm.analysis.bounded import by_unit
+from hooked_vlm.analysis.scoring import logit_difference
+from hooked_vlm.analysis.statistics import Interval, bootstrap, sign_flip_test
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.answers import KINDS, RIGHT, named, picture_of
 from hooked_vlm.experiments.batches import over_batches
-from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
+from hooked_vlm.experiments.dual_mechanisms.order_removal import PLACES, references, removed
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, rate_rows, select
+from hooked_vlm.experiments.verdicts import ALPHA, claim_rows, judge, sentence
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import final_logits
 
@@ -44,28 +50,41 @@ ABOUT = About(
     ),
 )
 CELLS = ("both", "vision only", "LM only", "neither")
-ALPHA = 0.05
-"""What accuracy must lose without both signals for the verdict to speak of them."""
-LITTLE = 0.1
-"""What a signal alone must add to neither for the verdict to say that it does something."""
+LOG_ODDS, PREFERENCE = "log odds", "preference"
+"""Quantities: of the right end against the other end, and the same as a probability."""
+QUANTITIES = (*KINDS, "probability", LOG_ODDS)
+SLIGHT = 1.0
+"""The largest interaction in log odds that counts as none."""
+CEILING = 0.95
+"""Accuracy above which an interaction below zero may come from the ceiling."""
+FEWEST = 20
+"""Pictures below which no interaction is named: log odds have no bounds, so its interval and its
+test, unlike the others, hold only for many."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
-    """`items` questions of each direction, drawn with the seed; 0: all."""
+    """`items` questions of each direction, drawn with the seed; 0: all.
+
+    `cut` is what the language model's attention loses: that between tokens of different
+    `"objects"`, or that between `"all"` different image tokens.
+    """
 
     settings_allowed = SETTINGS  # What'sUp cannot show one object alone
     ranges: ClassVar = {"items": (0, 10**6)}
 
     items: int = 60
+    cut: Literal["objects", "all"] = "objects"
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Asks the same questions with and without each signal, and estimates their interaction."""
     setting = Setting.of(model, config)
     asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
-    scores = over_batches(setting, asked, lambda _, batch, __: _scores(setting, batch), on_progress)
-    table = _table({d: np.concatenate(s, axis=1) for d, s in scores.items()}, config.seed)
+    scores = over_batches(
+        setting, asked, lambda _, batch, __: _scores(setting, batch, config.cut), on_progress
+    )
+    table = _table({d: np.concatenate(s, axis=1) for d, s in scores.items()}, asked, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
@@ -73,17 +92,34 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},
         notes=(
             "Vision's order is removed as in E5 (slot 0). The language model's order is removed "
-            "by masking the attention between different image tokens in all blocks and heads "
-            "of the language model; text still attends to the image, and each image token to "
-            "itself and to the text before it. This does not remove an order that text tokens "
-            "compute directly from positions.",
-            "'interaction' is both - vision only - LM only + neither, item by item, in the right "
-            "answer's probability and in accuracy. Below zero, one signal can replace the other "
-            "(redundant); above zero, each needs the other (complementary). Bootstrap intervals "
-            "over items. Where both together answer all items, additive signals appear redundant "
-            "too, because accuracy has a ceiling.",
+            "by masking the attention between tokens of different objects in all blocks and heads "
+            "of the language model (cut='all': between all different image tokens); text still "
+            "attends to the image. This does not remove an order that text tokens compute directly "
+            "from positions.",
+            "'interaction' is both - vision only - LM only + neither, item by item, in the log "
+            "odds of the right end against the other end, which have no ceiling as accuracy has. "
+            "Below zero, one signal can replace the other (redundant); above zero, each needs the "
+            f"other (complementary). It counts as none within {SLIGHT} of zero. Bootstrap interval "
+            "and sign-flip test over pictures.",
+            "'preference' is the same log odds as a probability; the rows 'loss' and 'gain' are "
+            "differences of it. Where both together and one signal alone answer nearly all items, "
+            "an interaction below zero is undecided: confidence has a ceiling too.",
         ),
     )
+
+
+def between_objects(setting: Setting, inputs: Inputs, axis: str) -> Bool[Tensor, "batch 1 pos pos"]:
+    """Returns which scores `[query, key]` are between tokens of different objects of a prompt."""
+    places = [setting.geometry.object_region(axis, place) for place in PLACES]
+    batch, length = inputs["input_ids"].shape
+    owner = torch.full((batch, length), -1)
+    for b, grids in enumerate(inputs.grids):
+        for grid in grids:
+            for place, region in enumerate(places):
+                owner[b, region.positions(grid)] = place
+    shown = owner >= 0
+    apart = owner[:, :, None] != owner[:, None, :]
+    return (apart & shown[:, :, None] & shown[:, None, :])[:, None]
 
 
 def between_image_tokens(inputs: Inputs) -> Bool[Tensor, "batch 1 pos pos"]:
@@ -99,9 +135,8 @@ def between_image_tokens(inputs: Inputs) -> Bool[Tensor, "batch 1 pos pos"]:
     return mask
 
 
-def knock_out(inputs: Inputs) -> list[Any]:
-    """Returns hooks that mask the attention between image tokens in every block."""
-    mask = between_image_tokens(inputs)
+def knock_out(mask: Bool[Tensor, "batch 1 pos pos"]) -> list[Any]:
+    """Returns hooks that mask attention scores in every block."""
 
     def cut(scores: Tensor, hook: Any) -> Tensor:
         least = torch.finfo(scores.dtype).min
@@ -110,75 +145,130 @@ def knock_out(inputs: Inputs) -> list[Any]:
     return [("blocks.*.attn.hook_attn_scores", cut)]
 
 
-def _scores(setting: Setting, batch: Sequence[Question]) -> np.ndarray:
-    """Returns `[cell, item, quantity]`: whether the answer is correct, and its probability."""
+def _scores(setting: Setting, batch: Sequence[Question], cut: str) -> np.ndarray:
+    """Returns `[cell, item, quantity]`: what the answer names, and the right one's probability."""
     found = references(setting, batch)
-    lm_off, vision_off = knock_out(found.inputs), removed(found)
-    targets = [normalise(question.target) for question in batch]
+    if cut == "all":
+        mask = between_image_tokens(found.inputs)
+    else:
+        mask = between_objects(setting, found.inputs, found.axis)
+    lm_off, vision_off = knock_out(mask), removed(found)
     cells = {
         "both": [],
         "vision only": lm_off,
         "LM only": vision_off,
         "neither": [*vision_off, *lm_off],
     }
+    tokenizer = setting.model.tokenizer
+    right = [q.target for q in batch]
+    other = [_other_end(q) for q in batch]
     scores = []
     for cell in CELLS:
         with torch.no_grad():
             logits = setting.model.run_with_hooks(found.inputs, cells[cell], logits_to_keep=1)
         last = final_logits(logits)
-        answers = top_answer(last, setting.model.tokenizer)
-        right = [float(a == t) for a, t in zip(answers, targets, strict=True)]
-        probability = setting.probabilities(last, [(q.target,) for q in batch])[:, 0]
-        scores.append(np.stack([right, probability.cpu().numpy()], axis=-1))
+        kinds = named(last, tokenizer, batch).astype(float)
+        probability = setting.probabilities(last, [(name,) for name in right])[:, 0]
+        odds = logit_difference(last, tokenizer, right, other)
+        more = [column.cpu().numpy()[:, None] for column in (probability, odds)]
+        scores.append(np.concatenate([kinds, *more], axis=-1))
     return np.stack(scores)
 
 
-def _table(by_direction: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
+def _other_end(question: Question) -> str:
+    first, _, last = question.entities
+    return last if question.target == first else first
+
+
+def _table(
+    by_direction: Mapping[str, np.ndarray], asked: Mapping[str, Sequence[Question]], seed: int
+) -> pd.DataFrame:
+    groups: dict[str, list[str]] = {d: [d] for d in by_direction}
+    for direction in by_direction:
+        groups.setdefault(AXIS_OF[direction], []).append(direction)
+    groups["all"] = list(by_direction)
     rows = []
-    together = np.concatenate(list(by_direction.values()), axis=1)
-    for direction, values in {**by_direction, "all": together}.items():
-        for cell, verdicts in zip(CELLS, values[..., 0], strict=True):
-            interval = wilson(float(verdicts.sum()), len(verdicts))
-            about = {"direction": direction, "kind": cell, "quantity": "accuracy"}
-            rows += interval_rows(interval, {}, **about)
-        probability = bootstrap(values[..., 1].T, seed=seed)
-        rows += interval_rows(
-            probability, {"kind": CELLS}, direction=direction, quantity="probability"
-        )
-        both, vision, language, neither = values
-        interaction = bootstrap(both - vision - language + neither, seed=seed)
-        measures = ("accuracy", "probability")
-        rows += interval_rows(
-            interaction, {"quantity": measures}, direction=direction, kind="interaction"
-        )
+    for group, directions in groups.items():
+        values = np.concatenate([by_direction[d] for d in directions], axis=1)
+        units = [picture_of(q) for d in directions for q in asked[d]]
+        rows += [{**row, "direction": group} for row in _rows_of(values, units, seed)]
     return pd.DataFrame(rows)
+
+
+def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
+    rows = []
+    for cell, kinds in zip(CELLS, values, strict=True):
+        for i, name in enumerate(("accuracy", *KINDS[1:])):
+            rows += rate_rows(kinds[:, i], units, kind=cell, quantity=name)
+    by_picture = by_unit(np.moveaxis(values, 1, 0), units)  # [picture, cell, quantity]
+    probability, odds = by_picture[..., -2], by_picture[..., -1]
+    for quantity, scores in (("probability", probability), (LOG_ODDS, odds)):
+        interval = _interval(scores, seed)
+        rows += interval_rows(interval, {"kind": CELLS}, quantity=quantity)
+    # The interaction, and what each signal adds.
+    signs = np.array([1, -1, -1, 1])
+    accuracy = by_picture[..., RIGHT]
+    for quantity, scores in (("accuracy", accuracy), (LOG_ODDS, odds)):
+        each = (scores * signs).sum(-1)
+        p = float(sign_flip_test(each, seed=seed)) if len(each) > 1 else 1.0
+        about = {"kind": "interaction", "quantity": quantity, "p_holm": p}
+        rows += interval_rows(_interval(each, seed), {}, **about)
+    preference = by_unit(np.moveaxis(expit(values[..., -1]), 1, 0), units)
+    for kind, one in (("loss", 0), ("gain, vision only", 1), ("gain, LM only", 2)):
+        difference = preference[:, one] - preference[:, 3]
+        rows += claim_rows(
+            difference, {}, range(len(difference)), seed, kind=kind, quantity=PREFERENCE
+        )
+    return rows
+
+
+def _interval(values: np.ndarray, seed: int) -> Interval:
+    """Returns the mean over pictures; of one picture there is no interval (NaN)."""
+    if len(values) > 1:
+        return bootstrap(values, seed=seed)
+    nothing = np.full(values.shape[1:], np.nan)
+    return Interval(values.mean(0), nothing, nothing, len(values), 0.95, "none")
 
 
 def _verdict(table: pd.DataFrame) -> str:
     parts = []
     for direction in dict.fromkeys(table["direction"]):
-        here = select(table, direction=direction, quantity="accuracy")
-        rows = {str(row["kind"]): row for _, row in here.iterrows()}
-        cells = ", ".join(f"{cell} {format_interval(rows[cell])}" for cell in CELLS)
+        here = select(table, direction=direction)
+        accuracy = select(here, quantity="accuracy").set_index("kind")
+        cells = ", ".join(f"{cell} {format_interval(accuracy.loc[cell])}" for cell in CELLS)
+        interaction = select(here, kind="interaction", quantity=LOG_ODDS).iloc[0]
         parts.append(
-            f"{direction}: accuracy with {cells}; interaction "
-            f"{format_interval(rows['interaction'])}: "
-            f"{_kind(rows)}."
+            f"{direction}: {_kind(here)}. Interaction in log odds {format_interval(interaction)}; "
+            f"accuracy with {cells} ({counted(int(interaction['n']), 'picture')})"
         )
-    parts = [parts[-1], *parts[:-1]]  # all directions together first
-    return "\n".join(part[0].upper() + part[1:] for part in parts)
+    return "\n".join(map(sentence, [parts[-1], *parts[:-1]]))  # all directions together first
 
 
-def _kind(rows: dict[str, Any]) -> str:
-    loss = rows["both"]["value"] - rows["neither"]["value"]
-    if loss < ALPHA:
+def _kind(here: pd.DataFrame) -> str:
+    """Returns in words what the two signals are to each other."""
+    claims = select(here, quantity=PREFERENCE).set_index("kind")
+    loss = judge(claims.loc["loss"])
+    gains = {cell: judge(claims.loc[f"gain, {cell}"]) for cell in CELLS[1:3]}
+    if loss.outcome == "not found":
         return "neither is needed, so the answers rest on something else"
-    gains = {cell: rows[cell]["value"] - rows["neither"]["value"] for cell in CELLS[1:3]}
-    if min(gains.values()) < LITTLE <= max(gains.values()):
-        alone = max(gains, key=lambda cell: gains[cell])
-        return f"one signal does nearly all of it ({alone})"
-    if rows["interaction"]["high"] < 0:
+    if not loss.above:
+        return f"undecided whether either is needed ({loss.reason})"
+    alone = [cell for cell, gain in gains.items() if gain.above]
+    if len(alone) == 1 and all(gains[c].outcome == "not found" for c in gains if c != alone[0]):
+        return f"one signal does nearly all of it ({alone[0]})"
+    interaction = select(here, kind="interaction", quantity=LOG_ODDS).iloc[0]
+    n, low, high = int(interaction["n"]), interaction["low"], interaction["high"]
+    is_clear = interaction["p_holm"] <= ALPHA and not low <= 0 <= high
+    if n < FEWEST:
+        return f"undecided: {counted(n, 'picture')} for an interaction, which needs {FEWEST}"
+    if is_clear and interaction["value"] <= -SLIGHT:
+        accuracy = select(here, quantity="accuracy").set_index("kind")["value"]
+        full = [cell for cell in CELLS[:3] if accuracy[cell] >= CEILING]
+        if "both" in full and len(full) > 1:
+            return f"undecided: {' and '.join(full)} are at the ceiling"
         return "redundant, either signal does much of what both do"
-    if rows["interaction"]["low"] > 0:
+    if is_clear and interaction["value"] >= SLIGHT:
         return "complementary, each needs the other"
-    return "neither redundant nor complementary beyond the interval"
+    if low > -SLIGHT and high < SLIGHT:
+        return "no interaction: the two add up in log odds"
+    return "undecided whether they interact"

@@ -15,6 +15,8 @@ KINDS = {
     "written, last": Look("as written, last class", PINK, "v"),
     "random, same norms": Look("random, same norms", GREY, "D", (0, (4, 2))),
     "random, same energy": Look("random, same energy", "#000000", "X", (0, (1, 2))),
+    "random, orthonormal": Look("random, orthonormal", "#000000", "P", (0, (6, 1))),
+    "random, written": Look("random, as written", GREY, "*", (0, (1, 1))),
 }
 QUANTITIES = ("accuracy", "corrected", "broken")
 
@@ -36,7 +38,7 @@ def _amplification(result: Result) -> Iterator[Drawing]:
         "Ordering directions amplified in all image tokens at the language model's input. "
         "corrected: share of the answers that were wrong without it; broken: share of those that "
         "were correct. Random directions are random rotations of the directions. Bands are 95 % "
-        "Wilson intervals.",
+        "Wilson intervals over pictures.",
         headline=True,
     )
     chosen = table[table["quantity"].isin(["net, held-out alpha", "net, best alpha"])]

@@ -28,6 +28,8 @@ from hooked_vlm.stimuli.sets import StimulusSet
 
 REFERENCES = ("chair", "table", "armchair")
 SETTINGS = tuple(f"whatsup-{reference}" for reference in REFERENCES)
+PUBLISHED_IMAGES = 1074
+"""The number of composites in the paper, over the three references."""
 PARTS = {"A": "controlled_images", "B": "controlled_clevr"}
 """The two sets, and the folders of their pictures."""
 PREPOSITIONS = {
@@ -262,6 +264,23 @@ def opened(data: WhatsUp, satellite: str, preposition: str, reference: str) -> I
     return open_picture(item.path)
 
 
+def count_difference(data: WhatsUp) -> str:
+    """Returns in words how many composites this copy has, unless it has the published number.
+
+    >>> count_difference(WhatsUp("A", ()))[:57]
+    'This copy of What\'sUp gives 0 composites (chair 0, table 0'
+    """
+    sizes = {reference: len(data.satellites(reference)) for reference in REFERENCES}
+    counts = {reference: n * (n - 1) for reference, n in sizes.items()}
+    if sum(counts.values()) == PUBLISHED_IMAGES:
+        return ""
+    listed = ", ".join(f"{reference} {count}" for reference, count in counts.items())
+    return (
+        f"This copy of What'sUp gives {sum(counts.values())} composites ({listed}); the paper has "
+        f"{PUBLISHED_IMAGES}. The copy has {counted(len(data.problems), 'problem')}."
+    )
+
+
 def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
     """Returns the setting of all composites around one reference: left and right only.
 
@@ -299,7 +318,6 @@ def composite_set(data: WhatsUp, reference: str) -> StimulusSet:
         directions=("left", "right"),
         middle=reference,
         layout=partial(layout_of, reference),
-        skip_split_names=True,
     )
 
 

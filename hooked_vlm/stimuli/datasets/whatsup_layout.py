@@ -1,10 +1,11 @@
 """The places of the objects of a What'sUp composite, on a grid of visual tokens (protocol 2.7)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.regions.region import Region
+from hooked_vlm.regions.region import Region, union_of
 
 
 Box = tuple[int, int, int, int]
@@ -63,9 +64,9 @@ class CompositeLayout:
         return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {place}")
 
     def probe_region(self, axis: str, place: int) -> Region:
-        """Returns the cells of a place's object for probes: those of the 64x64 box."""
+        """Returns the cells of a place's object for probes: the published ones of its box."""
         self._box(axis, place)
-        r0, r1, c0, c1 = scaled(BOXES[self.reference][place], self.n_tokens)
+        r0, r1, c0, c1 = probe_box(self.reference, place, self.n_tokens)
         return Region.rectangle(self.shape, rows=(r0, r1), cols=(c0, c1), name=f"object {place}")
 
     def strip_region(self, axis: str, place: int) -> Region:
@@ -75,9 +76,10 @@ class CompositeLayout:
         return Region.column_band(self.shape, edges[place], edges[place + 1], f"strip {place}")
 
     def background(self, axis: str) -> Region:
-        """Returns the cells without an object."""
-        objects = [self.object_region(axis, place) for place in range(3)]
-        return (~(objects[0] | objects[1] | objects[2])).named("background")
+        """Returns the cells without an object, neither for swaps nor for probes."""
+        make = (self.object_region, self.probe_region)
+        objects = union_of(region(axis, place) for place in range(3) for region in make)
+        return (~objects).named("background")
 
     def _box(self, axis: str, place: int) -> Box:
         if axis != "horizontal" or place not in (0, 1, 2):
@@ -107,6 +109,19 @@ def layout_of(reference: str, n_tokens: int, token_px: int) -> CompositeLayout:
     left, _, right = (scaled(box, n_tokens) for box in BOXES[reference])
     edge = max(left[3], round(BOXES[reference][1][2] * n_tokens / 64))
     return CompositeLayout(reference, n_tokens, token_px, left, right, (edge, n_tokens - edge))
+
+
+def probe_box(reference: str, place: int, n_tokens: int) -> Box:
+    """Returns the published cells of an object for probes, of its box on the 64x64 grid.
+
+    The published code rounds the first row and column down, and the others to the nearest.
+
+    >>> probe_box("table", 0, 12)
+    (7, 11, 1, 3)
+    """
+    r0, r1, c0, c1 = (edge * n_tokens / 64 for edge in BOXES[reference][place])
+    top, left = math.floor(r0), math.floor(c0)
+    return top, max(round(r1), top + 1), left, max(round(c1), left + 1)
 
 
 def scaled(box: Box, n_tokens: int) -> Box:

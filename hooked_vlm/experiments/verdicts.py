@@ -1,0 +1,117 @@
+"""Verdicts: what an experiment's numbers allow to be said, in one grammar for all experiments.
+
+A claim is about a mean over pictures: above or below a null value (1/2, or zero for a
+difference).  It has one of three outcomes:
+
+* *found*: the interval excludes the null value, the test at this place rejects it, and the
+  size is at least one worth naming;
+* *not found*: the interval excludes every size worth naming;
+* *undecided*: anything else, with the reason: too few pictures, a ceiling, a control that is
+  not clean.
+
+Intervals and tests are those of `analysis.bounded`, which keep their level for few, skewed,
+yes/no and clustered values; so under the null hypothesis at most 5 % of draws give a claim.  What
+is compared (slots, kinds) is stated before looking, and tests over several places are adjusted by
+Holm.  The paper's claims are met or not met only by what was found.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hooked_vlm.analysis.bounded import bounded_mean, bounded_test, by_unit
+from hooked_vlm.analysis.statistics import holm
+from hooked_vlm.errors import counted
+from hooked_vlm.experiments.tables import format_interval, interval_rows
+
+
+Outcome = Literal["found", "not found", "undecided"]
+
+LEAST = 0.1
+"""The smallest difference of probabilities or shares that a verdict names, unless it says so."""
+ALPHA = 0.05
+"""The largest p-value of a claim."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The outcome of one claim, and the reason in words."""
+
+    outcome: Outcome
+    sign: int
+    """Of what was found: 1 above the null value, -1 below; 0 when nothing was found."""
+    reason: str
+    """The size with its interval; what the data exclude; or why it is undecided."""
+
+    @property
+    def above(self) -> bool:
+        """Whether the mean was found to be above the null value."""
+        return self.sign > 0
+
+    @property
+    def below(self) -> bool:
+        """Whether the mean was found to be below the null value."""
+        return self.sign < 0
+
+
+def claim_rows(
+    values: np.ndarray,
+    axes: Mapping[str, Sequence[Any]],
+    units: Sequence[Hashable],
+    seed: int,
+    *,
+    null: float = 0.0,
+    low: float = -1.0,
+    high: float = 1.0,
+    **columns: Any,
+) -> list[dict]:
+    """Returns a row for each claim about the means of `values` `[item, *axes]`, for `judge`.
+
+    Items of one unit (questions about one picture) are one observation.  `low` and `high` are the
+    bounds of the values.  Column p_holm has the p-values, adjusted over all rows.
+    """
+    rows = by_unit(np.asarray(values), units)
+    interval = bounded_mean(rows, low=low, high=high, seed=seed)
+    p = bounded_test(rows, null, low=low, high=high, seed=seed)
+    found = interval_rows(interval, axes, **columns, null=null)
+    adjusted = np.atleast_1d(holm(np.atleast_1d(p))).ravel()
+    return [{**row, "p_holm": float(p)} for row, p in zip(found, adjusted, strict=True)]
+
+
+def judge(row: Any, least: float = LEAST, unless: str = "") -> Judgement:
+    """Returns the outcome of a claim from its row of the table.
+
+    `least` is the smallest difference from the null value that counts.  `unless` is a reason that
+    leaves it undecided whatever the numbers are, such as a control that is not clean.
+    """
+    value, low, high, null = (float(row[name]) for name in ("value", "low", "high", "null"))
+    n = int(row["n"])
+    if unless:
+        return Judgement("undecided", 0, unless)
+    if not np.isfinite([value, low, high]).all():
+        return Judgement("undecided", 0, f"no number from {counted(n, 'picture')}")
+    is_clear = float(row["p_holm"]) <= ALPHA and not low <= null <= high
+    if is_clear and abs(value - null) >= least:
+        return Judgement("found", 1 if value > null else -1, format_interval(row))
+    if null - least < low and high < null + least:
+        excluded = max(abs(low - null), abs(high - null))
+        reason = f"{format_interval(row)}: {counted(n, 'picture')} exclude more than {excluded:.2f}"
+        return Judgement("not found", 0, reason)
+    return Judgement("undecided", 0, f"{format_interval(row)} from {counted(n, 'picture')}")
+
+
+def sentence(words: str) -> str:
+    """Returns words as a sentence: a capital first and a full stop last."""
+    return f"{words[0].upper()}{words[1:]}" + ("" if words.endswith(".") else ".")
+
+
+def not_tested(directions: Sequence[str], tested: Sequence[str]) -> list[str]:
+    """Returns a sentence on directions without enough pairs, if there are any."""
+    missing = [direction for direction in directions if direction not in tested]
+    if not missing:
+        return []
+    return [
+        f"Not tested: {', '.join(missing)}; the model answers fewer than two pairs there correctly."
+    ]
