@@ -113,7 +113,7 @@ class HookedVisionEncoder(HookedModel):
 
     def _reread(self) -> None:
         self.cfg = read_encoder_config(self.hf_model, self.vision, self.cfg.model_name)
-        self._grids, self._footprint = EncoderGrids(self.hf_model, self.vision, self.cfg), None
+        self._grids.cfg, self._footprint = self.cfg, None
 
     def __repr__(self) -> str:
         return (
