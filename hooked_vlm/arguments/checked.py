@@ -15,7 +15,6 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
 from typing import (
@@ -97,7 +96,10 @@ def _wrapped(
     def call(*args: Any, **kwargs: Any) -> Any:
         if not plan:
             plan.append(planned(function))
-        with jaxtyped("context") if plan[0].has_arrays else nullcontext():
+        if plan[0].has_arrays:
+            with jaxtyped("context"):
+                wrong = plan[0].wrong(args, kwargs)
+        else:
             wrong = plan[0].wrong(args, kwargs)
         if wrong:
             raise error(wrong)
