@@ -75,8 +75,9 @@ class SiteDispatch:
             return None
         if isinstance(raw, list):  # already split by image
             even = len({tensor.shape for tensor in raw}) == 1
-            value, changed = self.on_value(torch.stack(raw) if even else raw)
-            return list(value) if changed else None
+            stacked = torch.stack(raw) if even else raw
+            value, changed = self.on_value(stacked)
+            return list(value) if changed or is_watched(stacked) else None
         given, shape = raw, raw.shape
         if not self.site.order:
             n_rows = self.packing.n_images if self.site.by_image else self.packing.n_prompts

@@ -231,8 +231,9 @@ def uncropped(
 ) -> Shaped[Tensor, "image channel row col"]:
     """Returns `grids` with images written into them: the inverse of `cropped`."""
     whole = grids.clone()
-    for grid, image, (_, height, width) in zip(whole, images, layout.shapes, strict=True):
-        grid[:, :height, :width] = image.T.unflatten(1, (height, width))
+    for i, (image, (_, height, width)) in enumerate(zip(images, layout.shapes, strict=True)):
+        # By index: what iterating gives are views, which autograd lets nobody write.
+        whole[i, :, :height, :width] = image.T.unflatten(1, (height, width))
     return whole
 
 

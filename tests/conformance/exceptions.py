@@ -47,5 +47,6 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("glm5_next", "padding"): f"{_PADDED} (which keys its index picks)",
     ("instructblip", "padding"): f"{_PADDED} (its Q-former reads the padded question)",
     ("kosmos-2.5", "padding"): _PADDED,
+    ("shieldgemma2", "own output"): "a classifier whose processor makes three prompts of one",
     ("shieldgemma2", "padding"): "a classifier whose processor makes three prompts of one",
 }

@@ -215,3 +215,17 @@ def test_c5_prompts_of_the_same_tokens_and_other_grids() -> None:
         pytest.raises(InterventionError, match="image_grid_thw"),
     ):
         model(other)
+
+
+@pytest.mark.parametrize("family", ["gemma-3", "llava"])
+def test_b7_the_last_token_of_embeddings(family: str) -> None:
+    model = tiny(family)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    embeds = {"inputs_embeds": model.hf_model.get_input_embeddings()(ids)}  # type: ignore[operator]
+    edit = Ablate(2, at=LastToken())
+    expected = model.run_with_hooks({"input_ids": ids}, [edit])
+    torch.testing.assert_close(model.run_with_hooks(embeds, [edit]), expected)
+    if family == "gemma-3":
+        return  # transformers generates from no embeddings with this class
+    answer = model.generate({"input_ids": ids}, fwd_hooks=[edit], **GREEDY)
+    assert torch.equal(model.generate(embeds, fwd_hooks=[edit], **GREEDY), answer[:, 4:])
