@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 ARGS   ?=
 
-.PHONY: demo test lint format test-slow test-newest test-oldest conformance docs clean help
+.PHONY: demo test lint format test-slow mutants test-newest test-oldest conformance docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(VENV)/.installed ## the main analysis on both shipped models, into ./demo
@@ -28,6 +28,9 @@ format: $(VENV)/.installed-test ## mend what linter and formatter can mend
 
 test-slow: $(VENV)/.installed-test ## the tests marked slow, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+mutants: $(VENV)/.installed-test ## do tests notice 200 small faults in the code? (an hour; continues mutants.jsonl)
+	$(BIN)/python tests/mutants.py --n 200 --out mutants.jsonl $(ARGS)
 
 test-newest: $(VENV)-newest/.installed ## tests with the newest version of everything
 	$(VENV)-newest/bin/python tests/compatibility.py newest $(ARGS)

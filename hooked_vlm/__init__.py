@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.hooks.cache import ActivationCache as ActivationCache
     from hooked_vlm.hooks.hook_point import HookPoint as HookPoint
     from hooked_vlm.hooks.names import get_act_name as get_act_name
-    from hooked_vlm.inputs.prepare import Inputs as Inputs
+    from hooked_vlm.inputs.prepared import Inputs as Inputs
     from hooked_vlm.interventions.ablate import Ablate as Ablate
     from hooked_vlm.interventions.chain import Chain as Chain
     from hooked_vlm.interventions.hook_at import HookAt as HookAt

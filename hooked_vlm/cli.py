@@ -67,7 +67,7 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 Jobs = Annotated[
     int,
     typer.Option(
-        help="Number of models to run at the same time. 0: all, if each has a CPU core; else one."
+        min=0, help="Models to run at the same time. 0: all, if each has a CPU core; else one."
     ),
 ]
 Fresh = Annotated[

@@ -7,6 +7,7 @@ because Python prints the message of a `KeyError` with escaped newlines.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -79,6 +80,12 @@ class MissingExtraError(HookedVLMError, ImportError):
     """An optional dependency that is not installed."""
 
 
+class UnknownNameError(HookedVLMError, AttributeError, KeyError):
+    """An attribute or an item that is not there; `hasattr` and `get` go by it."""
+
+    __str__ = ValueError.__str__  # a KeyError shows its message with escapes
+
+
 class HookedVLMWarning(UserWarning):
     """The result is computed, but may not mean what the user expects.
 
@@ -89,6 +96,23 @@ class HookedVLMWarning(UserWarning):
     ...     warnings.simplefilter("error", HookedVLMWarning)
     ...     # model.prepare(image, text) now raises instead of warning
     """
+
+
+_WRAPPERS = ("jaxtyping", "beartype")
+
+
+def callers_level() -> int:
+    """Returns the `stacklevel` with which a warning shows the line that called this package."""
+    modules = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        modules.append(str(frame.f_globals.get("__name__")).partition(".")[0])
+        frame = frame.f_back
+    # Wrappers of this function itself are no callers of `warnings.warn`.
+    own = next((i for i, name in enumerate(modules) if name not in _WRAPPERS), 0)
+    ours = ("hooked_vlm", "contextlib", *_WRAPPERS)
+    outside = next((i for i, name in enumerate(modules) if i >= own and name not in ours), own)
+    return outside - own + 1
 
 
 def counted(n: object, noun: str, plural: str = "") -> str:

@@ -35,23 +35,23 @@ CASES = {
     # Integers and NaN in directions.
     "g8 integers, orthonormalise": (
         "directions.orthonormalise(torch.tensor([[2, 1, 0], [0, 1, 0]]))",
-        "DataError: The directions are int64",
+        "DataError: orthonormalise was given directions=a tensor of int64",
     ),
     "g8 integers, controls": (
         "directions.random_controls(torch.tensor([[2, 1, 0], [0, 1, 0]]), [0])",
-        "DataError: The directions are int64",
+        "DataError: random_controls was given directions=a tensor of int64",
     ),
     "g8 integers, add": (
         "directions.add(torch.ones(3, dtype=torch.long), torch.ones(3), 0.5)",
-        "DataError: The activations are int64",
+        "DataError: add was given h=a tensor of int64",
     ),
     "g8 integers, scale": (
         "directions.scale_projections(torch.ones(2, 3, dtype=torch.int), torch.ones(1, 3), 0.5)",
-        "DataError: The activations are int32",
+        "DataError: scale_projections was given h=a tensor of int32",
     ),
     "g8 nan, alpha": (
         "directions.add(torch.ones(3), torch.ones(3), float('nan'))",
-        "DataError: alpha=nan",
+        "DataError: add was given alpha=nan",
     ),
     "g8 nan, steer": (
         "run(Steer(site, directions=torch.ones(d), alpha=float('nan')))",
@@ -156,8 +156,8 @@ CASES = {
         "HookError: fwd_hooks=None was given",
     ),
     "i4 one hook": ("qwen.run_with_hooks(inputs, Ablate(site))", "HookError: fwd_hooks=Ablate("),
-    "i4 no text": ("qwen.prepare(image, None)", "DataError: texts=None was given"),
-    "i4 a number as text": ("qwen.prepare(image, [3])", "DataError: texts=[3] was given"),
+    "i4 no text": ("qwen.prepare(image, None)", "DataError: prepare was given texts=None"),
+    "i4 a number as text": ("qwen.prepare(image, [3])", "DataError: prepare was given texts=[3]"),
     "i4 a metric of none": (
         "Sweep(inputs, {'slot': [0]}, lambda slot: Ablate(slot)).run(qwen, None)",
         "InterventionError: metric=None was given",
@@ -247,7 +247,7 @@ CASES = {
     ),
     "i4 an unknown device": (
         "HookedVLM.from_pretrained('tiny-qwen2-vl', device='gpu')",
-        "UnsupportedModelError: device='gpu' was given",
+        "UnsupportedModelError: from_pretrained was given device='gpu'",
     ),
     "i4 no name": ("HookedVLM.from_pretrained('')", "UnsupportedModelError: The model's name is"),
     "i4 a cache of other tensors": (

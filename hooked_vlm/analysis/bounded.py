@@ -18,7 +18,9 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float
 
-from hooked_vlm.analysis.statistics import Interval, Number, Rows, check_level, plain, rows_of_pairs
+from hooked_vlm.analysis.statistics import Interval, Number, Rows, plain, rows_of_pairs
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Count, Seed, Share
 from hooked_vlm.errors import DataError, counted
 
 
@@ -26,14 +28,15 @@ ROUNDING = 1e-9
 """How far a value may lie outside its bounds: sums of probabilities are rounded."""
 
 
+@checked(DataError)
 def bounded_mean(
     values: Rows,
     *,
     low: float,
     high: float,
-    level: float = 0.95,
-    n_resamples: int = 10_000,
-    seed: int = 0,
+    level: Share = 0.95,
+    n_resamples: Count = 10_000,
+    seed: Seed = 0,
 ) -> Interval:
     """Returns the mean over pairs of `values` `[pair, *axes]` in [low, high], with an interval.
 
@@ -47,7 +50,6 @@ def bounded_mean(
     1.000 [0.930, 1.000]
     """
     rows = _checked(values, low, high)
-    check_level(level)
     tail = (1 - level) / 2
     lower, upper = (_means(rows, bound, n_resamples, seed) for bound in (low, high))
     bounds = (rows.mean(0), np.quantile(lower, tail, axis=0), np.quantile(upper, 1 - tail, axis=0))
@@ -55,14 +57,15 @@ def bounded_mean(
     return Interval(estimate, least, most, len(rows), level, "bounded mean")
 
 
+@checked(DataError)
 def bounded_test(
     values: Rows,
     null: float = 0.0,
     *,
     low: float = -1.0,
     high: float = 1.0,
-    n_resamples: int = 10_000,
-    seed: int = 0,
+    n_resamples: Count = 10_000,
+    seed: Seed = 0,
 ) -> Number:
     """Returns two-sided p-values `[*axes]` for "the mean over pairs is `null`".
 
@@ -84,6 +87,7 @@ def bounded_test(
     return plain(np.minimum(p, 1.0))
 
 
+@checked(DataError)
 def by_unit(
     values: Float[np.ndarray, "item ..."], units: Sequence[Hashable]
 ) -> Float[np.ndarray, "unit ..."]:

@@ -17,7 +17,6 @@ directions means nothing.  `random_controls` rotates the directions at random, w
 their norms and angles; with activations given, it also matches the projection energy.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Finite, Seed
 from hooked_vlm.errors import DataError
 
 
@@ -35,6 +36,7 @@ _RANK_TOLERANCE = 1e-6
 _TILTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
+@checked(DataError)
 @dataclass(frozen=True, eq=False)
 class Direction:
     """One vector in a site's activation space, with its origin."""
@@ -53,6 +55,7 @@ class Direction:
         return f"Direction({self.name!r}, d={len(self.vector)}, norm={self.scale:.4g})"
 
 
+@checked(DataError)
 def stack(directions: Sequence[Direction]) -> Float[Tensor, "direction d_model"]:
     """Returns the vectors of several directions as the rows of one matrix.
 
@@ -68,24 +71,24 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "direction d_model"]
     return torch.stack([direction.vector for direction in directions])
 
 
+@checked(DataError)
 def add(
-    h: Float[Tensor, "*batch d_model"], w: Float[Tensor, " d_model"], alpha: float | int
+    h: Float[Tensor, "*batch d_model"], w: Float[Tensor, " d_model"], alpha: Finite
 ) -> Float[Tensor, "*batch d_model"]:
     """Returns `h + alpha * w`; for alpha = 0, `h` itself.
 
     Computed in at least float32 and returned in `h`'s dtype.
     """
-    _require_floating(h, "activations")
-    _require_finite(alpha)
     if alpha == 0:
         return h
     return (_wide(h) + alpha * _wide(w).to(h.device)).to(h.dtype)
 
 
+@checked(DataError)
 def scale_projections(
     h: Float[Tensor, "*batch d_model"],
     directions: Float[Tensor, "direction d_model"],
-    alpha: float | int,
+    alpha: Finite,
 ) -> Float[Tensor, "*batch d_model"]:
     """Returns `h + alpha * sum_k <h, w_k> w_k / |w_k|^2`; for alpha = 0, `h` itself.
 
@@ -95,14 +98,13 @@ def scale_projections(
     Raises:
         DataError: a direction is zero.
     """
-    _require_floating(h, "activations")
-    _require_finite(alpha)
     if alpha == 0:
         return h
     unit = _unit_rows(_wide(directions)).to(h.device, _wide(h).dtype)
     return (_wide(h) + alpha * (_wide(h) @ unit.T) @ unit).to(h.dtype)
 
 
+@checked(DataError)
 def orthonormalise(
     directions: Float[Tensor, "direction d_model"], *, center: bool = True
 ) -> Float[Tensor, "rank d_model"]:
@@ -119,7 +121,6 @@ def orthonormalise(
     >>> orthonormalise(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]))
     tensor([[1., 0., 0.]])
     """
-    _require_floating(directions, "directions")
     rows = _double(directions)
     _require_numbers(rows)
     if center:
@@ -142,6 +143,7 @@ def orthonormalise(
     return torch.stack(basis).to(directions.device, directions.dtype)
 
 
+@checked(DataError)
 def projection_energy(
     h: Float[Tensor, "*batch d_model"], directions: Float[Tensor, "direction d_model"]
 ) -> float:
@@ -156,9 +158,10 @@ def projection_energy(
     return float(moved.square().sum(dim=1).mean())
 
 
+@checked(DataError)
 def random_controls(
     directions: Float[Tensor, "direction d_model"],
-    seeds: Sequence[int],
+    seeds: Sequence[Seed],
     *,
     match_energy_on: Float[Tensor, "*batch d_model"] | None = None,
 ) -> Float[Tensor, "seed direction d_model"]:
@@ -175,7 +178,8 @@ def random_controls(
             part in a million.
     """
     # Write the directions in their own axes; a control has the same coordinates in other axes.
-    _require_floating(directions, "directions")
+    if not len(seeds):
+        raise DataError("No control was asked for: seeds is empty. Give at least one seed.")
     rows = _double(directions.detach())
     strengths, axes = _spectrum(rows)
     matcher = None
@@ -269,15 +273,6 @@ def _unit_rows(directions: Tensor) -> Tensor:
     return directions / norms
 
 
-def _require_floating(tensor: Tensor, what: str) -> None:
-    """Raises `DataError` for integers, to which a result would be truncated."""
-    if not tensor.is_floating_point():
-        raise DataError(
-            f"The {what} are {str(tensor.dtype).removeprefix('torch.')}; expected floating point. "
-            "Use .float()."
-        )
-
-
 def _require_numbers(directions: Tensor) -> None:
     """Raises `DataError` for directions that are NaN or infinite."""
     finite = directions.isfinite().all(dim=1)
@@ -288,11 +283,6 @@ def _require_numbers(directions: Tensor) -> None:
             f"{len(wrong)} of {len(directions)} directions have values that are NaN or infinite "
             f"(number {shown}). Give directions of finite numbers."
         )
-
-
-def _require_finite(alpha: float | int) -> None:
-    if not math.isfinite(alpha):
-        raise DataError(f"alpha={alpha} was given; expected a finite number.")
 
 
 def _double(tensor: Tensor) -> Tensor:

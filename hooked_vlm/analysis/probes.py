@@ -17,7 +17,8 @@ A probe that is fitted and scored on such labels is at chance.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +26,27 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from hooked_vlm.analysis.directions import Direction
 from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
-from hooked_vlm.errors import DataError, counted
+from hooked_vlm.arguments.checked import checked, require
+from hooked_vlm.arguments.kinds import Count, Device, NotNegative, Seed, Share
+from hooked_vlm.errors import DataError, HookedVLMError, counted
 from hooked_vlm.regions.region import Region
+
+
+_OPTIONS = {
+    "lr": NotNegative,
+    "weight_decay": NotNegative,
+    "n_steps": Count,
+    "seed": Seed,
+    "device": Device | None,
+}
+"""What a probe's options may be: scikit-learn wants any value kept, and checked in `fit`."""
 
 
 class LinearProbe(ClassifierMixin, BaseEstimator):
@@ -61,17 +75,18 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         self.seed = seed
         self.device = device
 
+    @checked(DataError, only_names=True)
     def fit(self, X: Any, y: Any) -> "LinearProbe":
         """Fits to features `[example, d]` and labels `[example]`; returns the probe.
 
         Raises:
-            ValueError: raised by scikit-learn for invalid features or labels.
+            DataError: features or labels that scikit-learn refuses, or an option out of range.
         """
-        if self.n_steps < 1:
-            raise DataError(f"n_steps={self.n_steps} was given; a fit needs at least 1 step.")
+        require("LinearProbe", vars(self), _OPTIONS, DataError)
         device = self._device(X)
-        X, y = validate_data(self, _array(X), _array(y), dtype=np.float32)
-        check_classification_targets(y)
+        with _refusals():
+            X, y = validate_data(self, _array(X), _array(y), dtype=np.float32)
+            check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise DataError(
@@ -84,24 +99,30 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
             self.weight_, self.bias_, self.loss_curve_ = self._descend(features, targets)
         return self
 
+    @checked(DataError, only_names=True)
     def decision_function(self, X: Any) -> Float[np.ndarray, "example *class"]:
         """Returns logits `[example, class]`; for two classes their difference `[example]`."""
         logits = self._scores(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
+    @checked(DataError, only_names=True)
     def predict_proba(self, X: Any) -> Float[np.ndarray, "example class"]:
         """Returns class probabilities, in the order of `classes_`."""
         return torch.from_numpy(self._scores(X)).softmax(dim=-1).numpy()
 
+    @checked(DataError, only_names=True)
     def predict(self, X: Any) -> Shaped[np.ndarray, " example"]:
         """Returns the most probable label of each example."""
         best = self._scores(X).argmax(axis=1)
         return self.classes_[best]
 
+    @checked(DataError, only_names=True)
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Returns the accuracy over examples; for an interval see `held_out_accuracy`."""
-        return float(super().score(X, _array(y), sample_weight))
+        with _refusals():
+            return float(super().score(X, _array(y), sample_weight))
 
+    @checked(DataError)
     def logits(self, features: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch class"]:
         """Returns the logits of features of any leading shape, on the features' device."""
         check_is_fitted(self)
@@ -114,6 +135,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         weight, bias = self.weight_.to(features.device), self.bias_.to(features.device)
         return features.float() @ weight.T + bias
 
+    @checked(DataError)
     def probability_map(
         self, features: Float[Tensor, "*image row col d"]
     ) -> Float[Tensor, "*image row col class"]:
@@ -141,7 +163,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
     def _scores(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = validate_data(self, _array(X), dtype=np.float32, reset=False)
+        with _refusals():
+            X = validate_data(self, _array(X), dtype=np.float32, reset=False)
         # In float64, because a float32 product depends, by 2e-6, on the processor and on the
         # number of rows that are scored together.
         weight, bias = self.weight_.double().numpy(), self.bias_.double().numpy()
@@ -153,6 +176,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         return X.device if isinstance(X, Tensor) else torch.device("cpu")
 
 
+@checked(DataError)
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Probe examples, with the image and the object of each."""
@@ -164,6 +188,7 @@ class Examples:
     objects: Int[np.ndarray, " example"]
     """One number per object of an image; its examples share a label."""
 
+    @checked(DataError)
     def of_images(self, images: Int[np.ndarray, " image"] | Sequence[int]) -> "Examples":
         """Returns the examples of these images, in their current order."""
         kept = np.isin(self.images, np.asarray(images))
@@ -171,6 +196,7 @@ class Examples:
         return Examples(self.X[rows], self.y[kept], self.images[kept], self.objects[kept])
 
 
+@checked(DataError)
 def object_examples(
     features: Float[Tensor, "image token d"], regions: Sequence[Region], *, pooled: bool = False
 ) -> Examples:
@@ -189,6 +215,8 @@ def object_examples(
     >>> object_examples(torch.zeros(5, 16, 32), places).X.shape
     torch.Size([40, 32])
     """
+    if not regions:
+        raise DataError("No region was given: regions is empty. Give one for each place.")
     n_images, n_tokens, _ = features.shape
     _check_regions(regions, n_tokens)
     tokens = [region.tokens.to(features.device) for region in regions]
@@ -201,8 +229,9 @@ def object_examples(
     return Examples(torch.cat(blocks, dim=1).flatten(0, 1), y, images, images * len(blocks) + y)
 
 
+@checked(DataError)
 def split_by_image(
-    n_images: int, *, test_size: float = 0.25, seed: int = 0
+    n_images: Count, *, test_size: Share = 0.25, seed: Seed = 0
 ) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
     """Returns image indices (train, test), shuffled with `seed`: the last share is the test.
 
@@ -222,7 +251,8 @@ def split_by_image(
     return np.array(order[:n_train]), np.array(order[n_train:])
 
 
-def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
+@checked(DataError)
+def shuffled_labels(examples: Examples, *, seed: Seed = 0) -> Examples:
     """Returns the same examples with labels shuffled among each image's objects.
 
     Fit *and score* the control on these examples.  With strong features, a probe fitted to
@@ -252,8 +282,9 @@ def shuffled_labels(examples: Examples, *, seed: int = 0) -> Examples:
     return replace(examples, y=dealt[member])
 
 
+@checked(DataError)
 def held_out_accuracy(
-    probe: ClassifierMixin, examples: Examples, *, level: float = 0.95, seed: int = 0
+    probe: ClassifierMixin, examples: Examples, *, level: Share = 0.95, seed: Seed = 0
 ) -> Interval:
     """Returns the mean over images of the share of correct tokens, with its interval.
 
@@ -283,6 +314,7 @@ def mean_of_shares(
     return bootstrap(shares, level=level, seed=seed)
 
 
+@checked(DataError)
 def class_directions(probe: LinearProbe, provenance: str = "") -> list[Direction]:
     """Returns a fitted probe's class weights w_k, in the order of `probe.classes_`.
 
@@ -292,6 +324,22 @@ def class_directions(probe: LinearProbe, provenance: str = "") -> list[Direction
         Direction(weight, f"class {label}", provenance)
         for label, weight in zip(probe.classes_, probe.weight_, strict=True)
     ]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Converts scikit-learn's errors about data to `DataError`, with its words."""
+    try:
+        yield
+    except (HookedVLMError, NotFittedError):
+        raise
+    except (ValueError, TypeError) as error:
+        kind = _WrongTypeError if isinstance(error, TypeError) else DataError
+        raise kind(str(error)[:390]) from error
+
+
+class _WrongTypeError(DataError, TypeError):
+    """Data of a type that scikit-learn refuses, which its own checks expect as a `TypeError`."""
 
 
 def _array(values: Any) -> Any:

@@ -24,9 +24,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import ScoringError, counted, did_you_mean
 
 
+@checked(ScoringError)
 def spellings(name: str) -> tuple[str, str, str, str]:
     """Returns the four spellings of a name.
 
@@ -37,11 +39,13 @@ def spellings(name: str) -> tuple[str, str, str, str]:
     return lower, upper, f" {lower}", f" {upper}"
 
 
+@checked(ScoringError)
 def is_single_token(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
     """Returns whether a name passes the paper's filter: `c` and `C` are one token each."""
     return all(_token(tokenizer, spelling) is not None for spelling in spellings(name)[:2])
 
 
+@checked(ScoringError)
 def answer_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     """Returns the token ids of a name's one-token spellings, each id once.
 
@@ -63,6 +67,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     return list(dict.fromkeys(index for index in ids if index is not None))
 
 
+@checked(ScoringError, but=("logits",))
 def candidate_probability(
     logits: Float[Tensor, "*batch d_vocab"],
     tokenizer: PreTrainedTokenizerBase,
@@ -80,6 +85,7 @@ def candidate_probability(
     return torch.stack([probabilities[..., each].sum(dim=-1) for each in ids], dim=-1)
 
 
+@checked(ScoringError, but=("logits",))
 def target_probability(
     logits: Float[Tensor, "pair *axes d_vocab"],
     tokenizer: PreTrainedTokenizerBase,
@@ -90,10 +96,12 @@ def target_probability(
     Raises:
         ScoringError: as `candidate_probability`, or not one answer per pair.
     """
+    _require_numbers(logits)
     names, columns = _columns(answers, logits)
     return _own(candidate_probability(logits, tokenizer, names), columns)
 
 
+@checked(ScoringError, but=("logits",))
 def top_answer(
     logits: Float[Tensor, "batch d_vocab"], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
@@ -111,6 +119,7 @@ def top_answer(
     return _decoded(logits.argmax(dim=-1), tokenizer)
 
 
+@checked(ScoringError)
 def normalise(text: str) -> str:
     """Returns a text in lower case, with everything but letters and digits removed.
 
@@ -120,6 +129,7 @@ def normalise(text: str) -> str:
     return "".join(character for character in text.lower() if character.isalnum())
 
 
+@checked(ScoringError, but=("logits",))
 def matches_answer(
     logits: Float[Tensor, "pair *axes d_vocab"],
     tokenizer: PreTrainedTokenizerBase,
@@ -136,8 +146,8 @@ def matches_answer(
         ScoringError: not one answer per pair, an answer that is none of the candidates or no
             single token, or logits that are not a number.
     """
-    names, columns = _columns(answers, logits)
     _require_numbers(logits)
+    names, columns = _columns(answers, logits)
     if candidates is None:
         for name in names:
             _require_reachable(tokenizer, name)
@@ -154,6 +164,7 @@ def matches_answer(
     return best == places.to(best.device).reshape(-1, *[1] * (best.ndim - 1))
 
 
+@checked(ScoringError, but=("logits",))
 def accuracy(
     logits: Float[Tensor, "pair *axes d_vocab"],
     tokenizer: PreTrainedTokenizerBase,
@@ -163,6 +174,7 @@ def accuracy(
     return matches_answer(logits, tokenizer, answers).float().mean(dim=0)
 
 
+@checked(ScoringError, but=("logits",))
 def logit_difference(
     logits: Float[Tensor, "pair *axes d_vocab"],
     tokenizer: PreTrainedTokenizerBase,
@@ -179,10 +191,10 @@ def logit_difference(
     Raises:
         ScoringError: as `candidate_probability`, or not one answer and one other per pair.
     """
+    _require_numbers(logits)
     answer_names, answer_columns = _columns(answers, logits)
     other_names, other_columns = _columns(others, logits)
     names = list(dict.fromkeys([*answer_names, *other_names]))
-    _require_numbers(logits)
     ids = _candidate_ids(tokenizer, names, logits.shape[-1])
     wide = _wide(logits)
     merged = torch.stack([wide[..., each].logsumexp(dim=-1) for each in ids], dim=-1)

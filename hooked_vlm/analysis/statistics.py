@@ -31,6 +31,8 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Count, Seed, Share
 from hooked_vlm.errors import DataError, counted
 
 
@@ -60,13 +62,20 @@ class Interval:
     level: float
     method: str
 
+    @checked(DataError)
     def covers(self, value: float) -> Any:
         """Returns whether `value` lies inside, bounds included; elementwise for arrays."""
         inside = (np.asarray(self.low) <= value) & (value <= np.asarray(self.high))
         return inside if inside.ndim else bool(inside)
 
+    @checked(DataError)
     def at(self, *index: int) -> "Interval":
         """Returns the interval of one entry of an array of intervals, `at(slot, kind)`."""
+        shape = np.shape(self.estimate)
+        if len(index) > len(shape) or any(
+            not -n <= i < n for i, n in zip(index, shape, strict=False)
+        ):
+            raise DataError(f"There is no interval at {index}: they are an array of {shape}.")
         parts = (plain(np.asarray(part)[index]) for part in (self.estimate, self.low, self.high))
         return Interval(*parts, n=self.n, level=self.level, method=self.method)
 
@@ -76,8 +85,9 @@ class Interval:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+@checked(DataError, but=("values",))
 def bootstrap(
-    values: Rows, *, level: float = 0.95, n_resamples: int = 10_000, seed: int = 0
+    values: Rows, *, level: Share = 0.95, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Interval:
     """Returns the mean over pairs of `values` `[pair, *axes]`, with a bootstrap interval.
 
@@ -92,7 +102,6 @@ def bootstrap(
     (13,)
     """
     rows = rows_of_pairs(values)
-    check_level(level)
     means = _resampled_means(rows, n_resamples, seed)
     tail = _expanded_tail(len(rows), level)
     bounds = (rows.mean(axis=0), *np.quantile(means, [tail, 1 - tail], axis=0))
@@ -100,8 +109,9 @@ def bootstrap(
     return Interval(estimate, low, high, len(rows), level, "bootstrap percentile")
 
 
+@checked(DataError)
 def simultaneous(
-    values: Rows, *, level: float = 0.95, n_resamples: int = 10_000, seed: int = 0
+    values: Rows, *, level: Share = 0.95, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Interval:
     """Returns means over pairs of `values` `[pair, *axes]`, with intervals that hold together.
 
@@ -117,7 +127,6 @@ def simultaneous(
     True
     """
     rows = rows_of_pairs(values)
-    check_level(level)
     n, estimate = len(rows), rows.mean(axis=0)
     error = rows.std(axis=0, ddof=1) / math.sqrt(n)
     deviations = np.abs(_resampled_means(rows, n_resamples, seed) - estimate)
@@ -130,13 +139,14 @@ def simultaneous(
     return Interval(mean, low, high, n, level, "simultaneous")
 
 
+@checked(DataError, but=("values",))
 def bootstrap_of(
     values: Rows,
     statistic: Callable[[np.ndarray], np.ndarray],
     *,
-    level: float = 0.95,
-    n_resamples: int = 10_000,
-    seed: int = 0,
+    level: Share = 0.95,
+    n_resamples: Count = 10_000,
+    seed: Seed = 0,
 ) -> Interval:
     """Returns a function of means over pairs (a ratio, a correlation) with its interval.
 
@@ -144,7 +154,9 @@ def bootstrap_of(
     Resamples for which it is NaN are left out.  The tails are widened as `bootstrap`'s are; of
     one pair there is no interval (NaN).
     """
-    rows = np.asarray(values, dtype=np.float64)
+    rows = _numbers(values)
+    if not rows.ndim or not len(rows):
+        raise DataError(f"Statistics over pairs need at least 1 row; got shape {rows.shape}.")
     estimate = float(statistic(rows.mean(axis=0, keepdims=True))[0])
     found = np.empty(0)
     if len(rows) > 1:
@@ -157,8 +169,9 @@ def bootstrap_of(
     return Interval(estimate, low, high, len(rows), level, "bootstrap percentile")
 
 
+@checked(DataError, but=("a", "b"))
 def paired_difference(
-    a: Rows, b: OtherRows, *, level: float = 0.95, n_resamples: int = 10_000, seed: int = 0
+    a: Rows, b: OtherRows, *, level: Share = 0.95, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Interval:
     """Returns the mean of `a - b` over the same pairs, with a bootstrap interval.
 
@@ -168,7 +181,8 @@ def paired_difference(
     return bootstrap(_difference(a, b), level=level, n_resamples=n_resamples, seed=seed)
 
 
-def wilson(successes: Number, n: int, *, level: float = 0.95) -> Interval:
+@checked(DataError)
+def wilson(successes: Number, n: Count, *, level: Share = 0.95) -> Interval:
     """Returns the rate `successes / n` with Wilson's score interval.
 
     `successes` may be an array (one count per slot) and need not be whole: for `n`
@@ -182,11 +196,10 @@ def wilson(successes: Number, n: int, *, level: float = 0.95) -> Interval:
     >>> print(wilson(50, 50))
     1.000 [0.929, 1.000]
     """
-    count = np.asarray(successes, dtype=np.float64)
-    check_level(level)
-    if n < 1 or not np.all((count >= 0) & (count <= n * (1 + _TIE))):
+    count = _numbers(successes)
+    if not np.all((count >= 0) & (count <= n * (1 + _TIE))):
         raise DataError(
-            f"Wilson's interval was given {successes} successes of n={n}; it needs n >= 1 and "
+            f"Wilson's interval was given {shown(successes)} successes of n={n}; it needs "
             "0 <= successes <= n."
         )
     rate = np.minimum(count / n, 1.0)
@@ -199,8 +212,9 @@ def wilson(successes: Number, n: int, *, level: float = 0.95) -> Interval:
     return Interval(plain(rate), plain(low), plain(high), n, level, "wilson")
 
 
+@checked(DataError, but=("a", "b"))
 def sign_flip_test(
-    a: Rows, b: OtherRows | None = None, *, n_resamples: int = 10_000, seed: int = 0
+    a: Rows, b: OtherRows | None = None, *, n_resamples: Count = 10_000, seed: Seed = 0
 ) -> Number:
     """Returns two-sided p-values `[*axes]` for "`a - b` is symmetric about zero".
 
@@ -226,6 +240,7 @@ def sign_flip_test(
     return plain(p.reshape(rows.shape[1:]))
 
 
+@checked(DataError, but=("p_values",))
 def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.ndarray, "*axes"]:
     """Returns Holm's adjusted p-values; the whole array is one family of tests.
 
@@ -235,7 +250,7 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
     Raises:
         DataError: a p-value outside [0, 1].
     """
-    p = np.asarray(p_values, dtype=np.float64)
+    p = _numbers(p_values)
     if not np.all((p >= 0) & (p <= 1)):
         raise DataError("Holm's correction was given p-values outside [0, 1] or NaN.")
     flat = p.ravel()
@@ -248,14 +263,7 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
 
 def rows_of_pairs(values: OtherRows, least: int = 2) -> np.ndarray:
     """Returns values as an array of pairs; raises `DataError` for too few, and for NaN."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    try:
-        rows = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"Statistics over pairs need an array of numbers: {str(error)[:120]}."
-        ) from None
+    rows = _numbers(values)
     if rows.ndim == 0 or len(rows) < least:
         raise DataError(
             f"Statistics over pairs need at least {counted(least, 'row')}; got shape {rows.shape}."
@@ -268,6 +276,19 @@ def rows_of_pairs(values: OtherRows, least: int = 2) -> np.ndarray:
     return rows
 
 
+def _numbers(values: Any) -> np.ndarray:
+    """Returns an array of float64; raises `DataError` for anything but numbers."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    try:
+        given = np.asarray(values)
+    except ValueError:  # rows of several lengths
+        given = np.empty(0, object)
+    if given.dtype.kind not in "biuf":
+        raise DataError(f"Statistics over pairs need an array of numbers; given {shown(values)}.")
+    return given.astype(np.float64)
+
+
 def _difference(a: Rows, b: OtherRows) -> np.ndarray:
     left, right = rows_of_pairs(a), rows_of_pairs(b)
     if left.shape != right.shape:
@@ -276,12 +297,6 @@ def _difference(a: Rows, b: OtherRows) -> np.ndarray:
             "measured on the same pairs, in the same order, with the same axes."
         )
     return left - right
-
-
-def check_level(level: float) -> None:
-    """Raises `DataError` for a confidence level that is none."""
-    if not 0 < level < 1:
-        raise DataError(f"Confidence level {level} is not between 0 and 1; use for example 0.95.")
 
 
 def plain(value: Number) -> Number:

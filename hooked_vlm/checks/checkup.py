@@ -18,7 +18,7 @@ from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.hooks.names import site_path
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.vlm import HookedVLM
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from hooked_vlm.errors import HookedVLMError, HookedVLMWarning, HookError
+from hooked_vlm.errors import HookedVLMError, HookedVLMWarning, HookError, callers_level
 
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ def attempt(run: Callable[[], Result], what: str) -> Result:
                 f"{what}: {type(error).__name__}: {error}. This is a mistake in hooked_vlm, not in "
                 "your model; the sweep runs by a slower way. Please report it.",
                 HookedVLMWarning,
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         raise GrowthError(f"{what}: {error}") from error
 

@@ -32,7 +32,7 @@ from hooked_vlm.engine.proofs import (
 from hooked_vlm.engine.shared import open_runs
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
 from hooked_vlm.engine.vision import Early, merges_first
-from hooked_vlm.errors import HookedVLMWarning, counted
+from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
@@ -214,7 +214,7 @@ def _warn_whole_rows(model: Any) -> None:
             f"Sweeps on {model.cfg.model_name} are slower than they could be: every row carries "
             f"all positions of the prompt, because {why}. The numbers are the same.",
             HookedVLMWarning,
-            stacklevel=4,
+            stacklevel=callers_level(),
         )
         return True
 

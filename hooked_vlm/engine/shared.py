@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Count, Model
 from hooked_vlm.engine.fingerprints import content_of, ways_of_attending
 from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.engine.stages import IN_FRONT, stage_of
+from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.recording import Recording, record
 
@@ -81,8 +84,9 @@ _OPEN: dict[int, RunStore] = {}
 """By the `id` of the model, which lives as long as its `with` block."""
 
 
+@checked(InterventionError)
 @contextmanager
-def shared_runs(model: Any, memory: int = BUDGET) -> Iterator[RunStore]:
+def shared_runs(model: Model, memory: Count = BUDGET) -> Iterator[RunStore]:
     """Lets sweeps on the same inputs share encoded images and source runs, within a `with` block.
 
     `memory` is in bytes.  Blocks may be nested: the outermost one counts.

@@ -24,7 +24,7 @@ from hooked_vlm.analysis.scoring import (
 )
 from hooked_vlm.errors import CannotRunError, HookedVLMWarning
 from hooked_vlm.experiments.options import Config
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY, Layout
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples

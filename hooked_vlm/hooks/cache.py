@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Device
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.decomposition import parts_of
 from hooked_vlm.hooks.names import (
@@ -28,6 +30,7 @@ from hooked_vlm.hooks.names import (
     layer_out_of_range,
     resolve_name,
     site_path,
+    tower_of,
 )
 from hooked_vlm.hooks.patch_order import VisionActivation, each, listed
 
@@ -44,6 +47,7 @@ class ActivationCache(Mapping[str, Any]):
     160
     """
 
+    @checked(DataError)
     def __init__(
         self, activations: Mapping[str, VisionActivation], n_layers: Mapping[str, int] | None = None
     ) -> None:
@@ -102,10 +106,12 @@ class ActivationCache(Mapping[str, Any]):
         """Size of the cached tensors in bytes."""
         return sum(t.nbytes for value in self.values() for t in listed(value))
 
-    def to(self, device: str | torch.device) -> "ActivationCache":
+    @checked(DataError)
+    def to(self, device: Device) -> "ActivationCache":
         """Returns the cache with every tensor on a device."""
         return self._map(lambda t: t.to(device))
 
+    @checked(DataError)
     def remove_batch_dim(self) -> "ActivationCache":
         """Returns the cache without the batch axis of LM sites; raises `DataError` unless it is 1.
 
@@ -120,19 +126,29 @@ class ActivationCache(Mapping[str, Any]):
             )
         return ActivationCache({**self, **{n: v[0] for n, v in by_prompt.items()}}, self.n_layers)
 
+    @checked(DataError)
     def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
         """Returns the cache for some prompts of the batch, without vision sites.
 
         Vision sites are by image and not by prompt, so they are left out.
         """
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
-        return ActivationCache({n: v[index] for n, v in self._by_prompt().items()}, self.n_layers)
+        by_prompt = self._by_prompt()
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows).long()
+        if isinstance(index, Tensor):
+            batch = min((len(v) for v in by_prompt.values()), default=0)
+            if index.ndim != 1 or not bool(((-batch <= index) & (index < batch)).all()):
+                raise DataError(
+                    f"rows={shown(rows)} was given; the cache holds {counted(batch, 'prompt')}: "
+                    "give a list of their numbers, from 0 on, or a slice."
+                )
+        return ActivationCache({n: v[index] for n, v in by_prompt.items()}, self.n_layers)
 
     def _by_prompt(self) -> dict[str, Tensor]:
         """Returns the activations whose first axis is prompts."""
         tensors = ((n, v) for n, v in self.items() if isinstance(v, Tensor))
         return {n: v for n, v in tensors if not site_path(n).is_vision}
 
+    @checked(DataError)
     def stack(
         self, name: str, layers: Sequence[int] | None = None, tower: str | None = None
     ) -> Float[Tensor, "layer ..."]:
@@ -146,7 +162,8 @@ class ActivationCache(Mapping[str, Any]):
         """
         if layers is None:
             layers = [i for i in range(self._n_layers(tower)) if (name, i, tower) in self]
-        if not layers:
+        tower_of(tower)
+        if not len(layers):
             raise UnknownHookError(
                 f"The cache holds no layer of {name!r}. Widen names_filter to cache it."
             )
@@ -158,6 +175,7 @@ class ActivationCache(Mapping[str, Any]):
             )
         return torch.stack(found)  # type: ignore[arg-type]
 
+    @checked(DataError)
     def accumulated_resid(
         self, tower: str | None = None, return_labels: bool = False
     ) -> Tensor | tuple[Tensor, list[str]]:
@@ -172,6 +190,7 @@ class ActivationCache(Mapping[str, Any]):
         labels = ["0_pre", *(f"{i}_post" for i in range(n_layers))]
         return (slots, labels) if return_labels else slots
 
+    @checked(DataError)
     def decompose_resid(
         self,
         tower: str | None = None,
@@ -201,6 +220,7 @@ class ActivationCache(Mapping[str, Any]):
         stacked = torch.stack([part for _, part in parts])
         return (stacked, [label for label, _ in parts]) if return_labels else stacked
 
+    @checked(DataError)
     def save(self, path: str | Path) -> None:
         """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`."""
         tensors = {}
@@ -215,11 +235,17 @@ class ActivationCache(Mapping[str, Any]):
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
+        except (SafetensorError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise DataError(
+                f"The cache cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
+                "file in a folder that is there."
+            ) from None
         finally:
             part.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "ActivationCache":
+    @checked(DataError)
+    def load(cls, path: str | Path, device: Device = "cpu") -> "ActivationCache":
         """Returns the cache that `save` wrote to `path`; raises `DataError` for another file."""
         found: dict[str, VisionActivation] = {}
         lists: dict[str, dict[int, Tensor]] = {}
@@ -241,7 +267,7 @@ class ActivationCache(Mapping[str, Any]):
         return cls(found, n_layers)
 
     def _n_layers(self, tower: str | None) -> int:
-        prefix = f"{VISION}.blocks" if tower else "blocks"
+        prefix = f"{VISION}.blocks" if tower_of(tower) else "blocks"
         return self.n_layers.get(prefix) or count_layers(prefix, self)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "ActivationCache":

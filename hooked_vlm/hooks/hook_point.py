@@ -12,8 +12,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import HookError
-from hooked_vlm.hooks.names import site_path
+from hooked_vlm.errors import HookError, UnknownHookError, UnknownNameError
+from hooked_vlm.hooks.names import resolve_name, site_path
 from hooked_vlm.hooks.patch_order import PackedLayout
 from hooked_vlm.hooks.turns import Owner
 
@@ -74,6 +74,16 @@ class HookPoint:
                 "sites whose name contains 'blocks'."
             )
         return layer
+
+
+class HookDict(dict[str, HookPoint]):
+    """A model's hook points by name; other spellings that hooks accept are found too."""
+
+    def __missing__(self, name: str) -> HookPoint:
+        try:
+            return self[resolve_name(str(name), self)]
+        except UnknownHookError as error:
+            raise UnknownNameError(str(error)) from None
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Final, Literal, NamedTuple
 
+from hooked_vlm.arguments.checked import checked, is_listed, shown
 from hooked_vlm.errors import UnknownHookError, counted, did_you_mean
 
 
@@ -39,8 +40,8 @@ _RENAMED = (
 )
 
 # Short site names and their place inside a block, as in TransformerLens's get_act_name.
-_IN_ATTENTION = {"q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern"}
-_IN_MLP = {"pre", "post", "pre_linear"}
+_IN_ATTENTION = {"q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result"}
+_IN_MLP = {"pre", "post", "mid", "pre_linear"}
 _SHORT = {
     "attn": "pattern",
     "attn_logits": "attn_scores",
@@ -55,6 +56,7 @@ _LAYER_TYPES = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": 
 _TOWERS = {"vision": VISION, VISION: VISION, "projector": PROJECTOR, PROJECTOR: PROJECTOR}
 
 
+@checked(UnknownHookError)
 def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
     """Returns the full hook name of a short name, as TransformerLens's function does.
 
@@ -89,6 +91,16 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
         inner = "mlp"
     block = f"blocks.{layer}." if layer is not None else ""
     return f"{prefix}{block}{inner + '.' if inner else ''}hook_{name}"
+
+
+def tower_of(name: str | None) -> str:
+    """Returns the prefix of a tower (None: the language model, `""`), or `UnknownHookError`."""
+    if name is not None and name not in _TOWERS:
+        raise UnknownHookError(
+            f"tower={name!r} is not known: use None (the language model), {VISION!r} or "
+            f"{PROJECTOR!r}.{did_you_mean(name, _TOWERS)}"
+        )
+    return _TOWERS[name] if name is not None else ""
 
 
 def slot_name(slot: int, n_layers: int, tower: str = "") -> str:
@@ -237,9 +249,9 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
             )
         return [name for name in known if name in chosen]
     patterns = [names_filter] if isinstance(names_filter, str) else names_filter
-    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+    if not is_listed(patterns) or not all(isinstance(p, str) for p in patterns):
         raise UnknownHookError(
-            f"The names_filter is {repr(names_filter)[:80]}; expected a name, a pattern, a list of "
+            f"The names_filter is {shown(names_filter)}; expected a name, a pattern, a list of "
             "these, a function of names, or None for all sites."
         )
     chosen = set()

@@ -8,7 +8,7 @@ collects the outputs of a module in one pass, and `replaying` returns them in ot
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from typing import Any
@@ -20,6 +20,7 @@ from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.anatomy.vision import Stack
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError, counted
 from hooked_vlm.hooks.compiled import eager
+from hooked_vlm.hooks.sites import Site
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
@@ -108,6 +109,15 @@ def skipping(blocks: Sequence[nn.Module], tuples: Sequence[int]) -> Iterator[Non
         for block, length in zip(blocks, tuples, strict=True):
             stack.enter_context(standing_in(block, passed(block, length)))
         yield
+
+
+def start_site(sites: Mapping[str, Site], layer: int, n_layers: int) -> str:
+    """Returns the site of the residual stream before a block, or after the last one."""
+    if layer < n_layers:
+        return f"blocks.{layer}.hook_resid_pre"
+    final = sites.get("ln_final.hook_in")
+    is_written = final is not None and not final.read_only
+    return "ln_final.hook_in" if is_written else f"blocks.{layer - 1}.hook_resid_post"
 
 
 EMBEDDINGS = ("hook_embed", "hook_merged_embed")

@@ -28,6 +28,7 @@ from hooked_vlm.errors import (
     GridError,
     HookedVLMWarning,
     UnsupportedModelError,
+    callers_level,
     counted,
 )
 from hooked_vlm.hooks.checkpointing import evaluating
@@ -35,7 +36,8 @@ from hooked_vlm.hooks.stand_ins import run_until
 from hooked_vlm.inputs.by_measurement import shows_what_it_says
 from hooked_vlm.inputs.pixel_map import pixel_transform
 from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, measuring, positions_reached
-from hooked_vlm.inputs.prepare import Images, Inputs, to_pil
+from hooked_vlm.inputs.prepare import Images, to_pil
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.processor import refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 
@@ -76,7 +78,7 @@ def prepare_images(
     with refusals([pictures]):
         made = _named(encoder, dict(processor(images=pictures, return_tensors="pt", **options)))
     grids = find_grids(encoder, made, [picture.size for picture in pictures], processor)
-    warn_if_resized((grid for (grid,) in grids), stacklevel=4)
+    warn_if_resized(grid for (grid,) in grids)
 
     def pixels_of(image: Image.Image) -> Tensor:
         return processor(images=[image], return_tensors="pt", **options)["pixel_values"]
@@ -101,7 +103,7 @@ def _warn_unless_shown(grid: TokenGrid, pixels_of: Any, processor: str) -> None:
             "be misplaced. Give regions in rows and columns, or prepare images of the size that "
             "the encoder takes.",
             HookedVLMWarning,
-            stacklevel=4,
+            stacklevel=callers_level(),
         )
 
 

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import GridError, HookedVLMWarning, NoGradientError, NoGridError, counted
+from hooked_vlm.errors import (
+    GridError,
+    HookedVLMWarning,
+    NoGradientError,
+    NoGridError,
+    callers_level,
+    counted,
+)
 from hooked_vlm.inputs.by_measurement import (
     Template,
     View,
@@ -158,7 +165,7 @@ class GridFinder:
                 f"{error} Grids follow the rule of the usual layout, which was not compared with "
                 "a measurement. Check one grid with draw_regions.",
                 HookedVLMWarning,
-                stacklevel=5,
+                stacklevel=callers_level(),
             )
             return True
         except GridError:
@@ -172,7 +179,7 @@ class GridFinder:
             f"The visual tokens of {type(self.model.hf_model).__name__} do not follow the usual "
             "layout's order; its grids are measured instead.",
             HookedVLMWarning,
-            stacklevel=7,
+            stacklevel=callers_level(),
         )
         return False
 

@@ -16,7 +16,7 @@ from typing import Any
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from hooked_vlm.errors import GridError, HookedVLMWarning
+from hooked_vlm.errors import GridError, HookedVLMWarning, callers_level
 
 
 Size = tuple[int, int]
@@ -118,7 +118,7 @@ def _warn_unexplained(processor: Any, given: Size, processed: Size, expected: Si
         "Cells are placed as if the whole image was scaled to the actual size. Check a region "
         "with draw_regions before you use regions given in pixels.",
         HookedVLMWarning,
-        stacklevel=3,
+        stacklevel=callers_level(),
     )
 
 

@@ -7,26 +7,26 @@ shows which part of which image.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.errors import (
     DataError,
-    GridError,
     HookedVLMWarning,
     NoGridError,
     UnsupportedModelError,
+    callers_level,
     counted,
 )
 from hooked_vlm.inputs.chat import chat_prompt
 from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders, refusals
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 
@@ -35,71 +35,6 @@ OneImage = Any
 """A PIL image, a numpy array `[height, width, 3]` or a tensor `[3, height, width]`."""
 Images = OneImage | Sequence[Any] | None
 Texts = str | Sequence[str]
-
-
-class Inputs(Mapping[str, Any]):
-    """Model inputs by name, and the grids of their images.
-
-    Pass it to `forward`, `run_with_cache` and other methods, or to the wrapped model as
-    `hf_model(**inputs)`.
-
-    >>> from hooked_vlm import HookedVLM
-    >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
-    >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
-    >>> sorted(inputs)
-    ['attention_mask', 'image_grid_thw', 'input_ids', 'mm_token_type_ids', 'pixel_values']
-    >>> inputs.grid.shape
-    (4, 6)
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Any],
-        grids: Sequence[Sequence[TokenGrid]],
-        texts: Sequence[str] = (),
-        tokenizer: Any = None,
-        no_grid: str = "",
-    ) -> None:
-        self.tensors = dict(tensors)
-        self.grids = tuple(tuple(row) for row in grids)
-        """For each prompt, the grids of its images."""
-        self.texts = tuple(texts)
-        """The prompts passed to the processor, after the chat template."""
-        self.tokenizer = tokenizer
-        self.no_grid = no_grid
-        """Why the images have no grid; empty when they have one."""
-
-    def __getitem__(self, name: str) -> Any:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __repr__(self) -> str:
-        shapes = {n: tuple(v.shape) for n, v in self.items() if isinstance(v, Tensor)}
-        return f"Inputs({shapes}, {counted(sum(map(len, self.grids)), 'image')})"
-
-    @property
-    def grid(self) -> TokenGrid:
-        """The grid of the only image; raises `GridError` for no image and for several images."""
-        if self.no_grid:
-            raise NoGridError(self.no_grid)
-        found = [grid for row in self.grids for grid in row]
-        if len(found) != 1:
-            raise GridError(
-                f"These inputs hold {counted(len(found), 'image')} in "
-                f"{counted(len(self.grids), 'prompt')}; inputs.grid needs exactly one. Use "
-                "inputs.grids[prompt][image]."
-            )
-        return found[0]
-
-    def to(self, device: str | torch.device) -> "Inputs":
-        """Returns the inputs with every tensor on a device."""
-        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.items()}
-        return Inputs(moved, self.grids, self.texts, self.tokenizer, self.no_grid)
 
 
 def prepare_inputs(
@@ -113,7 +48,7 @@ def prepare_inputs(
 ) -> Inputs:
     """Returns the inputs for a batch of prompts; see `HookedVLM.prepare`."""
     processor = finder.model.processor
-    texts = _listed(texts)
+    texts = [texts] if isinstance(texts, str) else list(texts)
     by_prompt = _images_by_prompt(images, len(texts))
     if any(by_prompt) and getattr(processor, "image_processor", None) is None:
         raise UnsupportedModelError(
@@ -144,8 +79,8 @@ def prepare_inputs(
             grids = finder.find(made, sizes, process, key)
         except NoGridError as error:
             no_grid = str(error)
-            warnings.warn(no_grid, HookedVLMWarning, stacklevel=3)
-        warn_if_resized((grid for row in grids for grid in row), stacklevel=4)
+            warnings.warn(no_grid, HookedVLMWarning, stacklevel=callers_level())
+        warn_if_resized(grid for row in grids for grid in row)
     tokenizer = getattr(processor, "tokenizer", processor)
     return Inputs(made, grids, prompts, tokenizer, no_grid)
 
@@ -177,16 +112,6 @@ def processed(
     made |= _positions(model.hf_model, made, _is_rotary(model))
     _say_padded(model, made)
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
-
-
-def _listed(texts: Any) -> list[str]:
-    """Returns prompts as a list; raises `DataError` for anything but strings."""
-    listed = [texts] if isinstance(texts, str) else texts
-    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
-        raise DataError(
-            f"texts={repr(texts)[:80]} was given; expected a string or a list of strings."
-        )
-    return list(listed)
 
 
 def _plain(finder: GridFinder, text: str, n_images: int) -> str:
@@ -323,7 +248,7 @@ def _say_padded(model: Wrapped, made: Mapping[str, Any]) -> None:
         "prompts of different lengths in one batch change each other's results. Give prompts of "
         "one length, or one at a time.",
         HookedVLMWarning,
-        stacklevel=5,
+        stacklevel=callers_level(),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.base import _Intervention
@@ -16,6 +17,7 @@ from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded
 from hooked_vlm.interventions.recording import Source
 
 
+@checked(InterventionError, only_names=True)
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ablate(_Intervention):
     """Removes what is at a place: zero it, or write means of other runs there.

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName, site_of
 from hooked_vlm.model.base import HookedModel
@@ -33,14 +34,17 @@ class _Intervention:
     heads: tuple[int, ...] | None = None
     """At sites with a head axis: the heads to act on; None is all of them."""
 
+    @checked(UnknownHookError)
     def at_site(self, site: SiteName) -> Any:
         """Returns the same intervention at another site."""
         return replace(self, site=site)
 
+    @checked(InterventionError)
     def check(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
         """Raises what is wrong with this for a model and some inputs; runs nothing."""
         self.place(model, inputs)
 
+    @checked(InterventionError)
     def hooks_for(self, model: HookedModel, inputs: Mapping[str, Any]) -> list[Edit]:
         """Returns the hook that carries this out on some inputs, all checks made.
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
 from hooked_vlm.interventions.recording import Recording
@@ -17,11 +18,12 @@ class Chain:
 
     parts: tuple[Any, ...]
 
+    @checked(InterventionError)
     def __init__(self, *parts: Any) -> None:
         for part in parts:
             if not hasattr(part, "hooks_for"):
                 raise InterventionError(
-                    f"Chain was given {repr(part)[:80]}; expected interventions, such as Patch(…)."
+                    f"Chain was given {shown(part)}; expected interventions, such as Patch(…)."
                 )
         object.__setattr__(self, "parts", parts)
 
@@ -34,6 +36,7 @@ class Chain:
         """Returns the hooks of all parts, in order."""
         return [hook for part in self.parts for hook in part.hooks_for(model, inputs)]
 
+    @checked(UnknownHookError)
     def at_site(self, site: SiteName) -> "Chain":
         """Returns the same interventions, all at another site."""
         return Chain(*(part.at_site(site) for part in self.parts))
@@ -99,7 +102,7 @@ def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Pl
         return part.place(model, inputs, places)
     if not hasattr(part, "hooks_for"):
         raise InterventionError(
-            f"{part!r} is no intervention: give Patch, Ablate, Steer, Chain, HookAt or a pair "
+            f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Chain, HookAt or a pair "
             "(name, function)."
         )
     if hasattr(part, "check"):

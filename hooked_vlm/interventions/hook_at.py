@@ -4,13 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hooked_vlm.errors import InterventionError, counted
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.names import resolve_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.placing import Edit, Places, SiteName, full_name
 from hooked_vlm.model.base import HookedModel
 
 
+@checked(InterventionError, but=("site", "fn"))
 @dataclass(frozen=True, eq=False)
 class HookAt:
     """A hook function as an intervention, so that sweeps take it: `fn(activation, hook)`.
@@ -27,6 +29,7 @@ class HookAt:
     fn: Callable[..., Any]
     first_position: int = 0
 
+    @checked(UnknownHookError)
     def at_site(self, site: SiteName) -> "HookAt":
         """Returns the same function at another site."""
         return replace(self, site=site)
@@ -45,7 +48,7 @@ class HookAt:
         """Returns the function bound to a model's site; nothing runs."""
         if not callable(self.fn):
             raise InterventionError(
-                f"{self.fn!r} was given as a hook function; expected fn(activation, hook)."
+                f"{shown(self.fn)} was given as a hook function; expected fn(activation, hook)."
             )
         site = model.sites[resolve_name(full_name(model, self.site), model.sites)]
         if not site.by_position:

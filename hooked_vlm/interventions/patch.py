@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, RegionError, counted
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.base import _Intervention
@@ -13,6 +14,7 @@ from hooked_vlm.interventions.recording import Source
 from hooked_vlm.regions.pairs import CellPairs
 
 
+@checked(InterventionError, only_names=True)
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Patch(_Intervention):
     """Writes activations of another run: at `at`, those that the source has at `source_at`.

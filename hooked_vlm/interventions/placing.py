@@ -153,7 +153,9 @@ def guarded(
     needed = None if site.by_position else rows_needed(site, rows)
 
     def hook_fn(activation: Any, hook: HookPoint) -> Any:
-        if hook.call > 0 and not site.by_position:
+        # The second call, or the first one of a part of the images.
+        apart = hook.call > 0 or len(activation) <= max(needed or (), default=-1)
+        if apart and not site.by_position:
             raise InterventionError(
                 f"{hook.name} runs once for each image of these inputs, so an intervention there "
                 "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.cache import ActivationCache
-from hooked_vlm.hooks.names import last_block
+from hooked_vlm.hooks.names import NamesFilter, last_block
 from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.model.base import HookedModel
 from hooked_vlm.model.vlm import HookedVLM
 
 
+@checked(InterventionError)
 @dataclass(frozen=True, eq=False)
 class Recording:
     """One run's activations, with the inputs that say where in them everything is."""
@@ -25,7 +28,8 @@ Source = Recording | Mapping[str, Any]
 """A recorded run, or the inputs of a run to be made."""
 
 
-def record(model: HookedModel, inputs: Mapping[str, Any], names: Any) -> Recording:
+@checked(UnknownHookError)
+def record(model: HookedModel, inputs: Mapping[str, Any], names: NamesFilter) -> Recording:
     """Runs a model on some inputs and returns the named activations with those inputs.
 
     The pass ends after the last block of the language model that is named, and keeps no

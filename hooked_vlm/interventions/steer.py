@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.directions import add, scale_projections
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.base import _Intervention
@@ -17,6 +18,7 @@ from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
 from hooked_vlm.interventions.placing import Placed, Places
 
 
+@checked(InterventionError, only_names=True)
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Steer(_Intervention):
     """Moves activations along directions (paper, section 5.4; protocol 2.6, E7).

@@ -19,14 +19,15 @@ from torch.utils._pytree import tree_leaves
 from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
-from hooked_vlm.errors import HookedVLMWarning, HookError, counted
+from hooked_vlm.arguments.checked import checked, is_listed, shown
+from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level, counted
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.checkpointing import require_repeatable, warn_unrepeated
 from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
-from hooked_vlm.hooks.hook_point import HookPoint, PassCounter
+from hooked_vlm.hooks.hook_point import HookDict, HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
@@ -34,9 +35,10 @@ from hooked_vlm.hooks.sites import Site, describe_sites
 from hooked_vlm.hooks.turns import lock_of
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
-from hooked_vlm.model.keywords import require_read
+from hooked_vlm.model.instead import ActsLikeAModule
+from hooked_vlm.model.keywords import require_inputs, require_read
 from hooked_vlm.model.memory import require_memory
-from hooked_vlm.model.said import callers_level, warn_unran
+from hooked_vlm.model.said import warn_unran
 
 
 ModelInputs = Mapping[str, Any]
@@ -48,7 +50,7 @@ FwdHook = Any
 Wrapped = TypeVar("Wrapped", bound="HookedModel")
 
 
-class HookedModel(ABC):
+class HookedModel(ActsLikeAModule, ABC):
     """A model whose activations can be read and replaced by name; abstract."""
 
     cfg: HookedVLMConfig | EncoderConfig
@@ -70,9 +72,8 @@ class HookedModel(ABC):
         self._chain = tuple(chain)
         self._lm_path = lm_path
         self.sites: dict[str, Site] = sites
-        self.hook_dict: dict[str, HookPoint] = {
-            site.name: HookPoint(site.name, site.axes, site.read_only) for site in sites.values()
-        }
+        points = [HookPoint(site.name, site.axes, site.read_only) for site in sites.values()]
+        self.hook_dict: dict[str, HookPoint] = HookDict({point.name: point for point in points})
         stacks = ("blocks", f"{VISION}.blocks")
         self._n_layers = {stack: count_layers(stack, sites) for stack in stacks}
         self._vision = vision
@@ -86,12 +87,7 @@ class HookedModel(ABC):
 
     def require_call(self, inputs: Any, given: Iterable[str]) -> None:
         """Raises `HookError` for inputs that are none, and for keywords that nobody would read."""
-        if not isinstance(inputs, Mapping):
-            hint = "prepare(images, texts)" if isinstance(inputs, str) else "{'input_ids': …}"
-            raise HookError(
-                f"inputs of type {type(inputs).__name__} were given; expected what prepare "
-                f"returns, or a mapping of the wrapped model's tensors. Use {hint}."
-            )
+        require_inputs(inputs)
         if new := set(given) - self._read:
             require_read(self.hf_model, new)
             self._read |= new
@@ -116,6 +112,7 @@ class HookedModel(ABC):
         """
         return lock_of(self.hf_model)
 
+    @checked(HookError, but=("fwd_hooks",))
     @contextmanager
     def hooks(
         self: Wrapped,
@@ -318,9 +315,9 @@ class HookedModel(ABC):
     ) -> list[tuple[str, HookFunction]]:
         """Returns (site name, function) pairs for hooks given by name, filter or intervention."""
         pairs: list[tuple[str, HookFunction]] = []
-        if hasattr(fwd_hooks, "hooks_for") or not isinstance(fwd_hooks, Iterable):
+        if hasattr(fwd_hooks, "hooks_for") or not is_listed(fwd_hooks):
             raise HookError(
-                f"fwd_hooks={repr(fwd_hooks)[:80]} was given; expected a list of hooks, such as "
+                f"fwd_hooks={shown(fwd_hooks)} was given; expected a list of hooks, such as "
                 "[(name, function)] or [Patch(…)]. Give [] for none."
             )
         for item in fwd_hooks:
@@ -335,8 +332,8 @@ class HookedModel(ABC):
                 pairs += self._resolved([item])
             else:
                 raise HookError(
-                    f"{item!r} is not a hook. Give (name, function), where name is a string, a "
-                    "pattern or a function of names; or an intervention such as Patch(…)."
+                    f"{shown(item)} is not a hook. Give (name, function), where name is a string, "
+                    "a pattern or a function of names; or an intervention such as Patch(…)."
                 )
         return pairs
 

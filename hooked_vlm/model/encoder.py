@@ -19,15 +19,24 @@ from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
 from hooked_vlm.anatomy.wrappers import chain_of
-from hooked_vlm.errors import counted
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Device, Processor
+from hooked_vlm.errors import DataError, HookError, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
 from hooked_vlm.hooks.sites import list_encoder_sites
 from hooked_vlm.inputs.encoder import EncoderGrids, find_grids, prepare_images
 from hooked_vlm.inputs.grid_finder import Grids
-from hooked_vlm.inputs.prepare import Images, Inputs
+from hooked_vlm.inputs.prepare import Images
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
-from hooked_vlm.model.keywords import require_processed
+from hooked_vlm.model.keywords import (
+    CHECKED_LATER,
+    ONE_MAPPING,
+    require_held,
+    require_inputs,
+    require_processed,
+)
 from hooked_vlm.model.loading import load_image_model
 
 
@@ -42,7 +51,10 @@ class HookedVisionEncoder(HookedModel):
     ((24, 24), torch.Size([1, 576, 64]))
     """
 
-    def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
+    @checked(UnsupportedModelError)
+    def __init__(
+        self, hf_model: nn.Module, processor: Processor = None, name: str | None = None
+    ) -> None:
         """Wraps a loaded encoder; `processor` is only needed for `prepare`.
 
         For a model that also takes text (CLIP, SigLIP, a VLM), its image encoder is wrapped.
@@ -65,12 +77,13 @@ class HookedVisionEncoder(HookedModel):
         self._grids = EncoderGrids(self.hf_model, vision, self.cfg, self.without_hooks)
 
     @classmethod
+    @checked(UnsupportedModelError, but=("name",))
     def from_pretrained(
         cls,
         name: str,
         *,
         dtype: torch.dtype | str = "auto",
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         device_map: Any = None,
         **kwargs: Any,
     ) -> "HookedVisionEncoder":
@@ -98,12 +111,17 @@ class HookedVisionEncoder(HookedModel):
         """The dtype in which the encoder computes; pixels belong in it."""
         return self.cfg.dtype
 
+    def _reread(self) -> None:
+        self.cfg = read_encoder_config(self.hf_model, self.vision, self.cfg.model_name)
+        self._grids, self._footprint = EncoderGrids(self.hf_model, self.vision, self.cfg), None
+
     def __repr__(self) -> str:
         return (
             f"HookedVisionEncoder({self.cfg.model_name!r}, {counted(self.cfg.n_layers, 'layer')}, "
             f"{counted(len(self.sites), 'site')})"
         )
 
+    @checked(DataError)
     def prepare(self, images: Images, **processor_kwargs: Any) -> Inputs:
         """Converts an image, or a list of images, to the encoder's inputs, each with a grid.
 
@@ -118,24 +136,29 @@ class HookedVisionEncoder(HookedModel):
             require_processed(self.processor, processor_kwargs)
         return prepare_images(self._grids, self.processor, images, processor_kwargs)
 
+    @checked(HookError, but=("inputs",))
     def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid` of each image of the inputs, each in a tuple of its own.
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
         """
+        require_inputs(inputs)
         return inputs.grids if isinstance(inputs, Inputs) else find_grids(self._grids, inputs)
 
+    @checked(HookError, but=("inputs",), missing=ONE_MAPPING)
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Any:
         """Runs the wrapped encoder with the keyword arguments and returns its output.
 
         Raises `HookError` for a keyword that the encoder does not read.
         """
         self.require_call(inputs, kwargs)
+        require_held({**inputs, **kwargs})
         with self.turn():
             return self._chain[0](**inputs, **kwargs)
 
     __call__ = forward
 
+    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
     def run_with_hooks(
         self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
     ) -> Any:
@@ -146,13 +169,14 @@ class HookedVisionEncoder(HookedModel):
         self.require_call(inputs, kwargs)
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
+    @checked(HookError, but=CHECKED_LATER, missing=ONE_MAPPING)
     def run_with_cache(
         self,
         inputs: ModelInputs,
         names_filter: NamesFilter = None,
         *,
         fwd_hooks: Sequence[FwdHook] = (),
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:

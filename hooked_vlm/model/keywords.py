@@ -8,10 +8,13 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
+from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.source import forward_source
+from hooked_vlm.arguments.checked import require, shown
+from hooked_vlm.arguments.kinds import Count, NotNegative, Whole
 from hooked_vlm.errors import DataError, HookError, did_you_mean
 from hooked_vlm.inputs.processor import is_read
 
@@ -21,6 +24,9 @@ OURS = (
     *("prefill_only", "residual", "layer"),
 )
 """Our own arguments of the functions that run a model: what a misspelt one may have meant."""
+ONE_MAPPING = "Give them as one mapping: model(inputs), not model(**inputs)."
+CHECKED_LATER = ("inputs", "names_filter", "stop_at_layer", "fwd_hooks")
+"""Arguments of `run_with_cache` that are checked with the model's names at hand."""
 INSTEAD = {
     "fwd_hooks": "Use run_with_hooks, run_with_cache or generate, which take it.",
     "bwd_hooks": "Call activation.register_hook(…) inside a hook function.",
@@ -38,6 +44,25 @@ INSTEAD = {
     "past_kv_cache": "Use past_key_values, which the wrapped model takes.",
 }
 """Arguments of other functions, and of TransformerLens's, and what to do in their place."""
+
+
+def require_inputs(inputs: Any) -> None:
+    """Raises `HookError` for inputs that are no mapping, or hold nothing that a model could run."""
+    if not isinstance(inputs, Mapping):
+        hint = "prepare(images, texts)" if isinstance(inputs, str) else "{'input_ids': …}"
+        raise HookError(
+            f"inputs of type {type(inputs).__name__} were given; expected what prepare "
+            f"returns, or a mapping of the wrapped model's tensors. Use {hint}."
+        )
+
+
+def require_held(given: Mapping[str, Any]) -> None:
+    """Raises `HookError` for a forward pass without a tensor."""
+    if not any(isinstance(value, Tensor | Mapping | list | tuple) for value in given.values()):
+        raise HookError(
+            f"The inputs hold no tensor: {shown(dict(given))} was given; expected what prepare "
+            "returns, or a mapping of the wrapped model's tensors."
+        )
 
 
 def require_read(hf_model: nn.Module, given: Iterable[str]) -> None:
@@ -67,6 +92,21 @@ def require_generates(hf_model: nn.Module, given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in known | passed and not is_read(hf_model, name):
             _refuse(name, [*OURS, *known])
+
+
+_OPTIONS = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_beams", "num_return_sequences"), Count),
+    **dict.fromkeys(("min_new_tokens", "min_length", "top_k"), Whole),
+    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate", "output_logits"), bool),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), NotNegative),
+}
+"""The usual options of generation, and what they may be (None: the model's own)."""
+
+
+def require_options(given: Mapping[str, Any]) -> None:
+    """Raises `HookError` for an option of generation of another type, or out of range."""
+    hints = {name: _OPTIONS[name] | None for name in given if name in _OPTIONS}
+    require("generate", given, hints, HookError)
 
 
 def _passed_on(hf_model: nn.Module) -> set[str]:
@@ -155,3 +195,23 @@ def _fields(typed: Any) -> set[str]:
     """Returns the fields of a TypedDict, and of the TypedDicts in it."""
     found: Mapping[str, Any] = getattr(typed, "__annotations__", None) or {}
     return {*found, *(name for inner in found.values() for name in _fields(inner))}
+
+
+def require_pixels(given: Mapping[str, Any], token: int | None) -> None:
+    """Raises `HookError` for image tokens without an image: the model would run blind."""
+    require_held(given)
+    ids = given.get("input_ids")
+    if ids is None or token is None or ids.device.type == "meta":
+        return
+    # Pixels, features or embeddings that were computed before, or a cache of the prompt.
+    seen = any(
+        is_cache(value)
+        or isinstance(value, tuple | list | Mapping)
+        or (isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name)
+        for name, value in given.items()
+    )
+    if not seen and bool((ids == token).any()):
+        raise HookError(
+            "The prompt holds image tokens, and these inputs hold no image: the model would run "
+            "blind. Give everything that prepare(images, texts) returns, not the tokens alone."
+        )

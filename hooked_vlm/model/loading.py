@@ -21,6 +21,7 @@ from hooked_vlm.errors import (
     MissingExtraError,
     MissingWeightsError,
     UnsupportedModelError,
+    callers_level,
     did_you_mean,
 )
 from hooked_vlm.inputs.without_torchvision import load_processor
@@ -114,7 +115,7 @@ def load_image_model(
             f"reports: {str(error).strip().splitlines()[0]} Give run_with_cache and other methods "
             "the tensors that the encoder takes.",
             HookedVLMWarning,
-            stacklevel=3,
+            stacklevel=callers_level(),
         )
     return model if device is None else model.to(device), processor
 
@@ -153,7 +154,7 @@ def _check(name: str, dtype: torch.dtype | str, device: str | torch.device | Non
             f"floating point.{did_you_mean(str(dtype), usual)}"
         )
     try:
-        torch.device(device or "cpu")
+        torch.device("cpu" if device is None else device)
     except RuntimeError:
         raise UnsupportedModelError(
             f"device={device!r} was given; expected cpu, cuda, cuda:1, mps or a torch device."
@@ -189,7 +190,7 @@ def _report_missing(name: str, missing: Sequence[str], allowed: bool) -> None:
         warnings.warn(
             f"{what} missing in the checkpoint {name[-60:]!r} and has random numbers: {shown}.",
             HookedVLMWarning,
-            stacklevel=4,
+            stacklevel=callers_level(),
         )
         return
     raise MissingWeightsError(

@@ -1,9 +1,8 @@
 """Warnings of runs, shown at the user's line."""
 
-import sys
 import warnings
 
-from hooked_vlm.errors import HookedVLMWarning
+from hooked_vlm.errors import HookedVLMWarning, callers_level
 
 
 def warn_unran(names: set[str]) -> None:
@@ -16,13 +15,3 @@ def warn_unran(names: set[str]) -> None:
             HookedVLMWarning,
             stacklevel=callers_level(),
         )
-
-
-def callers_level() -> int:
-    """Returns the `stacklevel` with which a warning shows the line that called these classes."""
-    ours = ("base", "vlm", "encoder", "said")
-    own = ("contextlib", *(f"hooked_vlm.model.{name}" for name in ours))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__") in own:
-        frame, level = frame.f_back, level + 1
-    return level

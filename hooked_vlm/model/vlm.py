@@ -11,7 +11,7 @@ pass without hooks is transformers' own.  The wrapper adds a name for each activ
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.anatomy.wrappers import chain_of
-from hooked_vlm.errors import HookedVLMWarning, HookError, UnsupportedModelError, counted
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Device, Processor
+from hooked_vlm.errors import (
+    DataError,
+    HookedVLMWarning,
+    HookError,
+    UnsupportedModelError,
+    callers_level,
+    counted,
+)
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
 from hooked_vlm.hooks.sites import list_sites
@@ -35,18 +43,29 @@ from hooked_vlm.hooks.stand_ins import (
     returns_tuples,
     run_until,
     skipping,
+    start_site,
     uncached,
 )
 from hooked_vlm.inputs.given import given_grids
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
-from hooked_vlm.inputs.prepare import Images, Inputs, Texts, prepare_inputs
+from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
-from hooked_vlm.model.keywords import require_generates, require_processed
+from hooked_vlm.model.instead import ShowsWeights
+from hooked_vlm.model.keywords import (
+    CHECKED_LATER,
+    ONE_MAPPING,
+    require_generates,
+    require_inputs,
+    require_options,
+    require_pixels,
+    require_processed,
+)
 from hooked_vlm.model.loading import load_pretrained
 from hooked_vlm.model.said import warn_unran
 
 
-class HookedVLM(HookedModel):
+class HookedVLM(ShowsWeights, HookedModel):
     """A vision-language model whose activations can be read, replaced and steered by name.
 
     >>> from PIL import Image
@@ -61,7 +80,10 @@ class HookedVLM(HookedModel):
     False
     """
 
-    def __init__(self, hf_model: nn.Module, processor: Any = None, name: str | None = None) -> None:
+    @checked(UnsupportedModelError)
+    def __init__(
+        self, hf_model: nn.Module, processor: Processor = None, name: str | None = None
+    ) -> None:
         """Wraps a loaded model; `processor` is only needed for `prepare`.
 
         Of a compiled, parallel or adapted model (PEFT), `hf_model` is then the model inside.
@@ -83,12 +105,13 @@ class HookedVLM(HookedModel):
         self.grid_finder = GridFinder(self)
 
     @classmethod
+    @checked(UnsupportedModelError, but=("name",))
     def from_pretrained(
         cls,
         name: str,
         *,
         dtype: torch.dtype | str = "auto",
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         device_map: Any = None,
         **kwargs: Any,
     ) -> "HookedVLM":
@@ -121,6 +144,10 @@ class HookedVLM(HookedModel):
             )
         return getattr(self.processor, "tokenizer", self.processor)
 
+    def _reread(self) -> None:
+        self.cfg = read_config(self.hf_model, self.anatomy, self.cfg.model_name)
+        self._footprint = None
+
     def require_vision(self) -> VisionConfig:
         """Returns the vision encoder's sizes; raises `UnsupportedModelError` if there is none."""
         if self.cfg.vision is None:
@@ -139,6 +166,7 @@ class HookedVLM(HookedModel):
 
     # --- inputs ---------------------------------------------------------------------------
 
+    @checked(DataError)
     def prepare(
         self,
         images: Images = None,
@@ -178,6 +206,7 @@ class HookedVLM(HookedModel):
             processor_kwargs=processor_kwargs,
         )
 
+    @checked(HookError, but=("inputs",))
     def grids(self, inputs: ModelInputs) -> Grids:
         """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
 
@@ -187,10 +216,12 @@ class HookedVLM(HookedModel):
         Raises `GridError` when these inputs determine no grid, and `NoGridError` where the model
         does not follow the rule: `prepare` then measures the grids, if there are any.
         """
+        require_inputs(inputs)
         return inputs.grids if isinstance(inputs, Inputs) else given_grids(self.grid_finder, inputs)
 
     # --- running --------------------------------------------------------------------------
 
+    @checked(HookError, but=("inputs",), missing=ONE_MAPPING)
     def forward(self, inputs: ModelInputs, **kwargs: Any) -> Float[Tensor, "batch pos d_vocab"]:
         """Runs the wrapped model with the keyword arguments and returns its logits.
 
@@ -198,31 +229,13 @@ class HookedVLM(HookedModel):
         that holds image tokens without its pixels.
         """
         self.require_call(inputs, kwargs)
-        self._require_pixels({**inputs, **kwargs})
+        require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
         with self.turn():
             return self._chain[0](**inputs, **kwargs).logits
 
     __call__ = forward
 
-    def _require_pixels(self, given: Mapping[str, Any]) -> None:
-        """Raises `HookError` for image tokens without an image: the model would run blind."""
-        ids, token = given.get("input_ids"), self.cfg.image_token_id
-        if ids is None or token is None or ids.device.type == "meta":
-            return
-        # Pixels, features or embeddings that were computed before, or a cache of the prompt.
-        seen = any(
-            is_cache(value)
-            or isinstance(value, tuple | list | Mapping)
-            or (isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name)
-            for name, value in given.items()
-        )
-        if not seen and bool((ids == token).any()):
-            raise HookError(
-                "The prompt holds image tokens, and these inputs hold no image: the model would "
-                "run blind. Give everything that prepare(images, texts) returns, not the tokens "
-                "alone."
-            )
-
+    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
     def run_with_hooks(
         self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -233,6 +246,7 @@ class HookedVLM(HookedModel):
         self.require_call(inputs, kwargs)
         return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
 
+    @checked(HookError, but=CHECKED_LATER, missing=ONE_MAPPING)
     def run_with_cache(
         self,
         inputs: ModelInputs,
@@ -240,7 +254,7 @@ class HookedVLM(HookedModel):
         *,
         stop_at_layer: int | None = None,
         fwd_hooks: Sequence[FwdHook] = (),
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
@@ -272,6 +286,7 @@ class HookedVLM(HookedModel):
             runs, inputs, names_filter, fwd_hooks, device, check_memory, stop_at_layer
         )
 
+    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
     def generate(
         self,
         inputs: ModelInputs,
@@ -292,11 +307,12 @@ class HookedVLM(HookedModel):
         """
 
         self.require_call(inputs, ())
+        require_options(kwargs)
         if new := {name: kwargs[name] for name in kwargs.keys() - self._generates}:
             require_generates(self.hf_model, new)
             # With a function of the user's as `custom_generate`, any keyword was let through.
             self._generates |= set() if callable(kwargs.get("custom_generate")) else new.keys()
-        self._require_pixels({**inputs, **kwargs})
+        require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
 
         generate: Any = getattr(self._chain[0], "generate", None) or self.hf_model.generate
 
@@ -316,6 +332,7 @@ class HookedVLM(HookedModel):
                 self._tuples = returns_tuples(blocks, run)
         return self._tuples
 
+    @checked(HookError, but=("inputs", "layer", "fwd_hooks"))
     def run_from_layer(
         self,
         inputs: ModelInputs,
@@ -329,7 +346,8 @@ class HookedVLM(HookedModel):
         `inputs` are those of the whole prompt; positions and masks are computed from them.
         Blocks below `layer` are skipped, and there is no key-value cache.  With the residual
         stream of `run_with_cache(inputs, stop_at_layer=layer)`, the logits are those of the
-        full run.  This is TransformerLens's `start_at_layer`.
+        full run.  This is TransformerLens's `start_at_layer`.  `layer=n_layers` is after the last
+        block: the final norm and the head alone (a logit lens).
 
         Warns about hooks in skipped blocks, which do not run, and about writes to embeddings,
         which `residual` replaces.  The vision encoder runs as usual, for models in which later
@@ -337,13 +355,11 @@ class HookedVLM(HookedModel):
         """
         # 1. A function that writes the residual stream at `layer`, and those of the user above.
         blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-        layer = layer_index(layer, len(blocks), "layer", behind=False)
+        layer = layer_index(layer, len(blocks), "layer")
         kwargs = {**uncached(self.hf_model), **kwargs}
         tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
-        start = (
-            f"blocks.{layer}.hook_resid_pre",
-            lambda here, hook: residual.to(here.device, copy=True),
-        )
+        site = start_site(self.sites, layer, len(blocks))
+        start = (site, lambda here, hook: residual.to(here.device, copy=True))
         pairs = self._pairs(fwd_hooks, inputs)
         below = {("lm", i) for i in range(layer)}
         skipped = {name for name, _ in pairs if site_path(name)[:2] in below}
@@ -361,8 +377,8 @@ class HookedVLM(HookedModel):
             warnings.warn(
                 f"The write to {', '.join(sorted(lost))} has no effect: the run starts "
                 f"from the residual stream that was given for layer {layer}. Write to "
-                f"blocks.{layer}.hook_resid_pre, or change `residual`.",
+                f"{site}, or change `residual`.",
                 HookedVLMWarning,
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         return logits

@@ -20,7 +20,16 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_vlm.errors import GridError, HookedVLMWarning, RegionError, counted, did_you_mean
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Count, Finite, Whole
+from hooked_vlm.errors import (
+    GridError,
+    HookedVLMWarning,
+    RegionError,
+    callers_level,
+    counted,
+    did_you_mean,
+)
 from hooked_vlm.regions.coverage import TOLERANCE_PX, Box, Coverage, Px, box_coverage, mask_coverage
 from hooked_vlm.regions.region import Cell, Region, union_of
 
@@ -30,6 +39,7 @@ EncoderRows = Int[Tensor, "row col _ 2"]
 projector.  Images are the encoder's tiles, counted from the first tile of this image."""
 
 
+@checked(GridError)
 @dataclass(frozen=True, eq=False)
 class TokenGrid:
     """One image's visual tokens: their prompt positions, encoder patches and pixels.
@@ -48,20 +58,20 @@ class TokenGrid:
 
     positions: Int[Tensor, "row col"]
     """Positions in the prompt's row of `input_ids`, including padding."""
-    patch_rows: int
-    patch_cols: int
-    n_prefix: int
+    patch_rows: Count
+    patch_cols: Count
+    n_prefix: Whole
     """Number of encoder tokens before the patches (such as a CLS token)."""
-    image_size: tuple[int, int]
+    image_size: tuple[Count, Count]
     """(width, height) in pixels of the given image."""
-    scale: tuple[float, float]
-    offset: tuple[float, float]
+    scale: tuple[Finite, Finite]
+    offset: tuple[Finite, Finite]
     """`processed_px = original_px * scale - offset`, each (x, y)."""
-    processed_size: tuple[int, int]
+    processed_size: tuple[Count, Count]
     """(width, height) in pixels of the image that the encoder sees."""
-    prompt: int = 0
+    prompt: Whole = 0
     """Row of the batch."""
-    image: int = 0
+    image: Whole = 0
     """Index among all images of the batch, in the encoder's order; of the first tile, if the
     image was cut into tiles."""
     patches: EncoderRows | None = None
@@ -137,6 +147,7 @@ class TokenGrid:
         x, y = self.edges
         return float(x[0]), float(y[0]), float(x[-1]), float(y[-1])
 
+    @checked(RegionError)
     def cell_box(self, cell: Cell) -> Box:
         """Returns the cell's box `(x0, y0, x1, y1)` in the given image, clipped to the image.
 
@@ -153,6 +164,7 @@ class TokenGrid:
             )
         return box
 
+    @checked(RegionError)
     def at(self, x: Px, y: Px) -> Cell:
         """Returns the cell that shows the point `(x, y)` of the given image.
 
@@ -173,10 +185,12 @@ class TokenGrid:
             )
         return row, col
 
+    @checked(RegionError)
     def cells(self, cells: Iterable[Cell], name: str = "cells") -> Region:
         """Returns a region of explicit cells `(row, col)`."""
         return Region(self.shape, tuple(cells), name)
 
+    @checked(RegionError, but=("start", "stop"))
     def strip(self, orientation: str, start: int, stop: int, name: str | None = None) -> Region:
         """Returns a strip across the whole image: the token range `start` to `stop` (half-open).
 
@@ -191,14 +205,17 @@ class TokenGrid:
             )
         return make[orientation](self.shape, start, stop, name or f"{orientation} strip")
 
+    @checked(RegionError)
     def all(self, name: str = "image") -> Region:
         """Returns every cell of the grid."""
         return Region.everything(self.shape, name)
 
+    @checked(RegionError)
     def background(self, *regions: Region, name: str = "background") -> Region:
         """Returns every cell that is in none of the regions; the result may be empty."""
         return (~union_of(regions)).named(name) if regions else self.all(name)
 
+    @checked(RegionError)
     def box(
         self,
         x0: Px,
@@ -222,6 +239,7 @@ class TokenGrid:
             )
         return self._select(box_coverage(*self.edges, (x0, y0, x1, y1)), rule, name)
 
+    @checked(RegionError)
     def mask(
         self,
         mask: Shaped[np.ndarray, "height width"] | Shaped[Tensor, "height width"],
@@ -243,6 +261,7 @@ class TokenGrid:
             )
         return self._select(mask_coverage(*self.edges, pixels), rule, name)
 
+    @checked(RegionError)
     def cell_of_patch(self, patch: int) -> Cell:
         """Returns the cell that contains an encoder token: the inverse of `Region.patches`.
 
@@ -267,6 +286,7 @@ class TokenGrid:
         row, col = divmod(index, self.patch_cols)
         return row * self.rows // self.patch_rows, col * self.cols // self.patch_cols
 
+    @checked(RegionError)
     def cell_of_position(self, position: int) -> Cell:
         """Returns the cell at a position of the prompt: the inverse of `Region.positions`."""
         found = (self.positions == position).nonzero()
@@ -324,12 +344,11 @@ class TokenGrid:
         )
 
 
-def warn_if_resized(grids: Iterable[TokenGrid], stacklevel: int = 3) -> None:
+def warn_if_resized(grids: Iterable[TokenGrid]) -> None:
     """Warns with `HookedVLMWarning`, once per size, about images that the processor changed.
 
     Cells of a changed image are not whole multiples of the encoder's cells in its own pixels.
     The warning names the processed size and the size of a cell in pixels of the given image.
-    `stacklevel` is that of `warnings.warn`.
     """
     changed = {(g.image_size, g.processed_size, g.shape): g for g in grids if g.is_resized}
     for grid in changed.values():
@@ -346,7 +365,7 @@ def warn_if_resized(grids: Iterable[TokenGrid], stacklevel: int = 3) -> None:
             f"its TokenGrid account for this. If objects must fill whole cells, draw the image "
             f"at {_px(grid.processed_size)}.",
             HookedVLMWarning,
-            stacklevel=stacklevel,
+            stacklevel=callers_level(),
         )
 
 

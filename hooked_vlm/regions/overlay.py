@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import GridError, RegionError
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
@@ -23,6 +24,7 @@ _CROPPED = np.array([96, 96, 96])
 _FONT_PX = 13
 
 
+@checked(RegionError)
 def draw_regions(
     image: Image.Image | UInt8[np.ndarray, "height width rgb"],
     grid: TokenGrid,

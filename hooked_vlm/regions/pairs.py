@@ -23,7 +23,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import HookedVLMWarning, RegionError, counted, did_you_mean
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.errors import (
+    HookedVLMWarning,
+    RegionError,
+    callers_level,
+    counted,
+    did_you_mean,
+)
 from hooked_vlm.regions.positions import ImageCells
 from hooked_vlm.regions.region import Cell, Region
 
@@ -31,6 +38,7 @@ from hooked_vlm.regions.region import Cell, Region
 PAIRINGS = ("published", "aligned")
 
 
+@checked(RegionError)
 @dataclass(frozen=True)
 class CellPairs:
     """Cells to write (`targets`) and the cells they are written from (`sources`), pairwise."""
@@ -102,6 +110,7 @@ class CellPairs:
         )
 
 
+@checked(RegionError)
 def pair_cells(
     a: Region,
     b: Region,
@@ -144,6 +153,7 @@ def pair_cells(
     return _aligned(a, b, objects)
 
 
+@checked(RegionError)
 def swap_pairs(
     a: Region,
     b: Region,
@@ -243,4 +253,4 @@ def _index(cells: tuple[Cell, ...]) -> tuple[Int[Tensor, " cell"], Int[Tensor, "
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, HookedVLMWarning, stacklevel=4)
+    warnings.warn(message, HookedVLMWarning, stacklevel=callers_level())

@@ -14,12 +14,14 @@ either side, and explicit positions count from the unpadded prompt.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Kind
 from hooked_vlm.errors import RegionError, counted
 
 
@@ -96,6 +98,7 @@ class LastToken(_Joinable):
     tensor([2])
     """
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " 1"]:
         """Returns the position `[1]`."""
         return _real_of(where)[-1:]
@@ -104,6 +107,7 @@ class LastToken(_Joinable):
         return "last token"
 
 
+@checked(RegionError, but=("indices",))
 @dataclass(frozen=True)
 class Positions(_Joinable):
     """Explicit positions of the unpadded prompt; negative ones count from its end."""
@@ -112,6 +116,8 @@ class Positions(_Joinable):
 
     def __post_init__(self) -> None:
         try:
+            if isinstance(self.indices, bytes):
+                raise TypeError
             whole = tuple(operator.index(i) for i in self.indices)
         except TypeError:
             raise RegionError(
@@ -122,6 +128,7 @@ class Positions(_Joinable):
         if not self.indices:
             raise RegionError("Positions(()) names no position. Give at least one index.")
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions, ascending; raises `RegionError` for one outside the prompt."""
         real = _real_of(where)
@@ -137,6 +144,7 @@ class Positions(_Joinable):
         return f"positions {', '.join(map(str, self.indices))}"
 
 
+@checked(RegionError, but=("text",))
 @dataclass(frozen=True)
 class Span(_Joinable):
     """The tokens that contain a piece of the prompt's text.
@@ -160,6 +168,7 @@ class Span(_Joinable):
         if not self.text:
             raise RegionError("Span('') is empty. Give the text whose tokens to select.")
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the tokens' positions, ascending.
 
@@ -211,6 +220,7 @@ class Span(_Joinable):
 class TextTokens(_Joinable):
     """Every token of the prompt that is no placeholder of an image or a video."""
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions, ascending; raises `RegionError` where there is no text."""
         if where.input_ids is None:
@@ -233,13 +243,15 @@ class TextTokens(_Joinable):
         return "text"
 
 
+@checked(RegionError)
 @dataclass(frozen=True)
 class InImage(_Joinable):
     """A region of one image of a prompt that has several; see `Region.of_image`."""
 
-    region: Any
+    region: Annotated[Any, Kind(lambda place: hasattr(place, "cells"), "a Region")]
     image: int
 
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the region's positions in the prompt's image number `image`."""
         n_images = len(where.grids)
@@ -254,12 +266,18 @@ class InImage(_Joinable):
         return f"{self.region} of image {self.image}"
 
 
+@checked(RegionError)
 @dataclass(frozen=True)
 class AnyOf(_Joinable):
     """The union of several places: all their positions, ascending, each once."""
 
     parts: tuple[TokenSelector, ...]
 
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise RegionError("A union of no places names no position. Give at least one place.")
+
+    @checked(RegionError)
     def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions of all parts, ascending, each once."""
         found = [part.positions(where) for part in self.parts]
@@ -271,10 +289,13 @@ class AnyOf(_Joinable):
 
 def union(*places: Any) -> AnyOf:
     """Returns the union of places of any kind; nested unions are flattened."""
-    if not places:
-        raise RegionError("A union of no places names no position. Give at least one place.")
     parts = []
     for place in places:
+        if not isinstance(place, TokenSelector):
+            raise RegionError(
+                f"A union was given {shown(place)}; expected places, such as a Region, LastToken() "
+                "or Span('text')."
+            )
         parts.extend(place.parts if isinstance(place, AnyOf) else [place])
     return AnyOf(tuple(parts))
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import GridError, RegionError, counted
 from hooked_vlm.regions.positions import ImageCells, InImage, PromptRow, TokenSelector, union
 
@@ -28,6 +29,7 @@ from hooked_vlm.regions.positions import ImageCells, InImage, PromptRow, TokenSe
 Cell = tuple[int, int]
 
 
+@checked(RegionError, but=("shape", "cells"))
 @dataclass(frozen=True, repr=False)
 class Region:
     """A set of cells `(row, col)` on a grid of `shape` `(rows, cols)`, in raster order.
@@ -47,10 +49,17 @@ class Region:
     name: str = field(default="region", compare=False)
 
     def __post_init__(self) -> None:
+        _require_whole(self.shape)
         rows, cols = (operator.index(n) for n in self.shape)
         if rows < 1 or cols < 1:
             raise RegionError(f"A grid of {rows}x{cols} cells has no cell. Give a positive shape.")
-        cells = {(operator.index(r), operator.index(c)) for r, c in self.cells}
+        try:
+            cells = {(operator.index(r), operator.index(c)) for r, c in self.cells}
+        except (TypeError, ValueError):
+            raise RegionError(
+                f"Region {self.name!r} was given cells={shown(self.cells)}; expected a sequence of "
+                "pairs (row, column) of whole numbers."
+            ) from None
         off = sorted((r, c) for r, c in cells if not (0 <= r < rows and 0 <= c < cols))
         if off:
             raise RegionError(
@@ -62,12 +71,14 @@ class Region:
         object.__setattr__(self, "cells", tuple(sorted(cells)))
 
     @classmethod
+    @checked(RegionError)
     def from_mask(cls, mask: Bool[np.ndarray, "row col"], name: str = "region") -> "Region":
         """Returns the region of the cells that are True in `[row, col]`."""
         cells = tuple((int(r), int(c)) for r, c in np.argwhere(mask))
         return cls((mask.shape[0], mask.shape[1]), cells, name)
 
     @classmethod
+    @checked(RegionError, but=("shape", "rows", "cols"))
     def rectangle(
         cls,
         shape: tuple[int, int],
@@ -87,6 +98,7 @@ class Region:
         return cls(shape, cells, name)
 
     @classmethod
+    @checked(RegionError, but=("start", "stop"))
     def column_band(
         cls, shape: tuple[int, int], start: int, stop: int, name: str = "strip"
     ) -> "Region":
@@ -94,6 +106,7 @@ class Region:
         return cls.rectangle(shape, (0, shape[0]), (start, stop), name)
 
     @classmethod
+    @checked(RegionError, but=("start", "stop"))
     def row_band(
         cls, shape: tuple[int, int], start: int, stop: int, name: str = "strip"
     ) -> "Region":
@@ -101,10 +114,12 @@ class Region:
         return cls.rectangle(shape, (start, stop), (0, shape[1]), name)
 
     @classmethod
+    @checked(RegionError)
     def everything(cls, shape: tuple[int, int], name: str = "image") -> "Region":
         """Returns all cells of the grid."""
         return cls.rectangle(shape, (0, shape[0]), (0, shape[1]), name)
 
+    @checked(RegionError)
     def named(self, name: str) -> "Region":
         """Returns the same cells under another name."""
         return Region(self.shape, self.cells, name)
@@ -137,10 +152,12 @@ class Region:
         """Returns whether every cell of this region is in the other."""
         return not self - other
 
+    @checked(RegionError)
     def isdisjoint(self, other: "Region") -> bool:
         """Returns whether the two regions share no cell."""
         return not self & other
 
+    @checked(RegionError)
     def ring(self, width: int = 1, name: str | None = None) -> "Region":
         """Returns the cells around the region: those within `width` cells of it (including
         diagonals) that are not in it.  Cells beyond the image's border are left out."""
@@ -154,6 +171,7 @@ class Region:
         ring = Region(self.shape, inside) - self
         return ring.named(name or f"ring({self.name}, {width})")
 
+    @checked(RegionError)
     def shifted(self, rows: int = 0, cols: int = 0) -> "Region":
         """Returns the region moved down by `rows` and right by `cols`.
 
@@ -176,6 +194,7 @@ class Region:
         self.check_not_empty("visual token of it")
         return torch.tensor([r * self.shape[1] + c for r, c in self.cells])
 
+    @checked(RegionError, but=("where",))
     def positions(self, where: ImageCells | PromptRow) -> Int[Tensor, " pos"]:
         """Returns the positions of the cells in the language model's input, in raster order.
 
@@ -187,6 +206,7 @@ class Region:
         self._check_fits(grid)
         return grid.positions.flatten()[self.tokens.to(grid.positions.device)].long()
 
+    @checked(RegionError, but=("grid",))
     def patches_by_cell(self, grid: ImageCells) -> Int[Tensor, "cell patch"]:
         """Returns the vision encoder's token indices of each cell's patches.
 
@@ -227,11 +247,13 @@ class Region:
             )
         return index
 
+    @checked(RegionError, but=("grid",))
     def patches(self, grid: ImageCells) -> Int[Tensor, " patch"]:
         """Returns the vision encoder's token indices of all patches of the region, in raster
         order of patches.  Raises what `patches_by_cell` raises."""
         return self.patches_by_cell(grid).flatten().sort().values
 
+    @checked(RegionError)
     def of_image(self, image: int) -> InImage:
         """Returns this region in image number `image` of prompts with several images."""
         return InImage(self, image)
@@ -244,6 +266,7 @@ class Region:
                 "from."
             )
 
+    @checked(RegionError)
     def check_same_grid(self, other: "Region") -> None:
         """Raises `RegionError` when the two regions are on grids of different shapes."""
         if self.shape != other.shape:
@@ -301,6 +324,11 @@ class Region:
         return row.grids[0]
 
     def _check_fits(self, grid: ImageCells) -> None:
+        if not hasattr(grid, "rows") or not hasattr(grid, "patch_rows"):
+            raise RegionError(
+                f"{self.name!r} was placed on {shown(grid)}; expected the TokenGrid of an image, "
+                "such as inputs.grid."
+            )
         if self.shape != (grid.rows, grid.cols):
             raise RegionError(
                 f"{self.name!r} is on a grid of {self.shape[0]}x{self.shape[1]} cells, and this "
@@ -325,8 +353,11 @@ def _require_whole(*pairs: Any) -> None:
     for pair in pairs:
         try:
             _, _ = map(operator.index, pair)
+            is_whole = not any(isinstance(n, bool) for n in pair)
         except (TypeError, ValueError):
+            is_whole = False
+        if not is_whole:
             raise RegionError(
-                f"A region was given {repr(pair)[:80]}; expected two whole numbers: (rows, "
+                f"A region was given {shown(pair)}; expected two whole numbers: (rows, "
                 "columns) of the grid, or (start, stop) of a range."
-            ) from None
+            )

@@ -90,10 +90,20 @@ def check(job: Job) -> list[Step]:
     for folder in (job.config.cutouts, job.config.backgrounds, job.config.data):
         if folder is not None and not folder.is_dir():
             raise DataError(f"There is no folder '{folder}'. Give a folder that exists.")
+    read: list[Path] = []
     for step in steps:
         config = own(job, step)
         config.check()
         data_files(config)  # opens every picture
+        read += config.files().values()
+    for name in ("cutouts", "backgrounds", "data"):
+        folder = getattr(job.config, name)
+        if folder is not None and not any(path.is_relative_to(folder) for path in read):
+            settings = ", ".join(dict.fromkeys(step.setting for step in steps))
+            raise DataError(
+                f"--{name} '{folder}' was given, and nothing of it is read by {job.experiment} on "
+                f"{settings[:100]}. Leave it out, or give a --setting that uses it."
+            )
     dtype_of(job.dtype)
     device_of(job.device)
     writable_folder(job.out)

@@ -27,7 +27,7 @@ import xarray as xr
 from PIL import Image
 from safetensors.numpy import load, save
 
-from hooked_vlm.errors import DataError, HookedVLMWarning
+from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report.files import (
     replaced_folder,
@@ -81,7 +81,9 @@ def load_result(folder: Path, name: str, key: str) -> Saved | None:
             if attempt < _ATTEMPTS - 1:
                 time.sleep(_PAUSE_S)
                 continue
-            warnings.warn(f"{error} It is computed again.", HookedVLMWarning, stacklevel=2)
+            warnings.warn(
+                f"{error} It is computed again.", HookedVLMWarning, stacklevel=callers_level()
+            )
     return None
 
 

@@ -10,6 +10,8 @@ every token of the columns (or rows) around an object.
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Count, Whole
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.regions.region import Region
 
@@ -39,17 +41,18 @@ class Layout(Protocol):
     def background(self, axis: Axis) -> Region: ...
 
 
+@checked(DataError)
 @dataclass(frozen=True)
 class Geometry:
     """Token counts and sizes of a stimulus with three places."""
 
-    n_tokens: int
+    n_tokens: Count
     """Visual tokens on a side."""
-    token_px: int
+    token_px: Count
     """Pixels on a side of one visual token."""
-    object_tokens: int
-    gap_tokens: int
-    strips: tuple[int, int, int]
+    object_tokens: Count
+    gap_tokens: Whole
+    strips: tuple[Whole, Whole, Whole]
     """Tokens across each of the three strips, which tile the image."""
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class Geometry:
         """(rows, cols) of visual tokens."""
         return self.n_tokens, self.n_tokens
 
+    @checked(DataError)
     def place_span(self, place: int) -> tuple[int, int]:
         """Returns the half-open range of tokens of a place along the axis."""
         _check_place(place)
@@ -86,6 +90,7 @@ class Geometry:
         start = (self.n_tokens - self.object_tokens) // 2
         return start, start + self.object_tokens
 
+    @checked(DataError)
     def place_box(self, axis: Axis, place: int) -> tuple[int, int, int, int]:
         """Returns a place's pixel box `(x0, y0, x1, y1)`, half-open."""
         (a0, a1), (c0, c1) = self.place_span(place), self.cross_span()
@@ -93,12 +98,14 @@ class Geometry:
         x0, y0, x1, y1 = (token * self.token_px for token in spans)
         return x0, y0, x1, y1
 
+    @checked(DataError)
     def object_region(self, axis: Axis, place: int) -> Region:
         """Returns the cells of a place's object."""
         along, across = self.place_span(place), self.cross_span()
         rows, cols = (across, along) if _horizontal(axis) else (along, across)
         return Region.rectangle(self.shape, rows=rows, cols=cols, name=f"object {place}")
 
+    @checked(DataError)
     def strip_region(self, axis: Axis, place: int) -> Region:
         """Returns the cells of the strip around a place: all rows of its columns, or reverse."""
         _check_place(place)
@@ -107,6 +114,7 @@ class Geometry:
         make = Region.column_band if _horizontal(axis) else Region.row_band
         return make(self.shape, start, stop, f"strip {place}")
 
+    @checked(DataError)
     def background(self, axis: Axis) -> Region:
         """Returns the cells without an object."""
         objects = [self.object_region(axis, place) for place in range(3)]
@@ -122,6 +130,7 @@ FEWEST_TOKENS = 5
 """Tokens a side of the smallest canvas that holds three objects with gaps between them."""
 
 
+@checked(DataError)
 def geometry_for(n_tokens: int, token_px: int) -> Geometry:
     """Returns the paper's layout for its token counts, else a layout with its proportions.
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Count
+from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli import shapes
 from hooked_vlm.stimuli.geometry import FEWEST_TOKENS, Geometry, geometry_for
@@ -22,6 +24,7 @@ Cell = tuple[str, str]
 """A shape and a colour."""
 
 
+@checked(DataError)
 @dataclass(frozen=True)
 class GridLayout:
     """The places of the objects of a k x k grid, in visual tokens.
@@ -35,7 +38,7 @@ class GridLayout:
     k: int
     n_tokens: int
     """Visual tokens on a side."""
-    token_px: int
+    token_px: Count
 
     def __post_init__(self) -> None:
         if self.k < 2 or self.gap_tokens < 1:
@@ -75,6 +78,7 @@ class GridLayout:
     def _step(self) -> int:
         return self.object_tokens + self.gap_tokens
 
+    @checked(DataError)
     def span(self, index: int) -> tuple[int, int]:
         """Returns the half-open range of tokens of an object, along either axis."""
         if not 0 <= index < self.k:
@@ -84,6 +88,7 @@ class GridLayout:
         begin = self.start + index * self._step
         return begin, begin + self.object_tokens
 
+    @checked(DataError)
     def object_region(self, row: int, col: int) -> Region:
         """Returns the tokens of a cell's object."""
         shape = (self.n_tokens, self.n_tokens)
@@ -107,6 +112,7 @@ def random_cells(k: int, rng: random.Random) -> list[list[Cell]]:
     ]
 
 
+@checked(DataError)
 def draw(
     cells: Sequence[Sequence[Cell]], layout: GridLayout, drawing: str = shapes.DEFAULT
 ) -> Image.Image:
@@ -116,13 +122,17 @@ def draw(
     """
     if len(cells) != layout.k or any(len(row) != layout.k for row in cells):
         raise DataError(
-            f"The layout has {layout.k}x{layout.k} cells, and {cells} were given. Give as many "
-            "rows and columns."
+            f"The layout has {layout.k}x{layout.k} cells, and {shown(cells)} were given. Give "
+            "as many rows and columns."
         )
     image = Image.new("RGB", (layout.canvas, layout.canvas), "white")
     pen = ImageDraw.Draw(image)
     for r, row in enumerate(cells):
         for c, (shape, color) in enumerate(row):
+            if color not in COLORS:
+                raise DataError(
+                    f"No colour {color!r} among {', '.join(COLORS)}.{did_you_mean(color, COLORS)}"
+                )
             (y0, y1), (x0, x1) = layout.span(r), layout.span(c)
             x0, y0, x1, y1 = (token * layout.token_px for token in (x0, y0, x1, y1))
             shapes.paint(pen, shape, (x0, y0, x1, y1), COLORS[color], drawing)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Geometry
 from hooked_vlm.stimuli.pairs import Question
@@ -28,6 +29,7 @@ Cutouts = Mapping[str, Image.Image]
 """Pictures with an alpha channel, by name."""
 
 
+@checked(DataError)
 def prompt(question: Question) -> str:
     """Returns the question for the object in a direction from the middle object.
 
@@ -43,6 +45,7 @@ def shipped() -> Cutouts:
     return load_cutouts(_SHIPPED)
 
 
+@checked(DataError)
 def load_cutouts(folder: Path) -> Cutouts:
     """Returns the cut-outs of a folder of `<name>.png`, the paper's names first, then by name.
 
@@ -75,6 +78,7 @@ def _load(path: Path) -> Image.Image:
     return image
 
 
+@checked(DataError)
 def draw(
     entities: Sequence[str | None],
     axis: str,

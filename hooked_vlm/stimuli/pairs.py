@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from hooked_vlm.errors import DataError, HookedVLMWarning, counted, did_you_mean
-from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPPOSITE
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Seed
+from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level, counted, did_you_mean
+from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPPOSITE, Direction
 
 
 Layout = tuple[str, str, str]
@@ -31,6 +33,7 @@ BatchFilter = Callable[[str, list[tuple[str, ...]]], Sequence[bool]]
 """(direction, tuples) -> one verdict per tuple, in order."""
 
 
+@checked(DataError)
 def target_place(direction: str) -> int:
     """Returns the place of a direction's answer: 0 for left and above, 2 otherwise.
 
@@ -45,12 +48,13 @@ def target_place(direction: str) -> int:
     return 0 if direction in ("left", "above") else 2
 
 
+@checked(DataError)
 @dataclass(frozen=True)
 class Question:
     """One image and the question about it."""
 
     entities: Layout
-    direction: str
+    direction: Direction
 
     @property
     def reference(self) -> str:
@@ -123,6 +127,7 @@ class FinalTokenPair:
         return self.clean, self.counterfactual
 
 
+@checked(DataError)
 def swap_pair(direction: str, names: Sequence[str]) -> SwapPair:
     """Returns the swap pair of a 3-tuple (t0, t1, t2), protocol 2.5.
 
@@ -138,6 +143,7 @@ def swap_pair(direction: str, names: Sequence[str]) -> SwapPair:
     return SwapPair(Question(clean, direction), Question(mirrored, direction))
 
 
+@checked(DataError)
 def final_token_pair(direction: str, names: Sequence[str]) -> FinalTokenPair:
     """Returns the final-token pair of a 5-tuple (t0, ..., t4), protocol 2.5.
 
@@ -158,16 +164,17 @@ def final_token_pair(direction: str, names: Sequence[str]) -> FinalTokenPair:
     )
 
 
+@checked(DataError)
 def sample_tuples(
     names: Sequence[str],
     k: int,
     per_direction: int = 50,
-    seed: int = 0,
+    seed: Seed = 0,
     accept: Callable[[str, tuple[str, ...]], bool] | None = None,
     max_attempts: int = 2000,
     *,
     accept_batch: BatchFilter | None = None,
-    directions: Sequence[str] = DIRECTIONS,
+    directions: Sequence[Direction] = DIRECTIONS,
 ) -> dict[str, list[tuple[str, ...]]]:
     """Returns direction -> accepted k-tuples of `names`, with exactly the paper's draws.
 
@@ -311,7 +318,7 @@ def _warn_if_short(
             f"{'; '.join(short)}. Intervals will be wider. Either the model answers the clean or "
             "the counterfactual image incorrectly, or there are too few names.",
             HookedVLMWarning,
-            stacklevel=4,
+            stacklevel=callers_level(),
         )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Count
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.pictures import open_picture
 
@@ -22,6 +24,7 @@ _SHIPPED = Path(__file__).parent / "assets" / "photographs"
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
+@checked(DataError)
 @cache
 def shipped(name: str) -> Image.Image:
     """Returns a shipped photograph, 336x336 px.
@@ -37,6 +40,7 @@ def shipped(name: str) -> Image.Image:
         return opened.convert("RGB")
 
 
+@checked(DataError)
 def load_photographs(folder: Path) -> dict[str, Image.Image]:
     """Returns a folder's pictures by file name, in order.
 
@@ -56,6 +60,7 @@ def files_in(folder: Path) -> list[Path]:
     return files
 
 
-def fitted(photograph: Image.Image, side: int) -> Image.Image:
+@checked(DataError)
+def fitted(photograph: Image.Image, side: Count) -> Image.Image:
     """Returns the middle of a photograph, scaled to a square canvas."""
     return ImageOps.fit(photograph, (side, side), Image.Resampling.LANCZOS)

@@ -1,5 +1,12 @@
 """The paper's prompts, word for word (its section 4 and appendix)."""
 
+from typing import Annotated, TypeAlias
+
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import one_of
+from hooked_vlm.errors import DataError
+
+
 SYSTEM_PROMPT = "You are a helpful assistant. You respond in one token."
 
 DIRECTIONS = ("left", "right", "above", "below")
@@ -15,6 +22,9 @@ PREPOSITION = {
 SQUARES = "The color of the square {preposition} the {reference} square is "
 SHAPES = "The color of the shape {preposition} the {reference} is "
 OBJECTS = "The object {preposition} the {reference} is a(n) "
+
+Direction: TypeAlias = Annotated[str, one_of(DIRECTIONS)]
+Axis: TypeAlias = Annotated[str, one_of(("horizontal", "vertical"))]
 
 WHATSUP = "The object on the floor {preposition} the {reference} is a(n) "
 SIDES = {
@@ -33,6 +43,8 @@ SIDES = {
 """The questions of COCO-spatial, without a system message: "reference" for Qwen2-VL, "choice"
 for Gemma 3; each item is asked twice, with the options in both orders."""
 
+Style: TypeAlias = Annotated[str, one_of(SIDES)]
+
 OPTIONS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
 OTHER_WORDS = {
     "squares": "What color is the square {preposition} the {reference} square?",
@@ -43,8 +55,9 @@ OTHER_WORDS = {
 the wording."""
 
 
+@checked(DataError)
 def side_prompt(
-    subject: str, reference: str, axis: str, style: str = "reference", swapped: bool = False
+    subject: str, reference: str, axis: Axis, style: Style = "reference", swapped: bool = False
 ) -> str:
     """Returns the question on which side of a reference a subject is (COCO-spatial).
 
@@ -59,7 +72,8 @@ def side_prompt(
     )
 
 
-def squares_prompt(direction: str, reference: str) -> str:
+@checked(DataError)
+def squares_prompt(direction: Direction, reference: str) -> str:
     """Returns the question of the Squares setting, its trailing space included.
 
     >>> squares_prompt("left", "red")

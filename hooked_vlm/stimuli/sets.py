@@ -13,9 +13,11 @@ from typing import Any
 
 from PIL import Image
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Layout, geometry_for
 from hooked_vlm.stimuli.pairs import Question
-from hooked_vlm.stimuli.prompts import DIRECTIONS, SYSTEM_PROMPT
+from hooked_vlm.stimuli.prompts import DIRECTIONS, SYSTEM_PROMPT, Direction
 
 
 Draw = Callable[..., Image.Image]
@@ -54,7 +56,8 @@ class StimulusSet:
             n for n, there in (("horizontal", horizontal), ("vertical", vertical)) if there
         )
 
-    def items(self, directions: Sequence[str] | None = None) -> list[Question]:
+    @checked(DataError)
+    def items(self, directions: Sequence[Direction] | None = None) -> list[Question]:
         """Returns all questions, grouped by direction, in the order of the names."""
         outer = 2 if self.middle else 3
         return [
@@ -77,13 +80,20 @@ class StimulusSet:
             return None
         return random.Random(question.reference).choice(list(self.grounds))
 
+    @checked(DataError)
     def picture(self, question: Question, layout: Layout) -> Image.Image:
         """Returns the picture of a question."""
         return self.scene(question.entities, question.axis, layout, self.ground_of(question))
 
+    @checked(DataError)
     def scene(
         self, entities: Sequence[str | None], axis: str, layout: Layout, ground: str | None = None
     ) -> Image.Image:
         """Returns a picture of any entities (None: an empty place), on a photograph or white."""
+        if ground is not None and ground not in self.grounds:
+            raise DataError(
+                f"The setting {self.name} has no background {ground!r}."
+                f"{did_you_mean(ground, self.grounds)} Use one of its grounds, or None for white."
+            )
         background = self.grounds[ground] if ground is not None else None
         return self.draw(entities, axis, layout, background)

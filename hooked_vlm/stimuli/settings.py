@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli import objects, photographs, shapes, squares
 from hooked_vlm.stimuli.datasets import whatsup
@@ -19,6 +20,7 @@ from hooked_vlm.stimuli.sets import Draw
 from hooked_vlm.stimuli.sets import StimulusSet as StimulusSet
 
 
+@checked(DataError, but=("name",))
 def stimulus_set(
     name: str,
     *,
@@ -63,7 +65,7 @@ def stimulus_set(
 def require_known(name: str, known: Sequence[str] = ()) -> None:
     """Raises `DataError` unless `name` is among `known` settings (default: all settings)."""
     known = known or (*SETTINGS, *whatsup.SETTINGS)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise DataError(
             f"There is no setting {name!r} here.{did_you_mean(name, known)} Use one of: "
             f"{', '.join(known)}."

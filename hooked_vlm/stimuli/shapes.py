@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Geometry
 from hooked_vlm.stimuli.pairs import Question
@@ -40,16 +41,20 @@ STAR_RATIO = 0.381966
 """Inner over outer radius of the five-pointed star."""
 
 
+@checked(DataError)
 def prompt(question: Question) -> str:
     """Returns the question for the colour of the shape in a direction from the middle one.
 
     >>> prompt(Question(("red", "green", "blue"), "left"))
     'The color of the shape to the left of the green circle is '
     """
+    if question.reference not in FORMS:
+        raise _unknown(question.reference)
     reference = f"{question.reference} {FORMS[question.reference]}"
     return SHAPES.format(preposition=PREPOSITION[question.direction], reference=reference)
 
 
+@checked(DataError)
 def draw(
     entities: Sequence[str | None],
     axis: str,
@@ -68,11 +73,13 @@ def draw(
         if name is None:
             continue
         if name not in FORMS:
-            raise DataError(
-                f"No entity {name!r} among {', '.join(FORMS)}.{did_you_mean(name, FORMS)}"
-            )
+            raise _unknown(name)
         paint(pen, FORMS[name], geometry.place_box(axis, place), PAINTS[name], drawing)
     return image
+
+
+def _unknown(name: str) -> DataError:
+    return DataError(f"No entity {name!r} among {', '.join(FORMS)}.{did_you_mean(name, FORMS)}")
 
 
 def paint(

@@ -10,10 +10,11 @@ from itertools import permutations
 
 from PIL import Image, ImageDraw, ImageOps
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Geometry
 from hooked_vlm.stimuli.pairs import Question
-from hooked_vlm.stimuli.prompts import DIRECTIONS, squares_prompt
+from hooked_vlm.stimuli.prompts import DIRECTIONS, Direction, squares_prompt
 
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -32,16 +33,19 @@ PAINTS = {**COLORS, "orange": (255, 165, 0)}
 the one of CSS."""
 
 
-def items(directions: Sequence[str] = DIRECTIONS) -> list[Question]:
+@checked(DataError)
+def items(directions: Sequence[Direction] = DIRECTIONS) -> list[Question]:
     """Returns all items, 120 for each direction, in the order of `COLORS`."""
     return [Question(triple, d) for d in directions for triple in permutations(COLORS, 3)]
 
 
+@checked(DataError)
 def prompt(question: Question) -> str:
     """Returns what is asked: the colour in a direction from the middle square."""
     return squares_prompt(question.direction, question.reference)
 
 
+@checked(DataError)
 def canvas(
     entities: Sequence[str | None], geometry: Geometry, background: Image.Image | None
 ) -> Image.Image:
@@ -57,6 +61,7 @@ def canvas(
     return Image.new("RGB", size, "white") if background is None else ImageOps.fit(background, size)
 
 
+@checked(DataError)
 def draw(
     entities: Sequence[str | None],
     axis: str,

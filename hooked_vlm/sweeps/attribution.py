@@ -28,6 +28,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Model
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.names import select_names
 from hooked_vlm.interventions.base import site_of
@@ -88,8 +90,9 @@ def first_order(
     return [clean + change.reshape(clean.shape) for change in changes], word
 
 
+@checked(InterventionError, but=("source",))
 def attribution_patch(
-    model: Any,
+    model: Model,
     inputs: Mapping[str, Any],
     source: Source,
     metric: Metric,

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from hooked_vlm.analysis.statistics import Interval, bootstrap_of
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Count, Seed
 from hooked_vlm.errors import DataError
 
 
@@ -54,14 +56,15 @@ class EstimateError:
 QUANTITIES = tuple(field.name for field in fields(EstimateError) if field.name != "cells")
 
 
+@checked(DataError)
 def attribution_error(
     estimate: xr.DataArray,
     exact: xr.DataArray,
     clean: xr.DataArray | float | int,
     *,
     prompt: str = "batch",
-    n_resamples: int = 2_000,
-    seed: int = 0,
+    n_resamples: Count = 2_000,
+    seed: Seed = 0,
 ) -> EstimateError:
     """Returns how far `Sweep.attribution` is from `Sweep.run` on the same sweep.
 
@@ -100,6 +103,7 @@ def attribution_error(
     return EstimateError(**found, cells=x.shape[1])
 
 
+@checked(DataError)
 def agreement_table(
     estimate: xr.DataArray,
     exact: xr.DataArray,
@@ -107,8 +111,8 @@ def agreement_table(
     by: Sequence[str],
     *,
     prompt: str = "batch",
-    n_resamples: int = 2_000,
-    seed: int = 0,
+    n_resamples: Count = 2_000,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """Returns `attribution_error` at every value of some axes, such as `by=["kind", "slot"]`.
 

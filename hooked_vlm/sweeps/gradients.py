@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.errors import HookedVLMWarning, InterventionError
+from hooked_vlm.errors import HookedVLMWarning, InterventionError, callers_level
 from hooked_vlm.hooks.checkpointing import is_checkpointed
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.patch_order import VisionActivation
@@ -229,7 +229,7 @@ def _warn_lost(names: Sequence[str]) -> None:
         f"so edits there count as without effect: {shown}. That is right for layers that nothing "
         "reads; where a model passes no gradient on (quantised layers), use Sweep.run.",
         HookedVLMWarning,
-        stacklevel=2,
+        stacklevel=callers_level(),
     )
 
 

@@ -13,6 +13,8 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import is_linear
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Count
 from hooked_vlm.engine.budget import row_bytes, rows_within
 from hooked_vlm.engine.growing import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.stages import RowPlan, ids_of, job_of
@@ -161,7 +163,8 @@ class CheckedCells(Sequence[Cell]):
     def __iter__(self) -> Iterator[Cell]:
         return iter(self.cells)
 
-    def explain(self, memory: int | None = None, **forward_kwargs: Any) -> Explanation:
+    @checked(InterventionError)
+    def explain(self, memory: Count | None = None, **forward_kwargs: Any) -> Explanation:
         """Returns which shortcuts apply and what they save; nothing runs.
 
         Takes the keyword arguments of `Sweep.run`.  Whether positions before the first

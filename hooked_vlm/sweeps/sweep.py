@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import Count, Model
 from hooked_vlm.engine.run import check_engine, run_cells
 from hooked_vlm.engine.shared import recorded_once
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.interventions.chain import Cell, flattened, source_of
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Places
@@ -38,6 +41,7 @@ OnProgress = Callable[[int, int], None]
 """Called with the number of cells done and their total."""
 
 
+@checked(InterventionError, but=("inputs", "axes", "make"))
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """Interventions over named axes, all on the same inputs.
@@ -59,26 +63,18 @@ class Sweep:
             base, own = _interventions(self.base), _interventions([] if made is None else made)
             yield Cell(values, (*base, *own), len(base))
 
-    def plan(self, model: Any) -> CheckedCells:
+    @checked(InterventionError)
+    def plan(self, model: Model) -> CheckedCells:
         """Returns every cell with everything checked; nothing runs.
 
         `plan.explain(logits_to_keep=1)` says what running it takes, on the `meta` device too.
         """
-        if not callable(self.make) or not isinstance(self.inputs, Mapping):
-            raise InterventionError(
-                f"Sweep(inputs, axes, make) was given a {type(self.inputs).__name__} as inputs and "
-                f"a {type(self.make).__name__} as make; expected inputs of model.prepare, and a "
-                "function of one value of each axis."
-            )
-        if not self.axes or not all(len(values) for values in self.axes.values()):
-            raise InterventionError(
-                f"A sweep needs axes with values; given: {dict(self.axes or {})}."
-            )
+        self._check()
         places = Places(model)  # each distinct place is located once for the whole sweep
         cells = [cell.placed(model, self.inputs, places) for cell in self.cells()]
         return CheckedCells(model, self.inputs, cells)
 
-    def recorded(self, model: Any) -> list[Cell]:
+    def recorded(self, model: Model) -> list[Cell]:
         """Returns every cell, checked, with its sources recorded.
 
         Nothing runs before all cells have been checked; then each distinct source is run
@@ -95,16 +91,17 @@ class Sweep:
         }
         return [cell.with_sources(recorded) for cell in cells]
 
+    @checked(InterventionError, but=("metric",))
     def run(
         self,
-        model: Any,
+        model: Model,
         metric: Metric,
         *,
         dims: Sequence[str] = ("batch",),
         coords: Mapping[str, Sequence[Any]] | None = None,
         on_progress: OnProgress | None = None,
         engine: str = "growing",
-        memory: int | None = None,
+        memory: Count | None = None,
         **forward_kwargs: Any,
     ) -> xr.DataArray:
         """Returns the metric at every cell, with dimensions `(*axes, *dims)`.
@@ -132,9 +129,10 @@ class Sweep:
         )
         return self._table([score.float() for score in scores], dims, coords, said)
 
+    @checked(InterventionError, but=("metric",))
     def attribution(
         self,
-        model: Any,
+        model: Model,
         metric: Metric,
         *,
         dims: Sequence[str] = ("batch",),
@@ -154,15 +152,38 @@ class Sweep:
         scores, said = first_order(model, self.inputs, self.recorded(model), scored, forward_kwargs)
         return self._table(scores, dims, coords, said)
 
+    def _check(self) -> None:
+        """Raises `InterventionError` for inputs, axes or a function of another kind."""
+        if not callable(self.make) or not isinstance(self.inputs, Mapping):
+            raise InterventionError(
+                f"Sweep(inputs, axes, make) was given a {type(self.inputs).__name__} as inputs and "
+                f"a {type(self.make).__name__} as make; expected inputs of model.prepare, and a "
+                "function of one value of each axis."
+            )
+        axes = self.axes if isinstance(self.axes, Mapping) else {}
+        if not axes or not all(map(_has_values, axes.values())):
+            raise InterventionError(
+                f"A sweep needs axes with values; given: {shown(self.axes)}. Give a mapping such "
+                "as {'slot': range(9)}."
+            )
+
     def _scored(
         self, metric: Metric, dims: Sequence[str], coords: Mapping[str, Sequence[Any]] | None
     ) -> Metric:
         """Returns the metric with its axes checked; raises for axes of one name at once."""
         if not callable(metric):
             raise InterventionError(
-                f"metric={repr(metric)[:80]} was given; expected a function of the logits."
+                f"metric={shown(metric)} was given; expected a function of the logits."
             )
-        taken = sorted(set(self.axes or ()) & set(dims))
+        self._check()
+        known = (*self.axes, *dims)
+        for name in coords or {}:
+            if name not in known:
+                raise InterventionError(
+                    f"coords labels {name!r}, which is no axis of this sweep: it has "
+                    f"{', '.join(map(str, known))}.{did_you_mean(name, map(str, known))}"
+                )
+        taken = sorted(set(self.axes) & set(dims))
         if taken:
             raise InterventionError(
                 f"dims={tuple(dims)} and the sweep's axes {tuple(self.axes)} share {taken}. Give "
@@ -224,11 +245,18 @@ def _check_score(score: Any, dims: Sequence[str], coords: Mapping[str, Sequence[
             )
 
 
+def _has_values(values: Any) -> bool:
+    return hasattr(values, "__len__") and hasattr(values, "__iter__") and len(values) > 0
+
+
 def _label(value: Any) -> Any:
     """Returns a coordinate as xarray can hold it: numbers and text as they are, all else named."""
     return value if isinstance(value, str | int | float | np.generic) else str(value)
 
 
-def final_logits(logits: Tensor) -> Tensor:
+@checked(InterventionError)
+def final_logits(
+    logits: Float[Tensor, "batch pos d_vocab"],
+) -> Float[Tensor, "batch d_vocab"]:
     """Returns the last position's logits `[batch, d_vocab]` (prompts are padded on the left)."""
     return logits[:, -1].to(torch.float32)

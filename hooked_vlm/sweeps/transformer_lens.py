@@ -24,9 +24,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Model
 from hooked_vlm.engine.run import run_cells
 from hooked_vlm.errors import InterventionError, did_you_mean
-from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name
+from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name, tower_of
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.pixel_routing import holds_pixels
 from hooked_vlm.inputs.rows import prompt_shape
@@ -47,7 +49,6 @@ _AXES = {
     "dest_pos": ("query",),
     "src_pos": ("key",),
 }
-_TOWERS = {"vision": VISION, VISION: VISION, "projector": PROJECTOR, PROJECTOR: PROJECTOR}
 
 # --- setters, under TransformerLens's names -------------------------------------------------
 
@@ -83,8 +84,9 @@ _BY_POSITION = (_index_setter, pos_patch_setter)
 # --- the one function that patches ----------------------------------------------------------
 
 
+@checked(InterventionError)
 def generic_activation_patch(
-    model: Any,
+    model: Model,
     corrupted_inputs: Mapping[str, Any],
     clean_cache: Mapping[str, Any],
     patching_metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Any],
@@ -184,6 +186,8 @@ def _number(value: Any) -> Tensor:
 def _check_images(model: Any, inputs: Mapping[str, Any], cache: Mapping[str, Any]) -> None:
     if holds_pixels(inputs):
         return
+    if "input_ids" not in inputs:
+        raise InterventionError("The corrupted inputs have no input_ids. Use what prepare returns.")
     from_image = any(name.startswith("vision_") for name in cache)
     ids, token = inputs.get("input_ids"), model.cfg.image_token_id
     blind = ids is not None and token is not None and bool((ids == token).any())
@@ -199,16 +203,11 @@ def _sites(
     model: Any, name: str, tower: str | None, by_layer: bool, layers: Sequence[Any] | None
 ) -> dict[Any, Site]:
     """Returns the patched sites by layer (or under None, for a site that has no layer)."""
-    if tower is not None and tower not in _TOWERS:
-        raise InterventionError(
-            f"tower={tower!r} is not known: use None (the language model), {VISION!r} or "
-            f"{PROJECTOR!r}.{did_you_mean(tower, _TOWERS)}"
-        )
-    if tower is not None:
+    tower = tower_of(tower)
+    if tower:
         model.require_vision()
     if layers is None:
-        in_vision = _TOWERS.get(tower or "") == VISION
-        layers = range(model.cfg.vision.last_read + 1 if in_vision else model.cfg.n_layers)
+        layers = range(model.cfg.vision.last_read + 1 if tower == VISION else model.cfg.n_layers)
     found = {layer: get_act_name(name, layer, tower) for layer in (layers if by_layer else [None])}
     sites = {layer: model.sites[resolve_name(n, model.sites)] for layer, n in found.items()}
     for site in sites.values():

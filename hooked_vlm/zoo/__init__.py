@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import Device
 from hooked_vlm.errors import UnsupportedModelError, did_you_mean
 from hooked_vlm.inputs.without_torchvision import load_processor
 
@@ -23,6 +25,7 @@ def available() -> list[str]:
     return sorted(path.parent.name for path in _FOLDER.glob("*/model.safetensors"))
 
 
+@checked(UnsupportedModelError)
 def folder(name: str) -> Path:
     """Returns a shipped model's folder; raises `UnsupportedModelError` for an unknown name."""
     if name not in available():
@@ -33,8 +36,9 @@ def folder(name: str) -> Path:
     return _FOLDER / name
 
 
+@checked(UnsupportedModelError)
 def load(
-    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **kwargs: Any
+    name: str, dtype: torch.dtype = torch.float32, device: Device = "cpu", **kwargs: Any
 ) -> tuple[Any, Any]:
     """Returns a shipped model, in eval mode, and its processor.
 

@@ -18,7 +18,7 @@ from hooked_vlm.checks.residual import BlockSums, same
 from hooked_vlm.hooks import attention, dispatch
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.vlm import HookedVLM
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from helpers.growing_sweeps import compared, sweep_of
 from helpers.tiny_models import tiny
 from hooked_vlm.engine.batch import Growing
-from hooked_vlm.engine.budget import row_bytes, rows_within
+from hooked_vlm.engine.budget import CACHED, MOST, row_bytes, rows_within
 from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.proofs import forget
 
@@ -43,3 +43,16 @@ def test_a_pass_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Growing, "run", run)
     report = compared(model, sweep)
     assert report.passes == 2
+
+
+def test_j2_rows_on_a_cpu_are_those_whose_widest_activation_its_caches_hold() -> None:
+    model = tiny("llava")
+    assert model.cfg.d_mlp == 96 and model.device.type == "cpu"
+    for length, start, itemsize in ((9000, 0, 4), (9000, 8000, 4), (9000, 8000, 8)):
+        held = CACHED // ((length - start) * 96 * itemsize)
+        assert 0 <= held < MOST
+        found = rows_within(model, length, start, 1, itemsize, 2**60)
+        assert found == max(1, held), (length, start, itemsize)
+    assert rows_within(model, 10, 0, 1, 4, 2**60) == MOST
+    each = row_bytes(model, 100, 50, 1, 4)
+    assert [rows_within(model, 100, 50, 1, 4, n * each + n) for n in (0, 1, 7)] == [1, 1, 7]

@@ -212,7 +212,7 @@ def test_where_cells_start() -> None:
     assert start(second, base=[Ablate("vision_projector.hook_out")]) is None
 
 
-def test_residuals_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_j2_residuals_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spread([], 3) == []
     assert spread(list(range(10)), 3) == [0, 4, 8]
     monkeypatch.setattr(run, "BUDGET", 1)
@@ -224,8 +224,17 @@ def test_residuals_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         return true(self, inputs, residual, layer, *args, **kw)
 
     monkeypatch.setattr(type(model), "run_from_layer", noted)
-    restarted("llava", *[Ablate(slot) for slot in (1, 2, 3, 3)])
+    cells = [Ablate(slot) for slot in (1, 2, 3, 3)]
+    restarted("llava", *cells)
     assert set(started) == {1}
+    # A residual is as large as all positions of all prompts together.
+    each = make_inputs("llava", 2, seed=1)["input_ids"].numel() * 48 * 4
+    for budget, expected in ((2 * each - 1, {1}), (2 * each, {1, 2})):
+        monkeypatch.setattr(run, "BUDGET", budget)
+        started.clear()
+        restarted("llava", *cells)
+        assert set(started) == expected
+    monkeypatch.setattr(run, "BUDGET", 1)
     fast, plain = both(sweep_of("llava", ["zero", "last"], [0, 1, 2, 3]), "llava")
     assert fast.equals(plain)
 

@@ -13,7 +13,7 @@ from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
 from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.engine.proofs import forget
-from hooked_vlm.engine.shared import open_runs
+from hooked_vlm.engine.shared import RunStore, open_runs
 
 
 def sweep_of(family: str, at: Any = None, *, seed: int = 1, site: str | None = None) -> Sweep:
@@ -44,6 +44,21 @@ def calls_of(module: nn.Module) -> Iterator[list[None]]:
 def first_block(model: HookedVLM) -> nn.Module:
     assert model.anatomy.vision is not None
     return model.hf_model.get_submodule(model.anatomy.vision.blocks[0].path)
+
+
+def test_j2_a_store_counts_what_it_found_and_keeps_no_more_than_its_memory():
+    store = RunStore(tiny("llava"), memory=100)
+    assert (store.reused, store.taken, store.get("a")) == (0, 0, None)
+    for key in "ab":
+        store.keep(key, torch.zeros(12))  # 48 bytes each
+    store.keep("a", torch.ones(12))  # in place of the first
+    assert store.taken == 96 and store.get("a").sum() == 12 and store.reused == 1
+    store.keep("c", torch.zeros(12))
+    assert store.taken == 96 and store.get("b") is None  # used longest ago
+    store.keep("all", torch.zeros(25))  # exactly the memory
+    assert store.taken == 100 and store.get("all") is not None and store.get("a") is None
+    store.keep("more", torch.zeros(26))
+    assert store.taken == 100 and store.get("more") is None and store.get("all") is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, make_region
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from helpers.toy_grids import make_grid
 from hooked_vlm.engine import vision
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.growing import BOUNDS, run_growing
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import run_plain
 from hooked_vlm.engine.stages import job_of
-from hooked_vlm.engine.vision import TowerRestart, merges_first
+from hooked_vlm.engine.vision import TowerRestart, merges_first, tower_depth
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
@@ -62,6 +64,28 @@ def sweep_of(
         }[kind]()
 
     return Sweep(make_inputs(family, batch, seed=1), {"kind": kinds, "site": sites}, make, base)
+
+
+@pytest.mark.parametrize(
+    ("site", "depth"),
+    [
+        ("vision_encoder.hook_patch_embed", 0),
+        ("vision_encoder.blocks.0.hook_resid_pre", 0),
+        ("vision_encoder.blocks.0.hook_resid_post", 1),
+        ("vision_encoder.blocks.1.hook_mlp_out", 1),
+        ("vision_encoder.blocks.1.hook_resid_post", 2),
+        ("vision_encoder.hook_out", 3),
+        ("vision_projector.hook_out", 3),
+        ("blocks.0.hook_resid_pre", 3),
+    ],
+)
+def test_j2_the_tower_is_shared_below_the_lowest_change(site: str, depth: int) -> None:
+    model, inputs = tiny("gemma-3"), make_inputs("gemma-3")
+    placed = Ablate(site).place(model, inputs)
+    assert tower_depth(model, [placed]) == depth
+    assert tower_depth(model, [placed, Ablate(1).place(model, inputs)]) == depth
+    # One of the user's own, of which nothing is known, may act anywhere.
+    assert tower_depth(model, [placed, object()]) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,6 +164,13 @@ def test_an_encoder_too_large_to_keep_runs_anew_for_every_cell(
     fronts = [cell.interventions for cell in sweep.recorded(model)]
     assert TowerRestart.of(model, sweep.inputs, fronts) is None
     compared(model, sweep)
+
+
+def test_j2_a_block_of_the_encoder_takes_bytes_for_every_patch_of_every_image() -> None:
+    grids = [[make_grid(2, 3), make_grid(1, 2)], [make_grid(3, 1)]]
+    model = SimpleNamespace(grids=lambda _: grids, cfg=tiny("gemma-3").cfg)
+    # Cells of 2x2 patches, a width of 32, and four bytes for each number.
+    assert vision._block_bytes(model, {}) == 4 * (6 + 2 + 3) * 32 * 4
 
 
 def small(model_type: str) -> tuple[HookedVLM, Any, Any]:

@@ -1,5 +1,6 @@
 """The attention function: eager's arithmetic, masks in every form, taps, and what they change."""
 
+import itertools
 import warnings
 from typing import Any
 
@@ -90,6 +91,71 @@ def test_arithmetic_is_that_of_sdpa():
     torch.testing.assert_close(attend(weights, value), expected.transpose(1, 2))
     capped = scores(query * 100, key, None, softcap=3.0)
     assert capped.abs().max() <= 3.0
+
+
+def test_j2_soft_capping_bounds_large_scores_and_leaves_small_ones():
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    plain = scores(query, key, None)
+    capped = scores(query, key, None, softcap=3.0)
+    torch.testing.assert_close(torch.atanh(capped / 3) * 3, plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scores(query, key, None, softcap=1e4), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_j2_a_sink_takes_part_of_the_attention_and_gives_nothing():
+    weights, sinks = torch.randn(2, 4, 5, 7), torch.randn(1, 4, 1, 1).expand(2, 4, 5, 1)
+    found = pattern(weights, weights.dtype, sinks)
+    # Softmax written out: the sink stands in the denominator alone.
+    expected = weights.exp() / (weights.exp().sum(-1, keepdim=True) + sinks.exp())
+    torch.testing.assert_close(found, expected)
+    # A sink beyond all scores takes everything, and one below them nothing.
+    assert pattern(weights, weights.dtype, sinks + 100).max() < 1e-6
+    torch.testing.assert_close(
+        pattern(weights, weights.dtype, sinks - 100), pattern(weights, weights.dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_j2_the_softmax_is_computed_in_float32_as_eager_attention_does(dtype, with_sinks):
+    weights = (3 * torch.randn(2, 4, 5, 7)).to(dtype)
+    sinks = torch.randn(2, 4, 5, 1).to(dtype) if with_sinks else None
+    whole = weights if sinks is None else torch.cat([weights, sinks], dim=-1)
+    expected = whole.float().softmax(-1)[..., :7].to(dtype)
+    found = pattern(weights, dtype, sinks)
+    assert found.dtype == dtype and torch.equal(found, expected)
+
+
+def capped_with_sinks(module, query, key, value, mask, scaling=None, **options):
+    """Attention with both, written out by head and query: what a model's own file may do."""
+    cap, sinks, out = options["softcap"], options["sinks"], torch.zeros_like(query.transpose(1, 2))
+    for b, h, i in itertools.product(*map(range, query.shape[:3])):
+        keys, values = key[b, h // 2], value[b, h // 2]
+        raw = cap * torch.tanh(keys @ query[b, h, i] * scaling / cap)
+        parts = raw.masked_fill(torch.arange(len(keys)) > i, -torch.inf).exp()
+        out[b, i, h] = parts @ values / (parts.sum() + sinks[b, h, i].exp())
+    return out, None
+
+
+def test_j2_scores_and_patterns_with_soft_capping_and_sinks_are_the_models_own(monkeypatch):
+    monkeypatch.setattr(attention, "_base_function", lambda *_: capped_with_sinks)
+    monkeypatch.setattr(attention, "_VERIFIED", set())
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    options = {"scaling": 0.9, "softcap": 2.0, "sinks": torch.randn(2, 4, 5, 1)}
+    mask = additive_mask(Causal(), query, key, None, "sdpa")
+    seen: dict[str, Tensor] = {}
+    edits: Any = {
+        name: lambda x, name=name: seen.setdefault(name, x) for name in ("attn_scores", "pattern")
+    }
+    module: Any = Causal()
+    module.config = type("Config", (), {"_attn_implementation": "eager"})()
+    module.config = attention.tapped_config(module, edits, packed=False)
+    found, weights = attention.hooked_attention(module, query, key, value, mask, **options)
+    expected, _ = capped_with_sinks(module, query, key, value, mask, **options)
+    torch.testing.assert_close(found, expected)
+    assert weights is not None and torch.equal(seen["pattern"], weights)
+    assert (weights.sum(-1) < 1).all()
+    below = seen["attn_scores"].tril()
+    assert below.abs().max() <= 2.0
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])

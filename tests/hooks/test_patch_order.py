@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import GridError
+from hooked_vlm.hooks import patch_order
 from hooked_vlm.hooks.patch_order import from_images, packed_layout, to_images
 
 
@@ -57,3 +58,38 @@ def test_a_grid_that_does_not_merge():
 def test_a_layout_of_other_rows():
     with pytest.raises(GridError, match="packed 7 rows where its grid_thw makes 4"):
         to_images(torch.zeros(7, 3), packed_layout(torch.tensor([[1, 2, 2]]), 2).patches)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sides"),
+    # 4 and 9 rows for each place: merged blocks of 2x2 and 3x3 patches.
+    [(12, 1), (48, 2), (108, 3), (49, 1), (24, 1), (6, 1), (52, 1)],
+)
+def test_j2_a_grid_of_merged_blocks_is_told_by_the_number_of_patches(rows: int, sides: int):
+    grid = torch.tensor([[1, 2, 3], [1, 1, 6]])
+    expected = grid * torch.tensor([1, sides, sides])
+    assert torch.equal(patch_order._in_patches(grid, torch.zeros(rows, 4)), expected)
+    assert torch.equal(patch_order._in_patches(grid, None), grid)
+
+
+def test_j2_a_few_more_rows_are_class_tokens_before_each_image():
+    layout = packed_layout(torch.tensor([[1, 2, 2], [1, 2, 4]]), 2)
+    first, second = layout.order("blocks", 12 + 2 * 3).rows
+    assert first.tolist() == [0, 1, 2, *(layout.blocks.rows[0] + 3).tolist()]
+    assert second.tolist() == [7, 8, 9, *(layout.blocks.rows[1] + 6).tolist()]
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(18))
+    # Three more rows for two images are none, and neither are seventeen for each.
+    for rows in (12 + 3, 12 + 2 * 17):
+        assert layout.order("blocks", rows) is layout.blocks
+
+
+def test_j2_the_number_of_rows_tells_patches_from_tokens_and_merged_from_single_ones():
+    layout = packed_layout(torch.tensor([[1, 2, 2], [1, 2, 4]]), 2)
+    assert layout.order("features", 12) is layout.blocks
+    assert layout.order("features", 3) is layout.order("tokens", 3) is layout.tokens
+    assert [rows.tolist() for rows in layout.order("outside", 6).rows] == [[0, 1], [2, 3, 4, 5]]
+    assert layout.order("outside", 12) is layout.patches
+    # Four times as many rows: the grid counted squares of 2x2 patches.
+    finer = packed_layout(torch.tensor([[1, 4, 4], [1, 4, 8]]), 2)
+    found = layout.order("blocks", 48)
+    assert all(map(torch.equal, found.rows, finer.blocks.rows)) and found.total == 48

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from helpers.tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny
 from hooked_vlm.errors import HookError
-from hooked_vlm.hooks.sites import Site
+from hooked_vlm.hooks.sites import Site, read, write
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -289,3 +289,25 @@ def test_both_axes_of_a_packed_pattern_are_in_raster_order():
     # q, k, v and z are in raster order by themselves, so this fails if the pattern's axes are not.
     mixed = torch.einsum("ihqk,ikhd->iqhd", weights, value)
     torch.testing.assert_close(mixed, z, atol=1e-5, rtol=1e-4)
+
+
+def test_j2_what_is_written_lies_in_memory_as_the_modules_own_tensor():
+    """Another memory layout can change the last bits of what is computed from it."""
+    sites = tiny("llava").sites
+    patches = torch.randn(2, 32, 6, 6)
+    stream = torch.randn(48, 2, 5).permute(1, 2, 0)
+    for name, raw in (
+        ("vision_encoder.hook_patch_embed", patches),
+        ("vision_encoder.hook_patch_embed", patches.contiguous(memory_format=torch.channels_last)),
+        ("blocks.0.hook_resid_post", stream),
+        ("blocks.0.hook_resid_post", stream.contiguous()),
+    ):
+        shown = read(sites[name], raw, None)
+        assert isinstance(shown, Tensor)
+        edited = (shown * 2).contiguous()
+        written = write(sites[name], edited, raw, None)
+        assert written.stride() == raw.stride() and torch.equal(written, raw * 2), name
+    # A view with gaps has no layout to keep.
+    gaps = torch.randn(2, 5, 96)[..., :48]
+    written = write(sites["blocks.0.hook_resid_post"], (gaps * 2).contiguous(), gaps, None)
+    assert torch.equal(written, gaps * 2)

@@ -74,3 +74,9 @@ def test_a_grid_that_is_not_the_image_s_is_noticed_by_its_separators():
     row = torch.tensor([1, IMG, IMG, SEP, IMG, IMG, SEP, IMG, IMG])
     with pytest.raises(GridError, match="2 rows of 3 visual tokens, but row 0 is interrupted"):
         token_grids(row[None], IMG, [layout(2, 3)])
+
+
+def test_j2_an_image_has_nothing_before_its_patches_unless_that_is_said():
+    (grid,) = token_grids(ids(0, 6)[None], IMG, [layout(2, 3)])
+    assert (grid.n_prefix, grid.offset, grid.prompt, grid.image) == (0, (0.0, 0.0), 0, 0)
+    assert grid.all().patches(grid).tolist() == list(range(6))

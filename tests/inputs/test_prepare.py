@@ -8,7 +8,8 @@ from PIL import Image
 from helpers.prepared_models import prepared
 from helpers.tiny_models import FAMILIES, build, make_inputs
 from hooked_vlm.errors import DataError, GridError, HookedVLMWarning, UnsupportedModelError
-from hooked_vlm.inputs.prepare import Inputs, to_pil
+from hooked_vlm.inputs.prepare import to_pil
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.vlm import HookedVLM
 
 

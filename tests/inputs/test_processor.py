@@ -11,7 +11,7 @@ from PIL import Image
 from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm.errors import DataError, HookedVLMWarning, NoGridError
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.processor import model_inputs, placeholder
 from hooked_vlm.inputs.rows import rows_of
 from hooked_vlm.model.vlm import HookedVLM

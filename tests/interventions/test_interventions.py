@@ -280,6 +280,30 @@ def test_interventions_are_the_hooks_one_would_write(family: str) -> None:
         assert not same(declared, model(inputs))
 
 
+@pytest.mark.parametrize(
+    "site", ["blocks.1.hook_resid_post", "vision_encoder.blocks.0.hook_resid_post"]
+)
+@pytest.mark.parametrize("sizes", [two_sizes, lambda seed: make_inputs("qwen2-vl", 2, seed=seed)])
+def test_j2_what_an_earlier_function_was_shown_stays_as_it_was(site: str, sizes: Any) -> None:
+    model, inputs, other = tiny("qwen2-vl"), sizes(1), sizes(2)
+    clean = record(model, inputs, site).cache[site]
+    width = clean[0].shape[-1]
+    for intervention in (
+        Patch(site, source=other),
+        Ablate(site),
+        Steer(site, directions=torch.ones(width), alpha=2.0),
+        Steer(site, directions=torch.ones(width), alpha=2.0, mode="project"),
+    ):
+        shown: list[Any] = []
+        look = (site, lambda activation, hook, shown=shown: shown.append(activation))
+        changed = model.run_with_hooks(inputs, [look, intervention, look])
+        assert not same(changed, model(inputs))
+        before, after = shown
+        for now, then, new in zip(before, clean, after, strict=True):
+            assert same(now, then), intervention
+            assert not same(new, then), intervention
+
+
 # --- Ablate ---------------------------------------------------------------------------------
 
 

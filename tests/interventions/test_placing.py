@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.interventions import placing
 from hooked_vlm.interventions.ablate import Ablate
@@ -81,6 +81,52 @@ def test_what_is_placed_refuses_other_inputs_and_can_read_another_run():
         assert torch.equal(model.run_with_hooks(inputs, hooks), expected)
         with pytest.raises(InterventionError, match="was made for 1 prompt of"):
             model.run_with_hooks(make_inputs("llava", 2), hooks)
+
+
+def one_by_one(hf_model: Any) -> None:
+    """Lets a model encode its images in one call each, as Mistral 3's projector does."""
+    together = hf_model.model.get_image_features
+
+    def each(pixel_values: torch.Tensor, **options: Any) -> Any:
+        found = [together(pixel_values=image, **options) for image in pixel_values.split(1)]
+        found[0].pooler_output = [tokens for one in found for tokens in one.pooler_output]
+        return found[0]
+
+    hf_model.model.get_image_features = each
+
+
+@pytest.mark.parametrize("site", ["vision_projector.hook_out", "vision_encoder.hook_out"])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_j2_what_is_meant_for_one_image_is_not_written_into_the_next(site: str, images: int):
+    hf_model = build("llava")
+    one_by_one(hf_model)
+    model, inputs = HookedVLM(hf_model), make_inputs("llava", images=images)
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), tiny("llava")(inputs))
+        edit = Ablate(site, at=Region.column_band((6, 6), 0, 1).of_image(0))
+        if images == 1:
+            expected = tiny("llava").run_with_hooks(inputs, [edit])
+            torch.testing.assert_close(model.run_with_hooks(inputs, [edit]), expected)
+            return
+        other = Ablate(site, at=Region.column_band((6, 6), 0, 1).of_image(1))
+        for refused in (edit, other):
+            with pytest.raises(InterventionError, match="runs once for each image"):
+                model.run_with_hooks(inputs, [refused])
+
+
+def test_j2_an_encoder_that_runs_twice_on_an_image_is_refused_at_the_second_call():
+    hf_model = build("llava")
+    own = hf_model.model.get_image_features
+
+    def twice(**options: Any) -> Any:
+        own(**options)
+        return own(**options)
+
+    hf_model.model.get_image_features = twice
+    with torch.no_grad(), pytest.raises(InterventionError, match="runs once for each image"):
+        HookedVLM(hf_model).run_with_hooks(
+            make_inputs("llava"), [Ablate("vision_projector.hook_out")]
+        )
 
 
 def double(activation: torch.Tensor, hook: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm.errors import HookError, UnknownHookError, UnsupportedModelError
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken

@@ -259,3 +259,15 @@ def test_a_region_takes_anything_that_looks_like_a_grid():
         positions=torch.arange(4).view(2, 2),
     )
     assert Region((2, 2), ((1, 0),)).patches(plain).tolist() == [3]
+
+
+def test_j2_a_cell_s_size_is_in_pixels_of_the_given_image():
+    grid = make_grid(
+        3, 4, image_size=(200, 90), processed_size=(100, 180), scale=(0.5, 2.0), offset=(0.0, 0.0)
+    )
+    assert grid.cell_size == (50, 30)
+    assert grid.cell_box((2, 1)) == (50, 60, 100, 90)
+    assert grid.shows_everything and grid.is_resized
+    assert str(grid) == (
+        "3x4 visual tokens of 50x30 px, 6x8 patches, image 200x90, seen as 100x180 px"
+    )

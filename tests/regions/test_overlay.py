@@ -80,3 +80,28 @@ def test_wrong_input_is_named():
         draw_regions(image, grid, Region.everything((3, 3)))
     with pytest.raises(RegionError, match=r"opacity=1\.5"):
         draw_regions(image, grid, grid.all(), opacity=1.5)
+
+
+def test_j2_what_no_cell_shows_is_greyed_and_cells_begin_with_a_line():
+    # 40x20 px, of which the cells show the middle 20x20: two of 10x20 px each.
+    grid = make_grid(1, 2, image_size=(40, 20), processed_size=(20, 20), offset=(10.0, 0.0))
+    image = Image.new("RGB", (40, 20), (200, 100, 0))
+    picture = np.asarray(draw_regions(image, grid, [], labels=False)).astype(float)
+    given = np.array([200, 100, 0])
+    cropped, line = 0.35 * given + 0.65 * 96, 0.5 * given + 0.5 * 128
+    assert np.abs(picture[5, :10] - cropped).max() <= 0.5
+    assert np.abs(picture[5, 30:] - cropped).max() <= 0.5
+    assert np.abs(picture[:, [10, 20]] - line).max() <= 0.5
+    assert np.abs(picture[0, 10:30] - line).max() <= 0.5
+    assert (picture[1:, 11:20] == given).all() and (picture[1:, 21:30] == given).all()
+
+
+def test_j2_an_outline_is_in_full_colour_inside_the_region():
+    grid = make_grid(3, 3, cell_px=10)
+    image = Image.new("RGB", (30, 30), (200, 100, 0))
+    picture = np.asarray(draw_regions(image, grid, grid.cells([(1, 1)]), labels=False))
+    full = (picture == (0, 0x72, 0xB2)).all(-1)
+    expected = np.zeros((30, 30), dtype=bool)
+    expected[10:20, 10:20] = True
+    expected[11:19, 11:19] = False
+    assert (full == expected).all()

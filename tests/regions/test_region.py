@@ -83,6 +83,24 @@ def test_patches_of_a_qwen_cell_and_of_a_llava_cell():
     assert llava.cells([(0, 0), (1, 0)]).patches(llava).tolist() == [1, 25]
 
 
+@pytest.mark.parametrize(("tall", "wide"), [(1, 3), (3, 1), (2, 3)])
+def test_j2_a_cell_is_a_block_of_patches_also_where_it_is_no_square(tall, wide):
+    grid = make_grid(2, 4, patch_rows=2 * tall, patch_cols=4 * wide, n_prefix=5)
+    patches = np.arange(8 * tall * wide).reshape(2 * tall, 4 * wide) + 5
+    for region in (grid.all(), grid.cells([(0, 3), (1, 1)])):
+        for (row, col), found in zip(region, region.patches_by_cell(grid), strict=True):
+            block = patches[row * tall : (row + 1) * tall, col * wide : (col + 1) * wide]
+            assert found.tolist() == block.flatten().tolist()
+            assert {grid.cell_of_patch(int(patch)) for patch in found} == {(row, col)}
+
+
+def test_j2_patches_that_divide_in_one_direction_alone_are_refused():
+    for changed in ({"patch_rows": 9}, {"patch_cols": 9}, {"patch_rows": 2}, {"patch_cols": 2}):
+        with pytest.raises(GridError, match="is not a multiple of the token grid 4x4"):
+            grid = make_grid(4, 4, **changed)
+            grid.all().patches(grid)
+
+
 def test_names_and_printing():
     square = Region.rectangle((12, 12), rows=(5, 7), cols=(1, 3), name="square")
     strip = Region.column_band((12, 12), 0, 4, name="strip")

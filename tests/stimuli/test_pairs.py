@@ -182,7 +182,7 @@ def test_a_question_knows_its_answer():
     [
         (lambda: sample_tuples(COLORS, 7), "7 different entities from 6"),
         (lambda: sample_tuples(["red", "red", "blue"], 2), "different names; got 3"),
-        (lambda: sample_tuples("red", 2), "one string 'red'"),
+        (lambda: sample_tuples("red", 2), "names='red'; expected a sequence"),
         (lambda: sample_tuples(COLORS, 3, per_direction=0), "per_direction=0"),
         (
             lambda: sample_tuples(COLORS, 3, accept=lambda *_: True, accept_batch=lambda *_: []),

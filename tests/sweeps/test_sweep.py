@@ -144,7 +144,7 @@ def test_progress_and_labels() -> None:
         model,
         some_scores,
         dims=("prompt", "token"),
-        coords={"token": ["a", "b", "c"], "unused": [1]},
+        coords={"token": ["a", "b", "c"]},
         on_progress=lambda done, total: told.append((done, total)),
     )
     assert told == [(i, 8) for i in range(1, 9)]
@@ -153,7 +153,8 @@ def test_progress_and_labels() -> None:
     assert scores["alpha"].values.tolist() == [0.0, 2.0]
     assert scores["slot"].values.tolist() == [0, 1]
     assert scores["token"].values.tolist() == ["a", "b", "c"]
-    assert "unused" not in scores.coords
+    with pytest.raises(InterventionError, match=r"coords labels 'tokne'.*Did you mean 'token'"):
+        sweep.run(model, some_scores, dims=("prompt", "token"), coords={"tokne": ["a"]})
     off = scores.sel(alpha=0.0, slot=1, place="last token").values
     assert np.allclose(off, some_scores(model(inputs)).numpy(), atol=1e-6)
 

@@ -333,7 +333,7 @@ def refused(
         "index_axis_names": ("layer", "pos"),
     } | options
     forwards.clear()
-    with pytest.raises(InterventionError, match=match):
+    with pytest.raises((InterventionError, UnknownHookError), match=match):
         transformer_lens.generic_activation_patch(model, inputs, cache, metric, **given)
     assert forwards == []
 

@@ -38,7 +38,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import projected
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.datasets import whatsup

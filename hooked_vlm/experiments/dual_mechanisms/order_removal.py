@@ -19,7 +19,7 @@ import torch
 from hooked_vlm.errors import CannotRunError, DataError, counted
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.hooks.names import slot_name
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording

@@ -49,7 +49,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.datasets.coco import Spatial
 from hooked_vlm.stimuli.datasets.coco_boxes import Boxed, BoxedItem, with_boxes

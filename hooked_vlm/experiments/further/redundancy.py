@@ -32,7 +32,7 @@ from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, rate_rows, select
 from hooked_vlm.experiments.verdicts import ALPHA, claim_rows, judge, sentence
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.settings import SETTINGS

@@ -15,7 +15,7 @@ KINDS = {
     "written, last": Look("as written, last class", PINK, "v"),
     "random, same norms": Look("random, same norms", GREY, "D", (0, (4, 2))),
     "random, same energy": Look("random, same energy", "#000000", "X", (0, (1, 2))),
-    "random, orthonormal": Look("random, orthonormal", "#000000", "P", (0, (4, 1, 1, 1))),
+    "random, orthonormal": Look("random, orthonormal", "#000000", "P", (0, (6, 1))),
     "random, written": Look("random, as written", GREY, "*", (0, (1, 1))),
 }
 QUANTITIES = ("accuracy", "corrected", "broken")

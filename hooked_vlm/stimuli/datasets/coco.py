@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hooked_vlm.analysis.scoring import normalise
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.pictures import is_inside, read_list
 from hooked_vlm.stimuli.prompts import side_prompt
@@ -78,6 +79,7 @@ class Spatial:
     problems: tuple[str, ...] = field(default=(), compare=False)
 
 
+@checked(DataError)
 def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
     """Returns a list and its pictures from the folder that contains them, or its `data` folder.
 
@@ -88,7 +90,7 @@ def load(root: Path, name: str = "coco_qa_two_obj") -> Spatial:
         raise DataError(
             f"There is no list {name!r} among {', '.join(LISTS)}.{did_you_mean(name, LISTS)}"
         )
-    folder = LISTS[name]
+    root, folder = Path(root), LISTS[name]
     items, problems = [], []
     for number, entry in enumerate(read_list(listing_of(root, name))):
         found = _entry(root, folder, entry)

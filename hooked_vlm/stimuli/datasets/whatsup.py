@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hooked_vlm.analysis.statistics import Interval, wilson
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, counted, did_you_mean
 from hooked_vlm.stimuli.datasets.whatsup_layout import layout_of
 from hooked_vlm.stimuli.geometry import Layout
@@ -73,6 +74,7 @@ class WhatsUp:
         return tuple(name for name, found in sides.items() if {"left_of", "right_of"} <= found)
 
 
+@checked(DataError)
 def load(root: Path, part: str = "A") -> WhatsUp:
     """Returns a set of What'sUp from the folder that contains it, or from its `data` folder.
 
@@ -80,6 +82,7 @@ def load(root: Path, part: str = "A") -> WhatsUp:
     in `problems`.  Raises `DataError` when the list is missing, or when no entry is usable.
     """
     # 1. Find and read the list.
+    root = Path(root)
     listing = listing_of(root, part)
     entries = read_list(listing)
     # 2. Read each entry; an unusable or duplicate entry is a problem, not an error.

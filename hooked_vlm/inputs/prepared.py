@@ -1,0 +1,126 @@
+"""`Inputs`: what `prepare` returns, the model's tensors by name and the grids of the images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.kinds import device_and_dtype
+from hooked_vlm.errors import (
+    DataError,
+    GridError,
+    NoGridError,
+    UnknownNameError,
+    counted,
+    did_you_mean,
+)
+from hooked_vlm.regions.grid import TokenGrid
+
+
+class Inputs(Mapping[str, Any]):
+    """Model inputs by name, and the grids of their images.
+
+    Pass it to `forward`, `run_with_cache` and other methods, or to the wrapped model as
+    `hf_model(**inputs)`.  Tensors are items and attributes: `inputs["input_ids"]`,
+    `inputs.input_ids`.
+
+    >>> from PIL import Image
+    >>> from hooked_vlm import HookedVLM
+    >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
+    >>> sorted(inputs)
+    ['attention_mask', 'image_grid_thw', 'input_ids', 'mm_token_type_ids', 'pixel_values']
+    >>> inputs.grid.shape
+    (4, 6)
+    """
+
+    @checked(DataError)
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        grids: Sequence[Sequence[TokenGrid]],
+        texts: Sequence[str] = (),
+        tokenizer: Any = None,
+        no_grid: str = "",
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.grids = tuple(tuple(row) for row in grids)
+        """For each prompt, the grids of its images."""
+        self.texts = tuple(texts)
+        """The prompts passed to the processor, after the chat template."""
+        self.tokenizer = tokenizer
+        self.no_grid = no_grid
+        """Why the images have no grid; empty when they have one."""
+
+    def __getitem__(self, name: str) -> Any:
+        if not isinstance(name, str) or name not in self.tensors:
+            raise self._unknown(name)
+        return self.tensors[name]
+
+    def __getattr__(self, name: str) -> Any:
+        # Not asked of an object that is being copied, and has no tensors yet.
+        if name.startswith("_") or name not in (tensors := vars(self).get("tensors", {})):
+            raise self._unknown(name)
+        return tensors[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("tensors", {}):
+            raise UnknownNameError(
+                f"inputs.{name} was assigned; inputs are not changed in place, and a model would "
+                f"not read it. Give it {{**inputs, {name!r}: …}}."
+            )
+        super().__setattr__(name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        shapes = {n: tuple(v.shape) for n, v in self.items() if isinstance(v, Tensor)}
+        return f"Inputs({shapes}, {counted(sum(map(len, self.grids)), 'image')})"
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The grid of the only image; raises `GridError` for no image and for several images."""
+        if self.no_grid:
+            raise NoGridError(self.no_grid)
+        found = [grid for row in self.grids for grid in row]
+        if len(found) != 1:
+            raise GridError(
+                f"These inputs hold {counted(len(found), 'image')} in "
+                f"{counted(len(self.grids), 'prompt')}; inputs.grid needs exactly one. Use "
+                "inputs.grids[prompt][image]."
+            )
+        return found[0]
+
+    @checked(DataError, only_names=True)
+    def to(
+        self,
+        *where: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Inputs":
+        """Returns the inputs on a device, in a dtype, or both; only floats are cast.
+
+        The arguments are a tensor's: `inputs.to("cuda")`, `inputs.to("cuda", torch.bfloat16)`.
+        """
+        device, dtype = device_and_dtype(where, device, dtype, DataError)
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        tensors = {n: moved(v) for n, v in self.items()}
+        return Inputs(tensors, self.grids, self.texts, self.tokenizer, self.no_grid)
+
+    def _unknown(self, name: object) -> UnknownNameError:
+        held = vars(self).get("tensors", {})
+        return UnknownNameError(
+            f"These inputs hold no {str(name)[:80]!r}.{did_you_mean(name, held)} They hold "
+            f"{', '.join(held)[:200]}."
+        )
