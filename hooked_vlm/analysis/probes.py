@@ -34,17 +34,17 @@ from torch import Tensor
 from hooked_vlm.analysis.directions import Direction
 from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
 from hooked_vlm.arguments.checked import checked, require
-from hooked_vlm.arguments.kinds import Count, Device, NotNegative, Seed, Share
+from hooked_vlm.arguments.kinds import Count, NotNegative, OptionalDevice, Seed, Share
 from hooked_vlm.errors import DataError, HookedVLMError, counted
 from hooked_vlm.regions.region import Region
 
 
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     "lr": NotNegative,
     "weight_decay": NotNegative,
     "n_steps": Count,
     "seed": Seed,
-    "device": Device | None,
+    "device": OptionalDevice,
 }
 """What a probe's options may be: scikit-learn wants any value kept, and checked in `fit`."""
 
@@ -68,6 +68,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     """
 
     # Without annotations: scikit-learn requires that any value is stored and checked in fit.
+    @checked(DataError, only_names=True)
     def __init__(self, *, lr=1e-3, weight_decay=1e-4, n_steps=200, seed=0, device=None):
         self.lr = lr
         self.weight_decay = weight_decay
@@ -215,7 +216,7 @@ def object_examples(
     >>> object_examples(torch.zeros(5, 16, 32), places).X.shape
     torch.Size([40, 32])
     """
-    if not regions:
+    if not len(regions):
         raise DataError("No region was given: regions is empty. Give one for each place.")
     n_images, n_tokens, _ = features.shape
     _check_regions(regions, n_tokens)

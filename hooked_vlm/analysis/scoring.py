@@ -252,7 +252,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def _candidate_ids(
     tokenizer: PreTrainedTokenizerBase, names: Sequence[str], d_vocab: int
 ) -> list[list[int]]:
-    if isinstance(names, str) or not names:
+    if isinstance(names, str) or not len(names):
         raise ScoringError(
             f"Candidates were given as {names!r}; expected a non-empty list of names."
         )

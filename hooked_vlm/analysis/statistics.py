@@ -157,7 +157,13 @@ def bootstrap_of(
     rows = _numbers(values)
     if not rows.ndim or not len(rows):
         raise DataError(f"Statistics over pairs need at least 1 row; got shape {rows.shape}.")
-    estimate = float(statistic(rows.mean(axis=0, keepdims=True))[0])
+    of_all = np.asarray(statistic(rows.mean(axis=0, keepdims=True)))
+    if of_all.shape != (1,):
+        raise DataError(
+            f"The statistic returned shape {of_all.shape} for means of shape "
+            f"{(1, *rows.shape[1:])}; expected one number for each resample, [resample]."
+        )
+    estimate = float(of_all[0])
     found = np.empty(0)
     if len(rows) > 1:
         found = statistic(_resampled_means(rows_of_pairs(rows), n_resamples, seed))

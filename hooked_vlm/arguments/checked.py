@@ -195,19 +195,16 @@ def shown(value: Any) -> str:
     if isinstance(value, plain) or says_itself:
         text = str(value) if says_itself else repr(value)
         return text if len(text) <= 80 else f"{text[:79]}…"
-    is_named = isinstance(value, type) or (callable(value) and hasattr(value, "__name__"))
-    return f"the {type(value).__name__} {value.__name__}" if is_named else _article(value)
-
-
-def _article(value: Any) -> str:
-    name = type(value).__name__
-    return f"an object of type {name}"
+    name = getattr(value, "__name__", None)
+    kind = type(value).__name__
+    return f"the {kind} {name}" if isinstance(name, str) else f"an object of type {kind}"
 
 
 # --- annotations ------------------------------------------------------------------------------
 
 
-_UNIONS = (types.UnionType, get_origin(Annotated[int, ""] | None))
+_OPTIONAL: Any = Annotated[int, ""]
+_UNIONS = (types.UnionType, get_origin(_OPTIONAL | None))
 
 
 def kind_of(hint: Any) -> Kind | None:
@@ -236,9 +233,14 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool | np.bool_)
 
 
-def _is_sequence(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
+    """Whether a value is an array without an axis, which cannot be read item by item."""
+    return isinstance(value, np.ndarray | Tensor) and value.ndim == 0
+
+
+def is_sequence(value: Any) -> bool:
     """Whether a value has numbered items; arrays without an axis have none."""
-    if isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0:
+    if isinstance(value, str | bytes | Mapping) or _is_scalar(value):
         return False
     return isinstance(value, Sequence | np.ndarray | Tensor) or (
         hasattr(value, "__len__") and hasattr(value, "__getitem__")
@@ -313,7 +315,7 @@ def _exactly(parts: list[Kind | None]) -> Kind:
 
     def accepts(value: Any) -> bool:
         return (
-            _is_sequence(value)
+            is_sequence(value)
             and len(value) == len(parts)
             and all(part is None or part.accepts(v) for part, v in zip(parts, value, strict=True))
         )
@@ -331,7 +333,7 @@ def _generic(origin: type, inner: tuple[Any, ...]) -> Kind | None:
         item = kind_of(inner[0]) if inner else None
         return _items(lambda v: hasattr(v, "__iter__"), item)
     if issubclass(origin, Sequence):
-        return _items(_is_sequence, kind_of(inner[0]) if inner else None)
+        return _items(is_sequence, kind_of(inner[0]) if inner else None)
     return _instance(origin)
 
 
@@ -353,7 +355,7 @@ def _mapping(parts: list[Kind | None]) -> Kind:
 @no_type_check
 def _items(has_items: Callable[[Any], bool], item: Kind | None) -> Kind:
     def accepts(value: Any) -> bool:
-        if isinstance(value, str | bytes) or not has_items(value):
+        if isinstance(value, str | bytes) or not has_items(value) or _is_scalar(value):
             return False
         if item is None or not hasattr(value, "__len__"):  # an iterator is read once
             return True

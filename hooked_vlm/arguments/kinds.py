@@ -62,6 +62,10 @@ Processor: TypeAlias = Annotated[
 Device: TypeAlias = Annotated[
     str | torch.device, Kind(_is_device, "cpu, cuda, cuda:1, mps or a torch device")
 ]
+OptionalDevice: TypeAlias = Annotated[
+    str | torch.device | None,
+    Kind(lambda d: d is None or _is_device(d), "cpu, cuda, cuda:1, mps, a torch device or None"),
+]
 
 
 def device_and_dtype(

@@ -119,13 +119,7 @@ def find_grids(
     pixels are those of the processed images.  Raises `GridError` when the inputs do not determine
     the grid, and when the patches are not in raster order after the leading tokens.
     """
-    name, patch = pixel_name(encoder), encoder.vision.patch_size
-    if name not in inputs:
-        raise GridError(
-            f"These inputs hold {', '.join(list(inputs)[:5]) or 'nothing'} and no {name!r}, which "
-            "has this encoder's pixels. Give what prepare(images) returns, or use that name."
-        )
-    pixels = inputs[name]
+    pixels, patch = _pixels(encoder, inputs), encoder.vision.patch_size
     if not patch:
         raise GridError(
             "This encoder has no fixed patch size, so its patches form no grid of pixels. Use rows "
@@ -158,6 +152,17 @@ def pixel_name(encoder: EncoderGrids) -> str:
     """Returns the name of an encoder's pixels: `pixel_values`, else its first parameter."""
     parameters = [name for name in forward_parameters(encoder.hf_model) if name != "self"]
     return "pixel_values" if "pixel_values" in parameters else parameters[0]
+
+
+def _pixels(encoder: EncoderGrids, inputs: Mapping[str, Any]) -> Tensor:
+    """Returns the pixels of some inputs; raises `GridError` where there are none."""
+    name = pixel_name(encoder)
+    if not isinstance(inputs.get(name), Tensor):
+        raise GridError(
+            f"These inputs hold {', '.join(list(inputs)[:5]) or 'nothing'} and no {name!r}, which "
+            "has this encoder's pixels. Give what prepare(images) returns, or use that name."
+        )
+    return inputs[name]
 
 
 def _named(encoder: EncoderGrids, made: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +199,7 @@ def _patch_grids(encoder: EncoderGrids, inputs: Mapping[str, Any]) -> list[Size]
         if name == "image_sizes":
             return [(height // patch, width // patch) for height, width in sizes]
         return [(_product(frames) * rows, cols) for *frames, rows, cols in sizes]
-    pixels = inputs[pixel_name(encoder)]
+    pixels = _pixels(encoder, inputs)
     if pixels.ndim != 4:
         raise GridError(
             f"Pixels of shape {tuple(pixels.shape)} are no [image, channel, height, width], and no "

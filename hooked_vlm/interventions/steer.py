@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.directions import add, scale_projections
-from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.base import _Intervention
@@ -35,9 +35,9 @@ class Steer(_Intervention):
 
     def _places(self, places: Places, site: Site, inputs: Mapping[str, Any]) -> tuple[Located]:
         self._check_values()
-        if self.mode not in ("add", "project"):
+        if not isinstance(self.mode, str) or self.mode not in ("add", "project"):
             raise InterventionError(
-                f"Steer(mode={self.mode!r}) is not known; use 'add' or 'project'."
+                f"Steer(mode={shown(self.mode)}) is not known; use 'add' or 'project'."
                 f"{did_you_mean(str(self.mode), ('add', 'project'))}"
             )
         if self.mode == "add" and len(self._rows) != 1:
@@ -58,9 +58,10 @@ class Steer(_Intervention):
                 f"Steer(directions=…) was given a {type(given).__name__}{shape}; expected a tensor "
                 "[d_model] or [direction, d_model]. Use torch.stack for a list of vectors."
             )
-        if not isinstance(self.alpha, Real) or not math.isfinite(self.alpha):
+        is_number = isinstance(self.alpha, Real) and not isinstance(self.alpha, bool)
+        if not is_number or not math.isfinite(self.alpha):
             raise InterventionError(
-                f"Steer(alpha={self.alpha!r}) was given; expected a finite number."
+                f"Steer(alpha={shown(self.alpha)}) was given; expected a finite number."
             )
         if not given.is_meta and not bool(given.isfinite().all()):
             raise InterventionError(

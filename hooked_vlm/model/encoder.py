@@ -20,7 +20,7 @@ from hooked_vlm.anatomy.sizes import EncoderConfig, read_encoder_config
 from hooked_vlm.anatomy.vision import Vision, find_tower, read_tower
 from hooked_vlm.anatomy.wrappers import chain_of
 from hooked_vlm.arguments.checked import checked
-from hooked_vlm.arguments.kinds import Device, Processor
+from hooked_vlm.arguments.kinds import OptionalDevice, Processor
 from hooked_vlm.errors import DataError, HookError, UnsupportedModelError, counted
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
@@ -83,7 +83,7 @@ class HookedVisionEncoder(HookedModel):
         name: str,
         *,
         dtype: torch.dtype | str = "auto",
-        device: Device | None = None,
+        device: OptionalDevice = None,
         device_map: Any = None,
         **kwargs: Any,
     ) -> "HookedVisionEncoder":
@@ -113,7 +113,7 @@ class HookedVisionEncoder(HookedModel):
 
     def _reread(self) -> None:
         self.cfg = read_encoder_config(self.hf_model, self.vision, self.cfg.model_name)
-        self._grids, self._footprint = EncoderGrids(self.hf_model, self.vision, self.cfg), None
+        self._grids.cfg, self._footprint = self.cfg, None
 
     def __repr__(self) -> str:
         return (
@@ -176,7 +176,7 @@ class HookedVisionEncoder(HookedModel):
         names_filter: NamesFilter = None,
         *,
         fwd_hooks: Sequence[FwdHook] = (),
-        device: Device | None = None,
+        device: OptionalDevice = None,
         check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:

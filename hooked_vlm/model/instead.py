@@ -91,7 +91,8 @@ class ActsLikeAModule:
         device, dtype = device_and_dtype(where, device, dtype, HookError)
         if dtype is not None and not dtype.is_floating_point:
             raise HookError(f"to was given {dtype}; expected a dtype of floating point.")
-        self.hf_model.to(**{n: v for n, v in (("device", device), ("dtype", dtype)) if v})
+        move: Any = self.hf_model.to
+        move(**{n: v for n, v in (("device", device), ("dtype", dtype)) if v is not None})
         self._reread()
         return self
 

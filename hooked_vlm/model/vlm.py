@@ -24,7 +24,7 @@ from hooked_vlm.anatomy.model import Anatomy, read_anatomy
 from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
 from hooked_vlm.anatomy.wrappers import chain_of
 from hooked_vlm.arguments.checked import checked
-from hooked_vlm.arguments.kinds import Device, Processor
+from hooked_vlm.arguments.kinds import OptionalDevice, Processor
 from hooked_vlm.errors import (
     DataError,
     HookedVLMWarning,
@@ -111,7 +111,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         name: str,
         *,
         dtype: torch.dtype | str = "auto",
-        device: Device | None = None,
+        device: OptionalDevice = None,
         device_map: Any = None,
         **kwargs: Any,
     ) -> "HookedVLM":
@@ -254,7 +254,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         *,
         stop_at_layer: int | None = None,
         fwd_hooks: Sequence[FwdHook] = (),
-        device: Device | None = None,
+        device: OptionalDevice = None,
         check_memory: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:

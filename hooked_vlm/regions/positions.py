@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.checked import checked, is_sequence, shown
 from hooked_vlm.arguments.kinds import Kind
 from hooked_vlm.errors import RegionError, counted
 
@@ -116,7 +116,7 @@ class Positions(_Joinable):
 
     def __post_init__(self) -> None:
         try:
-            if isinstance(self.indices, bytes):
+            if not is_sequence(self.indices):
                 raise TypeError
             whole = tuple(operator.index(i) for i in self.indices)
         except TypeError:
@@ -274,7 +274,7 @@ class AnyOf(_Joinable):
     parts: tuple[TokenSelector, ...]
 
     def __post_init__(self) -> None:
-        if not self.parts:
+        if not len(self.parts):
             raise RegionError("A union of no places names no position. Give at least one place.")
 
     @checked(RegionError)

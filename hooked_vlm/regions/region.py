@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.checked import checked, is_sequence, shown
 from hooked_vlm.errors import GridError, RegionError, counted
 from hooked_vlm.regions.positions import ImageCells, InImage, PromptRow, TokenSelector, union
 
@@ -78,7 +78,7 @@ class Region:
         return cls((mask.shape[0], mask.shape[1]), cells, name)
 
     @classmethod
-    @checked(RegionError, but=("shape", "rows", "cols"))
+    @checked(RegionError, but=("rows", "cols"))
     def rectangle(
         cls,
         shape: tuple[int, int],
@@ -353,7 +353,7 @@ def _require_whole(*pairs: Any) -> None:
     for pair in pairs:
         try:
             _, _ = map(operator.index, pair)
-            is_whole = not any(isinstance(n, bool) for n in pair)
+            is_whole = is_sequence(pair) and not any(isinstance(n, bool) for n in pair)
         except (TypeError, ValueError):
             is_whole = False
         if not is_whole:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, kind_of, shown
-from hooked_vlm.arguments.kinds import Count, Device, Finite, Seed, Share, one_of
+from hooked_vlm.arguments.kinds import Count, Finite, OptionalDevice, Seed, Share, one_of
 from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
 
 
@@ -37,7 +37,7 @@ CASES: list[tuple[Any, list[Any], list[Any]]] = [
     (Seed, [0, 2**40], [-1, 2**64, 0.5]),
     (Finite, [0, -1.5], [NAN, INF, "1"]),
     (Share, [0.5], [0, 1, NAN, 95.0]),
-    (Device | None, ["cpu", "cuda:1", torch.device("cpu"), None], ["gpu", 0, ""]),
+    (OptionalDevice, ["cpu", "cuda:1", torch.device("cpu"), None], ["gpu", 0, ""]),
     (Annotated[str, one_of(("left", "right"))], ["left"], ["lfet", 1]),
     (Float[Tensor, "row col"], [torch.ones(2, 3), torch.ones(0, 1).half()], [torch.ones(2)]),
     (Int[np.ndarray, " row"], [np.arange(3)], [np.ones(3), [1, 2], torch.arange(3)]),

@@ -82,7 +82,7 @@ def sampled(strategy: st.SearchStrategy[Any], run: Any, examples: int, number: i
         database=None,
         deadline=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck],
     )
     @given(strategy)
     def fuzz(value: Any) -> None:

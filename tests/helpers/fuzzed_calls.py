@@ -323,7 +323,7 @@ def _of_encoders(w: SimpleNamespace) -> list[Call]:
             device=("cpu", OPTIONAL),
             device_map=(None, OPTIONAL),
         ),
-        call("encoder.prepare", m.prepare, images=(w.image, NOTHING)),
+        call("encoder.prepare", m.prepare, images=(w.image, frozenset(["integers"]))),
         call("encoder.grids", m.grids, inputs=inputs),
         call("encoder()", m, inputs=inputs),
         call("encoder.run_with_hooks", m.run_with_hooks, inputs=inputs, fwd_hooks=fwd_hooks),
@@ -367,7 +367,7 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
             _run(w, hv.Ablate),
             site=site,
             at=at,
-            to=(torch.ones(w.d), {"scalar"}),
+            to=(torch.ones(w.d), frozenset(["scalar"])),
         ),
         call(
             "Patch",
@@ -430,7 +430,7 @@ def _of_sweeps(w: SimpleNamespace) -> list[Call]:
     compared = {
         "estimate": (w.scores + 1, NOTHING),
         "exact": exact,
-        "clean": (0.0, NUMBER | {"scalar"}),
+        "clean": (0.0, NUMBER | frozenset(["scalar"])),
         "prompt": ("batch", NOTHING),
         "n_resamples": (20, COUNT),
         "seed": (0, WHOLE),
@@ -477,7 +477,10 @@ def _of_sweeps(w: SimpleNamespace) -> list[Call]:
         call("final_logits", hv.final_logits, logits=(torch.zeros(1, 2, 5), NOTHING)),
         call("attribution_error", attribution_error.attribution_error, **compared),
         call(
-            "agreement_table", attribution_error.agreement_table, by=(["slot"], NOTHING), **compared
+            "agreement_table",
+            attribution_error.agreement_table,
+            by=(["slot"], NO_ITEMS - {"dict", "set"}),
+            **compared,
         ),
         patching(
             tl.generic_activation_patch,
@@ -521,7 +524,7 @@ def _of_grids(w: SimpleNamespace) -> list[Call]:
             "grid.strip",
             g.strip,
             orientation=("vertical", NOTHING),
-            start=(0, NOTHING),
+            start=(0, frozenset(["zero"])),
             stop=(2, frozenset(["int"])),
             name=("a", TEXT | OPTIONAL),
         ),
@@ -581,7 +584,7 @@ def _of_regions(w: SimpleNamespace) -> list[Call]:
             "Region.column_band",
             hv.Region.column_band,
             shape=shape,
-            start=(0, frozenset()),
+            start=(0, frozenset(["zero"])),
             stop=(2, frozenset(["int"])),
             name=name,
         ),
@@ -589,7 +592,7 @@ def _of_regions(w: SimpleNamespace) -> list[Call]:
             "Region.row_band",
             hv.Region.row_band,
             shape=shape,
-            start=(0, frozenset()),
+            start=(0, frozenset(["zero"])),
             stop=(2, frozenset(["int"])),
             name=name,
         ),
@@ -826,7 +829,7 @@ def _of_statistics() -> list[Call]:
                 frozenset(["list", "tuple", "no tensor", "zero", "scalar", "integers", "deep"]),
             ),
         ),
-        call("interval.covers", interval.covers, value=(1.0, NUMBER | {"infinite"})),
+        call("interval.covers", interval.covers, value=(1.0, NUMBER | {"infinite", "nan"})),
         call("interval.at", lambda index: interval.at(index), index=(0, frozenset(["zero"]))),
     ]
 
@@ -848,8 +851,8 @@ def _of_stimuli() -> list[Call]:
     import random
 
     cells = grids.random_cells(2, random.Random(0))
-    place = (0, frozenset())
-    folder = (None, OPTIONAL)
+    place = (0, frozenset(["zero"]))
+    folder = (None, OPTIONAL | TEXT)
     return [
         call(
             "Geometry",

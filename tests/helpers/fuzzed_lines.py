@@ -26,7 +26,7 @@ SETTING = st.sampled_from(["", "shaps", "squares-", "whatsup-chair", "SQUARES"])
 FOLDER = st.sampled_from(["", "nowhere", "file.txt", "empty"])
 MODEL = st.sampled_from(["", " ", "tiny-gemma", "nowhere/x", "/nowhere", "empty", "a b"]) | NAME
 EXPERIMENT = st.sampled_from(["", "behavior", "all", "-x", "run"]) | NAME
-OPTION = st.sampled_from(["", "=", "alphas", "=3", "alphas=1", "pairs=3", "seed=x"]) | NAME
+OPTION = st.sampled_from(["", "=", "alphas", "=3", "alphas=x", "pairs=3", "seed=x"]) | NAME
 FILE = st.sampled_from(["file.txt", "file.txt/x"])
 
 _COMMON = {"--pairs": NUMBER, "--seed": NUMBER, "--batch-size": NUMBER, "--device": DEVICE}

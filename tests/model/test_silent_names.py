@@ -43,9 +43,9 @@ def test_f_a_name_of_transformer_lens_says_what_to_use(name: str) -> None:
 def test_f_other_names_point_to_the_wrapped_model_or_to_the_nearest_name() -> None:
     model = tiny("llava")
     with pytest.raises(UnknownNameError, match=r"use model\.hf_model\.named_parameters"):
-        model.named_parameters  # noqa: B018
+        getattr(model, "named_parameters")  # noqa: B009
     with pytest.raises(UnknownNameError, match="Did you mean 'run_with_cache'"):
-        model.run_with_cahce  # noqa: B018
+        getattr(model, "run_with_cahce")  # noqa: B009
     assert getattr(model, "nothing_of_the_kind", 3) == 3
 
 

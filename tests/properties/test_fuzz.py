@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 
-EXAMPLES, LINES = 1500, 120
+EXAMPLES, LINES = 1000, 100
 SHARE = 0.95
 """Of the bad arguments, how many end in an error of ours."""
 TESTS = Path(__file__).parent.parent
