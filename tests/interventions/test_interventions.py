@@ -283,7 +283,15 @@ def test_interventions_are_the_hooks_one_would_write(family: str) -> None:
 @pytest.mark.parametrize(
     "site", ["blocks.1.hook_resid_post", "vision_encoder.blocks.0.hook_resid_post"]
 )
-@pytest.mark.parametrize("sizes", [two_sizes, lambda seed: make_inputs("qwen2-vl", 2, seed=seed)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        two_sizes,
+        lambda seed: make_inputs("qwen2-vl", 2, seed=seed),
+        lambda seed: make_inputs("qwen2-vl", 1, seed=seed),
+    ],
+    ids=["two sizes", "two prompts", "one prompt"],
+)
 def test_j2_what_an_earlier_function_was_shown_stays_as_it_was(site: str, sizes: Any) -> None:
     model, inputs, other = tiny("qwen2-vl"), sizes(1), sizes(2)
     clean = record(model, inputs, site).cache[site]
