@@ -19,6 +19,7 @@ from hooked_vlm.errors import (
     HookedVLMWarning,
     NoGradientError,
     NoGridError,
+    callers_level,
 )
 from hooked_vlm.hooks.names import VISION
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids, noise, patch_grids
@@ -104,7 +105,7 @@ def _measured(
             f"{error} Grids follow the rule of the usual layout, which was not compared with a "
             "measurement. Check one grid with draw_regions.",
             HookedVLMWarning,
-            stacklevel=6,
+            stacklevel=callers_level(),
         )
         return True
     except GridError:

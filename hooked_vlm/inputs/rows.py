@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import first_of
 from hooked_vlm.errors import GridError, NoGridError, counted
+from hooked_vlm.inputs.prepare import Inputs
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.positions import PromptRow, token_mask, token_pieces
 
@@ -85,9 +86,15 @@ def placeholder_ids(hf_model: nn.Module) -> tuple[int, ...]:
 
 
 def known_grids(model: Any, inputs: Mapping[str, Any]) -> list[TokenGrid]:
-    """Returns the grids of all images; none where they are not known, for estimates."""
+    """Returns the grids of all images for their sizes alone; none where they are not known.
+
+    The rule is not compared with a measurement, so nothing runs.
+    """
+    finder = getattr(model, "grid_finder", None)
+    by_rule = finder is not None and not isinstance(inputs, Inputs)
     try:
-        return [grid for row in model.grids(inputs) for grid in row]
+        rows = finder.by_rule(inputs) if by_rule else model.grids(inputs)
+        return [grid for row in rows for grid in row]
     except GridError:
         return []
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.model import Anatomy
+from hooked_vlm.anatomy.wrappers import bare
 from hooked_vlm.arguments.kinds import device_and_dtype
 from hooked_vlm.errors import HookError, UnknownNameError, UnsupportedModelError, did_you_mean
 
@@ -135,8 +136,14 @@ def _unknown(model: Any, name: str) -> UnknownNameError:
 
 
 def weight_of(hf_model: nn.Module, path: str) -> Tensor:
-    """Returns a module's weight; raises `UnsupportedModelError` where it is packed or missing."""
-    weight = getattr(hf_model.get_submodule(path), "weight", None)
+    """Returns a module's weight; raises `UnsupportedModelError` where it is not the whole map."""
+    module = hf_model.get_submodule(path)
+    if bare(module) is not module:
+        raise UnsupportedModelError(
+            f"{path} has an adapter ({type(module).__name__}), so its weight is not the whole map. "
+            "Merge the adapter first (PEFT: merge_and_unload())."
+        )
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise UnsupportedModelError(
             f"{path} has no weight of floating point that could be read as one matrix (it may be "

@@ -31,7 +31,7 @@ from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name, tower_of
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.pixel_routing import holds_pixels
-from hooked_vlm.inputs.rows import prompt_shape
+from hooked_vlm.inputs.rows import known_grids, prompt_shape
 from hooked_vlm.interventions.chain import Cell
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Places
@@ -192,7 +192,8 @@ def _check_images(model: Any, inputs: Mapping[str, Any], cache: Mapping[str, Any
     ids, token = inputs.get("input_ids"), model.cfg.image_token_id
     blind = ids is not None and token is not None and bool((ids == token).any())
     if from_image or blind:
-        why = "the clean run had an image" if from_image else "the prompt holds image tokens"
+        run = "the clean cache is of a run with an image"
+        why = run if from_image else "the prompt holds image tokens"
         raise InterventionError(
             f"The corrupted inputs have no pixel_values, but {why}: the patched runs would be "
             "blind. Pass everything that prepare(images, texts) returns, not the tokens alone."
@@ -251,7 +252,7 @@ def _lengths(model: Any, inputs: Mapping[str, Any], site: Site) -> dict[str, int
     if site.axes.startswith("batch"):
         batch, pos = prompt_shape(inputs) or (0, 0)
         return {"batch": batch, "pos": pos, "query": pos, "key": pos}
-    grids = [grid for row in model.grids(inputs) for grid in row]
+    grids = known_grids(model, inputs)
     sizes = {(g.patch_rows * g.patch_cols, len(g)) for g in grids}
     if len(sizes) != 1:
         raise InterventionError(

@@ -104,3 +104,21 @@ def test_a_kernel_that_is_off_or_fails_is_not_used(monkeypatch: pytest.MonkeyPat
         compared(model, sweep)
     assert len(ran) == 1
     forget(model)
+
+
+def test_j2_steering_that_is_off_in_one_place_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["steer"], [1, 2])
+    true, ran = fused.patched_rows, []
+
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        ran.append(0)
+        rows = true(*args, **kwargs).clone()
+        rows[-1, -1, -1] += 1
+        return rows
+
+    forget(model)
+    monkeypatch.setattr(fused, "WAYS", ("reference",))
+    monkeypatch.setattr(fused, "patched_rows", wrong)
+    compared(model, sweep)
+    assert len(ran) == 1
+    forget(model)

@@ -168,8 +168,9 @@ def _changes(node: ast.AST, depth: int) -> Iterator[tuple[str, ast.AST, ast.AST 
             yield "not removed", node, node.operand
         case ast.Constant(value=bool() as value):
             yield "constant", node, str(not value)
-        case ast.Constant(value=int() | float() as value):
-            yield "constant", node, repr(value + 1)
+        case ast.Constant(value=int() | float()):
+            number: Any = node.value
+            yield "constant", node, repr(number + 1)
         case ast.Slice():
             yield from _slices(node)
         case ast.Call() if _called(node) not in MESSAGES:

@@ -158,6 +158,32 @@ def test_j2_scores_and_patterns_with_soft_capping_and_sinks_are_the_models_own(m
     assert below.abs().max() <= 2.0
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_j2_our_arithmetic_is_compared_by_the_size_of_the_values(size, monkeypatch):
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    value = size * torch.randn(2, 2, 5, 8)
+    options: Any = {"scaling": 0.9, "softcap": 2.0, "sinks": torch.randn(2, 4, 5, 1)}
+    mask = additive_mask(Causal(), query, key, None, "sdpa")
+    module: Any = Causal()
+    module.config = type("Config", (), {"_attn_implementation": "eager"})()
+    module.config = attention.tapped_config(module, {"pattern": lambda x: x}, packed=False)
+    for factor, refused in ((1.0, False), (1.01, True), (0.99, True)):
+
+        def own(*args, factor=factor, **options):
+            out, weights = capped_with_sinks(*args, **options)
+            return factor * out, weights
+
+        monkeypatch.setattr(attention, "_base_function", lambda *_, own=own: own)
+        monkeypatch.setattr(attention, "_VERIFIED", set())
+        if refused:
+            with pytest.raises(
+                UnsupportedModelError, match=r"differs from eager attention by 0\.0"
+            ):
+                attention.hooked_attention(module, query, key, value, mask, **options)
+        else:
+            attention.hooked_attention(module, query, key, value, mask, **options)
+
+
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patterns_are_causal_but_for_gemmas_image(family, attn):

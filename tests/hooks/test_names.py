@@ -32,6 +32,8 @@ KNOWN = [
         (("resid_post", -1), "blocks.-1.hook_resid_post"),
         (("hook_resid_post", 3), "blocks.3.hook_resid_post"),
         (("k6",), "blocks.6.attn.hook_k"),
+        (("k6", None, "vision"), "vision_encoder.blocks.6.attn.hook_k"),
+        (("scale4ln1", None, "ln2"), "blocks.4.ln1.hook_scale"),
         (("attn", 2), "blocks.2.attn.hook_pattern"),
         (("scale4ln1",), "blocks.4.ln1.hook_scale"),
         (("normalized", 1, "ln2"), "blocks.1.ln2.hook_normalized"),

@@ -93,3 +93,16 @@ def test_j2_the_number_of_rows_tells_patches_from_tokens_and_merged_from_single_
     finer = packed_layout(torch.tensor([[1, 4, 4], [1, 4, 8]]), 2)
     found = layout.order("blocks", 48)
     assert all(map(torch.equal, found.rows, finer.blocks.rows)) and found.total == 48
+
+
+def test_j2_images_of_other_sizes_are_cut_out_of_their_padding_and_put_back():
+    layout = packed_layout(torch.tensor([[1, 2, 3], [1, 4, 1]]), 1)
+    raw = torch.arange(2 * 5 * 4 * 3).float().reshape(2, 5, 4, 3)
+    shown = patch_order.cropped(raw, layout)
+    assert torch.equal(shown[0], raw[0, :, :2, :3].flatten(1).T)
+    assert torch.equal(shown[1], raw[1, :, :4, :1].flatten(1).T)
+    back = patch_order.uncropped([-image for image in shown], raw, layout)
+    expected = raw.clone()
+    expected[0, :, :2, :3] *= -1
+    expected[1, :, :4, :1] *= -1
+    assert torch.equal(back, expected) and raw.min() == 0

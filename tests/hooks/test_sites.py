@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from helpers.tiny_models import FAMILIES, IMAGE, build, make_inputs, tiny
 from hooked_vlm.errors import HookError
+from hooked_vlm.hooks.patch_order import packed_layout
 from hooked_vlm.hooks.sites import Site, read, write
 from hooked_vlm.model.vlm import HookedVLM
 
@@ -311,3 +312,21 @@ def test_j2_what_is_written_lies_in_memory_as_the_modules_own_tensor():
     gaps = torch.randn(2, 5, 96)[..., :48]
     written = write(sites["blocks.0.hook_resid_post"], (gaps * 2).contiguous(), gaps, None)
     assert torch.equal(written, gaps * 2)
+
+
+def test_j2_padded_images_are_shown_without_their_padding_and_written_back():
+    """Pixtral's patches: convolved in one batch that is padded to the largest height and width."""
+    axes = "image patch d_vision"
+    site = Site(
+        "vision_encoder.hook_patch_embed", axes, "conv", "output", order="patches", conv=True
+    )
+    layout = packed_layout(torch.tensor([[1, 2, 3], [1, 4, 1]]), 1)
+    padded = torch.randn(2, 5, 4, 3)
+    shown = read(site, padded, layout)
+    assert [tuple(image.shape) for image in shown] == [(6, 5), (4, 5)]
+    assert torch.equal(shown[1], padded[1, :, :, 0].T)
+    written = write(site, [2 * image for image in shown], padded, layout)
+    expected = padded.clone()
+    expected[0, :, :2] *= 2
+    expected[1, :, :, :1] *= 2
+    assert torch.equal(written, expected)

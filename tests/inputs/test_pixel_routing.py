@@ -51,6 +51,7 @@ def test_pixels_rows_and_tokens_go_where_the_layout_says(family: str) -> None:
         wanted = positions[:, fine][:, None]
     assert routes.pixels.shape == inputs["pixel_values"].shape
     assert torch.equal(routes.pixels, wanted.expand_as(routes.pixels))
+    assert [len(routes.rows[site]) for site in (ROWS, PROJECTED)] == [4, 4]
     for image in range(4):
         patches = positions[image][token.flatten()]
         if family == "llava":

@@ -283,7 +283,15 @@ def test_interventions_are_the_hooks_one_would_write(family: str) -> None:
 @pytest.mark.parametrize(
     "site", ["blocks.1.hook_resid_post", "vision_encoder.blocks.0.hook_resid_post"]
 )
-@pytest.mark.parametrize("sizes", [two_sizes, lambda seed: make_inputs("qwen2-vl", 2, seed=seed)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        two_sizes,
+        lambda seed: make_inputs("qwen2-vl", 2, seed=seed),
+        lambda seed: make_inputs("qwen2-vl", 1, seed=seed),
+    ],
+    ids=["two sizes", "two prompts", "one prompt"],
+)
 def test_j2_what_an_earlier_function_was_shown_stays_as_it_was(site: str, sizes: Any) -> None:
     model, inputs, other = tiny("qwen2-vl"), sizes(1), sizes(2)
     clean = record(model, inputs, site).cache[site]
@@ -478,6 +486,29 @@ def test_words_that_are_not_known_are_refused() -> None:
     wrong = Steer(1, directions=rows, alpha=1.0, mode="projekt")
     refused("llava", wrong, InterventionError, "Did you mean 'project'")
     refused("llava", Chain(Ablate(1), wrong), InterventionError, "Did you mean 'project'")
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "1", None, 1j])
+def test_j2_an_alpha_that_is_no_finite_number_is_refused(alpha: Any) -> None:
+    steer = Steer(1, directions=torch.ones(48), alpha=1.0)
+    object.__setattr__(steer, "alpha", alpha)  # past the checks of types, which only tests have
+    refused("llava", steer, InterventionError, "expected a finite number")
+
+
+@pytest.mark.parametrize(
+    ("directions", "words"),
+    [
+        (torch.ones(1, 1, 48), "expected a tensor"),
+        (torch.ones(48, dtype=torch.complex64), "expected a tensor"),
+        (torch.ones(0, 48), "expected a tensor"),
+        (torch.full((48,), float("nan")), "NaN or infinite"),
+        (torch.full((48,), float("-inf")), "NaN or infinite"),
+    ],
+)
+def test_j2_directions_that_are_none_are_refused(directions: Tensor, words: str) -> None:
+    steer = Steer(1, directions=torch.ones(48), alpha=1.0)
+    object.__setattr__(steer, "directions", directions)  # past the checks of shapes
+    refused("llava", steer, InterventionError, words)
 
 
 def test_an_intervention_made_for_one_batch_refuses_another() -> None:

@@ -178,6 +178,17 @@ def test_a_pair_a_list_of_pairs_and_a_base_of_pairs_are_hooks():
     torch.testing.assert_close(torch.tensor(scores[3].values), torch.tensor(scores[0].values))
 
 
+def test_j2_a_hook_at_another_site_is_the_same_function_there():
+    model, inputs = tiny("llava"), make_inputs("llava")
+    there = HookAt(0, double, first_position=3).at_site(2)
+    assert (there.fn, there.first_position) == (double, 3)
+    ((site, function),) = there.hooks_for(model, inputs)
+    assert (site, function) == ("blocks.1.hook_resid_post", double)
+    moved = [part.at_site(1).site for part in (Ablate(0), Chain(Ablate(0), Ablate(2)).parts[1])]
+    assert moved == [1, 1]
+    assert [part.site for part in Chain(Ablate(0), HookAt(2, double)).at_site(1).parts] == [1, 1]
+
+
 def test_positions_before_the_first_are_the_clean_runs():
     model, inputs = tiny("llava"), make_inputs("llava")
     last = inputs["input_ids"].shape[1] - 1

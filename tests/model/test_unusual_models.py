@@ -475,6 +475,15 @@ def test_d3_adapted_models_are_the_model_inside(family: str) -> None:
             assert not seen[0].any(), name
 
 
+def test_d3_a_vocabulary_with_an_adapter_is_no_single_matrix() -> None:
+    hf_model = build("llava")
+    hf_model.lm_head = AdaptedLayer(hf_model.lm_head)
+    with pytest.raises(UnsupportedModelError, match="lm_head has an adapter"):
+        _ = HookedVLM(hf_model).W_U
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        _ = HookedVLM(quantised(build("llava"), PackedLinear)).W_U
+
+
 def test_d3_prompt_learning_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"prompt_encoder.*prompt learning") as caught:
         HookedVLM(Prompted(build("llava")))

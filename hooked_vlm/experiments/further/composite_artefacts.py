@@ -174,7 +174,8 @@ def _draw(
 def _ground(plain: StimulusSet, entities: Sequence[str | None], step: int) -> Image.Image:
     scenes = list(photographs.SCENES)
     # The photographs hang on the middle thing alone, as in the other settings on photographs.
-    first = plain.names.index(str(entities[1]))
+    # An empty picture (a control of E3) has the first one.
+    first = 0 if entities[1] is None else plain.names.index(entities[1])
     return photographs.shipped(scenes[(first + step) % len(scenes)])
 
 
