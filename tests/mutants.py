@@ -157,7 +157,7 @@ def prepare() -> None:
 # --- the verdicts ---------------------------------------------------------------------------
 
 
-def tests_of(module: str) -> list[str]:
+def files_for(module: str) -> list[str]:
     """Returns the files whose tests may notice a fault in a module, its own first."""
     package, name = module.split("/")
     own = f"{package}/test_{name}"
@@ -176,7 +176,7 @@ def verdict(work: Path, mutant: Mutant, cap: int) -> dict[str, Any]:
 
     def run() -> int:
         sys.dont_write_bytecode = True
-        return run_tests(work, tests_of(mutant.module), [Watched(noticed, cap)])
+        return run_tests(work, files_for(mutant.module), [Watched(noticed, cap)])
 
     try:
         target.write_text(mutant.applied(source))
@@ -237,7 +237,7 @@ def main() -> None:
         prepare()
         with copied() as work, out.open("a") as file:
             # Compiles everything once, so that no mutant has to.
-            files = sorted({file for module in modules() for file in tests_of(module)})
+            files = sorted({file for module in modules() for file in files_for(module)})
             status = in_child(work, lambda: run_tests(work, files, [], "--collect-only"), 900)
             if status:
                 sys.exit((work / "output.txt").read_text())

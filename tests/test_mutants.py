@@ -66,13 +66,13 @@ def test_a_sample_is_the_same_each_time_and_has_some_of_every_module():
 
 
 def test_a_modules_own_tests_come_first_and_all_named_files_exist():
-    assert mutants.tests_of("regions/region.py")[:2] == [
+    assert mutants.files_for("regions/region.py")[:2] == [
         "tests/regions/test_region.py",
         "tests/regions/test_grid.py",
     ]
-    assert mutants.tests_of("engine/growing.py")[0] == "tests/engine/test_batch.py"
+    assert mutants.files_for("engine/growing.py")[0] == "tests/engine/test_batch.py"
     for module in mutants.modules():
-        files = mutants.tests_of(module)
+        files = mutants.files_for(module)
         assert files and all((mutants.ROOT / file).exists() for file in files), module
 
 

@@ -47,6 +47,23 @@ def test_wilson_holds_its_estimate_and_mirrors(n, data):
     assert interval.low == pytest.approx(1 - mirror.high, abs=1e-12)
 
 
+def test_j2_rounding_of_a_sum_makes_no_rate_above_one():
+    interval = wilson(7 * (1 + 5e-13), 7)
+    assert interval.estimate == interval.high == 1.0
+    with pytest.raises(DataError):
+        wilson(7 * (1 + 1e-9), 7)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -0.5, 95.0])
+def test_j2_a_level_is_between_0_and_1(level):
+    for interval in (
+        lambda: bootstrap(np.zeros(3), level=level),
+        lambda: wilson(1, 2, level=level),
+    ):
+        with pytest.raises(DataError, match="is not between 0 and 1"):
+            interval()
+
+
 def test_wilson_of_an_array_is_that_of_each_entry():
     outcomes = np.random.default_rng(0).random((40, 3, 2)) < 0.7
     interval = wilson(outcomes.sum(axis=0), 40)

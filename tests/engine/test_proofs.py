@@ -1,15 +1,18 @@
 """A control goes before the first pass of a kind; a wrong one stops the growing batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers.growing_sweeps import sweep_of
 from helpers.tiny_models import tiny
+from hooked_vlm.engine import proofs
 from hooked_vlm.engine.arguments import Fit
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.growing import run_growing
-from hooked_vlm.engine.proofs import forget
+from hooked_vlm.engine.proofs import ENCODER, forget
+from hooked_vlm.engine.stages import RowPlan
 
 
 def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +52,34 @@ def test_a_control_speaks_for_later_passes_of_its_kind() -> None:
     assert report([1, 3], "last", logits_to_keep=1).controls == 0
     forget(model)
     assert report([1, 2], batch=3).controls == 1
+
+
+def test_j2_noise_that_moves_nothing_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["swap"], [1, 2])
+    forget(model)
+    monkeypatch.setattr(proofs, "noise_from", lambda start: lambda x, hook: x)
+    with pytest.raises(GrowthError, match="does not move the logits"):
+        run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
+    forget(model)
+
+
+@pytest.mark.parametrize(
+    ("front", "steps", "stage", "expected"),
+    [
+        (["hook_embed"], [], 0, ["hook_embed"]),
+        (["vision_encoder.blocks.1.hook_mlp_out", "hook_embed"], [], 0, ["hook_embed", ENCODER]),
+        (["vision_projector.hook_out"], ["hook_merged_embed"], 0, [ENCODER, "hook_merged_embed"]),
+        ([], ["blocks.1.hook_mlp_out"], 1, ["blocks.1.hook_resid_pre"]),
+        ([], ["blocks.2.hook_resid_post"], 3, ["blocks.2.hook_resid_post"]),
+    ],
+)
+def test_j2_noise_goes_in_where_a_job_first_acts(
+    front: list[str], steps: list[str], stage: int, expected: list[str]
+) -> None:
+    before, inside = (
+        tuple(SimpleNamespace(site=site) for site in sites) for sites in (front, steps)
+    )
+    job = RowPlan(0, stage, 0)
+    object.__setattr__(job, "front", before)
+    object.__setattr__(job, "steps", inside)
+    assert proofs._noise_sites(tiny("gemma-3"), job) == set(expected)

@@ -1,8 +1,12 @@
 """Where a cell's rows join a growing batch."""
 
+import pytest
+
 from helpers.growing_sweeps import sweep_of
 from helpers.tiny_models import make_inputs, tiny
 from hooked_vlm.engine.stages import job_of, stage_of
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 def test_where_cells_join() -> None:
@@ -16,3 +20,26 @@ def test_where_cells_join() -> None:
     assert stage_of("hook_embed", 3) == (-1, False)
     assert stage_of("hook_merged_embed", 3) == (0, True)
     assert stage_of("hook_merged_embed", 3, merged_first=False) == (-1, False)
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "stage"),
+    [
+        ("blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", 1),
+        ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_pre", 1),
+        ("blocks.0.hook_mlp_out", "blocks.0.hook_resid_post", 1),
+        # What the base does comes after what the cell does, or may.
+        ("blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", None),
+        ("blocks.1.hook_mlp_out", "blocks.1.hook_resid_pre", None),
+        ("blocks.2.hook_resid_pre", "blocks.1.hook_resid_pre", None),
+    ],
+)
+def test_j2_a_cell_joins_only_where_all_of_its_base_lies_before_it(base, own, stage) -> None:
+    model, inputs = tiny("llava"), make_inputs("llava")
+    for later in ((), (Ablate("blocks.2.hook_mlp_out"),)):
+        made = (Ablate(own), *later)
+        (cell,) = Sweep(inputs, {"i": [0]}, lambda i, made=made: list(made), [Ablate(base)]).plan(
+            model
+        )
+        job = job_of(model, inputs, cell, 0)
+        assert (None if job is None else job.stage) == stage

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 import time
@@ -55,6 +54,8 @@ def in_child(work: Path, run: Callable[[], int], limit: int) -> int:
     if child == 0:
         status = 70
         try:
+            import resource  # here, as Windows has none
+
             os.setsid()
             os.chdir(work)
             output = os.open(work / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -211,3 +211,16 @@ def test_vision_sites_on_a_text_only_prompt_are_said_not_to_have_run(family):
     _, cache = model.run_with_cache(inputs)  # nothing in particular was asked for
     assert all(not site.startswith("vision") for site in cache)
     assert len(cache) == sum(not site.startswith("vision") for site in model.hook_dict)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_j2_calls_are_counted_from_0_in_every_pass_and_every_block(family):
+    model, inputs = tiny(family), make_inputs(family)
+    calls: list[tuple[str, int]] = []
+    sites = ["vision_projector.hook_out", POST, "blocks.0.attn.hook_pattern"]
+    hooks = [(site, lambda x, hook: calls.append((hook.name, hook.call))) for site in sites]
+    for _ in range(2):
+        with model.hooks(hooks):
+            model(inputs)
+            model(inputs)
+    assert sorted(calls) == sorted((site, 0) for site in sites * 4)

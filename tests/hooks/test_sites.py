@@ -330,3 +330,12 @@ def test_j2_padded_images_are_shown_without_their_padding_and_written_back():
     expected[0, :, :2] *= 2
     expected[1, :, :, :1] *= 2
     assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 5), (2, 3, 4, 5), (2, 2, 3, 2, 5)])
+def test_j2_patches_in_rows_and_columns_are_shown_on_one_axis(shape: tuple[int, ...]):
+    site = Site("vision_encoder.blocks.0.hook_resid_pre", "image patch d_vision", "block", "output")
+    raw = torch.randn(shape)
+    shown = read(site, raw, None)
+    assert isinstance(shown, Tensor) and torch.equal(shown, raw.reshape(2, 12, 5))
+    assert torch.equal(write(site, shown * 2, raw, None), raw * 2)
