@@ -20,6 +20,7 @@ from hooked_vlm.experiments.dual_mechanisms import (
     swap_under_ablation,
 )
 from hooked_vlm.experiments.further import (
+    absolute_or_relative,
     alpha_transfer,
     coco_amplification,
     coco_spatial,
@@ -28,6 +29,7 @@ from hooked_vlm.experiments.further import (
     grid_probes,
     photographs,
     redundancy,
+    why_strips,
 )
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
@@ -60,6 +62,8 @@ MODULES = (
     composite_artefacts,
     encoder_depth,
     redundancy,
+    absolute_or_relative,
+    why_strips,
     coco_spatial,
     coco_amplification,
 )
