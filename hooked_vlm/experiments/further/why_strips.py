@@ -6,19 +6,19 @@ fitted to uncut pictures, reads what is left.  Each cut is compared with random 
 keys for each query.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares, object_examples
-from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     fit_with_controls,
@@ -27,13 +27,19 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, projected
+from hooked_vlm.experiments.further.encoder_cuts import (
+    CUTS,
+    Encoder,
+    cut_pairs,
+    cutting,
+    random_pairs,
+    whole_attention,
+)
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, format_names, interval_rows, select
 from hooked_vlm.experiments.verdicts import Judgement, claim_rows, judge, sentence
-from hooked_vlm.hooks.names import VISION
-from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -44,12 +50,6 @@ ABOUT = About(
     title="Which attention in the vision encoder writes the code of strips?",
     claim="The paper finds strips in the projector's output and leaves their origin open.",
 )
-CUTS = {
-    "background -> objects": "attention from background to objects",
-    "objects -> other objects": "attention between objects",
-    "objects -> background": "attention from objects to background",
-}
-"""Queries and the keys that they lose, and the same in words."""
 BACKGROUND, OBJECTS = "background", "objects"
 QUANTITIES = (BACKGROUND, OBJECTS)
 """Shares of background tokens read as their strip, and of object tokens read as their place."""
@@ -78,25 +78,16 @@ class Config(common.Config):
     by: str = "layer"
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """The attention of a vision encoder over the patches of a picture."""
-
-    sites: tuple[str, ...]
-    """The attention scores of the blocks that reach the projector."""
-    prefix: int
-    """Class tokens and registers before the patches."""
-    side: int
-    """Patches on a side of a visual token."""
-
-
 def run(model, config: Config, on_progress: OnProgress) -> Result:
     """Cuts attention between classes of patches, and reads the code with E3's probe."""
     setting = Setting.of(model, config)
     encoder = whole_attention(setting)
     layers = _layers(len(encoder.sites), config.by)
-    conditions = list(_conditions(setting, encoder, config.random_cuts, layers))
-    done, steps = 0, sum(1 + n for _, n in conditions)
+    steps = sum(
+        1 + len(layers) * _n_steps(setting, axis, encoder, config.random_cuts)
+        for axis in setting.axes
+    )
+    done = 0
     rows, shares = [], []
 
     def step() -> None:
@@ -105,7 +96,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         on_progress(done, steps)
 
     on_progress(0, steps)
-    for axis, _ in conditions:
+    for axis in setting.axes:
         found = _shares_of(setting, axis, encoder, layers, config, step)
         made = _rows(found["shares"], list(layers), config.seed)
         rows += [{**row, "axis": axis} for row in [*found["rows"], *made]]
@@ -130,7 +121,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "A cut masks attention scores in all heads. Class tokens and registers count as "
             "background, because they would pass on what is cut.",
             "A random cut removes as many keys of each query as the cut, drawn anew for each "
-            "picture and layer among the keys that the cut leaves, except the query itself; mean "
+            "picture among the keys that the cut leaves, except the query itself; mean "
             f"over {config.random_cuts}. Where the cut leaves too few keys (of objects -> "
             "background) there is none. That of objects -> other objects is a cut of as many "
             "background keys.",
@@ -139,111 +130,6 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "cut off.",
         ),
     )
-
-
-# --- the cut --------------------------------------------------------------------------------
-
-
-def whole_attention(setting: Setting) -> Encoder:
-    """Returns the attention of the setting's vision encoder.
-
-    Raises `CannotRunError` where a block has no attention scores, or where they do not cover all
-    patches of a picture (windows, tiles).
-    """
-    model = setting.model
-    n_blocks = model.anatomy.vision.last_read + 1
-    sites = [f"{VISION}.blocks.{layer}.attn.hook_attn_scores" for layer in range(n_blocks)]
-    missing = [site for site in sites if site not in model.sites]
-    if missing or not sites:
-        raise CannotRunError(
-            f"This vision encoder has no attention scores at {missing[0] if missing else VISION}, "
-            "which this experiment cuts. Use a model whose vision encoder is a transformer with "
-            "softmax attention."
-        )
-    seen: dict[str, list[tuple[int, ...]]] = {site: [] for site in sites}
-
-    def note(scores: Any, hook: Any) -> None:
-        parts = scores if isinstance(scores, list) else list(scores)
-        seen[hook.name] += [tuple(part.shape[-2:]) for part in parts]
-
-    question = setting.stimuli.items()[0]
-    projected(setting, [question], [(site, note) for site in sites])
-    prefix, tokens = model.anatomy.vision.n_prefix, setting.geometry.shape[0]
-    side = round(max(0, (max(seen[sites[0]], default=(0,))[0] - prefix)) ** 0.5) // tokens
-    n = prefix + (side * tokens) ** 2
-    for site, shapes in seen.items():
-        if shapes != [(n, n)] or side < 1:
-            found = ", ".join(f"{q}x{k}" for q, k in shapes[:4]) or "none"
-            raise CannotRunError(
-                f"The attention scores at {site} are {found} for one picture; expected are those "
-                f"of all its patches in one square, {tokens}x{tokens} visual tokens of whole "
-                "patches. Use a model whose vision encoder attends without windows and tiles."
-            )
-    return Encoder(tuple(sites), prefix, side)
-
-
-def cut_pairs(
-    layout: Layout, axis: str, cut: str, prefix: int, side: int
-) -> Bool[np.ndarray, "query key"]:
-    """Returns which pairs of a query and a key a cut removes, over a picture's patches.
-
-    >>> from hooked_vlm.stimuli.geometry import geometry_for
-    >>> cut_pairs(geometry_for(6, 8), "horizontal", "background -> objects", 1, 2).sum(1).max()
-    np.int64(12)
-    """
-    owner = _owners(layout, axis, prefix, side)
-    query, key = owner[:, None], owner[None]
-    if cut == "background -> objects":
-        return (query < 0) & (key >= 0)
-    if cut == "objects -> other objects":
-        return (query >= 0) & (key >= 0) & (query != key)
-    return (query >= 0) & (key < 0)
-
-
-def _owners(layout: Layout, axis: str, prefix: int, side: int) -> np.ndarray:
-    """Returns the place of each patch's object, -1 in the background and before the patches."""
-    owner = np.full(layout.shape, -1)
-    for place in range(3):
-        owner[layout.object_region(axis, place).mask] = place
-    return np.concatenate([np.full(prefix, -1), np.kron(owner, np.ones((side, side), int)).ravel()])
-
-
-def random_pairs(
-    cut: Bool[np.ndarray, "query key"], rng: np.random.Generator
-) -> Bool[np.ndarray, "query key"] | None:
-    """Returns as many pairs of each query as a cut has, among others; None where there are fewer.
-
-    No pair is a query with itself.
-    """
-    others = ~cut & ~np.eye(len(cut), dtype=bool)
-    n = cut.sum(1)
-    if (others.sum(1) < n).any():
-        return None
-    drawn = np.where(others, rng.random(cut.shape), 2.0)
-    rank = drawn.argsort(1).argsort(1)
-    return rank < n[:, None]
-
-
-def cutting(
-    masks: Mapping[str, Bool[np.ndarray, "#image query key"]],
-) -> list[tuple[str, Callable[[Any, Any], Any]]]:
-    """Returns hooks that mask attention scores `[image, head, query, key]`, by site.
-
-    Packed encoders may give a list of scores by image.
-    """
-
-    def cut(scores: Any, hook: Any) -> Any:
-        mask = torch.from_numpy(masks[hook.name])[:, None]
-        if isinstance(scores, list):
-            each = mask.expand(len(scores), *mask.shape[1:])
-            return [_masked(part, own) for part, own in zip(scores, each, strict=True)]
-        return _masked(scores, mask)
-
-    return [(site, cut) for site in masks]
-
-
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(mask.to(scores.device), torch.finfo(scores.dtype).min)
 
 
 # --- shares ---------------------------------------------------------------------------------
@@ -257,17 +143,15 @@ def _layers(n: int, by: str) -> dict[int, range]:
     return every | {layer: range(layer if by == "layer" else 0, layer + 1) for layer in range(n)}
 
 
-def _conditions(
-    setting: Setting, encoder: Encoder, n_random: int, layers: Mapping[int, range]
-) -> Iterator[tuple[str, int]]:
-    """Yields each axis and its number of cuts."""
-    for axis in setting.axes:
-        n = 0
-        for cut in CUTS:
-            pairs = cut_pairs(setting.geometry, axis, cut, encoder.prefix, encoder.side)
-            has_random = random_pairs(pairs, np.random.default_rng(0)) is not None
-            n += len(layers) * (1 + n_random * has_random)
-        yield axis, n
+def _n_steps(setting: Setting, axis: str, encoder: Encoder, n_random: int) -> int:
+    """Returns the number of cuts of an axis, random ones included."""
+    layout = setting.geometry
+    made = [cut_pairs(layout, axis, cut, encoder.prefix, encoder.side) for cut in CUTS]
+    return sum(1 + n_random * _has_random(pairs) for pairs in made)
+
+
+def _has_random(pairs: np.ndarray) -> bool:
+    return random_pairs(pairs, np.random.default_rng(0)) is not None
 
 
 def _shares_of(
@@ -291,19 +175,18 @@ def _shares_of(
     values[:, :, 0] = intact
     for c, cut in enumerate(CUTS):
         pairs = cut_pairs(setting.geometry, axis, cut, encoder.prefix, encoder.side)
+        repeats = config.random_cuts if _has_random(pairs) else 0
         for i, chosen in enumerate(layers.values()):
             sites = [encoder.sites[layer] for layer in chosen]
-            features = _cut_features(setting, asked, {site: pairs[None] for site in sites})
-            values[c, i, 1] = _read(setting, axis, fitted.probes, features)
-            step()
-            drawn = []
-            for repeat in range(config.random_cuts):
-                rng = np.random.default_rng([config.seed, repeat, c, i])
-                if random_pairs(pairs, rng) is None:
-                    break
-                features = _random_features(setting, asked, sites, pairs, rng)
-                drawn.append(_read(setting, axis, fitted.probes, features))
+
+            def read(pairs_of: Callable[[], Any], sites: list[str] = sites) -> np.ndarray:
+                features = _features(setting, asked, sites, pairs_of)
                 step()
+                return _read(setting, axis, fitted.probes, features)
+
+            values[c, i, 1] = read(lambda pairs=pairs: pairs)
+            rng = np.random.default_rng([config.seed, c, i])
+            drawn = [read(partial(random_pairs, pairs, rng)) for _ in range(repeats)]
             if drawn:
                 values[c, i, 2] = np.mean(drawn, axis=0)
     coords = {
@@ -316,23 +199,17 @@ def _shares_of(
     return {"rows": rows, "shares": xr.DataArray(values, dims=dims, coords=coords)}
 
 
-def _cut_features(
-    setting: Setting, asked: Sequence[Question], masks: Mapping[str, np.ndarray]
-) -> Tensor:
-    return torch.cat([projected(setting, b, cutting(masks)) for b in setting.batches(asked)])
-
-
-def _random_features(
+def _features(
     setting: Setting,
     asked: Sequence[Question],
     sites: Sequence[str],
-    pairs: np.ndarray,
-    rng: np.random.Generator,
+    pairs_of: Callable[[], np.ndarray],
 ) -> Tensor:
+    """Returns the projector's output with the pairs of each picture cut at some sites."""
     parts = []
     for batch in setting.batches(asked):
-        masks = {site: np.stack([random_pairs(pairs, rng) for _ in batch]) for site in sites}
-        parts.append(projected(setting, batch, cutting(masks)))
+        masks = np.stack([pairs_of() for _ in batch])
+        parts.append(projected(setting, batch, cutting(dict.fromkeys(sites, masks))))
     return torch.cat(parts)
 
 
@@ -373,27 +250,32 @@ def _rows(shares: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
                         about = {"kind": kind, "quantity": quantity, "condition": condition}
                         interval = mean_of_shares(own[:, q], seed=seed)
                         rows += interval_rows(interval, {}, layer=_named(layer), **about)
+    rows += _claims(shares.sel(layer=[ALL]), QUANTITIES, units, seed)
     single = [layer for layer in layers if layer != ALL]
-    for chosen in ([ALL], single):  # p-values are adjusted over all layers, or for all together
-        if chosen:
-            rows += _claims(shares.sel(layer=chosen), units, seed)
+    if single:
+        for kind in CUTS:  # p-values are adjusted over layers
+            for quantity in QUANTITIES:
+                own = shares.sel(kind=[kind], layer=single, quantity=[quantity])
+                rows += _claims(own, [quantity], units, seed)
     return rows
 
 
-def _claims(shares: xr.DataArray, units: Sequence[int], seed: int) -> list[dict]:
+def _claims(shares: xr.DataArray, quantities: Sequence[str], units: range, seed: int) -> list[dict]:
     rows = []
     cut = shares.sel(condition=CUT)
     for other in (INTACT, RANDOM):
         difference = cut - shares.sel(condition=other)
         there = difference.notnull().all(("layer", "image", "quantity")).values
+        if not there.any():
+            continue
         difference = difference[there].transpose("image", "kind", "layer", "quantity")
         axes = {
             "kind": difference["kind"].values.tolist(),
             "layer": [_named(layer) for layer in difference["layer"].values.tolist()],
-            "quantity": list(QUANTITIES),
+            "quantity": list(quantities),
         }
-        values = difference.values
-        rows += claim_rows(values, axes, units, seed, condition=f"{CUT} - {other}")
+        about = {"condition": f"{CUT} - {other}"}
+        rows += claim_rows(difference.values, axes, units, seed, **about)
     return rows
 
 
