@@ -18,7 +18,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY, Geometry
 
 
-CONFIG = q7.Config(images=40, batch_size=40)
+CONFIG = q7.Config(images=20, batch_size=20)
 
 
 def ran() -> tuple[Result, list[tuple[int, int]]]:

@@ -135,14 +135,19 @@ def strips(geometry: Layout, axis: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_with_controls(
-    examples: Examples, n_images: int, seed: int, n_seeds: int = 1, n_shuffles: int = 1
+    examples: Examples,
+    n_images: int,
+    seed: int,
+    n_seeds: int = 1,
+    n_shuffles: int = 1,
+    test_size: float = 0.25,
 ) -> tuple[Fitted, list[dict]]:
     """Returns probes and their controls, and rows of held-out accuracies.
 
-    The controls are fitted and scored on labels shuffled within images; `converged` is a
-    logistic regression on the same examples.
+    `test_size` is the share of images that are held out.  The controls are fitted and scored on
+    labels shuffled within images; `converged` is a logistic regression on the same examples.
     """
-    train, test = split_by_image(n_images, seed=seed)
+    train, test = split_by_image(n_images, test_size=test_size, seed=seed)
     part, held = examples.of_images(train), examples.of_images(test)
     probes = [LinearProbe(seed=seed + i).fit(part.X, part.y) for i in range(n_seeds)]
     right = np.stack([held_out_shares(probe, held) for probe in probes])

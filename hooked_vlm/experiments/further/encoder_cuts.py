@@ -52,24 +52,25 @@ def whole_attention(setting: Setting) -> Encoder:
             "which this experiment cuts. Use a model whose vision encoder is a transformer with "
             "softmax attention."
         )
-    seen: dict[str, list[tuple[int, ...]]] = {site: [] for site in sites}
+    calls: dict[str, list[list[tuple[int, ...]]]] = {site: [] for site in sites}
 
     def note(scores: Any, hook: Any) -> None:
-        parts = scores if isinstance(scores, list) else list(scores)
-        seen[hook.name] += [tuple(part.shape[-2:]) for part in parts]
+        calls[hook.name].append([tuple(part.shape[-2:]) for part in scores])
 
-    question = setting.stimuli.items()[0]
-    projected(setting, [question], [(site, note) for site in sites])
+    pictures = setting.stimuli.items()[:2]
+    projected(setting, pictures, [(site, note) for site in sites])
     prefix, tokens = model.anatomy.vision.n_prefix, setting.geometry.shape[0]
-    side = round(max(0, (max(seen[sites[0]], default=(0,))[0] - prefix)) ** 0.5) // tokens
+    first = [shape[0] for call in calls[sites[0]] for shape in call]
+    side = round(max(0, max(first, default=0) - prefix) ** 0.5) // tokens
     n = prefix + (side * tokens) ** 2
-    for site, shapes in seen.items():
-        if shapes != [(n, n)] or side < 1:
-            found = ", ".join(f"{q}x{k}" for q, k in shapes[:4]) or "none"
+    for site, shapes in calls.items():
+        if side < 1 or shapes != [[(n, n)] * len(pictures)]:
+            found = ", ".join(f"{q}x{k}" for call in shapes for q, k in call[:3]) or "none"
             raise CannotRunError(
-                f"The attention scores at {site} are {found} for one picture; expected are those "
-                f"of all its patches in one square, {tokens}x{tokens} visual tokens of whole "
-                "patches. Use a model whose vision encoder attends without windows and tiles."
+                f"For {len(pictures)} pictures, the attention scores at {site} are {found[:60]}; "
+                "expected is one square for each picture, over all of its patches. Use a model "
+                f"whose vision encoder attends without windows and tiles, and has {tokens}x{tokens}"
+                " visual tokens of whole patches."
             )
     return Encoder(tuple(sites), prefix, side)
 

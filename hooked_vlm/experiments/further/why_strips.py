@@ -59,6 +59,10 @@ ALL = -1
 """The number of layers' cut in the code: all of them."""
 
 
+HELD_OUT = 0.5
+"""The share of pictures that no probe is fitted to: with fewer, no claim can be refuted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """`images` pictures of each axis; `random_cuts` controls of each cut.
@@ -114,10 +118,10 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "sites": list(encoder.sites),
         },
         notes=(
-            f"Probes are those of E3 ({SEEDS} initialisations), fitted to object tokens of uncut "
-            "pictures and applied to held-out pictures, cut and uncut. 'background' is the share "
-            "of background tokens read as their strip, 'objects' that of object tokens read as "
-            "their place. All differences are paired by picture.",
+            f"Probes are those of E3 ({SEEDS} initialisations), fitted to object tokens of half "
+            "of the uncut pictures and applied to the others, cut and uncut. 'background' is the "
+            "share of background tokens read as their strip, 'objects' that of object tokens read "
+            "as their place. All differences are paired by picture.",
             "A cut masks attention scores in all heads. Class tokens and registers count as "
             "background, because they would pass on what is cut.",
             "A random cut removes as many keys of each query as the cut, drawn anew for each "
@@ -167,7 +171,7 @@ def _shares_of(
     questions = sampled(setting, direction, config.images, config.seed)
     usual = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
     examples = object_examples(usual, probe_regions(setting.geometry, axis))
-    fitted, rows = fit_with_controls(examples, len(usual), config.seed, SEEDS)
+    fitted, rows = fit_with_controls(examples, len(usual), config.seed, SEEDS, test_size=HELD_OUT)
     step()
     asked = [questions[i] for i in fitted.test]
     intact = _read(setting, axis, fitted.probes, usual[torch.as_tensor(fitted.test)])
