@@ -15,16 +15,15 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float, Int
 
-from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares, object_examples
-from hooked_vlm.errors import DataError, counted
+from hooked_vlm.analysis.probes import mean_of_shares, object_examples
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
-    Fitted,
+    PROBES,
     fit_with_controls,
+    places_read,
     probe_regions,
-    strips,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
@@ -33,12 +32,22 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
     projected,
     projected_scenes,
 )
+from hooked_vlm.experiments.further.close_objects import (
+    EDGES,
+    READINGS,
+    Moved,
+    Read,
+    agreeing,
+    close_together,
+    moved,
+    shares_read,
+)
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import Judgement, claim_rows, judge, sentence
-from hooked_vlm.stimuli.geometry import Geometry, Layout, Shifted
+from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import SETTINGS
 
@@ -53,9 +62,7 @@ ABOUT = About(
         "tell a place in the picture from a place among the objects."
     ),
 )
-READINGS = ("relative", "absolute", "other")
 BOTH = "both edges"
-EDGES = {"start": "left or top edge", "end": "right or bottom edge"}
 DIFFERENCE, SURPLUS = "relative - absolute", "relative, three - one"
 CONTROL = "control, centre"
 MOSTLY = 0.5
@@ -64,34 +71,24 @@ NAMES = {
     "horizontal": {EDGES["start"]: "left edge", EDGES["end"]: "right edge"},
     "vertical": {EDGES["start"]: "top edge", EDGES["end"]: "bottom edge"},
 }
-Read = Int[np.ndarray, "probe image row col"]
-"""The place as which each probe reads each token."""
-
-
 HELD_OUT = 0.5
 """The share of pictures that no probe is fitted to: with fewer, no claim can be refuted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
-    """`images` pictures of each axis; `gap` tokens between the objects at an edge."""
+    """`images` pictures of each axis; `gap` tokens between the objects at an edge.
+
+    `probe` is the `"paper"`'s recipe, or a logistic regression fitted until it has `"converged"`.
+    """
 
     settings_allowed = SETTINGS  # What'sUp's photographs cannot be moved
     ranges: ClassVar = {"images": (8, 10**6), "gap": (0, 100)}  # probes need held-out pictures
+    choices: ClassVar = {"probe": PROBES}
 
     images: int = 120
     gap: int = 0
-
-
-@dataclass(frozen=True)
-class Moved:
-    """An object of which no token lies in the strip of its order."""
-
-    place: int
-    """Its place among the objects: 0, 1 or 2."""
-    mask: Bool[np.ndarray, "row col"]
-    strips: Int[np.ndarray, " token"]
-    """The strip of each of its tokens."""
+    probe: str = "paper"
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -129,11 +126,17 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         },
         images=pictures,
         verdict=_verdict(table, config.gap),
-        config={"images": config.images, "gap": config.gap, "seed": config.seed},
+        config={
+            "images": config.images,
+            "gap": config.gap,
+            "probe": config.probe,
+            "seed": config.seed,
+        },
         notes=(
             "E3's probe, fitted to object tokens of half of the usual pictures, labelled by place, "
             f"and applied to the other triples. Numbers are means over {SEEDS} probes with "
-            "other initialisations, with intervals over pictures.",
+            "other initialisations, with intervals over pictures. probe='converged' is one "
+            "logistic regression on the same tokens instead.",
             "Counted are objects of which no token lies in the strip of their order. 'relative' is "
             "the share of their tokens read as their place among the objects, 'absolute' that read "
             "as their strip, 'other' the rest. Objects weigh the same, and so do the edges.",
@@ -145,73 +148,6 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "more of this reading than one.",
         ),
     )
-
-
-def close_together(geometry: Layout, gap: int) -> dict[str, Shifted]:
-    """Returns the layouts at the start, in the centre and at the end of the axis.
-
-    Raises `DataError` for a gap at which the objects do not fit, or none leaves the strip of its
-    order.
-    """
-    if not isinstance(geometry, Geometry):
-        raise DataError(
-            f"A {type(geometry).__name__} was given; its objects cannot be moved. Use one of the "
-            f"settings {', '.join(SETTINGS)}."
-        )
-    n, size = geometry.n_tokens, geometry.object_tokens
-    room = n - 3 * size - 2 * gap
-    if room < 0:
-        raise DataError(
-            f"gap={gap} was given; three objects of {size} tokens do not fit with it in {n} "
-            f"tokens. Give a gap of at most {(n - 3 * size) // 2}."
-        )
-    firsts = {"start": 0, "centre": room // 2, "end": room}
-    layouts = {
-        name: Shifted(n, geometry.token_px, size, gap, geometry.strips, first=first)
-        for name, first in firsts.items()
-    }
-    if not all(moved(layouts[edge], "horizontal") for edge in EDGES):
-        raise DataError(
-            f"gap={gap} was given; with it every object at an edge has tokens in the strip of its "
-            "order. Give another gap, such as 0."
-        )
-    return layouts
-
-
-def moved(layout: Layout, axis: str) -> list[Moved]:
-    """Returns the objects of which no token lies in the strip of their order."""
-    strip, _ = strips(layout, axis)
-    found = []
-    for place in range(3):
-        mask = layout.object_region(axis, place).mask
-        if not (strip[mask] == place).any():
-            found.append(Moved(place, mask, strip[mask]))
-    return found
-
-
-def shares_read(read: Read, objects: Sequence[Moved]) -> Float[np.ndarray, "object probe image 3"]:
-    """Returns the shares of each object's tokens that are read as in `READINGS`."""
-    shares = []
-    for one in objects:
-        tokens = read[..., one.mask]
-        relative = (tokens == one.place).mean(-1)
-        absolute = (tokens == one.strips).mean(-1)
-        shares.append(np.stack([relative, absolute, 1 - relative - absolute], axis=-1))
-    return np.stack(shares).clip(0, 1)  # a difference of shares may be -1e-17
-
-
-def agreeing(read: Read, layout: Layout, axis: str) -> Float[np.ndarray, "probe image"]:
-    """Returns the share read as their place, of object tokens whose order and strip agree.
-
-    Places have the same weight.
-    """
-    strip, _ = strips(layout, axis)
-    shares = []
-    for place in range(3):
-        mask = layout.object_region(axis, place).mask & (strip == place)
-        if mask.any():
-            shares.append((read[..., mask] == place).mean(-1))
-    return np.mean(shares, axis=0)
 
 
 def _n_alone(layouts: Mapping[str, Layout], axis: str) -> int:
@@ -233,11 +169,12 @@ def _read_axis(
     fitted, rows = fit_with_controls(examples, len(usual), config.seed, SEEDS, test_size=HELD_OUT)
     step()
     asked = [questions[i] for i in fitted.test]
+    probes, accuracies = fitted.read_by(config.probe)
 
     def read_in(layout: Layout, shown: Callable[[Question], Any]) -> Read:
         grids = projected_scenes(setting, asked, shown, layout)
         step()
-        return _as_read(fitted.probes, grids)
+        return places_read(probes, grids)
 
     read = {name: read_in(layout, _all_three) for name, layout in layouts.items()}
     three, one = [], []
@@ -252,7 +189,7 @@ def _read_axis(
     rows += _share_rows(by_edge, config.seed, shown="three")
     rows += _share_rows(alone_by_edge, config.seed, shown="alone")
     control = agreeing(read["centre"], layouts["centre"], axis)
-    rows += _claims(fitted, by_edge, alone_by_edge, control, config.seed)
+    rows += _claims(accuracies, by_edge, alone_by_edge, control, config.seed)
     pictures = {
         f"{axis}, {NAMES[axis][label]}": setting.stimuli.scene(
             asked[0].entities, axis, layouts[edge], setting.stimuli.ground_of(asked[0])
@@ -268,10 +205,6 @@ def _all_three(question: Question) -> tuple[str, ...]:
 
 def _only(place: int, question: Question) -> tuple[str | None, ...]:
     return tuple(name if i == place else None for i, name in enumerate(question.entities))
-
-
-def _as_read(probes: Sequence[LinearProbe], grids: torch.Tensor) -> Read:
-    return np.stack([probe.probability_map(grids).argmax(-1).cpu().numpy() for probe in probes])
 
 
 # --- rows -----------------------------------------------------------------------------------
@@ -301,7 +234,7 @@ def _share_rows(by_edge: np.ndarray, seed: int, **columns: Any) -> list[dict]:
 
 
 def _claims(
-    fitted: Fitted, three: np.ndarray, one: np.ndarray, control: np.ndarray, seed: int
+    accuracies: np.ndarray, three: np.ndarray, one: np.ndarray, control: np.ndarray, seed: int
 ) -> list[dict]:
     """Returns the rows that the verdict is about.
 
@@ -315,7 +248,7 @@ def _claims(
         (difference.mean((0, 1)), {}, {"quantity": DIFFERENCE, "kind": BOTH}),
         ((three - one)[..., 0].mean((0, 1)), {}, {"quantity": SURPLUS, "kind": BOTH}),
         (control.mean(0), {"null": MOSTLY, **whole}, {"quantity": CONTROL}),
-        (fitted.accuracies.mean(0), {"null": CHANCE, **whole}, {"quantity": "accuracy, claim"}),
+        (accuracies.mean(0), {"null": CHANCE, **whole}, {"quantity": "accuracy, claim"}),
     ):
         rows += claim_rows(values, {}, units, seed, **bounds, **about)
     edges = {"kind": list(EDGES.values())}
@@ -356,7 +289,8 @@ def _of_axis(here: pd.DataFrame, axis: str) -> str:
         words = f"undecided whether relative or absolute: {finding.reason}"
     else:
         words = f"the code is {words}"
-        words += f" ({agree} of {counted(len(probes), 'probe')} with other initialisations agree)"
+        if len(probes) > 1:
+            words += f" ({agree} of {len(probes)} probes with other initialisations agree)"
     return (
         f"{words}. Where order and strip differ, tokens are read as {shares}; {'; '.join(edges)}. "
         f"Alone at the same cells, an object is read as the relative place in "

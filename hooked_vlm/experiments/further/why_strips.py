@@ -18,10 +18,12 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares, object_examples
+from hooked_vlm.analysis.probes import mean_of_shares, object_examples
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
+    PROBES,
     fit_with_controls,
+    places_read,
     probe_regions,
     strips,
 )
@@ -68,18 +70,20 @@ class Config(common.Config):
     """`images` pictures of each axis; `random_cuts` controls of each cut.
 
     Beside the cut in all layers, attention is cut in each `"layer"` alone, in all layers
-    `"up to"` each, or in no others (`"none"`).
+    `"up to"` each, or in no others (`"none"`).  `probe` is the `"paper"`'s recipe, or a logistic
+    regression fitted until it has `"converged"`.
     """
 
     ranges: ClassVar = {
         "images": (8, 10**6),  # probes need held-out pictures
         "random_cuts": (1, 100),
     }
-    choices: ClassVar = {"by": ("layer", "up to", "none")}
+    choices: ClassVar = {"by": ("layer", "up to", "none"), "probe": PROBES}
 
     images: int = 120
     random_cuts: int = 3
     by: str = "layer"
+    probe: str = "paper"
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -115,13 +119,15 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "images": config.images,
             "random_cuts": config.random_cuts,
             "by": config.by,
+            "probe": config.probe,
             "sites": list(encoder.sites),
         },
         notes=(
             f"Probes are those of E3 ({SEEDS} initialisations), fitted to object tokens of half "
             "of the uncut pictures and applied to the others, cut and uncut. 'background' is the "
             "share of background tokens read as their strip, 'objects' that of object tokens read "
-            "as their place. All differences are paired by picture.",
+            "as their place. All differences are paired by picture. probe='converged' is one "
+            "logistic regression on the same tokens instead.",
             "A cut masks attention scores in all heads. Class tokens and registers count as "
             "background, because they would pass on what is cut.",
             "A random cut removes as many keys of each query as the cut, drawn anew for each "
@@ -174,7 +180,8 @@ def _shares_of(
     fitted, rows = fit_with_controls(examples, len(usual), config.seed, SEEDS, test_size=HELD_OUT)
     step()
     asked = [questions[i] for i in fitted.test]
-    intact = _read(setting, axis, fitted.probes, usual[torch.as_tensor(fitted.test)])
+    probes, _ = fitted.read_by(config.probe)
+    intact = _read(setting, axis, probes, usual[torch.as_tensor(fitted.test)])
     values = np.full((len(CUTS), len(layers), 3, *intact.shape), np.nan)
     values[:, :, 0] = intact
     for c, cut in enumerate(CUTS):
@@ -186,7 +193,7 @@ def _shares_of(
             def read(pairs_of: Callable[[], Any], sites: list[str] = sites) -> np.ndarray:
                 features = _features(setting, asked, sites, pairs_of)
                 step()
-                return _read(setting, axis, fitted.probes, features)
+                return _read(setting, axis, probes, features)
 
             values[c, i, 1] = read(lambda pairs=pairs: pairs)
             rng = np.random.default_rng([config.seed, c, i])
@@ -218,7 +225,7 @@ def _features(
 
 
 def _read(
-    setting: Setting, axis: str, probes: Sequence[LinearProbe], features: Tensor
+    setting: Setting, axis: str, probes: Sequence[Any], features: Tensor
 ) -> Float[np.ndarray, "image 2"]:
     """Returns each picture's shares of `QUANTITIES`, averaged over probes."""
     layout = setting.geometry
@@ -226,8 +233,7 @@ def _read(
     place = np.full(layout.shape, -1)
     for i, region in enumerate(probe_regions(layout, axis)):
         place[region.mask] = i
-    grids = features.unflatten(1, layout.shape)
-    read = np.stack([p.probability_map(grids).argmax(-1).cpu().numpy() for p in probes])
+    read = places_read(probes, features.unflatten(1, layout.shape))
     given = (read == strip)[..., background].mean(-1), (read == place)[..., place >= 0].mean(-1)
     return np.stack(given, axis=-1).mean(0)
 
@@ -326,9 +332,11 @@ def _of_cut(own: pd.DataFrame, cut: str, quantity: str, by: str) -> str:
     layers = [str(int(layer)) for layer, claims in single.groupby("layer") if writes(claims).below]
     if single.empty or not found.below:
         return text
-    if by == "layer":
-        return f"{text}; found in the single layers {format_names(layers) or 'none'}"
-    return f"{text}; found for all layers up to {format_names(layers) or 'none'}"
+    if not layers:
+        return f"{text}; not found for {'any layer alone' if by == 'layer' else 'fewer layers'}"
+    if by == "up to":
+        return f"{text}; found up to layer {format_names(layers)}"
+    return f"{text}; found for layer {format_names(layers)} alone"
 
 
 def writes(claims: pd.DataFrame) -> Judgement:
@@ -339,10 +347,10 @@ def writes(claims: pd.DataFrame) -> Judgement:
         return fall
     against = select(claims, condition=f"{CUT} - {RANDOM}")
     if against.empty:
-        return judge(row, unless=f"{fall.reason}, and no random cut leaves so few keys apart")
+        return judge(row, unless=f"{fall.reason}, and so many keys have no random cut")
     more = judge(against.iloc[0])
     if more.below:
         return fall
     if more.outcome == "not found" or more.above:
         return Judgement("not found", 0, f"{fall.reason}, but random cuts lower it as much")
-    return judge(row, unless=f"{fall.reason}, and less random cuts {more.reason}")
+    return judge(row, unless=f"{fall.reason}, and against random cuts {more.reason}")
