@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 raise UnsupportedModelError("Could not load 'missing'. Did you mean 'tiny-one'?")
             torch.manual_seed(len(name))
             return types.SimpleNamespace(
-                hf_model=nn.Linear(2, 2), describe=lambda: f"{name}: sites"
+                hf_model=nn.Linear(2, 2), sites={}, describe=lambda: f"{name}: sites"
             )
 
     made = [experiment(synthetic.e1()), experiment(synthetic.e4())]

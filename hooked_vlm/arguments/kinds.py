@@ -57,7 +57,11 @@ Model: TypeAlias = Annotated[
     Any, Kind(lambda model: hasattr(model, "hf_model") and hasattr(model, "sites"), "a HookedVLM")
 ]
 Processor: TypeAlias = Annotated[
-    Any, Kind(lambda p: p is None or callable(p), "a processor of transformers, or None")
+    Any,
+    Kind(
+        lambda p: p is None or callable(p) or hasattr(p, "tokenizer"),
+        "a processor of transformers, or None",
+    ),
 ]
 Device: TypeAlias = Annotated[
     str | torch.device, Kind(_is_device, "cpu, cuda, cuda:1, mps or a torch device")

@@ -20,6 +20,7 @@ from hooked_vlm.experiments.dual_mechanisms import (
     swap_under_ablation,
 )
 from hooked_vlm.experiments.further import (
+    absolute_or_relative,
     alpha_transfer,
     coco_amplification,
     coco_spatial,
@@ -29,6 +30,7 @@ from hooked_vlm.experiments.further import (
     photographs,
     redundancy,
     whatsup_pooled,
+    why_strips,
 )
 from hooked_vlm.experiments.notes import with_notes
 from hooked_vlm.experiments.options import Config as Config
@@ -62,6 +64,8 @@ MODULES = (
     composite_artefacts,
     encoder_depth,
     redundancy,
+    absolute_or_relative,
+    why_strips,
     coco_spatial,
     coco_amplification,
     whatsup_pooled,

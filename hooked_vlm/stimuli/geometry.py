@@ -61,7 +61,7 @@ class Geometry:
                 f"Strips {self.strips} do not tile {self.n_tokens} tokens: their sum is "
                 f"{sum(self.strips)}. Give three widths whose sum is {self.n_tokens}."
             )
-        if 3 * self.object_tokens + 2 * self.gap_tokens > self.n_tokens:
+        if self.width > self.n_tokens:
             raise DataError(
                 f"Three objects of {self.object_tokens} tokens with gaps of {self.gap_tokens} do "
                 f"not fit in {self.n_tokens} tokens. Give smaller objects or gaps."
@@ -77,12 +77,21 @@ class Geometry:
         """(rows, cols) of visual tokens."""
         return self.n_tokens, self.n_tokens
 
+    @property
+    def width(self) -> int:
+        """Tokens from the first object's first to the last object's last."""
+        return 3 * self.object_tokens + 2 * self.gap_tokens
+
+    @property
+    def begin(self) -> int:
+        """The first object's first token along the axis."""
+        return (self.n_tokens - self.width) // 2
+
     @checked(DataError)
     def place_span(self, place: int) -> tuple[int, int]:
         """Returns the half-open range of tokens of a place along the axis."""
         _check_place(place)
-        width = 3 * self.object_tokens + 2 * self.gap_tokens
-        start = (self.n_tokens - width) // 2 + place * (self.object_tokens + self.gap_tokens)
+        start = self.begin + place * (self.object_tokens + self.gap_tokens)
         return start, start + self.object_tokens
 
     def cross_span(self) -> tuple[int, int]:
@@ -119,6 +128,32 @@ class Geometry:
         """Returns the cells without an object."""
         objects = [self.object_region(axis, place) for place in range(3)]
         return (~(objects[0] | objects[1] | objects[2])).named("background")
+
+
+@dataclass(frozen=True)
+class Shifted(Geometry):
+    """A layout whose objects begin at any token; the strips stay where they are.
+
+    >>> edge = Shifted(12, 28, 2, 0, (4, 4, 4), first=0)
+    >>> [edge.place_span(place) for place in range(3)]
+    [(0, 2), (2, 4), (4, 6)]
+    """
+
+    first: int
+    """The first object's first token along the axis."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.first <= self.n_tokens - self.width:
+            raise DataError(
+                f"Objects of {self.width} tokens in all cannot begin at token {self.first} of "
+                f"{self.n_tokens}. Give a token from 0 to {self.n_tokens - self.width}."
+            )
+
+    @property
+    def begin(self) -> int:
+        """The first object's first token along the axis."""
+        return self.first
 
 
 PAPER_GEOMETRY = {

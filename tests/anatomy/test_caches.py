@@ -159,7 +159,7 @@ def test_whether_there_is_a_cache_is_seen_in_what_runs(family):
     before, config.use_cache = config.use_cache, False
     try:
         with torch.no_grad():
-            model.generate(inputs, fwd_hooks=[hook], **GREEDY)
+            model.generate(inputs, fwd_hooks=[hook], prefill_only=True, **GREEDY)
     finally:
         config.use_cache = before
     assert steps == [(i, inputs["input_ids"].shape[1]) for i in range(4)]

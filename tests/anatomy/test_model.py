@@ -151,7 +151,7 @@ def test_a_model_of_ones_own_is_read_and_hooked(block):
 
 @pytest.mark.filterwarnings("ignore:Attention scores or patterns")
 def test_a_language_model_alone():
-    model, inputs = HookedVLM(llama(), processor=object()), {"input_ids": torch.tensor([[3, 4, 5]])}
+    model, inputs = HookedVLM(llama(), processor=print), {"input_ids": torch.tensor([[3, 4, 5]])}
     assert model.anatomy.vision is None
     assert model.cfg.vision is None
     logits, cache = model.run_with_cache(inputs)

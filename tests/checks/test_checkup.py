@@ -18,7 +18,8 @@ from hooked_vlm.model.vlm import HookedVLM
 
 def test_a_model_that_keeps_every_law() -> None:
     found = list(check_model(prepared("llava")))
-    assert [finding.verdict for finding in found] == [YES] * len(found)
+    # It takes no videos.
+    assert {f.law: f.verdict for f in found if f.verdict != YES} == {"videos": "n/a"}
     notes = {finding.law: finding.note for finding in found}
     assert {"parity", "grid", "LM attention", "generate", "sweep"} <= set(notes)
     assert notes["sweep"].startswith("grown: slots, merged, ")
@@ -80,7 +81,7 @@ def test_every_layer_checks_every_site(asked: list[str]) -> None:
 
 def test_a_language_model_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="has no vision encoder"):
-        next(check_model(HookedVLM(llama(), processor=object())))
+        next(check_model(HookedVLM(llama(), processor=print)))
 
 
 @pytest.mark.parametrize(("verdict", "code"), [(YES, 0), (NO, 1)])

@@ -12,6 +12,8 @@ The MLP writes the *order code* (`column_code`, `row_code`) that the projector h
 
 - `planted("background")`: in every token.  The language model reads white tokens alone.
 - `planted("object")`: in object tokens alone.  There the language model must read.
+- `planted("attention")`: in every token whose head 0 (columns) or head 1 (rows) found an object.
+  So the background has it only as long as it attends to the objects.
 
 Language model (two blocks; `L` below).  In block 0 every position copies the direction word
 ("left", "right", "above", "below") that it finds in front of it.  In block 1 the last
@@ -81,7 +83,8 @@ L = {  # dimensions of the language model
 
 @cache
 def planted(coded: str) -> HookedVLM:
-    """Returns the model whose order code is read from `"background"` or `"object"` tokens."""
+    """Returns the model whose order code is in `"background"` or `"object"` tokens, or comes by
+    `"attention"`."""
     tokenizer = build_tokenizer(RECIPES["tiny-qwen2-vl"])
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE * PATCH},
@@ -105,7 +108,7 @@ def planted(coded: str) -> HookedVLM:
             parameter.zero_()
         _plant_vision(parts.vision_tower, coded)
         _plant_projector(parts.multi_modal_projector)
-        _plant_language(parts.language_model, tokenizer, reads_white=coded == "background")
+        _plant_language(parts.language_model, tokenizer, reads_white=coded != "object")
         _plant_answers(model.lm_head, tokenizer)
     return HookedVLM(model, processor, name=f"planted-{coded}")
 
@@ -188,6 +191,12 @@ def _plant_vision(tower: Any, coded: str) -> None:
         if coded == "object":
             mlp.fc1.weight[6 + i, strip] = 1  # unit 6 + i: the code if the token is white, else 0
             mlp.fc1.weight[6 + i, list(V["rgb"])] = 10 / 3
+            mlp.fc1.bias[6 + i] = -10
+            mlp.fc2.weight[codes[i], 6 + i] = -1
+        if coded == "attention":
+            color = V["column_color" if i < 3 else "row_color"]
+            mlp.fc1.weight[6 + i, strip] = 1  # the code if the colour found is white, else 0
+            mlp.fc1.weight[6 + i, list(color)] = 10 / 3
             mlp.fc1.bias[6 + i] = -10
             mlp.fc2.weight[codes[i], 6 + i] = -1
     _both_signs(mlp.fc2.weight)

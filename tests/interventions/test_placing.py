@@ -122,11 +122,11 @@ def test_j2_an_encoder_that_runs_twice_on_an_image_is_refused_at_the_second_call
         own(**options)
         return own(**options)
 
+    model, inputs = HookedVLM(hf_model), make_inputs("llava")
+    assert model.grids(inputs)[0]  # measured while the encoder runs once
     hf_model.model.get_image_features = twice
     with torch.no_grad(), pytest.raises(InterventionError, match="runs once for each image"):
-        HookedVLM(hf_model).run_with_hooks(
-            make_inputs("llava"), [Ablate("vision_projector.hook_out")]
-        )
+        model.run_with_hooks(inputs, [Ablate("vision_projector.hook_out")])
 
 
 def double(activation: torch.Tensor, hook: Any) -> torch.Tensor:

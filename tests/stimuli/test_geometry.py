@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from hooked_vlm.errors import DataError
 from hooked_vlm.regions.region import Region
-from hooked_vlm.stimuli.geometry import AXES, PAPER_GEOMETRY, Geometry, geometry_for
+from hooked_vlm.stimuli.geometry import AXES, PAPER_GEOMETRY, Geometry, Shifted, geometry_for
 
 
 # Worked out by hand from the paper's table (2.1): canvas in pixels, first token of each place
@@ -97,6 +97,23 @@ def test_what_does_not_fit_is_refused():
         Geometry(12, 28, 3, 2, (4, 4, 4))
     with pytest.raises(DataError, match="4 tokens a side"):
         geometry_for(4, 16)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_shifted_objects_leave_the_strips_where_they_are(axis):
+    usual = PAPER_GEOMETRY["gemma-3"]
+    edge = Shifted(16, 56, 3, 1, usual.strips, first=5)
+    assert [edge.place_span(place) for place in range(3)] == [(5, 8), (9, 12), (13, 16)]
+    assert edge.cross_span() == usual.cross_span()
+    x0, y0, x1, y1 = edge.place_box(axis, 2)
+    along = (x0, x1) if axis == "horizontal" else (y0, y1)
+    assert along == (13 * 56, 16 * 56)
+    assert len(edge.background(axis)) == 16**2 - 3 * 3**2
+    for place in range(3):
+        assert edge.strip_region(axis, place) == usual.strip_region(axis, place)
+    for first in (-1, 6):
+        with pytest.raises(DataError, match=f"begin at token {first} of 16"):
+            Shifted(16, 56, 3, 1, usual.strips, first=first)
 
 
 @pytest.mark.parametrize("call", ["place_box", "object_region", "strip_region"])

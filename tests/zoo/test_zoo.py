@@ -259,7 +259,7 @@ def test_a_mixed_scene_is_what_the_setting_shows():
         names = triple if kind == "objects" else ("red", "green", "blue")
         scene = MixedScene(kind, names, forms, axis, boxes, "white")
         question = Question(names, "below")
-        stimuli = stimulus_set(kind)
+        stimuli = stimulus_set("shapes-inset" if kind == "shapes" else kind)  # as they were trained
         assert np.array_equal(scene.render(192), np.asarray(stimuli.picture(question, GEOMETRY)))
         assert scene.relations()[1] == (stimuli.prompt(question), question.target)
 

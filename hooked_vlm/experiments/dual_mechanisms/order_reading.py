@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 
 from hooked_vlm.analysis.probes import (
@@ -29,6 +29,10 @@ from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import Layout
 
 
+PROBES = ("paper", "converged")
+"""The paper's recipe (200 small steps), and a logistic regression fitted to convergence."""
+RIGID = 1e-4
+"""The standard deviation, as a part of the largest, below which a feature has no weight."""
 SHOWN = 3
 """Number of held-out pictures whose single maps are kept."""
 
@@ -92,6 +96,15 @@ class Fitted:
     """The held-out images."""
     accuracies: Float[np.ndarray, "probe image"]
     """The share of each held-out image's object tokens that each probe gets right."""
+    converged: LogisticRegression | None = None
+    """A logistic regression on the same examples."""
+    converged_accuracies: Float[np.ndarray, "1 image"] | None = None
+
+    def read_by(self, probe: str) -> tuple[list[Any], Float[np.ndarray, "probe image"]]:
+        """Returns the `"paper"`'s probes or the `"converged"` one, and their accuracies."""
+        if probe == "converged" and self.converged_accuracies is not None:
+            return [self.converged], self.converged_accuracies
+        return list(self.probes), self.accuracies
 
 
 def _fit_and_read(
@@ -135,14 +148,19 @@ def strips(geometry: Layout, axis: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_with_controls(
-    examples: Examples, n_images: int, seed: int, n_seeds: int = 1, n_shuffles: int = 1
+    examples: Examples,
+    n_images: int,
+    seed: int,
+    n_seeds: int = 1,
+    n_shuffles: int = 1,
+    test_size: float = 0.25,
 ) -> tuple[Fitted, list[dict]]:
     """Returns probes and their controls, and rows of held-out accuracies.
 
-    The controls are fitted and scored on labels shuffled within images; `converged` is a
-    logistic regression on the same examples.
+    `test_size` is the share of images that are held out.  The controls are fitted and scored on
+    labels shuffled within images; `converged` is a logistic regression on the same examples.
     """
-    train, test = split_by_image(n_images, seed=seed)
+    train, test = split_by_image(n_images, test_size=test_size, seed=seed)
     part, held = examples.of_images(train), examples.of_images(test)
     probes = [LinearProbe(seed=seed + i).fit(part.X, part.y) for i in range(n_seeds)]
     right = np.stack([held_out_shares(probe, held) for probe in probes])
@@ -153,16 +171,18 @@ def fit_with_controls(
         controls.append(LinearProbe(seed=seed + i).fit(own.X, own.y))
         chance.append(held_out_shares(controls[-1], shuffled.of_images(test)))
     at_least = sum(share.mean() >= right.mean() for share in chance)
+    converged = _converged(part)
+    converged_right = held_out_shares(converged, held)
     rows = []
     for quantity, values in (
         ("accuracy", right.mean(0)),
-        ("converged", held_out_shares(_converged(part), held)),
+        ("converged", converged_right),
         ("shuffled", np.mean(chance, axis=0)),
     ):
         rows += interval_rows(mean_of_shares(values, seed=seed), {}, quantity=quantity)
     p = (1 + int(at_least)) / (1 + n_shuffles)
     rows.append({"quantity": "p, shuffled", "value": p, "low": p, "high": p, "n": n_shuffles})
-    return Fitted(probes, controls, test, right), rows
+    return Fitted(probes, controls, test, right, converged, converged_right[None]), rows
 
 
 def _converged(examples: Examples) -> LogisticRegression:
@@ -172,12 +192,22 @@ def _converged(examples: Examples) -> LogisticRegression:
     small steps, chosen for thousands of features, are too few.
     """
     X = examples.X.numpy()
-    mean, scale = X.mean(0), X.std(0) + 1e-6
+    mean, scale = X.mean(0), X.std(0)
+    # Of features that only rounding varies here, other tokens would have values without bounds.
+    scale[scale < RIGID * scale.max()] = np.inf
     fitted = LogisticRegression(max_iter=5000).fit((X - mean) / scale, examples.y)
     # Fold the standardisation into the weights, so that the probe takes raw features.
     fitted.coef_ = fitted.coef_ / scale
     fitted.intercept_ = fitted.intercept_ - fitted.coef_ @ mean
     return fitted
+
+
+def places_read(
+    probes: Sequence[Any], grids: Float[torch.Tensor, "image row col d"]
+) -> Int[np.ndarray, "probe image row col"]:
+    """Returns the place as which each probe (or scikit-learn classifier) reads each token."""
+    tokens = grids.flatten(0, 2).numpy()
+    return np.stack([probe.predict(tokens).reshape(grids.shape[:3]) for probe in probes])
 
 
 def background_shares(maps: torch.Tensor, own: np.ndarray, background: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import ALPHA, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import PROJECTOR
+from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -135,19 +136,26 @@ def _questions(setting: Setting, axis: str) -> list[Question]:
     return setting.stimuli.items(("left",) if axis == "horizontal" else ("above",))
 
 
-def projected(setting: Setting, batch: Sequence[Question]) -> torch.Tensor:
+def projected(
+    setting: Setting, batch: Sequence[Question], fwd_hooks: Sequence[Any] = ()
+) -> torch.Tensor:
     """Returns the projector's output `[image, token, d_model]`; the LM does not run."""
-    return projected_pictures(setting, [setting.picture(q) for q in batch], batch)
+    return projected_pictures(setting, [setting.picture(q) for q in batch], batch, fwd_hooks)
 
 
 def projected_pictures(
-    setting: Setting, pictures: Sequence[Image.Image], questions: Sequence[Question]
+    setting: Setting,
+    pictures: Sequence[Image.Image],
+    questions: Sequence[Question],
+    fwd_hooks: Sequence[Any] = (),
 ) -> torch.Tensor:
     """Returns the projector's output for questions with other pictures than their own."""
     site = f"{PROJECTOR}.hook_out"
     inputs = setting.inputs_of(pictures, questions)
     with torch.no_grad():
-        _, cache = setting.model.run_with_cache(inputs, site, stop_at_layer=0)
+        _, cache = setting.model.run_with_cache(
+            inputs, site, stop_at_layer=0, fwd_hooks=list(fwd_hooks)
+        )
     return cache[site].float().cpu()
 
 
@@ -168,7 +176,7 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
         asked = _questions(setting, axis)
         asked = [asked[i] for i in fitted.test]
         for name, shown in (("one object", _middle_alone), ("empty", _nothing)):
-            grids = _projected_scenes(setting, asked, shown)
+            grids = projected_scenes(setting, asked, shown)
             shares[name] = _own_strip(fitted, grids, strip, background).mean(-1)
     whole = {"low": 0.0, "high": 1.0}
     claims: list[tuple[str, np.ndarray, dict[str, float]]] = [
@@ -207,11 +215,17 @@ def _nothing(_: Question) -> tuple[str | None, ...]:
     return None, None, None
 
 
-def _projected_scenes(
-    setting: Setting, asked: Sequence[Question], shown: Callable[[Question], Sequence[str | None]]
+def projected_scenes(
+    setting: Setting,
+    asked: Sequence[Question],
+    shown: Callable[[Question], Sequence[str | None]],
+    layout: Layout | None = None,
 ) -> torch.Tensor:
-    """Returns the projector's output `[image, row, col, d_model]` for other scenes of questions."""
-    stimuli, layout = setting.stimuli, setting.geometry
+    """Returns the projector's output `[image, row, col, d_model]` for other scenes of questions.
+
+    `layout` has the places of what is shown; the setting's own by default.
+    """
+    stimuli, layout = setting.stimuli, layout or setting.geometry
     parts = []
     for batch in setting.batches(asked):
         pictures = [stimuli.scene(shown(q), q.axis, layout, stimuli.ground_of(q)) for q in batch]

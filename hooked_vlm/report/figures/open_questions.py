@@ -1,4 +1,4 @@
-"""Figures of two open questions of the paper: encoder depth, and interaction of mechanisms."""
+"""Figures of open questions of the paper: encoder depth, interaction of mechanisms, the code."""
 
 from collections.abc import Iterator
 
@@ -95,13 +95,96 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
     )
 
 
-DRAW: Draws = {"Q5": _depth, "Q6": _redundancy}
+def _absolute_or_relative(result: Result) -> Iterator[Drawing]:
+    table = result.table
+    readings = table[table["shown"].notna() & table["place"].isna()]
+    for shown, objects in (("three", "three objects"), ("alone", "each object alone")):
+        yield Drawing(
+            f"readings-{shown}",
+            charts.dots(
+                readings[readings["shown"] == shown],
+                by="kind",
+                line="quantity",
+                panel="axis",
+                x_label="share of tokens, 95 % interval",
+                chance=CHANCE,
+            ),
+            f"Pictures with {objects} close together at an edge: how ordering probes, fitted to "
+            "the usual pictures, read the tokens of objects whose order and strip differ: as their "
+            "place among the objects (relative), as their strip (absolute), or as neither.",
+            headline=shown == "three",
+        )
+
+
+def _why_strips(result: Result) -> Iterator[Drawing]:
+    table = result.table[result.table["condition"].notna() & result.table["kind"].notna()]
+    table = table.assign(panel=table["axis"] + ", " + table["quantity"])
+    whole = table[table["layer"].isna()]
+    yield Drawing(
+        "shares",
+        charts.dots(
+            whole[whole["condition"].isin(["cut", "random cut"])],
+            by="kind",
+            line="condition",
+            panel="panel",
+            x_label="share of tokens, 95 % interval",
+            chance=CHANCE,
+        ),
+        "Attention in the vision encoder is cut in all layers, from one class of patches to "
+        "another, or to as many random keys: the share of background tokens that ordering probes "
+        "assign to their strip, and of object tokens that they assign to their place.",
+        headline=True,
+    )
+    layers = table[table["layer"].notna() & (table["condition"] == "cut - intact")]
+    if len(layers):
+        together = result.config.get("by") == "up to"
+        yield Drawing(
+            "layers",
+            charts.curves(
+                layers.assign(layer=layers["layer"].astype(int)),
+                x="layer",
+                line="kind",
+                panel="panel",
+                x_label="cut in all layers up to" if together else "cut in one layer",
+                y_label="share: cut − uncut",
+                limits=(-1.0, 1.0),
+                chance=0.0,
+            ),
+            "Change of the shares where attention is cut in "
+            f"{'all layers up to each' if together else 'single layers'}. Bands are 95 % "
+            "intervals over pictures.",
+        )
+
+
+DRAW: Draws = {
+    "Q5": _depth,
+    "Q6": _redundancy,
+    "Q7": _absolute_or_relative,
+    "Q8": _why_strips,
+}
 HEADLINES: Headlines = {
     "Q6": (
         ({"quantity": "accuracy", "kind": "vision only"}, "accuracy with vision's order alone"),
         (
             {"quantity": "accuracy", "kind": "LM only"},
             "accuracy with the LM's order alone",
+        ),
+    ),
+    "Q7": (
+        (
+            {"quantity": "relative", "kind": "both edges", "shown": "three"},
+            "tokens read as their place among the objects",
+        ),
+        (
+            {"quantity": "absolute", "kind": "both edges", "shown": "three"},
+            "tokens read as their strip",
+        ),
+    ),
+    "Q8": (
+        ({"quantity": "background", "condition": "intact"}, "background read, uncut"),
+        (
+            {"quantity": "background", "condition": "cut", "kind": "background -> objects"},
+            "background read, cut off from the objects",
         ),
     ),
 }

@@ -1,0 +1,356 @@
+"""Q8, why strips: which attention in the vision encoder writes the code of strips?
+
+The paper finds strips in the background and leaves their origin open.  Here attention between
+classes of patches is cut in the vision encoder, in all layers and layer by layer, and E3's probe,
+fitted to uncut pictures, reads what is left.  Each cut is compared with random cuts of as many
+keys for each query.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.analysis.probes import mean_of_shares, object_examples
+from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.dual_mechanisms.order_reading import (
+    PROBES,
+    fit_with_controls,
+    places_read,
+    probe_regions,
+    strips,
+)
+from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, projected
+from hooked_vlm.experiments.further.encoder_cuts import (
+    CUTS,
+    Encoder,
+    cut_pairs,
+    cutting,
+    random_pairs,
+    whole_attention,
+)
+from hooked_vlm.experiments.options import OnProgress
+from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.tables import format_interval, format_names, interval_rows, select
+from hooked_vlm.experiments.verdicts import Judgement, claim_rows, judge, sentence
+from hooked_vlm.stimuli.pairs import Question
+
+
+ABOUT = About(
+    id="Q8",
+    name="why-strips",
+    section="open question on 5.2",
+    title="Which attention in the vision encoder writes the code of strips?",
+    claim="The paper finds strips in the projector's output and leaves their origin open.",
+)
+BACKGROUND, OBJECTS = "background", "objects"
+QUANTITIES = (BACKGROUND, OBJECTS)
+"""Shares of background tokens read as their strip, and of object tokens read as their place."""
+CODES = {BACKGROUND: "the background's code", OBJECTS: "the objects' code"}
+INTACT, CUT, RANDOM = "intact", "cut", "random cut"
+ALL = -1
+"""The number of layers' cut in the code: all of them."""
+
+
+HELD_OUT = 0.5
+"""The share of pictures that no probe is fitted to: with fewer, no claim can be refuted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(common.Config):
+    """`images` pictures of each axis; `random_cuts` controls of each cut.
+
+    Beside the cut in all layers, attention is cut in each `"layer"` alone, in all layers
+    `"up to"` each, or in no others (`"none"`).  `probe` is the `"paper"`'s recipe, or a logistic
+    regression fitted until it has `"converged"`.
+    """
+
+    ranges: ClassVar = {
+        "images": (8, 10**6),  # probes need held-out pictures
+        "random_cuts": (1, 100),
+    }
+    choices: ClassVar = {"by": ("layer", "up to", "none"), "probe": PROBES}
+
+    images: int = 120
+    random_cuts: int = 3
+    by: str = "layer"
+    probe: str = "paper"
+
+
+def run(model, config: Config, on_progress: OnProgress) -> Result:
+    """Cuts attention between classes of patches, and reads the code with E3's probe."""
+    setting = Setting.of(model, config)
+    encoder = whole_attention(setting)
+    layers = _layers(len(encoder.sites), config.by)
+    steps = sum(
+        1 + len(layers) * _n_steps(setting, axis, encoder, config.random_cuts)
+        for axis in setting.axes
+    )
+    done = 0
+    rows, shares = [], []
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, steps)
+
+    on_progress(0, steps)
+    for axis in setting.axes:
+        found = _shares_of(setting, axis, encoder, layers, config, step)
+        made = _rows(found["shares"], list(layers), config.seed)
+        rows += [{**row, "axis": axis} for row in [*found["rows"], *made]]
+        shares.append(found["shares"])
+    table = pd.DataFrame(rows)
+    return Result(
+        **vars(ABOUT),
+        table=table,
+        arrays={"shares": xr.concat(shares, dim=pd.Index(setting.axes, name="axis"))},
+        verdict=_verdict(table, config.by),
+        config={
+            "images": config.images,
+            "random_cuts": config.random_cuts,
+            "by": config.by,
+            "probe": config.probe,
+            "sites": list(encoder.sites),
+        },
+        notes=(
+            f"Probes are those of E3 ({SEEDS} initialisations), fitted to object tokens of half "
+            "of the uncut pictures and applied to the others, cut and uncut. 'background' is the "
+            "share of background tokens read as their strip, 'objects' that of object tokens read "
+            "as their place. All differences are paired by picture. probe='converged' is one "
+            "logistic regression on the same tokens instead.",
+            "A cut masks attention scores in all heads. Class tokens and registers count as "
+            "background, because they would pass on what is cut.",
+            "A random cut removes as many keys of each query as the cut, drawn anew for each "
+            "picture among the keys that the cut leaves, except the query itself; mean "
+            f"over {config.random_cuts}. Where the cut leaves too few keys (of objects -> "
+            "background) there is none. That of objects -> other objects is a cut of as many "
+            "background keys.",
+            "'writes' requires that the share falls below that of uncut pictures and below that of "
+            "random cuts. Where the share of uncut pictures is not above 1/3, there is nothing to "
+            "cut off.",
+        ),
+    )
+
+
+# --- shares ---------------------------------------------------------------------------------
+
+
+def _layers(n: int, by: str) -> dict[int, range]:
+    """Returns the layers that are cut together, by the number of the last; `ALL` for all."""
+    every = {ALL: range(n)}
+    if by == "none":
+        return every
+    return every | {layer: range(layer if by == "layer" else 0, layer + 1) for layer in range(n)}
+
+
+def _n_steps(setting: Setting, axis: str, encoder: Encoder, n_random: int) -> int:
+    """Returns the number of cuts of an axis, random ones included."""
+    layout = setting.geometry
+    made = [cut_pairs(layout, axis, cut, encoder.prefix, encoder.side) for cut in CUTS]
+    return sum(1 + n_random * _has_random(pairs) for pairs in made)
+
+
+def _has_random(pairs: np.ndarray) -> bool:
+    return random_pairs(pairs, np.random.default_rng(0)) is not None
+
+
+def _shares_of(
+    setting: Setting,
+    axis: str,
+    encoder: Encoder,
+    layers: Mapping[int, range],
+    config: Config,
+    step: Callable[[], None],
+) -> dict[str, Any]:
+    """Returns an axis's probe rows, and shares `[cut, layer, condition, image, quantity]`."""
+    direction = "left" if axis == "horizontal" else "above"
+    questions = sampled(setting, direction, config.images, config.seed)
+    usual = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
+    examples = object_examples(usual, probe_regions(setting.geometry, axis))
+    fitted, rows = fit_with_controls(examples, len(usual), config.seed, SEEDS, test_size=HELD_OUT)
+    step()
+    asked = [questions[i] for i in fitted.test]
+    probes, _ = fitted.read_by(config.probe)
+    intact = _read(setting, axis, probes, usual[torch.as_tensor(fitted.test)])
+    values = np.full((len(CUTS), len(layers), 3, *intact.shape), np.nan)
+    values[:, :, 0] = intact
+    for c, cut in enumerate(CUTS):
+        pairs = cut_pairs(setting.geometry, axis, cut, encoder.prefix, encoder.side)
+        repeats = config.random_cuts if _has_random(pairs) else 0
+        for i, chosen in enumerate(layers.values()):
+            sites = [encoder.sites[layer] for layer in chosen]
+
+            def read(pairs_of: Callable[[], Any], sites: list[str] = sites) -> np.ndarray:
+                features = _features(setting, asked, sites, pairs_of)
+                step()
+                return _read(setting, axis, probes, features)
+
+            values[c, i, 1] = read(lambda pairs=pairs: pairs)
+            rng = np.random.default_rng([config.seed, c, i])
+            drawn = [read(partial(random_pairs, pairs, rng)) for _ in range(repeats)]
+            if drawn:
+                values[c, i, 2] = np.mean(drawn, axis=0)
+    coords = {
+        "kind": list(CUTS),
+        "layer": list(layers),
+        "condition": [INTACT, CUT, RANDOM],
+        "quantity": list(QUANTITIES),
+    }
+    dims = ("kind", "layer", "condition", "image", "quantity")
+    return {"rows": rows, "shares": xr.DataArray(values, dims=dims, coords=coords)}
+
+
+def _features(
+    setting: Setting,
+    asked: Sequence[Question],
+    sites: Sequence[str],
+    pairs_of: Callable[[], np.ndarray],
+) -> Tensor:
+    """Returns the projector's output with the pairs of each picture cut at some sites."""
+    parts = []
+    for batch in setting.batches(asked):
+        masks = np.stack([pairs_of() for _ in batch])
+        parts.append(projected(setting, batch, cutting(dict.fromkeys(sites, masks))))
+    return torch.cat(parts)
+
+
+def _read(
+    setting: Setting, axis: str, probes: Sequence[Any], features: Tensor
+) -> Float[np.ndarray, "image 2"]:
+    """Returns each picture's shares of `QUANTITIES`, averaged over probes."""
+    layout = setting.geometry
+    strip, background = strips(layout, axis)
+    place = np.full(layout.shape, -1)
+    for i, region in enumerate(probe_regions(layout, axis)):
+        place[region.mask] = i
+    read = places_read(probes, features.unflatten(1, layout.shape))
+    given = (read == strip)[..., background].mean(-1), (read == place)[..., place >= 0].mean(-1)
+    return np.stack(given, axis=-1).mean(0)
+
+
+# --- rows and verdict -----------------------------------------------------------------------
+
+
+def _rows(shares: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
+    """Returns the shares of each condition, and the claims: cut - intact and cut - random cut."""
+    rows = []
+    intact = shares.isel(kind=0, layer=0).sel(condition=INTACT).values  # [image, quantity]
+    for q, quantity in enumerate(QUANTITIES):
+        about = {"quantity": quantity, "condition": INTACT}
+        rows += interval_rows(mean_of_shares(intact[:, q], seed=seed), {}, **about)
+    units = range(len(intact))
+    bounds = {"null": CHANCE, "low": 0.0, "high": 1.0, "condition": f"{INTACT}, claim"}
+    rows += claim_rows(intact, {"quantity": list(QUANTITIES)}, units, seed, **bounds)
+    for kind in CUTS:
+        for layer in layers:
+            for condition in (CUT, RANDOM):
+                own = shares.sel(kind=kind, layer=layer, condition=condition).values
+                for q, quantity in enumerate(QUANTITIES):
+                    if np.isfinite(own).all():
+                        about = {"kind": kind, "quantity": quantity, "condition": condition}
+                        interval = mean_of_shares(own[:, q], seed=seed)
+                        rows += interval_rows(interval, {}, layer=_named(layer), **about)
+    rows += _claims(shares.sel(layer=[ALL]), QUANTITIES, units, seed)
+    single = [layer for layer in layers if layer != ALL]
+    if single:
+        for kind in CUTS:  # p-values are adjusted over layers
+            for quantity in QUANTITIES:
+                own = shares.sel(kind=[kind], layer=single, quantity=[quantity])
+                rows += _claims(own, [quantity], units, seed)
+    return rows
+
+
+def _claims(shares: xr.DataArray, quantities: Sequence[str], units: range, seed: int) -> list[dict]:
+    rows = []
+    cut = shares.sel(condition=CUT)
+    for other in (INTACT, RANDOM):
+        difference = cut - shares.sel(condition=other)
+        there = difference.notnull().all(("layer", "image", "quantity")).values
+        if not there.any():
+            continue
+        difference = difference[there].transpose("image", "kind", "layer", "quantity")
+        axes = {
+            "kind": difference["kind"].values.tolist(),
+            "layer": [_named(layer) for layer in difference["layer"].values.tolist()],
+            "quantity": list(quantities),
+        }
+        about = {"condition": f"{CUT} - {other}"}
+        rows += claim_rows(difference.values, axes, units, seed, **about)
+    return rows
+
+
+def _named(layer: int) -> int | None:
+    """Returns a layer for the table: none where all layers are cut."""
+    return None if layer == ALL else layer
+
+
+def _verdict(table: pd.DataFrame, by: str) -> str:
+    parts = []
+    for axis in dict.fromkeys(table["axis"]):
+        for quantity in QUANTITIES:
+            own = select(table, axis=axis, quantity=quantity)
+            unread = _unread(own)
+            if unread:
+                parts.append(f"{axis}: undecided what writes {CODES[quantity]}: {unread}")
+                continue
+            parts += [f"{axis}: {_of_cut(own, cut, quantity, by)}" for cut in CUTS]
+    return "\n".join(map(sentence, parts))
+
+
+def _unread(own: pd.DataFrame) -> str:
+    """Returns why nothing can be cut off, or ''."""
+    intact = judge(select(own, condition=f"{INTACT}, claim").iloc[0])
+    return "" if intact.above else f"the probe does not read it without cuts ({intact.reason})"
+
+
+def _of_cut(own: pd.DataFrame, cut: str, quantity: str, by: str) -> str:
+    """Returns in words what a cut does to one share."""
+    code, here = CODES[quantity], select(own, kind=cut)
+    whole, single = here[here["layer"].isna()], here.dropna(subset="layer")
+    found = writes(whole)
+    start = {
+        "not found": f"{CUTS[cut]} does not write {code}",
+        "undecided": f"undecided whether {CUTS[cut]} writes {code}",
+    }.get(found.outcome, f"{CUTS[cut]} writes {code}")
+    if found.above:
+        start = f"without {CUTS[cut]} {code} is clearer"
+    shares = [f"uncut {format_interval(select(own, condition=INTACT).iloc[0])}"]
+    for condition in (CUT, RANDOM):
+        rows = select(whole, condition=condition)
+        shares += [f"{condition} {format_interval(row)}" for _, row in rows.iterrows()]
+    text = f"{start} (difference {found.reason}; share {', '.join(shares)})"
+    layers = [str(int(layer)) for layer, claims in single.groupby("layer") if writes(claims).below]
+    if single.empty or not found.below:
+        return text
+    if not layers:
+        return f"{text}; not found for {'any layer alone' if by == 'layer' else 'fewer layers'}"
+    if by == "up to":
+        return f"{text}; found up to layer {format_names(layers)}"
+    return f"{text}; found for layer {format_names(layers)} alone"
+
+
+def writes(claims: pd.DataFrame) -> Judgement:
+    """Returns whether a cut lowers a share, and lowers it below that of random cuts."""
+    row = select(claims, condition=f"{CUT} - {INTACT}").iloc[0]
+    fall = judge(row)
+    if not fall.below:
+        return fall
+    against = select(claims, condition=f"{CUT} - {RANDOM}")
+    if against.empty:
+        return judge(row, unless=f"{fall.reason}, and so many keys have no random cut")
+    more = judge(against.iloc[0])
+    if more.below:
+        return fall
+    if more.outcome == "not found" or more.above:
+        return Judgement("not found", 0, f"{fall.reason}, but random cuts lower it as much")
+    return judge(row, unless=f"{fall.reason}, and against random cuts {more.reason}")
