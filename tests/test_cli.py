@@ -1,5 +1,6 @@
 """What the command line says, leaves behind and refuses, with made-up experiments."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -57,7 +58,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 raise UnsupportedModelError("Could not load 'missing'. Did you mean 'tiny-one'?")
             torch.manual_seed(len(name))
             return types.SimpleNamespace(
-                hf_model=nn.Linear(2, 2), sites={}, describe=lambda: f"{name}: sites"
+                hf_model=nn.Linear(2, 2),
+                sites={},
+                eager=contextlib.nullcontext,
+                describe=lambda: f"{name}: sites",
             )
 
     made = [experiment(synthetic.e1()), experiment(synthetic.e4())]

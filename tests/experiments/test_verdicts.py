@@ -172,7 +172,7 @@ def test_a13_e2_names_no_stage_in_noise() -> None:
 # --- E3 ---------------------------------------------------------------------------------------
 
 
-def found_by_e3(n: int = 30, three_one: bool = True, p: float = 1 / 21, **means: float) -> str:
+def found_by_e3(n: int = 30, with_one: bool = True, p: float = 1 / 21, **means: float) -> str:
     """What E3 says where the claims' means over n pictures are these; others are at chance."""
     chance = {
         "accuracy": (1 / 3, 1 / 3),
@@ -189,7 +189,7 @@ def found_by_e3(n: int = 30, three_one: bool = True, p: float = 1 / 21, **means:
     rows = []
     rng = np.random.default_rng(0)
     for key, (null, default) in chance.items():
-        if key == "three_one" and not three_one:
+        if key == "three_one" and not with_one:
             continue
         values = means.get(key, default) + 0.02 * rng.normal(size=n)
         low = -1.0 if key == "three_one" else 0.0
@@ -212,7 +212,7 @@ def test_a1_e3_claims_strips_only_beyond_two_halves_and_one_object() -> None:
     assert "undecided whether from the background" in found_by_e3(
         **{**full, "background": 0.7, "three_one": 0.1}
     )
-    assert "not tested here" in found_by_e3(three_one=False, **full)
+    assert "not tested here" in found_by_e3(with_one=False, **full)
 
 
 def test_a2_e3_reads_no_order_where_shuffled_labels_do_as_well() -> None:
