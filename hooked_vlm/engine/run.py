@@ -60,11 +60,13 @@ def run_cells(
         return _run_fastest(engine, given, memory)
 
 
-def _run_fastest(engine: str, given: Sequence[Any], memory: int | None) -> tuple[list[Tensor], str]:
+def _run_fastest(
+    engine: str, given: tuple[Any, ...], memory: int | None
+) -> tuple[list[Tensor], str]:
     why: list[str] = []
     if engine == "growing":
         try:
-            scores, report = run_growing(*given, memory)
+            scores, report = run_growing(*given, memory=memory)
         except GrowthError as reason:
             why.append(f"no growing batch: {reason}")
         else:

@@ -90,10 +90,9 @@ def known_grids(model: Any, inputs: Mapping[str, Any]) -> list[TokenGrid]:
 
     The rule is not compared with a measurement, so nothing runs.
     """
-    finder = getattr(model, "grid_finder", None)
-    by_rule = finder is not None and not isinstance(inputs, Inputs)
+    bare = hasattr(model, "grid_finder") and not isinstance(inputs, Inputs)
     try:
-        rows = finder.by_rule(inputs) if by_rule else model.grids(inputs)
+        rows = model.grid_finder.by_rule(inputs) if bare else model.grids(inputs)
         return [grid for row in rows for grid in row]
     except GridError:
         return []

@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
@@ -294,7 +293,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         fwd_hooks: Sequence[FwdHook] = (),
         prefill_only: bool = False,
         **kwargs: Any,
-    ) -> Int[Tensor, "batch pos"] | ModelOutput:
+    ) -> Any:
         """Generates with transformers' own `generate` under hooks; returns prompt and new ids.
 
         With `return_dict_in_generate=True` it is transformers' own output, as `generate` gives it.

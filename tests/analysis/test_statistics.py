@@ -60,7 +60,7 @@ def test_j2_a_level_is_between_0_and_1(level):
         lambda: bootstrap(np.zeros(3), level=level),
         lambda: wilson(1, 2, level=level),
     ):
-        with pytest.raises(DataError, match="is not between 0 and 1"):
+        with pytest.raises(DataError, match="expected a number between 0 and 1"):
             interval()
 
 

@@ -33,7 +33,7 @@ def shares(result: Result, **wanted: Any) -> dict[str, float]:
     table = result.table[result.table["place"].isna() & result.table["probe"].isna()]
     for column, value in wanted.items():
         table = table[table[column] == value]
-    return table.set_index("quantity")["value"].to_dict()
+    return table.set_index("quantity")["value"].to_dict()  # pyright: ignore
 
 
 @pytest.mark.parametrize("probe", ["paper", "converged"])

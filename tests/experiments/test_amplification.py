@@ -164,7 +164,7 @@ def test_a9_amplified_order_is_not_blamed_for_names() -> None:
 
 def test_a8_nothing_to_correct_is_no_negative_finding() -> None:
     base = np.ones((1, 2, 40), dtype=bool)
-    right = dict.fromkeys((*FORMULAS, *CONTROLS), base)
+    right: Any = dict.fromkeys((*FORMULAS, *CONTROLS), base)
     kinds = np.tile([True, False, False, False], (40, 1))
     said = verdict_of(table_of(right, range(40), (0.0, 4.0), 0, kinds))
     assert "undecided: nothing to correct" in said and "does not improve" not in said

@@ -202,7 +202,7 @@ def found_by_e3(n: int = 30, with_one: bool = True, p: float = 1 / 21, **means: 
 
 
 def test_a1_e3_claims_strips_only_beyond_two_halves_and_one_object() -> None:
-    full = {"accuracy": 0.95, "background": 0.9, "middle": 0.8, "three_one": 0.3}
+    full: Any = {"accuracy": 0.95, "background": 0.9, "middle": 0.8, "three_one": 0.3}
     assert "and from the background, as in the paper" in found_by_e3(**full)
     # A plain left/right split, and a background that codes its place with one object alone too.
     halves = found_by_e3(**{**full, "background": 0.64, "middle": 0.02, "three_one": 0.2})

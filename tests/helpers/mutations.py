@@ -143,7 +143,7 @@ class _Finder(ast.NodeVisitor):
             kind,
             old.lineno,
             self.starts[old.lineno - 1] + old.col_offset,
-            self.starts[old.end_lineno - 1] + old.end_col_offset,
+            self.starts[old.end_lineno - 1] + old.end_col_offset,  # pyright: ignore
             text,
         )
         self.found.append(mutant)

@@ -104,7 +104,8 @@ def test_b5_a_hook_knows_the_positions_of_its_keys() -> None:
 
         return [("blocks.*.attn.hook_pattern", fn)]
 
-    for options in ({}, {"cache_implementation": "static"}):
+    ways: list[Any] = [{}, {"cache_implementation": "static"}]
+    for options in ways:
         steps: dict = {}
         ids = model.generate(inputs, fwd_hooks=watch(steps), **GREEDY, **options)
         # The right value: the same positions in one pass over the prompt and its answer.

@@ -76,13 +76,14 @@ def test_d4_a_block_of_another_thread_is_refused() -> None:
 
     with model.hooks([hook]):
         expected = model(inputs)
-        for work in (
+        works: list[Any] = [
             lambda i: model(inputs),
             lambda i: model.hf_model(**inputs),
             lambda i: model.run_with_cache(inputs, "hook_embed"),
             lambda i: model.generate(inputs, max_new_tokens=1),
             lambda i: opened(),
-        ):
+        ]
+        for work in works:
             (raised,) = in_threads(1, work)
             assert isinstance(raised, HookError) and "another thread" in str(raised)
         assert torch.equal(model(inputs), expected)

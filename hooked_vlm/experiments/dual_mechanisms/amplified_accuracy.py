@@ -6,6 +6,7 @@ on other pictures; and each formula against its own random directions.
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def _against_random(
     rows: list[dict] = []
     for kind, control in CONTROL_OF.items():
         own = changes[kind].mean(0)
-        about = {"direction": "all", "kind": kind}
+        about: dict[str, Any] = {"direction": "all", "kind": kind}
         rows += claim_rows(own, {}, pictures, seed, quantity="net, claim", **about)
         if control not in changes:
             continue
@@ -135,8 +136,9 @@ def _share(
     values: np.ndarray, pictures: Sequence[Hashable], those: np.ndarray | None = None
 ) -> Interval:
     """Returns Wilson's interval of the mean over pictures of some items' values."""
-    chosen = range(len(values)) if those is None else np.flatnonzero(those)
-    means = by_unit(values[list(chosen)], [pictures[i] for i in chosen])
+    every = np.ones(len(values), dtype=bool)
+    chosen = np.flatnonzero(every if those is None else those).tolist()
+    means = by_unit(values[chosen], [pictures[i] for i in chosen])
     return wilson(float(means.sum()), len(means))
 
 
@@ -210,7 +212,7 @@ def _finding(table: pd.DataFrame, kind: str, nothing: str) -> str:
     """Returns whether a formula improves accuracy more than random directions do, in words."""
     if nothing:
         return f"undecided: {nothing}"
-    here = select(table, kind=kind).set_index("quantity")
+    here: Any = select(table, kind=kind).set_index("quantity")
     if "real - random" not in here.index:
         return "undecided: no random directions were tried"
     n = int(here.loc["p, random", "n"])

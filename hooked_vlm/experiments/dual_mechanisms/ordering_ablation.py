@@ -209,7 +209,7 @@ def order_rows(
     are all among the `names` of their axis count.
     """
     whole = np.array([set(q.entities) <= names[q.axis] for q in questions])
-    kept = (kinds[:, [RIGHT, OTHER]].any(-1) & whole).nonzero()[0]
+    kept = (kinds[:, [RIGHT, OTHER]].any(-1) & whole).nonzero()[0].tolist()
     about = {"quantity": ORDER, **columns}
     if not len(kept):
         nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
@@ -235,7 +235,7 @@ def _verdict(table: pd.DataFrame, names: Mapping[str, set[str]]) -> str:
     parts = []
     for direction in ["all", *directions]:
         accuracy = _accuracy(table, direction)
-        kinds = select(table, direction=direction, kind="removed").set_index("quantity")
+        kinds: Any = select(table, direction=direction, kind="removed").set_index("quantity")
         shares = ", ".join(
             f"{name} {kinds.loc[column, 'value']:.2f}"
             for name, column in zip(KINDS, ("accuracy", *KINDS[1:]), strict=True)

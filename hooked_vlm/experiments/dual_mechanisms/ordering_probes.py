@@ -267,7 +267,7 @@ def _of_probe(mean: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([mean.drop(claims.index, errors="ignore"), claims])
 
 
-def _found(here: pd.DataFrame) -> str:
+def _found(here: Any) -> str:
     """Returns the finding for one axis in words."""
     objects = judge(here.loc["accuracy, claim"])
     if not (objects.above and here.loc["p, shuffled", "value"] <= ALPHA):

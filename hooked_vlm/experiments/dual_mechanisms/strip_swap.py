@@ -7,6 +7,7 @@ strips without their objects (a control for the size of the change).
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -180,8 +181,8 @@ def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> li
         own = early.sel(kind=kind).values
         rows += claim_rows(own, {}, units, seed, null=HALF, low=0.0, high=1.0, **about)
     difference = (early.sel(kind=strips_of(kinds)) - early.sel(kind="object")).values
-    about = {"kind": "strip - object", "quantity": EARLY, **columns}
-    rows += claim_rows(difference, {}, units, seed, **about)
+    apart: dict[str, Any] = {"kind": "strip - object", "quantity": EARLY, **columns}
+    rows += claim_rows(difference, {}, units, seed, **apart)
     for kind in kinds:
         means = by_unit(swapped.sel(kind=kind).values, units)
         best = int(np.argmax(means.mean(0)))

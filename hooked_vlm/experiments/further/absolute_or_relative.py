@@ -250,7 +250,7 @@ def _claims(
         (control.mean(0), {"null": MOSTLY, **whole}, {"quantity": CONTROL}),
         (accuracies.mean(0), {"null": CHANCE, **whole}, {"quantity": "accuracy, claim"}),
     ):
-        rows += claim_rows(values, {}, units, seed, **bounds, **about)
+        rows += claim_rows(values, {}, units, seed, **bounds, **about)  # pyright: ignore
     edges = {"kind": list(EDGES.values())}
     rows += claim_rows(difference.mean(1).T, edges, units, seed, quantity=DIFFERENCE)
     for probe in range(three.shape[1]):

@@ -113,7 +113,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     return Result(
         **vars(ABOUT),
         table=table,
-        arrays={"shares": xr.concat(shares, dim=pd.Index(setting.axes, name="axis"))},
+        arrays={"shares": xr.concat(shares, dim=pd.Index(setting.axes, name="axis"))},  # pyright: ignore
         verdict=_verdict(table, config.by),
         config={
             "images": config.images,
@@ -284,7 +284,7 @@ def _claims(shares: xr.DataArray, quantities: Sequence[str], units: range, seed:
             "layer": [_named(layer) for layer in difference["layer"].values.tolist()],
             "quantity": list(quantities),
         }
-        about = {"condition": f"{CUT} - {other}"}
+        about: dict[str, Any] = {"condition": f"{CUT} - {other}"}
         rows += claim_rows(difference.values, axes, units, seed, **about)
     return rows
 
@@ -329,7 +329,8 @@ def _of_cut(own: pd.DataFrame, cut: str, quantity: str, by: str) -> str:
         rows = select(whole, condition=condition)
         shares += [f"{condition} {format_interval(row)}" for _, row in rows.iterrows()]
     text = f"{start} (difference {found.reason}; share {', '.join(shares)})"
-    layers = [str(int(layer)) for layer, claims in single.groupby("layer") if writes(claims).below]
+    by_layer: Any = single.groupby("layer")
+    layers = [str(int(layer)) for layer, claims in by_layer if writes(claims).below]
     if single.empty or not found.below:
         return text
     if not layers:
