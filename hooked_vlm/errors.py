@@ -81,7 +81,7 @@ class MissingExtraError(HookedVLMError, ImportError):
 
 
 class UnknownNameError(HookedVLMError, AttributeError, KeyError):
-    """An attribute or an item that is not there; `hasattr` and `get` go by it."""
+    """An attribute or an item that is not there; `hasattr` and `get` rely on it."""
 
     __str__ = ValueError.__str__  # a KeyError shows its message with escapes
 

@@ -79,6 +79,11 @@ def add(
 
     Computed in at least float32 and returned in `h`'s dtype.
     """
+    return added(h, w, alpha)
+
+
+def added(h: Tensor, w: Tensor, alpha: float | int) -> Tensor:
+    """Returns what `add` does, without comparing arguments: for hook functions."""
     if alpha == 0:
         return h
     return (_wide(h) + alpha * _wide(w).to(h.device)).to(h.dtype)
@@ -98,6 +103,11 @@ def scale_projections(
     Raises:
         DataError: a direction is zero.
     """
+    return with_scaled_projections(h, directions, alpha)
+
+
+def with_scaled_projections(h: Tensor, directions: Tensor, alpha: float | int) -> Tensor:
+    """Returns what `scale_projections` does, without comparing arguments: for hook functions."""
     if alpha == 0:
         return h
     unit = _unit_rows(_wide(directions)).to(h.device, _wide(h).dtype)

@@ -226,7 +226,7 @@ def sign_flip_test(
 
     Under this null hypothesis each pair's difference is as likely as its negative, so the
     signs of whole rows are flipped at random.  Differences of mean zero that are skewed are not
-    symmetric, and are rejected too: of values -0.05 (95 %) and +0.95 (5 %) 0.46 of draws at 8
+    symmetric, and are rejected too: of values -0.05 (95 %) and +0.95 (5 %) 0.65 of draws at 8
     pairs.  (Studentised flips are the same test: flips keep the sum of squares.)  For a claim
     about a mean use `bounded.bounded_test`.  With few pairs (2^n <= `n_resamples`) all
     sign patterns are enumerated and the p-value is exact; otherwise it is

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.directions import add, scale_projections
+from hooked_vlm.analysis.directions import added, with_scaled_projections
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
@@ -82,8 +82,8 @@ class Steer(_Intervention):
             old = rows_at(activation, index)
             self._check_features(site, old.shape[-1], rows.shape[-1])
             if self.mode == "add":
-                return with_rows_at(activation, index, add(old, rows[0], self.alpha))
-            return with_rows_at(activation, index, scale_projections(old, rows, self.alpha))
+                return with_rows_at(activation, index, added(old, rows[0], self.alpha))
+            return with_rows_at(activation, index, with_scaled_projections(old, rows, self.alpha))
 
         return edit
 

@@ -64,6 +64,14 @@ def test_j2_a_level_is_between_0_and_1(level):
             interval()
 
 
+def test_a11_flips_test_symmetry_and_not_the_mean():
+    """Draws of mean zero that are skewed are rejected in 0.65 of cases: see the docstring."""
+    rng, rejected = np.random.default_rng(0), 0
+    for _ in range(200):
+        rejected += sign_flip_test(np.where(rng.random(8) < 0.05, 0.95, -0.05)) <= 0.05
+    assert 0.55 < rejected / 200 < 0.75
+
+
 def test_wilson_of_an_array_is_that_of_each_entry():
     outcomes = np.random.default_rng(0).random((40, 3, 2)) < 0.7
     interval = wilson(outcomes.sum(axis=0), 40)

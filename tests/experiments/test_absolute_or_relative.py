@@ -114,7 +114,7 @@ CASES: dict[str, tuple[dict[str, Any], str, int, str]] = {
         {"three": RELATIVE, "one": ABSOLUTE, "control": 0.4},
         "undecided",
         0,
-        "control in the centre is not read rightly",
+        "control in the centre is not read correctly",
     ),
     "no code": (
         {"three": RELATIVE, "one": ABSOLUTE, "accuracy": 0.33},

@@ -257,7 +257,7 @@ def test_a_tokenizer_that_splits_most_colours_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["final-token", "strip-swap"])
-def test_a_model_that_answers_nothing_rightly_is_told_so(
+def test_a_model_that_answers_nothing_correctly_is_told_so(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Setting, "is_right", lambda self, questions: [False] * len(questions))

@@ -178,10 +178,12 @@ def found_by_e3(n: int = 30, with_one: bool = True, p: float = 1 / 21, **means: 
         "accuracy": (1 / 3, 1 / 3),
         "background": (2 / 3, 1 / 3),
         "middle": (1 / 3, 1 / 3),
+        "converged": (1 / 3, 1 / 3),
         "three_one": (0.0, 0.0),
     }
     names = {
         "accuracy": "accuracy, claim",
+        "converged": "converged, claim",
         "background": "background, claim",
         "middle": "background, middle strip",
         "three_one": "background, three - one",
@@ -195,8 +197,6 @@ def found_by_e3(n: int = 30, with_one: bool = True, p: float = 1 / 21, **means: 
         low = -1.0 if key == "three_one" else 0.0
         about = {"null": null, "low": low, "high": 1.0, "quantity": names[key]}
         rows += claim_rows(values.clip(low, 1), {}, range(n), 0, **about)
-    plain = {"accuracy": means.get("accuracy", 1 / 3), "converged": means.get("converged", 0.3)}
-    rows += [{"quantity": q, "low": v - 0.02, "value": v} for q, v in plain.items()]
     rows.append({"quantity": "p, shuffled", "value": p})
     return ordering_probes._found(pd.DataFrame(rows).set_index("quantity"))
 
@@ -213,13 +213,18 @@ def test_a1_e3_claims_strips_only_beyond_two_halves_and_one_object() -> None:
         **{**full, "background": 0.7, "three_one": 0.1}
     )
     assert "not tested here" in found_by_e3(with_one=False, **full)
+    unclear = found_by_e3(with_one=False, **{**full, "background": 0.68})
+    assert "undecided whether strips" in unclear
 
 
 def test_a2_e3_reads_no_order_where_shuffled_labels_do_as_well() -> None:
     assert "order is read from the objects" in found_by_e3(accuracy=0.9)
     for said in (found_by_e3(accuracy=0.9, p=0.3), found_by_e3(accuracy=0.36)):
-        assert "undecided whether an order is read" in said or "no order is read" in said
-    assert "fitted to convergence" in found_by_e3(converged=0.9)
+        assert "undecided whether it is read" in said or "no order is read" in said
+    few = found_by_e3(8, converged=0.9)
+    assert "undecided whether the paper's recipe reads an order; a probe fitted to" in few
+    many = found_by_e3(400, converged=0.9)
+    assert "its recipe reads no order; a probe fitted to convergence reads" in many
 
 
 def test_a4_shares_of_tokens_have_intervals_over_images() -> None:

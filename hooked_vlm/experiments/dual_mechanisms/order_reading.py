@@ -96,13 +96,13 @@ class Fitted:
     """The held-out images."""
     accuracies: Float[np.ndarray, "probe image"]
     """The share of each held-out image's object tokens that each probe gets right."""
-    converged: LogisticRegression | None = None
+    converged: LogisticRegression
     """A logistic regression on the same examples."""
-    converged_accuracies: Float[np.ndarray, "1 image"] | None = None
+    converged_accuracies: Float[np.ndarray, "1 image"]
 
     def read_by(self, probe: str) -> tuple[list[Any], Float[np.ndarray, "probe image"]]:
         """Returns the `"paper"`'s probes or the `"converged"` one, and their accuracies."""
-        if probe == "converged" and self.converged_accuracies is not None:
+        if probe == "converged":
             return [self.converged], self.converged_accuracies
         return list(self.probes), self.accuracies
 

@@ -17,12 +17,17 @@ from PIL import Image
 
 from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares
 from hooked_vlm.errors import counted
-from hooked_vlm.experiments.dual_mechanisms.order_reading import Fitted, read_order, strips
+from hooked_vlm.experiments.dual_mechanisms.order_reading import (
+    Fitted,
+    places_read,
+    read_order,
+    strips,
+)
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import ALPHA, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import ALPHA, Judgement, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
@@ -181,6 +186,7 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
     whole = {"low": 0.0, "high": 1.0}
     claims: list[tuple[str, np.ndarray, dict[str, float]]] = [
         ("accuracy, claim", fitted.accuracies, {"null": CHANCE, **whole}),
+        ("converged, claim", fitted.converged_accuracies, {"null": CHANCE, **whole}),
         ("background, claim", shares["three"], {"null": halves, **whole}),
         ("background, middle strip", middle, {"null": CHANCE, **whole}),
     ]
@@ -203,8 +209,7 @@ def _own_strip(
     fitted: Fitted, grids: torch.Tensor, strip: np.ndarray, background: np.ndarray
 ) -> Bool[np.ndarray, "probe image token"]:
     """Returns which background tokens each probe assigns to the strip that contains them."""
-    given = [probe.probability_map(grids).argmax(-1).cpu().numpy() for probe in fitted.probes]
-    return (np.stack(given) == strip)[..., background]
+    return (places_read(fitted.probes, grids) == strip)[..., background]
 
 
 def _middle_alone(question: Question) -> tuple[str | None, ...]:
@@ -271,18 +276,19 @@ def _found(here: Any) -> str:
     """Returns the finding for one axis in words."""
     objects = judge(here.loc["accuracy, claim"])
     if not (objects.above and here.loc["p, shuffled", "value"] <= ALPHA):
-        if here.loc["converged", "low"] > CHANCE:
-            return (
-                "unlike in the paper, its recipe reads no order; only a probe fitted to "
-                "convergence reads the order, from the objects"
+        none = objects.outcome == "not found" or objects.below
+        if judge(here.loc["converged, claim"]).above:
+            recipe = (
+                "unlike in the paper, its recipe reads no order"
+                if none
+                else "undecided whether the paper's recipe reads an order"
             )
-        if objects.outcome == "not found":
-            return "no order is read, unlike in the paper"
-        return "undecided whether an order is read"
+            return f"{recipe}; a probe fitted to convergence reads the order, from the objects"
+        return "no order is read, unlike in the paper" if none else "undecided whether it is read"
     share = judge(here.loc["background, claim"], least=0.0)
     middle = judge(here.loc["background, middle strip"])
     if "background, three - one" not in here.index:
-        return _without_control(share.above and middle.above)
+        return _without_control(share, middle)
     more = judge(here.loc["background, three - one"], least=MORE)
     if share.above and middle.above and more.above:
         return "the order is read from the objects and from the background, as in the paper"
@@ -294,11 +300,14 @@ def _found(here: Any) -> str:
     return f"{start}; undecided whether from the background"
 
 
-def _without_control(strips_found: bool) -> str:
+def _without_control(share: Judgement, middle: Judgement) -> str:
     """Returns the finding where no picture with one object alone can be shown."""
-    if strips_found:
+    start = "the order is read from the objects"
+    if share.above and middle.above:
         return (
-            "the order is read from the objects; strips are in the background, and whether they "
-            "come from the objects is not tested here"
+            f"{start}; strips are in the background, and whether they come from the objects is "
+            "not tested here"
         )
-    return "the order is read from the objects; strips in the background are not found"
+    if share.below:
+        return f"{start} and not from the background, unlike in the paper"
+    return f"{start}; undecided whether strips are in the background"

@@ -13,23 +13,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 
-from hooked_vlm.analysis.probes import mean_of_shares, object_examples
+from hooked_vlm.analysis.probes import mean_of_shares
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     PROBES,
-    fit_with_controls,
     places_read,
-    probe_regions,
 )
-from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
     CHANCE,
     SEEDS,
-    projected,
     projected_scenes,
 )
 from hooked_vlm.experiments.further.close_objects import (
@@ -42,6 +37,7 @@ from hooked_vlm.experiments.further.close_objects import (
     moved,
     shares_read,
 )
+from hooked_vlm.experiments.further.held_out_halves import Halves
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
@@ -71,8 +67,6 @@ NAMES = {
     "horizontal": {EDGES["start"]: "left edge", EDGES["end"]: "right edge"},
     "vertical": {EDGES["start"]: "top edge", EDGES["end"]: "bottom edge"},
 }
-HELD_OUT = 0.5
-"""The share of pictures that no probe is fitted to: with fewer, no claim can be refuted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +156,9 @@ def _read_axis(
     step: Callable[[], None],
 ) -> dict[str, Any]:
     """Returns an axis's rows, readings `[edge, image, reading]` and pictures."""
-    direction = "left" if axis == "horizontal" else "above"
-    questions = sampled(setting, direction, config.images, config.seed)
-    usual = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
-    examples = object_examples(usual, probe_regions(setting.geometry, axis))
-    fitted, rows = fit_with_controls(examples, len(usual), config.seed, SEEDS, test_size=HELD_OUT)
+    halves = Halves.of(setting, axis, config.images, config.seed)
+    fitted, rows, asked = halves.fitted, halves.rows, halves.asked
     step()
-    asked = [questions[i] for i in fitted.test]
     probes, accuracies = fitted.read_by(config.probe)
 
     def read_in(layout: Layout, shown: Callable[[Question], Any]) -> Read:
@@ -324,7 +314,7 @@ def _unclean(means: pd.DataFrame) -> str:
         return f"the probe does not read the order of usual pictures ({accuracy.reason})"
     control = judge(select(means, quantity=CONTROL).iloc[0], least=0.0)
     if not control.above:
-        return f"the control in the centre is not read rightly ({control.reason})"
+        return f"the control in the centre is not read correctly ({control.reason})"
     other = select(means, shown="three", kind=BOTH, quantity="other").iloc[0]
     if other["value"] > CHANCE:
         return f"many tokens are read as neither ({format_interval(other)})"

@@ -294,14 +294,16 @@ def _reads(objects: int | None, background: int | None, n_sites: int) -> str:
     """Returns in words from which layer on a probe reads the order (None: not at the output)."""
     if objects is None and background is None:
         return (
-            "at the projector's output a probe reads the order neither from the objects nor from "
-            "the background"
+            "at the projector's output a probe does not clearly read the order, neither from the "
+            "objects nor from the background"
         )
     layers = {"objects": objects, "background": background}
     found = [f"from the {what} {_from(n, n_sites)}" for what, n in layers.items() if n is not None]
     missing = [what for what, layer in layers.items() if layer is None]
     text = f"a probe reads the order {' and '.join(found)}"
-    return f"{text}; at the projector's output not from the {missing[0]}" if missing else text
+    return (
+        f"{text}; at the projector's output not clearly from the {missing[0]}" if missing else text
+    )
 
 
 def _from(layer: int, n_sites: int) -> str:

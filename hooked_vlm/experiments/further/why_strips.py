@@ -18,16 +18,14 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.probes import mean_of_shares, object_examples
+from hooked_vlm.analysis.probes import mean_of_shares
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     PROBES,
-    fit_with_controls,
     places_read,
     probe_regions,
     strips,
 )
-from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, projected
 from hooked_vlm.experiments.further.encoder_cuts import (
     CUTS,
@@ -37,6 +35,7 @@ from hooked_vlm.experiments.further.encoder_cuts import (
     random_pairs,
     whole_attention,
 )
+from hooked_vlm.experiments.further.held_out_halves import Halves
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
@@ -59,10 +58,6 @@ CODES = {BACKGROUND: "the background's code", OBJECTS: "the objects' code"}
 INTACT, CUT, RANDOM = "intact", "cut", "random cut"
 ALL = -1
 """The number of layers' cut in the code: all of them."""
-
-
-HELD_OUT = 0.5
-"""The share of pictures that no probe is fitted to: with fewer, no claim can be refuted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +168,11 @@ def _shares_of(
     step: Callable[[], None],
 ) -> dict[str, Any]:
     """Returns an axis's probe rows, and shares `[cut, layer, condition, image, quantity]`."""
-    direction = "left" if axis == "horizontal" else "above"
-    questions = sampled(setting, direction, config.images, config.seed)
-    usual = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
-    examples = object_examples(usual, probe_regions(setting.geometry, axis))
-    fitted, rows = fit_with_controls(examples, len(usual), config.seed, SEEDS, test_size=HELD_OUT)
+    halves = Halves.of(setting, axis, config.images, config.seed)
+    fitted, rows, asked = halves.fitted, halves.rows, halves.asked
     step()
-    asked = [questions[i] for i in fitted.test]
     probes, _ = fitted.read_by(config.probe)
-    intact = _read(setting, axis, probes, usual[torch.as_tensor(fitted.test)])
+    intact = _read(setting, axis, probes, halves.usual)
     values = np.full((len(CUTS), len(layers), 3, *intact.shape), np.nan)
     values[:, :, 0] = intact
     for c, cut in enumerate(CUTS):
