@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from hooked_vlm.analysis.statistics import Interval, Number, Rows, plain, rows_of_pairs
 from hooked_vlm.arguments.checked import checked
-from hooked_vlm.arguments.kinds import Count, Seed, Share
+from hooked_vlm.arguments.kinds import Count, Finite, Seed, Share
 from hooked_vlm.errors import DataError, counted
 
 
@@ -32,8 +32,8 @@ ROUNDING = 1e-9
 def bounded_mean(
     values: Rows,
     *,
-    low: float,
-    high: float,
+    low: Finite,
+    high: Finite,
     level: Share = 0.95,
     n_resamples: Count = 10_000,
     seed: Seed = 0,
@@ -60,10 +60,10 @@ def bounded_mean(
 @checked(DataError)
 def bounded_test(
     values: Rows,
-    null: float = 0.0,
+    null: Finite = 0.0,
     *,
-    low: float = -1.0,
-    high: float = 1.0,
+    low: Finite = -1.0,
+    high: Finite = 1.0,
     n_resamples: Count = 10_000,
     seed: Seed = 0,
 ) -> Number:
@@ -113,7 +113,7 @@ def by_unit(
     return sums / counts.reshape(-1, *[1] * (values.ndim - 1))
 
 
-def _checked(values: Rows, low: float, high: float) -> np.ndarray:
+def _checked(values: Rows, low: Finite, high: Finite) -> np.ndarray:
     rows = rows_of_pairs(values, least=1)
     if not low < high:
         raise DataError(f"Bounds {low} to {high} were given; the first must be the lower one.")
@@ -126,7 +126,7 @@ def _checked(values: Rows, low: float, high: float) -> np.ndarray:
     return rows.clip(low, high)
 
 
-def _means(rows: np.ndarray, bound: float, n_resamples: int, seed: int) -> np.ndarray:
+def _means(rows: np.ndarray, bound: Finite, n_resamples: int, seed: int) -> np.ndarray:
     """Returns weighted means `[resample, *axes]` of the rows and one row at a bound."""
     weights, n = _weights(len(rows), n_resamples, seed), len(rows)
     means = weights[:, :n] @ rows.reshape(n, -1) + weights[:, n:] * bound
