@@ -335,7 +335,7 @@ class HookedVLM(ShowsWeights, HookedModel):
     def run_from_layer(
         self,
         inputs: ModelInputs,
-        residual: Float[Tensor, "batch pos d_model"],
+        residual: Float[Tensor, "batch pos *streams d_model"],
         layer: int,
         fwd_hooks: Sequence[FwdHook] = (),
         **kwargs: Any,
@@ -347,6 +347,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         stream of `run_with_cache(inputs, stop_at_layer=layer)`, the logits are those of the
         full run.  This is TransformerLens's `start_at_layer`.  `layer=n_layers` is after the last
         block: the final norm and the head alone (a logit lens).
+        A model with several residual streams has an axis for them.
 
         Warns about hooks in skipped blocks, which do not run, and about writes to embeddings,
         which `residual` replaces.  The vision encoder runs as usual, for models in which later

@@ -160,15 +160,22 @@ LEGEND = """\
 | fires | every name in `hook_dict` fires on a prompt with an image |
 | embeddings … projector | each site of the group: writing back what was read changes no bit; a write changes the logits, or is refused |
 | residual | `pre + attn_out == mid`, `mid + mlp_out == post`, `post` is the next block's `pre`, or what is added has a site; one factor for each feature is allowed (layer scale, residual multipliers) |
+| decomposition | the parts of `cache.decompose_resid` sum to the residual stream, before a middle layer and after the last, or an error says why they cannot |
 | patterns | rows sum to one (less with attention sinks); reading them leaves the logits; zeroing a key equals masking its score |
 | grid | every cell's patches and projected rows reach the position of the prompt that the grid says, measured by gradients with attention between patches off |
 | pixels | changing the pixels of one cell changes most what its own visual token is made of |
 | wide image | parity, grid and pixels again for a picture twice as wide as high, which many cut into tiles |
 | generate | greedy generation under hooks equals transformers', with and without the key-value cache |
+| steered answer | edits of the prompt (of its last token, of an image, of a slot) give one answer with a cache, without one and with caches off by configuration, and it begins with what a forward pass gives |
+| chunks | functions act on every chunk of a text prompt that is computed in chunks; interventions, whose places need the whole prompt, are refused |
 | start layer | running from a layer with its own residual stream gives the full run's logits |
 | sweep | patches from another image at slots, merged embeddings, encoder blocks and behind them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes, within 5e-5 of the largest |
 | padding | prompts of different lengths in one batch give what each gives alone |
 | images | two images in a prompt, one image in two prompts, an image in one prompt of two, no image: parity and grids hold in each that the processor and transformers take |
+| own output | what the architecture's own processor gives, without `prepare`: the same logits, and the same grids or none, or a refusal |
+| videos | a prompt with a video and no image, for models that pack patches: parity, and interventions on positions act |
+| 4-D mask | with a mask `[batch 1 query key]` that says the same, functions and interventions act as with the usual one |
+| gradients | what a function adds at a site gets its gradient from the logits, and asking for it moves none |
 | bf16 | parity, reading and writing in bfloat16 |"""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from conformance import suite
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
+from hooked_vlm.checks.laws import YES, check_start_layer
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError
 from hooked_vlm.hooks.stand_ins import layer_index, returns_tuples, run_until, skipping
 from hooked_vlm.model.vlm import HookedVLM
@@ -228,3 +229,12 @@ def test_a_pass_that_ends_early_says_so_and_leaves_no_hook() -> None:
     residual = run_until(model.hf_model, model.anatomy.lm, 1, lambda: model(inputs))
     assert torch.equal(residual, residual_at(model, inputs, 1))
     assert [len(m._forward_pre_hooks) for m in model.hf_model.modules()] == before
+
+
+def test_a_run_starts_from_several_residual_streams() -> None:
+    model = suite.build("glm5_next")  # [batch pos stream d_model] between its blocks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inputs = model.prepare([suite.picture(64, 64)], "What is this?")
+    assert residual_at(model, inputs, 1).ndim == 4
+    assert check_start_layer(model, inputs).verdict == YES
