@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import holm
 from hooked_vlm.errors import counted
+from hooked_vlm.experiments import verdicts
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE
 from hooked_vlm.experiments.further.close_objects import EDGES, READINGS
 from hooked_vlm.experiments.tables import format_interval, format_names, select
@@ -34,11 +34,8 @@ def adjusted(table: pd.DataFrame) -> pd.DataFrame:
 
     The claims of each single probe are a family of their own.
     """
-    main = table[(table["quantity"] == DIFFERENCE) & (table["kind"] == BOTH)]
-    p = table["p_holm"].copy()
-    for _, family in main.groupby("probe", dropna=False):
-        p[family.index] = holm(family["p_holm"].to_numpy(float))
-    return table.assign(p_holm=p)
+    main = (table["quantity"] == DIFFERENCE) & (table["kind"] == BOTH)
+    return verdicts.adjusted(table, main, ["probe"])
 
 
 def verdict(table: pd.DataFrame, gaps: Sequence[int]) -> str:
