@@ -1,0 +1,64 @@
+"""Bad input to experiments that draw pairs: the report says so, and the rest stands.
+
+E9, Q4 and R3 draw their pairs as E2 and E4 do.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.planted_models import planted
+from hooked_vlm.experiments import batches, setting
+from hooked_vlm.experiments.registry import select
+
+
+def run(name: str) -> Any:
+    found = select(name)
+    return found.run(planted("background"), found.config(pairs=3, batch_size=3), lambda *_: None)
+
+
+@pytest.mark.filterwarnings("ignore:.*correctly")
+@pytest.mark.parametrize("name", ["E2", "E4"])
+def test_a_nan_in_one_cell_leaves_out_its_pair_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, calls = batches.final_logits, []
+
+    def broken(logits: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        last = usual(logits).clone()
+        if len(calls) == 1:
+            last[0] = torch.nan
+        return last
+
+    whole = run(name)
+    monkeypatch.setattr(batches, "final_logits", broken)
+    result = run(name)
+    assert "Left out, left: 1 pair with scores that are not numbers." in result.verdict
+    assert "nan" not in result.verdict
+    n = result.table[result.table["quantity"] == "clean"].groupby("direction")["n"].max()
+    assert n["left"] == 2 and n["right"] == 3
+    for direction in ("right", "above", "below"):
+        assert result.arrays[f"pairs_{direction}"].equals(whole.arrays[f"pairs_{direction}"])
+
+
+@pytest.mark.filterwarnings("ignore")  # that a direction has too few pairs
+@pytest.mark.parametrize("name", ["E2", "E4"])
+def test_one_kept_pair_in_a_direction(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = setting.sample_tuples
+
+    def one_left(*args: Any, **options: Any) -> dict:
+        found = usual(*args, **options)
+        return {**found, "left": found["left"][:1]}
+
+    monkeypatch.setattr(setting, "sample_tuples", one_left)
+    result = run(name)
+    assert "left" not in set(result.table["direction"])
+    assert "Not tested: left;" in result.verdict and "nan" not in result.verdict
+
+
+def test_rows_without_numbers_do_not_change_the_others() -> None:
+    logits = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [3.0, float("-inf")]])
+    found = batches.scored_numbers(lambda rows: rows.argmax(-1, keepdim=True).float(), logits)
+    assert found[0] == 1 and found[1].isnan() and found[2] == 0
