@@ -89,7 +89,7 @@ def scored_numbers(score: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
 
 
 def numbers_only(
-    by_direction: Mapping[str, xr.DataArray],
+    by_direction: Mapping[str, xr.DataArray], unit: str = "pair"
 ) -> tuple[dict[str, xr.DataArray], list[str]]:
     """Returns the pairs all of whose scores are numbers, and sentences on those left out.
 
@@ -101,13 +101,31 @@ def numbers_only(
         others = [axis for axis in values.dims if axis != "pair"]
         whole = np.isfinite(values).all(others).values
         if not whole.all():
-            n = counted(int((~whole).sum()), "pair")
+            n = counted(int((~whole).sum()), unit)
             said.append(f"Left out, {direction}: {n} with scores that are not numbers.")
         if whole.sum() >= FEWEST_PAIRS:
             kept[direction] = values.isel(pair=np.flatnonzero(whole))
     if not kept:
         raise CannotRunError(
-            "In no direction do two pairs have scores that are all numbers. Load the model in "
+            f"In no direction do two {unit}s have scores that are all numbers. Load the model in "
             "float32 or bfloat16."
         )
     return kept, said
+
+
+def items_of_numbers(
+    by_direction: Mapping[str, np.ndarray], asked: Mapping[str, Sequence[Any]]
+) -> tuple[dict[str, np.ndarray], dict[str, list[Any]], list[str]]:
+    """Returns scores `[kind, item, quantity]` and questions without those that are no numbers.
+
+    As `numbers_only`, for questions instead of pairs.
+    """
+    arrays = {
+        d: xr.DataArray(values, dims=("kind", "pair", "quantity")).assign_coords(
+            pair=np.arange(values.shape[1])
+        )
+        for d, values in by_direction.items()
+    }
+    kept, said = numbers_only(arrays, "question")
+    questions = {d: [asked[d][i] for i in values["pair"].values] for d, values in kept.items()}
+    return {d: values.values for d, values in kept.items()}, questions, said

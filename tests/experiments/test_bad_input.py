@@ -10,6 +10,8 @@ import torch
 
 from helpers.planted_models import planted
 from hooked_vlm.experiments import batches, setting
+from hooked_vlm.experiments.dual_mechanisms import ordering_ablation
+from hooked_vlm.experiments.further import encoder_depth, redundancy
 from hooked_vlm.experiments.registry import select
 
 
@@ -41,6 +43,39 @@ def test_a_nan_in_one_cell_leaves_out_its_pair_alone(
     assert n["left"] == 2 and n["right"] == 3
     for direction in ("right", "above", "below"):
         assert result.arrays[f"pairs_{direction}"].equals(whole.arrays[f"pairs_{direction}"])
+
+
+@pytest.mark.filterwarnings("ignore:Attention scores or patterns")
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (ordering_ablation, {"items": 6}),
+        (redundancy, {"items": 6}),
+        (encoder_depth, {"pairs": 3, "images": 24}),
+    ],
+    ids=["E5", "Q6", "Q5"],
+)
+def test_a_nan_in_one_cell_leaves_out_its_question_alone(
+    module: Any, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, calls = module.scored_numbers, []
+
+    def broken(score: Any, logits: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        logits = logits.clone()
+        if len(calls) == 1:
+            logits[0] = torch.nan
+        return usual(score, logits)
+
+    monkeypatch.setattr(module, "scored_numbers", broken)
+    config = module.Config(batch_size=24, **options)
+    result = module.run(planted("background"), config, lambda *_: None)
+    unit = "pair" if "pairs" in options else "question"
+    assert f"Left out, left: 1 {unit} with scores that are not numbers." in result.verdict
+    assert "nan" not in result.verdict
+    quantity = "swapped" if "pairs" in options else "probability"
+    rows = result.table[result.table["quantity"] == quantity].groupby("direction")["n"].max()
+    assert rows["left"] == rows["right"] - 1
 
 
 @pytest.mark.filterwarnings("ignore")  # that a direction has too few pairs

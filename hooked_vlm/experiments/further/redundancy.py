@@ -24,7 +24,7 @@ from hooked_vlm.analysis.statistics import Interval, bootstrap, sign_flip_test
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import KINDS, RIGHT, named, picture_of
-from hooked_vlm.experiments.batches import over_batches
+from hooked_vlm.experiments.batches import items_of_numbers, over_batches, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import PLACES, references, removed
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.options import OnProgress
@@ -84,11 +84,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     scores = over_batches(
         setting, asked, lambda _, batch, __: _scores(setting, batch, config.cut), on_progress
     )
-    table = _table({d: np.concatenate(s, axis=1) for d, s in scores.items()}, asked, config.seed)
+    by_direction = {d: np.concatenate(s, axis=1) for d, s in scores.items()}
+    by_direction, asked, left_out = items_of_numbers(by_direction, asked)
+    table = _table(by_direction, asked, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *left_out]),
         config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},
         notes=(
             "Vision's order is removed as in E5 (slot 0). The language model's order is removed "
@@ -163,16 +165,19 @@ def _scores(setting: Setting, batch: Sequence[Question], cut: str) -> np.ndarray
     tokenizer = setting.model.tokenizer
     right = [q.target for q in batch]
     other = [_other_end(q) for q in batch]
+
+    def score(last: Tensor) -> Tensor:
+        kinds = torch.from_numpy(named(last, tokenizer, batch).astype(float))
+        probability = setting.probabilities(last, [(name,) for name in right])[:, 0]
+        odds = logit_difference(last, tokenizer, right, other)
+        more = [column.detach().cpu().double()[:, None] for column in (probability, odds)]
+        return torch.cat([kinds, *more], dim=-1)
+
     scores = []
     for cell in CELLS:
         with torch.no_grad():
             logits = setting.model.run_with_hooks(found.inputs, cells[cell], logits_to_keep=1)
-        last = final_logits(logits)
-        kinds = named(last, tokenizer, batch).astype(float)
-        probability = setting.probabilities(last, [(name,) for name in right])[:, 0]
-        odds = logit_difference(last, tokenizer, right, other)
-        more = [column.cpu().numpy()[:, None] for column in (probability, odds)]
-        scores.append(np.concatenate([kinds, *more], axis=-1))
+        scores.append(scored_numbers(score, final_logits(logits)).numpy())
     return np.stack(scores)
 
 
