@@ -99,7 +99,7 @@ def numbers_only(
     kept, said = {}, []
     for direction, values in by_direction.items():
         others = [axis for axis in values.dims if axis != "pair"]
-        whole = np.isfinite(values).all(others).values
+        whole = xr.apply_ufunc(np.isfinite, values).all(others).values
         if not whole.all():
             n = counted(int((~whole).sum()), unit)
             said.append(f"Left out, {direction}: {n} with scores that are not numbers.")
