@@ -3,11 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
+from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -52,13 +55,16 @@ def sweep_pairs(
     """Returns a sweep's scores on all pairs, by direction: its axes, then pair and quantity.
 
     `sweep_of(direction, batch)` has `cells` cells; `scored(setting, logits, batch)` returns
-    `[pair, quantity]` from the final position's logits.
+    `[pair, quantity]` from the final position's logits.  A cell whose logits are no numbers has
+    NaN; see `numbers_only`.
     """
 
     def score(direction: str, batch: list[Any], told: OnProgress) -> xr.DataArray:
         return sweep_of(direction, batch).run(
             setting.model,
-            lambda logits: scored(setting, final_logits(logits), batch),
+            lambda logits: scored_numbers(
+                lambda rows: scored(setting, rows, batch), final_logits(logits)
+            ),
             dims=("pair", "quantity"),
             coords={"quantity": quantities},
             on_progress=told,
@@ -67,3 +73,59 @@ def sweep_pairs(
 
     scores = over_batches(setting, pairs, score, on_progress, steps=cells)
     return {direction: xr.concat(parts, dim="pair") for direction, parts in scores.items()}
+
+
+def scored_numbers(score: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Returns `score(logits)` `[row, ...]`, with NaN in rows whose logits are no numbers.
+
+    One intervention may overflow in one row; scores of the other rows are as they are.
+    """
+    wrong = (logits.isnan() | (logits == float("inf"))).flatten(1).any(1)
+    if not wrong.any():
+        return score(logits)
+    found = score(logits.masked_fill(wrong[:, None], 0.0)).clone()
+    found[wrong.to(found.device)] = torch.nan
+    return found
+
+
+def numbers_only(
+    by_direction: Mapping[str, xr.DataArray], unit: str = "pair"
+) -> tuple[dict[str, xr.DataArray], list[str]]:
+    """Returns the pairs all of whose scores are numbers, and sentences on those left out.
+
+    A direction with fewer than two such pairs is left out.  Raises `CannotRunError` where none
+    is left.
+    """
+    kept, said = {}, []
+    for direction, values in by_direction.items():
+        others = [axis for axis in values.dims if axis != "pair"]
+        whole = xr.apply_ufunc(np.isfinite, values).all(others).values
+        if not whole.all():
+            n = counted(int((~whole).sum()), unit)
+            said.append(f"Left out, {direction}: {n} with scores that are not numbers.")
+        if whole.sum() >= FEWEST_PAIRS:
+            kept[direction] = values.isel(pair=np.flatnonzero(whole))
+    if not kept:
+        raise CannotRunError(
+            f"In no direction do two {unit}s have scores that are all numbers. Load the model in "
+            "float32 or bfloat16."
+        )
+    return kept, said
+
+
+def items_of_numbers(
+    by_direction: Mapping[str, np.ndarray], asked: Mapping[str, Sequence[Any]]
+) -> tuple[dict[str, np.ndarray], dict[str, list[Any]], list[str]]:
+    """Returns scores `[kind, item, quantity]` and questions without those that are no numbers.
+
+    As `numbers_only`, for questions instead of pairs.
+    """
+    arrays = {
+        d: xr.DataArray(values, dims=("kind", "pair", "quantity")).assign_coords(
+            pair=np.arange(values.shape[1])
+        )
+        for d, values in by_direction.items()
+    }
+    kept, said = numbers_only(arrays, "question")
+    questions = {d: [asked[d][i] for i in values["pair"].values] for d, values in kept.items()}
+    return {d: values.values for d, values in kept.items()}, questions, said

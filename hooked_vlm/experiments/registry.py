@@ -84,6 +84,9 @@ PAPER = tuple(
     if name in {module.ABOUT.name for module in MODULES}
 )
 """The paper's experiments on each of its synthetic settings."""
+TASKS = ("squares", "shapes", "objects")
+ON_TASKS = (*PAPER, redundancy.ABOUT.name)
+"""The experiments that a reproduction runs on each of the tasks."""
 EXPERIMENTS: dict[str, Experiment] = {
     module.ABOUT.name: Experiment(
         **vars(module.ABOUT), run=with_notes(module.run), config=module.Config
@@ -94,11 +97,11 @@ SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),
     "reproduce": (
         *(f"behaviour:{setting}" for setting in SETTINGS if setting != INSET),
-        *(f"{name}:{setting}" for name in PAPER for setting in ("squares", "shapes", "objects")),
+        *(f"{name}:{setting}" for name in ON_TASKS for setting in TASKS),
         *(
             m.ABOUT.name
             for m in MODULES
-            if m.ABOUT.name not in ("behaviour", *PAPER) and m not in NEED_DATA
+            if m.ABOUT.name not in ("behaviour", *ON_TASKS) and m not in NEED_DATA
         ),
     ),
     "whatsup": (

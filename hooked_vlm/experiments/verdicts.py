@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from hooked_vlm.analysis.bounded import bounded_mean, bounded_test, by_unit
 from hooked_vlm.analysis.statistics import holm
@@ -78,6 +79,18 @@ def claim_rows(
     found = interval_rows(interval, axes, **columns, null=null)
     adjusted = np.atleast_1d(holm(np.atleast_1d(p))).ravel()
     return [{**row, "p_holm": float(p)} for row, p in zip(found, adjusted, strict=True)]
+
+
+def adjusted(table: pd.DataFrame, rows: Any, by: Sequence[str]) -> pd.DataFrame:
+    """Returns a table whose column p_holm is adjusted by Holm over some rows.
+
+    Of `rows` (which rows, a boolean series), those with the same values of the columns `by` are
+    one family.
+    """
+    p = table["p_holm"].copy()
+    for _, family in table[rows & p.notna()].groupby(list(by), dropna=False):
+        p[family.index] = holm(family["p_holm"].to_numpy(float))
+    return table.assign(p_holm=p)
 
 
 def judge(row: Any, least: float = LEAST, unless: str = "") -> Judgement:

@@ -13,9 +13,12 @@ from helpers.planted_models import GEOMETRY, PATCH, SIDE, planted
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes
 from hooked_vlm.experiments.further import absolute_or_relative as q7
-from hooked_vlm.experiments.further.absolute_or_relative import BOTH, DIFFERENCE
+from hooked_vlm.experiments.further import gap_verdicts
 from hooked_vlm.experiments.further.close_objects import READINGS, close_together, moved
+from hooked_vlm.experiments.further.gap_verdicts import BOTH, CONTROL, DIFFERENCE
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.verdicts import Judgement, judge
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY, Geometry
 
 
@@ -43,12 +46,21 @@ def test_a_code_of_strips_is_absolute(probe: str) -> None:
         for shown in ("three", "alone"):
             found = shares(result, axis=axis, shown=shown, kind=BOTH)
             assert [found[name] for name in READINGS] == [0, 1, 0]
-        assert shares(result, axis=axis)[q7.CONTROL] == 1
+        assert shares(result, axis=axis)[CONTROL] == 1
     assert result.verdict.count("the code is mostly absolute") == 2
     assert result.verdict.count("5 of 5 probes") == (2 if probe == "paper" else 0)
     assert np.isfinite(result.table[["value", "low", "high"]]).all().all()
-    assert result.arrays["readings"].sizes == {"axis": 2, "kind": 2, "image": 10, "reading": 3}
-    assert set(result.images) >= {"horizontal, right edge", "vertical, top edge"}
+    assert result.arrays["readings"].sizes == {
+        "axis": 2,
+        "gap": 1,
+        "kind": 2,
+        "image": 10,
+        "reading": 3,
+    }
+    names = {"horizontal, right edge, 0 tokens apart", "vertical, top edge, 0 tokens apart"}
+    assert set(result.images) >= names
+    assert "Not tested: objects 1 token apart and 2 tokens apart" in result.verdict
+    assert "depends on the gap" not in result.verdict
     assert [done for done, _ in told] == list(range(told[-1][1] + 1))
 
 
@@ -77,6 +89,64 @@ def test_a_code_of_ranks_is_relative(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.verdict.count("the code is mostly relative (5 of 5 probes") == 2
 
 
+def relative_only_when_apart(pictures: Any, *_: Any) -> torch.Tensor:
+    """Features of the strip in pictures whose objects touch, else of the rank of each object.
+
+    The objects are those of tiny-qwen2-vl's pictures: 2x2 of 12x12 tokens of 16 px.
+    """
+    features = torch.zeros(len(pictures), 12, 12, 36)
+    for picture, own in zip(pictures, features, strict=True):
+        cells = np.asarray(picture).reshape(12, 16, 12, 16, 3)[:, 8, :, 8]
+        filled = np.argwhere((cells != 255).any(-1))
+        along = filled[:, int(np.ptp(filled[:, 1]) > np.ptp(filled[:, 0]))]
+        starts = sorted(set(along))[::2]
+        is_apart = len(starts) == 3 and starts[1] > starts[0] + 2
+        for (row, col), at in zip(filled, along, strict=True):
+            code = int(np.searchsorted(starts, at, "right")) - 1 if is_apart else at // 4
+            own[row, col, 12 * code : 12 * code + 12] = 6.0
+    return features.flatten(1, 2)
+
+
+def test_a_code_can_depend_on_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ordering_probes,
+        "projected_pictures",
+        lambda _, pictures, *__: relative_only_when_apart(pictures),
+    )
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    result = q7.run(model, CONFIG, lambda *_: None)
+    for gap, expected in ((0, [0, 1, 0]), (1, [1, 0, 0])):
+        found = shares(result, axis="horizontal", shown="three", kind=BOTH, gap=gap)
+        assert [found[name] for name in READINGS] == expected
+    said = result.verdict.splitlines()
+    assert said[0] == (
+        "Horizontal: the answer depends on the gap between the objects: mostly absolute 0 tokens "
+        "apart, mostly relative 1 token apart."
+    )
+    assert "depends on the gap" in said[3] and said[3].startswith("Vertical")
+    assert said[-1].startswith("Not tested: objects 2 tokens apart")
+
+
+def judged(sign: int) -> Judgement:
+    return Judgement("found" if sign else "undecided", sign, "")
+
+
+def test_only_outcomes_that_were_found_make_an_answer_depend_on_the_gap() -> None:
+    assert "depends" in gap_verdicts.over_gaps({0: judged(-1), 1: judged(1)})
+    for signs in ((-1, -1), (-1, 0), (0, 1), (1,)):
+        said = gap_verdicts.over_gaps({gap: judged(sign) for gap, sign in enumerate(signs)})
+        assert "depends" not in said and said.count("apart") == len(signs)
+
+
+def test_the_tests_of_all_axes_and_gaps_are_one_family() -> None:
+    main = {"quantity": DIFFERENCE, "kind": BOTH, "probe": np.nan}
+    rows = [{**main, "p_holm": p} for p in (0.02, 0.03, 0.01)]
+    rows += [{**main, "probe": 0, "p_holm": 0.04}]
+    rows += [{**main, "kind": "left or top edge", "p_holm": 0.04}]
+    adjusted = gap_verdicts.adjusted(pd.DataFrame(rows))["p_holm"]
+    assert adjusted.tolist() == pytest.approx([0.04, 0.04, 0.03, 0.04, 0.04])
+
+
 def test_nothing_is_said_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = torch.Generator().manual_seed(0)
     monkeypatch.setattr(
@@ -85,7 +155,7 @@ def test_nothing_is_said_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda _, pictures, *__: torch.randn(len(pictures), SIDE**2, 36, generator=noise),
     )
     result, _ = ran()
-    assert result.verdict.count("undecided") == 2
+    assert result.verdict.count(": undecided whether relative or absolute") == 2
     assert result.verdict.count("does not read the order of usual pictures") == 2
 
 
@@ -96,7 +166,8 @@ def claims(three: Any, one: Any, control: float = 1.0, accuracy: float = 1.0) ->
     """The rows of pictures that all have the same shares, `[edge][reading]`."""
     spread = np.ones((1, N))
     three, one = (np.asarray(v, float)[:, None, None] * spread[..., None] for v in (three, one))
-    rows = q7._claims(accuracy * spread, three, one, control * spread, 0)
+    rows = q7._accuracy_claim(accuracy * spread, 0)
+    rows += q7._claims(three, one, control * spread, 0)
     rows += q7._share_rows(three, 0, shown="three") + q7._share_rows(one, 0, shown="alone")
     table = pd.DataFrame(rows)
     return table[table["probe"].isna()]
@@ -128,7 +199,7 @@ CASES: dict[str, tuple[dict[str, Any], str, int, str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_verdict_follows_from_the_claims(case: str) -> None:
     given, outcome, sign, reason = CASES[case]
-    found = q7._found(claims(**given))
+    found = gap_verdicts.found(claims(**given))
     assert (found.outcome, found.sign) == (outcome, sign)
     assert reason in found.reason
 
@@ -136,9 +207,9 @@ def test_the_verdict_follows_from_the_claims(case: str) -> None:
 def test_few_pictures_decide_nothing() -> None:
     three = np.full((2, 1, 4, 3), 1 / 3)
     three[..., :2] = 0.6, 0.4
-    rows = q7._claims(np.ones((1, 4)), three, three * 0, np.ones((1, 4)), 0)
+    rows = q7._claims(three, three * 0, np.ones((1, 4)), 0)
     both = [r for r in rows if r["quantity"] == DIFFERENCE and r["kind"] == BOTH]
-    assert q7.judge(both[0]).outcome == "undecided"
+    assert judge(both[0]).outcome == "undecided"
 
 
 @pytest.mark.parametrize("geometry", [*PAPER_GEOMETRY.values(), GEOMETRY], ids=str)
@@ -164,7 +235,7 @@ def test_only_objects_in_another_strip_than_that_of_their_order_count(
 def test_a_gap_that_shows_nothing_is_refused_before_the_model_runs(gap: int, says: str) -> None:
     model = planted("background")
     with count_forwards(model) as forwards, pytest.raises(DataError, match=says):
-        q7.run(model, q7.Config(gap=gap), lambda *_: None)
+        q7.run(model, q7.Config(gaps=(gap,)), lambda *_: None)
     assert not forwards
-    with pytest.raises(DataError, match="gap must be a whole number from 0"):
-        q7.Config(gap=-1)
+    with pytest.raises(DataError, match="gaps must be a whole number from 0"):
+        q7.Config(gaps=(0, -1))

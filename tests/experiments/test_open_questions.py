@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from helpers.planted_models import planted
+from hooked_vlm.analysis.statistics import sign_flip_test
 from hooked_vlm.errors import DataError
+from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.further import encoder_depth, redundancy
 from hooked_vlm.experiments.further.encoder_depth import attention_shares, pooled
 from hooked_vlm.experiments.further.redundancy import between_image_tokens
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
@@ -106,3 +109,27 @@ def test_vision_alone_answers_where_the_order_was_planted() -> None:
     assert every["interaction"] == pytest.approx(
         every["both"] - every["vision only"] - every["LM only"] + every["neither"]
     )
+
+
+def test_redundancy_has_a_verdict_for_each_axis_and_runs_on_each_task() -> None:
+    config = redundancy.Config(items=6, batch_size=6)
+    result = redundancy.run(planted("object"), config, lambda *_: None)
+    said = result.verdict.splitlines()
+    assert [line.split(":")[0] for line in said[:3]] == ["All", "Horizontal", "Vertical"]
+    assert all(": found:" in line or "ndecided" in line or ": not found:" in line for line in said)
+    steps = [step for step in registry.steps("reproduce") if step.experiment.id == "Q6"]
+    assert [step.setting for step in steps] == ["squares", "shapes", "objects"]
+
+
+def test_tests_of_both_axes_are_one_family() -> None:
+    odds = np.random.default_rng(0).normal(0.3, 1, size=(4, 40))
+    values = np.zeros((4, 40, len(redundancy.QUANTITIES)))
+    values[..., -1] = odds
+    asked = {
+        d: [Question((f"a{i}", f"b{i}", f"c{i}"), d) for i in range(40)] for d in ("left", "above")
+    }
+    table = redundancy._table({"left": values, "above": values}, asked, 0)
+    rows = table[(table["kind"] == "interaction") & (table["quantity"] == redundancy.LOG_ODDS)]
+    p = rows.set_index("direction")["p_holm"]
+    own = float(sign_flip_test(odds[0] - odds[1] - odds[2] + odds[3], seed=0))
+    assert p["horizontal"] == pytest.approx(min(2 * own, 1)) == p["vertical"]

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.report import charts
+from hooked_vlm.report.figures import DRAW
 from hooked_vlm.report.look import Look, to_png
 
 
@@ -57,3 +59,7 @@ def test_a_missing_column_is_named(wrong: dict[str, str]) -> None:
 def test_nothing_to_draw() -> None:
     with pytest.raises(DataError, match="no rows"):
         charts.dots(table().iloc[:0], by="direction", line="kind")
+
+
+def test_every_experiment_has_a_figure() -> None:
+    assert set(DRAW) == {experiment.id for experiment in EXPERIMENTS.values()}

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
-from hooked_vlm.experiments.batches import sweep_pairs
+from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
@@ -66,12 +66,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         d: values.assign_coords(pair=[_pictures(pair) for pair in pairs[d]])
         for d, values in by_direction.items()
     }
+    by_direction, left_out = numbers_only(by_direction)
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
-        verdict=_verdict(table, setting.directions),
+        verdict=" ".join([_verdict(table, setting.directions), *left_out]),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         notes=(
             "Slot 0 is the input of block 0 (visual tokens merged in), slot l the output of block "

@@ -23,7 +23,7 @@ from hooked_vlm.analysis.statistics import (
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import CHANCE, KINDS, ORDER, OTHER, RIGHT, named, picture_of
-from hooked_vlm.experiments.batches import over_batches
+from hooked_vlm.experiments.batches import items_of_numbers, over_batches, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, references
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
@@ -76,12 +76,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     names = {axis: named_alone(setting, axis) for axis in setting.axes}
     scores = over_batches(setting, asked, lambda _, batch, __: _scores(setting, batch), on_progress)
     by_direction = {d: np.concatenate(parts, axis=1) for d, parts in scores.items()}
+    by_direction, asked, left_out = items_of_numbers(by_direction, asked)
     table = _table(by_direction, asked, names, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
         images=_pictures(setting, asked),
-        verdict=_verdict(table, names),
+        verdict="\n".join([_verdict(table, names), *left_out]),
         config={
             "items": {d: len(found) for d, found in asked.items()},
             "seed": config.seed,
@@ -148,14 +149,18 @@ def _scores(setting: Setting, batch: Sequence[Question]) -> np.ndarray:
     """Returns `[kind, item, quantity]`: what the answer names, and the right one's probability."""
     found = references(setting, batch)
 
-    def metric(logits: torch.Tensor) -> torch.Tensor:
-        last = final_logits(logits)
+    def score(last: torch.Tensor) -> torch.Tensor:
         probability = setting.probabilities(last, [(q.target,) for q in batch])
         kinds = torch.from_numpy(named(last, setting.model.tokenizer, batch)).to(probability)
         return torch.cat([kinds, probability], dim=-1)
 
     sweep = Sweep(found.inputs, {"kind": list(REMOVALS)}, make=lambda kind: REMOVALS[kind](found))
-    scores = sweep.run(setting.model, metric, dims=("item", "quantity"), logits_to_keep=1)
+    scores = sweep.run(
+        setting.model,
+        lambda logits: scored_numbers(score, final_logits(logits)),
+        dims=("item", "quantity"),
+        logits_to_keep=1,
+    )
     return scores.values
 
 

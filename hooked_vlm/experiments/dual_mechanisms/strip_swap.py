@@ -20,7 +20,7 @@ from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.analysis.statistics import Interval, simultaneous
 from hooked_vlm.errors import counted
-from hooked_vlm.experiments.batches import sweep_pairs
+from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, strips_of
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
@@ -86,13 +86,14 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         d: values.assign_coords(pair=[name_of(pair) for pair in pairs[d]])
         for d, values in by_direction.items()
     }
+    by_direction, left_out = numbers_only(by_direction)
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
         images=_pictures(setting, pairs),
-        verdict=_verdict(table, setting.directions),
+        verdict="\n".join([_verdict(table, setting.directions), *left_out]),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         notes=(
             "Activations are written into the run on the clean picture; the source is the run on "

@@ -16,7 +16,7 @@ import xarray as xr
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.batches import sweep_pairs
+from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
     HALF,
@@ -94,10 +94,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         d: values.assign_coords(pair=[name_of(pair) for pair in pairs[d]])
         for d, values in by_direction.items()
     }
+    by_direction, left_out = numbers_only(by_direction)
     table = _table(by_direction, model.cfg.n_layers, config.seed)
     return _result(
         table,
-        _verdict(table, [d for d in setting.directions if d not in pairs]),
+        "\n".join([_verdict(table, [d for d in setting.directions if d not in pairs]), *left_out]),
         {"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         {f"pairs_{d}": values for d, values in by_direction.items()},
         regions.notes,

@@ -3,7 +3,8 @@
 The probe of E3 is fitted to the usual pictures, in which the first object always lies in the
 first strip, the second in the middle one and the last in the last.  It is then applied to pictures
 whose three objects stand close together at one edge, where the two meanings differ: at the left
-edge the last object lies in the middle strip.
+edge the last object lies in the middle strip.  The answer can depend on how close they stand, so
+several gaps are measured, and each has its own outcome.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import pandas as pd
 import xarray as xr
 
 from hooked_vlm.analysis.probes import mean_of_shares
-from hooked_vlm.errors import counted
+from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     PROBES,
@@ -37,13 +38,25 @@ from hooked_vlm.experiments.further.close_objects import (
     moved,
     shares_read,
 )
+from hooked_vlm.experiments.further.gap_verdicts import (
+    ACCURACY,
+    BOTH,
+    CONTROL,
+    DIFFERENCE,
+    MOSTLY,
+    NAMES,
+    SURPLUS,
+    adjusted,
+    apart,
+    verdict,
+)
 from hooked_vlm.experiments.further.held_out_halves import Halves
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import Judgement, claim_rows, judge, sentence
-from hooked_vlm.stimuli.geometry import Layout
+from hooked_vlm.experiments.tables import format_names, interval_rows
+from hooked_vlm.experiments.verdicts import claim_rows
+from hooked_vlm.stimuli.geometry import Layout, Shifted
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import SETTINGS
 
@@ -58,38 +71,36 @@ ABOUT = About(
         "tell a place in the picture from a place among the objects."
     ),
 )
-BOTH = "both edges"
-DIFFERENCE, SURPLUS = "relative - absolute", "relative, three - one"
-CONTROL = "control, centre"
-MOSTLY = 0.5
-"""The share of the control's tokens that must be read as their place."""
-NAMES = {
-    "horizontal": {EDGES["start"]: "left edge", EDGES["end"]: "right edge"},
-    "vertical": {EDGES["start"]: "top edge", EDGES["end"]: "bottom edge"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
-    """`images` pictures of each axis; `gap` tokens between the objects at an edge.
+    """`images` pictures of each axis; `gaps`: tokens between the objects at an edge.
+
+    Gaps at which the pictures show nothing are named in the verdict.
 
     `probe` is the `"paper"`'s recipe, or a logistic regression fitted until it has `"converged"`.
     """
 
     settings_allowed = SETTINGS  # What'sUp's photographs cannot be moved
-    ranges: ClassVar = {"images": (8, 10**6), "gap": (0, 100)}  # probes need held-out pictures
+    ranges: ClassVar = {"images": (8, 10**6), "gaps": (0, 100)}  # probes need held-out pictures
     choices: ClassVar = {"probe": PROBES}
 
     images: int = 120
-    gap: int = 0
+    gaps: tuple[int, ...] = (0, 1, 2)
     probe: str = "paper"
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Fits E3's probe to usual pictures, and applies it to objects close together."""
+    """Fits E3's probe to usual pictures, and applies it to objects close together.
+
+    Raises `DataError` where no gap shows anything.
+    """
     setting = Setting.of(model, config)
-    layouts = close_together(setting.geometry, config.gap)
-    steps = sum(1 + len(layouts) + _n_alone(layouts, axis) for axis in setting.axes)
+    layouts = _at_gaps(setting.geometry, config.gaps)
+    steps = sum(
+        1 + sum(len(own) + _n_alone(own, axis) for own in layouts.values()) for axis in setting.axes
+    )
     done, rows, readings, pictures = 0, [], [], {}
 
     def step() -> None:
@@ -103,26 +114,27 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         rows += [{**row, "axis": axis} for row in found["rows"]]
         readings.append(found["readings"])
         pictures |= found["pictures"]
-    table = pd.DataFrame(rows)
+    table = adjusted(pd.DataFrame(rows))
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={
             "readings": xr.DataArray(
                 np.stack(readings),
-                dims=("axis", "kind", "image", "reading"),
+                dims=("axis", "gap", "kind", "image", "reading"),
                 coords={
                     "axis": list(setting.axes),
+                    "gap": list(layouts),
                     "kind": list(EDGES.values()),
                     "reading": list(READINGS),
                 },
             )
         },
         images=pictures,
-        verdict=_verdict(table, config.gap),
+        verdict=verdict(table, config.gaps),
         config={
             "images": config.images,
-            "gap": config.gap,
+            "gaps": list(layouts),
             "probe": config.probe,
             "seed": config.seed,
         },
@@ -131,9 +143,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             f"and applied to the other triples. Numbers are means over {SEEDS} probes with "
             "other initialisations, with intervals over pictures. probe='converged' is one "
             "logistic regression on the same tokens instead.",
-            "Counted are objects of which no token lies in the strip of their order. 'relative' is "
-            "the share of their tokens read as their place among the objects, 'absolute' that read "
-            "as their strip, 'other' the rest. Objects weigh the same, and so do the edges.",
+            "Counted are objects of which no token lies in the strip of their order: "
+            f"{_counted_objects(layouts)}. 'relative' is the share of their tokens read as their "
+            "place among the objects, 'absolute' that read as their strip, 'other' the rest. "
+            "Objects weigh the same, and so do the edges.",
+            "Each gap has its own outcome, and no outcome holds for other gaps. The tests of "
+            f"'{DIFFERENCE}' over both edges, at every axis and gap, are one family (Holm). The "
+            "other tests can only withhold an outcome and are not adjusted.",
             f"'{CONTROL}': of the objects close together in the centre, the tokens whose order and "
             "strip agree, with equal weight for each place. Both meanings give them one reading; "
             "where the probe has another, its readings at the edges say nothing.",
@@ -144,6 +160,36 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+def _at_gaps(geometry: Layout, gaps: Sequence[int]) -> dict[int, dict[str, Shifted]]:
+    """Returns the layouts of each gap at which objects at an edge show something.
+
+    Raises `DataError` where there is no such gap.
+    """
+    found, refused = {}, []
+    for gap in sorted(set(gaps)):
+        try:
+            found[gap] = close_together(geometry, gap)
+        except DataError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    return found
+
+
+def _counted_objects(layouts: Mapping[int, Mapping[str, Layout]]) -> str:
+    """Returns which objects count at each gap, in words."""
+    ordinals = ("first", "second", "third")
+    at_gaps = []
+    for gap, own in layouts.items():
+        edges = (
+            f"the {format_names([ordinals[o.place] for o in moved(own[edge], 'horizontal')])} at "
+            f"the {label}"
+            for edge, label in EDGES.items()
+        )
+        at_gaps.append(f"{apart(gap)}, {' and '.join(edges)}")
+    return "; ".join(at_gaps)
+
+
 def _n_alone(layouts: Mapping[str, Layout], axis: str) -> int:
     return sum(len(moved(layouts[edge], axis)) for edge in EDGES)
 
@@ -151,15 +197,38 @@ def _n_alone(layouts: Mapping[str, Layout], axis: str) -> int:
 def _read_axis(
     setting: Setting,
     axis: str,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[int, Mapping[str, Layout]],
     config: Config,
     step: Callable[[], None],
 ) -> dict[str, Any]:
-    """Returns an axis's rows, readings `[edge, image, reading]` and pictures."""
+    """Returns an axis's rows, readings `[gap, edge, image, reading]` and pictures."""
     halves = Halves.of(setting, axis, config.images, config.seed)
-    fitted, rows, asked = halves.fitted, halves.rows, halves.asked
     step()
-    probes, accuracies = fitted.read_by(config.probe)
+    probes, accuracies = halves.fitted.read_by(config.probe)
+    rows = [*halves.rows, *_accuracy_claim(accuracies, config.seed)]
+    readings, pictures = [], {}
+    for gap, own in layouts.items():
+        found, by_edge = _read_gap(setting, axis, own, halves.asked, probes, config.seed, step)
+        rows += [{**row, "gap": gap} for row in found]
+        readings.append(by_edge.mean(1))
+        for edge, label in EDGES.items():
+            first = halves.asked[0]
+            pictures[f"{axis}, {NAMES[axis][label]}, {apart(gap)}"] = setting.stimuli.scene(
+                first.entities, axis, own[edge], setting.stimuli.ground_of(first)
+            )
+    return {"rows": rows, "readings": np.stack(readings), "pictures": pictures}
+
+
+def _read_gap(
+    setting: Setting,
+    axis: str,
+    layouts: Mapping[str, Layout],
+    asked: Sequence[Question],
+    probes: Sequence[Any],
+    seed: int,
+    step: Callable[[], None],
+) -> tuple[list[dict], np.ndarray]:
+    """Returns the rows of one gap, and its shares `[edge, probe, image, reading]`."""
 
     def read_in(layout: Layout, shown: Callable[[Question], Any]) -> Read:
         grids = projected_scenes(setting, asked, shown, layout)
@@ -167,26 +236,19 @@ def _read_axis(
         return places_read(probes, grids)
 
     read = {name: read_in(layout, _all_three) for name, layout in layouts.items()}
-    three, one = [], []
+    rows, three, one = [], [], []
     for edge in EDGES:
         objects = moved(layouts[edge], axis)
         three.append(shares_read(read[edge], objects))
         alone = [(read_in(layouts[edge], partial(_only, o.place)), o) for o in objects]
         one.append(np.concatenate([shares_read(seen, [o]) for seen, o in alone]))
-        rows += _object_rows(EDGES[edge], objects, three[-1], config.seed)
+        rows += _object_rows(EDGES[edge], objects, three[-1], seed)
     by_edge = np.stack([found.mean(0) for found in three])  # [edge, probe, image, reading]
     alone_by_edge = np.stack([found.mean(0) for found in one])
-    rows += _share_rows(by_edge, config.seed, shown="three")
-    rows += _share_rows(alone_by_edge, config.seed, shown="alone")
+    rows += _share_rows(by_edge, seed, shown="three")
+    rows += _share_rows(alone_by_edge, seed, shown="alone")
     control = agreeing(read["centre"], layouts["centre"], axis)
-    rows += _claims(accuracies, by_edge, alone_by_edge, control, config.seed)
-    pictures = {
-        f"{axis}, {NAMES[axis][label]}": setting.stimuli.scene(
-            asked[0].entities, axis, layouts[edge], setting.stimuli.ground_of(asked[0])
-        )
-        for edge, label in EDGES.items()
-    }
-    return {"rows": rows, "readings": by_edge.mean(1), "pictures": pictures}
+    return [*rows, *_claims(by_edge, alone_by_edge, control, seed)], by_edge
 
 
 def _all_three(question: Question) -> tuple[str, ...]:
@@ -223,104 +285,30 @@ def _share_rows(by_edge: np.ndarray, seed: int, **columns: Any) -> list[dict]:
     return rows
 
 
-def _claims(
-    accuracies: np.ndarray, three: np.ndarray, one: np.ndarray, control: np.ndarray, seed: int
-) -> list[dict]:
-    """Returns the rows that the verdict is about.
+def _accuracy_claim(accuracies: np.ndarray, seed: int) -> list[dict]:
+    """Returns the row of the claim that the probe reads the order of usual pictures."""
+    values = accuracies.mean(0)
+    bounds: Any = {"null": CHANCE, "low": 0.0, "high": 1.0, "quantity": ACCURACY}
+    return claim_rows(values, {}, range(len(values)), seed, **bounds)
+
+
+def _claims(three: np.ndarray, one: np.ndarray, control: np.ndarray, seed: int) -> list[dict]:
+    """Returns the rows that the verdict on one gap is about, before `gap_verdicts.adjusted`.
 
     `three` and `one` are shares `[edge, probe, image, reading]`.
     """
     units = range(three.shape[2])
     difference = three[..., 0] - three[..., 1]
-    whole = {"low": 0.0, "high": 1.0}
     rows = []
     for values, bounds, about in (
         (difference.mean((0, 1)), {}, {"quantity": DIFFERENCE, "kind": BOTH}),
         ((three - one)[..., 0].mean((0, 1)), {}, {"quantity": SURPLUS, "kind": BOTH}),
-        (control.mean(0), {"null": MOSTLY, **whole}, {"quantity": CONTROL}),
-        (accuracies.mean(0), {"null": CHANCE, **whole}, {"quantity": "accuracy, claim"}),
+        (control.mean(0), {"null": MOSTLY, "low": 0.0, "high": 1.0}, {"quantity": CONTROL}),
     ):
         rows += claim_rows(values, {}, units, seed, **bounds, **about)  # pyright: ignore
-    edges = {"kind": list(EDGES.values())}
-    rows += claim_rows(difference.mean(1).T, edges, units, seed, quantity=DIFFERENCE)
+    for label, values in zip(EDGES.values(), difference.mean(1), strict=True):
+        rows += claim_rows(values, {}, units, seed, quantity=DIFFERENCE, kind=label)
     for probe in range(three.shape[1]):
         own = difference[:, probe].mean(0)
         rows += claim_rows(own, {}, units, seed, quantity=DIFFERENCE, kind=BOTH, probe=probe)
     return rows
-
-
-# --- verdict --------------------------------------------------------------------------------
-
-
-def _verdict(table: pd.DataFrame, gap: int) -> str:
-    apart = f"objects {counted(gap, 'token')} apart"
-    return "\n".join(
-        sentence(f"{axis}, {apart}: {_of_axis(select(table, axis=axis), axis)}")
-        for axis in dict.fromkeys(table["axis"])
-    )
-
-
-def _of_axis(here: pd.DataFrame, axis: str) -> str:
-    means = here[here["probe"].isna() & here["place"].isna()]
-    probes = here.dropna(subset="probe")
-    shares = _shares_in_words(select(means, shown="three", kind=BOTH))
-    edges = [
-        f"{NAMES[axis][label]}: {_shares_in_words(select(means, shown='three', kind=label))}"
-        for label in EDGES.values()
-    ]
-    alone = select(means, shown="alone", kind=BOTH, quantity="relative").iloc[0]
-    control = select(means, quantity=CONTROL).iloc[0]
-    finding = _found(means)
-    agree = sum(judge(row).sign == finding.sign for _, row in probes.iterrows())
-    words = {1: "mostly relative", -1: "mostly absolute"}.get(finding.sign, "")
-    if finding.outcome == "not found":
-        words = f"as much relative as absolute ({finding.reason})"
-    if finding.outcome == "undecided":
-        words = f"undecided whether relative or absolute: {finding.reason}"
-    else:
-        words = f"the code is {words}"
-        if len(probes) > 1:
-            words += f" ({agree} of {len(probes)} probes with other initialisations agree)"
-    return (
-        f"{words}. Where order and strip differ, tokens are read as {shares}; {'; '.join(edges)}. "
-        f"Alone at the same cells, an object is read as the relative place in "
-        f"{format_interval(alone)}; control in the centre {format_interval(control)}"
-    )
-
-
-def _shares_in_words(rows: pd.DataFrame) -> str:
-    shares = rows.set_index("quantity")
-    return ", ".join(f"{reading} {format_interval(shares.loc[reading])}" for reading in READINGS)
-
-
-def _found(means: pd.DataFrame) -> Judgement:
-    """Returns whether the relative reading outweighs the absolute one, or the reverse."""
-    both = select(means, kind=BOTH)
-    row = select(both, quantity=DIFFERENCE).iloc[0]
-    reason = _unclean(means)
-    found = judge(row, unless=reason)
-    if not found.above:
-        return found
-    surplus = judge(select(both, quantity=SURPLUS).iloc[0])
-    if surplus.above:
-        return found
-    return judge(row, unless=f"one object alone is read nearly so (three - one {surplus.reason})")
-
-
-def _unclean(means: pd.DataFrame) -> str:
-    """Returns the reason for which the readings at the edges say nothing, or ''."""
-    accuracy = judge(select(means, quantity="accuracy, claim").iloc[0])
-    if not accuracy.above:
-        return f"the probe does not read the order of usual pictures ({accuracy.reason})"
-    control = judge(select(means, quantity=CONTROL).iloc[0], least=0.0)
-    if not control.above:
-        return f"the control in the centre is not read correctly ({control.reason})"
-    other = select(means, shown="three", kind=BOTH, quantity="other").iloc[0]
-    if other["value"] > CHANCE:
-        return f"many tokens are read as neither ({format_interval(other)})"
-    edges = select(means, quantity=DIFFERENCE)
-    signs = {label: judge(select(edges, kind=label).iloc[0]) for label in EDGES.values()}
-    if {judgement.sign for judgement in signs.values()} == {1, -1}:
-        sides = "; ".join(f"{label} {j.reason}" for label, j in signs.items())
-        return f"the edges differ (relative - absolute: {sides})"
-    return ""

@@ -20,6 +20,7 @@ from torch import Tensor
 from hooked_vlm.analysis.statistics import bootstrap, simultaneous
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import numbers_only, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_reading import read_order
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import HALF
@@ -80,8 +81,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         scores[direction].append(_swaps(setting, batch, sites))
         done += len(sites) * len(KINDS)
         on_progress(done, total)
-    for direction, parts in scores.items():
-        values = xr.concat(parts, dim="pair").transpose("pair", "kind", "site").values
+    swapped, left_out = numbers_only({d: xr.concat(s, dim="pair") for d, s in scores.items()})
+    for direction, own in swapped.items():
+        values = own.transpose("pair", "kind", "site").values
         layers = {"kind": KINDS, "layer": range(len(sites))}
         interval = simultaneous(values, seed=config.seed)  # the verdict picks the best layer
         found = interval_rows(interval, layers, direction=direction)
@@ -98,7 +100,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                 coords={"axis": list(setting.axes), "layer": list(range(len(sites)))},
             )
         },
-        verdict=_verdict(table, len(sites)),
+        verdict="\n".join([_verdict(table, len(sites)), *left_out]),
         config={"sites": sites, "pairs": {d: len(p) for d, p in pairs.items()}},
         notes=(
             "Layer 0 is the input of the encoder's first block (positions added), layer l the "
@@ -182,7 +184,9 @@ def _swaps(setting: Setting, pairs: list, sites: Sequence[str]) -> xr.DataArray:
     answers = [(pair.swapped_answer,) for pair in pairs]
     return sweep.run(
         setting.model,
-        lambda logits: setting.probabilities(final_logits(logits), answers)[:, 0],
+        lambda logits: scored_numbers(
+            lambda rows: setting.probabilities(rows, answers)[:, 0], final_logits(logits)
+        ),
         dims=("pair",),
         logits_to_keep=1,
     )

@@ -24,14 +24,14 @@ from hooked_vlm.analysis.statistics import Interval, bootstrap, sign_flip_test
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import KINDS, RIGHT, named, picture_of
-from hooked_vlm.experiments.batches import over_batches
+from hooked_vlm.experiments.batches import items_of_numbers, over_batches, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import PLACES, references, removed
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, rate_rows, select
-from hooked_vlm.experiments.verdicts import ALPHA, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import ALPHA, adjusted, claim_rows, judge, sentence
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
@@ -84,11 +84,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     scores = over_batches(
         setting, asked, lambda _, batch, __: _scores(setting, batch, config.cut), on_progress
     )
-    table = _table({d: np.concatenate(s, axis=1) for d, s in scores.items()}, asked, config.seed)
+    by_direction = {d: np.concatenate(s, axis=1) for d, s in scores.items()}
+    by_direction, asked, left_out = items_of_numbers(by_direction, asked)
+    table = _table(by_direction, asked, config.seed)
     return Result(
         **vars(ABOUT),
         table=table,
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *left_out]),
         config={"items": {d: len(found) for d, found in asked.items()}, "seed": config.seed},
         notes=(
             "Vision's order is removed as in E5 (slot 0). The language model's order is removed "
@@ -100,7 +102,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "odds of the right end against the other end, which have no ceiling as accuracy has. "
             "Below zero, one signal can replace the other (redundant); above zero, each needs the "
             f"other (complementary). It counts as none within {SLIGHT} of zero. Bootstrap interval "
-            "and sign-flip test over pictures.",
+            "and sign-flip test over pictures. p-values are adjusted (Holm) over the two axes, and "
+            "over the directions; there is one verdict for each axis.",
             "'preference' is the same log odds as a probability; the rows 'loss' and 'gain' are "
             "differences of it. Where both together and one signal alone answer nearly all items, "
             "an interaction below zero is undecided: confidence has a ceiling too.",
@@ -162,16 +165,19 @@ def _scores(setting: Setting, batch: Sequence[Question], cut: str) -> np.ndarray
     tokenizer = setting.model.tokenizer
     right = [q.target for q in batch]
     other = [_other_end(q) for q in batch]
+
+    def score(last: Tensor) -> Tensor:
+        kinds = torch.from_numpy(named(last, tokenizer, batch).astype(float))
+        probability = setting.probabilities(last, [(name,) for name in right])[:, 0]
+        odds = logit_difference(last, tokenizer, right, other)
+        more = [column.detach().cpu().double()[:, None] for column in (probability, odds)]
+        return torch.cat([kinds, *more], dim=-1)
+
     scores = []
     for cell in CELLS:
         with torch.no_grad():
             logits = setting.model.run_with_hooks(found.inputs, cells[cell], logits_to_keep=1)
-        last = final_logits(logits)
-        kinds = named(last, tokenizer, batch).astype(float)
-        probability = setting.probabilities(last, [(name,) for name in right])[:, 0]
-        odds = logit_difference(last, tokenizer, right, other)
-        more = [column.cpu().numpy()[:, None] for column in (probability, odds)]
-        scores.append(np.concatenate([kinds, *more], axis=-1))
+        scores.append(scored_numbers(score, final_logits(logits)).numpy())
     return np.stack(scores)
 
 
@@ -183,16 +189,19 @@ def _other_end(question: Question) -> str:
 def _table(
     by_direction: Mapping[str, np.ndarray], asked: Mapping[str, Sequence[Question]], seed: int
 ) -> pd.DataFrame:
-    groups: dict[str, list[str]] = {d: [d] for d in by_direction}
+    axes: dict[str, list[str]] = {}
     for direction in by_direction:
-        groups.setdefault(AXIS_OF[direction], []).append(direction)
-    groups["all"] = list(by_direction)
+        axes.setdefault(AXIS_OF[direction], []).append(direction)
+    groups = {"all": list(by_direction), **axes, **{d: [d] for d in by_direction}}
     rows = []
     for group, directions in groups.items():
         values = np.concatenate([by_direction[d] for d in directions], axis=1)
         units = [picture_of(q) for d in directions for q in asked[d]]
         rows += [{**row, "direction": group} for row in _rows_of(values, units, seed)]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    for family in (list(axes), list(by_direction)):
+        table = adjusted(table, table["direction"].isin(family), ["kind", "quantity"])
+    return table
 
 
 def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
@@ -241,21 +250,24 @@ def _verdict(table: pd.DataFrame) -> str:
             f"{direction}: {_kind(here)}. Interaction in log odds {format_interval(interaction)}; "
             f"accuracy with {cells} ({counted(int(interaction['n']), 'picture')})"
         )
-    return "\n".join(map(sentence, [parts[-1], *parts[:-1]]))  # all directions together first
+    return "\n".join(map(sentence, parts))
 
 
 def _kind(here: pd.DataFrame) -> str:
-    """Returns in words what the two signals are to each other."""
+    """Returns in words what the two signals are to each other: found, not found or undecided."""
     claims = select(here, quantity=PREFERENCE).set_index("kind")
     loss = judge(claims.loc["loss"])
     gains = {cell: judge(claims.loc[f"gain, {cell}"]) for cell in CELLS[1:3]}
     if loss.outcome == "not found":
-        return "neither is needed, so the answers rest on something else"
+        return (
+            f"not found: neither signal is needed ({loss.reason}), so the answers rest on "
+            "something else"
+        )
     if not loss.above:
-        return f"undecided whether either is needed ({loss.reason})"
+        return f"undecided whether either signal is needed: {loss.reason}"
     alone = [cell for cell, gain in gains.items() if gain.above]
     if len(alone) == 1 and all(gains[c].outcome == "not found" for c in gains if c != alone[0]):
-        return f"one signal does nearly all of it ({alone[0]})"
+        return f"found: one signal does nearly all of it ({alone[0]})"
     interaction = select(here, kind="interaction", quantity=LOG_ODDS).iloc[0]
     n, low, high = int(interaction["n"]), interaction["low"], interaction["high"]
     is_clear = interaction["p_holm"] <= ALPHA and not low <= 0 <= high
@@ -266,9 +278,13 @@ def _kind(here: pd.DataFrame) -> str:
         full = [cell for cell in CELLS[:3] if accuracy[cell] >= CEILING]
         if "both" in full and len(full) > 1:
             return f"undecided: {' and '.join(full)} are at the ceiling"
-        return "redundant, either signal does much of what both do"
+        return "found: redundant, either signal does much of what both do"
     if is_clear and interaction["value"] >= SLIGHT:
-        return "complementary, each needs the other"
+        return "found: complementary, each needs the other"
     if low > -SLIGHT and high < SLIGHT:
-        return "no interaction: the two add up in log odds"
-    return "undecided whether they interact"
+        excluded = max(abs(low), abs(high))
+        return (
+            "not found: no interaction, the two add up in log odds "
+            f"({counted(n, 'picture')} exclude more than {excluded:.2f})"
+        )
+    return f"undecided whether they interact: {format_interval(interaction)} in log odds"

@@ -6,12 +6,19 @@ entry here has only its table.
 """
 
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.report.figures import ablation, backgrounds, core, open_questions, steering
+from hooked_vlm.report.figures import (
+    ablation,
+    backgrounds,
+    core,
+    open_questions,
+    real_pictures,
+    steering,
+)
 from hooked_vlm.report.figures.drawing import Drawing as Drawing
 from hooked_vlm.report.figures.drawing import Draws, Headlines
 
 
-TOPICS = (core, ablation, steering, backgrounds, open_questions)
+TOPICS = (core, ablation, steering, backgrounds, open_questions, real_pictures)
 DRAW: Draws = {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
 HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.HEADLINES.items()}
 """The key numbers of each result, for the top of a report."""

@@ -83,27 +83,34 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "interaction",
         charts.dots(
-            result.table[result.table["kind"] == "interaction"],
+            result.table[
+                (result.table["kind"] == "interaction") & (result.table["quantity"] == "log odds")
+            ],
             by="direction",
             line="quantity",
-            x_label="both − vision only − LM only + neither",
+            x_label="log odds: both − vision only − LM only + neither",
             limits=None,
             chance=0.0,
         ),
-        "The interaction. Below zero, one signal can replace the other; above zero, each needs the "
-        "other. 95 % bootstrap intervals over items.",
+        "The interaction in log odds. Below zero, one signal can replace the other; above zero, "
+        "each needs the other. 95 % bootstrap intervals over pictures.",
     )
 
 
 def _absolute_or_relative(result: Result) -> Iterator[Drawing]:
     table = result.table
     readings = table[table["shown"].notna() & table["place"].isna()]
+    apart = [
+        f"{edge}, gap {int(gap)}"
+        for edge, gap in zip(readings["kind"], readings["gap"], strict=True)
+    ]
+    readings = readings.assign(where=apart)
     for shown, objects in (("three", "three objects"), ("alone", "each object alone")):
         yield Drawing(
             f"readings-{shown}",
             charts.dots(
                 readings[readings["shown"] == shown],
-                by="kind",
+                by="where",
                 line="quantity",
                 panel="axis",
                 x_label="share of tokens, 95 % interval",
@@ -111,7 +118,8 @@ def _absolute_or_relative(result: Result) -> Iterator[Drawing]:
             ),
             f"Pictures with {objects} close together at an edge: how ordering probes, fitted to "
             "the usual pictures, read the tokens of objects whose order and strip differ: as their "
-            "place among the objects (relative), as their strip (absolute), or as neither.",
+            "place among the objects (relative), as their strip (absolute), or as neither. The gap "
+            "is that between the objects, in tokens.",
             headline=shown == "three",
         )
 
