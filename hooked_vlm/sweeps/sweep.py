@@ -205,7 +205,7 @@ class Sweep:
         said: str,
     ) -> xr.DataArray:
         """Returns every cell's score as one array with named axes."""
-        values = np.stack([score.cpu().numpy() for score in scores])
+        values = torch.stack(list(scores)).cpu().numpy()  # one copy from the device
         sizes = [len(values) for values in self.axes.values()]
         values = values.reshape(*sizes, *values.shape[1:])
         labels = {name: list(given) for name, given in self.axes.items()} | dict(coords or {})

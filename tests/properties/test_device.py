@@ -1,0 +1,151 @@
+"""The public surface on a stand-in for a CUDA device: nothing is refused, and the fast ways run."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from helpers.device_stand_in import OnDevice, StandIn
+from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Region, Steer, Sweep, shared_runs, swap_pairs
+from hooked_vlm.engine import fused
+
+
+MODELS = ("tiny-qwen2-vl", "tiny-gemma-3")
+PROMPTS = 2
+QUESTION = "What is on the left?"
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel's place in a sweep is taken by its definition: the stand-in compiles nothing."""
+    monkeypatch.setattr(fused, "WAYS", ("reference",))
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=MODELS)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[HookedVLM, HookedVLM, StandIn]]:
+    """One model on the host, the same on the device, and the device."""
+    host, moved = (HookedVLM.from_pretrained(request.param) for _ in range(2))
+    with StandIn() as device:
+        device.move(moved.hf_model)
+        yield host, moved, device
+
+
+def pictures(seed: int) -> list[Image.Image]:
+    random = np.random.default_rng(seed)
+    return [
+        Image.fromarray(random.integers(0, 256, (192, 192, 3), dtype=np.uint8))
+        for _ in range(PROMPTS)
+    ]
+
+
+def prepared(model: HookedVLM, seed: int = 0) -> Any:
+    return model.prepare(pictures(seed), [QUESTION] * PROMPTS)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert isinstance(found, OnDevice)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def sweep_of(model: HookedVLM, kind: str) -> Sweep:
+    """A sweep of each kind over the slots."""
+    inputs, source = prepared(model), prepared(model, seed=1)
+    grid = model.grids(inputs)[0][0]
+    rows, columns = grid.shape
+    left, right = (
+        Region.column_band(grid.shape, a, b) for a, b in ((0, 2), (columns - 2, columns))
+    )
+    direction = torch.linspace(-1, 1, model.cfg.d_model)
+    slots = list(range(model.cfg.n_layers + 1))
+    makers: dict[str, tuple[list[Any], Callable[[Any], Any]]] = {
+        "strips": (slots, lambda s: Patch(s, at=swap_pairs(left, right), source=source)),
+        "final token": (slots, lambda s: Patch(s, at=LastToken(), source=source)),
+        "strengths": (
+            [-2.0, -1.0, 1.0, 2.0],
+            lambda a: Steer(1, at=left, directions=direction, alpha=a),
+        ),
+        "heads": (
+            list(range(model.cfg.n_heads)),
+            lambda h: Patch("blocks.1.attn.hook_z", at=LastToken(), source=source, heads=(h,)),
+        ),
+        "vision": (
+            [f"vision_encoder.blocks.{i}.hook_resid_pre" for i in range(model.cfg.vision.n_layers)],
+            lambda site: Patch(site, at=left, source=source),
+        ),
+        "ablated": (slots, lambda s: Ablate(s, at=right)),
+    }
+    values, make = makers[kind]
+    return Sweep(inputs, {"value": values}, make=lambda value: make(value))
+
+
+KINDS = ("strips", "final token", "strengths", "heads", "vision", "ablated")
+
+
+@pytest.mark.parametrize("order", [KINDS, KINDS[::-1]], ids=["forward", "backward"])
+def test_sweeps_run_by_the_engine_that_runs_them_on_the_host(pair: Any, order: Any) -> None:
+    host, moved, device = pair
+    for kind in order:
+        expected, found = (
+            sweep_of(model, kind).run(model, lambda x: x[:, -1, :40], dims=("batch", "token"))
+            for model in (host, moved)
+        )
+        assert found.attrs["engine"].split()[0] == expected.attrs["engine"].split()[0], kind
+        np.testing.assert_allclose(found.values, expected.values, atol=1e-4, rtol=1e-4)
+    assert not device.refused
+
+
+def test_runs_caches_and_answers_are_those_of_the_host(pair: Any) -> None:
+    host, moved, device = pair
+    inputs, own = prepared(host), prepared(moved)
+    close(moved(own), host(inputs))
+    names = [name for name in host.hook_names if not name.endswith(("pattern", "attn_scores"))]
+    _, cache = moved.run_with_cache(own, names)
+    _, expected = host.run_with_cache(inputs, names)
+    assert set(cache) == set(expected)
+    for name in (names[0], names[-1]):
+        close(cache[name], expected[name])
+    grid = host.grids(inputs)[0][0]
+    for edit in (
+        Ablate(2, at=LastToken()),
+        Ablate("vision_encoder.blocks.1.hook_resid_pre", at=grid.all()),
+        Steer(1, at=LastToken(), directions=torch.ones(host.cfg.d_model), alpha=2.0),
+    ):
+        close(moved.run_with_hooks(own, [edit]), host.run_with_hooks(inputs, [edit]))
+    answers = [
+        model.generate(given, max_new_tokens=2, do_sample=False, fwd_hooks=[Ablate(2, at=grid.all())])
+        for model, given in ((host, inputs), (moved, own))
+    ]
+    assert answers[0].tolist() == answers[1].tolist()
+    assert not device.refused
+
+
+def test_shared_runs_and_several_dtypes(pair: Any) -> None:
+    host, moved, device = pair
+    tables = []
+    for model in (host, moved):
+        with shared_runs(model):
+            tables.append(
+                [
+                    sweep_of(model, kind).run(model, lambda x: x[:, -1, 0])
+                    for kind in ("final token", "strips")
+                ]
+            )
+    for one, other in zip(*tables, strict=True):
+        np.testing.assert_allclose(one.values, other.values, atol=1e-4, rtol=1e-4)
+    assert not device.refused
+
+
+def test_a_sweep_waits_for_the_device_a_bounded_number_of_times(pair: Any) -> None:
+    _, moved, device = pair
+    sweep = sweep_of(moved, "strips")
+    sweep.run(moved, lambda x: x[:, -1, 0])  # facts of the model are found out once
+    device.syncs.clear()
+    found = sweep.run(moved, lambda x: x[:, -1, 0])
+    assert found.attrs["engine"].startswith("growing")
+    assert device.n_syncs <= 40 + moved.cfg.n_layers, device.syncs.most_common(12)
