@@ -169,6 +169,7 @@ LEGEND = """\
 | sweep | patches from another image at slots, merged embeddings, encoder blocks and behind them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes, within 5e-5 of the largest |
 | padding | prompts of different lengths in one batch give what each gives alone |
 | images | two images in a prompt, one image in two prompts, an image in one prompt of two, no image: parity and grids hold in each that the processor and transformers take |
+| mixed batch | of a batch in which one prompt has an image and one has none, each row gives what its prompt gives alone, also under an intervention |
 | bf16 | parity, reading and writing in bfloat16 |"""
 
 
