@@ -180,7 +180,11 @@ def test_d4_nothing_is_measured_while_another_threads_block_is_open() -> None:
 def test_d4_a_grid_that_another_thread_could_not_measure_is_measured_later() -> None:
     model = HookedVLM.from_pretrained("tiny-qwen2-vl")
     picture = Image.new("RGB", (96, 64), "red")
+
+    def prepares(i: int) -> None:
+        model.prepare(picture, "What is this?")
+
     with model.hooks([("hook_embed", lambda x, hook: x)]):
-        (raised,) = in_threads(1, lambda i: model.prepare(picture, "What is this?"))
+        (raised,) = in_threads(1, prepares)
         assert isinstance(raised, HookError)
     assert model.prepare(picture, "What is this?").grid.shape == (4, 6)
