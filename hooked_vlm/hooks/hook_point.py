@@ -7,7 +7,7 @@ forward pass in progress.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Int
 from torch import Tensor
@@ -76,10 +76,16 @@ class HookPoint:
         return layer
 
 
-class HookDict(dict[str, HookPoint]):
-    """A model's hook points by name; other spellings that hooks accept are found too."""
+Found = TypeVar("Found")
 
-    def __missing__(self, name: str) -> HookPoint:
+
+class ByName(dict[str, Found]):
+    """A model's hook points or sites by name; other spellings that hooks accept are found too.
+
+    Raises `UnknownNameError`, which is a `KeyError` as well, with the nearest names.
+    """
+
+    def __missing__(self, name: str) -> Found:
         try:
             return self[resolve_name(str(name), self)]
         except UnknownHookError as error:

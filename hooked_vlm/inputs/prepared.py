@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import device_and_dtype
 from hooked_vlm.errors import (
@@ -118,9 +119,25 @@ class Inputs(Mapping[str, Any]):
         tensors = {n: moved(v) for n, v in self.items()}
         return Inputs(tensors, self.grids, self.texts, self.tokenizer, self.no_grid)
 
+    def and_given(self, given: Mapping[str, Any]) -> "Inputs":
+        """Returns these inputs with the entries of a mapping added."""
+        tensors = {**self.tensors, **given}
+        return Inputs(tensors, self.grids, self.texts, self.tokenizer, self.no_grid)
+
     def _unknown(self, name: object) -> UnknownNameError:
         held = vars(self).get("tensors", {})
         return UnknownNameError(
             f"These inputs hold no {str(name)[:80]!r}.{did_you_mean(name, held)} They hold "
             f"{', '.join(held)[:200]}."
         )
+
+
+def together(inputs: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns inputs with the tensors and caches that a call was given as keywords beside them.
+
+    The model reads both, so an intervention on the inputs must see both.
+    """
+    more = {n: v for n, v in given.items() if isinstance(v, Tensor) or is_cache(v)}
+    if not more:
+        return inputs
+    return inputs.and_given(more) if isinstance(inputs, Inputs) else {**inputs, **more}

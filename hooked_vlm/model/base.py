@@ -27,7 +27,7 @@ from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.checkpointing import require_repeatable, warn_unrepeated
 from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
-from hooked_vlm.hooks.hook_point import HookDict, HookPoint, PassCounter
+from hooked_vlm.hooks.hook_point import ByName, HookPoint, PassCounter
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
@@ -36,7 +36,12 @@ from hooked_vlm.hooks.turns import lock_of
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.model.activation_sizes import Footprint
 from hooked_vlm.model.instead import ActsLikeAModule
-from hooked_vlm.model.keywords import require_inputs, require_read
+from hooked_vlm.model.keywords import (
+    require_given_once,
+    require_inputs,
+    require_names_read,
+    require_read,
+)
 from hooked_vlm.model.memory import require_memory
 from hooked_vlm.model.said import warn_unran
 
@@ -71,9 +76,9 @@ class HookedModel(ActsLikeAModule, ABC):
         self.hf_model = chain[-1]
         self._chain = tuple(chain)
         self._lm_path = lm_path
-        self.sites: dict[str, Site] = sites
+        self.sites: dict[str, Site] = ByName(sites)
         points = [HookPoint(site.name, site.axes, site.read_only) for site in sites.values()]
-        self.hook_dict: dict[str, HookPoint] = HookDict({point.name: point for point in points})
+        self.hook_dict: dict[str, HookPoint] = ByName({point.name: point for point in points})
         stacks = ("blocks", f"{VISION}.blocks")
         self._n_layers = {stack: count_layers(stack, sites) for stack in stacks}
         self._vision = vision
@@ -86,8 +91,12 @@ class HookedModel(ActsLikeAModule, ABC):
         self._generates: set[str] = set()
 
     def require_call(self, inputs: Any, given: Iterable[str]) -> None:
-        """Raises `HookError` for inputs that are none, and for keywords that nobody would read."""
+        """Raises `HookError` for inputs that are none, and for names that nobody would read."""
         require_inputs(inputs)
+        if new := set(inputs) - self._read:
+            require_names_read(self.hf_model, self.processor, new)
+            self._read |= new
+        require_given_once(inputs, given)
         if new := set(given) - self._read:
             require_read(self.hf_model, new)
             self._read |= new
@@ -129,6 +138,8 @@ class HookedModel(ActsLikeAModule, ABC):
         removed at the end, also after an error.  While a block is open, other threads and asyncio
         tasks cannot run the model.
         """
+        if inputs is not None:
+            self.require_call(inputs, ())
         counter = PassCounter(prefill_only, length=_prompt_length(inputs))
         with self._attached_to_sites(self._pairs(fwd_hooks, inputs), counter):
             yield self
@@ -149,8 +160,11 @@ class HookedModel(ActsLikeAModule, ABC):
 
         What is measured once and cached must not depend on functions that happen to be attached.
         Hooks that the user registered on the wrapped model's own modules stay: they are part of it.
+        Raises `HookError` while a block of another thread or asyncio task is open.
         """
         with self.turn():
+            for _, opened in self._open:  # whose thread may run the wrapped model meanwhile
+                opened.owner.require_current()
             hidden = self._open[:]
             self._open.clear()
             try:

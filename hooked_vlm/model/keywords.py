@@ -73,6 +73,32 @@ def require_read(hf_model: nn.Module, given: Iterable[str]) -> None:
             _refuse(name, [*OURS, *inspect.signature(type(hf_model).forward).parameters])
 
 
+def require_names_read(hf_model: nn.Module, processor: Any, names: Iterable[Any]) -> None:
+    """Raises `HookError` for an entry of the inputs that the wrapped model would not read.
+
+    What the model's processor returns without the model's reading it is let through.
+    """
+    lists = [getattr(part, "model_input_names", None) or () for part in _parts(processor)]
+    known = {*_passed_on(hf_model), *(name for names in lists for name in names)}
+    for name in names:
+        if isinstance(name, str) and (name in known or is_read(hf_model, name)):
+            continue
+        near = did_you_mean(name, {*inspect.signature(type(hf_model).forward).parameters, *known})
+        raise HookError(
+            f"The inputs hold {shown(name)}, which the wrapped model does not read."
+            f"{near or ' Leave it out.'}"
+        )
+
+
+def require_given_once(inputs: Mapping[str, Any], given: Iterable[str]) -> None:
+    """Raises `HookError` for a keyword that the inputs hold too: which one is meant?"""
+    if twice := sorted(set(given) & set(inputs)):
+        raise HookError(
+            f"{twice[0]}=… was given, and the inputs hold {twice[0]!r} too. Give it once: "
+            f"{{**inputs, {twice[0]!r}: …}}."
+        )
+
+
 def require_generates(hf_model: nn.Module, given: Mapping[str, Any]) -> None:
     """Raises `HookError` for a keyword that generation neither takes nor passes on."""
     if callable(given.get("custom_generate")):

@@ -48,14 +48,14 @@ from hooked_vlm.hooks.stand_ins import (
 from hooked_vlm.inputs.given import given_grids
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
-from hooked_vlm.inputs.prepared import Inputs
+from hooked_vlm.inputs.prepared import Inputs, together
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.instead import ShowsWeights
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
     require_generates,
-    require_inputs,
+    require_given_once,
     require_options,
     require_pixels,
     require_processed,
@@ -215,7 +215,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         Raises `GridError` when these inputs determine no grid, and `NoGridError` where the model
         does not follow the rule: `prepare` then measures the grids, if there are any.
         """
-        require_inputs(inputs)
+        self.require_call(inputs, ())
         return inputs.grids if isinstance(inputs, Inputs) else given_grids(self.grid_finder, inputs)
 
     # --- running --------------------------------------------------------------------------
@@ -243,7 +243,8 @@ class HookedVLM(ShowsWeights, HookedModel):
         Warns when a named site never ran, such as a vision site without an image.
         """
         self.require_call(inputs, kwargs)
-        return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
+        given = together(inputs, kwargs)
+        return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, given)
 
     @checked(HookError, but=CHECKED_LATER, missing=ONE_MAPPING)
     def run_with_cache(
@@ -282,7 +283,13 @@ class HookedVLM(ShowsWeights, HookedModel):
             stop_at_layer = layer_index(stop_at_layer, self.cfg.n_layers, "stop_at_layer")
         runs = run if stop_at_layer is None else run_part
         return self._run_cached(
-            runs, inputs, names_filter, fwd_hooks, device, check_memory, stop_at_layer
+            runs,
+            together(inputs, kwargs),
+            names_filter,
+            fwd_hooks,
+            device,
+            check_memory,
+            stop_at_layer,
         )
 
     @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
@@ -306,6 +313,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         """
 
         self.require_call(inputs, ())
+        require_given_once(inputs, kwargs)
         require_options(kwargs)
         if new := {name: kwargs[name] for name in kwargs.keys() - self._generates}:
             require_generates(self.hf_model, new)
@@ -318,7 +326,8 @@ class HookedVLM(ShowsWeights, HookedModel):
         def run() -> Any:
             return generate(**inputs, **kwargs)
 
-        return self._run_hooked(run, fwd_hooks, inputs, prefill_only, is_generation=True)
+        given = together(inputs, kwargs)
+        return self._run_hooked(run, fwd_hooks, given, prefill_only, is_generation=True)
 
     def block_outputs(self, run: Callable[[], Any]) -> list[int]:
         """Returns the length of each LM block's output tuple (0: no tuple).
@@ -360,7 +369,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
         site = start_site(self.sites, layer, len(blocks))
         start = (site, lambda here, hook: residual.to(here.device, copy=True))
-        pairs = self._pairs(fwd_hooks, inputs)
+        pairs = self._pairs(fwd_hooks, together(inputs, kwargs))
         below = {("lm", i) for i in range(layer)}
         skipped = {name for name, _ in pairs if site_path(name)[:2] in below}
         lost: set[str] = set()

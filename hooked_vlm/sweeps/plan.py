@@ -172,7 +172,7 @@ class CheckedCells(Sequence[Cell]):
         that none does, but in an image block where the inputs mark one (`token_type_ids`).
         """
         model, inputs = self.model, self.inputs
-        model.require_call({}, forward_kwargs)
+        model.require_call(inputs, forward_kwargs)
         costs = costs_of(model, inputs)
         if (ids := ids_of(inputs)) is None:
             raise InterventionError(

@@ -70,6 +70,7 @@ class Sweep:
         `plan.explain(logits_to_keep=1)` says what running it takes, on the `meta` device too.
         """
         self._check()
+        model.require_call(self.inputs, ())
         places = Places(model)  # each distinct place is located once for the whole sweep
         cells = [cell.placed(model, self.inputs, places) for cell in self.cells()]
         return CheckedCells(model, self.inputs, cells)
@@ -121,8 +122,8 @@ class Sweep:
         Raises `InterventionError` for an unknown engine, and a metric of other axes than `dims`.
         """
         check_engine(engine)
-        model.require_call({}, forward_kwargs)
         scored = self._scored(metric, dims, coords)
+        model.require_call(self.inputs, forward_kwargs)
         cells = self.recorded(model)
         scores, said = run_cells(
             engine, model, self.inputs, cells, scored, on_progress, forward_kwargs, memory
@@ -147,8 +148,8 @@ class Sweep:
 
         Raises what `run` raises, and `InterventionError` where there is no gradient to go by.
         """
-        model.require_call({}, forward_kwargs)
         scored = self._scored(metric, dims, coords)
+        model.require_call(self.inputs, forward_kwargs)
         scores, said = first_order(model, self.inputs, self.recorded(model), scored, forward_kwargs)
         return self._table(scores, dims, coords, said)
 

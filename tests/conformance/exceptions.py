@@ -41,6 +41,11 @@ EXCEPT: dict[tuple[str, str], str] = {
     ("minicpmv4_6", "residual"): "patches are merged in the middle of the encoder",
     ("minicpmv4_7", "residual"): "patches are merged in the middle of the encoder",
     ("mllama", "residual"): "cross-attention blocks drop what they add where a row sees no image",
+    ("mllama", "mixed batch"): "transformers lets a row without an image attend to a blank one",
+    **dict.fromkeys(
+        ((n, "mixed batch") for n in ("mistral_large4", "minimax_m3_vl", "dots3_note")),
+        f"{_PADDED} (which keys its index picks)",
+    ),
     ("mistral_large4", "padding"): f"{_PADDED} (which keys its index picks)",
     ("minimax_m3_vl", "padding"): f"{_PADDED} (which keys its index picks)",
     ("dots3_note", "padding"): f"{_PADDED} (which keys its index picks)",

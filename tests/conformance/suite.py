@@ -27,9 +27,11 @@ from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.sweep import check_sweep
-from hooked_vlm.errors import GridError
+from hooked_vlm.errors import GridError, HookedVLMError
 from hooked_vlm.inputs.pixel_routing import measure_routes, pixel_name
+from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.regions.positions import LastToken
 
 
 LAWS = (
@@ -50,6 +52,7 @@ LAWS = (
     "sweep",
     "padding",
     "images",
+    "mixed batch",
     "own output",
     "videos",
     "4-D mask",
@@ -140,6 +143,7 @@ def _fill(row: Row) -> None:
         "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),
+        "mixed batch": partial(check_mixed, model, size),
         "own output": partial(given.check_own_output, model, inputs),
         "videos": partial(given.check_videos, model, inputs),
         "4-D mask": partial(given.check_masks, model, inputs),
@@ -267,6 +271,38 @@ def check_images(model: HookedVLM, size: tuple[int, int]) -> Finding:
             continue
         problems += [f"{name}: {f.note}" for f in _few_laws(model, inputs) if f.verdict == NO]
     return laws.finding("images", problems, note="; ".join(notes))
+
+
+def check_mixed(model: HookedVLM, size: tuple[int, int]) -> Finding:
+    """An image in one prompt of two: each row gives the logits that its prompt gives alone."""
+    image, texts = picture(*size, seed=1), ["What is this?", "Hi"]
+    edit = Ablate(model.cfg.n_layers // 2, at=LastToken())
+    problems, note = [], ""
+    for images in ([image, None], [None, image]):
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                both = model.prepare(images, texts)
+            alone = [model.prepare(each, text) for each, text in zip(images, texts, strict=True)]
+            plain = [model.hf_model(**inputs).logits[0, -1] for inputs in alone]
+            model.hf_model(**both)
+        except Exception as error:  # noqa: BLE001 - many processors and models refuse it
+            return Finding("mixed batch", NONE, _short(error))
+        if any("from the start of the padding" in str(warning.message) for warning in said):
+            return Finding("mixed batch", NONE, "positions count from the padding: prepare warns")
+        compared = [("", model(both), plain)]
+        try:
+            edited = [model.run_with_hooks(inputs, [edit])[0, -1] for inputs in alone]
+            compared.append((", edited,", model.run_with_hooks(both, [edit]), edited))
+        except HookedVLMError as error:
+            note = f"LastToken is refused: {str(error)[:100]}"
+        for what, logits, expected in compared:
+            for i, row in enumerate(expected):
+                gap = float((logits[i, -1] - row).abs().max())
+                if not gap <= 2e-3 * max(1.0, float(row.abs().max())):
+                    kind = "no image" if images[i] is None else "an image"
+                    problems.append(f"the prompt with {kind}{what} is off by {gap:.1e}")
+    return laws.finding("mixed batch", problems, note=note)
 
 
 def _few_laws(model: HookedVLM, inputs: Any) -> list[Finding]:

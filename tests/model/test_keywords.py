@@ -101,3 +101,77 @@ def test_a5_image_tokens_without_an_image(family: str) -> None:
     for run in (model, lambda i: model.generate(i, max_new_tokens=1)):
         with pytest.raises(HookError, match="the model would run blind"):
             run(blind)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, i: m(i),
+        lambda m, i: m.run_with_hooks(i, [HOOK]),
+        lambda m, i: m.run_with_cache(i, "hook_embed"),
+        lambda m, i: m.generate(i, max_new_tokens=1),
+        lambda m, i: m.run_from_layer(i, torch.zeros(1, 1, 48), 1),
+        lambda m, i: m.grids(i),
+        lambda m, i: m.hooks([Ablate(0)], inputs=i).__enter__(),
+        lambda m, i: Sweep(i, {"slot": [0]}, lambda slot: Ablate(slot)).run(
+            m, lambda x: x[:, -1, 0]
+        ),
+        lambda m, i: Sweep(i, {"slot": [0]}, lambda slot: Ablate(slot)).attribution(
+            m, lambda x: x[:, -1, 0]
+        ),
+        lambda m, i: Sweep(i, {"slot": [0]}, lambda slot: Ablate(slot)).plan(m).explain(),
+    ],
+)
+@pytest.mark.parametrize("wrong", ["pixel_vaules", "atention_mask", 7])
+def test_a1_entries_of_a_plain_mapping_that_nobody_reads(
+    family: str, call: Any, wrong: str | int
+) -> None:
+    model, inputs = tiny(family), dict(make_inputs(family))
+    right = {"pixel_vaules": "pixel_values", "atention_mask": "attention_mask", 7: ""}[wrong]
+    inputs = {wrong if name == right else name: value for name, value in inputs.items()}
+    inputs.setdefault(wrong, torch.zeros(1))
+    said = f"Did you mean '{right}'" if right else "7.*Leave it out|a mapping from texts"
+    ran: list[int] = []
+    handle = model.hf_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        with pytest.raises(HookError, match=said) as caught:
+            call(model, inputs)
+    finally:
+        handle.remove()
+    assert not ran and len(str(caught.value)) <= 400
+
+
+def test_a1_an_encoders_plain_mapping_too() -> None:
+    model = HookedVisionEncoder(tiny("llava").hf_model)
+    pixels = make_inputs("llava")["pixel_values"]
+    with pytest.raises(HookError, match=r"'pixel_valeus'.*Did you mean 'pixel_values'"):
+        model({"pixel_values": pixels, "pixel_valeus": pixels})
+
+
+def test_a1_what_a_processor_returns_and_the_model_does_not_read_goes_through(
+    shipped: HookedVLM,
+) -> None:
+    image = Image.new("RGB", (192, 192))
+    inputs = dict(shipped.prepare(image, "What?"))
+    assert "n_of_things" not in inputs
+    model = HookedVLM(shipped.hf_model, Returning(shipped.processor, "n_of_things"))
+    more = {**inputs, "n_of_things": torch.zeros(1)}
+    assert torch.equal(model(more), shipped(inputs))
+    with pytest.raises(HookError, match="'n_of_things'"):
+        shipped(more)
+
+
+class Returning:
+    """A processor that also returns something that the model does not read."""
+
+    def __init__(self, processor: Any, name: str) -> None:
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.model_input_names = [*processor.model_input_names, name]
+
+
+@pytest.mark.parametrize("method", ["forward", "run_with_hooks", "run_with_cache", "generate"])
+def test_a1_a_keyword_that_the_inputs_hold_too(method: str) -> None:
+    model, inputs = tiny("llava"), make_inputs("llava")
+    with pytest.raises(HookError, match="attention_mask=… was given, and the inputs hold"):
+        getattr(model, method)(inputs, attention_mask=inputs["attention_mask"])

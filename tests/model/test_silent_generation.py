@@ -169,6 +169,11 @@ def test_b7_the_last_token_of_inputs_that_continue_a_cache(family: str) -> None:
         continued |= {"token_type_ids": torch.zeros_like(new)}
     found = model.run_with_hooks(continued, [edit])[:, -1]
     torch.testing.assert_close(found, expected)
+    # The cache as a keyword beside the inputs, as the wrapped model takes it.
+    past = model.hf_model(**inputs, use_cache=True).past_key_values
+    del continued["past_key_values"]
+    found = model.run_with_hooks(continued, [edit], past_key_values=past)[:, -1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_b_a_prefill_in_chunks_is_one_step() -> None:

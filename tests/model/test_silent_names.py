@@ -18,7 +18,7 @@ from hooked_vlm.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from hooked_vlm.hooks.hook_point import HookDict
+from hooked_vlm.hooks.hook_point import ByName
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.instead import INSTEAD
 
@@ -53,7 +53,7 @@ def test_f_a_model_can_still_be_copied_and_pickled() -> None:
     model = HookedVLM(build("llava"))
     assert copy.copy(model).hook_dict is model.hook_dict
     again = pickle.loads(pickle.dumps(model.hook_dict))
-    assert isinstance(again, HookDict) and list(again) == list(model.hook_dict)
+    assert isinstance(again, ByName) and list(again) == list(model.hook_dict)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,3 +162,13 @@ def test_f_packed_weights_are_no_matrix() -> None:
     head.weight = torch.nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match="may be quantised"):
         model.W_U  # noqa: B018
+
+
+def test_f_sites_take_the_spellings_that_hooks_take() -> None:
+    model = tiny("llava")
+    assert model.sites["blocks.0.hook_in"] is model.sites["blocks.0.hook_resid_pre"]
+    for found in (model.sites, model.hook_dict):
+        with pytest.raises(UnknownNameError, match="Did you mean 'hook_embed'") as caught:
+            found["hook_embde"]
+        assert isinstance(caught.value, KeyError) and "hook_embde" not in found
+        assert found.get("hook_embde") is None

@@ -155,3 +155,36 @@ def test_e4_a_shipped_model_can_be_pickled_with_its_processor() -> None:
     again = twin.prepare(picture, "What is this?")
     assert torch.equal(again["pixel_values"], inputs["pixel_values"])
     assert torch.equal(twin(again), model(inputs)) and again.grids[0][0].shape == (4, 6)
+
+
+def test_d4_nothing_is_measured_while_another_threads_block_is_open() -> None:
+    """A measurement is without hooks, and the block's thread may run the wrapped model in it."""
+    model, inputs = HookedVLM(build("llava")), make_inputs("llava")
+    hook = ("blocks.1.hook_resid_post", lambda x, hook: x * 0.5)
+
+    def measures(i: int) -> None:
+        with model.without_hooks():
+            pass
+
+    with model.hooks([hook]):
+        expected = model.hf_model(**inputs).logits
+        (raised,) = in_threads(1, measures)
+        assert isinstance(raised, HookError) and "another thread" in str(raised)
+        assert torch.equal(model.hf_model(**inputs).logits, expected)
+        with model.without_hooks():  # its own thread may
+            assert not torch.equal(model.hf_model(**inputs).logits, expected)
+        assert torch.equal(model.hf_model(**inputs).logits, expected)
+    assert in_threads(1, measures) == []
+
+
+def test_d4_a_grid_that_another_thread_could_not_measure_is_measured_later() -> None:
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    picture = Image.new("RGB", (96, 64), "red")
+
+    def prepares(i: int) -> None:
+        model.prepare(picture, "What is this?")
+
+    with model.hooks([("hook_embed", lambda x, hook: x)]):
+        (raised,) = in_threads(1, prepares)
+        assert isinstance(raised, HookError)
+    assert model.prepare(picture, "What is this?").grid.shape == (4, 6)

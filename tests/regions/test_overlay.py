@@ -5,6 +5,7 @@ from PIL import Image
 
 from helpers.toy_grids import make_grid, resized_grids
 from hooked_vlm.errors import GridError, RegionError
+from hooked_vlm.regions import overlay
 from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.region import Region
 
@@ -105,3 +106,9 @@ def test_j2_an_outline_is_in_full_colour_inside_the_region():
     expected[10:20, 10:20] = True
     expected[11:19, 11:19] = False
     assert (full == expected).all()
+
+
+def test_j2_regions_of_one_name_are_numbered_from_2_on() -> None:
+    region = Region.column_band((4, 4), 0, 1)
+    name = region.name
+    assert list(overlay._named([region] * 3)) == [name, f"{name} (2)", f"{name} (3)"]
