@@ -5,6 +5,7 @@ rows and verdict.  A claim at any place of one sentence counts as one.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import xarray as xr
 from scipy.stats import binom
 
+from helpers import synthetic_results
 from hooked_vlm.analysis import bounded, statistics
 from hooked_vlm.experiments import tables, verdicts
 from hooked_vlm.experiments.dual_mechanisms import (
@@ -29,6 +31,7 @@ from hooked_vlm.experiments.further import (
     photographs,
     why_strips,
 )
+from hooked_vlm.experiments.result import Result
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -165,13 +168,13 @@ def background_shift(rng: Rng, shape: str, n: int, effect: float) -> bool:
 def compared_swaps(rng: Rng, shape: str, n: int, effect: float) -> bool:
     """E9 and Q4: swaps on two kinds of picture, at any kind and slot."""
 
-    class Of:
-        def __init__(self, values: np.ndarray) -> None:
-            self.arrays = {"pairs_left": pairs(values, KINDS, ("swapped",))}
+    def of(values: np.ndarray) -> Result:
+        arrays = {"pairs_left": pairs(values, KINDS, ("swapped",))}
+        return replace(synthetic_results.e4(), arrays=arrays)
 
     first = np.full((n, 3, 5), 0.5)
     other = (0.5 + centred(rng, shape, n, 15).reshape(n, 3, 5) + effect).clip(0, 1)
-    rows = compared.swap_rows(Of(first), Of(other), 0)  # type: ignore[arg-type]
+    rows = compared.swap_rows(of(first), of(other), 0)
     return "up to" in compared.said_swaps(pd.DataFrame(rows))
 
 
