@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from PIL import Image
 
 from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares
@@ -184,7 +184,7 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
             grids = projected_scenes(setting, asked, shown)
             shares[name] = _own_strip(fitted, grids, strip, background).mean(-1)
     whole = {"low": 0.0, "high": 1.0}
-    claims: list[tuple[str, np.ndarray, dict[str, float]]] = [
+    claims: list[Claim] = [
         ("accuracy, claim", fitted.accuracies, {"null": CHANCE, **whole}),
         ("converged, claim", fitted.converged_accuracies, {"null": CHANCE, **whole}),
         ("background, claim", shares["three"], {"null": halves, **whole}),
@@ -192,16 +192,27 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
     ]
     if "one object" in shares:
         claims.append(("background, three - one", shares["three"] - shares["one object"], {}))
-    units, rows = range(len(fitted.test)), []
-    for name, values, bounds in claims:
-        about = {"quantity": name, "axis": axis, **bounds}
-        rows += claim_rows(values.mean(0), {}, units, seed, **about)
-        for i, own in enumerate(values):
-            rows += claim_rows(own, {}, units, seed, **about, probe=i)
+    rows = claims_of(claims, seed, axis)
     for name in ("one object", "empty"):
         if name in shares:
             interval = mean_of_shares(shares[name].mean(0), seed=seed)
             rows += interval_rows(interval, {}, quantity=f"background, {name}", axis=axis)
+    return rows
+
+
+Claim = tuple[str, Float[np.ndarray, "probe image"], dict[str, float]]
+"""(quantity, each probe's shares of each held-out picture, null value and bounds)"""
+
+
+def claims_of(claims: Sequence[Claim], seed: int, axis: str) -> list[dict]:
+    """Returns the rows of claims about the mean over probes, and about each probe by itself."""
+    rows: list[dict] = []
+    for name, values, bounds in claims:
+        about: Any = {"quantity": name, "axis": axis, **bounds}
+        units = range(values.shape[1])
+        rows += claim_rows(values.mean(0), {}, units, seed, **about)
+        for i, own in enumerate(values):
+            rows += claim_rows(own, {}, units, seed, **about, probe=i)
     return rows
 
 

@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hooked_vlm.analysis.statistics import paired_difference
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.tables import difference_rows, format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import LEAST
+from hooked_vlm.experiments.tables import format_interval, select
+from hooked_vlm.experiments.verdicts import claim_rows, judge
 
 
 DIFFERENCE = "paired difference"
@@ -46,18 +45,17 @@ def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
     for axis in [str(axis) for axis in a["axis"].values if axis in b["axis"].values]:
         here, there = (shares.sel(axis=axis).values for shares in (a, b))
         if here.shape == there.shape:
-            found = paired_difference(there, here, seed=seed)
-            rows += interval_rows(
-                found, {}, axis=axis, quantity=DIFFERENCE, part=ordering_probes.ABOUT.name
-            )
+            about = {"axis": axis, "quantity": DIFFERENCE, "part": ordering_probes.ABOUT.name}
+            rows += claim_rows(there - here, {}, range(len(here)), seed, **about)
     return rows
 
 
 def swap_rows(first: Result, other: Result, seed: int) -> list[dict]:
     """Returns, by kind and slot, the difference of swaps on the pairs that both kept.
 
-    All directions are combined; p-values are Holm-adjusted over the slots of a kind.  There are
-    no rows when fewer than two pairs are common.
+    All directions are combined, and pairs of the same two pictures are one observation.  P-values
+    are Holm-adjusted over all kinds and slots, since the verdict names the largest difference.
+    There are no rows when fewer than two pairs are common.
     """
     a, b = (_pairs(found.arrays) for found in (first, other))
     if a is None or b is None:
@@ -65,23 +63,15 @@ def swap_rows(first: Result, other: Result, seed: int) -> list[dict]:
     common = [str(name) for name in a["pair"].values if name in set(b["pair"].values)]
     if len(common) < 2:
         return []
-    rows = []
-    for kind in [str(k) for k in a["kind"].values if k in b["kind"].values]:
-        here, there = (
-            found.sel(pair=common, kind=kind, quantity="swapped").transpose("pair", "slot").values
-            for found in (a, b)
-        )
-        rows += difference_rows(
-            there,
-            here,
-            {"slot": [int(slot) for slot in a["slot"]]},
-            seed,
-            direction="all",
-            kind=kind,
-            quantity=DIFFERENCE,
-            part=strip_swap.ABOUT.name,
-        )
-    return rows
+    kinds = [str(k) for k in a["kind"].values if k in b["kind"].values]
+    here, there = (
+        found.sel(pair=common, kind=kinds, quantity="swapped").transpose("pair", "kind", "slot")
+        for found in (a, b)
+    )
+    axes = {"kind": kinds, "slot": [int(slot) for slot in a["slot"]]}
+    about = {"direction": "all", "quantity": DIFFERENCE, "part": strip_swap.ABOUT.name}
+    units = strip_swap.pictures_of(here)
+    return claim_rows(there.values - here.values, axes, units, seed, **about)
 
 
 def said_swaps(table: pd.DataFrame) -> str:
@@ -90,7 +80,7 @@ def said_swaps(table: pd.DataFrame) -> str:
     rows = select(table, part=strip_swap.ABOUT.name, quantity=DIFFERENCE)
     for kind in dict.fromkeys(rows["kind"]):
         here = select(rows, kind=kind)
-        clear = here[(here["p_holm"] <= 0.05) & (here["value"].abs() >= LEAST)]
+        clear = here[[judge(row).outcome == "found" for _, row in here.iterrows()]]
         if clear.empty:
             words.append(f"{kind}: no clear difference at any slot")
             continue

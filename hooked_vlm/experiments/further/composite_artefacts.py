@@ -31,6 +31,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting, for_tokenizer, stimuli_of
 from hooked_vlm.experiments.tables import format_interval, select
+from hooked_vlm.experiments.verdicts import judge
 from hooked_vlm.stimuli import photographs
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.geometry import Layout
@@ -112,8 +113,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Left and right only: composites have no other axis. See E3 and E4 for how each number "
             "is computed; probes are fitted anew on each kind of picture.",
             f"Rows of the quantity '{compared.DIFFERENCE}' compare a variant with {variants[0]} "
-            "pictures on the same held-out layouts and the pairs that both keep (paired bootstrap "
-            "intervals; bounded mean tests over pairs, Holm's correction over a kind's slots).",
+            "pictures on the same held-out layouts and the pairs that both keep (intervals and "
+            "tests for bounded means over pictures, Holm's correction over all kinds and slots).",
             f"'{UNCUT}': probes fitted to What'sUp's own photographs, their things labelled left, "
             "middle and right by What'sUp's boxes, and read on held-out ones. A swap of an uncut "
             "photograph has no second answer to flip to, so there is none."
@@ -246,7 +247,7 @@ def _probes(table: pd.DataFrame) -> str:
 
 
 def _apart(moved: pd.Series) -> bool:
-    return abs(moved["value"]) >= APART and not moved["low"] <= 0 <= moved["high"]
+    return judge(moved, least=APART).outcome == "found"
 
 
 def _swaps(table: pd.DataFrame, variants: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, select
+from hooked_vlm.experiments.verdicts import judge
 
 
 ABOUT = About(
@@ -84,8 +85,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Probes are fitted anew on each kind of background; pairs are drawn with one seed and "
             "kept where both pictures are answered correctly on that background, so they differ.",
             f"Rows of the ground '{BOTH}' compare the two on what they have in common: the same "
-            "layouts held out of the probes, and the pairs that both keep (paired bootstrap "
-            "intervals; bounded mean tests over pairs, Holm's correction over a kind's slots).",
+            "layouts held out of the probes, and the pairs that both keep (intervals and tests for "
+            "bounded means over pictures, Holm's correction over all kinds and slots).",
             "A picture and its mirror image stand on one and the same photograph, which is not "
             "mirrored.",
             "See E3 and E4 for how each number is computed.",
@@ -102,16 +103,23 @@ def _probes(table: pd.DataFrame) -> str:
         }
         background = [here[ground].loc["background"] for ground in GROUNDS]
         moved = select(table, axis=axis, ground=BOTH).iloc[0]
-        rises = "rises" if moved["value"] > 0 else "falls"
-        finding = "changes little" if abs(moved["value"]) < SHIFT else rises
+        finding = _change(moved)
         parts.append(
             f"{axis}: probe accuracy on objects {format_interval(here['white'].loc['accuracy'])} "
             f"on white, {format_interval(here['photographs'].loc['accuracy'])} on photographs; "
-            f"the share of background tokens assigned to their strip {finding}, from "
+            f"the share of background tokens assigned to their strip: {finding}, from "
             f"{format_interval(background[0])} to {format_interval(background[1])} (difference "
             f"{format_interval(moved)} on the same layouts)."
         )
     return "\n".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _change(moved: pd.Series) -> str:
+    """Returns in words how the background's share changes on photographs."""
+    judged = judge(moved, least=SHIFT)
+    if judged.outcome == "found":
+        return "it rises" if judged.above else "it falls"
+    return "it changes little" if judged.outcome == "not found" else "undecided whether it changes"
 
 
 def _swaps(table: pd.DataFrame) -> str:
