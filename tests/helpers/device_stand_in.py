@@ -30,8 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 TWO_DEVICES = (
-    "Expected all tensors to be on the same device, but found at least two devices, "
-    "cuda:0 and cpu!"
+    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 )
 WAITS = ("nonzero", "masked_select", "_unique", "unique", "_local_scalar_dense", "equal")
 """Operations after which the host must know a value of the device."""

@@ -10,7 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.device_stand_in import OnDevice, StandIn
-from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Region, Steer, Sweep, shared_runs, swap_pairs
+from hooked_vlm import (
+    Ablate,
+    HookedVLM,
+    LastToken,
+    Patch,
+    Region,
+    Steer,
+    Sweep,
+    shared_runs,
+    swap_pairs,
+)
 from hooked_vlm.engine import fused
 
 
@@ -57,7 +67,7 @@ def sweep_of(model: HookedVLM, kind: str) -> Sweep:
     """A sweep of each kind over the slots."""
     inputs, source = prepared(model), prepared(model, seed=1)
     grid = model.grids(inputs)[0][0]
-    rows, columns = grid.shape
+    columns = grid.shape[1]
     left, right = (
         Region.column_band(grid.shape, a, b) for a, b in ((0, 2), (columns - 2, columns))
     )
@@ -118,7 +128,9 @@ def test_runs_caches_and_answers_are_those_of_the_host(pair: Any) -> None:
     ):
         close(moved.run_with_hooks(own, [edit]), host.run_with_hooks(inputs, [edit]))
     answers = [
-        model.generate(given, max_new_tokens=2, do_sample=False, fwd_hooks=[Ablate(2, at=grid.all())])
+        model.generate(
+            given, max_new_tokens=2, do_sample=False, fwd_hooks=[Ablate(2, at=grid.all())]
+        )
         for model, given in ((host, inputs), (moved, own))
     ]
     assert answers[0].tolist() == answers[1].tolist()

@@ -18,7 +18,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.statistics import Interval, bootstrap, simultaneous
+from hooked_vlm.analysis.statistics import bootstrap, simultaneous
 from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.batches import numbers_only, scored_numbers
@@ -220,16 +220,11 @@ def swap_rows(values: xr.DataArray, seed: int, **columns: Any) -> list[dict]:
     """
     layers = {"kind": KINDS, "layer": range(values.sizes["site"])}
     units = pictures_of(values)
-    rows = interval_rows(_together(values.values, seed), layers, quantity="swapped", **columns)
+    rows = interval_rows(
+        simultaneous(values.values, seed=seed), layers, quantity="swapped", **columns
+    )
     about = {"null": HALF, "low": 0.0, "high": 1.0, "quantity": FLIPS}
     return rows + claim_rows(values.values, layers, units, seed, **about, **columns)
-
-
-def _together(values: np.ndarray, seed: int) -> Interval:
-    if len(values) > 1:
-        return simultaneous(values, seed=seed)
-    nothing = np.full(values.shape[1:], np.nan)  # of one pair there is no interval
-    return Interval(values.mean(0), nothing, nothing, 1, 0.95, "none")
 
 
 Read = Float[np.ndarray, "quantity probe image"]
