@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Finite, Seed
 from hooked_vlm.errors import DataError
@@ -86,7 +87,7 @@ def added(h: Tensor, w: Tensor, alpha: float | int) -> Tensor:
     """Returns what `add` does, without comparing arguments: for hook functions."""
     if alpha == 0:
         return h
-    return (_wide(h) + alpha * _wide(w).to(h.device)).to(h.dtype)
+    return (_wide(h) + alpha * sent(_wide(w), h.device)).to(h.dtype)
 
 
 @checked(DataError)

@@ -29,6 +29,11 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if found is None else found.device
 
 
+def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor on a device; from the host to a GPU without waiting for what runs there."""
+    return x.to(device, non_blocking=x.device.type == "cpu" and device.type == "cuda")
+
+
 def compute_dtype(*modules: nn.Module) -> torch.dtype:
     """Returns the dtype of the first parameter that is neither packed nor 8-bit; else fp32.
 

@@ -66,12 +66,23 @@ def trimmed_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[nn.Mod
     return [model.hf_model.get_submodule(path) for path in paths if path]
 
 
-def is_idle(model: Any, clean: Clean, job: RowPlan) -> bool:
-    """Whether a job leaves the residual stream as it is where it joins, and does nothing else."""
-    if job.front or any(not step.between or step.stage != job.stage for step in job.steps):
-        return False
-    joined = Growing(model, clean, [job], clean.first).joined(job)
-    return torch.equal(joined, clean.residuals[job.stage])
+def idle_jobs(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> set[int]:
+    """Returns jobs that leave the residual stream as it is where they join, and do nothing else."""
+    asked = [
+        job
+        for job in jobs
+        if not job.front and all(step.between and step.stage == job.stage for step in job.steps)
+    ]
+    if not asked:
+        return set()
+
+    def same(job: RowPlan) -> Tensor:
+        joined = Growing(model, clean, [job], clean.first).joined(job)
+        return (joined == clean.residuals[job.stage]).all().to(clean.logits.device)
+
+    # All answers at once: on a GPU each one is waited for.
+    answers = torch.stack([same(job) for job in asked]).tolist()
+    return {job.index for job, is_same in zip(asked, answers, strict=True) if is_same}
 
 
 class Growing:

@@ -129,15 +129,17 @@ class _Seen:
         """Returns a hook before block i, or after all."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            taken = first_argument(module, args, kwargs).detach()
+            given = first_argument(module, args, kwargs)
+            taken = given.detach()
             self.shapes[i] = tuple(taken.shape)
             if i < self.n_layers:
                 self.masks[i] = mask_of(args, kwargs, taken.shape[1])
                 self.signature.append(signature_of(args, kwargs))
             if i == 0 and not self.is_closed():
                 self.first = 0
-            if self._handed is not None:
-                handed = self._handed.to(taken.device)
+            # The very tensor is handed on where nothing is added: no numbers need be compared.
+            if self._handed is not None and given is not self._handed:
+                handed = self._handed.detach().to(taken.device)
                 if not torch.equal(handed, taken):
                     self.added[i], self.outputs[i] = taken - handed, handed
             if i in self.stages:
@@ -147,7 +149,7 @@ class _Seen:
 
     def behind(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Is a hook after any block."""
-        self._handed = (output[0] if isinstance(output, tuple) else output).detach()
+        self._handed = output[0] if isinstance(output, tuple) else output
 
     def is_closed(self) -> bool:
         """Whether, by the masks so far, nothing before a start looks ahead of it."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.attempts import GrowthError, attempt
-from hooked_vlm.engine.batch import Growing, is_idle, trimmed_of
+from hooked_vlm.engine.batch import Growing, idle_jobs, trimmed_of
 from hooked_vlm.engine.budget import rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
 from hooked_vlm.engine.fingerprints import content_of, remember, ways_of_attending
@@ -113,7 +113,7 @@ def run_growing(
             if on_progress is not None:
                 on_progress(len(scores), len(cells))
 
-        idle = {job.index for job in jobs if is_idle(model, clean, job)}
+        idle = idle_jobs(model, clean, jobs)
         for job in jobs:
             if job.index in idle:
                 note(job, clean.logits)

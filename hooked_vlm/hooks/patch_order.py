@@ -24,6 +24,7 @@ from einops import rearrange
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.anatomy.source import forward_source
 from hooked_vlm.anatomy.vision import Vision, grid_argument
 from hooked_vlm.errors import GridError, UnsupportedModelError, counted
@@ -188,15 +189,15 @@ def to_images(packed: Shaped[Tensor, "row ..."], order: PackedOrder) -> VisionAc
             "tree. Report this with the model's name."
         )
     if order.even:
-        raster = packed.index_select(0, order.flat.to(packed.device))
+        raster = packed.index_select(0, sent(order.flat, packed.device))
         return raster.unflatten(0, (len(order.rows), -1))
-    return [packed.index_select(0, rows.to(packed.device)) for rows in order.rows]
+    return [packed.index_select(0, sent(rows, packed.device)) for rows in order.rows]
 
 
 def from_images(images: VisionActivation, order: PackedOrder) -> Shaped[Tensor, "row ..."]:
     """Returns images in raster order as packed rows: the inverse of `to_images`."""
     rows = images.flatten(0, 1) if isinstance(images, Tensor) else torch.cat(images)
-    return rows.index_select(0, order.places.to(rows.device))
+    return rows.index_select(0, sent(order.places, rows.device))
 
 
 def listed(value: VisionActivation) -> list[Tensor]:

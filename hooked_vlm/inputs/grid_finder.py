@@ -312,7 +312,7 @@ def _prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
             "These inputs have no input_ids: the image is not among the tokens of a prompt, so no "
             "position shows a part of the image. Use sites of the vision encoder."
         )
-    return ids
+    return ids if ids.is_meta else ids.cpu()
 
 
 def _image_positions(

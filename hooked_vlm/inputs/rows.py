@@ -51,8 +51,9 @@ def rows_of(
     if mask is None or like is None:
         device = None if like is None else like.device
         mask = torch.ones(n_rows, length, dtype=torch.long, device=device)
-    mask = token_mask(mask, length)
     visual = None if ids is None else _visual(inputs, ids, placeholders)
+    # Places are found on the CPU: on a GPU each step of it would wait for the device.
+    ids, mask, visual = (_on_host(x) for x in (ids, token_mask(mask, length), visual))
     tokenizer = getattr(inputs, "tokenizer", None) if text else None
     return [
         PromptRow(
@@ -64,6 +65,10 @@ def rows_of(
         )
         for b in range(n_rows)
     ]
+
+
+def _on_host(x: Tensor | None) -> Any:
+    return x if x is None or x.is_meta else x.cpu()
 
 
 def prompt_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
@@ -82,7 +83,8 @@ class Ablate(_Intervention):
             old = rows_at(activation, index)
             if value.ndim:
                 self._check_features(site, old.shape[-1], value.shape[-1])
-            return with_rows_at(activation, index, value.to(old.device, old.dtype).expand_as(old))
+            written = sent(value, old.device).to(old.dtype).expand_as(old)
+            return with_rows_at(activation, index, written)
 
         return edit
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site
@@ -142,11 +143,11 @@ def index_of(
             "place to intervene at in the vision encoder or projector. Use a hook function: "
             "fwd_hooks=[(name, fn)]."
         )
-    outer = torch.cat([torch.full_like(inner, o) for o, inner in located]).to(device)
-    inner = torch.cat([inner for _, inner in located]).to(device)
+    outer = sent(torch.cat([torch.full_like(inner, o) for o, inner in located]), device)
+    inner = sent(torch.cat([inner for _, inner in located]), device)
     if heads is None:
         return outer, inner
-    return outer[:, None], inner[:, None], torch.tensor(heads, device=device)[None]
+    return outer[:, None], inner[:, None], sent(torch.tensor(heads), device)[None]
 
 
 def rows_at(value: VisionActivation, index: tuple[Tensor, ...]) -> Tensor:

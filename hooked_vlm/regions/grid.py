@@ -57,7 +57,7 @@ class TokenGrid:
     """
 
     positions: Int[Tensor, "row col"]
-    """Positions in the prompt's row of `input_ids`, including padding."""
+    """Positions in the prompt's row of `input_ids`, including padding; on the CPU."""
     patch_rows: Count
     patch_cols: Count
     n_prefix: Whole
@@ -82,6 +82,8 @@ class TokenGrid:
     """Grid of the thumbnail of an image cut into tiles: the same picture, coarser cells."""
 
     def __post_init__(self) -> None:
+        # Places are found on the CPU: on a GPU each step of it would wait for the device.
+        object.__setattr__(self, "positions", self.positions.cpu())
         flat = self.positions.flatten()
         if self.positions.ndim != 2 or not flat.numel():
             raise GridError(

@@ -197,7 +197,8 @@ class _Generator(torch.Generator):
     """A generator of the host, also where one of the device is asked for."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        return super().__new__(cls, "cpu" if _is_cuda(device) else device)
+        new: Any = super().__new__
+        return new(cls, "cpu" if _is_cuda(device) else device)
 
 
 _TOLD: dict[str, Any] = {
@@ -339,10 +340,15 @@ def _number(x: Any) -> Any:
 
 
 def _line() -> str:
-    """Returns the innermost line of the library, `package/module.py:line`, that is running."""
+    """Returns the innermost line of the library, `package/module.py:line`, that is running.
+
+    Or "transformers", where that runs further inside.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts
+        if "transformers" in parts:
+            return "transformers"
         if "hooked_vlm" in parts and "tests" not in parts:
             at = len(parts) - 1 - parts[::-1].index("hooked_vlm")
             return f"{'/'.join(parts[at + 1 :])}:{frame.f_lineno}"

@@ -1,6 +1,7 @@
 """Compares one experiment on two kinds of picture, on the items that both have."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,11 @@ def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
     for axis in [str(axis) for axis in a["axis"].values if axis in b["axis"].values]:
         here, there = (shares.sel(axis=axis).values for shares in (a, b))
         if here.shape == there.shape:
-            about = {"axis": axis, "quantity": DIFFERENCE, "part": ordering_probes.ABOUT.name}
+            about: Any = {
+                "axis": axis,
+                "quantity": DIFFERENCE,
+                "part": ordering_probes.ABOUT.name,
+            }
             rows += claim_rows(there - here, {}, range(len(here)), seed, **about)
     return rows
 
@@ -69,7 +74,7 @@ def swap_rows(first: Result, other: Result, seed: int) -> list[dict]:
         for found in (a, b)
     )
     axes = {"kind": kinds, "slot": [int(slot) for slot in a["slot"]]}
-    about = {"direction": "all", "quantity": DIFFERENCE, "part": strip_swap.ABOUT.name}
+    about: Any = {"direction": "all", "quantity": DIFFERENCE, "part": strip_swap.ABOUT.name}
     units = strip_swap.pictures_of(here)
     return claim_rows(there.values - here.values, axes, units, seed, **about)
 
