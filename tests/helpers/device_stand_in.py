@@ -246,6 +246,8 @@ class _Functions(TorchFunctionMode):
                 )
             self.stand_in.wait("tolist")
             return first.carried.tolist()
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(first, OnDevice):
+            args = (first, _indices(args[1]), *args[2:])
         if func is nn.functional.scaled_dot_product_attention and isinstance(first, OnDevice):
             return _attention(*args, **kwargs)
         if _is_cuda(kwargs.get("device")):
@@ -315,6 +317,13 @@ def _attention(
     kernel = aten._scaled_dot_product_attention_math
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     return kernel(query, key, value, attn_mask, dropout_p, is_causal, None, **options)[0]
+
+
+def _indices(given: Any) -> Any:
+    """Returns an index with its lists as tensors of the host, as torch makes them."""
+    if isinstance(given, tuple):
+        return tuple(map(_indices, given))
+    return torch.tensor(given) if isinstance(given, list) else given
 
 
 def _is_cuda(device: Any) -> bool:

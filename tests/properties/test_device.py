@@ -22,6 +22,7 @@ from hooked_vlm import (
     swap_pairs,
 )
 from hooked_vlm.engine import fused
+from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
 
 
 MODELS = ("tiny-qwen2-vl", "tiny-gemma-3")
@@ -171,3 +172,13 @@ def test_how_often_a_sweep_waits_does_not_depend_on_its_cells(pair: Any, kind: s
         waits.append(sum(own.values()))
         assert waits[-1] <= 12 + moved.cfg.n_layers, own
     assert waits[1] <= waits[0] + moved.cfg.n_layers
+
+
+@pytest.mark.parametrize("experiment", [final_token, strip_swap])
+def test_experiments_conclude_what_they_do_on_the_host(pair: Any, experiment: Any) -> None:
+    host, moved, device = pair
+    config = experiment.Config(pairs=2, batch_size=4)
+    expected, found = (experiment.run(m, config, lambda *_: None) for m in (host, moved))
+    assert found.verdict == expected.verdict
+    np.testing.assert_allclose(found.table["value"], expected.table["value"], atol=1e-4)
+    assert not device.refused
