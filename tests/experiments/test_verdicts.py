@@ -99,6 +99,13 @@ def test_a3_e4_asserts_only_what_its_tests_show() -> None:
     inside = np.array([0.05] * 6 + [0.55])
     said = verdict_of_e4(pairs_of_e4(0.95 * flat, inside, 50), 6)
     assert as_in_paper in said[0] and "difference 0.90 [" in said[2]
+    # At one early slot, and not on average: it is not said that nothing flips.
+    peak = np.array([0.05, 0.95, 0.05, 0.05, 0.05, 0.05, 0.05])
+    said = verdict_of_e4(pairs_of_e4(peak, peak, 50), 6)
+    assert "at one slot they do (strips at slot 1 and object cells alone at slot 1)" in said[0]
+    assert as_in_paper not in verdict_of_e4(pairs_of_e4(0.95 * flat, peak, 50), 6)[0]
+    said = verdict_of_e4(pairs_of_e4(0.05 * flat, 0.05 * flat, 50), 6)
+    assert said[0].endswith("neither strips nor object cells flip the answer, unlike in the paper.")
     said = verdict_of_e4(pairs_of_e4(0.05 * flat, 0.95 * flat, 50), 6)
     assert "object cells alone flip the answer and strips do not, unlike in the paper" in said[0]
 

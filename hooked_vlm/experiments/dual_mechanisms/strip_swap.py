@@ -231,7 +231,14 @@ def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
         here = select(table, direction=direction)
         strips = strips_of(list(select(here, quantity="swapped")["kind"]))
         early = {str(row["kind"]): row for _, row in select(here, quantity=EARLY).iterrows()}
-        finding = _finding(early, strips)
+        last_early = int(select(here, quantity="swapped")["slot"].max()) // 2
+        best = select(here, quantity="swapped, highest")
+        peaks = {
+            str(row["kind"]): int(row["slot"])
+            for _, row in best.iterrows()
+            if row["low"] > HALF and row["slot"] <= last_early
+        }
+        finding = _finding(early, strips, peaks)
         if direction == "all":
             parts.append(f"all directions together: {finding}")
         else:
@@ -242,7 +249,6 @@ def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
             "strips without objects": "background",
         }
         means = ", ".join(f"{name} {format_interval(early[k])}" for name, k in shown.items())
-        best = select(here, quantity="swapped, highest")
         highest = ", ".join(f"{n} {_at(select(best, kind=k).iloc[0])}" for n, k in shown.items())
         parts.append(
             f"{direction}: probability of a flipped answer in early slots "
@@ -260,16 +266,34 @@ def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
     return "\n".join(map(sentence, parts))
 
 
-def _finding(early: Mapping[str, pd.Series], strips: str) -> str:
-    """Returns what strips and objects do in early slots, in words."""
+def _finding(early: Mapping[str, pd.Series], strips: str, peaks: Mapping[str, int]) -> str:
+    """Returns what strips and objects do in early slots, in words.
+
+    `peaks` are kinds that flip the answer at one early slot at least.  A kind may do so there and
+    not on average; then it is no kind of which nothing flips.
+    """
     strip, inside = judge(early[strips], least=0.0), judge(early["object"], least=0.0)
     apart = judge(early["strip - object"])
     if strip.above and inside.below and apart.above:
+        if "object" in peaks:
+            return f"strips flip the answer, object cells alone only at slot {peaks['object']}"
         return "strips flip the answer and object cells alone do not, as in the paper"
     if strip.above and inside.above:
         return "object cells alone flip the answer too, unlike in the paper"
+    if inside.above and strip.below and strips in peaks:
+        return (
+            f"object cells alone flip the answer, strips only at slot {peaks[strips]}, unlike in "
+            "the paper"
+        )
     if inside.above and strip.below:
         return "object cells alone flip the answer and strips do not, unlike in the paper"
+    if strip.below and inside.below and peaks:
+        names = {strips: "strips", "object": "object cells alone"}
+        where = [f"{names[kind]} at slot {slot}" for kind, slot in peaks.items() if kind in names]
+        return (
+            "neither strips nor object cells flip the answer over the early slots as a whole, "
+            f"unlike in the paper; at one slot they do ({format_names(where)})"
+        )
     if strip.below and inside.below:
         return "neither strips nor object cells flip the answer, unlike in the paper"
     unclear = {"strips": strip, "object cells": inside}

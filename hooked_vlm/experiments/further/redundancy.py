@@ -287,4 +287,7 @@ def _kind(here: pd.DataFrame) -> str:
             "not found: no interaction, the two add up in log odds "
             f"({counted(n, 'picture')} exclude more than {excluded:.2f})"
         )
-    return f"undecided whether they interact: {format_interval(interaction)} in log odds"
+    return (
+        f"undecided whether they interact by at least {SLIGHT:g} in log odds: "
+        f"{format_interval(interaction)}"
+    )
