@@ -34,7 +34,7 @@ from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
-from hooked_vlm.arguments.kinds import Count, Seed, Share
+from hooked_vlm.arguments.kinds import Count, Finite, Seed, Share
 from hooked_vlm.errors import DataError, counted
 
 
@@ -114,13 +114,19 @@ def bootstrap(
 
 @checked(DataError)
 def simultaneous(
-    values: Rows, *, level: Share = 0.95, n_resamples: Count = 10_000, seed: Seed = 0
+    values: Rows,
+    *,
+    within: tuple[Finite, Finite] | None = None,
+    level: Share = 0.95,
+    n_resamples: Count = 10_000,
+    seed: Seed = 0,
 ) -> Interval:
     """Returns means over pairs of `values` `[pair, *axes]`, with intervals that hold together.
 
     In `level` of draws *all* intervals cover, so that of the largest mean does, whichever it is.
     The half-widths are standard errors times one quantile of the largest studentised deviation
-    over all axes, widened to Student's t as `bootstrap`'s are.
+    over all axes, widened to Student's t as `bootstrap`'s are.  `within` are the bounds of the
+    values, such as 0 and 1 for probabilities; the intervals are cut off there.
 
     Raises:
         DataError: fewer than two pairs, NaN or infinite values.
@@ -137,8 +143,10 @@ def simultaneous(
     largest = ratios.reshape(n_resamples, -1).max(axis=1)
     t_to_z = student_t.ppf((1 + level) / 2, n - 1) / norm.ppf((1 + level) / 2)
     factor = math.sqrt(n / (n - 1)) * t_to_z * np.quantile(largest, level)
-    bounds = (estimate, estimate - factor * error, estimate + factor * error)
-    mean, low, high = map(plain, bounds)
+    bounds = (estimate - factor * error, estimate + factor * error)
+    if within is not None:
+        bounds = tuple(np.clip(bound, *within) for bound in bounds)
+    mean, low, high = map(plain, (estimate, *bounds))
     return Interval(mean, low, high, n, level, "simultaneous")
 
 

@@ -240,3 +240,11 @@ def test_interval_prints_and_indexes():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(DataError, match=message):
         call()
+
+
+def test_simultaneous_intervals_of_probabilities_end_at_their_bounds():
+    values = np.random.default_rng(0).binomial(1, 0.95, size=(20, 5)).astype(float)
+    free, cut = simultaneous(values), simultaneous(values, within=(0.0, 1.0))
+    assert (free.high > 1).any()
+    np.testing.assert_array_equal(cut.high, np.minimum(free.high, 1))
+    np.testing.assert_array_equal(cut.low, free.low)

@@ -191,7 +191,7 @@ def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> li
             nothing = np.full(means.shape[1], np.nan)
             interval = Interval(means.mean(0), nothing, nothing, 1, 0.95, "none")
         else:
-            interval = simultaneous(means, seed=seed)
+            interval = simultaneous(means, within=(0.0, 1.0), seed=seed)
         slot = int(values["slot"].values[best])
         about = {"kind": kind, "quantity": "swapped, highest", "slot": slot, **columns}
         rows += interval_rows(interval.at(best), {}, **about)
