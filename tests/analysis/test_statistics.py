@@ -16,6 +16,7 @@ from hooked_vlm.analysis.statistics import (
     holm,
     paired_difference,
     sign_flip_test,
+    simultaneous,
     wilson,
 )
 from hooked_vlm.errors import DataError

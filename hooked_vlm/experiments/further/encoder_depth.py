@@ -220,12 +220,8 @@ def swap_rows(values: xr.DataArray, seed: int, **columns: Any) -> list[dict]:
     """
     layers = {"kind": KINDS, "layer": range(values.sizes["site"])}
     units = pictures_of(values)
-    rows = interval_rows(
-        simultaneous(values.values, within=(0.0, 1.0), seed=seed),
-        layers,
-        quantity="swapped",
-        **columns,
-    )
+    together = simultaneous(values.values, within=(0.0, 1.0), seed=seed)
+    rows = interval_rows(together, layers, quantity="swapped", **columns)
     about = {"null": HALF, "low": 0.0, "high": 1.0, "quantity": FLIPS}
     return rows + claim_rows(values.values, layers, units, seed, **about, **columns)
 
