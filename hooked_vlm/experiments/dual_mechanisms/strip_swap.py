@@ -28,6 +28,7 @@ from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import (
     format_interval,
     format_names,
+    format_slots,
     interval_rows,
     score_rows,
     select,
@@ -60,6 +61,8 @@ HALF = 0.5
 EARLY = "swapped, early slots"
 """Quantity: the mean over slots 0 to L/2 of a model with L layers.  The paper's curves (Figs. 5-7)
 flip there and fall only in the last sixth of the layers, where the final token has the answer."""
+AT_SLOT = "swapped, at an early slot"
+"""Quantity: the same at each of these slots, for a kind that flips the answer at some alone."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -110,7 +113,9 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             f"The verdict is about '{EARLY}', slots 0 to {model.cfg.n_layers // 2}, one number for "
             "each picture. An answer flips where the interval of this mean lies above "
             f"{HALF}; strips and objects differ where the interval of their paired difference "
-            "excludes zero and its p-value is at most 0.05. These intervals are for bounded values "
+            "excludes zero and its p-value is at most 0.05. A kind that flips the answer at some "
+            f"of these slots and not on average is named with them ('{AT_SLOT}'; p-values are "
+            "adjusted by Holm over kinds and slots). These intervals are for bounded values "
             "(Gaffke), at any number of pictures.",
             *regions.notes,
         ),
@@ -184,6 +189,10 @@ def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> li
     difference = (early.sel(kind=strips_of(kinds)) - early.sel(kind="object")).values
     apart: dict[str, Any] = {"kind": "strip - object", "quantity": EARLY, **columns}
     rows += claim_rows(difference, {}, units, seed, **apart)
+    each = swapped.sel(slot=slice(0, n_layers // 2), kind=[strips_of(kinds), "object"])
+    axes = {name: each[name].values.tolist() for name in ("kind", "slot")}
+    at_slot: dict[str, Any] = {"null": HALF, "low": 0.0, "high": 1.0, "quantity": AT_SLOT}
+    rows += claim_rows(each.values, axes, units, seed, **at_slot, **columns)
     for kind in kinds:
         means = by_unit(swapped.sel(kind=kind).values, units)
         best = int(np.argmax(means.mean(0)))
@@ -231,14 +240,7 @@ def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
         here = select(table, direction=direction)
         strips = strips_of(list(select(here, quantity="swapped")["kind"]))
         early = {str(row["kind"]): row for _, row in select(here, quantity=EARLY).iterrows()}
-        last_early = int(select(here, quantity="swapped")["slot"].max()) // 2
-        best = select(here, quantity="swapped, highest")
-        peaks = {
-            str(row["kind"]): int(row["slot"])
-            for _, row in best.iterrows()
-            if row["low"] > HALF and row["slot"] <= last_early
-        }
-        finding = _finding(early, strips, peaks)
+        finding = _finding(early, strips, _slots_that_flip(here))
         if direction == "all":
             parts.append(f"all directions together: {finding}")
         else:
@@ -249,6 +251,7 @@ def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
             "strips without objects": "background",
         }
         means = ", ".join(f"{name} {format_interval(early[k])}" for name, k in shown.items())
+        best = select(here, quantity="swapped, highest")
         highest = ", ".join(f"{n} {_at(select(best, kind=k).iloc[0])}" for n, k in shown.items())
         parts.append(
             f"{direction}: probability of a flipped answer in early slots "
@@ -266,36 +269,42 @@ def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
     return "\n".join(map(sentence, parts))
 
 
-def _finding(early: Mapping[str, pd.Series], strips: str, peaks: Mapping[str, int]) -> str:
+def _slots_that_flip(here: pd.DataFrame) -> dict[str, list[int]]:
+    """Returns the early slots at which a kind flips the answer, for kinds that do at any."""
+    found: dict[str, list[int]] = {}
+    for _, row in select(here, quantity=AT_SLOT).iterrows():
+        if judge(row, least=0.0).above:
+            found.setdefault(str(row["kind"]), []).append(int(row["slot"]))
+    return found
+
+
+def _finding(early: Mapping[str, pd.Series], strips: str, at: Mapping[str, Sequence[int]]) -> str:
     """Returns what strips and objects do in early slots, in words.
 
-    `peaks` are kinds that flip the answer at one early slot at least.  A kind may do so there and
-    not on average; then it is no kind of which nothing flips.
+    `at` are the slots at which a kind flips the answer: it may do so at some and not on average,
+    and then it is not said that it does not.
     """
     strip, inside = judge(early[strips], least=0.0), judge(early["object"], least=0.0)
     apart = judge(early["strip - object"])
+    some = {strips: "strips", "object": "object cells alone"}
+    parts = {
+        kind: f"{name} do at {format_slots(at[kind])}" for kind, name in some.items() if kind in at
+    }
     if strip.above and inside.below and apart.above:
-        if "object" in peaks:
-            return f"strips flip the answer, object cells alone only at slot {peaks['object']}"
+        if "object" in at:
+            return f"strips flip the answer over the early slots; {parts['object']}"
         return "strips flip the answer and object cells alone do not, as in the paper"
     if strip.above and inside.above:
         return "object cells alone flip the answer too, unlike in the paper"
-    if inside.above and strip.below and strips in peaks:
-        return (
-            f"object cells alone flip the answer, strips only at slot {peaks[strips]}, unlike in "
-            "the paper"
-        )
     if inside.above and strip.below:
         return "object cells alone flip the answer and strips do not, unlike in the paper"
-    if strip.below and inside.below and peaks:
-        names = {strips: "strips", "object": "object cells alone"}
-        where = [f"{names[kind]} at slot {slot}" for kind, slot in peaks.items() if kind in names]
-        return (
-            "neither strips nor object cells flip the answer over the early slots as a whole, "
-            f"unlike in the paper; at one slot they do ({format_names(where)})"
-        )
     if strip.below and inside.below:
-        return "neither strips nor object cells flip the answer, unlike in the paper"
+        said = "neither strips nor object cells flip the answer over the early slots"
+        return (
+            f"{said}; {format_names(list(parts.values()))}"
+            if parts
+            else f"{said}, unlike in the paper"
+        )
     unclear = {"strips": strip, "object cells": inside}
     names = [name for name, judged in unclear.items() if judged.outcome != "found"]
     return f"undecided whether {format_names(names)} flip the answer"
