@@ -81,11 +81,9 @@ def scored_numbers(score: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     One intervention may overflow in one row; scores of the other rows are as they are.
     """
     wrong = (logits.isnan() | (logits == float("inf"))).flatten(1).any(1)
-    if not wrong.any():
-        return score(logits)
-    found = score(logits.masked_fill(wrong[:, None], 0.0)).clone()
-    found[wrong.to(found.device)] = torch.nan
-    return found
+    # Without asking whether there is one: on a GPU the answer is waited for, at each cell.
+    found = score(logits.masked_fill(wrong[:, None], 0.0))
+    return found.masked_fill(wrong.to(found.device)[:, None], torch.nan)
 
 
 def numbers_only(

@@ -126,5 +126,6 @@ def not_tested(directions: Sequence[str], tested: Sequence[str]) -> list[str]:
     if not missing:
         return []
     return [
-        f"Not tested: {', '.join(missing)}; the model answers fewer than two pairs there correctly."
+        f"Not tested: {', '.join(missing)}; fewer than two pairs are left there, "
+        "whose two pictures the model answers correctly and whose scores are numbers."
     ]

@@ -87,19 +87,20 @@ class HookedModel(ActsLikeAModule, ABC):
         self._said_eager = False
         self._said_unrepeated = False
         self._footprint: Footprint | None = None
-        self._read: set[str] = set()
+        self._read_entries: set[str] = set()
+        self._read_keywords: set[str] = set()
         self._generates: set[str] = set()
 
     def require_call(self, inputs: Any, given: Iterable[str]) -> None:
         """Raises `HookError` for inputs that are none, and for names that nobody would read."""
         require_inputs(inputs)
-        if new := set(inputs) - self._read:
+        if new := set(inputs) - self._read_entries:
             require_names_read(self.hf_model, self.processor, new)
-            self._read |= new
+            self._read_entries |= new
         require_given_once(inputs, given)
-        if new := set(given) - self._read:
+        if new := set(given) - self._read_keywords:
             require_read(self.hf_model, new)
-            self._read |= new
+            self._read_keywords |= new
 
     @property
     def hook_names(self) -> list[str]:

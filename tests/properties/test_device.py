@@ -120,7 +120,7 @@ def test_runs_caches_and_answers_are_those_of_the_host(pair: Any) -> None:
     _, cache = moved.run_with_cache(own, names)
     _, expected = host.run_with_cache(inputs, names)
     assert set(cache) == set(expected)
-    for name in (names[0], names[-1]):
+    for name in names:
         close(cache[name], expected[name])
     grid = host.grids(inputs)[0][0]
     for edit in (
@@ -139,7 +139,7 @@ def test_runs_caches_and_answers_are_those_of_the_host(pair: Any) -> None:
     assert not device.refused
 
 
-def test_shared_runs_and_several_dtypes(pair: Any) -> None:
+def test_shared_runs(pair: Any) -> None:
     host, moved, device = pair
     tables = []
     for model in (host, moved):
@@ -171,7 +171,8 @@ def test_how_often_a_sweep_waits_does_not_depend_on_its_cells(pair: Any, kind: s
         own = {line: n for (_, line), n in device.syncs.items() if line != "transformers"}
         waits.append(sum(own.values()))
         assert waits[-1] <= 12 + moved.cfg.n_layers, own
-    assert waits[1] <= waits[0] + moved.cfg.n_layers
+    # In the encoder, by where cells start; elsewhere their number changes nothing.
+    assert waits[1] <= waits[0] + (moved.cfg.n_layers if kind == "vision" else 1)
 
 
 @pytest.mark.parametrize("experiment", [final_token, strip_swap])

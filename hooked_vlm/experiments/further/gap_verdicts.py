@@ -64,7 +64,10 @@ def over_gaps(findings: Mapping[int, Judgement]) -> str:
     """Returns what the gaps show together; no gap speaks for another."""
     by_gap = [f"{_outcome(found)} {apart(gap)}" for gap, found in findings.items()]
     if {found.sign for found in findings.values()} >= {1, -1}:
-        return f"the answer depends on the gap between the objects: {', '.join(by_gap)}"
+        return (
+            f"the answer differs with the gap between the objects: {', '.join(by_gap)} (other "
+            "objects leave their strips at other gaps, so this need not be the gap's doing)"
+        )
     return f"by gap between the objects: {', '.join(by_gap)}"
 
 
@@ -91,7 +94,8 @@ def _of_gap(here: pd.DataFrame, axis: str, finding: Judgement) -> str:
     ]
     alone = select(means, shown="alone", kind=BOTH, quantity="relative").iloc[0]
     control = select(means, quantity=CONTROL).iloc[0]
-    agree = sum(judge(row).sign == finding.sign for _, row in probes.iterrows())
+    each = [judge(row) for _, row in probes.iterrows()]
+    agree = sum((own.outcome, own.sign) == (finding.outcome, finding.sign) for own in each)
     if finding.outcome == "undecided":
         words = f"undecided whether relative or absolute: {finding.reason}"
     else:

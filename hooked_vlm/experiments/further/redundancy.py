@@ -103,7 +103,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Below zero, one signal can replace the other (redundant); above zero, each needs the "
             f"other (complementary). It counts as none within {SLIGHT} of zero. Bootstrap interval "
             "and sign-flip test over pictures. p-values are adjusted (Holm) over the two axes, and "
-            "over the directions; there is one verdict for each axis.",
+            "over the directions; there is a verdict over all, for each axis and each direction.",
             "'preference' is the same log odds as a probability; the rows 'loss' and 'gain' are "
             "differences of it. Where both together and one signal alone answer nearly all items, "
             "an interaction below zero is undecided: confidence has a ceiling too.",

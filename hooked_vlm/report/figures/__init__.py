@@ -1,8 +1,7 @@
 """Maps experiments to figures: the rows and arrays of each figure, its file name and caption.
 
 Experiments do not depend on figures, and the charts do not depend on experiments.  The tables
-here connect both.  A caption explains its figure without the paper.  A result without an
-entry here has only its table.
+here connect both.  A caption explains its figure without the paper.
 """
 
 from hooked_vlm.experiments.result import Result
