@@ -1,6 +1,7 @@
 """Intervals with known answers, exact small tests, and a calibrated null."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,8 @@ def test_holm_known_values():
 @settings(max_examples=50)
 def test_holm_lies_between_raw_and_bonferroni(p):
     adjusted = holm(p)
-    np.testing.assert_allclose(adjusted, multipletests(p, method="holm")[1], rtol=1e-12)
+    expected: Any = multipletests(p, method="holm")[1]
+    np.testing.assert_allclose(adjusted, expected, rtol=1e-12)
     assert (adjusted >= np.array(p)).all()
     assert (adjusted <= np.minimum(np.array(p) * len(p), 1) + 1e-12).all()
 

@@ -191,8 +191,8 @@ def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> li
     rows += claim_rows(difference, {}, units, seed, **apart)
     each = swapped.sel(slot=slice(0, n_layers // 2), kind=[strips_of(kinds), "object"])
     axes = {name: each[name].values.tolist() for name in ("kind", "slot")}
-    at_slot: dict[str, Any] = {"null": HALF, "low": 0.0, "high": 1.0, "quantity": AT_SLOT}
-    rows += claim_rows(each.values, axes, units, seed, **at_slot, **columns)
+    at_slot: dict[str, Any] = {"quantity": AT_SLOT, **columns}
+    rows += claim_rows(each.values, axes, units, seed, null=HALF, low=0.0, high=1.0, **at_slot)
     for kind in kinds:
         means = by_unit(swapped.sel(kind=kind).values, units)
         best = int(np.argmax(means.mean(0)))
