@@ -74,7 +74,7 @@ def page(experiment_id: str, runs: Runs) -> str:
 
 def headline(result: Result) -> str:
     """Returns the first sentence of a verdict."""
-    return re.split(r"(?<=[.:]) (?=[A-Z\d])|\n", result.verdict, maxsplit=1)[0]
+    return re.split(r"(?<=\.) (?=[A-Z])|\n", result.verdict, maxsplit=1)[0]
 
 
 def numbers(found: dict[str, Result]) -> Iterable[str]:

@@ -121,7 +121,7 @@ def key_numbers(results: Sequence[Result]) -> list[Tile]:
         for where, label in () if result.table.empty else HEADLINES.get(result.id, ()):
             rows = result.table
             for column, wanted in where.items():
-                rows = rows[rows[column] == wanted]
+                rows = rows[rows[column].isna() if wanted is None else rows[column] == wanted]
             if len(rows):
                 tiles.append(Tile(_range(rows), label))
     return tiles
@@ -130,7 +130,8 @@ def key_numbers(results: Sequence[Result]) -> list[Tile]:
 def _range(rows: pd.DataFrame) -> str:
     if "direction" in rows and (rows["direction"] != "all").any():
         rows = rows[rows["direction"] != "all"]
-    groups = [column for column in ("direction", "axis") if column in rows]
+    # Of slots the best one counts, as the labels say; over all else this is a range.
+    groups = [column for column in ("direction", "axis", "gap", "kind") if column in rows]
     best = rows.groupby(groups, dropna=False)["value"].max() if groups else rows["value"]
     low, high = f"{best.min():.2f}", f"{best.max():.2f}"
     return low if low == high else f"{low}–{high}"

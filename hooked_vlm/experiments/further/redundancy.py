@@ -260,11 +260,13 @@ def _kind(here: pd.DataFrame) -> str:
     gains = {cell: judge(claims.loc[f"gain, {cell}"]) for cell in CELLS[1:3]}
     if loss.outcome == "not found":
         return (
-            f"not found: neither signal is needed ({loss.reason}), so the answers rest on "
-            "something else"
+            f"not found: neither signal is needed to tell the two ends apart ({loss.reason}), "
+            "which rests on something else"
         )
     if not loss.above:
-        return f"undecided whether either signal is needed: {loss.reason}"
+        return (
+            f"undecided whether either signal is needed to tell the two ends apart: {loss.reason}"
+        )
     alone = [cell for cell, gain in gains.items() if gain.above]
     if len(alone) == 1 and all(gains[c].outcome == "not found" for c in gains if c != alone[0]):
         return f"found: one signal does nearly all of it ({alone[0]})"

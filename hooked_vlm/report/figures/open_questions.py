@@ -75,7 +75,7 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
             x_label="accuracy, 95 % interval",
             chance=CHANCE,
         ),
-        "Accuracy with both signals, with vision's order alone (attention between image tokens "
+        "Accuracy with both signals, with vision's order alone (attention between objects "
         "masked in the language model), with the language model's alone (vision's order removed), "
         "and with neither. The dotted line is chance.",
         headline=True,
@@ -191,7 +191,12 @@ HEADLINES: Headlines = {
     "Q8": (
         ({"quantity": "background", "condition": "intact"}, "background read, uncut"),
         (
-            {"quantity": "background", "condition": "cut", "kind": "background -> objects"},
+            {
+                "quantity": "background",
+                "condition": "cut",
+                "kind": "background -> objects",
+                "layer": None,  # in all layers
+            },
             "background read, cut off from the objects",
         ),
     ),
