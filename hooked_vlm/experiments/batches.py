@@ -83,7 +83,8 @@ def scored_numbers(score: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     wrong = (logits.isnan() | (logits == float("inf"))).flatten(1).any(1)
     # Without asking whether there is one: on a GPU the answer is waited for, at each cell.
     found = score(logits.masked_fill(wrong[:, None], 0.0))
-    return found.masked_fill(wrong.to(found.device)[:, None], torch.nan)
+    rows = wrong.to(found.device).reshape(-1, *[1] * (found.ndim - 1))
+    return found.masked_fill(rows, torch.nan)
 
 
 def numbers_only(

@@ -132,10 +132,10 @@ def judged(sign: int) -> Judgement:
 
 
 def test_only_outcomes_that_were_found_make_an_answer_depend_on_the_gap() -> None:
-    assert "depends" in gap_verdicts.over_gaps({0: judged(-1), 1: judged(1)})
+    assert "differs" in gap_verdicts.over_gaps({0: judged(-1), 1: judged(1)})
     for signs in ((-1, -1), (-1, 0), (0, 1), (1,)):
         said = gap_verdicts.over_gaps({gap: judged(sign) for gap, sign in enumerate(signs)})
-        assert "depends" not in said and said.count("apart") == len(signs)
+        assert "differs" not in said and said.count("apart") == len(signs)
 
 
 def test_the_tests_of_all_axes_and_gaps_are_one_family() -> None:

@@ -200,8 +200,8 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
     return rows
 
 
-Claim = tuple[str, Float[np.ndarray, "probe image"], dict[str, float]]
-"""(quantity, each probe's shares of each held-out picture, null value and bounds)"""
+Claim = tuple[str, Float[np.ndarray, "_ _"], dict[str, float]]
+"""(quantity, shares `[probe, image]` of held-out pictures, null value and bounds)"""
 
 
 def claims_of(claims: Sequence[Claim], seed: int, axis: str) -> list[dict]:
