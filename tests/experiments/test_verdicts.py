@@ -306,7 +306,7 @@ def test_a7_redundancy_is_judged_in_log_odds_below_the_ceiling() -> None:
     assert "undecided: both and vision only and LM only are at the ceiling" in said_by_q6(
         (8.0, 8.0, 8.0, -3.0)
     )
-    assert "rest on something else" in said_by_q6((4.0, 4.0, 4.0, 4.0))
+    assert "rests on something else" in said_by_q6((4.0, 4.0, 4.0, 4.0))
     assert "one signal does nearly all of it (LM only)" in said_by_q6((4.0, -4.0, 4.0, -4.0))
     assert "undecided" in said_by_q6((1.0, 0.5, 0.5, -0.5), n=6)
 
