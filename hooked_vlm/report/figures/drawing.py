@@ -24,5 +24,8 @@ class Drawing:
 Draws = Mapping[str, Callable[[Result], Iterator[Drawing]]]
 """An experiment's id -> the function that draws its result."""
 
-Headlines = Mapping[str, tuple[tuple[dict[str, str], str], ...]]
-"""An experiment's id -> (columns and values that select rows, their label)."""
+Headlines = Mapping[str, tuple[tuple[Mapping[str, str | None], str], ...]]
+"""An experiment's id -> (columns and values that select rows, their label).
+
+None selects rows without a value in that column.
+"""
