@@ -45,8 +45,8 @@ OtherRows = Shaped[Tensor | np.ndarray, "_ ..."] | Sequence[float] | Sequence[bo
 Number: TypeAlias = Any
 
 # Rounding in a sum of n terms must not break ties between equal statistics.  It does in scipy's
-# permutation_test (1.17), whose allowance is proportional to the sum alone: for 7 of 300 samples of
-# 8 values in tenths it gives another p-value than for the same values times ten.
+# permutation_test (1.17), whose allowance is proportional to the sum alone: for some samples of
+# values in tenths it returns another p-value than for the same values times ten.
 _TIE = 1e-12
 # Resamples handled at once: keeps the count matrix near 16 MB whatever was asked for.
 _BLOCK = 2_000_000
@@ -267,8 +267,8 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
     p = _numbers(p_values)
     if not np.all((p >= 0) & (p <= 1)):
         raise DataError("Holm's correction was given p-values outside [0, 1] or NaN.")
-    # Written out: statsmodels' `multipletests` collects garbage at each call, a quarter of a second
-    # in a process that holds a model, and an experiment adjusts hundreds of families.
+    # Written out: statsmodels' `multipletests` calls gc.collect(), which takes most of the time of
+    # an experiment's verdict in a process that holds a model.
     flat = p.ravel()
     order = np.argsort(flat, kind="stable")
     stepped = np.minimum(flat[order] * np.arange(len(flat), 0, -1), 1.0)

@@ -137,7 +137,7 @@ class _Seen:
                 self.signature.append(signature_of(args, kwargs))
             if i == 0 and not self.is_closed():
                 self.first = 0
-            # The very tensor is handed on where nothing is added: no numbers need be compared.
+            # The same tensor object means that nothing was added, so its numbers are not compared.
             if self._handed is not None and given is not self._handed:
                 handed = self._handed.detach().to(taken.device)
                 if not torch.equal(handed, taken):

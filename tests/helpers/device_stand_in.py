@@ -81,7 +81,7 @@ class StandIn:
         self.refused: Counter[tuple[str, str]] = Counter()
         self.operations = 0
         self._patches = ExitStack()
-        self._modes = (_Dispatch(self), _Functions(self))
+        self._modes = (_Dispatch(), _Functions())
 
     @classmethod
     def now(cls) -> "StandIn":
@@ -213,22 +213,14 @@ _TOLD: dict[str, Any] = {
 class _Dispatch(TorchDispatchMode):
     """Sees operations whose tensors are all of the host, which may name the device."""
 
-    def __init__(self, device: StandIn) -> None:
-        super().__init__()
-        self.stand_in = device
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return self.stand_in.dispatch(func, args, dict(kwargs or {}))
+        return StandIn.now().dispatch(func, args, dict(kwargs or {}))
 
 
 class _Functions(TorchFunctionMode):
     """Answers calls that would ask for a driver before any operation is dispatched."""
-
-    def __init__(self, device: StandIn) -> None:
-        super().__init__()
-        self.stand_in = device
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -241,10 +233,10 @@ class _Functions(TorchFunctionMode):
             return self._from(args, kwargs)
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and isinstance(first, OnDevice):
             if func is torch.Tensor.numpy:
-                self.stand_in.refuse(
+                StandIn.now().refuse(
                     "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()"
                 )
-            self.stand_in.wait("tolist")
+            StandIn.now().wait("tolist")
             return first.carried.tolist()
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(first, OnDevice):
             args = (first, _indices(args[1]), *args[2:])
@@ -262,7 +254,7 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.to and like is None and not any(map(_is_cuda, wanted)):
             return func(*args, **kwargs)
         if not kwargs.get("non_blocking"):
-            self.stand_in.wait("copy to the device")
+            StandIn.now().wait("copy to the device")
         dtype = like.dtype if like is not None else None
         for x in wanted:
             dtype = x if isinstance(x, torch.dtype) else dtype
@@ -294,9 +286,9 @@ class _Functions(TorchFunctionMode):
                 return args[0]
             scalars = [x for x in pytree.tree_leaves(args[0]) if isinstance(x, OnDevice)]
             if scalars:
-                self.stand_in.wait("torch.tensor of values on the device")
+                StandIn.now().wait("torch.tensor of values on the device")
             args = (pytree.tree_map(_number, args[0]), *args[1:])
-            self.stand_in.wait("torch.tensor on the device")
+            StandIn.now().wait("torch.tensor on the device")
         bare_args, bare_kwargs = pytree.tree_map(_bare, (args, kwargs))
         return pytree.tree_map(_put, func(*bare_args, **bare_kwargs))
 
