@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine.arguments import is_closed
-from hooked_vlm.engine.attempts import GrowthError, attempt
+from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
 from hooked_vlm.engine.batch import Growing, idle_jobs, trimmed_of
 from hooked_vlm.engine.budget import rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
@@ -87,8 +87,7 @@ def run_growing(
     Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
     """
     arguments = dict(forward_kwargs or {})
-    if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
-        raise GrowthError("hooks are open, the model is in training, or there is one cell")
+    require_worth(model, cells, FEWEST)
     if ids_of(inputs) is None:
         raise GrowthError("these inputs have no input_ids")
     with torch.no_grad():
@@ -240,7 +239,10 @@ def _jobs(
     jobs = [job for job in found if job is not None]
     if len(jobs) != len(found):
         missing = counted(len(found) - len(jobs), "cell")
-        raise GrowthError(f"rows cannot carry what {missing} would change")
+        raise GrowthError(
+            f"rows cannot carry what {missing} would change (interventions of a class of the "
+            "user's, or a base that acts after a cell's own)"
+        )
     return jobs
 
 
