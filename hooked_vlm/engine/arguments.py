@@ -6,13 +6,15 @@ ambiguous the control of such passes (`proofs`) tells.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hooked_vlm.anatomy.caches import is_cache
+from hooked_vlm.anatomy.caches import is_cache, mask_parameter
+from hooked_vlm.anatomy.source import carrier
+from hooked_vlm.engine.attempts import GrowthError
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Fit:
     n_jobs: int
     start: int
     """The first position that rows carry."""
+    made: dict[Any, tuple[Any, Tensor]] = field(default_factory=dict, compare=False)
+    """What was fitted before: blocks are called with the same masks and positions."""
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns keyword arguments for the rows; caches are left out."""
@@ -36,12 +40,24 @@ class Fit:
     def _named(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             is_mask = "attention_mask" in name or _is_square(value, self.length)
-            return self._mask(value) if is_mask else self._tensor(value)
+            if id(value) not in self.made:
+                fitted = self._mask(value) if is_mask else self._tensor(value)
+                self.made[id(value)] = value, fitted  # a tensor that is held keeps its id
+            return self.made[id(value)][1]
         if isinstance(value, tuple | list):
             return type(value)(self._named(name, part) for part in value)
         if isinstance(value, dict):
             return {key: self._named(name, part) for key, part in value.items()}
         return value
+
+    def causal(self, device: torch.device) -> Tensor:
+        """Returns the mask that stands for none, where rows do not carry all positions."""
+        if device not in self.made:
+            self.made[device] = None, self._causal(device)
+        return self.made[device][1]
+
+    def _causal(self, device: torch.device) -> Tensor:
+        return causal_mask(self.start, self.length, device)
 
     def _mask(self, mask: Tensor) -> Tensor:
         if mask.ndim == 4:
@@ -99,3 +115,30 @@ def is_closed(mask: Tensor | None, start: int) -> bool:
     if mask.dtype == torch.bool:
         return not bool(corner.any())
     return bool((corner <= torch.finfo(mask.dtype).min / 2).all())
+
+
+def fitted_call(
+    block: nn.Module,
+    fit: Fit,
+    rows: Tensor,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    needs_mask: bool,
+) -> tuple[tuple, dict[str, Any]]:
+    """Returns what to call a block with for rows, from what the model calls it with for prompts.
+
+    `needs_mask` says that a causal mask has to stand where the block is given none.
+
+    Raises `GrowthError` for a block that takes no mask, where it needs one.
+    """
+    fitted = fit.arguments(kwargs)
+    stream = carrier(block, args, kwargs)
+    if stream is not None:
+        fitted[stream] = rows
+    if needs_mask and mask_of(args, kwargs, fit.length) is None:
+        name = mask_parameter(block)
+        if name is None:
+            raise GrowthError("its blocks take no attention mask")
+        fitted[name] = fit.causal(rows.device)
+    return (rows, *fit.positional(args[1:])) if args else (), fitted

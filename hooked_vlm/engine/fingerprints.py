@@ -21,6 +21,11 @@ def remember(model: Any, question: Hashable, find_out: Callable[[], Any]) -> Any
     return answers[question]
 
 
+def answer(model: Any, question: Hashable) -> Any:
+    """Returns the answer to a question about a model that was measured before, or None."""
+    return _KNOWN.get(model, {}).get(question)
+
+
 def is_known(model: Any, question: Hashable) -> bool:
     """Whether the answer to a question about a model was measured."""
     return question in _KNOWN.get(model, {})

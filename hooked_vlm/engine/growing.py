@@ -17,12 +17,16 @@ from torch import Tensor
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
-from hooked_vlm.engine.batch import Growing, idle_jobs, trimmed_of
+from hooked_vlm.engine.batch import Growing, compared_jobs, trimmed_of
 from hooked_vlm.engine.budget import rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
-from hooked_vlm.engine.fingerprints import content_of, remember, ways_of_attending
+from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_of_attending
+from hooked_vlm.engine.folded_run import folds_under, run_folded
+from hooked_vlm.engine.folding import GAIN, Layout
 from hooked_vlm.engine.proofs import (
+    BOUNDS,
     keeps_keys,
+    kind_of,
     note_called,
     prove,
     uncleaned,
@@ -36,8 +40,6 @@ from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
-BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By dtype, how far the control's logits may be from a plain pass's, as a share of the largest."""
 FEWEST = 2
 """Cells from which on growing pays."""
 SHORT = 0.1
@@ -53,6 +55,8 @@ class PassReport:
     passes: int = 0
     rows: int = 0
     starts: list[int] = field(default_factory=list)
+    common: tuple[int, int] | None = None
+    """How many prompts went in how many rows, where prompts that share an image have one row."""
     idle: int = 0
     """Cells that change nothing: they have the clean run's logits."""
     controls: int = 0
@@ -65,9 +69,11 @@ class PassReport:
         # Nothing of the controls: who was first of a kind is no property of the numbers.
         verb = "changes" if self.idle == 1 else "change"
         idle = f"; {counted(self.idle, 'cell')} {verb} nothing" if self.idle else ""
+        rows = self.common and (self.common[0], counted(self.common[1], "row"))
+        common = f"; {rows[0]} prompts in {rows[1]}" if rows else ""
         return (
             f"growing: {counted(self.passes, 'pass', 'passes')} of {counted(self.rows, 'row')}, "
-            f"from positions {', '.join(map(str, sorted(set(self.starts))))}{idle}"
+            f"from positions {', '.join(map(str, sorted(set(self.starts))))}{common}{idle}"
         )
 
 
@@ -112,21 +118,25 @@ def run_growing(
             if on_progress is not None:
                 on_progress(len(scores), len(cells))
 
-        idle = idle_jobs(model, clean, jobs)
+        idle, alike = compared_jobs(model, clean, jobs)
         for job in jobs:
             if job.index in idle:
                 note(job, clean.logits)
         passes.report.idle = len(idle)
         for start, whole in groups_of(jobs, starts):
-            group = [job for job in whole if job.index not in idle]
             start = start if clean.keys and _closed(clean, start) else 0
-            keep, itemsize = clean.logits.shape[1], clean.logits.element_size()
-            rows = rows_within(model, clean.size[1], start, keep, itemsize, memory)
-            size = max(1, rows // clean.size[0])
-            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
-                passes.check(chunk, start, alone=size == 1)
-                for job, logits in passes.run(chunk, start):
-                    note(job, logits)
+            left = [job for job in whole if job.index not in idle]
+            layout = _layout(clean, start)
+            common = [job for job in left if job.index in alike] if layout else []
+            if common and not passes.folds(common, start, layout, memory):
+                common = []
+            apart = [job for job in left if job not in common]
+            for group, how in ((common, layout), (apart, None)):
+                size = passes.size(start, how, memory)
+                for chunk in (group[i : i + size] for i in range(0, len(group), size)):
+                    passes.check(chunk, start, how, alone=size == 1)
+                    for job, logits in passes.run(chunk, start, how):
+                        note(job, logits)
     return [scores[i] for i in range(len(cells))], passes.report
 
 
@@ -141,28 +151,60 @@ class _Passes:
     merged_first: bool
     report: PassReport = field(default_factory=PassReport)
 
-    def check(self, chunk: Sequence[RowPlan], start: int, *, alone: bool) -> None:
+    def size(self, start: int, layout: Layout | None, memory: int | None) -> int:
+        """Returns how many jobs go through in a pass."""
+        keep, itemsize = self.clean.logits.shape[1], self.clean.logits.element_size()
+        prompts, length = self.clean.size
+        carried = length - start
+        if layout is not None:
+            prompts, carried = layout.n_rows, layout.width
+            length = carried + layout.kept_places.shape[1]
+        rows = rows_within(self.model, length, length - carried, keep, itemsize, memory)
+        return max(1, rows // prompts)
+
+    def folds(
+        self, jobs: Sequence[RowPlan], start: int, layout: Layout | None, memory: int | None
+    ) -> bool:
+        """Whether rows that prompts have in common are proved right for some jobs."""
+        refused = ("no common rows", kind_of(self.model, self.clean, start, layout, False))
+        if is_known(self.model, refused):
+            return False
+        size = self.size(start, layout, memory)
+        try:
+            for chunk in (jobs[i : i + size] for i in range(0, len(jobs), size)):
+                self.check(chunk, start, layout, alone=size == 1)
+        except GrowthError as error:
+            why = str(error)
+            remember(self.model, refused, lambda: why)
+            return False
+        return True
+
+    def check(
+        self, chunk: Sequence[RowPlan], start: int, layout: Layout | None, *, alone: bool
+    ) -> None:
         """Raises `GrowthError` unless noise comes out right in a pass of this kind.
 
         It goes through beside one of the jobs, in a pass of its own: whether a sweep is the
         first of its kind must not show in its numbers.
         """
         is_trimmed = bool(trimmed_of(self.model, self.clean, chunk))
-        missing = unproved(self.model, self.clean, chunk, start, is_trimmed)
+        missing = unproved(self.model, self.clean, chunk, start, layout, is_trimmed)
         for site, stage in missing.items():
             # Rows beside it need not be a job's own: what counts is that there are others.
             beside = replace(self._trimmed_as(chunk, is_trimmed), front=())
             try:
-                off = self._verify(None if alone else beside, site, start)
+                off = self._verify(None if alone else beside, site, start, layout)
             except torch.OutOfMemoryError:
                 if alone:
                     raise
-                off = self._verify(None, site, start)
+                off = self._verify(None, site, start, layout)
             self.report.worst = max(self.report.worst, off)
             self.report.controls += 1
-            prove(self.model, self.clean, site, stage, start, is_trimmed)
+            prove(self.model, self.clean, site, stage, start, layout, is_trimmed)
 
-    def _verify(self, beside: RowPlan | None, site: str, start: int) -> float:
+    def _verify(
+        self, beside: RowPlan | None, site: str, start: int, layout: Layout | None
+    ) -> float:
         early = Early(self.model, self.clean.inputs, None)
         control = partial(
             verify,
@@ -172,7 +214,8 @@ class _Passes:
             beside,
             site,
             start,
-            lambda jobs, start: self._logits(jobs, start, early),
+            layout,
+            lambda jobs: self._logits(jobs, start, early, layout),
             BOUNDS.get(self.clean.logits.dtype, 5e-2),
             merged_first=self.merged_first,
         )
@@ -184,23 +227,30 @@ class _Passes:
             job for job in chunk if bool(trimmed_of(self.model, self.clean, [job])) == is_trimmed
         )
 
-    def run(self, chunk: Sequence[RowPlan], start: int) -> list[tuple[RowPlan, Tensor]]:
+    def run(
+        self, chunk: Sequence[RowPlan], start: int, layout: Layout | None
+    ) -> list[tuple[RowPlan, Tensor]]:
         """Returns each job's logits, in two passes where one does not fit."""
         try:
-            logits = self._logits(chunk, start, self.early)
+            logits = self._logits(chunk, start, self.early, layout)
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
             half = len(chunk) // 2
-            return [x for part in (chunk[:half], chunk[half:]) for x in self.run(part, start)]
+            halves = chunk[:half], chunk[half:]
+            return [x for part in halves for x in self.run(part, start, layout)]
         self.report.passes += 1
-        self.report.rows += len(chunk) * self.clean.size[0]
+        self.report.rows += len(chunk) * (layout.n_rows if layout else self.clean.size[0])
+        if layout is not None:
+            self.report.common = self.clean.size[0], layout.n_rows
         self.report.starts.append(start)
         return list(zip(chunk, logits, strict=True))
 
-    def _logits(self, jobs: Sequence[RowPlan], start: int, early: Early | None) -> Tensor:
+    def _logits(
+        self, jobs: Sequence[RowPlan], start: int, early: Early | None, layout: Layout | None
+    ) -> Tensor:
         """Returns what a pass of some jobs gives; `GrowthError` says why it cannot be had."""
-        grown = Growing(self.model, self.clean, jobs, start, early)
+        grown = Growing(self.model, self.clean, jobs, start, early, layout)
         return attempt(grown.run, "a block refused the rows")
 
 
@@ -264,7 +314,7 @@ def _beginnings(
         if clean is not None:
             alone = {bool(trimmed_of(model, clean, [job])) for job in jobs}
             together = {bool(trimmed_of(model, clean, jobs))}
-            if not any(unproved(model, clean, jobs, 0, trims) for trims in alone | together):
+            if not any(unproved(model, clean, jobs, 0, None, trims) for trims in alone | together):
                 return clean, early
     stages = {job.stage for job in jobs}
     # Rows that bring their beginning along are held against all of the clean run's.
@@ -297,7 +347,10 @@ def _clean(
         if kept and stages <= kept.residuals.keys() and (kept.keys or not keep):
             return kept
         needed = starts if keep and not runs else ()
-        return run_clean(model, inputs, base, stages, arguments, keep, needed)
+        make = partial(run_clean, model, inputs, base, stages, arguments, keep, needed)
+        if not folds_under(model, base):
+            return make()
+        return run_folded(model, inputs, lambda folding: make(folding=folding), arguments)
 
     clean = attempt(run, "its clean run failed")
     if runs and clean is not kept:
@@ -340,6 +393,15 @@ def groups_of(jobs: Sequence[RowPlan], starts: Sequence[int]) -> list[tuple[int,
             groups.append((starts[i], []))
         groups[-1][1].append(jobs[i])
     return [(start, sorted(group, key=lambda job: job.stage)) for start, group in groups]
+
+
+def _layout(clean: Clean, start: int) -> Layout | None:
+    """Returns how prompts lie in common rows from a position on, where that saves enough."""
+    if clean.fold is None:
+        return None
+    layout = clean.fold.layout(start)
+    tokens = clean.size[0] * (clean.size[1] - start)
+    return layout if layout.prompts.size <= GAIN * tokens else None
 
 
 def _closed(clean: Clean, start: int) -> bool:
