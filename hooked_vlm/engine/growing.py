@@ -18,7 +18,7 @@ from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
 from hooked_vlm.engine.batch import Growing, idle_jobs, trimmed_of
-from hooked_vlm.engine.budget import rows_within
+from hooked_vlm.engine.budget import PASS_TOKENS, rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
 from hooked_vlm.engine.fingerprints import content_of, remember, ways_of_attending
 from hooked_vlm.engine.proofs import (
@@ -79,10 +79,11 @@ def run_growing(
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     memory: int | None = None,
+    pass_tokens: int = PASS_TOKENS,
 ) -> tuple[list[Tensor], PassReport]:
     """Returns the metric of every cell, in order, and how that was done.
 
-    `memory` is about how many bytes a pass may take (None: half of what is free).
+    A pass has at most `pass_tokens` positions, and takes about `memory` bytes where that is given.
 
     Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
     """
@@ -104,7 +105,7 @@ def run_growing(
         clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
         if any(starts) and not clean.keys:
             _warn_whole_rows(model)
-        passes = _Passes(model, clean, early, cells[0].base, merged_first)
+        passes = _Passes(model, clean, early, cells[0].base, merged_first, pass_tokens, memory)
         scores: dict[int, Tensor] = {}
 
         def note(job: RowPlan, logits: Tensor) -> None:
@@ -120,10 +121,9 @@ def run_growing(
         for start, whole in groups_of(jobs, starts):
             group = [job for job in whole if job.index not in idle]
             start = start if clean.keys and _closed(clean, start) else 0
-            keep, itemsize = clean.logits.shape[1], clean.logits.element_size()
-            rows = rows_within(model, clean.size[1], start, keep, itemsize, memory)
-            size = max(1, rows // clean.size[0])
-            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
+            while group:
+                size = passes.cells_from(start)
+                chunk, group = group[:size], group[size:]
                 passes.check(chunk, start, alone=size == 1)
                 for job, logits in passes.run(chunk, start):
                     note(job, logits)
@@ -139,7 +139,24 @@ class _Passes:
     early: Early | None
     base: Sequence[Any]
     merged_first: bool
+    tokens: int
+    """Positions of a pass; fewer, once a pass has not fitted into memory."""
+    memory: int | None
     report: PassReport = field(default_factory=PassReport)
+
+    def cells_from(self, start: int) -> int:
+        """Returns how many cells a pass from a position on has."""
+        (batch, length), logits = self.clean.size, self.clean.logits
+        rows = rows_within(
+            self.model,
+            length,
+            start,
+            logits.shape[1],
+            logits.element_size(),
+            pass_tokens=self.tokens,
+            memory=self.memory,
+        )
+        return max(1, rows // batch)
 
     def check(self, chunk: Sequence[RowPlan], start: int, *, alone: bool) -> None:
         """Raises `GrowthError` unless noise comes out right in a pass of this kind.
@@ -185,18 +202,32 @@ class _Passes:
         )
 
     def run(self, chunk: Sequence[RowPlan], start: int) -> list[tuple[RowPlan, Tensor]]:
-        """Returns each job's logits, in two passes where one does not fit."""
+        """Returns each job's logits, in smaller passes where one does not fit."""
         try:
             logits = self._logits(chunk, start, self.early)
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
             half = len(chunk) // 2
-            return [x for part in (chunk[:half], chunk[half:]) for x in self.run(part, start)]
+            self._shrink(half, start)
+            parts = [chunk[i : i + half] for i in range(0, len(chunk), half)]
+            return [x for part in parts for x in self.run(part, start)]
         self.report.passes += 1
         self.report.rows += len(chunk) * self.clean.size[0]
         self.report.starts.append(start)
         return list(zip(chunk, logits, strict=True))
+
+    def _shrink(self, n_cells: int, start: int) -> None:
+        """Makes all later passes as small as one of so many cells, and warns of it."""
+        batch, length = self.clean.size
+        self.tokens, before = n_cells * batch * (length - start), self.tokens
+        warnings.warn(
+            f"A pass of this sweep did not fit into memory with pass_tokens={before}; the rest "
+            f"runs with pass_tokens={self.tokens}. Passes of another size give other last bits: "
+            f"give pass_tokens={self.tokens} to have all passes of this size.",
+            HookedVLMWarning,
+            stacklevel=callers_level(),
+        )
 
     def _logits(self, jobs: Sequence[RowPlan], start: int, early: Early | None) -> Tensor:
         """Returns what a pass of some jobs gives; `GrowthError` says why it cannot be had."""
