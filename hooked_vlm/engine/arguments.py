@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.caches import is_cache
+from hooked_vlm.engine.masks import fitted, is_block_mask, sees_later
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Fit:
             return type(value)(self._named(name, part) for part in value)
         if isinstance(value, dict):
             return {key: self._named(name, part) for key, part in value.items()}
+        if is_block_mask(value):
+            return fitted(value, self.batch, self.n_jobs, self.start)
         return value
 
     def _mask(self, mask: Tensor) -> Tensor:
@@ -69,11 +72,15 @@ class Fit:
         return value.repeat(repeats)
 
 
-def mask_of(args: tuple, kwargs: Mapping[str, Any], length: int) -> Tensor | None:
-    """Returns the attention mask that a block was called with, by name or not."""
+def mask_of(args: tuple, kwargs: Mapping[str, Any], length: int) -> Any:
+    """Returns the attention mask that a block was called with, by name or not.
+
+    That is a tensor, a `BlockMask`, or None.
+    """
     named = [value for name, value in kwargs.items() if "attention_mask" in name]
     square = [x for x in (*args[1:], *kwargs.values()) if _is_square(x, length)]
-    return next((mask for mask in (*named, *square) if isinstance(mask, Tensor)), None)
+    found = (*named, *square)
+    return next((x for x in found if isinstance(x, Tensor) or is_block_mask(x)), None)
 
 
 def _is_square(value: Any, length: int) -> bool:
@@ -86,13 +93,15 @@ def causal_mask(start: int, length: int, device: torch.device) -> Tensor:
     return (torch.arange(length, device=device) <= queries[:, None])[None, None]
 
 
-def is_closed(mask: Tensor | None, start: int) -> bool:
+def is_closed(mask: Any, start: int) -> bool:
     """Whether no position before `start` sees one from `start` on.
 
     Then their keys and values are the clean run's whatever happens after.  No mask: causal.
     """
     if mask is None or start == 0:
         return True
+    if is_block_mask(mask):
+        return not sees_later(mask, start)
     if mask.ndim != 4:
         return True  # by prompt: which keys are padding, under a causal kernel
     corner = mask[:, :, :start, start:]

@@ -26,6 +26,7 @@ from hooked_vlm.engine.clean_run import (
     with_forwards,
 )
 from hooked_vlm.engine.fused import joined_rows
+from hooked_vlm.engine.masks import is_causal_alone
 from hooked_vlm.engine.stages import RowPlan, StageEdit
 from hooked_vlm.engine.vision import Early
 from hooked_vlm.hooks.hook_point import HookPoint
@@ -223,7 +224,8 @@ class Growing:
         name = cache_parameter(self.blocks[i])
         if self.start and name is not None:
             fitted[name] = Prefix(*self.clean.keys[i], self.start, self.n_joined)
-            if mask_of(args, kwargs, self.length) is None:
+            unmasked = mask_of(args, kwargs, self.length) is None
+            if unmasked and not is_causal_alone(self.blocks[i]):
                 assert self.rows is not None
                 mask = mask_parameter(self.blocks[i])
                 if mask is None:
