@@ -57,6 +57,8 @@ def attempt(run: Callable[[], Result], what: str) -> Result:
     except HookedVLMError as error:
         raise GrowthError(str(error)) from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error  # what a CPU says
         found = GrowthError(f"{what}: {error}")
         if _is_a_bug(error):
             found.is_news = False  # this warning tells it

@@ -37,8 +37,8 @@ class Clean:
     """What a model adds between two blocks (visual features, in DeepStack), by the later one."""
     keys: Sequence[tuple[Tensor, Tensor]]
     """Each block's keys and values; empty where they were not asked for, or cannot be had."""
-    masks: Sequence[Tensor | None]
-    """Each block's attention mask."""
+    masks: Sequence[Any]
+    """Each block's attention mask: a tensor, FlexAttention's, or None."""
     encoded: Sequence[Any] | None
     """What each call of the vision encoder returned."""
     signature: Hashable
@@ -129,7 +129,7 @@ class _Seen:
         self.residuals: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.added: dict[int, Tensor] = {}
-        self.masks: list[Tensor | None] = [None] * n_layers
+        self.masks: list[Any] = [None] * n_layers
         self.signature: list[Hashable] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
         self._handed: Tensor | None = None

@@ -301,6 +301,13 @@ class FoldedFit(Fit):
 
     layout: Layout = field(kw_only=True)
 
+    def require_causal(self) -> None:
+        """Raises `FoldError`: a question does not see the questions before it."""
+        raise FoldError("its attention takes no mask by query and key")
+
+    def _block_mask(self, mask: Any) -> Any:
+        raise FoldError(f"its attention takes a {type(mask).__name__} and no mask of numbers")
+
     def _causal(self, device: torch.device) -> Tensor:
         return self._repeated(self.layout.mask(None, device))
 

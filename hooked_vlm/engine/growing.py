@@ -18,7 +18,7 @@ from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
 from hooked_vlm.engine.batch import Growing, compared_jobs, trimmed_of
-from hooked_vlm.engine.budget import rows_within
+from hooked_vlm.engine.budget import PASS_TOKENS, rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
 from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_of_attending
 from hooked_vlm.engine.folded_run import folds_under, run_folded
@@ -85,10 +85,11 @@ def run_growing(
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     memory: int | None = None,
+    pass_tokens: int = PASS_TOKENS,
 ) -> tuple[list[Tensor], PassReport]:
     """Returns the metric of every cell, in order, and how that was done.
 
-    `memory` is about how many bytes a pass may take (None: half of what is free).
+    A pass has at most `pass_tokens` positions, and takes about `memory` bytes where that is given.
 
     Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
     """
@@ -110,7 +111,7 @@ def run_growing(
         clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
         if any(starts) and not clean.keys:
             _warn_whole_rows(model)
-        passes = _Passes(model, clean, early, cells[0].base, merged_first)
+        passes = _Passes(model, clean, early, cells[0].base, merged_first, pass_tokens, memory)
         scores: dict[int, Tensor] = {}
 
         def note(job: RowPlan, logits: Tensor) -> None:
@@ -128,12 +129,13 @@ def run_growing(
             left = [job for job in whole if job.index not in idle]
             layout = _layout(clean, start)
             common = [job for job in left if job.index in alike] if layout else []
-            if common and not passes.folds(common, start, layout, memory):
+            if common and not passes.folds(common, start, layout):
                 common = []
             apart = [job for job in left if job not in common]
             for group, how in ((common, layout), (apart, None)):
-                size = passes.size(start, how, memory)
-                for chunk in (group[i : i + size] for i in range(0, len(group), size)):
+                while group:
+                    size = passes.cells_from(start, how)
+                    chunk, group = group[:size], group[size:]
                     passes.check(chunk, start, how, alone=size == 1)
                     for job, logits in passes.run(chunk, start, how):
                         note(job, logits)
@@ -149,27 +151,35 @@ class _Passes:
     early: Early | None
     base: Sequence[Any]
     merged_first: bool
+    tokens: int
+    """Positions of a pass; fewer, once a pass has not fitted into memory."""
+    memory: int | None
     report: PassReport = field(default_factory=PassReport)
 
-    def size(self, start: int, layout: Layout | None, memory: int | None) -> int:
-        """Returns how many jobs go through in a pass."""
-        keep, itemsize = self.clean.logits.shape[1], self.clean.logits.element_size()
-        prompts, length = self.clean.size
+    def cells_from(self, start: int, layout: Layout | None) -> int:
+        """Returns how many cells a pass from a position on has."""
+        (prompts, length), logits = self.clean.size, self.clean.logits
         carried = length - start
         if layout is not None:
             prompts, carried = layout.n_rows, layout.width
             length = carried + layout.kept_places.shape[1]
-        rows = rows_within(self.model, length, length - carried, keep, itemsize, memory)
+        rows = rows_within(
+            self.model,
+            length,
+            length - carried,
+            logits.shape[1],
+            logits.element_size(),
+            pass_tokens=self.tokens,
+            memory=self.memory,
+        )
         return max(1, rows // prompts)
 
-    def folds(
-        self, jobs: Sequence[RowPlan], start: int, layout: Layout | None, memory: int | None
-    ) -> bool:
+    def folds(self, jobs: Sequence[RowPlan], start: int, layout: Layout | None) -> bool:
         """Whether rows that prompts have in common are proved right for some jobs."""
         refused = ("no common rows", kind_of(self.model, self.clean, start, layout, False))
         if is_known(self.model, refused):
             return False
-        size = self.size(start, layout, memory)
+        size = self.cells_from(start, layout)
         try:
             for chunk in (jobs[i : i + size] for i in range(0, len(jobs), size)):
                 self.check(chunk, start, layout, alone=size == 1)
@@ -230,21 +240,35 @@ class _Passes:
     def run(
         self, chunk: Sequence[RowPlan], start: int, layout: Layout | None
     ) -> list[tuple[RowPlan, Tensor]]:
-        """Returns each job's logits, in two passes where one does not fit."""
+        """Returns each job's logits, in smaller passes where one does not fit."""
         try:
             logits = self._logits(chunk, start, self.early, layout)
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
             half = len(chunk) // 2
-            halves = chunk[:half], chunk[half:]
-            return [x for part in halves for x in self.run(part, start, layout)]
+            self._shrink(half, start, layout)
+            parts = [chunk[i : i + half] for i in range(0, len(chunk), half)]
+            return [x for part in parts for x in self.run(part, start, layout)]
         self.report.passes += 1
         self.report.rows += len(chunk) * (layout.n_rows if layout else self.clean.size[0])
         if layout is not None:
             self.report.common = self.clean.size[0], layout.n_rows
         self.report.starts.append(start)
         return list(zip(chunk, logits, strict=True))
+
+    def _shrink(self, n_cells: int, start: int, layout: Layout | None) -> None:
+        """Makes all later passes as small as one of so many cells, and warns of it."""
+        batch, length = self.clean.size
+        each = batch * (length - start) if layout is None else layout.prompts.size
+        self.tokens, before = n_cells * each, self.tokens
+        warnings.warn(
+            f"A pass of this sweep did not fit into memory with pass_tokens={before}; the rest "
+            f"runs with pass_tokens={self.tokens}. Passes of another size give other last bits: "
+            f"give pass_tokens={self.tokens} to have all passes of this size.",
+            HookedVLMWarning,
+            stacklevel=callers_level(),
+        )
 
     def _logits(
         self, jobs: Sequence[RowPlan], start: int, early: Early | None, layout: Layout | None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.engine.attempts import GrowthError, NotFasterError, attempt, require_worth
+from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
 from hooked_vlm.engine.fingerprints import remember, ways_of_attending
 from hooked_vlm.engine.growing import run_growing
@@ -54,6 +55,7 @@ def run_cells(
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     memory: int | None = None,
+    pass_tokens: int = PASS_TOKENS,
 ) -> tuple[list[Tensor], str]:
     """Returns every cell's score, and which engine made them (and why no faster one did).
 
@@ -62,16 +64,16 @@ def run_cells(
     check_engine(engine)
     given = (model, inputs, cells, metric, on_progress, forward_kwargs)
     with model.turn(), model.eager():  # engines replace forwards, which all threads share
-        return _run_fastest(engine, given, memory)
+        return _run_fastest(engine, given, {"memory": memory, "pass_tokens": pass_tokens})
 
 
 def _run_fastest(
-    engine: str, given: tuple[Any, ...], memory: int | None
+    engine: str, given: tuple[Any, ...], limits: Mapping[str, Any]
 ) -> tuple[list[Tensor], str]:
     why: list[str] = []
     if engine == "growing":
         try:
-            scores, report = run_growing(*given, memory=memory)
+            scores, report = run_growing(*given, **limits)
         except GrowthError as reason:
             why.append(f"no growing batch: {reason}")
             _tell(given[0], "growing", reason)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count
-from hooked_vlm.engine.budget import row_bytes, rows_within
+from hooked_vlm.engine.budget import PASS_TOKENS, row_bytes, rows_within
 from hooked_vlm.engine.growing import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.stages import RowPlan, ids_of, job_of
 from hooked_vlm.engine.vision import tower_depth
@@ -164,7 +164,12 @@ class CheckedCells(Sequence[Cell]):
         return iter(self.cells)
 
     @checked(InterventionError)
-    def explain(self, memory: Count | None = None, **forward_kwargs: Any) -> Explanation:
+    def explain(
+        self,
+        pass_tokens: Count = PASS_TOKENS,
+        memory: Count | None = None,
+        **forward_kwargs: Any,
+    ) -> Explanation:
         """Returns which shortcuts apply and what they save; nothing runs.
 
         Takes the keyword arguments of `Sweep.run`.  Whether positions before the first
@@ -211,7 +216,15 @@ class CheckedCells(Sequence[Cell]):
         for job, start in zip(jobs, firsts, strict=True):
             floor += self._rows(costs, job, batch, length, start, keep, last_only)
         for start, group in groups_of(jobs, starts):
-            size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
+            size = rows_within(
+                model,
+                length,
+                start,
+                keep,
+                model.cfg.dtype.itemsize,
+                pass_tokens=pass_tokens,
+                memory=memory,
+            )
             proof += whole
             for job in (RowPlan(-1, group[0].stage, start), group[0]):
                 proof += self._rows(costs, job, batch, length, start, keep, last_only)
