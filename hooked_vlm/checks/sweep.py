@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
-from hooked_vlm.engine.growing import BOUNDS
+from hooked_vlm.engine.proofs import BOUNDS
 from hooked_vlm.errors import GridError, HookedVLMWarning, InterventionError
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.vlm import HookedVLM
@@ -30,7 +30,7 @@ def check_sweep(
 ) -> Finding:
     """Verifies that patches from another run give the same logits with every engine.
 
-    The allowed difference, relative to the largest logit, is `engine.growing.BOUNDS` for the
+    The allowed difference, relative to the largest logit, is `engine.proofs.BOUNDS` for the
     model's dtype.  `source` are inputs of the same shapes.  Without `every`, only the first,
     middle and last layers are checked.
     """

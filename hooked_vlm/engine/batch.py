@@ -98,17 +98,18 @@ def trimmed_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[nn.Mod
     return [model.hf_model.get_submodule(path) for path in paths if path]
 
 
+def goes_alike(job: RowPlan) -> bool:
+    """Whether a job does all it does where it joins, between two blocks: there it is compared."""
+    return not job.front and all(step.between and step.stage == job.stage for step in job.steps)
+
+
 def compared_jobs(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> tuple[set[int], set[int]]:
     """Returns jobs that change nothing, and jobs whose prompts can go in common rows.
 
     The first leave the residual stream as it is where they join, and do nothing else.  The others
     do to tokens that prompts share the same in each of them, and nothing later.
     """
-    asked = [
-        job
-        for job in jobs
-        if not job.front and all(step.between and step.stage == job.stage for step in job.steps)
-    ]
+    asked = [job for job in jobs if goes_alike(job)]
     if not asked:
         return set(), set()
     fold, first = clean.fold, clean.first

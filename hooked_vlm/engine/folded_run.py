@@ -20,11 +20,13 @@ from hooked_vlm.arguments.kinds import Model
 from hooked_vlm.engine.arguments import fitted_call
 from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import asked, blocks_of, signature_of, with_forwards
-from hooked_vlm.engine.fingerprints import answer, remember, ways_of_attending
+from hooked_vlm.engine.fingerprints import answer, number_of, remember, ways_of_attending
 from hooked_vlm.engine.folding import Fold, FoldedFit, same_for_shared, tensors_in
+from hooked_vlm.engine.image_cache import Kept, encoding_once
 from hooked_vlm.engine.proofs import APART, BOUNDS, apart
 from hooked_vlm.engine.stages import ids_of, prompt_mask, stage_of
 from hooked_vlm.errors import InterventionError
+from hooked_vlm.inputs.rows import known_rows
 from hooked_vlm.interventions.chain import flattened
 
 
@@ -56,9 +58,15 @@ def separate_prompts(model: Model) -> Iterator[None]:
 class Folding:
     """One pass whose blocks run on rows of a fold, if its prompts share anything."""
 
-    def __init__(self, model: Any, inputs: Mapping[str, Any], *, noisy: bool = False) -> None:
-        """Folds the prompts of some inputs; `noisy` adds noise before the first block."""
-        self.model, self.inputs, self.noisy = model, inputs, noisy
+    def __init__(
+        self, model: Any, inputs: Mapping[str, Any], kept: int, *, noisy: bool = False
+    ) -> None:
+        """Folds the prompts of some inputs; `noisy` adds noise before the first block.
+
+        Of the last `kept` positions somebody sees the logits.  What padding gives is another
+        number in a row of its own than in a common one, so none may be among them.
+        """
+        self.model, self.inputs, self.kept, self.noisy = model, inputs, kept, noisy
         self.blocks = blocks_of(model)
         self.tuples = model.block_outputs(lambda: model(asked(inputs)))
         self.fold: Fold | None = None
@@ -101,8 +109,11 @@ class Folding:
         ids = ids_of(self.inputs)
         if ids is None or hidden.shape[:2] != ids.shape or answer(self.model, self.kind) is False:
             return hidden
-        self.fold = Fold.find(hidden, ids, prompt_mask(self.inputs))
-        if self.fold is not None and self.noisy:
+        found = Fold.find(hidden, ids, prompt_mask(self.inputs))
+        if found is None or found.pads.max() > found.length - self.kept:
+            return hidden
+        self.fold = found
+        if self.noisy:
             noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
             scale = hidden.float().std(-1, keepdim=True).to(hidden)
             hidden = hidden + self.fold.alike(noise.to(hidden)) * scale
@@ -134,15 +145,33 @@ def run_folded(
     inputs: Mapping[str, Any],
     run: Callable[[Folding | None], Result],
     arguments: Mapping[str, Any],
+    kept: int | None = None,
 ) -> Result:
     """Returns `run(folding)`, where the prompts share enough and the model allows it.
 
     Otherwise `run(None)`.  `run` lets `folding.wrap` stand in for the blocks of its pass, which
-    has to be one of all blocks or of the first ones.
+    has to be one of all blocks or of the first ones.  `kept` is how many positions of its logits
+    are used; where it is not given, those that `arguments` ask for.
     """
-    if model in _SEPARATE or model.device.type == "meta" or (ids_of(inputs) is None):
+    ids = ids_of(inputs)
+    if model in _SEPARATE or model.device.type == "meta" or ids is None:
         return run(None)
-    folding = Folding(model, inputs)
+    if kept is None:
+        asked_for = arguments.get("logits_to_keep", 0)
+        kept = (isinstance(asked_for, int) and asked_for) or ids.shape[1]
+    # An image that is there twice is encoded once: in a batch its bits may depend on its place.
+    with encoding_once(model, Kept(), repeated_only=True):
+        return _run_folded(model, inputs, run, arguments, kept)
+
+
+def _run_folded(
+    model: Any,
+    inputs: Mapping[str, Any],
+    run: Callable[[Folding | None], Result],
+    arguments: Mapping[str, Any],
+    kept: int,
+) -> Result:
+    folding = Folding(model, inputs, kept)
     try:
         result = attempt(lambda: run(folding), "prompts that share an image had no common row")
     except GrowthError:
@@ -160,7 +189,7 @@ def run_folded(
 def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
     """Whether noise before the first block does in such a pass what it does in a plain one."""
     model, inputs = folding.model, folding.inputs
-    noisy = Folding(model, inputs, noisy=True)
+    noisy = Folding(model, inputs, folding.kept, noisy=True)
 
     def put(i: int, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -184,9 +213,7 @@ def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
     if noisy.fold is None:
         return False
     plain, clean = pass_under(put), model(asked(inputs), **arguments)
-    # What padding gives counts for nothing: it sees other padding, or all.
-    first = int(noisy.fold.pads.max()) - noisy.fold.length + plain.shape[1]
-    off, moved = apart(*(x[:, max(0, first) :] for x in (found, plain, clean)))
+    off, moved = apart(found, plain, clean)
     bound = BOUNDS.get(plain.dtype, 5e-2)
     return off <= bound and moved >= min(APART * bound, 0.2)
 
@@ -197,3 +224,30 @@ def folds_under(model: Any, base: Sequence[Any]) -> bool:
         return False
     stages = [stage_of(part.site, model.cfg.n_layers) for part in flattened(base)]
     return all(stage < 0 or (stage == 0 and between) for stage, between in stages)
+
+
+def expected_fold(model: Any, inputs: Mapping[str, Any]) -> Fold | None:
+    """Returns which prompts will share rows, from inputs alone: nothing runs.
+
+    An image counts as the same where its pixels are.  None also where these cannot be told apart
+    (on the `meta` device, or where a processor does not lay them out by image).
+    """
+    ids, pixels = ids_of(inputs), inputs.get("pixel_values")
+    if model in _SEPARATE or not isinstance(pixels, Tensor) or ids is None:
+        return None
+    if pixels.is_meta or ids.is_meta:
+        return None
+    grids = known_rows(model, inputs)
+    flat = [grid for row in grids for grid in row]
+    sizes = [grid.patch_rows * grid.patch_cols for grid in flat]
+    if len(pixels) == len(flat):
+        sizes = [1] * len(flat)
+    if not flat or sum(sizes) != len(pixels):
+        return None
+    parts = iter(pixels.split(sizes))
+    content = torch.zeros(*ids.shape, 1, dtype=torch.float64)
+    for b, row in enumerate(grids):
+        for grid in row:
+            content[b, grid.positions.flatten()] = number_of(next(parts))
+    mask = prompt_mask(inputs)
+    return Fold.find(content, ids.cpu(), mask if mask is None else mask.cpu())

@@ -68,15 +68,15 @@ class Fold:
             else:
                 firsts.append(b)
         found = cls(pads, of, shared, length)
-        if not found.pays:
+        if found.paying_layout(0) is None:
             return None
         return found if bool(found.agree(hidden)) else None
 
-    @property
-    def pays(self) -> bool:
-        """Whether rows have so many tokens fewer than prompts that it is worth a mask."""
-        layout = self.layout(0)
-        return layout.prompts.size <= GAIN * len(self.of) * self.length
+    def paying_layout(self, start: int) -> "Layout | None":
+        """Returns `layout(start)` where it has so many tokens fewer that it is worth a mask."""
+        layout = self.layout(start)
+        tokens = len(self.of) * (self.length - start)
+        return layout if layout.prompts.size <= GAIN * tokens else None
 
     @cached_property
     def same_as(self) -> tuple[np.ndarray, np.ndarray]:

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.anatomy.caches import cache_parameter
-from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
 from hooked_vlm.engine.batch import Growing, compared_jobs, trimmed_of
 from hooked_vlm.engine.budget import PASS_TOKENS, rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
 from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_of_attending
 from hooked_vlm.engine.folded_run import folds_under, run_folded
-from hooked_vlm.engine.folding import GAIN, Layout
+from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.proofs import (
     BOUNDS,
     keeps_keys,
@@ -35,6 +33,7 @@ from hooked_vlm.engine.proofs import (
 )
 from hooked_vlm.engine.shared import open_runs
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
+from hooked_vlm.engine.starts import closed, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import Early, merges_first
 from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
 from hooked_vlm.interventions.chain import Cell, flattened
@@ -42,10 +41,6 @@ from hooked_vlm.interventions.chain import Cell, flattened
 
 FEWEST = 2
 """Cells from which on growing pays."""
-SHORT = 0.1
-"""Share of the prompt below which leaving its front out saves less than a mask costs."""
-NEAR = 0.15
-"""Cells whose first changed positions differ by less than this share of the prompt go together."""
 
 
 @dataclass
@@ -125,9 +120,9 @@ def run_growing(
                 note(job, clean.logits)
         passes.report.idle = len(idle)
         for start, whole in groups_of(jobs, starts):
-            start = start if clean.keys and _closed(clean, start) else 0
+            start = start if clean.keys and closed(clean, start) else 0
             left = [job for job in whole if job.index not in idle]
-            layout = _layout(clean, start)
+            layout = clean.fold and clean.fold.paying_layout(start)
             common = [job for job in left if job.index in alike] if layout else []
             if common and not passes.folds(common, start, layout):
                 common = []
@@ -294,16 +289,6 @@ def _warn_whole_rows(model: Any) -> None:
     remember(model, "carries whole rows", warn)
 
 
-def whole_rows(model: Any) -> str:
-    """Returns why rows have to carry all positions, as far as the blocks' signatures say it."""
-    lm = model.anatomy.lm.blocks
-    taking = [cache_parameter(model.hf_model.get_submodule(block.path)) for block in lm]
-    missing = sum(name is None for name in taking)
-    if not missing:
-        return ""
-    return f"{missing} of its {len(lm)} blocks take no key-value cache (a transformers.Cache)"
-
-
 def _jobs(
     model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell], merged_first: bool
 ) -> list[RowPlan]:
@@ -380,59 +365,3 @@ def _clean(
     if runs and clean is not kept:
         runs.keep(key, clean, (clean.residuals, clean.keys, clean.encoded, clean.logits))
     return clean
-
-
-def starts_of(
-    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> list[int]:
-    """Returns, by job, the first position that its rows carry."""
-    length = _length(inputs)
-    starts = firsts_of(jobs, arguments, inputs)
-    starts = [start if start >= SHORT * length else 0 for start in starts]
-    if all(job.front for job in jobs) and sum(starts) <= length:
-        return [0] * len(jobs)  # less than the clean run that whole rows can do without
-    return starts
-
-
-def firsts_of(
-    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> list[int]:
-    """Returns, by job, the first position that its rows cannot do without."""
-    length = _length(inputs)
-    keep = arguments.get("logits_to_keep", 0)
-    if not isinstance(keep, int):
-        return [0] * len(jobs)
-    # All positions (0): those before are the clean run's.
-    last = length - keep if keep else length - 1
-    return [max(0, min(job.first, last, length - 1)) for job in jobs]
-
-
-def groups_of(jobs: Sequence[RowPlan], starts: Sequence[int]) -> list[tuple[int, list[RowPlan]]]:
-    """Returns jobs whose rows begin near one another together, with where they all begin."""
-    order = sorted(range(len(jobs)), key=lambda i: starts[i])
-    near = NEAR * max(starts, default=0)
-    groups: list[tuple[int, list[RowPlan]]] = []
-    for i in order:
-        if not groups or starts[i] - groups[-1][0] > near:
-            groups.append((starts[i], []))
-        groups[-1][1].append(jobs[i])
-    return [(start, sorted(group, key=lambda job: job.stage)) for start, group in groups]
-
-
-def _layout(clean: Clean, start: int) -> Layout | None:
-    """Returns how prompts lie in common rows from a position on, where that saves enough."""
-    if clean.fold is None:
-        return None
-    layout = clean.fold.layout(start)
-    tokens = clean.size[0] * (clean.size[1] - start)
-    return layout if layout.prompts.size <= GAIN * tokens else None
-
-
-def _closed(clean: Clean, start: int) -> bool:
-    return all(is_closed(mask, start) for mask in {id(m): m for m in clean.masks}.values())
-
-
-def _length(inputs: Mapping[str, Any]) -> int:
-    ids = ids_of(inputs)
-    assert ids is not None
-    return ids.shape[1]

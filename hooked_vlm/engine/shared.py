@@ -134,7 +134,7 @@ def _record(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -> Reco
             return record(model, inputs, names)
 
     with model.turn(), model.eager():
-        return run_folded(model, inputs, run, {})
+        return run_folded(model, inputs, run, {}, kept=1)
 
 
 def open_runs(model: Any) -> RunStore | None:

@@ -114,7 +114,7 @@ class Sweep:
 
         `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
         grows from block to block; a control with noise in it, once for each kind of pass, must be a
-        plain pass's within `engine.growing.BOUNDS`; `"restart"`, each cell from the first block
+        plain pass's within `engine.proofs.BOUNDS`; `"restart"`, each cell from the first block
         that it changes, which gives the same bits as `"plain"`, one whole hooked forward pass for
         each.  Where a model or a cell does not allow one, the next is taken; the result's
         attributes say which and why.

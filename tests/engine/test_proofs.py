@@ -59,7 +59,7 @@ def test_a_control_speaks_for_later_passes_of_its_kind() -> None:
 def test_j2_noise_that_moves_nothing_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["swap"], [1, 2])
     forget(model)
-    monkeypatch.setattr(proofs, "noise_from", lambda start: lambda x, hook: x)
+    monkeypatch.setattr(proofs, "noise_from", lambda start, layout: lambda x, hook: x)
     with pytest.raises(GrowthError, match="does not move the logits"):
         run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
     forget(model)

@@ -12,10 +12,11 @@ from helpers.forward_counter import count_forwards
 from helpers.growing_sweeps import compared, make_region, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine.attempts import GrowthError
-from hooked_vlm.engine.growing import run_growing, starts_of
+from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import run_plain
 from hooked_vlm.engine.stages import RowPlan
+from hooked_vlm.engine.starts import starts_of
 from hooked_vlm.errors import HookedVLMWarning, InterventionError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Cell, Chain, source_of
