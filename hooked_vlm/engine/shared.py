@@ -13,13 +13,12 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count, Model
-from hooked_vlm.engine.fingerprints import content_of, ways_of_attending
+from hooked_vlm.engine.fingerprints import arithmetic, content_of, ways_of_attending
 from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.engine.stages import IN_FRONT, stage_of
 from hooked_vlm.errors import InterventionError
@@ -76,8 +75,7 @@ class RunStore:
             for layer in whole.modules()
             if "_disable_adapters" in vars(layer)
         ]
-        autocast = torch.is_autocast_enabled(self._model.device.type)
-        return written, frozenset(kinds), tuple(adapters), autocast
+        return written, frozenset(kinds), tuple(adapters), arithmetic(self._model.device)
 
 
 _OPEN: dict[int, RunStore] = {}
