@@ -1,8 +1,8 @@
 """Cells as rows of one growing batch, after a control for each kind of pass.
 
 Before the first growing pass of a kind goes one with noise in it (`proofs`).  What it does to the
-logits must be what it does in a plain pass, within `BOUNDS`; where it is not, `GrowthError` says
-so and the sweep runs by a plainer way.
+logits must be what it does in a plain pass, within rounding (`noise`); where it is not,
+`GrowthError` says so and the sweep runs by a plainer way.
 """
 
 import warnings
@@ -36,8 +36,6 @@ from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
-BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By dtype, how far the control's logits may be from a plain pass's, as a share of the largest."""
 FEWEST = 2
 """Cells from which on growing pays."""
 SHORT = 0.1
@@ -190,7 +188,6 @@ class _Passes:
             site,
             start,
             lambda jobs, start: self._logits(jobs, start, early),
-            BOUNDS.get(self.clean.logits.dtype, 5e-2),
             merged_first=self.merged_first,
         )
         return attempt(control, "its control failed")

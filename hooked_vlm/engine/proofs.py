@@ -23,6 +23,7 @@ from torch import Tensor
 from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import Clean, asked, run_clean
 from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
+from hooked_vlm.engine.noise import apart, bound_for
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import site_path
@@ -133,15 +134,14 @@ def verify(
     site: str,
     start: int,
     grow: Grow,
-    bound: float,
     *,
     merged_first: bool,
 ) -> float:
     """Carries noise at a site through a growing pass and through a plain one.
 
     Returns how far the logits are apart, as a share of the largest.  Raises `GrowthError` where
-    that is more than `bound`, and where noise does not move the logits: then their agreement
-    would say nothing.  `beside` goes through the same pass.
+    that is more than rounding explains (`bound_for`), and where noise does not move the logits:
+    then their agreement would say nothing.  `beside` goes through the same pass.
     """
     noise = HookAt(site, noise_from(start), start if site.startswith("blocks.") else 0)
     placed = noise.place(model, clean.inputs)
@@ -152,14 +152,14 @@ def verify(
     plain = model.run_with_hooks(asked(clean.inputs), cell.interventions, **clean.arguments)
     jobs = [control] if beside is None else sorted([control, beside], key=lambda job: job.stage)
     found = grow(jobs, start)[jobs.index(control)]
-    # Some models set the logits of tokens that must not come to the least number there is.
-    counts = plain > torch.finfo(plain.dtype).min / 2
-    largest = float(plain[counts].abs().max())
-    off = float((found - plain)[counts].abs().max()) / largest
-    moved = float((clean.logits - plain)[counts].abs().max()) / largest
+    off, moved = apart(found, plain), apart(clean.logits, plain)
+    bound = bound_for(model, clean.inputs, clean.arguments, plain.dtype, off)
     where = "" if site.startswith("blocks.") else f" under noise at {site}"
     if not off <= bound:
-        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest{where}")
+        raise GrowthError(
+            f"the control's logits are off by {off:.2g} of the largest{where} (at most {bound:.2g} "
+            "is rounding)"
+        )
     if moved < min(APART * bound, 0.2):
         raise GrowthError(f"noise at {site} does not move the logits, so that nothing is proved")
     return off
