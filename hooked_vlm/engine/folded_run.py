@@ -213,7 +213,7 @@ def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
         return False
     if noisy.fold is None:
         return False
-    plain, clean = pass_under(put), pass_under(lambda i, own: own)
+    plain, clean = pass_under(put), model(asked(inputs), **arguments)[:, -folding.kept :]
     off, moved = apart(found, plain), apart(clean, plain)
     bound = bound_for(model, inputs, arguments, plain.dtype, off)
     return off <= bound and moved >= min(APART * bound, 0.2)
