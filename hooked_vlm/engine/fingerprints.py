@@ -40,7 +40,7 @@ def ways_of_attending(model: Any) -> Hashable:
     return tuple(getattr(config, "_attn_implementation", None) for config in configs)
 
 
-def arithmetic(device: torch.device) -> Hashable:
+def arithmetic(device: torch.device) -> tuple[torch.dtype | None, str]:
     """Returns how numbers are computed on a device, beside their dtype: may change at any time."""
     kind = device.type
     autocast = None
