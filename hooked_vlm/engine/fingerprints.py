@@ -49,7 +49,7 @@ def arithmetic(device: torch.device) -> tuple[torch.dtype | None, str]:
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch refuses it where the newer setting was used
-        precision = torch.backends.cuda.matmul.fp32_precision
+        precision = str(torch.backends.cuda.matmul.fp32_precision)
     return autocast, precision
 
 
