@@ -34,7 +34,6 @@ from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
     require_held,
-    require_inputs,
     require_processed,
 )
 from hooked_vlm.model.loading import load_image_model
@@ -142,7 +141,7 @@ class HookedVisionEncoder(HookedModel):
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
         """
-        require_inputs(inputs)
+        self.require_call(inputs, ())
         return inputs.grids if isinstance(inputs, Inputs) else find_grids(self._grids, inputs)
 
     @checked(HookError, but=("inputs",), missing=ONE_MAPPING)
