@@ -278,7 +278,7 @@ def _lacking(error: Exception) -> tuple[str, str] | None:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return "The disk is full", "Free space on it"
     if isinstance(error, OSError) and error.filename is not None:
-        what = f"'{error.filename}' cannot be read or written: {error.strerror}"
+        what = f"'{str(error.filename)[-200:]}' cannot be read or written: {error.strerror}"
         return what, "Correct the folder or its permissions"
     return None
 
