@@ -176,7 +176,7 @@ def test_i3_a_config_that_transformers_refuses(tmp_path: Path, values: dict[str,
 @pytest.mark.parametrize("values", [{"image_token_index": 500}, {"mm_tokens_per_image": 4}])
 def test_i3_a_config_of_another_processor_gives_no_grid(tmp_path: Path, values: dict[str, Any]):
     model = HookedVLM.from_pretrained(with_config(tmp_path / "model", "", **values))
-    says = "refuses what its processor made.*are not of one model"
+    says = "refuses what its processor made"
     with pytest.warns(HookedVLMWarning, match=says) as caught:
         inputs = model.prepare(Image.new("RGB", (192, 192)), "red")
     assert len(str(caught[0].message)) <= 400
