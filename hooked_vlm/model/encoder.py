@@ -29,11 +29,13 @@ from hooked_vlm.inputs.encoder import EncoderGrids, find_grids, prepare_images
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.inputs.prepare import Images
 from hooked_vlm.inputs.prepared import Inputs
+from hooked_vlm.inputs.tensors import require_tensors
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
     require_held,
+    require_inputs,
     require_processed,
 )
 from hooked_vlm.model.loading import load_image_model
@@ -141,7 +143,8 @@ class HookedVisionEncoder(HookedModel):
 
         For inputs that `prepare` did not make, pixels are those of the processed images.
         """
-        self.require_call(inputs, ())
+        require_inputs(inputs)
+        require_tensors(self.hf_model, inputs)
         return inputs.grids if isinstance(inputs, Inputs) else find_grids(self._grids, inputs)
 
     @checked(HookError, but=("inputs",), missing=ONE_MAPPING)
