@@ -8,7 +8,7 @@ transformers take seconds to import, so each command imports them only when it r
 
 import errno
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,13 +19,15 @@ import typer
 from rich.console import Console
 
 from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.report.children import run_commands
 from hooked_vlm.report.progress import Listener, quiet
 
 
 if TYPE_CHECKING:
     from hooked_vlm.report.job import Job, Report
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+FAILED, USER_ERROR, SIGNALLED = 1, 2, 128  # a signal's number is added to the last
+INTERRUPTED = SIGNALLED + signal.SIGINT
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
@@ -276,7 +278,7 @@ def _lacking(error: Exception) -> tuple[str, str] | None:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return "The disk is full", "Free space on it"
     if isinstance(error, OSError) and error.filename is not None:
-        what = f"'{error.filename}' cannot be read or written: {error.strerror}"
+        what = f"'{str(error.filename)[-200:]}' cannot be read or written: {error.strerror}"
         return what, "Correct the folder or its permissions"
     return None
 
@@ -326,29 +328,22 @@ def _run_apart(made: Sequence["Job"], jobs: int) -> None:
     """Runs each job in its own process, with an equal share of the CPU's cores."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    waiting, failed, statuses = list(made), [], set()
-    running: list[tuple[Job, subprocess.Popen]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                job = waiting.pop(0)
-                words = [sys.executable, "-m", "hooked_vlm.cli", *_words(job)]
-                process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
-                running.append((job, process))
-            job, process = running.pop(0)
-            if status := process.wait():
-                failed.append(job.model)
-                statuses.add(status)
-    except KeyboardInterrupt:  # the child processes receive it too
-        for _, process in running:
-            process.wait()
-        sys.exit(INTERRUPTED)
+    commands = [[sys.executable, "-m", "hooked_vlm.cli", *_words(job)] for job in made]
+    ended = run_commands(commands, jobs, environment)
+    if ended.signal is not None:
+        print(
+            f"hooked-vlm: ended by {signal.Signals(ended.signal).name}, with the runs of "
+            f"{', '.join(job.model for job in made)}. Run the same command again to resume.",
+            file=sys.stderr,
+        )
+        sys.exit(SIGNALLED + ended.signal)
+    failed = {job.model: status for job, status in zip(made, ended.statuses, strict=True) if status}
     if failed:
         print(
             f"hooked-vlm: the run failed for {', '.join(failed)}. See the messages above.",
             file=sys.stderr,
         )
-        sys.exit(USER_ERROR if statuses == {USER_ERROR} else FAILED)
+        sys.exit(USER_ERROR if {*failed.values()} == {USER_ERROR} else FAILED)
 
 
 def _words(job: "Job") -> list[str]:

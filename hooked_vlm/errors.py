@@ -11,6 +11,17 @@ import sys
 from collections.abc import Iterable
 
 
+MOST = 400
+"""Characters of a message."""
+
+
+def _shortened(text: object) -> object:
+    """Returns a message without its middle, where what a user gave has made it too long."""
+    if not isinstance(text, str) or len(text) <= MOST:
+        return text
+    return f"{text[:200]} … {text[-160:]}"
+
+
 class HookedVLMError(ValueError):
     """Base class of all errors that hooked_vlm raises on purpose.
 
@@ -22,6 +33,9 @@ class HookedVLMError(ValueError):
     RegionError strip needs columns 3 to 6 (half-open), and the grid has 4.
     Give 0 <= start < stop <= 4.
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*map(_shortened, args))
 
 
 class UnknownHookError(HookedVLMError):

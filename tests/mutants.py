@@ -51,14 +51,16 @@ OWN = {
     "engine": "engine/test_batch.py",
     "engine/fingerprints.py": "engine/test_image_cache.py",
     "hooks": "hooks/test_attach.py",
+    "hooks/dispatch.py": "model/test_unusual_models.py",
     "hooks/generation.py": "model/test_generate.py",
     "hooks/hook_point.py": "hooks/test_windows.py",
+    "hooks/prompts.py": "model/test_silent_generation.py",
     "interventions": "interventions/test_interventions.py",
     "interventions/hook_at.py": "interventions/test_placing.py",
 }
 """By package or module, the tests of a module that has no file of that name."""
 FURTHER = {
-    "engine": ("sweeps/test_sweep.py",),
+    "engine": ("engine/test_shared.py", "engine/test_restart.py", "sweeps/test_sweep.py"),
     "hooks": ("hooks/test_attach.py", "hooks/test_describe.py", "model/test_silent_cases.py"),
     "inputs": ("inputs/test_grid_finder.py",),
     "interventions": ("interventions/test_interventions.py", "interventions/test_placing.py"),

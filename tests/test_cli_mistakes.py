@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import struct
 import sys
 import zlib
@@ -288,3 +289,33 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["hooked-vlm", "run", "e", "--model", "m", "--out", "o"])
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("option", ["--backgrounds", "--cutouts"])
+def test_i3_a_pipe_among_pictures_is_not_waited_for(
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    (files / "pipes").mkdir()
+    for name in ("a", "b", "c"):
+        os.mkfifo(files / "pipes" / f"{name}.png")
+    setting = "squares-photos" if option == "--backgrounds" else "objects"
+    words = ["run", "behaviour", "--model", "tiny-gemma-3", "--out", str(files / "out")]
+    signal.alarm(60)  # else the test would wait, too
+    try:
+        assert status(monkeypatch, *words, "--setting", setting, option, str(files / "pipes")) == 2
+    finally:
+        signal.alarm(0)
+    assert "a.png' is no file. Replace it" in capsys.readouterr().err
+
+
+def test_i3_a_path_that_is_too_long_is_named_by_its_end(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "behaviour", "--model", "tiny-gemma-3", "--out", str(files / "out")]
+    assert status(monkeypatch, *words, "--data", "x" * 5000) == 1
+    said = capsys.readouterr().err
+    assert "cannot be read or written" in said and len(said) <= 400

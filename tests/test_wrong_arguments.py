@@ -172,7 +172,7 @@ CASES = {
     ),
     "i4 a sweep without axes": (
         "Sweep(inputs, None, lambda: Ablate(site)).run(qwen, lambda logits: logits[:, -1, 0])",
-        "InterventionError: A sweep needs axes",
+        "InterventionError: A sweep needs named axes",
     ),
     "i4 a number as filter": (
         "qwen.run_with_cache(inputs, 3)",
@@ -250,6 +250,60 @@ CASES = {
         "UnsupportedModelError: from_pretrained was given device='gpu'",
     ),
     "i4 no name": ("HookedVLM.from_pretrained('')", "UnsupportedModelError: The model's name is"),
+    "i4 a sparse tensor": (
+        "directions.add(torch.ones(3), torch.ones(3).to_sparse(), 0.5)",
+        "DataError: add was given w=a sparse tensor of float32",
+    ),
+    "i4 a tensor on meta": (
+        "directions.orthonormalise(torch.ones(2, 3, device='meta'))",
+        "DataError: orthonormalise was given directions=a meta tensor of float32",
+    ),
+    "i4 a fraction": (
+        "directions.add(torch.ones(3), torch.ones(3), __import__('fractions').Fraction(1, 3))",
+        "DataError: add was given alpha=",
+    ),
+    "i4 a number of a hundred bits": (
+        "qwen.run_with_cache(inputs, site)[1].select([2**100])",
+        "DataError: select was given rows=[1267650600228229401496703205376]",
+    ),
+    "i4 no direction": (
+        "directions.orthonormalise(torch.ones(0, 3))",
+        "DataError: There is no direction in a tensor of shape (0, 3)",
+    ),
+    "i4 controls of no direction": (
+        "directions.random_controls(torch.ones(0, 3), [0])",
+        "DataError: There is no direction in a tensor of shape (0, 3)",
+    ),
+    "i4 a seed of numpy": (
+        "directions.random_controls(torch.ones(1, 3), np.arange(2))",
+        "no error",
+    ),
+    "i4 a split's seed of numpy": ("split_by_image(9, seed=np.int64(3))", "no error"),
+    "i4 a sample's seed of numpy": ("sample_tuples(list('abcd'), 3, 2, np.int64(3))", "no error"),
+    "i4 half a character": (
+        "scoring.answer_ids(tok, 'a\\ud800')",
+        "ScoringError: The answer 'a\\ud800' cannot be scored",
+    ),
+    "i4 sparse logits": (
+        "scoring.top_answer(logits.to_sparse(), tok)",
+        "ScoringError: Logits were given as a sparse tensor",
+    ),
+    "i4 logits on meta": (
+        "scoring.top_answer(logits.to('meta'), tok)",
+        "ScoringError: Logits were given as a meta tensor",
+    ),
+    "i4 an axis that make does not take": (
+        "Sweep(inputs, {'slto': [0, 1]}, lambda slot: Ablate(slot)).plan(qwen)",
+        "InterventionError: make cannot be called with the axes slto",
+    ),
+    "i4 text in the clean cache": (
+        "get_act_patch_resid_pre(qwen, inputs, dict.fromkeys(qwen.hook_names, 'x'), lambda x: x)",
+        "InterventionError: blocks.0.hook_resid_pre is 'x' in the clean cache",
+    ),
+    "i3 a text of 20000 characters": (
+        "stimulus_set('squares' * 3000)",
+        "DataError: There is no setting 'squaressquares",
+    ),
     "i4 a cache of other tensors": (
         "ActivationCache.load(folder / 'plain.safetensors')",
         "DataError: '{folder}/plain.safetensors' is not a file of ActivationCache.save",
@@ -281,13 +335,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from hooked_vlm import Ablate, Chain, HookedVLM, LastToken, Patch, Region, Span, Steer, Sweep
 from hooked_vlm.analysis import directions, scoring, statistics
+from hooked_vlm.analysis.probes import split_by_image
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.regions.positions import Positions
 from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.objects import load_cutouts
+from hooked_vlm.stimuli.pairs import sample_tuples
 from hooked_vlm.stimuli.settings import stimulus_set
+from hooked_vlm.sweeps.transformer_lens import get_act_patch_resid_pre
 
 warnings.simplefilter("ignore")
 folder = Path(sys.argv[1])

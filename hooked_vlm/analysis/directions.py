@@ -198,7 +198,7 @@ def random_controls(
         matcher = _EnergyMatcher.of(rows, strengths, match_energy_on.detach().to(rows))
     controls = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         shape = (rows.shape[1], len(strengths))
         gaussian = torch.randn(shape, generator=generator, dtype=torch.float64).to(rows.device)
         frame = matcher.frame(gaussian, seed) if matcher else _orthonormal(gaussian)
@@ -285,7 +285,12 @@ def _unit_rows(directions: Tensor) -> Tensor:
 
 
 def _require_numbers(directions: Tensor) -> None:
-    """Raises `DataError` for directions that are NaN or infinite."""
+    """Raises `DataError` for no direction, and for some that are NaN or infinite."""
+    if not directions.numel():
+        raise DataError(
+            f"There is no direction in a tensor of shape {tuple(directions.shape)}. Give one or "
+            "more, [direction, d_model]."
+        )
     finite = directions.isfinite().all(dim=1)
     if not finite.all():
         wrong = (~finite).nonzero()[:, 0].tolist()

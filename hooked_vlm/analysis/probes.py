@@ -148,7 +148,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
     def _descend(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
         classes, d = len(self.classes_), X.shape[1]
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         start = torch.randn(classes, d, generator=generator) / math.sqrt(d)
         weight = start.to(X.device).requires_grad_()
         bias = torch.zeros(classes, device=X.device, requires_grad=True)
@@ -248,7 +248,7 @@ def split_by_image(
             f"and {n_images - n_train} to test on; both must be at least 1."
         )
     order = list(range(n_images))
-    random.Random(seed).shuffle(order)
+    random.Random(int(seed)).shuffle(order)
     return np.array(order[:n_train]), np.array(order[n_train:])
 
 

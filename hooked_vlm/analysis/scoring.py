@@ -24,7 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import has_values
 from hooked_vlm.errors import ScoringError, counted, did_you_mean
 
 
@@ -203,9 +204,17 @@ def logit_difference(
     return _own(merged, place) - _own(merged, other_place)
 
 
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns a text's tokens: none for half of a character (a lone surrogate)."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError):
+        return []
+
+
 def _token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     """Returns the id of a text that is one known token, else None."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = _encoded(tokenizer, text)
     # A word-level tokenizer encodes every unknown word as the same token.
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
@@ -231,6 +240,8 @@ def _require_numbers(logits: Tensor) -> None:
             f"{f' of {logits.dtype}' if isinstance(logits, Tensor) else ''}; expected a tensor of "
             "floating point, [row, d_vocab]."
         )
+    if not has_values(logits):
+        raise ScoringError(f"Logits were given as {shown(logits)}; expected one with values.")
     wrong = logits.isnan() | (logits == float("inf"))
     if wrong.any():
         rows = int(wrong.flatten(1).any(dim=1).sum()) if logits.ndim > 1 else 1
@@ -242,7 +253,7 @@ def _require_numbers(logits: Tensor) -> None:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = _encoded(tokenizer, text)
     if len(ids) == 1:
         return f"is unknown to the tokenizer (it becomes {tokenizer.unk_token!r})"
     pieces = ", ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(ids))

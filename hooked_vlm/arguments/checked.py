@@ -15,7 +15,6 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import (
     Annotated,
@@ -30,10 +29,11 @@ from typing import (
 )
 
 import numpy as np
+import torch
 from jaxtyping import jaxtyped
 from torch import Tensor
 
-from hooked_vlm.arguments.kinds import Kind
+from hooked_vlm.arguments.kinds import Kind, has_values, is_bool, is_number, is_whole
 from hooked_vlm.errors import HookedVLMError, did_you_mean
 
 
@@ -185,7 +185,8 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"a tensor of {dtype} of shape {tuple(value.shape)}"
+        kind = "sparse " if value.layout != torch.strided else "meta " if value.is_meta else ""
+        return f"a {kind}tensor of {dtype} of shape {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} of shape {value.shape}"
     if isinstance(value, Mapping | list | tuple) and len(value) > 20:
@@ -231,10 +232,6 @@ def kind_of(hint: Any) -> Kind | None:
     return kind_of(hint.__bound__) if getattr(hint, "__bound__", None) else None
 
 
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool | np.bool_)
-
-
 def _is_scalar(value: Any) -> bool:
     """Whether a value is an array without an axis, which cannot be read item by item."""
     return isinstance(value, np.ndarray | Tensor) and value.ndim == 0
@@ -260,9 +257,9 @@ _PLAIN: dict[Any, Kind | None] = {
     object: None,
     None: Kind(lambda v: v is None, "None"),
     type(None): Kind(lambda v: v is None, "None"),
-    bool: Kind(_is_bool, "True or False"),
-    int: Kind(lambda v: isinstance(v, Integral) and not _is_bool(v), "a whole number"),
-    float: Kind(lambda v: isinstance(v, Real) and not _is_bool(v), "a number"),
+    bool: Kind(is_bool, "True or False"),
+    int: Kind(is_whole, "a whole number"),
+    float: Kind(is_number, "a number"),
     str: Kind(lambda v: isinstance(v, str), "a text"),
     Path: Kind(lambda v: isinstance(v, str | Path), "a path"),
 }
@@ -304,7 +301,7 @@ def _array(hint: Any) -> Kind:
     numbers = f" of {of[hint.dtype.__name__]}" if hint.dtype.__name__ in of else ""
 
     def accepts(value: Any) -> bool:
-        return isinstance(value, hint)
+        return isinstance(value, hint) and has_values(value)
 
     return Kind(accepts, f"a {word} [{axes}]{numbers}".replace("a array", "an array"))
 

@@ -13,9 +13,12 @@ hooked_vlm.errors.DataError: drawn was given n=0; expected a whole number of at 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from hooked_vlm.errors import HookedVLMError
 
@@ -27,6 +30,26 @@ class Kind(NamedTuple):
     words: str
     names: tuple[str, ...] = ()
     """The texts that it accepts, where these are names."""
+
+
+def is_bool(value: Any) -> bool:
+    """Whether a value is a bool of Python's or numpy's."""
+    return isinstance(value, bool | np.bool_)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number that torch and numpy can hold."""
+    return isinstance(value, Integral) and not is_bool(value) and -(2**63) <= int(value) < 2**64
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that torch and numpy compute with; fractions are none."""
+    return isinstance(value, float | np.floating) or is_whole(value)
+
+
+def has_values(value: Any) -> bool:
+    """Whether a value is no tensor that is sparse or on the meta device."""
+    return not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_meta)
 
 
 def one_of(names: Iterable[str]) -> Kind:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.model import Anatomy
 from hooked_vlm.anatomy.parts import is_linear
-from hooked_vlm.errors import GridError, NoGradientError
+from hooked_vlm.errors import GridError, HookedVLMError, NoGradientError
 from hooked_vlm.hooks.checkpointing import evaluating, is_checkpointed
 from hooked_vlm.hooks.names import PROJECTOR, VISION, site_path
 from hooked_vlm.hooks.patch_order import VisionActivation, each
@@ -163,6 +163,13 @@ def measure_routes(model: Wrapped, inputs: Mapping[str, Any]) -> Routes:
     try:
         with evaluating(model.hf_model):
             found = _reached(model, inputs, attention, captures)
+    except HookedVLMError:
+        raise
+    except (ValueError, IndexError, TypeError) as error:
+        raise GridError(
+            f"The model refuses what its processor made: {str(error).strip()[:120]}. Its "
+            "config.json and the processor's files are not of one model."
+        ) from error
     except RuntimeError as error:  # torch raises it for an operation without a derivative
         raise NoGradientError(
             "The route of a pixel could not be measured by its gradient: "

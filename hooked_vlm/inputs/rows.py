@@ -53,7 +53,8 @@ def rows_of(
         mask = torch.ones(n_rows, length, dtype=torch.long, device=device)
     visual = None if ids is None else _visual(inputs, ids, placeholders)
     # Places are found on the CPU: on a GPU each step of it would wait for the device.
-    ids, mask, visual = (_on_host(x) for x in (ids, token_mask(mask, length), visual))
+    mask = token_mask(mask, length).expand(n_rows, -1)  # one row may serve all
+    ids, mask, visual = (_on_host(x) for x in (ids, mask, visual))
     tokenizer = getattr(inputs, "tokenizer", None) if text else None
     return [
         PromptRow(

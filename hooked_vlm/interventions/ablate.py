@@ -12,6 +12,7 @@ from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
+from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
 from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
 from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded_at
@@ -39,6 +40,7 @@ class Ablate(_Intervention):
     ) -> tuple[Located, Located]:
         located = places.located(site, inputs, self.at)
         if isinstance(self.to, Tensor):
+            require_usable("Ablate(to=…)", self.to, places.model.hf_model, InterventionError)
             by_head = bool(site.heads) or site.tap == "attention"
             if self.to.ndim > 1 + by_head and self.to.numel() != self.to.shape[-1]:
                 raise InterventionError(

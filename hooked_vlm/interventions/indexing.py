@@ -185,7 +185,8 @@ def _pair_indices(
         return pairs.positions(target, source)
     if site.by_token:
         _refuse_tiles(site, target, source)
-        return pairs.tokens()
+        written, taken = pairs.tokens()
+        return target.projected_tokens()[written], source.projected_tokens()[taken]
     if not site.by_patch:
         raise _no_positions(site)
     _refuse_tiles(site, target, source)
@@ -195,7 +196,8 @@ def _pair_indices(
 
 def _refuse_tiles(site: Site, *grids: TokenGrid) -> None:
     for grid in grids:
-        if grid.patches is not None and len(grid.patches[..., 0].unique()) > 1:
+        rows = grid.projected if site.by_token else grid.patches
+        if rows is not None and len(rows[..., 0].unique()) > 1:
             raise InterventionError(
                 f"Paired cells at {site.name}: the encoder sees this image in tiles, and a pair "
                 "may cross from one to another. Pair cells at a site of the language model, or "

@@ -70,6 +70,7 @@ class Places:
         """Returns the prompts of some inputs, with their tokens' text and images if asked for."""
         key = id(inputs), text, images
         if key not in self._rows:
+            self.model.require_call(inputs, ())
             grids = self.model.grids(inputs) if images else None
             found = rows_of(inputs, grids, text, placeholder_ids(self.model.hf_model))
             self._rows[key] = inputs, found

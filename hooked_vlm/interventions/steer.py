@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from jaxtyping import Float
@@ -11,11 +10,14 @@ from torch import Tensor
 
 from hooked_vlm.analysis.directions import added, with_scaled_projections
 from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import is_number
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.sites import Site
+from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
 from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
 from hooked_vlm.interventions.placing import Placed, Places
+from hooked_vlm.model.base import HookedModel
 
 
 @checked(InterventionError, only_names=True)
@@ -34,7 +36,7 @@ class Steer(_Intervention):
     mode: str = "add"
 
     def _places(self, places: Places, site: Site, inputs: Mapping[str, Any]) -> tuple[Located]:
-        self._check_values()
+        self._check_values(places.model)
         if not isinstance(self.mode, str) or self.mode not in ("add", "project"):
             raise InterventionError(
                 f"Steer(mode={shown(self.mode)}) is not known; use 'add' or 'project'."
@@ -48,7 +50,7 @@ class Steer(_Intervention):
         self._check_width(places.model, site, self._rows.shape[-1])
         return (places.located(site, inputs, self.at),)
 
-    def _check_values(self) -> None:
+    def _check_values(self, model: HookedModel) -> None:
         """Raises `InterventionError` for directions or an alpha that are no numbers."""
         given = self.directions
         wrong = not isinstance(given, Tensor) or given.ndim not in (1, 2) or given.is_complex()
@@ -58,11 +60,11 @@ class Steer(_Intervention):
                 f"Steer(directions=…) was given a {type(given).__name__}{shape}; expected a tensor "
                 "[d_model] or [direction, d_model]. Use torch.stack for a list of vectors."
             )
-        is_number = isinstance(self.alpha, Real) and not isinstance(self.alpha, bool)
-        if not is_number or not math.isfinite(self.alpha):
+        if not is_number(self.alpha) or not math.isfinite(self.alpha):
             raise InterventionError(
                 f"Steer(alpha={shown(self.alpha)}) was given; expected a finite number."
             )
+        require_usable("Steer(directions=…)", given, model.hf_model, InterventionError)
         if not given.is_meta and not bool(given.isfinite().all()):
             raise InterventionError(
                 "Steer(directions=…) has values that are NaN or infinite. Give finite directions."

@@ -34,6 +34,7 @@ from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.sites import Site, describe_sites
 from hooked_vlm.hooks.turns import lock_of
 from hooked_vlm.inputs.grid_finder import Grids
+from hooked_vlm.inputs.tensors import require_tensors
 from hooked_vlm.model.activation_sizes import Footprint
 from hooked_vlm.model.instead import ActsLikeAModule
 from hooked_vlm.model.keywords import (
@@ -101,6 +102,8 @@ class HookedModel(ActsLikeAModule, ABC):
         if new := set(given) - self._read_keywords:
             require_read(self.hf_model, new)
             self._read_keywords |= new
+        more = given if isinstance(given, Mapping) else {}
+        require_tensors(self.hf_model, {**inputs, **more})
 
     @property
     def hook_names(self) -> list[str]:

@@ -29,6 +29,7 @@ from hooked_vlm.inputs.encoder import EncoderGrids, find_grids, prepare_images
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.inputs.prepare import Images
 from hooked_vlm.inputs.prepared import Inputs
+from hooked_vlm.inputs.tensors import require_tensors
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
@@ -143,6 +144,7 @@ class HookedVisionEncoder(HookedModel):
         For inputs that `prepare` did not make, pixels are those of the processed images.
         """
         require_inputs(inputs)
+        require_tensors(self.hf_model, inputs)
         return inputs.grids if isinstance(inputs, Inputs) else find_grids(self._grids, inputs)
 
     @checked(HookError, but=("inputs",), missing=ONE_MAPPING)

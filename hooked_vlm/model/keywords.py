@@ -17,6 +17,7 @@ from hooked_vlm.arguments.checked import require, shown
 from hooked_vlm.arguments.kinds import Count, NotNegative, Whole
 from hooked_vlm.errors import DataError, HookError, did_you_mean
 from hooked_vlm.inputs.processor import is_read
+from hooked_vlm.inputs.tensors import require_as_long
 
 
 OURS = (
@@ -226,6 +227,7 @@ def _fields(typed: Any) -> set[str]:
 def require_pixels(given: Mapping[str, Any], token: int | None) -> None:
     """Raises `HookError` for image tokens without an image: the model would run blind."""
     require_held(given)
+    require_as_long(given)
     ids = given.get("input_ids")
     if ids is None or token is None or ids.device.type == "meta":
         return

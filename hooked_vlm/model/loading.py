@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.errors
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -38,6 +39,8 @@ _REFUSED = (
     RuntimeError,
     SafetensorError,
     RecursionError,
+    # Of a value in config.json; no error of Python's own.
+    getattr(huggingface_hub.errors, "StrictDataclassError", OSError),
 )
 _FOR_BOTH = ("revision", "trust_remote_code", "local_files_only", "cache_dir", "token")
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -262,6 +263,21 @@ class TokenGrid:
                 "Threshold or resize it first."
             )
         return self._select(mask_coverage(*self.edges, pixels), rule, name)
+
+    def projected_tokens(self) -> Int[Tensor, " token"]:
+        """Returns the projector's row of each cell, cells in raster order.
+
+        Raises `GridError` for an image in tiles, and where a cell has several rows.
+        """
+        if self.projected is None:
+            return torch.arange(self.rows * self.cols)
+        if self.projected.shape[2] != 1 or bool(self.projected[..., 0].any()):
+            raise GridError(
+                "The projector's rows of this image are not one for each cell of one image: it "
+                "is seen in tiles, or a cell has several rows. grid.projected lists each cell's "
+                "(tile, row) pairs."
+            )
+        return self.projected[..., 0, 1].flatten()
 
     @checked(RegionError)
     def cell_of_patch(self, patch: int) -> Cell:

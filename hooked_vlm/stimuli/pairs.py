@@ -222,7 +222,7 @@ def sample_draws(
     Warns:
         HookedVLMWarning: a direction with fewer than `per_direction` accepted tuples.
     """
-    rng = random.Random(seed)
+    rng = random.Random(int(seed))
     chosen: dict[str, list[tuple[str, ...]]] = {}
     tried: dict[str, int] = {}
     for direction in directions:

@@ -4,6 +4,7 @@ Folders and lists may come from others.  A list therefore names pictures only in
 folder, and a picture that is damaged or far too large raises `DataError`.
 """
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -32,6 +33,7 @@ _UNREADABLE = (
 
 def open_picture(path: Path, mode: str = "RGB") -> Image.Image:
     """Returns a file's picture; raises `DataError` with the file's name if it is unreadable."""
+    _require_no_pipe(path)
     try:
         with warnings.catch_warnings():
             # Shown for pictures of half the size that PIL refuses.
@@ -51,6 +53,13 @@ def open_picture(path: Path, mode: str = "RGB") -> Image.Image:
         ) from None
 
 
+def _require_no_pipe(path: Path) -> None:
+    """Raises `DataError` for what would be waited for: a pipe, a socket or a device."""
+    with contextlib.suppress(OSError):  # named by whoever opens it
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise DataError(f"'{path}' is no file. Replace it or remove it.")
+
+
 def checked_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file; raises `DataError` for a picture that cannot be opened.
 
@@ -60,6 +69,7 @@ def checked_sha256(path: Path) -> str:
         status = path.stat()
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
+    _require_no_pipe(path)
     return _checked(path, status.st_size, status.st_mtime_ns)
 
 
@@ -97,6 +107,7 @@ def read_list(path: Path) -> list[Any]:
 
 def read_json(path: Path) -> Any:
     """Returns the content of a JSON file; raises `DataError` for another file."""
+    _require_no_pipe(path)
     try:
         return json.loads(path.read_bytes())
     except UnicodeDecodeError as error:

@@ -75,11 +75,7 @@ def attribution_error(
 
     Raises `DataError` for arrays of different shapes, and where there is no axis of prompts.
     """
-    if estimate.dims != exact.dims or estimate.shape != exact.shape:
-        raise DataError(
-            f"The estimate has axes {dict(estimate.sizes)} and the exact sweep {dict(exact.sizes)};"
-            " compare Sweep.attribution and Sweep.run of the same sweep and metric."
-        )
+    _require_alike(estimate, exact)
     if prompt not in exact.dims:
         raise DataError(
             f"There is no axis {prompt!r} among {exact.dims}; name that of the prompts: prompt=…."
@@ -123,6 +119,7 @@ def agreement_table(
     wrong = [name for name in by if name not in exact.dims or name == prompt]
     if wrong:
         raise DataError(f"There is no axis {wrong[0]!r} to go by among {exact.dims}.")
+    _require_alike(estimate, exact)
     rows = []
     for place in _places(exact, by):
         at = exact.isel(place).coords
@@ -142,6 +139,17 @@ def agreement_table(
                 | {"low": found.low, "high": found.high, "n": found.n}
             )
     return pd.DataFrame(rows)
+
+
+def _require_alike(estimate: xr.DataArray, exact: xr.DataArray) -> None:
+    if estimate.dims != exact.dims or estimate.shape != exact.shape:
+        raise DataError(
+            f"The estimate has axes {dict(estimate.sizes)} and the exact sweep {dict(exact.sizes)};"
+            " compare Sweep.attribution and Sweep.run of the same sweep and metric."
+        )
+    for scores in (estimate, exact):
+        if scores.dtype.kind not in "fiub":
+            raise DataError(f"Scores are of {scores.dtype}; expected numbers.")
 
 
 def _places(array: xr.DataArray, by: Sequence[str]) -> Iterator[dict[str, int]]:

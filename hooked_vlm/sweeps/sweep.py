@@ -10,6 +10,7 @@ goes about it, each cell's scores are those of one plain hooked forward pass.
     scores = sweep.run(model, metric=lambda logits: …)   # xarray.DataArray
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -175,11 +176,21 @@ class Sweep:
                 "function of one value of each axis."
             )
         axes = self.axes if isinstance(self.axes, Mapping) else {}
-        if not axes or not all(map(_has_values, axes.values())):
+        named = all(isinstance(name, str) for name in axes)
+        if not axes or not named or not all(map(_has_values, axes.values())):
             raise InterventionError(
-                f"A sweep needs axes with values; given: {shown(self.axes)}. Give a mapping such "
-                "as {'slot': range(9)}."
+                f"A sweep needs named axes with values; given: {shown(self.axes)}. Give a "
+                "mapping such as {'slot': range(9)}."
             )
+        try:
+            inspect.signature(self.make).bind(**dict.fromkeys(axes))
+        except TypeError as error:
+            raise InterventionError(
+                f"make cannot be called with the axes {', '.join(axes)}: {error}. Give a function "
+                "that takes each by its name."
+            ) from None
+        except ValueError:  # a built-in function without a signature
+            pass
 
     def _scored(
         self, metric: Metric, dims: Sequence[str], coords: Mapping[str, Sequence[Any]] | None
@@ -260,7 +271,9 @@ def _check_score(score: Any, dims: Sequence[str], coords: Mapping[str, Sequence[
 
 
 def _has_values(values: Any) -> bool:
-    return hasattr(values, "__len__") and hasattr(values, "__iter__") and len(values) > 0
+    is_single = isinstance(values, np.ndarray | Tensor) and not values.ndim
+    listed = hasattr(values, "__len__") and hasattr(values, "__iter__") and not is_single
+    return listed and len(values) > 0
 
 
 def _label(value: Any) -> Any:

@@ -30,11 +30,10 @@ from hooked_vlm.engine.run import run_cells
 from hooked_vlm.errors import InterventionError, did_you_mean
 from hooked_vlm.hooks.names import PROJECTOR, VISION, get_act_name, resolve_name, tower_of
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.inputs.pixel_routing import holds_pixels
-from hooked_vlm.inputs.rows import known_grids, prompt_shape
 from hooked_vlm.interventions.chain import Cell
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Places
+from hooked_vlm.sweeps.patching_checks import check_cache, check_images, check_indices
 
 
 PatchSetter = Callable[[Tensor, list[int], Tensor], Tensor | None]
@@ -125,16 +124,17 @@ def generic_activation_patch(
         raise InterventionError("Give index_axis_names or index_df: one of the two, and not both.")
     if index_df is not None and index_df.empty:
         raise InterventionError("There is no index to patch: index_df has no rows.")
-    _check_images(model, corrupted_inputs, clean_cache)
+    model.require_call(corrupted_inputs, ())
+    check_images(model, corrupted_inputs, clean_cache)
     axes = list(index_df.columns if index_df is not None else index_axis_names or ())
     layers = None if index_df is None or "layer" not in axes else sorted(set(index_df["layer"]))
     sites = _sites(model, activation_name, tower, "layer" in axes, layers)
-    _check_cache(model, corrupted_inputs, clean_cache, sites)
+    check_cache(model, corrupted_inputs, clean_cache, sites)
     sizes = _sizes(axes, sites, clean_cache)
     flat = index_df is not None
     if index_df is None:
         index_df = pd.DataFrame(list(product(*map(range, sizes))), columns=pd.Index(axes))
-    _check_indices(index_df, sizes, layers)
+    check_indices(index_df, sizes, layers)
 
     places, cells = Places(model), []
     for row in index_df.itertuples(index=False):
@@ -183,23 +183,6 @@ def _number(value: Any) -> Tensor:
 # --- what is checked before anything runs ---------------------------------------------------
 
 
-def _check_images(model: Any, inputs: Mapping[str, Any], cache: Mapping[str, Any]) -> None:
-    if holds_pixels(inputs):
-        return
-    if "input_ids" not in inputs:
-        raise InterventionError("The corrupted inputs have no input_ids. Use what prepare returns.")
-    from_image = any(name.startswith("vision_") for name in cache)
-    ids, token = inputs.get("input_ids"), model.cfg.image_token_id
-    blind = ids is not None and token is not None and bool((ids == token).any())
-    if from_image or blind:
-        run = "the clean cache is of a run with an image"
-        why = run if from_image else "the prompt holds image tokens"
-        raise InterventionError(
-            f"The corrupted inputs have no pixel_values, but {why}: the patched runs would be "
-            "blind. Pass everything that prepare(images, texts) returns, not the tokens alone."
-        )
-
-
 def _sites(
     model: Any, name: str, tower: str | None, by_layer: bool, layers: Sequence[Any] | None
 ) -> dict[Any, Site]:
@@ -215,56 +198,6 @@ def _sites(
         if site.read_only:
             raise InterventionError(f"{site.name} cannot be written: {site.read_only}.")
     return sites
-
-
-def _check_cache(
-    model: Any, inputs: Mapping[str, Any], cache: Mapping[str, Any], sites: Mapping[Any, Site]
-) -> None:
-    missing = [site.name for site in sites.values() if site.name not in cache]
-    if missing:
-        raise InterventionError(
-            f"The clean cache lacks {len(missing)} of the {len(sites)} sites to patch: "
-            f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. Cache them: "
-            "run_with_cache(clean_inputs, names_filter=…)."
-        )
-    lists = [site.name for site in sites.values() if isinstance(cache[site.name], list)]
-    if lists:
-        raise InterventionError(
-            f"{lists[0]} is a list by image in the clean cache, because its images differ in size, "
-            "so one index means nothing for all. Use images of one size, or Patch with regions."
-        )
-    for site in sites.values():
-        expected = _lengths(model, inputs, site)
-        shape = dict(zip(site.axes.split(), cache[site.name].shape, strict=False))
-        for axis, length in expected.items():
-            serves_all = axis in ("batch", "image") and shape.get(axis) == 1
-            if axis in shape and shape[axis] != length and not serves_all:
-                raise InterventionError(
-                    f"{site.name} in the clean cache has {shape[axis]} along {axis!r}, and the "
-                    f"corrupted inputs make {length}. Clean and corrupted runs need prompts of "
-                    "one length, images of one size and equal batches (or a clean batch of one); "
-                    "for other runs use Patch, which maps places to places."
-                )
-
-
-def _lengths(model: Any, inputs: Mapping[str, Any], site: Site) -> dict[str, int]:
-    """Returns how long the axes of a site will be, as far as the inputs alone tell."""
-    if site.axes.startswith("batch"):
-        batch, pos = prompt_shape(inputs) or (0, 0)
-        return {"batch": batch, "pos": pos, "query": pos, "key": pos}
-    grids = known_grids(model, inputs)
-    sizes = {(g.patch_rows * g.patch_cols, len(g)) for g in grids}
-    if len(sizes) != 1:
-        raise InterventionError(
-            f"The corrupted inputs hold {len(grids)} images of {len(sizes)} different sizes, so "
-            f"one index at {site.name} means nothing for all. Use images of one size, or Patch "
-            "with regions."
-        )
-    ((patches, tokens),) = sizes
-    if "d_features" not in site.axes and not site.conv:
-        patches += grids[0].n_prefix
-    lengths = {"patch": patches, "token": tokens, "query": patches, "key": patches}
-    return lengths | {"image": len(grids)}
 
 
 def _sizes(axes: Sequence[str], sites: Mapping[Any, Site], cache: Mapping[str, Any]) -> list[int]:
@@ -283,19 +216,6 @@ def _sizes(axes: Sequence[str], sites: Mapping[Any, Site], cache: Mapping[str, A
             )
         sizes.append(cache[site.name].shape[place])
     return sizes
-
-
-def _check_indices(
-    index_df: pd.DataFrame, sizes: Sequence[int], layers: Sequence[Any] | None
-) -> None:
-    for axis, size in zip(index_df.columns, sizes, strict=True):
-        column = index_df[axis]
-        given_layers = axis == "layer" and layers is not None  # resolved by name already
-        if not given_layers and not column.between(0, size - 1).all():
-            raise InterventionError(
-                f"index_df has {axis} from {column.min()} to {column.max()}; the cached "
-                f"activation has 0 to {size - 1}."
-            )
 
 
 # --- ready-made: f(model, corrupted_inputs, clean_cache, metric, tower=…) -------------------

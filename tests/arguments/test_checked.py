@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,8 +20,8 @@ from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
 
 NAN, INF = float("nan"), float("inf")
 CASES: list[tuple[Any, list[Any], list[Any]]] = [
-    (int, [1, -1, np.int64(2)], [True, 1.0, "1", None, np.bool_(1)]),
-    (float, [1, 1.5, np.float32(1), NAN], [True, "1", 1j, None]),
+    (int, [1, -1, np.int64(2)], [True, 1.0, "1", None, np.bool_(1), 2**64, -(10**30)]),
+    (float, [1, 1.5, np.float32(1), NAN], [True, "1", 1j, None, Fraction(1, 3), 10**30]),
     (bool, [True, np.bool_(0)], [1, 0.0, None, "yes"]),
     (str, ["", "a", np.str_("a")], [b"a", 1, None, ["a"]]),
     (int | None, [1, None], ["1", 1.5]),
@@ -39,7 +40,7 @@ CASES: list[tuple[Any, list[Any], list[Any]]] = [
     (Share, [0.5], [0, 1, NAN, 95.0]),
     (OptionalDevice, ["cpu", "cuda:1", torch.device("cpu"), None], ["gpu", 0, ""]),
     (Annotated[str, one_of(("left", "right"))], ["left"], ["lfet", 1]),
-    (Float[Tensor, "row col"], [torch.ones(2, 3), torch.ones(0, 1).half()], [torch.ones(2)]),
+    (Float[Tensor, "row col"], [torch.ones(2, 3)], [torch.ones(2), torch.eye(2).to_sparse()]),
     (Int[np.ndarray, " row"], [np.arange(3)], [np.ones(3), [1, 2], torch.arange(3)]),
 ]
 

@@ -8,10 +8,11 @@ Without names, every architecture of the installed transformers is tried.
 import argparse
 import os
 import platform
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 
@@ -35,6 +36,13 @@ MARKS = {YES: "✓", NO: "✗", NONE: "–", "": " "}
 def _prepare_worker() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+
+
+def _end(number: int, _: object) -> None:
+    """Ends the workers too, which would otherwise wait for work after this process is gone."""
+    for worker in active_children():
+        worker.terminate()
+    os._exit(128 + number)
 
 
 def run(names: list[str], workers: int) -> list[Row]:
@@ -190,6 +198,7 @@ def main() -> None:
     unknown = sorted(set(arguments.names) - set(known))
     if unknown:
         parser.error(f"transformers {transformers.__version__} has no {', '.join(unknown)}")
+    signal.signal(signal.SIGTERM, _end)
     start = time.perf_counter()
     rows = run(arguments.names or known, arguments.workers)
     print(table(rows), notes(rows), summary(rows), sep="\n\n")

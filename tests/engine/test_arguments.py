@@ -4,7 +4,7 @@ import torch
 
 from helpers.growing_sweeps import compared
 from helpers.tiny_models import make_inputs, tiny
-from hooked_vlm.engine.arguments import causal_mask, is_closed
+from hooked_vlm.engine.arguments import causal_mask, is_closed, mask_of
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.region import Region
 from hooked_vlm.sweeps.sweep import Sweep
@@ -33,3 +33,13 @@ def test_rows_of_an_image_block_that_sees_itself_begin_in_front_of_it() -> None:
         inputs, {"slot": [0, 1, 2]}, lambda slot: Patch(slot, at=last_column, source=source)
     )
     compared(model, sweep)
+
+
+def test_j2_a_mask_is_found_by_its_name_or_by_its_shape() -> None:
+    square, by_prompt = torch.zeros(2, 1, 5, 5), torch.ones(2, 5)
+    hidden = torch.zeros(2, 5, 8)
+    assert mask_of((hidden,), {"attention_mask": by_prompt, "bias": square}, 5) is by_prompt
+    assert mask_of((hidden, square), {"attention_mask": None}, 5) is square
+    assert mask_of((hidden,), {"causal": square}, 5) is square
+    for other in (torch.zeros(2, 1, 5, 4), torch.zeros(2, 5, 5), torch.zeros(1, 2, 1, 5, 5)):
+        assert mask_of((hidden, other), {"causal": other}, 5) is None

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine import noise
+from hooked_vlm.engine.growing import run_growing
+from hooked_vlm.engine.proofs import forget
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
@@ -194,3 +197,34 @@ def test_a_function_that_writes_in_place_leaves_the_clean_run_alone(
     assert fast.attrs["engine"].startswith(engine) and "change nothing" not in str(fast.attrs)
     assert float(abs(fast - plain).max()) <= 5e-6 * float(abs(plain).max())
     assert float(abs(plain[0] - plain[1]).max()) > 0
+
+
+def test_j2_a_control_that_does_not_fit_beside_a_row_runs_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, sweep = tiny("llava"), sweep_of("llava", ["last"], [1, 2])
+    cells, true, tried = sweep.recorded(model), growing.verify, []
+
+    def full(*args: Any, **options: Any) -> float:
+        tried.append(args[3] is not None)
+        if args[3] is not None or always:
+            raise torch.OutOfMemoryError("out of memory")
+        return true(*args, **options)
+
+    monkeypatch.setattr(growing, "verify", full)
+    for memory, always, expected in ((None, False, [True, False]), (1, True, [False])):
+        forget(model)
+        tried.clear()
+        run = partial(run_growing, model, sweep.inputs, cells, lambda x: x, memory=memory)
+        if always:
+            with pytest.raises(torch.OutOfMemoryError):
+                run()
+        else:
+            run()
+        assert tried == expected
+    forget(model)
+
+
+def test_j2_rows_carry_every_position_whose_logits_are_kept() -> None:
+    for keep in (1, 3):
+        compared(tiny("llava"), sweep_of("llava", ["last", "swap"], [1, 2]), logits_to_keep=keep)

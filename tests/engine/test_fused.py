@@ -75,11 +75,13 @@ def test_sources_of_several_runs_go_in_one_call(calls: list[int]) -> None:
 def test_what_it_does_not_know_is_left_to_hooks(calls: list[int]) -> None:
     model, inputs = tiny("llava"), make_inputs("llava", 2, seed=1)
     wide = Steer(1, directions=torch.eye(48)[:2], alpha=2.0, mode="project")
+    narrow = Steer(1, directions=torch.ones(48), alpha=2.0)
     twice = Chain(make("llava", "last", 1, 2), make("llava", "swap", 1, 2))
     for made in (
         [wide, wide],
         [twice, twice],
         [wide, Patch(1, source=make_inputs("llava", 2, seed=2))],
+        [narrow, Patch(1, source=make_inputs("llava", 2, seed=2))],
     ):
         sweep = Sweep(inputs, {"i": [0, 1]}, lambda i, made=made: made[i])
         compared(model, sweep)

@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
-from hooked_vlm.engine import fingerprints
+from hooked_vlm.engine import fingerprints, growing
 from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.shared import RunStore, open_runs
@@ -79,6 +79,22 @@ def test_runs_are_made_once(family: str) -> None:
         assert (abs(one - both) <= 5e-6 * abs(one).max()).all()
     assert not other.equals(shared[1])
     assert open_runs(model) is None
+
+
+def test_j2_a_clean_run_is_kept_for_the_next_growing_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made, true = tiny("llava"), [], growing.run_clean
+
+    def counting(*args: Any) -> Any:
+        made.append(args)
+        return true(*args)
+
+    monkeypatch.setattr(growing, "run_clean", counting)
+    with shared_runs(model):
+        for _ in range(3):
+            assert "growing" in run(model, sweep_of("llava")).attrs["engine"]
+    assert len(made) == 1
+    run(model, sweep_of("llava"))
+    assert len(made) == 2
 
 
 def test_what_is_kept_is_forgotten_with_the_weights() -> None:

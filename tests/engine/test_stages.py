@@ -6,6 +6,8 @@ from helpers.growing_sweeps import sweep_of
 from helpers.tiny_models import make_inputs, tiny
 from hooked_vlm.engine.stages import job_of, stage_of
 from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.regions.positions import LastToken
+from hooked_vlm.regions.region import Region
 from hooked_vlm.sweeps.sweep import Sweep
 
 
@@ -43,3 +45,17 @@ def test_j2_a_cell_joins_only_where_all_of_its_base_lies_before_it(base, own, st
         )
         job = job_of(model, inputs, cell, 0)
         assert (None if job is None else job.stage) == stage
+
+
+def test_j2_rows_begin_with_the_first_position_that_any_step_changes() -> None:
+    model, inputs = tiny("llava"), make_inputs("llava")
+    image = int(model.grids(inputs)[0][0].positions.min())
+    left = Region.column_band((6, 6), 0, 1)
+    for made, first in (
+        ([Ablate("vision_projector.hook_out", at=left), Ablate(2, at=LastToken())], image),
+        ([Ablate(1, at=LastToken()), Ablate(2, at=left)], image),
+        ([Ablate("vision_projector.hook_out", at=left), Ablate(2)], 0),
+    ):
+        (cell,) = Sweep(inputs, {"i": [0]}, lambda i, made=made: made).plan(model)
+        job = job_of(model, inputs, cell, 0)
+        assert job is not None and job.first == first

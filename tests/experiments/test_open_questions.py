@@ -1,5 +1,6 @@
 """Q5 and Q6 on planted models, whose mechanisms' places are known."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 
 from helpers.planted_models import planted
+from helpers.toy_grids import make_grid
 from hooked_vlm.analysis.statistics import sign_flip_test
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import CannotRunError, DataError
 from hooked_vlm.experiments import registry
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import in_raster
 from hooked_vlm.experiments.further import encoder_depth, redundancy
 from hooked_vlm.experiments.further.encoder_depth import attention_shares, pooled
 from hooked_vlm.experiments.further.redundancy import between_image_tokens
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
@@ -133,3 +137,16 @@ def test_tests_of_both_axes_are_one_family() -> None:
     p = rows.set_index("direction")["p_holm"]
     own = float(sign_flip_test(odds[0] - odds[1] - odds[2] + odds[3], seed=0))
     assert p["horizontal"] == pytest.approx(min(2 * own, 1)) == p["vertical"]
+
+
+def test_c1_tokens_are_read_in_the_order_of_their_cells() -> None:
+    """A measured grid says which of the projector's rows a cell has; tiles have several."""
+    rows = torch.tensor([[[[0, 3]], [[0, 2]]], [[[0, 1]], [[0, 0]]]])
+    grid = make_grid(2, 2, projected=rows)
+    features = torch.arange(2 * 4 * 3).float().reshape(2, 4, 3)
+    inputs = Inputs({}, [[grid], [make_grid(2, 2)]])
+    found = in_raster(features, inputs)
+    assert torch.equal(found[0], features[0].flip(0)) and torch.equal(found[1], features[1])
+    tiles = replace(grid, projected=rows + torch.tensor([1, 0]))
+    with pytest.raises(CannotRunError, match="seen in tiles"):
+        in_raster(features, Inputs({}, [[grid], [tiles]]))

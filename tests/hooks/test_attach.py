@@ -6,6 +6,7 @@ from torch import nn
 
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError
+from hooked_vlm.hooks.hook_point import PassCounter
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -224,3 +225,13 @@ def test_j2_calls_are_counted_from_0_in_every_pass_and_every_block(family):
             model(inputs)
             model(inputs)
     assert sorted(calls) == sorted((site, 0) for site in sites * 4)
+
+
+def test_j2_what_runs_outside_of_a_pass_is_no_edit_of_one() -> None:
+    run = PassCounter()
+    run.note(changed=True)
+    assert not run.edited
+    run.running = True
+    run.note(changed=True)
+    run.note(changed=False)
+    assert run.edited

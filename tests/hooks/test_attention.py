@@ -348,3 +348,22 @@ def test_packed_attention_without_image_bounds_is_refused_where_it_must_have_the
     else:
         with pytest.raises(HookError, match="gave no image boundaries"):
             attention.hooked_attention(module, one, one, one, None)
+
+
+def test_j2_a_dtype_without_a_bound_of_its_own_is_compared_too(monkeypatch):
+    monkeypatch.setattr(attention, "BOUNDS", {})
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    module: Any = Causal()
+    module.config = type("Config", (), {"_attn_implementation": "eager"})()
+    module.config = attention.tapped_config(module, {"pattern": lambda x: x}, packed=False)
+    mask = additive_mask(Causal(), query, key, None, "sdpa")
+    options: Any = {"scaling": 0.9, "softcap": 2.0, "sinks": torch.randn(2, 4, 5, 1)}
+
+    def larger(*args, **options):
+        out, weights = capped_with_sinks(*args, **options)
+        return 1.1 * out, weights
+
+    monkeypatch.setattr(attention, "_base_function", lambda *_: larger)
+    monkeypatch.setattr(attention, "_VERIFIED", set())
+    with pytest.raises(UnsupportedModelError, match=r"differs from eager attention by 0\.09"):
+        attention.hooked_attention(module, query, key, value, mask, **options)

@@ -10,6 +10,7 @@ import torch
 from conformance import suite
 from helpers.tiny_models import make_inputs, tiny
 from hooked_vlm.errors import DataError, UnknownHookError
+from hooked_vlm.hooks import decomposition
 from hooked_vlm.hooks.cache import ActivationCache
 
 
@@ -92,3 +93,12 @@ def test_e3_the_stream_before_a_block() -> None:
     assert torch.equal(found.decompose_resid(layer=3), found.decompose_resid())
     with pytest.raises(UnknownHookError, match="layer=4 was given; expected 0 to 3"):
         found.decompose_resid(layer=4)
+
+
+def test_j2_the_blur_of_a_fitted_part_grows_with_the_stream_and_not_with_the_part() -> None:
+    given = torch.tensor([[1.0, 2.0], [1.0, -2.0], [1.0, 2.0], [1.0, -2.0]]).double()
+    start = torch.full((4, 2), 3.0).double()
+    found = decomposition._blur(given, start)
+    torch.testing.assert_close(found, torch.full((4, 2), 1.5).double())  # 3 / sqrt(4)
+    torch.testing.assert_close(decomposition._blur(given, 10 * start), 10 * found)
+    torch.testing.assert_close(decomposition._blur(10 * given, start), found)

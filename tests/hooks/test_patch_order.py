@@ -106,3 +106,23 @@ def test_j2_images_of_other_sizes_are_cut_out_of_their_padding_and_put_back():
     expected[0, :, :2, :3] *= -1
     expected[1, :, :4, :1] *= -1
     assert torch.equal(back, expected) and raw.min() == 0
+
+
+def test_j2_windows_move_whole_squares_of_one_image():
+    grid, windows = torch.tensor([[1, 4, 6]]), torch.tensor([3, 0, 5, 1, 4, 2])
+    layout = packed_layout(grid, 2, windows)
+    (plain,), (inside,) = packed_layout(grid, 2).patches.rows, layout.blocks.rows
+    squares = {int(block): place for place, block in enumerate(windows.tolist())}
+    for before, after in zip(plain.tolist(), inside.tolist(), strict=True):
+        assert after == squares[before // 4] * 4 + before % 4
+    assert layout.tokens.rows[0].tolist() == [squares[block] for block in range(6)]
+    assert torch.equal(layout.patches.rows[0], plain)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 7])
+def test_j2_rows_that_are_no_share_of_the_patches_are_one_images_tokens(rows: int):
+    """With separators, say; of several images nobody knows whose they are."""
+    one = packed_layout(torch.tensor([[1, 2, 2]]), 2)
+    assert [image.tolist() for image in one._raster(rows).rows] == [list(range(rows))]
+    two = packed_layout(torch.tensor([[1, 2, 2], [1, 2, 2]]), 2)
+    assert two._raster(rows) is two.tokens

@@ -1,6 +1,8 @@
 """Every site: fires, can be written or says why not, and shows what its name promises."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -339,3 +341,20 @@ def test_j2_patches_in_rows_and_columns_are_shown_on_one_axis(shape: tuple[int, 
     shown = read(site, raw, None)
     assert isinstance(shown, Tensor) and torch.equal(shown, raw.reshape(2, 12, 5))
     assert torch.equal(write(site, shown * 2, raw, None), raw * 2)
+
+
+@pytest.mark.parametrize("layout", ["3hd", "h3d", "h2d"])
+def test_j2_parts_of_a_fused_projection_are_cut_out_by_its_axes(layout: str) -> None:
+    heads, width = 4, 5
+    sizes = {"3": 3, "2": 2, "h": heads, "d": width}
+    raw = torch.randn(2, 6, math.prod(sizes[axis] for axis in layout))
+    parts = raw.reshape(2, 6, *(sizes[axis] for axis in layout))
+    for index in range(1 if layout == "h2d" else 3):
+        site = replace(
+            tiny("llava").sites["blocks.0.attn.hook_q"], layout=layout, index=index, heads=heads
+        )
+        shown = read(site, raw, None)
+        expected = parts[:, :, index] if layout == "3hd" else parts[:, :, :, index]
+        assert isinstance(shown, Tensor) and torch.equal(shown, expected)
+        written = write(site, torch.zeros_like(shown), raw, None)
+        assert torch.equal(written == 0, torch.zeros_like(raw) == write(site, shown * 0, raw, None))

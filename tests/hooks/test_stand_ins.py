@@ -13,7 +13,13 @@ from conformance import suite
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm.checks.laws import YES, check_start_layer
 from hooked_vlm.errors import HookedVLMWarning, HookError, UnknownHookError
-from hooked_vlm.hooks.stand_ins import layer_index, returns_tuples, run_until, skipping
+from hooked_vlm.hooks.stand_ins import (
+    layer_index,
+    replaying,
+    returns_tuples,
+    run_until,
+    skipping,
+)
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -238,3 +244,11 @@ def test_a_run_starts_from_several_residual_streams() -> None:
         inputs = model.prepare([suite.picture(64, 64)], "What is this?")
     assert residual_at(model, inputs, 1).ndim == 4
     assert check_start_layer(model, inputs).verdict == YES
+
+
+def test_j2_without_a_module_or_a_recording_nothing_is_replayed() -> None:
+    module, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with replaying(None, [x]), replaying(module, None):
+        assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+    with replaying(module, [x]):
+        assert torch.equal(module(x), x)

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from helpers.toy_grids import make_grid
 from hooked_vlm.errors import GridError
-from hooked_vlm.inputs.by_measurement import Template, make_template, places_of, ramp_images
+from hooked_vlm.inputs.by_measurement import (
+    Template,
+    make_template,
+    places_of,
+    ramp_images,
+    shows_what_it_says,
+)
 from hooked_vlm.inputs.pixel_routing import NOWHERE, SEVERAL, Routes
 
 
@@ -329,3 +336,28 @@ def test_tiles_that_overlap_by_half_a_cell_are_refused() -> None:
     layout = Layout([(0, 0, 16, 16), (14, 0, 30, 16)], n=4)
     with pytest.raises(GridError, match="make no grid"):
         layout.template((30, 16))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_j2_a_grid_is_held_against_what_the_processor_shows(factor: int) -> None:
+    """Of 64x32 px the right 32 columns, made smaller by a factor."""
+
+    def process(image: Image.Image) -> Tensor:
+        small = image.crop((32, 0, 64, 32)).resize((32 // factor,) * 2, Image.Resampling.BOX)
+        return torch.from_numpy(array(small))[None]
+
+    side, scale = 32 // factor, 1 / factor
+    true: dict[str, Any] = {
+        "image_size": (64, 32),
+        "processed_size": (side, side),
+        "scale": (scale, scale),
+        "offset": (side * 1.0, 0.0),
+    }
+    assert shows_what_it_says(make_grid(2, 2, **true), process)
+    for wrong in (
+        {"scale": (2 * scale, scale)},
+        {"scale": (scale, scale / 2)},
+        {"offset": (0.0, 0.0)},
+        {"offset": (side * 1.0, side * 0.5)},
+    ):
+        assert not shows_what_it_says(make_grid(2, 2, **{**true, **wrong}), process)

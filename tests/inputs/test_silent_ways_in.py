@@ -20,7 +20,7 @@ from conformance.tiny import tiny_config, tiny_model
 from helpers.prepared_models import prepared
 from helpers.tiny_encoders import encoder, pictures
 from helpers.tiny_models import build, make_inputs, tiny
-from hooked_vlm import Ablate, HookedVLM, LastToken, Region, Span, Sweep
+from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Region, Span, Sweep
 from hooked_vlm.errors import (
     GridError,
     HookedVLMWarning,
@@ -29,9 +29,11 @@ from hooked_vlm.errors import (
     UnsupportedModelError,
 )
 from hooked_vlm.hooks import attention
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.videos import frame_grids
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.model.encoder import HookedVisionEncoder
+from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import Positions, TextTokens
 
 
@@ -404,3 +406,20 @@ def test_c4_weights_of_inference_mode_are_named_as_the_reason() -> None:
     model = HookedVLM(hf_model, prepared("llava").processor)
     with pytest.warns(HookedVLMWarning, match=r"Load the model outside torch\.inference_mode"):
         model.prepare(suite.picture(64, 64), "Where?")
+
+
+def test_c1_paired_cells_of_a_measured_grid_are_those_of_its_cells_at_every_site() -> None:
+    """The projector's rows are in another order than the cells."""
+    model = flipped(prepared("llava"))
+    inputs = prepare(model)
+    assert inputs.grid.projected is not None
+    one, other = (Region(inputs.grid.shape, (cell,)) for cell in ((0, 0), (0, 2)))
+    source = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1) + 1}
+    source = Inputs(source, grids=inputs.grids, texts=inputs.texts, no_grid=inputs.no_grid)
+    _, clean = model.run_with_cache(inputs, "hook_merged_embed")
+    wanted = {int(inputs.grid.positions[cell]) for cell in ((0, 0), (0, 2))}
+    for site in (PROJECTED, "vision_encoder.hook_out", "hook_merged_embed"):
+        edit = Patch(site, at=swap_pairs(one, other), source=source)
+        _, edited = model.run_with_cache(inputs, "hook_merged_embed", fwd_hooks=[edit])
+        moved = (clean["hook_merged_embed"] != edited["hook_merged_embed"]).any(-1)[0]
+        assert set(moved.nonzero().flatten().tolist()) == wanted, site

@@ -1,5 +1,6 @@
 """Where a place lies in one site's activation, in every tower."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,3 +142,21 @@ def test_what_is_written_is_read_back_listed_or_not(data: st.DataObject) -> None
     assert torch.equal(torch.stack(list(listed)), torch.as_tensor(written))
     assert torch.equal(rows_at(written, index), -read - 1)
     assert torch.equal(torch.as_tensor(with_rows_at(written, index, read)), dense)
+
+
+def test_j2_pairs_of_an_image_in_one_measured_tile_are_its_own_patches() -> None:
+    """Patches that were measured; a second tile is refused, since pairs may cross it."""
+    model = tiny("llava")
+    (row,) = rows("llava")
+    order = torch.arange(36).flip(0).reshape(6, 6)
+    measured = torch.stack([0 * order, order + 1], -1)[:, :, None]
+    pairs = swap_pairs(Region((6, 6), ((0, 0),)), Region((6, 6), ((0, 5),)))
+    site = model.sites["vision_encoder.blocks.0.hook_resid_pre"]
+    grid = replace(row.grids[0], patches=measured)
+    here = [replace(row, grids=(grid,))]
+    targets, sources = locate_pairs(site, pairs, here, here)
+    assert [index.tolist() for _, index in targets] == [[36, 31]]
+    assert [index.tolist() for _, index in sources] == [[31, 36]]
+    tiles = replace(grid, patches=measured + torch.tensor([1, 0]) * (order > 17)[..., None, None])
+    with pytest.raises(InterventionError, match="in tiles"):
+        locate_pairs(site, pairs, [replace(row, grids=(tiles,))], here)

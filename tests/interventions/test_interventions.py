@@ -502,6 +502,7 @@ def test_j2_an_alpha_that_is_no_finite_number_is_refused(alpha: Any) -> None:
         (torch.ones(48, dtype=torch.complex64), "expected a tensor"),
         (torch.ones(0, 48), "expected a tensor"),
         (torch.full((48,), float("nan")), "NaN or infinite"),
+        (torch.tensor([float("nan"), *[1.0] * 47]), "NaN or infinite"),
         (torch.full((48,), float("-inf")), "NaN or infinite"),
     ],
 )
@@ -560,3 +561,9 @@ def test_a_source_run_ends_behind_what_is_read_of_it(family: str) -> None:
     record(model, inputs, [*names, "hook_logits"])
     assert ran == [0]
     handle.remove()
+
+
+def test_j2_one_value_that_is_nan_is_refused_in_what_is_written() -> None:
+    value = torch.ones(48)
+    value[3] = float("nan")
+    refused("llava", Ablate(1, to=value), InterventionError, "NaN or infinite")

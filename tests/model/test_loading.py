@@ -1,11 +1,13 @@
 """Loading by folder and by shipped name; what cannot be loaded, and why."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -17,6 +19,7 @@ from hooked_vlm.errors import (
     HookedVLMError,
     HookedVLMWarning,
     MissingWeightsError,
+    NoGridError,
     UnsupportedModelError,
 )
 from hooked_vlm.model.encoder import HookedVisionEncoder
@@ -150,6 +153,35 @@ def test_g5_missing_weights_are_an_error_unless_allowed(tmp_path: Path, change: 
 def test_g5_more_weights_than_the_model_has_are_no_error(tmp_path: Path):
     name = changed_checkpoint(tmp_path / "model", lambda w: {**w, "extra": torch.zeros(2)})
     HookedVLM.from_pretrained(name)
+
+
+def with_config(folder: Path, part: str, **values: Any) -> str:
+    """Returns a copy of a shipped model with other values in a part of its config.json."""
+    shutil.copytree(zoo.folder("tiny-gemma-3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (config[part] if part else config).update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": -1}, {"hidden_size": "a"}, {"num_hidden_layers": 0}], ids=str
+)
+def test_i3_a_config_that_transformers_refuses(tmp_path: Path, values: dict[str, Any]):
+    with pytest.raises(UnsupportedModelError, match="Could not load") as caught:
+        HookedVLM.from_pretrained(with_config(tmp_path / "model", "text_config", **values))
+    assert len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize("values", [{"image_token_index": 500}, {"mm_tokens_per_image": 4}])
+def test_i3_a_config_of_another_processor_gives_no_grid(tmp_path: Path, values: dict[str, Any]):
+    model = HookedVLM.from_pretrained(with_config(tmp_path / "model", "", **values))
+    says = "refuses what its processor made"
+    with pytest.warns(HookedVLMWarning, match=says) as caught:
+        inputs = model.prepare(Image.new("RGB", (192, 192)), "red")
+    assert len(str(caught[0].message)) <= 400
+    with pytest.raises(NoGridError, match=says):
+        inputs.grid  # noqa: B018
 
 
 def vit(folder: Path, without: str) -> str:

@@ -1,5 +1,7 @@
+import itertools
 import re
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -271,3 +273,25 @@ def test_j2_a_cell_s_size_is_in_pixels_of_the_given_image():
     assert str(grid) == (
         "3x4 visual tokens of 50x30 px, 6x8 patches, image 200x90, seen as 100x180 px"
     )
+
+
+def test_j2_the_cell_of_a_measured_patch() -> None:
+    """Cells in columns instead of rows, behind one class token."""
+    tokens = torch.arange(6).reshape(3, 2).T + 1
+    rows = torch.stack([0 * tokens, tokens], -1)[:, :, None]
+    grid = replace(make_grid(2, 3, patches=1), patches=rows)
+    for row, col in itertools.product(range(2), range(3)):
+        assert grid.cell_of_patch(int(tokens[row, col])) == (row, col)
+    tiles = torch.stack([tokens % 2, tokens], -1)[:, :, None]
+    for patches, patch in ((tiles, 1), (rows, 9)):
+        with pytest.raises(GridError, match="belongs to 0 cells"):
+            replace(grid, patches=patches).cell_of_patch(patch)
+
+
+def test_j2_the_projectors_rows_of_a_measured_grid_are_those_of_its_cells() -> None:
+    assert make_grid(2, 3).projected_tokens().tolist() == [0, 1, 2, 3, 4, 5]
+    rows = torch.tensor([[[[0, 5]], [[0, 3]]], [[[0, 1]], [[0, 4]]]])
+    assert make_grid(2, 2, projected=rows).projected_tokens().tolist() == [5, 3, 1, 4]
+    for other in (rows + torch.tensor([1, 0]), rows.repeat(1, 1, 2, 1)):
+        with pytest.raises(GridError, match="not one for each cell"):
+            make_grid(2, 2, projected=other).projected_tokens()

@@ -192,3 +192,17 @@ def test_a_block_that_raises_leaves_the_old_folder(tmp_path: Path) -> None:
         (building / "new").touch()
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "old"]
+
+
+@pytest.mark.parametrize("newest", [0, 1])
+def test_j2_of_several_folders_that_were_moved_aside_the_newest_comes_back(
+    tmp_path: Path, newest: int
+) -> None:
+    for number in (0, 1):
+        aside = leftover(tmp_path, "behaviour", "old")
+        aside.mkdir()
+        (aside / "result.json").write_text(str(number))
+        age = 1e9 + 100 * (number == newest)
+        os.utime(aside, (age, age))
+    restore(tmp_path / "behaviour")
+    assert (tmp_path / "behaviour" / "result.json").read_text() == str(newest)

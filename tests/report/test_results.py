@@ -188,3 +188,14 @@ def test_h7_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (folder / "images/000.png").symlink_to(secret)
     with pytest.raises(DataError, match="which is no file of a result"):
         read_result(folder)
+
+
+def test_j2_what_a_signed_result_says_wrongly_is_named_from_its_first_letter(
+    tmp_path: Path,
+) -> None:
+    folder = save_result(synthetic.e1(), tmp_path, "key")
+    about = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(signed({**about, "rows": about["rows"] + 1}))
+    says = r"is damaged: result\.json does not describe its files \(ValueError: \d+ rows in table"
+    with pytest.raises(DataError, match=says):
+        read_result(folder)

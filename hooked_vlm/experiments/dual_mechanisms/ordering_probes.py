@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares
-from hooked_vlm.errors import counted
+from hooked_vlm.errors import CannotRunError, GridError, counted
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     Fitted,
     places_read,
@@ -29,6 +29,7 @@ from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import ALPHA, Judgement, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import PROJECTOR
+from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 
@@ -161,7 +162,19 @@ def projected_pictures(
         _, cache = setting.model.run_with_cache(
             inputs, site, stop_at_layer=0, fwd_hooks=list(fwd_hooks)
         )
-    return cache[site].float().cpu()
+    return in_raster(cache[site].float().cpu(), inputs)
+
+
+def in_raster(projected: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Returns the projector's output `[image, token, d]` with the cells of each image in order.
+
+    A measured grid may have them in another order.  Raises `CannotRunError` for images in tiles.
+    """
+    try:
+        orders = [grid.projected_tokens() for grids in inputs.grids for grid in grids]
+    except GridError as error:
+        raise CannotRunError(str(error)) from None
+    return torch.stack([image[order] for image, order in zip(projected, orders, strict=True)])
 
 
 def _object_cells(setting: Setting, axis: str) -> np.ndarray:

@@ -36,6 +36,7 @@ from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
     table_of,
     verdict_of,
 )
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import in_raster
 from hooked_vlm.experiments.further.coco_published import NOTE, listings, published_rows
 from hooked_vlm.experiments.further.coco_spatial import (
     STYLES,
@@ -253,7 +254,7 @@ def observed(model, group: Sequence[BoxedItem], style: str) -> list[Told]:
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs, site, logits_to_keep=1)
     answers = [normalise(answer) for answer in top_answer(final_logits(logits), model.tokenizer)]
-    features = cache[site].float().cpu()
+    features = in_raster(cache[site].float().cpu(), inputs)
     found = []
     for i, item in enumerate(group):
         tokens, grid = features[2 * i], inputs.grids[2 * i][0]

@@ -28,7 +28,7 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     strips,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, in_raster
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import HALF, name_of, pictures_of
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.options import OnProgress
@@ -162,13 +162,16 @@ def _features(
     found: dict[str, list[Tensor]] = {site: [] for site in sites}
     side = setting.geometry.shape[0]
     for batch in setting.batches(questions):
+        inputs = setting.inputs(batch)
         with torch.no_grad():
-            _, cache = setting.model.run_with_cache(
-                setting.inputs(batch), list(sites), stop_at_layer=0
-            )
+            _, cache = setting.model.run_with_cache(inputs, list(sites), stop_at_layer=0)
         for site in sites:
-            prefix = 0 if site.startswith(PROJECTOR) else setting.model.anatomy.vision.n_prefix
-            found[site].append(pooled(cache[site][:, prefix:].float().cpu(), side))
+            values = cache[site].float().cpu()
+            if site.startswith(PROJECTOR):
+                values = in_raster(values, inputs)
+            else:
+                values = values[:, setting.model.anatomy.vision.n_prefix :]
+            found[site].append(pooled(values, side))
     return {site: torch.cat(parts) for site, parts in found.items()}
 
 

@@ -22,6 +22,7 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     background_shares,
     fit_with_controls,
 )
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import in_raster
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import system_of, token_grid
@@ -116,7 +117,7 @@ def _projected(model, images: list[Image.Image]) -> torch.Tensor:
     inputs = model.prepare(images, [""] * len(images), system=system_of(model, SYSTEM_PROMPT))
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, site, stop_at_layer=0)
-    return cache[site].float().cpu()
+    return in_raster(cache[site].float().cpu(), inputs)
 
 
 def _fit(

@@ -161,7 +161,7 @@ def _accuracy(settings: Settings) -> list[dict]:
 def drawn_tuples(settings: Settings, at_most: int, seed: int) -> list[Question]:
     """Returns composites of all references in the order of a seeded shuffle, `at_most` of them."""
     every = [q for setting in settings.values() for q in setting.stimuli.items(("left",))]
-    random.Random(seed).shuffle(every)
+    random.Random(int(seed)).shuffle(every)
     return every[:at_most]
 
 
