@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import built
-from benchmarks.common.published import SETTINGS
+from benchmarks.common.published import SETTINGS, Setting
 from benchmarks.throughput.timed import FIRST, LENGTH, SIDE, SIZES
 from hooked_vlm import HookedVLM
 from hooked_vlm.sweeps.plan import Costs, costs_of
@@ -146,10 +146,14 @@ class Arithmetic:
         return total + questions * costs.head
 
 
-@cache
 def published(name: str) -> Arithmetic:
     """Returns the arithmetic of a published model on a prompt of the paper's length."""
-    setting = SETTINGS[name]
+    return of_setting(SETTINGS[name])
+
+
+@cache
+def of_setting(setting: Setting) -> Arithmetic:
+    """Returns the arithmetic of a model and a prompt of some shapes."""
     model = setting.build("meta", torch.bfloat16)
     prompt = Prompt.of(
         setting.length, setting.first_image, setting.side, setting.family == "gemma-3"

@@ -28,7 +28,7 @@ def test_every_way_runs_and_takes_what_it_says(wrapper, family, capsys):
     names = [name for name in model.hook_names if name.startswith("blocks.") and "resid" in name]
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs, names)
-        output, found = wrapper._by_torch_hooks(model, names, lambda: model.hf_model(**inputs))
+        output, found = wrapper.by_torch_hooks(model, names, lambda: model.hf_model(**inputs))
     assert torch.equal(output.logits, logits)
     assert all(torch.equal(found[name], cache[name]) for name in names)
     assert getattr(model.hf_model.config, "_attn_implementation") == "sdpa"  # noqa: B009

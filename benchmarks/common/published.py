@@ -47,6 +47,13 @@ class Setting:
             torch.nn.init.normal_(weight, std=0.02)
         return HookedVLM(hf_model.eval(), name=self.name)
 
+    def patches(self, model: HookedVLM) -> int:
+        """Returns the encoder's positions for one image."""
+        if self.family == "qwen2-vl":
+            return 4 * self.side**2
+        vision: Any = model.hf_model.config.vision_config  # type: ignore[union-attr]
+        return (vision.image_size // vision.patch_size) ** 2
+
     def inputs(self, model: HookedVLM, batch: int, seed: int) -> dict[str, Tensor]:
         """Returns inputs of `batch` prompts with random texts and pixels, on the CPU."""
         config: Any = model.hf_model.config

@@ -1,0 +1,135 @@
+"""Part 3: sweeps of the shipped models beside bare PyTorch hooks, and beside the CPU.
+
+The engine must be the growing batch in whatever order sweeps come, with every implementation of
+attention that there is.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.parts import twin
+from benchmarks.gpu.given import Given
+from benchmarks.gpu.turns import apart
+from benchmarks.throughput.hook_loop import HookLoop
+from benchmarks.throughput.ours import Ours
+from benchmarks.throughput.tasks import Task
+from benchmarks.throughput.timed import SHIPPED, Timed
+from hooked_vlm import HookedVLM, zoo
+from hooked_vlm.engine.growing import BOUNDS
+
+
+SWEEPS = ("final_token", "strip", "object", "alpha", "head", "vision")
+GROWING = "growing"
+
+
+def run(given: Given) -> None:
+    """Notes for each model, attention and order: engines, and how far answers are apart."""
+    names = SWEEPS[:2] if given.tiny else SWEEPS
+    for shipped in SHIPPED:
+        timed = Timed.of(shipped, "")
+        tasks = timed.tasks(names, 1 if given.tiny else 4)
+        on_cpu = {} if not given.on_gpu else answers_on_cpu(timed, tasks)
+        for attention, dtype in implementations(given):
+            for order in (tasks, tasks[::-1]):
+                label = f"{shipped}, {attention}, {order[0].name} first"
+                try:
+                    compared(given, label, timed, attention, dtype, order, on_cpu)
+                except Exception as error:  # noqa: BLE001 - one attention says nothing of the next
+                    said = f"{type(error).__name__}: {error}".splitlines()[0]
+                    given.note(f"{label}: runs", said[:200], correct=False)
+
+
+def implementations(given: Given) -> Iterator[tuple[str, torch.dtype]]:
+    """Yields implementations of attention, with a dtype that each takes."""
+    from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
+
+    yield "sdpa", torch.float32
+    yield "eager", torch.float32
+    if given.on_gpu:
+        yield "sdpa", torch.bfloat16
+        if is_torch_flex_attn_available():
+            yield "flex_attention", torch.float32
+        if is_flash_attn_2_available():  # last: a failed assertion on the device ends the process
+            yield "flash_attention_2", torch.bfloat16
+
+
+def compared(
+    given: Given,
+    label: str,
+    timed: Timed,
+    attention: str,
+    dtype: torch.dtype,
+    order: Sequence[Task],
+    on_cpu: dict[str, Tensor],
+) -> None:
+    """Notes what a new wrapper does with sweeps in an order."""
+    label = label if dtype == torch.float32 else label.replace(attention, f"{attention} bf16")
+    copies = [copied(timed.model, attention, dtype) for _ in range(2)]
+    ours = Ours(HookedVLM(copies[0], timed.model.processor, name=timed.name))
+    loop = HookLoop(copies[1])
+    engines, hooks, cpu = [], [0.0], [0.0]
+    for task in order:
+        task = in_dtype(task, dtype)
+        with torch.no_grad():
+            found, bare = ours.run(task), loop.run(task).float().cpu()
+        engines.append(f"{task.name}: {ours.note}")
+        hooks.append(apart(found, bare))
+        if task.name in on_cpu:  # less what bare hooks on this device are apart from the CPU
+            there = on_cpu[task.name]
+            cpu.append(max(0.0, apart(found, there) - apart(bare, there)))
+    growing = [note.split(": ")[1].split(" ")[0] == GROWING for note in engines]
+    slow = "; ".join(note for note, fast in zip(engines, growing, strict=True) if not fast)
+    # On a CPU small models may be faster another way.
+    correct = all(growing) if given.on_gpu else None
+    shown = f"{sum(growing)} of {len(growing)}"
+    given.note(f"{label}: growing", shown, correct=correct, note=slow[:300])
+    bound = BOUNDS[dtype]
+    worst = worst_of(hooks)
+    note = f"at most {bound:.0e}"
+    given.note(f"{label}: apart from bare hooks", worst, correct=worst <= bound, note=note)
+    if on_cpu:
+        worst = worst_of(cpu)
+        what = f"{label}: further from the CPU than bare hooks"
+        given.note(what, worst, correct=worst <= bound, note=note)
+
+
+def worst_of(found: Sequence[float]) -> float:
+    """Returns the largest; infinity where one is no number."""
+    return max(float("inf") if x != x else x for x in found)
+
+
+def copied(model: HookedVLM, attention: str, dtype: torch.dtype) -> Any:
+    """Returns modules of their own with the same weights, with some attention and dtype."""
+    if dtype == model.cfg.dtype:
+        made: Any = twin(model.hf_model)
+    else:  # a twin's weights are the model's own, and would change with it
+        made = copy.deepcopy(model.hf_model).to(dtype)
+    made.set_attn_implementation(attention)
+    return made
+
+
+def in_dtype(task: Task, dtype: torch.dtype) -> Task:
+    """Returns a task with pixels in a dtype."""
+    clean, source = (
+        {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+        for inputs in (task.clean, task.source)
+    )
+    return Task(task.name, clean, source, task.cells, task.zeroed, task.removed)
+
+
+def answers_on_cpu(timed: Timed, tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """Returns the answers of bare hooks on the CPU, by sweep."""
+    found = {}
+    loop = HookLoop(zoo.load(timed.name)[0])  # as it is loaded: on the CPU, in float32
+    for task in tasks:
+        clean, source = (
+            {name: x.cpu() for name, x in inputs.items()} for inputs in (task.clean, task.source)
+        )
+        moved = Task(task.name, clean, source, task.cells, task.zeroed, task.removed)
+        with torch.no_grad():
+            found[task.name] = loop.run(moved)
+    return found
