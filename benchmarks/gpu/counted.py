@@ -6,7 +6,7 @@ of a few depths on the CPU, and are taken to grow with the depth as a loop over 
 of a loop's passes are all alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,8 +25,10 @@ from benchmarks.gpu.workload import SWEEPS, TOOLS, pairs_for, setting_for, sweep
 
 NEAR = 0.75
 """The goal: this share of the ratio that exact arithmetic allows."""
+Depth = tuple[int, int]
+"""Blocks of the language model, and of the encoder."""
 DEPTHS = ((2, 2), (3, 2), (4, 2), (2, 4), (4, 4))
-"""Blocks of the language model and of the encoder in the models that are counted."""
+"""Of the models that are counted."""
 LOOP = "strip"
 """The sweep of which a loop's operations are counted."""
 BATTERY = 32
@@ -58,7 +60,7 @@ def run(given: Given) -> None:
 class Counts:
     """Counts the work of sweeps on one model."""
 
-    def __init__(self, setting: Setting, depths: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, setting: Setting, depths: Sequence[Depth]) -> None:
         self.setting, self.arithmetic = setting, floors.of_setting(setting)
         self.name = setting.name.removeprefix("tiny ")
         model = setting.build("meta", torch.bfloat16)
@@ -69,7 +71,6 @@ class Counts:
         numbers = vision.n_layers * width * setting.patches(model)
         self.image_traffic = image_traffic(self.name) * numbers
         self._asked = dispatched(self.name, depths)
-        self._depths = depths
 
     def work(self, tool: str, sweep: str, pairs: int = 1, kind: str = "flop") -> Work:
         """Returns what a sweep over so many pairs takes."""
@@ -94,19 +95,22 @@ class Counts:
     def asked(self, tool: str, sweep: str) -> tuple[float, float]:
         """Returns dispatched operations and waits at the depth of the model."""
         if tool == "ours":
-            return self._fitted(tool, sweep)
+            return at_depth(self._asked[tool, sweep], self.depth)
         passes, counted = (
             len(self.arithmetic.cells(name)) + (name != "alpha") for name in (sweep, LOOP)
         )
-        operations, waits = self._fitted(tool, LOOP)
+        operations, waits = at_depth(self._asked[tool, LOOP], self.depth)
         return operations * passes / counted, waits * passes / counted
 
-    def _fitted(self, tool: str, sweep: str) -> tuple[float, float]:
-        counts = np.array([self._asked[tool, sweep, depth] for depth in self._depths])
-        terms = np.array([_terms(*depth) for depth in self._depths])
-        fitted, *_ = np.linalg.lstsq(terms, counts, rcond=None)
-        found = counts[0] if self.depth in self._depths else _terms(*self.depth) @ fitted
-        return float(found[0]), float(found[1])
+
+def at_depth(counts: Mapping[Depth, tuple[int, int]], depth: Depth) -> tuple[float, float]:
+    """Returns operations and waits at a depth from those at others."""
+    if depth in counts:
+        return counts[depth]
+    terms = np.array([_terms(*each) for each in counts])
+    fitted, *_ = np.linalg.lstsq(terms, np.array(list(counts.values())), rcond=None)
+    operations, waits = _terms(*depth) @ fitted
+    return float(operations), float(waits)
 
 
 def _terms(blocks: int, encoder: int) -> np.ndarray:
@@ -145,10 +149,10 @@ def image_traffic(name: str) -> float:
 
 
 def dispatched(
-    name: str, depths: Sequence[tuple[int, int]]
-) -> dict[tuple[str, str, tuple[int, int]], tuple[int, int]]:
+    name: str, depths: Sequence[Depth]
+) -> dict[tuple[str, str], dict[Depth, tuple[int, int]]]:
     """Returns operations and own waits of each tool at each depth, counted on the CPU."""
-    counts = {}
+    counts: dict[tuple[str, str], dict[Depth, tuple[int, int]]] = {}
     for depth in depths:
         setting = tiny(name, depth)
         model = setting.build("cpu", torch.float32)
@@ -161,7 +165,7 @@ def dispatched(
                     tool.run(task)  # what is verified once is verified before
                     with Dispatched() as found:
                         tool.run(task)
-                counts[who, task.name, depth] = found.operations, found.own
+                counts.setdefault((who, task.name), {})[depth] = found.operations, found.own
     return counts
 
 

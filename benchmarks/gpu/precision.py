@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.gpu.given import Given
-from benchmarks.gpu.sweep_speed import note_engine
+from benchmarks.gpu.sweep_speed import LATE, note_engine
 from benchmarks.gpu.turns import apart, in_turns
 from benchmarks.gpu.workload import TOOLS, setting_for, tasks_for, tools_for
 from hooked_vlm import HookedVLM
@@ -29,6 +29,9 @@ def run(given: Given) -> None:
             runs = {who: lambda tool=tools[who]: tool.run(task) for who in TOOLS[:2]}
             with torch.no_grad():
                 found = in_turns(given, runs, given.left / 4, 3)
+            if not found.n:
+                given.note(what, LATE)
+                return
             for who in TOOLS[:2]:
                 given.note(f"{what}: {who}, s", found.median(who))
             given.note(f"{what}: careful ÷ ours", found.ratio("careful", "ours"))

@@ -20,8 +20,10 @@ from benchmarks.gpu.workload import (
 from benchmarks.throughput.ours import Ours
 from benchmarks.throughput.tasks import Task
 from hooked_vlm import HookedVLM
+from hooked_vlm.errors import counted
 
 
+LATE = "not run: too little time left"
 TIMES_NOISE = 4
 """How many times the noise answers may be apart: the noise is of one clean run, and answers are
 the largest difference over many cells."""
@@ -52,7 +54,7 @@ def run(given: Given, name: str) -> None:
             what = sweep_name(name, task.name, pairs)
             todo = len(tasks) - k + len(tasks) * (1 - i)
             if given.left < 10:
-                given.note(what, "not run: too little time left")
+                given.note(what, LATE)
                 continue
             # What is left is shared out; a single pair takes little of it.
             seconds = given.left / todo / 3 * (0.3 if i == 0 else 1)
@@ -79,10 +81,11 @@ def noise_of(model: HookedVLM, setting: Setting, device: str) -> float:
 
 def note_turns(given: Given, what: str, found: Turns, noise: float) -> None:
     """Notes the seconds of each tool, their ratios, and how far answers are apart."""
+    if not found.n:
+        given.note(what, LATE)
+        return
     for tool in TOOLS:
-        given.note(
-            f"{what}: {tool}, s", found.median(tool), note=f"{len(found.seconds[tool])} turns"
-        )
+        given.note(f"{what}: {tool}, s", found.median(tool), note=counted(found.n, "turn"))
     for tool in TOOLS[1:]:
         given.note(f"{what}: {tool} ÷ ours", found.ratio(tool, "ours"))
     most = max(TIMES_NOISE * noise, 1e-5)

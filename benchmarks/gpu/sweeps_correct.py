@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
 from benchmarks.common.parts import twin
 from benchmarks.gpu.given import Given
@@ -27,34 +28,38 @@ GROWING = "growing"
 
 
 def run(given: Given) -> None:
-    """Notes for each model, attention and order: engines, and how far answers are apart."""
-    names = SWEEPS[:2] if given.tiny else SWEEPS
-    for shipped in SHIPPED:
-        timed = Timed.of(shipped, "")
-        tasks = timed.tasks(names, 1 if given.tiny else 4)
-        on_cpu = {} if not given.on_gpu else answers_on_cpu(timed, tasks)
-        for attention, dtype in implementations(given):
-            for order in (tasks, tasks[::-1]):
-                label = f"{shipped}, {attention}, {order[0].name} first"
+    """Notes for each attention, model and order: engines, and how far answers are apart."""
+    models = [Timed.of(shipped, "") for shipped in SHIPPED]
+    tasks = [timed.tasks(SWEEPS, 1 if given.tiny else 4) for timed in models]
+    pairs = zip(models, tasks, strict=True)
+    on_cpu = [answers_on_cpu(*pair) if given.on_gpu else {} for pair in pairs]
+    for attention, dtype, n_sweeps in implementations(given):
+        for timed, all_tasks, there in zip(models, tasks, on_cpu, strict=True):
+            some = all_tasks[:n_sweeps]
+            for order in (some, some[::-1]):
+                label = f"{timed.name}, {attention}, {order[0].name} first"
+                if dtype != torch.float32:
+                    label = f"{timed.name}, {attention} bf16, {order[0].name} first"
+                if given.left < 5:
+                    given.note(label, "not run: too little time left")
+                    continue
                 try:
-                    compared(given, label, timed, attention, dtype, order, on_cpu)
+                    compared(given, label, timed, attention, dtype, order, there)
                 except Exception as error:  # noqa: BLE001 - one attention says nothing of the next
                     said = f"{type(error).__name__}: {error}".splitlines()[0]
                     given.note(f"{label}: runs", said[:200], correct=False)
 
 
-def implementations(given: Given) -> Iterator[tuple[str, torch.dtype]]:
-    """Yields implementations of attention, with a dtype that each takes."""
-    from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
-
-    yield "sdpa", torch.float32
-    yield "eager", torch.float32
+def implementations(given: Given) -> Iterator[tuple[str, torch.dtype, int]]:
+    """Yields implementations of attention, with a dtype that each takes and a number of sweeps."""
+    yield "sdpa", torch.float32, 2 if given.tiny else len(SWEEPS)
+    yield "eager", torch.float32, 2 if given.tiny else 4
     if given.on_gpu:
-        yield "sdpa", torch.bfloat16
+        yield "sdpa", torch.bfloat16, 4
         if is_torch_flex_attn_available():
-            yield "flex_attention", torch.float32
+            yield "flex_attention", torch.float32, 2
         if is_flash_attn_2_available():  # last: a failed assertion on the device ends the process
-            yield "flash_attention_2", torch.bfloat16
+            yield "flash_attention_2", torch.bfloat16, 4
 
 
 def compared(
@@ -67,7 +72,6 @@ def compared(
     on_cpu: dict[str, Tensor],
 ) -> None:
     """Notes what a new wrapper does with sweeps in an order."""
-    label = label if dtype == torch.float32 else label.replace(attention, f"{attention} bf16")
     copies = [copied(timed.model, attention, dtype) for _ in range(2)]
     ours = Ours(HookedVLM(copies[0], timed.model.processor, name=timed.name))
     loop = HookLoop(copies[1])

@@ -11,6 +11,8 @@ from benchmarks.gpu.given import Given
 from benchmarks.throughput.measure import timed
 
 
+MARGIN = 2.0
+"""Seconds that a part keeps for coming to its end."""
 ENOUGH = 5
 """Turns after which a median is good enough."""
 
@@ -21,6 +23,11 @@ class Turns:
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     answers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """How many turns were timed."""
+        return min(map(len, self.seconds.values()))
 
     def median(self, name: str) -> float:
         """Returns the median of one's seconds."""
@@ -37,22 +44,31 @@ class Turns:
 
 
 def in_turns(
-    given: Given, runs: Mapping[str, Callable[[], Tensor]], seconds: float, most: int = ENOUGH
+    given: Given,
+    runs: Mapping[str, Callable[[], Tensor]],
+    seconds: float,
+    most: int = ENOUGH,
+    *,
+    warm: bool = True,
 ) -> Turns:
     """Returns what runs took, each once in a turn, and the order reversed in every second one.
 
-    A first turn warms up and gives the answers.  Further turns, at least one, run until so many
-    seconds are spent or `most` have been made.
+    With `warm` a first turn is not counted.  Turns are made until so many seconds are spent or
+    there are `most`; the first one always, unless a turn takes longer than the part has left.
     """
     found = Turns({name: [] for name in runs})
-    for name, run in runs.items():
-        found.answers[name] = timed(run)[1]
-    until = given.left - seconds
-    for turn in range(1 if given.tiny else most):
-        for name in runs if turn % 2 == 0 else list(runs)[::-1]:
-            found.seconds[name].append(timed(runs[name])[0])
-        if given.left < until:
+    took, until = 0.0, given.left - seconds
+    for turn in range(-1 if warm else 0, 1 if given.tiny else most):
+        began = given.left
+        if began < 1.2 * took + MARGIN or (turn > 0 and began < until):
             break
+        for name in runs if turn % 2 == 0 else list(runs)[::-1]:
+            spent, found.answers[name] = timed(runs[name])
+            if turn >= 0:
+                found.seconds[name].append(spent)
+        took = began - given.left
+        if turn < 0:
+            until = given.left - seconds
     return found
 
 
