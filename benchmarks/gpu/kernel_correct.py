@@ -111,7 +111,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 def definition(arguments: dict[str, Any]) -> Tensor:
     """Returns the rows by the definition, in float64."""
-    wide = {
+    wide: dict[str, Any] = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
@@ -142,13 +142,13 @@ def beyond(given: Given) -> None:
         for _ in range(2)
     )
     token_map = torch.randint(-1, pos, (n, pos), generator=dice, device=given.device)
-    rows = {"clean_row": torch.arange(n, device=given.device) % 2}
+    rows: dict[str, Any] = {"clean_row": torch.arange(n, device=given.device) % 2}
     rows["source_row"] = 1 - rows["clean_row"]
     out = torch.full((n, pos, d), torch.nan, dtype=torch.bfloat16, device=given.device)
     patched_rows(clean, source, token_map, **rows, out=out, check_values=False)
     same = True
     for i in range(0, n, 64):
-        part = {name: value[i : i + 64] for name, value in rows.items()}
+        part: dict[str, Any] = {name: value[i : i + 64] for name, value in rows.items()}
         expected = patched_rows(clean, source, token_map[i : i + 64], **part, by="reference")
         same &= torch.equal(out[i : i + 64], expected)
     given.note(what, str(same), correct=same)

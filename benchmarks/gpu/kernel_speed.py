@@ -16,7 +16,7 @@ TRIAL = Shape("a trial", 2, 40, 24, 8)
 def run(given: Given) -> None:
     """Notes the share of a copy's bandwidth by shape, work and way, and what tuning costs."""
     dtype = torch.float32 if given.tiny else torch.bfloat16
-    shapes = (TRIAL,) if given.tiny else SHAPES["cuda"]
+    shapes: tuple[Shape, ...] = (TRIAL,) if given.tiny else SHAPES["cuda"]
     given.note("kernel tuning, s", tuning(given, shapes[0], dtype))
     for shape in shapes:
         for work, options in WORK.items():
@@ -24,7 +24,7 @@ def run(given: Given) -> None:
                 given.note(f"kernel {work}, {shape.name}", "not run: too little time left")
                 continue
             names = ["ours", "index_put", "where"]
-            if given.on_gpu and shape is shapes[1]:  # compiling takes most of a minute
+            if given.on_gpu and shape is SHAPES["cuda"][1]:  # compiling takes most of a minute
                 names.append("compile")
             with torch.no_grad():
                 case = make(shape, options, dtype, given.device)
