@@ -3,6 +3,7 @@
 import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ def floors() -> Any:
     return importlib.import_module("benchmarks.floors")
 
 
+PAGE = Path(__file__).parent.parent / "docs" / "measured" / "throughput.md"
 KNOWN = {
     # model, sweep: floor in TFLOP, careful and usual loop over it, and the careful loop over the
     # floor with two questions about each image, counted by another program
@@ -109,7 +111,29 @@ def test_the_command_prints_every_model_and_writes_the_same(floors, capsys, monk
     monkeypatch.setattr("sys.argv", ["floors", "--json", str(file)])
     floors.main()
     rows = json.loads(file.read_text())
+    assert floors.table(rows) in PAGE.read_text()
     assert {row["model"] for row in rows} == {*floors.SETTINGS, "12x512", "24x1024"}
     assert floors.table(rows) in capsys.readouterr().out
     for row in rows:
         assert 0 < row["two"]["floor"] < row["one"]["floor"] < row["one"]["careful"], row
+
+
+def test_the_page_has_measured_ratios_beside_the_bounds(floors):
+    section = PAGE.read_text().split("## Goals and results")[1]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+
+    def bounds(size: str, sweep: str, questions: int = 1) -> tuple[float, float]:
+        groups = floors.BENCHMARK if sweep == "battery" else [[sweep]]
+        return floors.timed(size).sweeps(groups, questions).over
+
+    rows = [line for line in lines if line and line[0] in ("12x512", "24x1024")]
+    for size, sweep, measured, bound, share, _, other in rows:
+        careful, usual = bounds(size, sweep)
+        assert float(bound) == pytest.approx(careful, abs=0.006)
+        assert float(share) == pytest.approx(float(measured) / careful, abs=0.006)
+        assert not other or float(other) == pytest.approx(usual, abs=0.006)
+    shared = [line for line in lines if line and line[0] in ("strip", "object", "battery")]
+    for sweep, bound, goal, _ in shared:
+        assert float(bound) == pytest.approx(bounds("12x512", sweep, 2)[0], abs=0.006)
+        assert float(goal) < float(bound)
+    assert len(rows) == 10 and len(shared) == 3
