@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,30 @@ def test_a_part_runs_on_small_shapes(tmp_path, number):
     assert all(row["value"] <= row["most"] for row in apart)
     assert bool(apart) == (number in (6, 7))
     assert json.loads((tmp_path / "part.json").read_text())["rows"] == settings.rows
+
+
+@pytest.mark.parametrize("number", [0, 6])
+def test_what_only_a_gpu_has_is_noted_as_the_driver_says_it(tmp_path, monkeypatch, number):
+    """The answers are invented; that the rows are there, and where, is what is tested."""
+    monkeypatch.setattr(given.Given, "on_gpu", property(lambda self: True))
+    card = SimpleNamespace(total_memory=80, major=9, minor=0)
+    answers: dict[str, Any] = {"mem_get_info": (70, 80), "get_device_properties": card}
+    for name in ("memory_allocated", "max_memory_allocated", "max_memory_reserved"):
+        answers[name] = 30
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        answers[name] = None
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    module, name = parts.PARTS[number].function.split(":")
+    settings = given.Given(tmp_path / "part.json", "cpu", tiny=True, limit=600)
+    getattr(importlib.import_module(module), name)(settings)
+    rows = {row["what"]: row for row in settings.rows}
+    if number == 0:
+        assert rows["compute capability"]["value"] == "9.0"
+        assert rows["free memory, bytes"]["value"] == 70
+    else:
+        assert rows["Gemma-3-4b strip, 2 pairs: engine"]["correct"]
+        assert rows["Gemma-3-4b strip, 2 pairs: careful, reserved bytes"]["value"] == 30
 
 
 def test_the_kernels_check_notices_a_wrong_row(tmp_path, monkeypatch):

@@ -36,6 +36,12 @@ def run(given: Given) -> None:
     for attention, dtype, n_sweeps in implementations(given):
         for timed, all_tasks, there in zip(models, tasks, on_cpu, strict=True):
             some = all_tasks[:n_sweeps]
+            try:
+                copied(timed.model, attention, dtype)
+            except (ValueError, ImportError) as reason:  # transformers says what it does not have
+                said = str(reason).splitlines()[0]
+                given.note(f"{timed.name}, {attention}", "not supported", note=said[:200])
+                continue
             for order in (some, some[::-1]):
                 label = f"{timed.name}, {attention}, {order[0].name} first"
                 if dtype != torch.float32:
