@@ -82,6 +82,21 @@ def test_resuming_leaves_finished_parts_alone(tmp_path):
     assert (tmp_path / "calls").read_text().count("called") == 3
 
 
+def test_nothing_is_kept_that_was_measured_before_its_predictions(tmp_path):
+    benchmark(tmp_path, "works").run([0])
+    (tmp_path / "predictions.json").unlink()
+    benchmark(tmp_path, "works").run([0], resume=True)
+    assert (tmp_path / "calls").read_text().count("called") == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_part_for_a_gpu_says_that_there_is_none(tmp_path):
+    made = benchmark(tmp_path, "works")
+    made.settings = parent.Settings("cuda", False)
+    assert made.run([0]) == 1
+    assert "torch finds no CUDA device here" in results(tmp_path)["works"]["status"]
+
+
 def test_results_of_other_settings_are_not_resumed(tmp_path):
     benchmark(tmp_path, "works").run([0])
     other = benchmark(tmp_path, "works")

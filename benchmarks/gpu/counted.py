@@ -3,7 +3,7 @@
 Operations come from `benchmarks.floors`.  Bytes of what is no product are those of one block, for
 each token and number of the stream.  Dispatched operations and waits are counted on small models
 of a few depths on the CPU, and are taken to grow with the depth as a loop over slots does; those
-of a loop's passes are all alike.
+of a loop's passes are all alike, and more pairs take no more of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

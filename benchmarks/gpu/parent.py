@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 TINY_LIMIT = 120.0
+"""Seconds of every part on small shapes, which a busy host is slow to prepare."""
 COUNTING = Part("predictions", 120, "benchmarks.gpu.counted:run")
 MACHINE = "machine"
 """The part whose rates predictions are made with again."""
@@ -58,9 +59,11 @@ class Benchmark:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         self.end = time.monotonic() + 60 * self.minutes
-        done = self._earlier() if resume else {}
+        # Parts that were measured before predictions are measured again.
+        keeps = resume and (self.out / "predictions.json").exists()
+        done = self._earlier() if keeps else {}
         self.done: dict[int, dict[str, Any]] = done
-        if not (done and (self.out / "predictions.json").exists()):
+        if not done:
             for name in ("results.json", "table.md", "predictions.json"):
                 (self.out / name).unlink(missing_ok=True)
             self._predict()
