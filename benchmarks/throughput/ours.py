@@ -44,11 +44,12 @@ class Ours:
         """Returns the operations that a careful loop takes: a whole pass for each cell, images
         encoded once, the vocabulary for one position."""
         costs, (batch, length) = costs_of(self.model, task.clean), task.clean["input_ids"].shape
+        images = costs.vision / task.questions
         blocks, head = costs.rows(batch, length, length), batch * costs.head
         n_cells, source = len(task.cells), any(cell.alpha is None for cell in task.cells)
         if task.cells[0].stream == "vision":
             return costs.vision + n_cells * float(costs.vision + blocks + head)
-        return costs.vision + n_cells * float(blocks + head) + source * (costs.vision + blocks)
+        return images + n_cells * float(blocks + head) + source * (images + blocks)
 
     def keeping(self) -> AbstractContextManager:
         """Lets tasks share encoded images, sources and clean runs, within a `with` block."""
