@@ -32,6 +32,7 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.sweeps.plan import Costs, costs_of
 
 
+SWEEPS = ("strip", "object", "final_token", "alpha", "head")
 STRENGTHS = 16
 """Cells of a sweep over strengths; the one of strength 0 is the clean run."""
 PAPER = (("strip", "object"), ("final_token",))
@@ -178,9 +179,7 @@ def _arithmetic(model: HookedVLM, inputs: Mapping[str, Tensor], prompt: Prompt) 
 
 def counted(name: str, arithmetic: Arithmetic) -> Iterator[dict[str, Any]]:
     """Yields the rows of the table for one model."""
-    wanted: dict[str, tuple[tuple[str, ...], ...]] = {
-        sweep: ((sweep,),) for sweep in ("strip", "object", "final_token", "alpha", "head")
-    }
+    wanted: dict[str, tuple[tuple[str, ...], ...]] = {sweep: ((sweep,),) for sweep in SWEEPS}
     is_published = name in SETTINGS
     wanted["battery"] = PAPER if is_published else BENCHMARK
     for sweep, groups in wanted.items():

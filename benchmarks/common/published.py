@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.built import FAMILIES, REAL
+from benchmarks.common.built import FAMILIES, REAL, asked
 from hooked_vlm import HookedVLM
 
 
@@ -54,8 +54,13 @@ class Setting:
         vision: Any = model.hf_model.config.vision_config  # type: ignore[union-attr]
         return (vision.image_size // vision.patch_size) ** 2
 
-    def inputs(self, model: HookedVLM, batch: int, seed: int) -> dict[str, Tensor]:
-        """Returns inputs of `batch` prompts with random texts and pixels, on the CPU."""
+    def inputs(
+        self, model: HookedVLM, batch: int, seed: int, questions: int = 1
+    ) -> dict[str, Tensor]:
+        """Returns prompts about `batch` images with random texts and pixels, on the CPU.
+
+        There are so many questions about each image, and the prompts come question by question.
+        """
         config: Any = model.hf_model.config
         dice = torch.Generator().manual_seed(seed)
         vocab = min(config.text_config.vocab_size, config.image_token_id, 3000)
@@ -74,7 +79,7 @@ class Setting:
             across = vision.image_size
             made["pixel_values"] = torch.randn(batch, 3, across, across, generator=dice)
             made["token_type_ids"] = is_image
-        return made
+        return asked(made, self.image_end, questions, seed)
 
 
 SETTINGS = {

@@ -1,9 +1,10 @@
 """Everything that a GPU is needed for, in one command and within a few minutes.
 
-    python -m benchmarks.gpu [--minutes 10] [--out DIR] [--parts 0,3,qwen] [--resume]
+    python -m benchmarks.gpu [--minutes 10] [--out DIR] [--parts 0,3] [--resume] [--questions 2]
     python -m benchmarks.gpu --device cpu --tiny
 
-The second runs the same code on small shapes without a GPU.  `DIR` gets `predictions.json` before
+With `--questions 2` sweeps ask both questions about each image, which prompts then share.  The
+last command runs the same code on small shapes without a GPU.  `DIR` gets `predictions.json` before
 anything is measured, and `results.json` and `table.md` after each part.
 
 The parent process uses the standard library alone and never touches CUDA.  Each part runs in a

@@ -1,7 +1,7 @@
 """The command of `benchmarks.gpu`; see the package's documentation.
 
 python -m benchmarks.gpu [--minutes 10] [--out DIR] [--parts 0,3] [--resume]
-    [--device cpu --tiny]
+    [--questions 2] [--device cpu --tiny]
 """
 
 import argparse
@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep parts that came to their end")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try it out")
+    parser.add_argument(
+        "--questions", type=int, default=1, choices=(1, 2), help="about each image, in sweeps"
+    )
     asked = parser.parse_args(arguments)
     if asked.device == "cpu" and not asked.tiny:
         parser.error("--device cpu needs --tiny: the real shapes take hours without a GPU")
@@ -32,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         numbers = chosen(asked.parts)
-        settings = Settings(asked.device, asked.tiny)
+        settings = Settings(asked.device, asked.tiny, asked.questions)
         benchmark = Benchmark(asked.out, settings, PARTS, asked.minutes)
         code = benchmark.run(numbers, asked.resume)
     except ValueError as wrong:

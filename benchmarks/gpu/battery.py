@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import floors
 from benchmarks.common.published import Setting
-from benchmarks.gpu.counted import BATTERY
+from benchmarks.gpu.counted import battery_pairs
 from benchmarks.gpu.given import Given
 from benchmarks.gpu.sweep_speed import LATE, noise_of, note_engine, note_turns
 from benchmarks.gpu.turns import in_turns
@@ -14,6 +14,7 @@ from benchmarks.gpu.workload import (
     dtype_for,
     pairs_for,
     setting_for,
+    sweep_name,
     tasks_for,
     tools_for,
 )
@@ -25,30 +26,32 @@ from hooked_vlm import HookedVLM
 
 NAME = "Qwen2-VL-7B"
 PAPER = 200
-"""Pairs of the paper's experiments."""
+"""Pairs of prompts in the paper's experiments."""
 
 
 def run(given: Given) -> None:
     """Notes seconds of all tools on some pairs, and of ours alone on the paper's number."""
     setting = setting_for(NAME, given.tiny)
     model = setting.build(given.device, dtype_for(given.tiny))
-    wanted, batch = (4 if given.tiny else BATTERY), pairs_for(NAME, given.tiny)[-1]
+    wanted = battery_pairs(given)
+    batch = pairs_for(NAME, given.tiny, given.questions)[-1]
     tools = tools_for(model)
     wholes = {who: Whole(tool) for who, tool in tools.items()}
-    noise = noise_of(model, setting, given.device)
-    one = battery_of(model, setting, batch, batch, given.device)
+    noise = noise_of(given, model, setting)
+    one = battery_of(given, model, setting, batch, batch)
     with torch.no_grad():  # one batch warms up, and shows how many there is time for
         each = sum(timed(lambda whole=whole: whole.run(one))[0] for whole in wholes.values())
     pairs = min(wanted, batch * int(0.8 * given.left / each))
     if not pairs:
-        given.note(f"battery, {wanted} pairs", LATE)
+        given.note(sweep_name("battery", wanted, given.questions), LATE)
         return
-    few = battery_of(model, setting, pairs, batch, given.device)
+    few = battery_of(given, model, setting, pairs, batch)
     runs = {who: lambda whole=whole: whole.run(few) for who, whole in wholes.items()}
     with torch.no_grad():
         found = in_turns(given, runs, given.left / 4, 3, warm=False)
-    note_turns(given, f"battery, {pairs} pairs", found, noise)
-    note_engine(given, f"battery, {pairs} pairs", tools["ours"])
+    what = sweep_name("battery", pairs, given.questions)
+    note_turns(given, what, found, noise)
+    note_engine(given, what, tools["ours"])
     if found.n:
         note_all(given, model, setting, batch, wholes["ours"], found.median("ours") / pairs)
 
@@ -57,22 +60,22 @@ def note_all(
     given: Given, model: HookedVLM, setting: Setting, batch: int, whole: Whole, each: float
 ) -> None:
     """Notes the seconds of ours on all pairs of the paper, at so many seconds a pair, if it can."""
-    pairs = 6 if given.tiny else PAPER
-    what = f"battery, {pairs} pairs: ours, s"
+    pairs = 6 if given.tiny else PAPER // given.questions
+    what = f"{sweep_name('battery', pairs, given.questions)}: ours, s"
     if given.left < 1.3 * each * pairs and not given.tiny:
         given.note(what, LATE)
         return
     seconds = 0.0
     for i in range(-(-pairs // batch)):
         size = min(batch, pairs - i * batch)
-        part = battery_of(model, setting, size, batch, given.device, seed=i)
+        part = battery_of(given, model, setting, size, batch, seed=i)
         with torch.no_grad():
             seconds += timed(lambda part=part: whole.run(part))[0]
     given.note(what, seconds)
 
 
 def battery_of(
-    model: HookedVLM, setting: Setting, pairs: int, batch: int, device: str, seed: int = 0
+    given: Given, model: HookedVLM, setting: Setting, pairs: int, batch: int, seed: int = 0
 ) -> Sequence[Sequence[Task]]:
     """Returns the sweeps of each batch, those of the same pairs together."""
     found = []
@@ -80,5 +83,5 @@ def battery_of(
         size = min(batch, pairs - i * batch)
         for k, group in enumerate(floors.PAPER):
             number = 2 * (seed + i) + k
-            found.append(tasks_for(model, setting, tuple(group), size, device, number))
+            found.append(tasks_for(given, model, setting, group, size, number))
     return found

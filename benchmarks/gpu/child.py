@@ -19,8 +19,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--questions", type=int, default=1)
     asked = parser.parse_args()
-    given = Given(asked.file, asked.device, asked.tiny, asked.limit)
+    given = Given(asked.file, asked.device, asked.tiny, asked.limit, asked.questions)
     if given.on_gpu:
         require_cuda()
     module, name = asked.function.split(":")

@@ -16,6 +16,8 @@ class Given:
     device: str = "cuda"
     tiny: bool = False
     limit: float = 60.0
+    questions: int = 1
+    """Prompts about each image."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 

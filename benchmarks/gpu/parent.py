@@ -39,6 +39,7 @@ class Settings:
 
     device: str
     tiny: bool
+    questions: int = 1
 
 
 @dataclass
@@ -122,6 +123,7 @@ class Benchmark:
         device = self.settings.device if gpu else "cpu"
         command = [sys.executable, "-m", "benchmarks.gpu.child", part.function]
         command += ["--file", str(file.absolute()), "--limit", str(limit), "--device", device]
+        command += ["--questions", str(self.settings.questions)]
         command += ["--tiny"] * self.settings.tiny
         environment = dict(os.environ)
         if device == "cpu":

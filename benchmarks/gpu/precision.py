@@ -18,7 +18,7 @@ def run(given: Given) -> None:
     """Notes a strip sweep on one pair in both ways; errors are against bare hooks in float32."""
     setting = setting_for(NAME, given.tiny)
     model = setting.build(given.device, torch.float32)
-    (task,) = tasks_for(model, setting, ("strip",), 1, given.device, 0)
+    (task,) = tasks_for(given, model, setting, ("strip",), 1)
     before, exact = torch.get_float32_matmul_precision(), None
     try:
         for label, precision in WAYS.items():

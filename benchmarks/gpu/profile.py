@@ -25,10 +25,10 @@ LINES = 12
 
 def run(given: Given) -> None:
     """Notes the share of time in which the device works, waits by line, and the allocator."""
-    setting, pairs = setting_for(NAME, given.tiny), pairs_for(NAME, given.tiny)[-1]
+    setting, pairs = setting_for(NAME, given.tiny), pairs_for(NAME, given.tiny, given.questions)[-1]
     model = setting.build(given.device, dtype_for(given.tiny))
-    (task,) = tasks_for(model, setting, ("strip",), pairs, given.device, 0)
-    ours, what = tools_for(model)["ours"], sweep_name(NAME, "strip", pairs)
+    (task,) = tasks_for(given, model, setting, ("strip",), pairs)
+    ours, what = tools_for(model)["ours"], sweep_name(f"{NAME} strip", pairs, given.questions)
     with torch.no_grad():
         if given.on_gpu:
             allocated = allocations()

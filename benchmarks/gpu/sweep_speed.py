@@ -44,14 +44,14 @@ def run(given: Given, name: str) -> None:
     setting = setting_for(name, given.tiny)
     model = setting.build(given.device, dtype_for(given.tiny))
     tools = tools_for(model)
-    noise = noise_of(model, setting, given.device)
+    noise = noise_of(given, model, setting)
     given.note(f"{name}: noise of a clean run in a batch of two", noise)
     if given.on_gpu:
         given.note(f"{name}: weights, bytes", torch.cuda.memory_allocated())
-    for i, pairs in enumerate(pairs_for(name, given.tiny)):
-        tasks = tasks_for(model, setting, SWEEPS[name], pairs, given.device, i)
+    for i, pairs in enumerate(pairs_for(name, given.tiny, given.questions)):
+        tasks = tasks_for(given, model, setting, SWEEPS[name], pairs, i)
         for k, task in enumerate(tasks):
-            what = sweep_name(name, task.name, pairs)
+            what = sweep_name(f"{name} {task.name}", pairs, given.questions)
             todo = len(tasks) - k + len(tasks) * (1 - i)
             if given.left < 10:
                 given.note(what, LATE)
@@ -67,12 +67,12 @@ def run(given: Given, name: str) -> None:
                 note_memory(given, what, tools, task)
 
 
-def noise_of(model: HookedVLM, setting: Setting, device: str) -> float:
+def noise_of(given: Given, model: HookedVLM, setting: Setting) -> float:
     """Returns how far a prompt's logits are apart by itself and in a batch of two.
 
     It is a share of the largest logit: what other shapes of the same products do to the bits.
     """
-    both = inputs_on(model, setting, 2, 0, device)
+    both = inputs_on(given, model, setting, 2, 0)
     one = {name: x[: len(x) // 2] for name, x in both.items()}
     with torch.no_grad():
         alone, beside = (model(inputs, logits_to_keep=1)[:1] for inputs in (one, both))

@@ -1,17 +1,19 @@
 """Which sweeps the parts run, of which models, on how many pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.common.published import SETTINGS, Setting, tiny
+from benchmarks.gpu.given import Given
 from benchmarks.throughput.hook_loop import HookLoop
 from benchmarks.throughput.ours import Ours
 from benchmarks.throughput.tasks import Task
 from benchmarks.throughput.timed import task_on
 from benchmarks.throughput.usual_loop import UsualLoop
 from hooked_vlm import HookedVLM
+from hooked_vlm.errors import counted
 
 
 SWEEPS = {
@@ -28,9 +30,13 @@ def setting_for(name: str, is_tiny: bool) -> Setting:
     return tiny(name) if is_tiny else SETTINGS[name]
 
 
-def pairs_for(name: str, is_tiny: bool) -> tuple[int, int]:
-    """Returns how many pairs of prompts a batch has: a single one, and a large batch."""
-    return (1, 2) if is_tiny else (1, 16) if name == "Qwen2-VL-7B" else (1, 8)
+def pairs_for(name: str, is_tiny: bool, questions: int) -> tuple[int, int]:
+    """Returns how many pairs of images a batch has: a single one, and a large batch.
+
+    The number of prompts of the large batch does not depend on the questions about each image.
+    """
+    prompts = 2 if is_tiny else 16 if name == "Qwen2-VL-7B" else 8
+    return 1, (2 if is_tiny else prompts // questions)
 
 
 def dtype_for(is_tiny: bool) -> torch.dtype:
@@ -38,9 +44,10 @@ def dtype_for(is_tiny: bool) -> torch.dtype:
     return torch.float32 if is_tiny else torch.bfloat16
 
 
-def sweep_name(model: str, sweep: str, pairs: int) -> str:
-    """Returns how rows and predictions name a sweep."""
-    return f"{model} {sweep}, {pairs} pair{'s' * (pairs > 1)}"
+def sweep_name(what: str, pairs: int, questions: int) -> str:
+    """Returns how rows and predictions name sweeps on some pairs of images."""
+    asked = f" × {questions} questions" if questions > 1 else ""
+    return f"{what}, {counted(pairs, 'pair')}{asked}"
 
 
 class Careful(HookLoop):
@@ -70,30 +77,27 @@ def tools_for(model: HookedVLM) -> dict[str, Ours | HookLoop]:
 
 
 def inputs_on(
-    model: HookedVLM, setting: Setting, pairs: int, seed: int, device: str
+    given: Given, model: HookedVLM, setting: Setting, pairs: int, seed: int, questions: int = 1
 ) -> dict[str, Tensor]:
-    """Returns prompts on a device, with pixels in the model's dtype."""
+    """Returns prompts on the device, with pixels in the model's dtype."""
     found = {}
-    for name, value in setting.inputs(model, pairs, seed).items():
-        moved = value.to(device)
+    for name, value in setting.inputs(model, pairs, seed, questions).items():
+        moved = value.to(given.device)
         found[name] = moved.to(model.cfg.dtype) if moved.is_floating_point() else moved
     return found
 
 
 def tasks_for(
-    model: HookedVLM, setting: Setting, names: tuple[str, ...], pairs: int, device: str, seed: int
-) -> list[Task]:
-    """Returns sweeps on the same pairs of prompts."""
-    clean, source = (inputs_on(model, setting, pairs, 2 * seed + i, device) for i in (0, 1))
-    return [task_of(model, setting, name, clean, source) for name in names]
-
-
-def task_of(
+    given: Given,
     model: HookedVLM,
     setting: Setting,
-    name: str,
-    clean: Mapping[str, Tensor],
-    source: Mapping[str, Tensor],
-) -> Task:
-    """Returns one sweep over prompts of a setting."""
-    return task_on(model, setting.family, name, clean, source, setting.first_image, setting.side)
+    names: Sequence[str],
+    pairs: int,
+    seed: int = 0,
+) -> list[Task]:
+    """Returns sweeps on the same pairs of images, with as many questions as are asked for."""
+    clean, source = (
+        inputs_on(given, model, setting, pairs, 2 * seed + i, given.questions) for i in (0, 1)
+    )
+    at = setting.first_image, setting.side, given.questions
+    return [task_on(model, setting.family, name, clean, source, *at) for name in names]

@@ -17,7 +17,7 @@ def run(given: Given) -> None:
     """Notes medians of ratios, each pass beside a plain one."""
     setting = setting_for(NAME, given.tiny)
     model = setting.build(given.device, dtype_for(given.tiny))
-    inputs = inputs_on(model, setting, 1, 0, given.device)
+    inputs = inputs_on(given, model, setting, 1, 0)
     hf_model = model.hf_model
     middle = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
     names = [name for name in model.hook_names if is_residual(name)]
