@@ -234,6 +234,16 @@ def test_what_only_a_gpu_has_is_noted_as_the_driver_says_it(tmp_path, monkeypatc
         assert rows["Gemma-3-4b strip, 2 pairs: careful, reserved bytes"]["value"] == 30
 
 
+def test_two_questions_share_an_image_and_are_named(tmp_path):
+    speed = importlib.import_module("benchmarks.gpu.sweep_speed")
+    settings = given.Given(tmp_path / "part.json", "cpu", tiny=True, limit=600, questions=2)
+    speed.gemma(settings)
+    rows = {row["what"]: row for row in settings.rows}
+    what = "Gemma-3-4b strip, 2 pairs × 2 questions"
+    assert "4 prompts in 2 rows" in rows[f"{what}: engine"]["value"]
+    assert all(row["value"] <= row["most"] for row in settings.rows if "most" in row)
+
+
 def test_the_kernels_check_notices_a_wrong_row(tmp_path, monkeypatch):
     correct = importlib.import_module("benchmarks.gpu.kernel_correct")
     whole = correct.patched_rows
