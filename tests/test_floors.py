@@ -77,6 +77,22 @@ def test_a_floor_is_the_planners_but_for_the_clean_runs_last_block(floors, model
         assert planned.floor == pytest.approx(expected, rel=1e-12), name
 
 
+def test_with_two_questions_the_planner_counts_common_rows_as_the_floor_does(floors):
+    throughput = importlib.import_module("benchmarks.throughput.timed")
+    ours = importlib.import_module("benchmarks.throughput.ours")
+    setting, arithmetic = floors.SETTINGS["Qwen2-VL-7B"], floors.published("Qwen2-VL-7B")
+    wrapped = setting.build("meta", floors.torch.bfloat16)
+    clean, source = (setting.inputs(wrapped, 1, seed, questions=2) for seed in (0, 1))
+    at = setting.first_image, setting.side, 2
+    for name in ("strip", "object", "final_token"):
+        task = throughput.task_on(wrapped, setting.family, name, clean, source, *at)
+        planned = ours.Ours(wrapped).planned(task)
+        # The planner counts each image once for each question.
+        planned_floor = planned.floor - 2 * arithmetic.costs.vision
+        found = 2 * arithmetic.sweeps([[name]], 2).floor
+        assert planned_floor == pytest.approx(found, rel=0.03), name
+
+
 def test_sharing_an_image_saves_and_never_more_than_half(floors):
     for model in floors.SETTINGS:
         arithmetic = floors.published(model)
