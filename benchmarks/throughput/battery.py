@@ -8,7 +8,8 @@ On every batch of pairs: the last token over all slots (E2); strips and objects 
 direction (E7).  The images and prompts are the same, so each tool may keep what it can: ours runs
 inside `shared_runs`, the careful loop keeps the merged embeddings and the source's activations.
 The usual loop keeps the source's activations alone.  `bound` is the ratio of operations to the
-fewest that exact sweeps take (`benchmarks.floors`).
+fewest that exact sweeps take (`benchmarks.floors`).  With `--questions 2` there are two prompts
+about each image: ours carries it once, and the careful loop encodes it once.
 """
 
 import argparse

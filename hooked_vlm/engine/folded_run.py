@@ -23,7 +23,8 @@ from hooked_vlm.engine.clean_run import asked, blocks_of, signature_of, with_for
 from hooked_vlm.engine.fingerprints import answer, number_of, remember, ways_of_attending
 from hooked_vlm.engine.folding import Fold, FoldedFit, same_for_shared, tensors_in
 from hooked_vlm.engine.image_cache import Kept, encoding_once
-from hooked_vlm.engine.proofs import APART, BOUNDS, apart
+from hooked_vlm.engine.noise import apart, bound_for
+from hooked_vlm.engine.proofs import APART
 from hooked_vlm.engine.stages import ids_of, prompt_mask, stage_of
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.inputs.rows import known_rows
@@ -204,7 +205,7 @@ def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
 
     def pass_under(wrap: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Tensor:
         with with_forwards(folding.blocks, wrap):
-            return model(asked(inputs), **arguments)
+            return model(asked(inputs), **arguments)[:, -folding.kept :]
 
     try:
         found = attempt(lambda: pass_under(noisy.wrap), "noise had no common row")
@@ -212,9 +213,9 @@ def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
         return False
     if noisy.fold is None:
         return False
-    plain, clean = pass_under(put), model(asked(inputs), **arguments)
-    off, moved = apart(found, plain, clean)
-    bound = BOUNDS.get(plain.dtype, 5e-2)
+    plain, clean = pass_under(put), model(asked(inputs), **arguments)[:, -folding.kept :]
+    off, moved = apart(found, plain), apart(clean, plain)
+    bound = bound_for(model, inputs, arguments, plain.dtype, off)
     return off <= bound and moved >= min(APART * bound, 0.2)
 
 

@@ -25,6 +25,11 @@ GAIN = 0.9
 """Share of a batch's tokens that folding may leave at most; else it is not worth a mask."""
 
 
+SHARE = 0.5
+"""Share of a prompt that must be another's to go in its row: what prompts do not share, they do not
+see of one another either, but attention kernels compute it all the same."""
+
+
 class FoldError(GrowthError):
     """Why prompts cannot go in one row."""
 
@@ -63,7 +68,7 @@ class Fold:
         for b in sorted(range(len(ids)), key=lambda b: -pads[b]):
             alike = [_common(tokens[b], tokens[first]) for first in firsts]
             best = int(np.argmax(alike)) if alike else 0
-            if alike and alike[best] >= (1 - GAIN) * length:
+            if alike and alike[best] >= SHARE * (length - pads[b]):
                 of[b], shared[b] = firsts[best], alike[best]
             else:
                 firsts.append(b)

@@ -1,8 +1,8 @@
 """Cells as rows of one growing batch, after a control for each kind of pass.
 
 Before the first growing pass of a kind goes one with noise in it (`proofs`).  What it does to the
-logits must be what it does in a plain pass, within `BOUNDS`; where it is not, `GrowthError` says
-so and the sweep runs by a plainer way.
+logits must be what it does in a plain pass, within rounding (`noise`); where it is not,
+`GrowthError` says so and the sweep runs by a plainer way.
 """
 
 import warnings
@@ -22,7 +22,6 @@ from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_
 from hooked_vlm.engine.folded_run import folds_under, run_folded
 from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.proofs import (
-    BOUNDS,
     keeps_keys,
     kind_of,
     note_called,
@@ -221,7 +220,6 @@ class _Passes:
             start,
             layout,
             lambda jobs: self._logits(jobs, start, early, layout),
-            BOUNDS.get(self.clean.logits.dtype, 5e-2),
             merged_first=self.merged_first,
         )
         return attempt(control, "its control failed")

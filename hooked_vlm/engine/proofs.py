@@ -25,6 +25,7 @@ from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import Clean, asked, run_clean
 from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
 from hooked_vlm.engine.folding import Layout
+from hooked_vlm.engine.noise import apart, bound_for
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import site_path
@@ -35,8 +36,6 @@ from hooked_vlm.interventions.hook_at import HookAt
 
 ENCODER = "vision_encoder.blocks.0.hook_resid_pre"
 STREAM = "the residual stream"
-BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By dtype, how far the control's logits may be from a plain pass's, as a share of the largest."""
 APART = 20.0
 """How many times the bound noise must move the logits, if their agreement is to say anything
 (in half precision, where bounds are wide: a fifth of the largest logit)."""
@@ -146,15 +145,14 @@ def verify(
     start: int,
     layout: Layout | None,
     grow: Grow,
-    bound: float,
     *,
     merged_first: bool,
 ) -> float:
     """Carries noise at a site through a growing pass and through a plain one.
 
     Returns how far the logits are apart, as a share of the largest.  Raises `GrowthError` where
-    that is more than `bound`, and where noise does not move the logits: then their agreement
-    would say nothing.  `beside` goes through the same pass.
+    that is more than rounding explains (`bound_for`), and where noise does not move the logits:
+    then their agreement would say nothing.  `beside` goes through the same pass.
     """
     noise = HookAt(site, noise_from(start, layout), start if site.startswith("blocks.") else 0)
     placed = noise.place(model, clean.inputs)
@@ -165,25 +163,17 @@ def verify(
     plain = model.run_with_hooks(asked(clean.inputs), cell.interventions, **clean.arguments)
     jobs = [control] if beside is None else sorted([control, beside], key=lambda job: job.stage)
     found = grow(jobs)[jobs.index(control)]
-    off, moved = apart(found, plain, clean.logits)
+    off, moved = apart(found, plain), apart(clean.logits, plain)
+    bound = bound_for(model, clean.inputs, clean.arguments, plain.dtype, off)
     where = "" if site.startswith("blocks.") else f" under noise at {site}"
     if not off <= bound:
-        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest{where}")
+        raise GrowthError(
+            f"the control's logits are off by {off:.2g} of the largest{where} (at most {bound:.2g} "
+            "is rounding)"
+        )
     if moved < min(APART * bound, 0.2):
         raise GrowthError(f"noise at {site} does not move the logits, so that nothing is proved")
     return off
-
-
-def apart(found: Tensor, plain: Tensor, clean: Tensor) -> tuple[float, float]:
-    """Returns how far a control's logits are from a plain pass's, and those from the clean ones.
-
-    Both as a share of the largest.
-    """
-    # Some models set the logits of tokens that must not come to the least number there is.
-    counts = plain > torch.finfo(plain.dtype).min / 2
-    largest = float(plain[counts].abs().max())
-    off = float((found - plain)[counts].abs().max()) / largest
-    return off, float((clean - plain)[counts].abs().max()) / largest
 
 
 def prove(

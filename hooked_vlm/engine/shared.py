@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count, Model
 from hooked_vlm.engine.clean_run import with_forwards
-from hooked_vlm.engine.fingerprints import content_of, ways_of_attending
+from hooked_vlm.engine.fingerprints import arithmetic, content_of, ways_of_attending
 from hooked_vlm.engine.folded_run import Folding, run_folded
 from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.engine.stages import IN_FRONT, stage_of
@@ -78,8 +78,7 @@ class RunStore:
             for layer in whole.modules()
             if "_disable_adapters" in vars(layer)
         ]
-        autocast = torch.is_autocast_enabled(self._model.device.type)
-        return written, frozenset(kinds), tuple(adapters), autocast
+        return written, frozenset(kinds), tuple(adapters), arithmetic(self._model.device)
 
 
 _OPEN: dict[int, RunStore] = {}
@@ -126,14 +125,14 @@ def _record(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -> Reco
     stages = [stage_of(name, model.cfg.n_layers) for name in names]
     inside = [name for name, (stage, between) in zip(names, stages, strict=True)
               if stage >= 0 and not between]  # fmt: skip
-    if inside or model.is_hooked or model.hf_model.training or torch.is_grad_enabled():
+    if inside or model.is_hooked or model.hf_model.training:
         return record(model, inputs, names)
 
     def run(folding: Folding | None) -> Recording:
         with with_forwards(folding.blocks, folding.wrap) if folding else nullcontext():
             return record(model, inputs, names)
 
-    with model.turn(), model.eager():
+    with model.turn(), model.eager(), torch.no_grad():
         return run_folded(model, inputs, run, {}, kept=1)
 
 

@@ -114,10 +114,10 @@ class Sweep:
 
         `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
         grows from block to block; a control with noise in it, once for each kind of pass, must be a
-        plain pass's within `engine.proofs.BOUNDS`; `"restart"`, each cell from the first block
-        that it changes, which gives the same bits as `"plain"`, one whole hooked forward pass for
-        each.  Where a model or a cell does not allow one, the next is taken; the result's
-        attributes say which and why.
+        plain pass's within rounding, which is measured (`engine.noise`); `"restart"`, each cell
+        from the first block that it changes, which gives the same bits as `"plain"`, one whole
+        hooked forward pass for each.  Where a model or a cell does not allow one, the next is
+        taken, with a warning; the result's attributes say which and why.
         `pass_tokens` is how many positions the rows of a growing batch have together; more cells
         than that go through in several passes.  The number is fixed, so that a sweep has the same
         passes, and with them the same bits, whatever memory is free.  On a CPU a pass has no more

@@ -51,10 +51,9 @@ def test_a_busy_machine_has_the_passes_of_an_idle_one(
 def test_a_pass_has_the_declared_number_of_positions() -> None:
     model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["swap", "zero"], [0, 1, 2, 3])
     length = sweep.inputs["input_ids"].shape[1]
-    metric = lambda x: x[:, -1, 0]  # noqa: E731
     for tokens, passes in ((6 * (length - 3), 3), (6 * (length - 3) - 1, 4), (1, 8)):
-        run = sweep.run(model, metric, pass_tokens=tokens)
-        assert run.attrs["engine"].startswith(f"growing: {passes} passes of 16 rows")
+        scores = sweep.run(model, lambda x: x[:, -1, 0], pass_tokens=tokens)
+        assert scores.attrs["engine"].startswith(f"growing: {passes} passes of 16 rows")
         plan = sweep.plan(model).explain(pass_tokens=tokens)
         assert (plan.passes, plan.rows) == (passes, 16)
     assert rows_within(model, 1000, 0, 1, 4) == PASS_TOKENS // 1000
@@ -78,8 +77,8 @@ def test_a_pass_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> 
     # All of a sweep's passes are then as small, and are so from the start where asked for.
     tokens = int(str(warnings[0].message).rpartition("pass_tokens=")[2].split()[0])
     assert len(warnings) == 1 and tokens == 8 * sweep.inputs["input_ids"].shape[1]
-    run = sweep.run(model, lambda x: x[:, -1, 0], pass_tokens=tokens)
-    assert run.attrs["engine"].startswith("growing: 2 passes of 16 rows")
+    scores = sweep.run(model, lambda x: x[:, -1, 0], pass_tokens=tokens)
+    assert scores.attrs["engine"].startswith("growing: 2 passes of 16 rows")
 
 
 def test_a_cpu_without_memory_halves_a_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:

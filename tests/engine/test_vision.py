@@ -18,7 +18,8 @@ from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from helpers.toy_grids import make_grid
 from hooked_vlm.engine import vision
 from hooked_vlm.engine.attempts import GrowthError
-from hooked_vlm.engine.growing import BOUNDS, run_growing
+from hooked_vlm.engine.growing import run_growing
+from hooked_vlm.engine.noise import BOUNDS
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import run_plain
 from hooked_vlm.engine.stages import job_of

@@ -94,7 +94,8 @@ def attended(
 @contextmanager
 def attending(model: HookedVLM, name: str) -> Iterator[tuple[HookedVLM, Flash]]:
     """A copy of a model that attends by another implementation, for the length of a block."""
-    kernels, hf = Flash(), deepcopy(model.hf_model)
+    kernels = Flash()
+    hf: Any = deepcopy(model.hf_model)
     with (
         patch.object(flash, "lazy_import_flash_attention", kernels.functions),
         patch.object(flex, "compile_friendly_flex_attention", _interpreted),
