@@ -7,7 +7,7 @@ from benchmarks.gpu.sweep_speed import LATE, note_engine
 from benchmarks.gpu.turns import apart, in_turns
 from benchmarks.gpu.workload import TOOLS, setting_for, tasks_for, tools_for
 from hooked_vlm import HookedVLM
-from hooked_vlm.engine.growing import BOUNDS
+from hooked_vlm.engine.noise import BOUNDS
 
 
 NAME = "Qwen2-VL-7B"

@@ -20,7 +20,7 @@ from benchmarks.throughput.ours import Ours
 from benchmarks.throughput.tasks import Task
 from benchmarks.throughput.timed import SHIPPED, Timed
 from hooked_vlm import HookedVLM, zoo
-from hooked_vlm.engine.growing import BOUNDS
+from hooked_vlm.engine.noise import BOUNDS
 
 
 SWEEPS = ("final_token", "strip", "object", "alpha", "head", "vision")
