@@ -5,6 +5,8 @@
     python -m benchmarks.attribution   estimated sweeps beside exact ones
     python -m benchmarks.encodings     images that the encoder processes
     python -m benchmarks.kernels       bandwidth of the fused kernel
+    python -m benchmarks.floors        the fewest operations of exact sweeps, counted
+    python -m benchmarks.gpu           everything that a GPU is needed for, within minutes
 
 `common` holds what several of them use.
 """

@@ -94,15 +94,15 @@ def ways(model: HookedVLM, batch: int) -> Ways:
     return {
         "transformers, no wrapper": plain,  # against itself: the noise
         "no hooks": lambda: model(inputs),
-        "one hook that reads": lambda: model.run_with_hooks(inputs, [(site, _look)]),
+        "one hook that reads": lambda: model.run_with_hooks(inputs, [(site, look)]),
         "one patch, from a recorded run": patched(source),
         "one patch, its source run included": patched(other),
         "cache: LM residual behind every block": lambda: model.run_with_cache(inputs, posts),
-        "— bare PyTorch hooks": lambda: _by_torch_hooks(model, posts, plain),
+        "— bare PyTorch hooks": lambda: by_torch_hooks(model, posts, plain),
         "— `output_hidden_states=True`": lambda: collecting(**tensors, output_hidden_states=True),
         **_transformer_lens(model, tensors),
         "cache: every residual, both towers": lambda: model.run_with_cache(inputs, every),
-        "— bare PyTorch hooks, both towers": lambda: _by_torch_hooks(model, every, plain),
+        "— bare PyTorch hooks, both towers": lambda: by_torch_hooks(model, every, plain),
         "cache: LM attention patterns": lambda: model.run_with_cache(
             inputs, "blocks.*.attn.hook_pattern"
         ),
@@ -111,11 +111,11 @@ def ways(model: HookedVLM, batch: int) -> Ways:
     }
 
 
-def _look(activation: Any, hook: object) -> None:
+def look(activation: Any, hook: object) -> None:
     pass
 
 
-def _by_torch_hooks(model: HookedVLM, names: Sequence[str], run: Callable[[], object]) -> object:
+def by_torch_hooks(model: HookedVLM, names: Sequence[str], run: Callable[[], object]) -> object:
     """Returns what flows at some sites, as it flows there, by PyTorch hooks alone."""
     found: dict[str, Tensor] = {}
 

@@ -28,7 +28,7 @@ def test_every_way_runs_and_takes_what_it_says(wrapper, family, capsys):
     names = [name for name in model.hook_names if name.startswith("blocks.") and "resid" in name]
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs, names)
-        output, found = wrapper._by_torch_hooks(model, names, lambda: model.hf_model(**inputs))
+        output, found = wrapper.by_torch_hooks(model, names, lambda: model.hf_model(**inputs))
     assert torch.equal(output.logits, logits)
     assert all(torch.equal(found[name], cache[name]) for name in names)
     assert getattr(model.hf_model.config, "_attn_implementation") == "sdpa"  # noqa: B009
@@ -170,18 +170,48 @@ def test_the_rivals_environment_has_one_version_of_each(throughput):
         assert f"{name}=={pinned[name]}" in constraints
 
 
-def test_the_battery_has_the_same_answers_whoever_runs_it(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("questions", [1, 2])
+def test_the_battery_has_the_same_answers_whoever_runs_it(monkeypatch, capsys, tmp_path, questions):
     battery = importlib.import_module("benchmarks.throughput.battery")
     file = tmp_path / "battery.json"
     wanted = ["--size", "2x64", "--pairs", "2", "--batch", "1", "--repeats", "1"]
+    wanted += ["--questions", str(questions)]
     monkeypatch.setattr("sys.argv", ["battery", *wanted, "--json", str(file)])
     battery.main()
     found = json.loads(file.read_text())
     # Two batches of one pair: five sweeps over three slots, and sixteen strengths.
-    assert found["patches"] == 2 * (5 * 3 + 16)
+    assert found["patches"] == 2 * (5 * 3 + 16) * questions
+    assert all(row["bound"] > 1 for row in found["rivals"].values())
     assert set(found["rivals"]) == {"hook-loop", "usual-loop"}
     assert all(row["difference"] < 2e-6 for row in found["rivals"].values())
     assert "| usual-loop |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "gemma-3", "llava"])
+def test_two_questions_share_an_image_for_everyone(throughput, timed, family, monkeypatch):
+    made = throughput.built.build(family, (2, 2), width=64, vocab=32000, side=24)
+    model = HookedVLM(made, name=family)
+    (task,) = timed.tasks_for(model, ("strip",), 2, family, questions=2)
+    ids = task.clean["input_ids"]
+    end = timed.FIRST + timed.SIDE**2
+    assert ids.shape[0] == 4
+    assert torch.equal(ids[:2, :end], ids[2:, :end]) and not torch.equal(ids[:2], ids[2:])
+    encoded, owner = [], type(made.model)
+    encode = owner.get_image_features
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        encoded.append(1)
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, "get_image_features", counting)
+    ours = throughput.Ours(model)
+    with torch.no_grad():
+        careful = throughput.HookLoop(made).run(task)
+        assert len(encoded) == 2  # the clean images, and the sources
+        found, usual = ours.run(task), throughput.UsualLoop(made).run(task)
+    assert "4 prompts in 2 rows" in ours.note
+    for other in (found, usual):
+        assert (other - careful).abs().max() < 2e-6 * careful.abs().max()
 
 
 def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):

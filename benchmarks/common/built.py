@@ -161,13 +161,11 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """Returns inputs of `batch` prompts, each with one image of `side / 2` tokens a side.
 
-    Every `questions` prompts ask about the same image.
+    With several questions there are so many prompts about each image, question by question.
     """
     random = torch.Generator().manual_seed(seed)
     n_tokens = (side // 2) ** 2
     ids = torch.randint(2, 3000, (batch, length), generator=random)
-    if questions > 1:
-        ids[:, :3] = ids[:1, :3]
     ids[:, 3], ids[:, 4 : 4 + n_tokens], ids[:, 4 + n_tokens] = START, IMAGE, END
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family.startswith("qwen"):
@@ -179,11 +177,24 @@ def make_inputs(
         inputs["pixel_values"] = torch.randn(batch, 3, across, across, generator=random)
     if family == "gemma-3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
-    if questions > 1:
-        by_image = inputs["pixel_values"].unflatten(0, (batch, -1))
-        first = torch.arange(batch) // questions * questions
-        inputs["pixel_values"] = by_image[first].flatten(0, 1)
-    return inputs
+    return asked(inputs, 5 + n_tokens, questions, seed)
+
+
+def asked(inputs: dict[str, Tensor], end: int, questions: int, seed: int = 0) -> dict[str, Tensor]:
+    """Returns prompts with other texts from position `end` on behind the same, for each question.
+
+    All first questions come before all second ones.
+
+    >>> ids = torch.tensor([[7, 8, 9]])
+    >>> asked({"input_ids": ids}, 2, 2)["input_ids"][:, :2].tolist()
+    [[7, 8], [7, 8]]
+    """
+    random = torch.Generator().manual_seed(10_000 + seed)
+    found = {name: torch.cat([value] * questions) for name, value in inputs.items()}
+    ids, batch = found["input_ids"], len(inputs["input_ids"])
+    others = (ids.shape[0] - batch, ids.shape[1] - end)
+    ids[batch:, end:] = torch.randint(2, 3000, others, generator=random)
+    return found
 
 
 # --- sizes of published models ------------------------------------------------------------

@@ -5,10 +5,12 @@ the same path in every family that is timed.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 VISION = (
@@ -70,8 +72,41 @@ class _Reached(Exception):  # noqa: N818 - no error: the pass ends here
     pass
 
 
-def merged(hf_model: Any, inputs: Any) -> dict[str, Any]:
-    """Returns what the language model is called with, vision encoded and merged in."""
+def merged(hf_model: Any, inputs: Any, questions: int = 1) -> dict[str, Any]:
+    """Returns what the language model is called with, vision encoded and merged in.
+
+    Prompts of several questions about the same images come question by question; then images are
+    encoded for the first question, and merged into the prompts of all.
+    """
+    if questions == 1:
+        return _merged(hf_model, inputs)
+    owner, batch = hf_model.model, len(inputs["input_ids"])
+    encode, encoded = owner.get_image_features, []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not encoded:
+            encoded.append(encode(*args, **kwargs))
+        return copy.copy(encoded[0])  # its fields may be replaced
+
+    owner.get_image_features = once
+    try:
+        parts = []
+        for i in range(questions):
+            own = {name: x.chunk(questions)[i] for name, x in inputs.items()}
+            parts.append(_merged(hf_model, own))
+    finally:
+        del owner.get_image_features
+    return pytree.tree_map(partial(_joined, batch=batch // questions), *parts)
+
+
+def _joined(*parts: Any, batch: int) -> Any:
+    """Returns tensors along the axis of prompts; Qwen's positions have it second."""
+    if not isinstance(parts[0], Tensor) or batch not in parts[0].shape[:2]:
+        return parts[0]
+    return torch.cat(parts, dim=0 if parts[0].shape[0] == batch else 1)
+
+
+def _merged(hf_model: Any, inputs: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:

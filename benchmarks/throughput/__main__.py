@@ -1,7 +1,7 @@
 """Patches per second of whole sweeps, beside those of other tools, in turns.
 
-    python -m benchmarks.throughput [--quick] [--family llava] [--json FILE] [--plot FILE]
-        [--batch 2 --questions 2]
+    python -m benchmarks.throughput [--quick] [--family llava] [--questions 2] [--json FILE]
+        [--plot FILE]
         [--rivals hook-loop,usual-loop,restart,plain,transformer-lens,nnsight,pyvene]
 
 Every sweep is timed from pixels to the last position's logits, its clean and source runs
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import floors
 from benchmarks.common import built
 from benchmarks.common.machine import machine
 from benchmarks.throughput import rivals
@@ -112,7 +113,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--sizes", default="", help=", ".join([*SIZES, *SHIPPED]))
     parser.add_argument("--batch", default="1", help="pairs in a batch; several with commas")
-    parser.add_argument("--questions", type=int, default=1, help="prompts about each image")
+    parser.add_argument("--questions", type=int, default=1, choices=(1, 2), help="about each image")
     parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -145,27 +146,27 @@ def rows_of(given: argparse.Namespace, size: str, batch: int) -> Iterator[dict[s
     """Prints a table for one model and batch, and yields its rows."""
     timed = Timed.of(size, given.family)
     tools = tools_for(given.rivals, timed.model, timed.family)
-    cfg, (example,) = timed.model.cfg, timed.tasks(["final_token"], batch)
-    length = example.clean["input_ids"].shape[1]
-    product = product_rate(batch * length, cfg.d_model, cfg.d_mlp or 4 * cfg.d_model)
-    print(f"\n{timed.family} {size}, batch {batch} x {length} tokens, ", end="")
-    if given.questions > 1:
-        print(f"{given.questions} questions about each image, ", end="")
+    tasks = timed.tasks(given.tasks, batch, questions=given.questions)
+    cfg, (prompts, length) = timed.model.cfg, tasks[0].clean["input_ids"].shape
+    product = product_rate(prompts * length, cfg.d_model, cfg.d_mlp or 4 * cfg.d_model)
+    print(f"\n{timed.family} {size}, batch {prompts} x {length} tokens, ", end="")
     print(
-        f"medians of {given.repeats}; a plain product of {batch * length} rows with this ", end=""
+        f"{given.questions} of 2 questions about each image, medians of {given.repeats}; ", end=""
     )
+    print(f"a plain product of {prompts * length} rows with this ", end="")
     print(f"width's feed-forward weights runs at {product / 1e9:.0f} GFLOP/s")
     print(
         "| sweep | rival | cells | ours s | rival s | ratio | alone | patches/s | "
         "MB: ours / ours, one by one / rival | answers apart |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for task in timed.tasks(given.tasks, batch, questions=given.questions):
+    for task in tasks:
         ours = Ours(timed.model)
         row: dict[str, Any] = {}
         taken = own(task, ours)
         for name, tool in tools.items():
             row = {"size": size, "batch": batch, "task": task.name, "rival": name, **taken}
+            row["questions"] = given.questions
             row |= compared(task, ours, tool, given.repeats)
             row["product_per_s"] = product
             print(line(row), flush=True)
@@ -175,8 +176,16 @@ def rows_of(given: argparse.Namespace, size: str, batch: int) -> Iterator[dict[s
                 f"  {task.name}: {row['operations_per_s'] / 1e9:.0f} GFLOP/s, "
                 f"{row['operations_per_s'] / product:.2f} of the product's; executed over floor "
                 f"{row['executed_over_floor']:.2f}, a careful loop's {row['loop_over_floor']:.2f}; "
-                f"{row['how']}"
+                f"{row['how']}{bound(size, timed.family, task)}"
             )
+
+
+def bound(size: str, family: str, task: Task) -> str:
+    """Returns the ratios that exact arithmetic allows, in words, for a sweep that is counted."""
+    if size not in SIZES or task.name not in floors.SWEEPS:
+        return ""
+    careful, usual = floors.timed(size, family).sweeps([[task.name]], task.questions).over
+    return f"; exact sweeps are at most {careful:.2f} (hook-loop) and {usual:.2f} (usual-loop)"
 
 
 def main() -> None:

@@ -34,12 +34,14 @@ class HookLoop:
         """Returns the last position's logits `[cell, batch, d_vocab]`, from pixels on."""
         if any(cell.stream == "vision" for cell in task.cells):
             return self._through_vision(task)
-        clean = self._merged(task.clean)
+        clean = self._merged(task.clean, task.questions)
         if task.zeroed is not None:
             embeds = clean["inputs_embeds"].clone()
             embeds[:, task.zeroed] = 0
             clean = {**clean, "inputs_embeds": embeds}
-        there = self._sources(task, lambda: self.language(**self._merged(task.source)))
+        there = self._sources(
+            task, lambda: self.language(**self._merged(task.source, task.questions))
+        )
         return torch.stack(
             [self._logits(clean, cell, there.get((cell.stream, cell.layer))) for cell in task.cells]
         )
@@ -59,11 +61,11 @@ class HookLoop:
         finally:
             self._kept = None
 
-    def _merged(self, inputs: Any) -> dict[str, Any]:
-        if self._kept is None:
-            return merged(self.whole, inputs)
+    def _merged(self, inputs: Any, questions: int) -> dict[str, Any]:
         key = ("merged", id(inputs))
-        return self._kept[key] if key in self._kept else self._keep(key, merged(self.whole, inputs))
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        return self._keep(key, merged(self.whole, inputs, questions))
 
     def _keep(self, key: Any, value: Any) -> Any:
         if self._kept is not None:

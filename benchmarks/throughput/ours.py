@@ -15,8 +15,11 @@ from hooked_vlm.sweeps.plan import Explanation, costs_of
 class Ours:
     """Sweeps by one of the library's engines."""
 
-    def __init__(self, model: HookedVLM, engine: str = "growing") -> None:
-        self.model, self.engine = model, engine
+    def __init__(
+        self, model: HookedVLM, engine: str = "growing", answers: int | None = None
+    ) -> None:
+        """With `answers`, `run` returns the logits of so many tokens of the vocabulary."""
+        self.model, self.engine, self.answers = model, engine, answers
         self.name = "hooked_vlm" if engine == "growing" else f"hooked_vlm, {engine}"
         self.note = ""
 
@@ -24,7 +27,7 @@ class Ours:
         """Returns the last position's logits `[cell, batch, d_vocab]`, from pixels on."""
         found = self._sweep(task).run(
             self.model,
-            lambda logits: logits[:, -1],
+            lambda logits: logits[:, -1, : self.answers],
             dims=("batch", "token"),
             engine=self.engine,
             memory=memory,
@@ -41,11 +44,12 @@ class Ours:
         """Returns the operations that a careful loop takes: a whole pass for each cell, images
         encoded once, the vocabulary for one position."""
         costs, (batch, length) = costs_of(self.model, task.clean), task.clean["input_ids"].shape
+        images = costs.vision / task.questions
         blocks, head = costs.rows(batch, length, length), batch * costs.head
         n_cells, source = len(task.cells), any(cell.alpha is None for cell in task.cells)
         if task.cells[0].stream == "vision":
             return costs.vision + n_cells * float(costs.vision + blocks + head)
-        return costs.vision + n_cells * float(blocks + head) + source * (costs.vision + blocks)
+        return images + n_cells * float(blocks + head) + source * (images + blocks)
 
     def keeping(self) -> AbstractContextManager:
         """Lets tasks share encoded images, sources and clean runs, within a `with` block."""

@@ -54,6 +54,8 @@ class Task:
     """Positions that every cell begins with at zero, in front of all blocks."""
     removed: Region | None = None
     """The same as a region, for a tool that knows images."""
+    questions: int = 1
+    """Prompts about each image; a batch has all first questions, then all second ones."""
 
 
 def make_task(
@@ -68,12 +70,13 @@ def make_task(
     first_image: int,
     side: int,
     family: str,
+    questions: int = 1,
 ) -> Task:
     """Returns a task on prompts with one image of `side` x `side` tokens from `first_image` on.
 
     `n_vision` are the blocks of the vision encoder that the language model gets to see.
     """
-    task = Task(name, clean, source)
+    task = Task(name, clean, source, questions=questions)
     third, low, shape = side // 3, (side - 2) // 2, (side, side)
     last = torch.tensor([clean["input_ids"].shape[1] - 1])
     if name in ("strip", "object", "vision"):

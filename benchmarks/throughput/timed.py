@@ -17,6 +17,7 @@ SIZES = {"12x512": (12, 512), "24x1024": (24, 1024), "2x64": (2, 64)}
 """Blocks and width of a random language model; the last is for trying a benchmark out."""
 SHIPPED = {"tiny-qwen2-vl": ("qwen2-vl", 224), "tiny-gemma-3": ("gemma-3", 192)}
 """Models that come with the package: their families, and the pixels a side of their images."""
+QUESTIONS = ("Which colour is on the left?", "Which colour is on the right?")
 SIDE, LENGTH, FIRST = 12, 184, 5
 """Of prompts for random models: tokens a side of the image, tokens, and the image's second one."""
 
@@ -42,23 +43,25 @@ class Timed:
     def tasks(
         self, names: Sequence[str], batch: int, first: int = 0, questions: int = 1
     ) -> list[Task]:
-        """Returns the named sweeps over `batch` pairs of prompts, `questions` about each image."""
+        """Returns the named sweeps over `batch` pairs of images, with one or two questions each."""
         if self.name not in SHIPPED:
             return tasks_for(self.model, names, batch, self.family, first, questions)
         prepared = [self._prepared(batch, seed, questions) for seed in (first, first + 1)]
         grid = self.model.grids(prepared[0])[0][0]
         clean, source = (self._moved(inputs) for inputs in prepared)
         start, side = int(grid.positions.min()), grid.shape[0]
-        return [task_on(self.model, self.family, n, clean, source, start, side) for n in names]
+        return [
+            task_on(self.model, self.family, n, clean, source, start, side, questions)
+            for n in names
+        ]
 
     def _prepared(self, batch: int, seed: int, questions: int) -> Mapping[str, Tensor]:
         dice = torch.Generator().manual_seed(seed)
         side = SHIPPED[self.name][1]
         noise = torch.randint(0, 256, (batch, side, side, 3), generator=dice, dtype=torch.uint8)
-        pictures = [Image.fromarray(noise[i // questions].numpy()) for i in range(batch)]
-        sides = ("left", "right", "top", "bottom")
-        asked = [f"Which colour is on the {sides[i % questions % 4]}?" for i in range(batch)]
-        return self.model.prepare(pictures, asked)
+        pictures = [Image.fromarray(picture.numpy()) for picture in noise]
+        asked = [question for question in QUESTIONS[:questions] for _ in range(batch)]
+        return self.model.prepare(pictures * questions, asked)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: x.to(self.model.device) for name, x in inputs.items()}
@@ -89,7 +92,9 @@ def tasks_for(
         }
         for seed in (first, first + 1)
     )
-    return [task_on(model, family, name, clean, source, FIRST - 1, SIDE) for name in names]
+    return [
+        task_on(model, family, name, clean, source, FIRST - 1, SIDE, questions) for name in names
+    ]
 
 
 def task_on(
@@ -100,6 +105,7 @@ def task_on(
     source: Mapping[str, Tensor],
     first_image: int,
     side: int,
+    questions: int = 1,
 ) -> Task:
     """Returns one sweep over prompts with an image of `side` tokens a side."""
     return make_task(
@@ -113,4 +119,5 @@ def task_on(
         first_image=first_image,
         side=side,
         family=family,
+        questions=questions,
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm.engine import noise
+from hooked_vlm.engine import growing, noise
 from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.interventions.ablate import Ablate
