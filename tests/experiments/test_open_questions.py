@@ -12,7 +12,8 @@ from hooked_vlm.analysis.statistics import sign_flip_test
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.further import encoder_depth, redundancy
-from hooked_vlm.experiments.further.encoder_depth import attention_shares, pooled
+from hooked_vlm.experiments.further.encoder_attention import attention_shares
+from hooked_vlm.experiments.further.encoder_depth import pooled
 from hooked_vlm.experiments.further.redundancy import between_image_tokens
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting

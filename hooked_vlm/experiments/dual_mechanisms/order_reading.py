@@ -170,19 +170,33 @@ def fit_with_controls(
         own = shuffled.of_images(train)
         controls.append(LinearProbe(seed=seed + i).fit(own.X, own.y))
         chance.append(held_out_shares(controls[-1], shuffled.of_images(test)))
-    at_least = sum(share.mean() >= right.mean() for share in chance)
     converged = _converged(part)
     converged_right = held_out_shares(converged, held)
+    rows = accuracy_rows(right, converged_right, np.stack(chance), seed)
+    return Fitted(probes, controls, test, right, converged, converged_right[None]), rows
+
+
+def accuracy_rows(
+    right: Float[np.ndarray, "probe image"],
+    converged: Float[np.ndarray, " image"],
+    chance: Float[np.ndarray, "control image"],
+    seed: int,
+) -> list[dict]:
+    """Returns the rows of accuracies of probes, of the converged one and of the controls.
+
+    The last one is the permutation p-value of the probes' accuracy among the controls'.
+    """
     rows = []
     for quantity, values in (
         ("accuracy", right.mean(0)),
-        ("converged", converged_right),
-        ("shuffled", np.mean(chance, axis=0)),
+        ("converged", converged),
+        ("shuffled", chance.mean(0)),
     ):
         rows += interval_rows(mean_of_shares(values, seed=seed), {}, quantity=quantity)
-    p = (1 + int(at_least)) / (1 + n_shuffles)
-    rows.append({"quantity": "p, shuffled", "value": p, "low": p, "high": p, "n": n_shuffles})
-    return Fitted(probes, controls, test, right, converged, converged_right[None]), rows
+    at_least = int((chance.mean(1) >= right.mean()).sum())
+    p = (1 + at_least) / (1 + len(chance))
+    rows.append({"quantity": "p, shuffled", "value": p, "low": p, "high": p, "n": len(chance)})
+    return rows
 
 
 def _converged(examples: Examples) -> LogisticRegression:

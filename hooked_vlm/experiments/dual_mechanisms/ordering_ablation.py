@@ -35,7 +35,7 @@ from hooked_vlm.experiments.tables import (
     rate_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.settings import SETTINGS
@@ -99,7 +99,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "picture; without order the ends are equally probable. The verdict is about "
             f"'{ORDER}', against 1/2, by picture, and only about questions whose three entities "
             "the model names when it is shown the isolated picture that a removal reads: other "
-            "answers show a loss of names.",
+            "answers show a loss of names. Its p-values are adjusted (Holm) over the directions "
+            "and their sum, all.",
             "Accuracies have 95 % Wilson intervals; 'difference' is the paired difference to "
             "'intact', with a bootstrap interval over items and a bounded mean test, Holm-adjusted "
             "over the kinds of a direction. 'probability' is that of the correct answer.",
@@ -198,7 +199,8 @@ def _table(
             direction=direction,
             quantity="difference",
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return adjusted(table, table["quantity"] == ORDER, ["kind"])
 
 
 def order_rows(
@@ -218,7 +220,7 @@ def order_rows(
     about = {"quantity": ORDER, **columns}
     if not len(kept):
         nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-        return [{**about, **nothing, "null": CHANCE, "p_holm": 1.0}]
+        return [{**about, **nothing, "null": CHANCE, "p": 1.0, "p_holm": 1.0}]
     units = [picture_of(questions[i]) for i in kept]
     return claim_rows(kinds[kept, RIGHT], {}, units, seed, null=CHANCE, low=0.0, high=1.0, **about)
 

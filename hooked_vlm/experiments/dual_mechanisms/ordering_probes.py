@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares
-from hooked_vlm.errors import counted
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     Fitted,
     places_read,
@@ -27,7 +26,15 @@ from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import ALPHA, Judgement, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import (
+    ALPHA,
+    Judgement,
+    adjusted,
+    agreement,
+    claims_over_probes,
+    judge,
+    sentence,
+)
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
@@ -79,7 +86,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             name = f"{axis} {i + 1}"
             maps[name] = found["maps"][i]
             pictures[name] = setting.picture(_questions(setting, axis)[found["test"][i]])
-    table = pd.DataFrame(rows)
+    table = over_sentences(pd.DataFrame(rows))
     mean_maps = xr.DataArray(
         np.stack(means),
         dims=("axis", "class", "row", "col"),
@@ -132,7 +139,8 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             "The verdict calls the order read from the objects where accuracy is clearly above 1/3 "
             "and its permutation p-value at most 0.05. It calls it read from the background where "
             "the share is clearly above that of two halves, the middle strip's above 1/3, and "
-            f"three objects exceed one alone by at least {MORE}.",
+            f"three objects exceed one alone by at least {MORE}. P-values of a claim are adjusted "
+            "(Holm) over the axes.",
         ),
     )
 
@@ -184,35 +192,22 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
             grids = projected_scenes(setting, asked, shown)
             shares[name] = _own_strip(fitted, grids, strip, background).mean(-1)
     whole = {"low": 0.0, "high": 1.0}
-    claims: list[Claim] = [
-        ("accuracy, claim", fitted.accuracies, {"null": CHANCE, **whole}),
-        ("converged, claim", fitted.converged_accuracies, {"null": CHANCE, **whole}),
-        ("background, claim", shares["three"], {"null": halves, **whole}),
-        ("background, middle strip", middle, {"null": CHANCE, **whole}),
-    ]
+    claims: dict[str, tuple[Float[np.ndarray, "probe image"], dict[str, float]]] = {
+        "accuracy, claim": (fitted.accuracies, {"null": CHANCE, **whole}),
+        "converged, claim": (fitted.converged_accuracies, {"null": CHANCE, **whole}),
+        "background, claim": (shares["three"], {"null": halves, **whole}),
+        "background, middle strip": (middle, {"null": CHANCE, **whole}),
+    }
     if "one object" in shares:
-        claims.append(("background, three - one", shares["three"] - shares["one object"], {}))
-    rows = claims_of(claims, seed, axis)
+        claims["background, three - one"] = (shares["three"] - shares["one object"], {})
+    rows: list[dict] = []
+    for quantity, (values, bounds) in claims.items():
+        about: Any = {"quantity": quantity, "axis": axis, **bounds}
+        rows += claims_over_probes(values, {}, seed, **about)
     for name in ("one object", "empty"):
         if name in shares:
             interval = mean_of_shares(shares[name].mean(0), seed=seed)
             rows += interval_rows(interval, {}, quantity=f"background, {name}", axis=axis)
-    return rows
-
-
-Claim = tuple[str, Float[np.ndarray, "_ _"], dict[str, float]]
-"""(quantity, shares `[probe, image]` of held-out pictures, null value and bounds)"""
-
-
-def claims_of(claims: Sequence[Claim], seed: int, axis: str) -> list[dict]:
-    """Returns the rows of claims about the mean over probes, and about each probe by itself."""
-    rows: list[dict] = []
-    for name, values, bounds in claims:
-        about: Any = {"quantity": name, "axis": axis, **bounds}
-        units = range(values.shape[1])
-        rows += claim_rows(values.mean(0), {}, units, seed, **about)
-        for i, own in enumerate(values):
-            rows += claim_rows(own, {}, units, seed, **about, probe=i)
     return rows
 
 
@@ -249,6 +244,11 @@ def projected_scenes(
     return torch.cat(parts).unflatten(1, layout.shape)
 
 
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with each claim's p-values adjusted over the axes."""
+    return adjusted(table, table["p"].notna(), ["quantity", "probe"])
+
+
 def _verdict(table: pd.DataFrame) -> str:
     parts = []
     for axis in dict.fromkeys(table["axis"]):
@@ -256,10 +256,9 @@ def _verdict(table: pd.DataFrame) -> str:
         mean = here[here["probe"].isna()].set_index("quantity")
         finding = _found(mean)
         probes = here.dropna(subset="probe").groupby("probe")
-        agree = [_found(_of_probe(mean, own)) == finding for _, own in probes]
+        same = agreement(finding, [_found(_of_probe(mean, own)) for _, own in probes])
         words = (
-            f"{axis}: {finding} ({sum(agree)} of {counted(len(agree), 'probe')} with other "
-            f"initialisations say the same). Probe accuracy on held-out object tokens: "
+            f"{axis}: {finding} ({same}). Probe accuracy on held-out object tokens: "
             f"{format_interval(mean.loc['accuracy'])} "
             f"({format_interval(mean.loc['converged'])} if fitted to convergence, "
             f"shuffled labels {mean.loc['shuffled', 'value']:.2f}, permutation p "

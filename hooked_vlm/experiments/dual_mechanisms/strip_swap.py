@@ -33,7 +33,7 @@ from hooked_vlm.experiments.tables import (
     score_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import claim_rows, judge, not_tested, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.overlay import draw_regions
@@ -114,8 +114,9 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             "each picture. An answer flips where the interval of this mean lies above "
             f"{HALF}; strips and objects differ where the interval of their paired difference "
             "excludes zero and its p-value is at most 0.05. A kind that flips the answer at some "
-            f"of these slots and not on average is named with them ('{AT_SLOT}'; p-values are "
-            "adjusted by Holm over kinds and slots). These intervals are for bounded values "
+            f"of these slots and not on average is named with them ('{AT_SLOT}'). P-values are "
+            "adjusted by Holm over the directions and their sum, all (at single slots also over "
+            "kinds and slots). These intervals are for bounded values "
             "(Gaffke), at any number of pictures.",
             *regions.notes,
         ),
@@ -173,7 +174,9 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     table = pd.DataFrame(rows)
     slots = table["slot"]
     table["site"] = [None if pd.isna(slot) else slot_name(int(slot), n_layers) for slot in slots]
-    return table
+    # A verdict has a sentence for each direction and one for all: they are one family.
+    table = adjusted(table, table["quantity"] == EARLY, ["kind"])
+    return adjusted(table, table["quantity"] == AT_SLOT)
 
 
 def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> list[dict]:

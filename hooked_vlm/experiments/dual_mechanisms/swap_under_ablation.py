@@ -36,7 +36,7 @@ from hooked_vlm.experiments.tables import (
     score_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording
@@ -164,6 +164,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     table = pd.DataFrame(rows)
     if len(table):
         table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
+        table = adjusted(table, table["quantity"] == CLAIM)
     return table
 
 
@@ -199,8 +200,8 @@ def _result(
             "intervals over pairs; a direction with fewer than two pairs has no row.",
             f"The verdict calls an answer flipped at slots where the interval of '{CLAIM}' (for "
             f"bounded values, by picture) lies above {HALF}, with p-values adjusted by Holm over "
-            "the slots. At slot 0 the swap moves tokens without an order, so a flip there means "
-            "that the removal is not clean.",
+            "slots and directions. At slot 0 the swap moves tokens without an order, so a flip "
+            "there means that the removal is not clean.",
             *notes,
         ),
     )

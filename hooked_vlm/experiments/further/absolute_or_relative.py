@@ -55,7 +55,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_names, interval_rows
-from hooked_vlm.experiments.verdicts import claim_rows
+from hooked_vlm.experiments.verdicts import claim_rows, claims_over_probes
 from hooked_vlm.stimuli.geometry import Layout, Shifted
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import SETTINGS
@@ -301,14 +301,11 @@ def _claims(three: np.ndarray, one: np.ndarray, control: np.ndarray, seed: int) 
     difference = three[..., 0] - three[..., 1]
     rows = []
     for values, bounds, about in (
-        (difference.mean((0, 1)), {}, {"quantity": DIFFERENCE, "kind": BOTH}),
         ((three - one)[..., 0].mean((0, 1)), {}, {"quantity": SURPLUS, "kind": BOTH}),
         (control.mean(0), {"null": MOSTLY, "low": 0.0, "high": 1.0}, {"quantity": CONTROL}),
     ):
         rows += claim_rows(values, {}, units, seed, **bounds, **about)  # pyright: ignore
     for label, values in zip(EDGES.values(), difference.mean(1), strict=True):
         rows += claim_rows(values, {}, units, seed, quantity=DIFFERENCE, kind=label)
-    for probe in range(three.shape[1]):
-        own = difference[:, probe].mean(0)
-        rows += claim_rows(own, {}, units, seed, quantity=DIFFERENCE, kind=BOTH, probe=probe)
-    return rows
+    main: Any = {"quantity": DIFFERENCE, "kind": BOTH}
+    return rows + claims_over_probes(difference.mean(0), {}, seed, **main)

@@ -23,7 +23,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -99,7 +99,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "was fitted to.",
             "'transferred': the directions of another setting, with the alpha that is best there. "
             "'itself': a setting's own directions, with alpha chosen on the other half of its "
-            "pictures. Intervals are for bounded values, over pictures; an accuracy has Wilson's.",
+            "pictures. Intervals are for bounded values, over pictures; an accuracy has Wilson's. "
+            "The verdict counts the sources that help a target: p-values are adjusted (Holm) over "
+            "all sources and targets.",
             "Transfer between models: run this on each and compare the column alpha.",
         ),
     )
@@ -122,7 +124,7 @@ def _table(
         change = held_out_change(own, own[0], units, config.seed)
         itself = {"source": target, "kind": "itself", "alpha": float("nan")}  # one for each half
         rows += claim_rows(change, {}, units, config.seed, **itself, **about)
-        if others:  # p-values are adjusted over them: the verdict counts those that help
+        if others:
             axes = {"source": others}
             found = claim_rows(np.stack(changes, 1), axes, units, config.seed, **about)
             for row, alpha in zip(found, alphas, strict=True):
@@ -132,7 +134,8 @@ def _table(
         about = {"source": "none", "target": target, "alpha": 0.0, "quantity": "accuracy"}
         interval = wilson(float(intact.sum()), len(intact))
         rows += interval_rows(interval, {}, kind="intact", **about)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return adjusted(table, table["kind"] == "transferred")
 
 
 def _verdict(table: pd.DataFrame, settings: Sequence[str]) -> str:

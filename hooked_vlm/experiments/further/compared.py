@@ -11,7 +11,7 @@ from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.tables import format_interval, select
-from hooked_vlm.experiments.verdicts import claim_rows, judge
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge
 
 
 DIFFERENCE = "paired difference"
@@ -37,6 +37,16 @@ def rows_between(first: Mapping[str, Result], other: Mapping[str, Result], seed:
         if name in first and name in other:
             rows += rows_of(first[name], other[name], seed)
     return rows
+
+
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with p-values of comparing rows adjusted over all sentences.
+
+    They are over axes or over kinds of picture; probes are one family, and swaps another.
+    """
+    if "quantity" not in table:
+        return table
+    return adjusted(table, table["quantity"] == DIFFERENCE, ["part"])
 
 
 def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:

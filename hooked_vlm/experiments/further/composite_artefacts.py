@@ -96,7 +96,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     for variant in others:
         rows = compared.rows_between(results[first], results[variant], config.seed)
         tables += [pd.DataFrame(rows).assign(variant=variant)] if rows else []
-    table = pd.concat(tables, ignore_index=True)
+    table = compared.over_sentences(pd.concat(tables, ignore_index=True))
     return Result(
         **vars(ABOUT),
         table=table,
@@ -114,7 +114,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "is computed; probes are fitted anew on each kind of picture.",
             f"Rows of the quantity '{compared.DIFFERENCE}' compare a variant with {variants[0]} "
             "pictures on the same held-out layouts and the pairs that both keep (intervals and "
-            "tests for bounded means over pictures, Holm's correction over all kinds and slots).",
+            "tests for bounded means over pictures, Holm's correction over the variants, and for "
+            "swaps over kinds and slots too).",
             f"'{UNCUT}': probes fitted to What'sUp's own photographs, their things labelled left, "
             "middle and right by What'sUp's boxes, and read on held-out ones. A swap of an uncut "
             "photograph has no second answer to flip to, so there is none."

@@ -73,7 +73,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             images |= {f"{name} ({ground})": picture for name, picture in found.images.items()}
     rows = compared.rows_between(results["white"], results["photographs"], config.seed)
     tables.append(pd.DataFrame(rows).assign(ground=BOTH))
-    table = pd.concat(tables, ignore_index=True)
+    table = compared.over_sentences(pd.concat(tables, ignore_index=True))
     return Result(
         **vars(ABOUT),
         table=table,
@@ -86,7 +86,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "kept where both pictures are answered correctly on that background, so they differ.",
             f"Rows of the ground '{BOTH}' compare the two on what they have in common: the same "
             "layouts held out of the probes, and the pairs that both keep (intervals and tests for "
-            "bounded means over pictures, Holm's correction over all kinds and slots).",
+            "bounded means over pictures, Holm's correction over axes, and over kinds and slots).",
             "A picture and its mirror image stand on one and the same photograph, which is not "
             "mirrored.",
             "See E3 and E4 for how each number is computed.",

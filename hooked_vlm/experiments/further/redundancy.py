@@ -220,7 +220,7 @@ def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
     for quantity, scores in (("accuracy", accuracy), (LOG_ODDS, odds)):
         each = (scores * signs).sum(-1)
         p = float(sign_flip_test(each, seed=seed)) if len(each) > 1 else 1.0
-        about = {"kind": "interaction", "quantity": quantity, "p_holm": p}
+        about = {"kind": "interaction", "quantity": quantity, "p": p, "p_holm": p}
         rows += interval_rows(_interval(each, seed), {}, **about)
     preference = by_unit(np.moveaxis(expit(values[..., -1]), 1, 0), units)
     for kind, one in (("loss", 0), ("gain, vision only", 1), ("gain, LM only", 2)):

@@ -40,7 +40,14 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, format_names, interval_rows, select
-from hooked_vlm.experiments.verdicts import Judgement, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import (
+    Judgement,
+    adjusted,
+    agreement,
+    claims_over_probes,
+    judge,
+    sentence,
+)
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -104,11 +111,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         made = _rows(found["shares"], list(layers), config.seed)
         rows += [{**row, "axis": axis} for row in [*found["rows"], *made]]
         shares.append(found["shares"])
-    table = pd.DataFrame(rows)
+    table = over_sentences(pd.DataFrame(rows))
     return Result(
         **vars(ABOUT),
         table=table,
-        arrays={"shares": xr.concat(shares, dim=pd.Index(setting.axes, name="axis"))},  # pyright: ignore
+        arrays={"shares": _joined(shares, setting.axes)},
         verdict=_verdict(table, config.by),
         config={
             "images": config.images,
@@ -132,7 +139,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "background keys.",
             "'writes' requires that the share falls below that of uncut pictures and below that of "
             "random cuts. Where the share of uncut pictures is not above 1/3, there is nothing to "
-            "cut off.",
+            "cut off. P-values of cuts in all layers are adjusted (Holm) over axes, cuts and both "
+            "shares, those of single layers over layers.",
         ),
     )
 
@@ -167,7 +175,10 @@ def _shares_of(
     config: Config,
     step: Callable[[], None],
 ) -> dict[str, Any]:
-    """Returns an axis's probe rows, and shares `[cut, layer, condition, image, quantity]`."""
+    """Returns an axis's probe rows, and shares.
+
+    These are `[cut, layer, condition, probe, image, quantity]`.
+    """
     halves = Halves.of(setting, axis, config.images, config.seed)
     fitted, rows, asked = halves.fitted, halves.rows, halves.asked
     step()
@@ -197,7 +208,7 @@ def _shares_of(
         "condition": [INTACT, CUT, RANDOM],
         "quantity": list(QUANTITIES),
     }
-    dims = ("kind", "layer", "condition", "image", "quantity")
+    dims = ("kind", "layer", "condition", "probe", "image", "quantity")
     return {"rows": rows, "shares": xr.DataArray(values, dims=dims, coords=coords)}
 
 
@@ -217,8 +228,8 @@ def _features(
 
 def _read(
     setting: Setting, axis: str, probes: Sequence[Any], features: Tensor
-) -> Float[np.ndarray, "image 2"]:
-    """Returns each picture's shares of `QUANTITIES`, averaged over probes."""
+) -> Float[np.ndarray, "probe image 2"]:
+    """Returns each picture's shares of `QUANTITIES`, by probe."""
     layout = setting.geometry
     strip, background = strips(layout, axis)
     place = np.full(layout.shape, -1)
@@ -226,22 +237,22 @@ def _read(
         place[region.mask] = i
     read = places_read(probes, features.unflatten(1, layout.shape))
     given = (read == strip)[..., background].mean(-1), (read == place)[..., place >= 0].mean(-1)
-    return np.stack(given, axis=-1).mean(0)
+    return np.stack(given, axis=-1)
 
 
 # --- rows and verdict -----------------------------------------------------------------------
 
 
-def _rows(shares: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
+def _rows(by_probe: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
     """Returns the shares of each condition, and the claims: cut - intact and cut - random cut."""
-    rows = []
+    rows, shares = [], by_probe.mean("probe")
     intact = shares.isel(kind=0, layer=0).sel(condition=INTACT).values  # [image, quantity]
     for q, quantity in enumerate(QUANTITIES):
         about = {"quantity": quantity, "condition": INTACT}
         rows += interval_rows(mean_of_shares(intact[:, q], seed=seed), {}, **about)
-    units = range(len(intact))
-    bounds = {"null": CHANCE, "low": 0.0, "high": 1.0, "condition": f"{INTACT}, claim"}
-    rows += claim_rows(intact, {"quantity": list(QUANTITIES)}, units, seed, **bounds)
+    bounds: Any = {"null": CHANCE, "low": 0.0, "high": 1.0, "condition": f"{INTACT}, claim"}
+    each = by_probe.isel(kind=0, layer=0).sel(condition=INTACT).values
+    rows += claims_over_probes(each, {"quantity": list(QUANTITIES)}, seed, **bounds)
     for kind in CUTS:
         for layer in layers:
             for condition in (CUT, RANDOM):
@@ -251,33 +262,55 @@ def _rows(shares: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
                         about = {"kind": kind, "quantity": quantity, "condition": condition}
                         interval = mean_of_shares(own[:, q], seed=seed)
                         rows += interval_rows(interval, {}, layer=_named(layer), **about)
-    rows += _claims(shares.sel(layer=[ALL]), QUANTITIES, units, seed)
+    rows += claims(by_probe.sel(layer=[ALL]), QUANTITIES, seed)
     single = [layer for layer in layers if layer != ALL]
     if single:
         for kind in CUTS:  # p-values are adjusted over layers
             for quantity in QUANTITIES:
+                # With a probe axis of one: their mean.
                 own = shares.sel(kind=[kind], layer=single, quantity=[quantity])
-                rows += _claims(own, [quantity], units, seed)
+                rows += claims(own.expand_dims("probe"), [quantity], seed)
     return rows
 
 
-def _claims(shares: xr.DataArray, quantities: Sequence[str], units: range, seed: int) -> list[dict]:
+def claims(shares: xr.DataArray, quantities: Sequence[str], seed: int) -> list[dict]:
+    """Returns the claims about what cuts do, by the mean over probes and by each probe."""
     rows = []
     cut = shares.sel(condition=CUT)
     for other in (INTACT, RANDOM):
         difference = cut - shares.sel(condition=other)
-        there = difference.notnull().all(("layer", "image", "quantity")).values
+        there = difference.notnull().all(("layer", "probe", "image", "quantity")).values
         if not there.any():
             continue
-        difference = difference[there].transpose("image", "kind", "layer", "quantity")
+        difference = difference.isel(kind=np.flatnonzero(there))
+        difference = difference.transpose("probe", "image", "kind", "layer", "quantity")
         axes = {
             "kind": difference["kind"].values.tolist(),
             "layer": [_named(layer) for layer in difference["layer"].values.tolist()],
             "quantity": list(quantities),
         }
         about: dict[str, Any] = {"condition": f"{CUT} - {other}"}
-        rows += claim_rows(difference.values, axes, units, seed, **about)
+        found = claims_over_probes(difference.values, axes, seed, **about)
+        several = difference.sizes["probe"] > 1
+        rows += [row for row in found if several or "probe" not in row]
     return rows
+
+
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with p-values adjusted over axes, cuts and quantities.
+
+    A cut in single layers is only spoken of where the cut in all of them does something: there
+    each cut and quantity is a family by itself.
+    """
+    whole = table["layer"].isna()
+    table = adjusted(table, whole, ["condition", "probe"])
+    return adjusted(table, ~whole, ["axis", "condition", "kind", "quantity"])
+
+
+def _joined(shares: Sequence[xr.DataArray], axes: Sequence[str]) -> xr.DataArray:
+    """Returns the shares of all axes, averaged over probes."""
+    means = [own.mean("probe") for own in shares]
+    return xr.concat(means, dim=pd.Index(axes, name="axis"))  # pyright: ignore
 
 
 def _named(layer: int) -> int | None:
@@ -290,7 +323,7 @@ def _verdict(table: pd.DataFrame, by: str) -> str:
     for axis in dict.fromkeys(table["axis"]):
         for quantity in QUANTITIES:
             own = select(table, axis=axis, quantity=quantity)
-            unread = _unread(own)
+            unread = _unread(own[own["probe"].isna()])
             if unread:
                 parts.append(f"{axis}: undecided what writes {CODES[quantity]}: {unread}")
                 continue
@@ -306,9 +339,12 @@ def _unread(own: pd.DataFrame) -> str:
 
 def _of_cut(own: pd.DataFrame, cut: str, quantity: str, by: str) -> str:
     """Returns in words what a cut does to one share."""
-    code, here = CODES[quantity], select(own, kind=cut)
+    code, every = CODES[quantity], select(own, kind=cut)
+    here = every[every["probe"].isna()]
     whole, single = here[here["layer"].isna()], here.dropna(subset="layer")
     found = writes(whole)
+    probes = every.dropna(subset="probe").groupby("probe")
+    same = agreement(found.finding, [writes(claims).finding for _, claims in probes])
     start = {
         "not found": f"{CUTS[cut]} does not write {code}",
         "undecided": f"undecided whether {CUTS[cut]} writes {code}",
@@ -319,7 +355,8 @@ def _of_cut(own: pd.DataFrame, cut: str, quantity: str, by: str) -> str:
     for condition in (CUT, RANDOM):
         rows = select(whole, condition=condition)
         shares += [f"{condition} {format_interval(row)}" for _, row in rows.iterrows()]
-    text = f"{start} (difference {found.reason}; share {', '.join(shares)})"
+    text = f"{start} (difference {found.reason}; share {', '.join(shares)}"
+    text += f"; {same})" if same else ")"
     by_layer: Any = single.groupby("layer")
     layers = [str(int(layer)) for layer, claims in by_layer if writes(claims).below]
     if single.empty or not found.below:
