@@ -199,7 +199,11 @@ def _table(
             direction=direction,
             quantity="difference",
         )
-    table = pd.DataFrame(rows)
+    return over_sentences(pd.DataFrame(rows))
+
+
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with p-values of order adjusted over the directions and all of them."""
     return adjusted(table, table["quantity"] == ORDER, ["kind"])
 
 

@@ -25,7 +25,7 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import interval_rows, select
 from hooked_vlm.experiments.verdicts import (
     ALPHA,
     Judgement,
@@ -53,6 +53,8 @@ ABOUT = About(
 CHANCE = 1 / 3
 MORE = 0.05
 """The smallest share of background tokens by which three objects must exceed one alone."""
+SURPLUS = "background, three - one"
+"""Quantity: the share of three objects minus that of one alone."""
 SEEDS = 5
 """Number of probes, from different initialisations: 200 small steps leave much of it in them."""
 SHUFFLES = 20
@@ -183,7 +185,6 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
     sizes = np.bincount(strip[background], minlength=3)
     halves = float((sizes.sum() - sizes.min()) / sizes.sum())
     given = _own_strip(fitted, found["grids"], strip, background)  # [seed, image, token]
-    middle = given[..., strip[background] == 1].mean(-1)
     shares = {"three": given.mean(-1)}
     if setting.stimuli.middle is None:  # What'sUp cannot show one object alone
         asked = _questions(setting, axis)
@@ -191,23 +192,36 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
         for name, shown in (("one object", _middle_alone), ("empty", _nothing)):
             grids = projected_scenes(setting, asked, shown)
             shares[name] = _own_strip(fitted, grids, strip, background).mean(-1)
-    whole = {"low": 0.0, "high": 1.0}
-    claims: dict[str, tuple[Float[np.ndarray, "probe image"], dict[str, float]]] = {
-        "accuracy, claim": (fitted.accuracies, {"null": CHANCE, **whole}),
-        "converged, claim": (fitted.converged_accuracies, {"null": CHANCE, **whole}),
-        "background, claim": (shares["three"], {"null": halves, **whole}),
-        "background, middle strip": (middle, {"null": CHANCE, **whole}),
+    read = {
+        "accuracy, claim": fitted.accuracies,
+        "converged, claim": fitted.converged_accuracies,
+        "background, claim": shares["three"],
+        "background, middle strip": given[..., strip[background] == 1].mean(-1),
     }
     if "one object" in shares:
-        claims["background, three - one"] = (shares["three"] - shares["one object"], {})
-    rows: list[dict] = []
-    for quantity, (values, bounds) in claims.items():
-        about: Any = {"quantity": quantity, "axis": axis, **bounds}
-        rows += claims_over_probes(values, {}, seed, **about)
+        read[SURPLUS] = shares["three"] - shares["one object"]
+    rows = claims(read, halves, seed, axis)
     for name in ("one object", "empty"):
         if name in shares:
             interval = mean_of_shares(shares[name].mean(0), seed=seed)
             rows += interval_rows(interval, {}, quantity=f"background, {name}", axis=axis)
+    return rows
+
+
+def claims(
+    read: Mapping[str, Float[np.ndarray, "_ _"]], halves: float, seed: int, axis: str
+) -> list[dict]:
+    """Returns the rows of claims about shares `[probe, image]`, by quantity.
+
+    `halves` is the share of the background that a plain split into two halves reaches.
+    """
+    rows: list[dict] = []
+    for quantity, values in read.items():
+        about: Any = {"quantity": quantity, "axis": axis}
+        if quantity != SURPLUS:
+            null = halves if quantity == "background, claim" else CHANCE
+            about |= {"null": null, "low": 0.0, "high": 1.0}
+        rows += claims_over_probes(values, {}, seed, **about)
     return rows
 
 
@@ -252,28 +266,17 @@ def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
 def _verdict(table: pd.DataFrame) -> str:
     parts = []
     for axis in dict.fromkeys(table["axis"]):
-        here = select(table, axis=axis)
-        mean = here[here["probe"].isna()].set_index("quantity")
-        finding = _found(mean)
-        probes = here.dropna(subset="probe").groupby("probe")
-        same = agreement(finding, [_found(_of_probe(mean, own)) for _, own in probes])
-        words = (
-            f"{axis}: {finding} ({same}). Probe accuracy on held-out object tokens: "
-            f"{format_interval(mean.loc['accuracy'])} "
-            f"({format_interval(mean.loc['converged'])} if fitted to convergence, "
-            f"shuffled labels {mean.loc['shuffled', 'value']:.2f}, permutation p "
-            f"{mean.loc['p, shuffled', 'value']:.2f}). Background tokens assigned to their own "
-            f"strip: {format_interval(mean.loc['background'])} (two halves "
-            f"{mean.loc['background, claim', 'null']:.2f}, shuffled labels "
-            f"{mean.loc['background, shuffled', 'value']:.2f}); of the middle strip "
-            f"{format_interval(mean.loc['background, middle strip'])}"
-        )
-        for name in ("one object", "empty"):
-            if f"background, {name}" in mean.index:
-                picture = "one object alone" if name == "one object" else "an empty picture"
-                words += f"; with {picture} {format_interval(mean.loc[f'background, {name}'])}"
-        parts.append(words)
+        said, same = finding(select(table, axis=axis))
+        parts.append(f"{axis}: {said} ({same})")
     return "\n".join(map(sentence, parts))
+
+
+def finding(here: pd.DataFrame) -> tuple[str, str]:
+    """Returns what is found on one axis, and how many probes alone find the same."""
+    mean = here[here["probe"].isna()].set_index("quantity")
+    said = _found(mean)
+    probes = here.dropna(subset="probe").groupby("probe")
+    return said, agreement(said, [_found(_of_probe(mean, own)) for _, own in probes])
 
 
 def _of_probe(mean: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
@@ -297,9 +300,9 @@ def _found(here: Any) -> str:
         return "no order is read, unlike in the paper" if none else "undecided whether it is read"
     share = judge(here.loc["background, claim"], least=0.0)
     middle = judge(here.loc["background, middle strip"])
-    if "background, three - one" not in here.index:
+    if SURPLUS not in here.index:
         return _without_control(share, middle)
-    more = judge(here.loc["background, three - one"], least=MORE)
+    more = judge(here.loc[SURPLUS], least=MORE)
     if share.above and middle.above and more.above:
         return "the order is read from the objects and from the background, as in the paper"
     start = "the order is read from the objects"
