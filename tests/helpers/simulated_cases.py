@@ -32,9 +32,7 @@ class Case:
 
 CASES = {
     "E2": Case(simulated.e2, "the three answers alike", "clean over others, 0.8", 0.8),
-    "E3, objects": Case(
-        simulated_probes.e3, "probes at 1/3", "accuracy 1/3 + 0.4", 0.4, quick=1
-    ),
+    "E3, objects": Case(simulated_probes.e3, "probes at 1/3", "accuracy 1/3 + 0.4", 0.4, quick=1),
     "E3, background": Case(
         simulated_probes.e3_background, "one object alone gives as much", "three - one, 0.5", 0.5
     ),

@@ -122,10 +122,10 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             f"The verdict is about '{EARLY}', slots 0 to {model.cfg.n_layers // 2}, one number for "
             "each picture. An answer flips where the interval of this mean lies above "
             f"{HALF}; strips and objects differ where the interval of their paired difference "
-            f"excludes zero and its p-value is at most 0.05 ('{APART}'). A kind that flips the answer at some "
-            f"of these slots and not on average is named with them ('{AT_SLOT}'). P-values are "
-            "adjusted by Holm over the directions and their sum, all (at single slots also over "
-            "kinds and slots). These intervals are for bounded values "
+            f"excludes zero and its p-value is at most 0.05 ('{APART}'). A kind that flips the "
+            f"answer at some of these slots and not on average is named with them ('{AT_SLOT}'). "
+            "P-values are adjusted by Holm over the directions and their sum, all (at single "
+            "slots also over kinds and slots). These intervals are for bounded values "
             "(Gaffke), at any number of pictures.",
             *regions.notes,
         ),
