@@ -12,11 +12,11 @@ from hooked_vlm.experiments.dual_mechanisms import order_reading, ordering_probe
 from hooked_vlm.experiments.further import (
     absolute_or_relative,
     alpha_transfer,
+    cut_verdicts,
     encoder_depth,
     gap_verdicts,
     grid_probes,
     redundancy,
-    why_strips,
 )
 from hooked_vlm.stimuli.pairs import Question
 
@@ -158,14 +158,14 @@ def q8(rng: Rng, shape: str, n: int, effect: float) -> bool:
             values.clip(0, 1),
             dims=("kind", "layer", "condition", "probe", "image", "quantity"),
             coords={
-                "kind": list(why_strips.CUTS),
-                "layer": [why_strips.ALL],
-                "condition": [why_strips.INTACT, why_strips.CUT, why_strips.RANDOM],
-                "quantity": list(why_strips.QUANTITIES),
+                "kind": list(cut_verdicts.CUTS),
+                "layer": [cut_verdicts.ALL],
+                "condition": [cut_verdicts.INTACT, cut_verdicts.CUT, cut_verdicts.RANDOM],
+                "quantity": list(cut_verdicts.QUANTITIES),
             },
         )
-        parts.append(pd.DataFrame(why_strips.claims(made, why_strips.QUANTITIES, 0)))
+        parts.append(pd.DataFrame(cut_verdicts.claims(made, cut_verdicts.QUANTITIES, 0)))
         parts[-1]["axis"] = axis
-    table = why_strips.over_sentences(pd.concat(parts, ignore_index=True))
+    table = cut_verdicts.over_sentences(pd.concat(parts, ignore_index=True))
     means = table[table["probe"].isna()].groupby(["axis", "kind", "quantity"])
-    return any(why_strips.writes(own).outcome == "found" for _, own in means)
+    return any(cut_verdicts.writes(own).outcome == "found" for _, own in means)

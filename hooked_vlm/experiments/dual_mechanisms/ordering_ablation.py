@@ -16,13 +16,22 @@ import pandas as pd
 import torch
 
 from hooked_vlm.analysis.bounded import by_unit
-from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.analysis.statistics import (
     bootstrap,
 )
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.answers import CHANCE, KINDS, ORDER, OTHER, RIGHT, named, picture_of
+from hooked_vlm.experiments.answers import (
+    CHANCE,
+    KINDS,
+    ORDER,
+    OTHER,
+    RIGHT,
+    answers_of,
+    named,
+    picture_of,
+)
 from hooked_vlm.experiments.batches import items_of_numbers, over_batches, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, references
 from hooked_vlm.experiments.options import OnProgress
@@ -140,7 +149,7 @@ def named_alone(setting: Setting, axis: str) -> set[str]:
         ]
         with torch.no_grad():
             logits = setting.model(setting.inputs_of(pictures, questions), logits_to_keep=1)
-        answers = top_answer(final_logits(logits), setting.model.tokenizer)
+        answers = answers_of(final_logits(logits), setting.model.tokenizer)
         for (name, _), answer in zip(batch, answers, strict=True):
             right[name].append(answer == normalise(name))
     return {name for name, found in right.items() if 2 * sum(found) > len(found)}

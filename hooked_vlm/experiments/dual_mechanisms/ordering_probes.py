@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 
 from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares
+from hooked_vlm.experiments.batches import left_out
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     Fitted,
+    is_read,
     places_read,
     read_order,
     strips,
@@ -70,6 +72,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     """Runs the experiment on a given setting."""
     total = sum(len(list(setting.batches(_questions(setting, axis)))) for axis in setting.axes)
     rows, means, shares, cells, maps, pictures = [], [], [], [], {}, {}
+    missing: list[str] = []
     done = 0
     for axis in setting.axes:
         features = []
@@ -80,9 +83,11 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         found = read_order(
             setting.geometry, axis, torch.cat(features), config.seed, SEEDS, SHUFFLES
         )
-        rows += found["rows"] + _claims(setting, axis, found, config.seed)
+        own, without = _claims(setting, axis, found, config.seed)
+        rows += found["rows"] + own
+        missing += found["left_out"] + without
         means.append(found["maps"].mean(0))
-        shares.append(found["shares"])
+        shares.append(xr.DataArray(found["shares"], {"image": found["test"]}, "image"))
         cells.append(_object_cells(setting, axis))
         for i in found["shown"]:
             name = f"{axis} {i + 1}"
@@ -101,11 +106,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         table=table,
         arrays={
             "mean_maps": mean_maps,
-            "background_shares": xr.DataArray(
-                np.stack(shares),
-                dims=("axis", "image"),
-                coords={"axis": list(setting.axes)},
-            ),
+            "background_shares": xr.concat(shares, pd.Index(setting.axes, name="axis")),  # pyright: ignore
             "object_cells": mean_maps.copy(data=np.stack(cells)),
             "item_maps": xr.DataArray(
                 np.stack(list(maps.values())),
@@ -119,7 +120,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             ),
         },
         images=pictures,
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *missing]),
         config={"seed": config.seed, "probe": LinearProbe(seed=config.seed).get_params()},
         notes=(
             "Features are the projector's output. All pictures of an axis are split 75/25 by "
@@ -178,8 +179,13 @@ def _object_cells(setting: Setting, axis: str) -> np.ndarray:
     return np.stack([setting.geometry.object_region(axis, place).mask for place in range(3)])
 
 
-def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) -> list[dict]:
-    """Returns the rows that the verdict is about, and those of the controls for the background."""
+def _claims(
+    setting: Setting, axis: str, found: Mapping[str, Any], seed: int
+) -> tuple[list[dict], list[str]]:
+    """Returns the rows that the verdict is about, and those of the controls for the background.
+
+    Then sentences on the pictures that are left out of the controls.
+    """
     fitted: Fitted = found["fitted"]
     strip, background = strips(setting.geometry, axis)
     sizes = np.bincount(strip[background], minlength=3)
@@ -200,12 +206,16 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
     }
     if "one object" in shares:
         read[SURPLUS] = shares["three"] - shares["one object"]
-    rows = claims(read, halves, seed, axis)
+    rows, missing = claims(read, halves, seed, axis), []
     for name in ("one object", "empty"):
         if name in shares:
-            interval = mean_of_shares(shares[name].mean(0), seed=seed)
-            rows += interval_rows(interval, {}, quantity=f"background, {name}", axis=axis)
-    return rows
+            each = shares[name].mean(0)
+            whole = np.isfinite(each)
+            missing += left_out(int((~whole).sum()), "picture", f"{axis}, {name}", "tokens")
+            if whole.any():
+                interval = mean_of_shares(each[whole], seed=seed)
+                rows += interval_rows(interval, {}, quantity=f"background, {name}", axis=axis)
+    return rows, missing
 
 
 def claims(
@@ -213,7 +223,8 @@ def claims(
 ) -> list[dict]:
     """Returns the rows of claims about shares `[probe, image]`, by quantity.
 
-    `halves` is the share of the background that a plain split into two halves reaches.
+    `halves` is the share of the background that a plain split into two halves reaches.  Images
+    with NaN are left out.
     """
     rows: list[dict] = []
     for quantity, values in read.items():
@@ -221,15 +232,23 @@ def claims(
         if quantity != SURPLUS:
             null = halves if quantity == "background, claim" else CHANCE
             about |= {"null": null, "low": 0.0, "high": 1.0}
-        rows += claims_over_probes(values, {}, seed, **about)
+        whole = np.isfinite(values).all(0)
+        if whole.any():
+            rows += claims_over_probes(values[:, whole], {}, seed, **about)
     return rows
 
 
 def _own_strip(
     fitted: Fitted, grids: torch.Tensor, strip: np.ndarray, background: np.ndarray
-) -> Bool[np.ndarray, "probe image token"]:
-    """Returns which background tokens each probe assigns to the strip that contains them."""
-    return (places_read(fitted.probes, grids) == strip)[..., background]
+) -> Float[np.ndarray, "probe image token"]:
+    """Returns 1 for background tokens that a probe assigns to the strip that contains them.
+
+    It is NaN in pictures whose tokens are not numbers.
+    """
+    read = places_read(fitted.probes, grids)
+    given = (read == strip)[..., background].astype(float)
+    given[:, ~is_read(read)] = np.nan
+    return given
 
 
 def _middle_alone(question: Question) -> tuple[str | None, ...]:

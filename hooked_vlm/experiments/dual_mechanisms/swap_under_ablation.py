@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.answers import answers_of
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
@@ -117,7 +118,7 @@ def right_when_removed(setting: Setting, questions: Sequence[Question]) -> list[
                 logits = setting.model.run_with_hooks(
                     found.inputs, removed(found), logits_to_keep=1
                 )
-            answers = top_answer(final_logits(logits), setting.model.tokenizer)
+            answers = answers_of(final_logits(logits), setting.model.tokenizer)
             for i, question, answer in zip(batch, asked, answers, strict=True):
                 verdicts[i] = answer == normalise(question.target)
     return list(verdicts.values())

@@ -16,6 +16,7 @@ import pandas as pd
 from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.experiments.answers import picture_of
+from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.dual_mechanisms import amplification
 from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, outcomes
 from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import LEAST, held_out_change
@@ -85,13 +86,15 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                     questions += batch
                 done += 1
                 on_progress(done, total)
-            right[source, target] = np.concatenate(parts, axis=1).astype(float)
+            right[source, target] = np.concatenate(parts, axis=1)
             asked[target] = questions
+    right, asked, missing = _numbers_only(right, asked)
+    missing = [said for plan in plans.values() for said in plan.left_out] + missing
     table = _table(right, asked, config)
     return Result(
         **vars(ABOUT),
         table=table,
-        verdict=_verdict(table, config.settings),
+        verdict="\n".join([_verdict(table, config.settings), *missing]),
         config={"settings": list(config.settings), "items": config.items, "seed": config.seed},
         notes=(
             "The formula is the one that the paper's experiment ran ('released'), at slot 0 in all "
@@ -105,6 +108,25 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Transfer between models: run this on each and compare the column alpha.",
         ),
     )
+
+
+def _numbers_only(
+    right: dict[tuple[str, str], np.ndarray], asked: dict[str, list[Question]]
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, list[Question]], list[str]]:
+    """Returns answers `[alpha, item]` and questions without those that are NaN from any source.
+
+    Then the sentences on those left out.
+    """
+    kept, questions, said = {}, {}, []
+    for target, own in asked.items():
+        from_each = {pair: values for pair, values in right.items() if pair[1] == target}
+        whole = np.all([np.isfinite(values).all(0) for values in from_each.values()], axis=0)
+        if not whole.any():
+            raise none_left("question")
+        said += left_out(int((~whole).sum()), "question", target)
+        kept |= {pair: values[:, whole] for pair, values in from_each.items()}
+        questions[target] = [own[i] for i in np.flatnonzero(whole)]
+    return kept, questions, said
 
 
 def _table(

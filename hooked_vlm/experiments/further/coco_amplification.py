@@ -25,10 +25,14 @@ from hooked_vlm.analysis.probes import Examples, LinearProbe, class_directions, 
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, counted
+from hooked_vlm.experiments.answers import without_numbers
+from hooked_vlm.experiments.batches import left_out as without
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
     Strengths,
     answered,
+    answered_throughout,
     conditions,
+    joined,
     matched_controls,
 )
 from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
@@ -128,6 +132,8 @@ class Told:
     tokens: Float[Tensor, "token d_model"]
     things: Float[Tensor, "2 d_model"]
     """Mean tokens of the left and the right object, or of the upper and the lower one."""
+    has_numbers: bool = True
+    """Whether its tokens and its logits are all numbers."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -144,7 +150,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         on_progress(done, total)
     parts, asked, items, rows, left_out = [], [], [], [], []
     for axis in ("horizontal", "vertical"):
-        own = [item for item in found.items if item.item.axis == axis]
+        own = [i for i in found.items if i.item.axis == axis and told[i].has_numbers]
         right = [item for item in own if told[item].right and item.is_as_captioned]
         if len(right) < FEWEST:
             left_out.append(
@@ -162,19 +168,27 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             made = conditions(w, controls, Region.everything(inputs.grids[0][0].shape), config)
             targets = [item.item.side for item in group for _ in range(2)]
             verdicts = answered(model, inputs, targets, made)
+            # NaN in one order of the options leaves out the item.
             asked.append({k: v.reshape(*v.shape[:2], -1, 2) for k, v in verdicts.items()})
-            parts.append({k: v[..., 0::2] & v[..., 1::2] for k, v in verdicts.items()})
+            parts.append({k: v[..., 0::2] * v[..., 1::2] for k, v in verdicts.items()})
             items += group
             done += len(group)
             on_progress(done, total)
     if not parts:
         raise CannotRunError(f"No probe could be fitted: {' '.join(left_out)}")
+    outcomes = joined(parts)
+    whole = answered_throughout([outcomes])
+    kept = np.flatnonzero(whole)
+    n_left = sum(not one.has_numbers for one in told.values()) + int((~whole).sum())
+    left_out += without(n_left, "item")
+    items = [items[i] for i in kept]
+    outcomes = {kind: values[..., kept] > 0 for kind, values in outcomes.items()}
+    each = {kind: np.concatenate([part[kind] for part in asked], axis=2) for kind in asked[0]}
     published = published_rows(
         np.array([told[item].listings for item in items]),
-        {kind: np.concatenate([part[kind] for part in asked], axis=2) for kind in asked[0]},
+        {kind: values[:, :, kept] > 0 for kind, values in each.items()},
         config.alphas,
     )
-    outcomes = {kind: np.concatenate([part[kind] for part in parts], axis=2) for kind in parts[0]}
     photographs = [item.item.image_id for item in items]
     table = table_of(outcomes, photographs, config.alphas, config.seed)
     probes = type(table)(rows)
@@ -252,7 +266,11 @@ def observed(model, group: Sequence[BoxedItem], style: str) -> list[Told]:
     inputs = inputs_of(model, group, style)
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs, site, logits_to_keep=1)
-    answers = [normalise(answer) for answer in top_answer(final_logits(logits), model.tokenizer)]
+    last = final_logits(logits)
+    has_logits = ~without_numbers(last)
+    # Of logits that are not numbers any answer: the item is left out.
+    last = last.masked_fill(~has_logits[:, None], 0.0)
+    answers = [normalise(answer) for answer in top_answer(last, model.tokenizer)]
     features = cache[site].float().cpu()
     found = []
     for i, item in enumerate(group):
@@ -263,9 +281,10 @@ def observed(model, group: Sequence[BoxedItem], style: str) -> list[Told]:
             region = grid.box(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
             means.append(tokens[region.tokens].mean(0))
         said = answers[2 * i : 2 * i + 2]
-        found.append(
-            Told(item.item.is_right(said), listings(item.item, said), tokens, torch.stack(means))
-        )
+        both = slice(2 * i, 2 * i + 2)
+        has_numbers = bool(has_logits[both].all()) and bool(features[both][0].isfinite().all())
+        right, states = item.item.is_right(said), listings(item.item, said)
+        found.append(Told(right, states, tokens, torch.stack(means), has_numbers))
     return found
 
 

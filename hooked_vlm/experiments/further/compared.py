@@ -54,14 +54,16 @@ def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
     a, b = (found.arrays["background_shares"] for found in (first, other))
     rows = []
     for axis in [str(axis) for axis in a["axis"].values if axis in b["axis"].values]:
-        here, there = (shares.sel(axis=axis).values for shares in (a, b))
-        if here.shape == there.shape:
+        here, there = (shares.sel(axis=axis).dropna("image") for shares in (a, b))
+        here, there = xr.align(here, there, join="inner")  # pictures by their number
+        if here.size:
             about: Any = {
                 "axis": axis,
                 "quantity": DIFFERENCE,
                 "part": ordering_probes.ABOUT.name,
             }
-            rows += claim_rows(there - here, {}, range(len(here)), seed, **about)
+            difference = there.values - here.values
+            rows += claim_rows(difference, {}, range(len(difference)), seed, **about)
     return rows
 
 

@@ -15,8 +15,11 @@ from hooked_vlm.stimuli.pairs import Question
 
 def attention_rows(
     setting: Setting, axis: str, questions: Sequence[Question], seed: int
-) -> list[dict]:
-    """Returns the rows of the attention of backgrounds to objects in some pictures, by layer."""
+) -> tuple[list[dict], int]:
+    """Returns the rows of the attention of backgrounds to objects in some pictures, by layer.
+
+    Then the number of pictures that are left out because their attention is not a number.
+    """
     names = [
         name
         for name in setting.model.sites
@@ -36,9 +39,11 @@ def attention_rows(
             whole = whole.flatten(0, -3).mean(0)[prefix:, prefix:]
             shares[name].append(attention_shares(setting, axis, whole))
     rows = []
+    wrong = {i for name in names for i, share in enumerate(shares[name]) if _is_nan(share)}
     for layer, name in enumerate(names, start=1):
-        whole = [share for share in shares[name] if share is not None]
-        if len(whole) < len(shares[name]):
+        kept = [share for i, share in enumerate(shares[name]) if i not in wrong]
+        whole = [share for share in kept if share is not None]
+        if len(whole) < max(len(kept), 2):
             continue  # windows: no background patch attends to the whole picture
         found = interval_rows(
             bootstrap(np.stack(whole), seed=seed),
@@ -47,7 +52,11 @@ def attention_rows(
             quantity="attention",
         )
         rows += [{**row, "layer": layer, "site": name} for row in found]
-    return rows
+    return rows, len(wrong)
+
+
+def _is_nan(share: np.ndarray | None) -> bool:
+    return share is not None and not np.isfinite(share).all()
 
 
 def attention_shares(setting: Setting, axis: str, pattern: Tensor) -> np.ndarray | None:

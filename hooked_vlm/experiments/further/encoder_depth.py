@@ -21,11 +21,12 @@ from torch import Tensor
 from hooked_vlm.analysis.statistics import simultaneous
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.batches import numbers_only, scored_numbers
+from hooked_vlm.experiments.batches import left_out, numbers_only, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     places_read,
     read_order,
     strips,
+    whole_pictures,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS
@@ -43,6 +44,7 @@ from hooked_vlm.experiments.verdicts import (
     claim_rows,
     claims_over_probes,
     judge,
+    not_tested,
     sentence,
 )
 from hooked_vlm.hooks.names import PROJECTOR, VISION
@@ -88,8 +90,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     total = len(setting.axes) * len(sites) + len(batches) * len(sites) * len(KINDS)
     on_progress(0, total)
     done, rows, maps = 0, [], []
+    missing: list[str] = []
     for axis in setting.axes:
         features = _features(setting, axis, sites, config)
+        wrong = _without_numbers(features)
+        missing += left_out(wrong, "picture", axis, "tokens")
         read = []
         for layer, site in enumerate(sites):
             found = read_order(setting.geometry, axis, features[site], config.seed, SEEDS)
@@ -100,7 +105,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             on_progress(done, total)
         rows += reading_claims(read, _halves(setting, axis), config.seed, axis=axis)
         shown = _questions(setting, axis, LOOKED_AT, config.seed)
-        rows += attention_rows(setting, axis, shown, config.seed)
+        found, wrong = attention_rows(setting, axis, shown, config.seed)
+        rows += found
+        missing += left_out(wrong, "picture", f"{axis}, attention")
     scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
     for direction, batch in batches:
         scores[direction].append(_swaps(setting, batch, sites))
@@ -110,7 +117,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         direction: xr.concat(parts, dim="pair").assign_coords(pair=pairs_of[direction])
         for direction, parts in scores.items()
     }
-    swapped, left_out = numbers_only(joined)
+    swapped, without = numbers_only(joined)
     for direction, own in swapped.items():
         found = swap_rows(own.transpose("pair", "kind", "site"), config.seed, direction=direction)
         rows += [{**row, "site": sites[row["layer"]]} for row in found]
@@ -126,7 +133,14 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                 coords={"axis": list(setting.axes), "layer": list(range(len(sites)))},
             )
         },
-        verdict="\n".join([_verdict(table, len(sites)), *left_out]),
+        verdict="\n".join(
+            [
+                _verdict(table, len(sites)),
+                *not_tested(setting.directions, list(swapped)),
+                *missing,
+                *without,
+            ]
+        ),
         config={"sites": sites, "pairs": {d: len(p) for d, p in pairs.items()}},
         notes=(
             "Layer 0 is the input of the encoder's first block (positions added), layer l the "
@@ -180,6 +194,17 @@ def _features(
             prefix = 0 if site.startswith(PROJECTOR) else setting.model.anatomy.vision.n_prefix
             found[site].append(pooled(cache[site][:, prefix:].float().cpu(), side))
     return {site: torch.cat(parts) for site, parts in found.items()}
+
+
+def _without_numbers(features: Mapping[str, Tensor]) -> int:
+    """Makes pictures that lack numbers at one site NaN at all of them, and returns how many.
+
+    Layers are compared, so each must have the same pictures.
+    """
+    whole = np.all([whole_pictures(tokens) for tokens in features.values()], axis=0)
+    for tokens in features.values():
+        tokens[torch.from_numpy(~whole)] = torch.nan
+    return int((~whole).sum())
 
 
 def pooled(patches: Tensor, side: int) -> Tensor:

@@ -19,9 +19,11 @@ from PIL import Image
 from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import left_out
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     background_shares,
     fit_with_controls,
+    whole_pictures,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS
 from hooked_vlm.experiments.options import OnProgress
@@ -69,7 +71,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     n_tokens, token_px = token_grid(model)
     total = len(config.ks) * config.images
     on_progress(0, total)
-    rows, maps, objects, cells, pictures = [], [], [], [], {}
+    rows, maps, objects, cells, pictures, left = [], [], [], [], {}, []
     for number, k in enumerate(config.ks):
         layout = GridLayout(k, n_tokens, token_px)
         rng = random.Random(f"{config.seed}/{k}")
@@ -79,8 +81,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             features.append(_projected(model, images[start : start + config.batch_size]))
             on_progress(number * config.images + min(start + config.batch_size, len(images)), total)
         pictures[f"{k}x{k}"] = images[0]
+        tokens = torch.cat(features)
+        wrong = int((~whole_pictures(tokens)).sum())
+        left += left_out(wrong, "picture", f"{k}x{k}", "tokens")
         for label in LABELS:
-            found, mean = _fit(layout, torch.cat(features), label, config.seed)
+            found, mean = _fit(layout, tokens, label, config.seed)
             rows += found
             missing = ((0, max(config.ks) - k), (0, 0), (0, 0))
             maps.append(np.pad(mean, missing, constant_values=np.nan))
@@ -99,7 +104,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             for name, values in (("mean_maps", maps), ("object_cells", objects))
         },
         images=pictures,
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *left]),
         config={"ks": list(config.ks), "images": config.images, "seed": config.seed},
         notes=(
             "Features are the projector's output; each object token is an example, labelled by its "
@@ -130,6 +135,7 @@ def _fit(
     k, n = layout.k, layout.n_tokens
     regions = [layout.object_region(row, col) for row in range(k) for col in range(k)]
     examples = object_examples(features, regions)
+    examples = examples.of_images(np.flatnonzero(whole_pictures(features)))
     examples = replace(examples, y=examples.y % k if label == "column" else examples.y // k)
     fitted, rows = fit_with_controls(examples, len(features), seed, SEEDS)
     grids = features[torch.as_tensor(fitted.test)].unflatten(1, (n, n))
