@@ -2,7 +2,7 @@
 
 `python tests/calibration.py [CASE ...]` draws the arrays that experiments measure, without an
 effect, and passes them through the experiments' rows and verdicts (`helpers/simulated_cases.py`).
-Without names it runs all cases, in about an hour on one core.  Rows are kept in
+Without names it runs all cases, in about half an hour on one core.  Rows are kept in
 docs/measured/calibration.json until their case is run again.
 """
 
@@ -36,14 +36,14 @@ INTRO = f"""\
 Each row simulates a whole experiment: the arrays that it measures are drawn at random, without
 an effect, and pass through the experiment's own rows and verdict. A draw counts where *any*
 sentence of the verdict claims an effect, in any direction, on any axis or setting. At most
-{LIMIT:.0%} of draws may. `python tests/calibration.py` writes this page, in about an hour on one
+{LIMIT:.0%} of draws may. `python tests/calibration.py` writes this page, in about half an hour on one
 core; `make test-slow` asserts the same with other draws.
 
 The values have six shapes: {", ".join(SHAPES)} (binary is yes/no at 1/2, near 0 and near 1 yes/no
 at 0.05 and 0.95; of clustered values all of a picture agree). *n* is the number of pictures, for
 each direction or axis. Of the six shapes the table shows the one with the most claims; all are in
-`calibration.json`. A shape has {FIRST} draws ({PAIR} of two pictures, with which no test can
-reject), and {ALL} where one of these claims an effect. The
+`calibration.json`. A shape has {FIRST} draws, or as many as `--draws` says ({PAIR} of two
+pictures, with which no test can reject), and {ALL} where one of these claims an effect. The
 interval is the 95 % binomial one (Clopper and Pearson); the limit is {LIMIT:.0%} of draws and what
 chance adds in all but one case of a thousand.
 """
@@ -61,9 +61,9 @@ def interval(found: int, draws: int) -> str:
     return f"{found / draws:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def measured(name: str, shape: str, n: int) -> dict[str, Any]:
+def measured(name: str, shape: str, n: int, first: int) -> dict[str, Any]:
     """Returns one row: the draws of a case without an effect, and those that claim one."""
-    draws = FIRST if n > 2 else PAIR
+    draws = first if n > 2 else min(first, PAIR)
     claims = claimed(name, shape, n, 0.0, draws)
     if claims:
         draws, claims = ALL, claimed(name, shape, n, 0.0, ALL)  # the first are among them
@@ -105,7 +105,9 @@ def page(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("case", nargs="*", help=f"one of: {'; '.join(CASES)}")
-    wanted = parser.parse_args().case or list(CASES)
+    parser.add_argument("--draws", type=int, default=FIRST, help="the first draws of a shape")
+    given = parser.parse_args()
+    wanted = given.case or list(CASES)
     if unknown := set(wanted) - set(CASES):
         parser.error(f"there is no case {', '.join(unknown)}; use: {'; '.join(CASES)}")
     file = DOCS / "calibration.json"
@@ -114,7 +116,7 @@ def main() -> None:
         for name in wanted:
             start = time.perf_counter()
             rows = [row for row in rows if row["case"] != name]
-            rows += [measured(name, shape, n) for shape in SHAPES for n in SIZES]
+            rows += [measured(name, shape, n, given.draws) for shape in SHAPES for n in SIZES]
             rows.append(planted(name))
             file.write_text(json.dumps(rows, indent=0) + "\n")
             (DOCS / "calibration.md").write_text(page(rows))

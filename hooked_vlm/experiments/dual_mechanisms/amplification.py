@@ -130,7 +130,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "'held-out alpha': chosen for accuracy on half of the pictures, reported on the other "
             "half, for both halves. 'best alpha': chosen on the reported items, as published.",
             "The verdict compares each formula with its own random directions, picture by picture "
-            "at the held-out alpha ('real - random'), and by its rank among them ('p, random'). It "
+            "at the held-out alpha ('real - random'), and by its rank among them ('p, random'); "
+            "p-values are adjusted (Holm) over the formulas. It "
             f"says how many of {SEEDS} probes with other initialisations give the same outcome, "
             "each compared with the same random directions. "
             "Amplified order can only repair answers that name the other end.",

@@ -17,7 +17,14 @@ from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments.answers import KINDS, OTHER
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import ALPHA, agreement, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import (
+    ALPHA,
+    adjusted,
+    agreement,
+    claim_rows,
+    judge,
+    sentence,
+)
 
 
 FORMULAS = ("written, first", "written, last", "released", "orthonormal")
@@ -84,7 +91,8 @@ def table_of(
         for name, column in zip(KINDS, kinds.T, strict=True):
             interval = _mean(column.astype(float), pictures, seed)
             rows += interval_rows(interval, {}, direction="all", kind="baseline", quantity=name)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return adjusted(table, table["p"].notna(), ["quantity", "probe"])  # over formulas
 
 
 def _start(alphas: Sequence[float]) -> int:
