@@ -36,8 +36,8 @@ INTRO = f"""\
 Each row simulates a whole experiment: the arrays that it measures are drawn at random, without
 an effect, and pass through the experiment's own rows and verdict. A draw counts where *any*
 sentence of the verdict claims an effect, in any direction, on any axis or setting. At most
-{LIMIT:.0%} of draws may. `python tests/calibration.py` writes this page, in about half an hour on one
-core; `make test-slow` asserts the same with other draws.
+{LIMIT:.0%} of draws may. `python tests/calibration.py` writes this page, in about half an hour on
+one core; `make test-slow` asserts the same in {ALL} draws of each.
 
 The values have six shapes: {", ".join(SHAPES)} (binary is yes/no at 1/2, near 0 and near 1 yes/no
 at 0.05 and 0.95; of clustered values all of a picture agree). *n* is the number of pictures, for
