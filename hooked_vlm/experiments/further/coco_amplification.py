@@ -9,7 +9,7 @@ Pictures have different sizes and token grids, so items are batched by size.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.analysis.directions import stack
@@ -148,7 +148,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         told |= dict(zip(group, observed(model, group, style), strict=True))
         done += len(group)
         on_progress(done, total)
-    parts, asked, items, rows, left_out = [], [], [], [], []
+    asked, items, rows, left_out = [], [], [], []
     for axis in ("horizontal", "vertical"):
         own = [i for i in found.items if i.item.axis == axis and told[i].has_numbers]
         right = [item for item in own if told[item].right and item.is_as_captioned]
@@ -168,27 +168,19 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             made = conditions(w, controls, Region.everything(inputs.grids[0][0].shape), config)
             targets = [item.item.side for item in group for _ in range(2)]
             verdicts = answered(model, inputs, targets, made)
-            # NaN in one order of the options leaves out the item.
-            asked.append({k: v.reshape(*v.shape[:2], -1, 2) for k, v in verdicts.items()})
-            parts.append({k: v[..., 0::2] * v[..., 1::2] for k, v in verdicts.items()})
+            asked.append(verdicts)
             items += group
             done += len(group)
             on_progress(done, total)
-    if not parts:
+    if not asked:
         raise CannotRunError(f"No probe could be fitted: {' '.join(left_out)}")
-    outcomes = joined(parts)
-    whole = answered_throughout([outcomes])
-    kept = np.flatnonzero(whole)
+    listings_, whole = by_listing(joined(asked))
     n_left = sum(not one.has_numbers for one in told.values()) + int((~whole).sum())
     left_out += without(n_left, "item")
-    items = [items[i] for i in kept]
-    outcomes = {kind: values[..., kept] > 0 for kind, values in outcomes.items()}
-    each = {kind: np.concatenate([part[kind] for part in asked], axis=2) for kind in asked[0]}
-    published = published_rows(
-        np.array([told[item].listings for item in items]),
-        {kind: values[:, :, kept] > 0 for kind, values in each.items()},
-        config.alphas,
-    )
+    items = [items[i] for i in np.flatnonzero(whole)]
+    before = np.array([told[item].listings for item in items])
+    published = published_rows(before, listings_, config.alphas)
+    outcomes = {kind: values.all(-1) for kind, values in listings_.items()}
     photographs = [item.item.image_id for item in items]
     table = table_of(outcomes, photographs, config.alphas, config.seed)
     probes = type(table)(rows)
@@ -222,6 +214,18 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             f"{len(problems)}. {'; '.join(problems[:5])}".strip(),
         ),
     )
+
+
+def by_listing(
+    right: Mapping[str, Float[np.ndarray, "seed alpha row"]],
+) -> tuple[dict[str, Bool[np.ndarray, "seed alpha item order"]], Bool[np.ndarray, " item"]]:
+    """Returns whether each order of an item's options is right, two rows each, and which items.
+
+    An item is left out where one of its orders is NaN under any condition.
+    """
+    each = {kind: rows.reshape(*rows.shape[:2], -1, 2) for kind, rows in right.items()}
+    whole = answered_throughout([{kind: rows.sum(-1) for kind, rows in each.items()}])
+    return {kind: rows[:, :, whole] > 0 for kind, rows in each.items()}, whole
 
 
 def _published_verdict(rows: pd.DataFrame) -> str:
