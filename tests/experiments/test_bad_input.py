@@ -154,7 +154,8 @@ def test_a_photograph_of_which_nothing_is_a_number_is_left_out_alone(
     )
     OnePictureIsNaN(monkeypatch, 0)
     found = select("R3")
-    result = found.run(model, found.config(data=three, pairs=3, tuples=80), lambda *_: None)
+    options: dict[str, Any] = {"pairs": 3, "tuples": 80}
+    result = found.run(model, found.config(data=three, **options), lambda *_: None)
     assert f"Left out, chair, left: {ONE_QUESTION}" in result.verdict
     assert "Left out, probes: 3 pictures with tokens" in result.verdict  # alike, at 3 references
     check_numbers(result)
@@ -171,7 +172,8 @@ def test_a_photograph_that_is_left_out_of_amplification(
     )
     OnePictureIsNaN(monkeypatch, 0)
     found = select("R2")
-    config = found.config(data=boxed, style="reference", alphas=(0.0, 2.0), controls=2)
+    options: dict[str, Any] = {"style": "reference", "alphas": (0.0, 2.0), "controls": 2}
+    config = found.config(data=boxed, **options)
     model = HookedVLM.from_pretrained("tiny-qwen2-vl")
     result = found.run(model, config, lambda *_: None)
     assert "Left out: 1 item with scores that are not numbers." in result.verdict

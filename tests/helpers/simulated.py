@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -206,7 +207,7 @@ def background_shift(rng: Rng, shape: str, n: int, effect: float) -> bool:
         moved = (centred(rng, shape, n, len(places)) + effect).clip(-1, 1)
         rows = []
         for values in moved.T:
-            about = {"quantity": compared.DIFFERENCE, "part": "ordering-probes"}
+            about: Any = {"quantity": compared.DIFFERENCE, "part": "ordering-probes"}
             rows += verdicts.claim_rows(values, {}, range(n), 0, **about)
         table = compared.over_sentences(pd.DataFrame(rows))
         found += [said(row) for _, row in table.iterrows()]

@@ -180,7 +180,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     items = [items[i] for i in np.flatnonzero(whole)]
     before = np.array([told[item].listings for item in items])
     published = published_rows(before, listings_, config.alphas)
-    outcomes = {kind: values.all(-1) for kind, values in listings_.items()}
+    outcomes = {kind: both[..., 0] & both[..., 1] for kind, both in listings_.items()}
     photographs = [item.item.image_id for item in items]
     table = table_of(outcomes, photographs, config.alphas, config.seed)
     probes = type(table)(rows)
