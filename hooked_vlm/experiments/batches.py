@@ -106,10 +106,14 @@ def said_left_out(verdict: str) -> list[str]:
     return [line for line in verdict.splitlines() if line.startswith(LEFT_OUT)]
 
 
-def none_left(unit: str) -> CannotRunError:
-    """Returns the error for an experiment that has no numbers at all."""
+def none_left(unit: str, remedy: str = "") -> CannotRunError:
+    """Returns the error for an experiment that has no numbers at all.
+
+    `remedy` is another one than a wider dtype.
+    """
     return CannotRunError(
-        f"Too few {unit}s have scores that are all numbers. Load the model in float32 or bfloat16."
+        f"Too few {unit}s have scores that are all numbers. Load the model in float32 or "
+        f"bfloat16{f', or {remedy}' if remedy else ''}."
     )
 
 

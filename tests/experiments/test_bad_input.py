@@ -4,11 +4,12 @@
 |---|---|
 | one picture, whose tokens and logits are NaN | `PICTURES`: every experiment but E2, E4 and E6 |
 | scores of one intervention that are NaN | `test_a_nan_in_one_cell_…`: E2, E4, E5, Q5 and Q6 |
-| one kept pair in a direction | `test_one_kept_pair_…`: E2, E4, E6 and Q5 |
+| one kept pair in a direction | `test_one_kept_pair_…`: E2, E4 and Q5 |
 | a control that fails its own check | test_absolute_or_relative (Q7), test_verdicts (E3, Q6) |
 
 E2, E4, E6 and Q5 ask about pairs that the model answers: a picture that is NaN is in no pair.  E6
-scores as E4 does, and E9 and Q4 run E3 and E4.  The others draw no pairs, so none is short of one.
+draws and scores pairs as E4 does, and E9 and Q4 run E3 and E4.  R3 draws its own.  The others draw
+no pairs, so none is short of one.
 """
 
 from dataclasses import replace

@@ -317,7 +317,7 @@ def answered_throughout(found: Sequence[Mapping[str, np.ndarray]]) -> Bool[np.nd
     every = [np.isfinite(values).all((0, 1)) for own in found for values in own.values()]
     whole = np.all(every, axis=0)
     if not whole.any():
-        raise none_left("question")
+        raise none_left("question", "use smaller strengths")
     return whole
 
 

@@ -224,7 +224,10 @@ def _verdict(table: pd.DataFrame, missing: Sequence[str]) -> str:
             f"{format_interval(best['background'])} ({counted(int(own['n']), 'pair')})."
         )
     if missing:
-        parts.append(f"{format_names(missing)}: no pair is answered correctly under the removal.")
+        parts.append(
+            f"{format_names(missing)}: fewer than two pairs are answered correctly under the "
+            "removal."
+        )
     return "\n".join(map(sentence, parts)) or (
         "Too few pairs are answered correctly under the removal for an interval."
     )

@@ -122,7 +122,7 @@ def _numbers_only(
         from_each = {pair: values for pair, values in right.items() if pair[1] == target}
         whole = np.all([np.isfinite(values).all(0) for values in from_each.values()], axis=0)
         if not whole.any():
-            raise none_left("question")
+            raise none_left("question", "use smaller strengths")
         said += left_out(int((~whole).sum()), "question", target)
         kept |= {pair: values[:, whole] for pair, values in from_each.items()}
         questions[target] = [own[i] for i in np.flatnonzero(whole)]
