@@ -55,8 +55,10 @@ def e3(rng: Rng, shape: str, n: int, effect: float, background: bool = False) ->
         rows += [{**row, "axis": axis} for row in made]
     table = ordering_probes.over_sentences(pd.DataFrame(rows))
     found = [ordering_probes.finding(table[table["axis"] == axis])[0] for axis in AXES]
-    claim = "from the background, as in the paper" if background else "order is read from"
-    return any(claim in said or "convergence reads the order" in said for said in found)
+    if background:  # that the objects' order is read is true here
+        return any("from the background, as in the paper" in said for said in found)
+    claims = ("order is read from", "convergence reads the order")
+    return any(claim in said for said in found for claim in claims)
 
 
 def e3_background(rng: Rng, shape: str, n: int, effect: float) -> bool:
