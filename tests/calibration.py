@@ -39,10 +39,11 @@ sentence of the verdict claims an effect, in any direction, on any axis or setti
 {LIMIT:.0%} of draws may. `python tests/calibration.py` writes this page, in about half an hour on
 one core; `make test-slow` asserts the same in {ALL} draws of each.
 
-The values have six shapes: {", ".join(SHAPES)} (binary is yes/no at 1/2, near 0 and near 1 yes/no
-at 0.05 and 0.95; of clustered values all of a picture agree). *n* is the number of pictures, for
-each direction or axis. Of the six shapes the table shows the one with the most claims; all are in
-`calibration.json`. A shape has {FIRST} draws, or as many as `--draws` says ({PAIR} of two
+The values have six shapes: {", ".join(SHAPES)}.
+(Binary is yes/no at 1/2, near 0 and near 1 yes/no at 0.05 and 0.95; of clustered values all of a
+picture agree.) *n* is the number of pictures, for
+each direction or axis. Of the six shapes the table shows the one with the most claims, or, where
+none has any, the draws of all six; every shape is in `calibration.json`. A shape has {FIRST} draws, or as many as `--draws` says ({PAIR} of two
 pictures, with which no test can reject), and {ALL} where one of these claims an effect. The
 interval is the 95 % binomial one (Clopper and Pearson); the limit is {LIMIT:.0%} of draws and what
 chance adds in all but one case of a thousand.
@@ -88,8 +89,9 @@ def page(rows: list[dict[str, Any]]) -> str:
             if not own:
                 continue
             worst = max(own, key=lambda row: row["claims"] / row["draws"])
-            draws, claims = worst["draws"], worst["claims"]
-            shape = worst["shape"] if claims else "none of all shapes"
+            draws, claims, shape = worst["draws"], worst["claims"], worst["shape"]
+            if not claims:
+                shape, draws = "no shape", sum(row["draws"] for row in own)
             lines.append(
                 f"| {name} | {case.null} | {n} | {shape} | {draws} | {interval(claims, draws)} | "
                 f"{most(draws) / draws:.3f} |"

@@ -60,8 +60,10 @@ def test_the_page_shows_the_shape_with_the_most_claims() -> None:
         {**about, "shape": "skewed", "draws": 75, "claims": 0},
         {**about, "shape": "binary", "draws": 200, "claims": 8},
         {**about, "shape": "symmetric", "effect": 0.8, "draws": 50, "claims": 50},
+        *({**about, "shape": s, "n": 2, "draws": 20, "claims": 0} for s in SHAPES),
     ]
     page = calibration.page(rows)
+    assert "| 2 | no shape | 120 | 0.000 [0.000, 0.030] |" in page
     assert "| 8 | binary | 200 | 0.040 [0.017, 0.077] | 0.105 |" in page
     assert "| E2 | clean over others, 0.8 | 1.000 [0.929, 1.000] |" in page
 
