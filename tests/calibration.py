@@ -41,9 +41,9 @@ one core; `make test-slow` asserts the same in {ALL} draws of each.
 
 The values have six shapes: {", ".join(SHAPES)}.
 (Binary is yes/no at 1/2, near 0 and near 1 yes/no at 0.05 and 0.95; of clustered values all of a
-picture agree.) *n* is the number of pictures, for
-each direction or axis. Of the six shapes the table shows the one with the most claims, or, where
-none has any, the draws of all six; every shape is in `calibration.json`. A shape has {FIRST} draws, or as many as `--draws` says ({PAIR} of two
+picture agree.) *n* is the number of pictures, for each direction or axis. Of the six shapes the
+table shows the one with the most claims, or, where none has any, the draws of all six; every shape
+is in `calibration.json`. A shape has {FIRST} draws, or as many as `--draws` says ({PAIR} of two
 pictures, with which no test can reject), and {ALL} where one of these claims an effect. The
 interval is the 95 % binomial one (Clopper and Pearson); the limit is {LIMIT:.0%} of draws and what
 chance adds in all but one case of a thousand.
