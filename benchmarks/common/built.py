@@ -152,12 +152,22 @@ def build(
 
 
 def make_inputs(
-    family: str, batch: int, seed: int = 0, side: int = SIDE, length: int = LENGTH
+    family: str,
+    batch: int,
+    seed: int = 0,
+    side: int = SIDE,
+    length: int = LENGTH,
+    questions: int = 1,
 ) -> dict[str, Tensor]:
-    """Returns inputs of `batch` prompts, each with one image of `side / 2` tokens a side."""
+    """Returns inputs of `batch` prompts, each with one image of `side / 2` tokens a side.
+
+    Every `questions` prompts ask about the same image.
+    """
     random = torch.Generator().manual_seed(seed)
     n_tokens = (side // 2) ** 2
     ids = torch.randint(2, 3000, (batch, length), generator=random)
+    if questions > 1:
+        ids[:, :3] = ids[:1, :3]
     ids[:, 3], ids[:, 4 : 4 + n_tokens], ids[:, 4 + n_tokens] = START, IMAGE, END
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family.startswith("qwen"):
@@ -169,6 +179,10 @@ def make_inputs(
         inputs["pixel_values"] = torch.randn(batch, 3, across, across, generator=random)
     if family == "gemma-3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
+    if questions > 1:
+        by_image = inputs["pixel_values"].unflatten(0, (batch, -1))
+        first = torch.arange(batch) // questions * questions
+        inputs["pixel_values"] = by_image[first].flatten(0, 1)
     return inputs
 
 

@@ -1,6 +1,7 @@
 """Patches per second of whole sweeps, beside those of other tools, in turns.
 
     python -m benchmarks.throughput [--quick] [--family llava] [--json FILE] [--plot FILE]
+        [--batch 2 --questions 2]
         [--rivals hook-loop,usual-loop,restart,plain,transformer-lens,nnsight,pyvene]
 
 Every sweep is timed from pixels to the last position's logits, its clean and source runs
@@ -111,6 +112,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--sizes", default="", help=", ".join([*SIZES, *SHIPPED]))
     parser.add_argument("--batch", default="1", help="pairs in a batch; several with commas")
+    parser.add_argument("--questions", type=int, default=1, help="prompts about each image")
     parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -147,6 +149,8 @@ def rows_of(given: argparse.Namespace, size: str, batch: int) -> Iterator[dict[s
     length = example.clean["input_ids"].shape[1]
     product = product_rate(batch * length, cfg.d_model, cfg.d_mlp or 4 * cfg.d_model)
     print(f"\n{timed.family} {size}, batch {batch} x {length} tokens, ", end="")
+    if given.questions > 1:
+        print(f"{given.questions} questions about each image, ", end="")
     print(
         f"medians of {given.repeats}; a plain product of {batch * length} rows with this ", end=""
     )
@@ -156,7 +160,7 @@ def rows_of(given: argparse.Namespace, size: str, batch: int) -> Iterator[dict[s
         "MB: ours / ours, one by one / rival | answers apart |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for task in timed.tasks(given.tasks, batch):
+    for task in timed.tasks(given.tasks, batch, questions=given.questions):
         ours = Ours(timed.model)
         row: dict[str, Any] = {}
         taken = own(task, ours)

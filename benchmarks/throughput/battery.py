@@ -1,13 +1,14 @@
 """The paper's battery in one go: E2, E4, E6 and E7 on the same pairs, ours beside a hook loop.
 
     python -m benchmarks.throughput.battery [--family llava] [--size 12x512]
-        [--pairs 16] [--json FILE]
+        [--pairs 16] [--questions 2] [--json FILE]
 
 On every batch of pairs: the last token over all slots (E2); strips and objects over all slots
 (E4); both again with the image's middle removed at the start (E6); and sixteen strengths of a
 direction (E7).  The images and prompts are the same, so each tool may keep what it can: ours runs
 inside `shared_runs`, the careful loop keeps the merged embeddings and the source's activations.
-The usual loop keeps the source's activations alone.
+The usual loop keeps the source's activations alone.  With `--questions 2` every two prompts of a
+batch ask about the same image; ours carries it once.
 """
 
 import argparse
@@ -31,14 +32,16 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.regions.region import Region
 
 
-def battery_of(model: HookedVLM, pairs: int, batch: int, family: str) -> list[list[Task]]:
+def battery_of(
+    model: HookedVLM, pairs: int, batch: int, family: str, questions: int = 1
+) -> list[list[Task]]:
     """Returns the tasks of every batch of pairs."""
     found = []
     middle = Region.column_band((SIDE, SIDE), SIDE // 3, SIDE - SIDE // 3)
     zeroed = FIRST - 1 + middle.tokens
     for seed in range(pairs // batch):
         names = ("final_token", "strip", "object", "alpha")
-        tasks = tasks_for(model, names, batch, family, 2 * seed)
+        tasks = tasks_for(model, names, batch, family, 2 * seed, questions)
         under = [
             Task(f"{task.name} under ablation", task.clean, task.source, task.cells, zeroed, middle)
             for task in tasks[1:3]
@@ -69,15 +72,17 @@ def main() -> None:
     parser.add_argument("--size", default="12x512", choices=SIZES)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--questions", type=int, default=1, help="prompts about each image")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     model = model_of(given.family, given.size)
-    battery = battery_of(model, given.pairs, given.batch, given.family)
+    battery = battery_of(model, given.pairs, given.batch, given.family, given.questions)
     n_patches = sum(len(task.cells) * given.batch for tasks in battery for task in tasks)
     ours = Whole(Ours(model))
     found: dict[str, Any] = {"machine": machine(), "patches": n_patches, "rivals": {}}
-    print(f"{given.family} {given.size}, {given.pairs} pairs in batches of {given.batch}: ", end="")
+    asked = f"{given.pairs} pairs in batches of {given.batch}, {given.questions} to an image"
+    print(f"{given.family} {given.size}, {asked}: ", end="")
     print(f"{n_patches} patches, medians of {given.repeats}")
     print("| rival | ours s | rival s | ratio | patches/s | answers apart |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -39,22 +39,26 @@ class Timed:
             return cls(name, SHIPPED[name][0], wrapped)
         return cls(name, family, model_of(family, name))
 
-    def tasks(self, names: Sequence[str], batch: int, first: int = 0) -> list[Task]:
-        """Returns the named sweeps over `batch` pairs of prompts."""
+    def tasks(
+        self, names: Sequence[str], batch: int, first: int = 0, questions: int = 1
+    ) -> list[Task]:
+        """Returns the named sweeps over `batch` pairs of prompts, `questions` about each image."""
         if self.name not in SHIPPED:
-            return tasks_for(self.model, names, batch, self.family, first)
-        prepared = [self._prepared(batch, seed) for seed in (first, first + 1)]
+            return tasks_for(self.model, names, batch, self.family, first, questions)
+        prepared = [self._prepared(batch, seed, questions) for seed in (first, first + 1)]
         grid = self.model.grids(prepared[0])[0][0]
         clean, source = (self._moved(inputs) for inputs in prepared)
         start, side = int(grid.positions.min()), grid.shape[0]
         return [task_on(self.model, self.family, n, clean, source, start, side) for n in names]
 
-    def _prepared(self, batch: int, seed: int) -> Mapping[str, Tensor]:
+    def _prepared(self, batch: int, seed: int, questions: int) -> Mapping[str, Tensor]:
         dice = torch.Generator().manual_seed(seed)
         side = SHIPPED[self.name][1]
         noise = torch.randint(0, 256, (batch, side, side, 3), generator=dice, dtype=torch.uint8)
-        pictures = [Image.fromarray(picture.numpy()) for picture in noise]
-        return self.model.prepare(pictures, ["Which colour is on the left?"] * batch)
+        pictures = [Image.fromarray(noise[i // questions].numpy()) for i in range(batch)]
+        sides = ("left", "right", "top", "bottom")
+        asked = [f"Which colour is on the {sides[i % questions % 4]}?" for i in range(batch)]
+        return self.model.prepare(pictures, asked)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: x.to(self.model.device) for name, x in inputs.items()}
@@ -68,14 +72,19 @@ def model_of(family: str, size: str) -> HookedVLM:
 
 
 def tasks_for(
-    model: HookedVLM, names: Sequence[str], batch: int, family: str, first: int = 0
+    model: HookedVLM,
+    names: Sequence[str],
+    batch: int,
+    family: str,
+    first: int = 0,
+    questions: int = 1,
 ) -> list[Task]:
     """Returns the named tasks on a random model, with inputs of their own."""
     clean, source = (
         {
             name: value.to(model.device)
             for name, value in built.make_inputs(
-                family, batch, seed, side=2 * SIDE, length=LENGTH
+                family, batch, seed, side=2 * SIDE, length=LENGTH, questions=questions
             ).items()
         }
         for seed in (first, first + 1)

@@ -2,8 +2,8 @@
 
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,7 +17,30 @@ BUGS = (AttributeError, NameError, KeyError, IndexError, TypeError)
 
 
 class GrowthError(HookError):
-    """Why a model, or a sweep, cannot be run as one growing batch."""
+    """Why a model, or a sweep, cannot be run by a faster engine."""
+
+    is_news = True
+    """Whether the user must be told that a slower engine runs."""
+
+
+class NotFasterError(GrowthError):
+    """Why a faster engine is not tried: it would save nothing, or the user's own hooks are open."""
+
+    is_news = False
+
+
+def require_worth(model: Any, cells: Sequence[Any], fewest: int) -> None:
+    """Raises `GrowthError` where a faster engine cannot run, or saves nothing, whatever the cells.
+
+    Hooks that the user opened act in every pass, and how is theirs to say: each cell is a whole
+    pass then.  That is as asked for and no news; a model left in training is a mistake.
+    """
+    if len(cells) < fewest:
+        raise NotFasterError("there is one cell" if len(cells) == 1 else "there are few cells")
+    if model.is_hooked:
+        raise NotFasterError("hooks are open")
+    if model.hf_model.training:
+        raise GrowthError("the model is in training (call model.hf_model.eval())")
 
 
 def attempt(run: Callable[[], Result], what: str) -> Result:
@@ -34,14 +57,18 @@ def attempt(run: Callable[[], Result], what: str) -> Result:
     except HookedVLMError as error:
         raise GrowthError(str(error)) from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error  # what a CPU says
+        found = GrowthError(f"{what}: {error}")
         if _is_a_bug(error):
+            found.is_news = False  # this warning tells it
             warnings.warn(
                 f"{what}: {type(error).__name__}: {error}. This is a mistake in hooked_vlm, not in "
                 "your model; the sweep runs by a slower way. Please report it.",
                 HookedVLMWarning,
                 stacklevel=callers_level(),
             )
-        raise GrowthError(f"{what}: {error}") from error
+        raise found from error
 
 
 def _is_a_bug(error: Exception) -> bool:

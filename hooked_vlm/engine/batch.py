@@ -8,15 +8,17 @@ where transformers' blocks expect a key-value cache.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hooked_vlm.anatomy.caches import cache_parameter, mask_parameter
-from hooked_vlm.anatomy.source import carrier, first_argument
-from hooked_vlm.engine.arguments import Fit, causal_mask, mask_of
+from hooked_vlm.anatomy.caches import cache_parameter
+from hooked_vlm.anatomy.devices import sent
+from hooked_vlm.anatomy.source import first_argument
+from hooked_vlm.engine.arguments import Fit, fitted_call
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.clean_run import (
     Clean,
@@ -25,6 +27,7 @@ from hooked_vlm.engine.clean_run import (
     signature_of,
     with_forwards,
 )
+from hooked_vlm.engine.folding import FoldedFit, Layout
 from hooked_vlm.engine.fused import joined_rows
 from hooked_vlm.engine.stages import RowPlan, StageEdit
 from hooked_vlm.engine.vision import Early
@@ -52,6 +55,35 @@ def last_position_only(modules: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def some_positions_only(modules: Sequence[nn.Module], columns: np.ndarray) -> Iterator[None]:
+    """Gives modules some positions `[row, n]` of those they are given, for each job's rows.
+
+    At the others they return zeros, which are added to what is not read.
+    """
+    lengths: list[int] = []
+
+    def index(x: Tensor) -> tuple[Tensor, Tensor]:
+        found = sent(torch.from_numpy(columns), x.device).repeat(len(x) // len(columns), 1)
+        return torch.arange(len(x), device=x.device)[:, None], found
+
+    def some(module: nn.Module, args: tuple) -> tuple | None:
+        lengths.append(args[0].shape[1])
+        return (args[0][index(args[0])], *args[1:])
+
+    def spread(module: nn.Module, args: tuple, output: Any) -> Any:
+        found = output[0] if isinstance(output, tuple) else output
+        whole = found.new_zeros(len(found), lengths.pop(), found.shape[-1])
+        whole[index(found)] = found
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(some).remove)
+            stack.callback(module.register_forward_hook(spread).remove)
+        yield
+
+
 def trimmed_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[nn.Module]:
     """Returns parts of the last block that need run for the last position alone, if it is scored.
 
@@ -66,23 +98,36 @@ def trimmed_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[nn.Mod
     return [model.hf_model.get_submodule(path) for path in paths if path]
 
 
-def idle_jobs(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> set[int]:
-    """Returns jobs that leave the residual stream as it is where they join, and do nothing else."""
-    asked = [
-        job
-        for job in jobs
-        if not job.front and all(step.between and step.stage == job.stage for step in job.steps)
-    ]
-    if not asked:
-        return set()
+def goes_alike(job: RowPlan) -> bool:
+    """Whether a job does all it does where it joins, between two blocks: there it is compared."""
+    return not job.front and all(step.between and step.stage == job.stage for step in job.steps)
 
-    def same(job: RowPlan) -> Tensor:
-        joined = Growing(model, clean, [job], clean.first).joined(job)
-        return (joined == clean.residuals[job.stage]).all().to(clean.logits.device)
+
+def compared_jobs(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> tuple[set[int], set[int]]:
+    """Returns jobs that change nothing, and jobs whose prompts can go in common rows.
+
+    The first leave the residual stream as it is where they join, and do nothing else.  The others
+    do to tokens that prompts share the same in each of them, and nothing later.
+    """
+    asked = [job for job in jobs if goes_alike(job)]
+    if not asked:
+        return set(), set()
+    fold, first = clean.fold, clean.first
+    frozen = None if fold is None else torch.from_numpy(fold.frozen(first)[:, first:])
+
+    def compared(job: RowPlan) -> Tensor:
+        joined = Growing(model, clean, [job], first).joined(job)
+        is_same = joined == clean.residuals[job.stage]
+        is_alike = is_same.new_zeros(())
+        if fold is not None and frozen is not None:
+            still = is_same.all(-1) | ~sent(frozen, is_same.device)
+            is_alike = fold.agree(joined, first) & still.all()
+        return torch.stack([is_same.all(), is_alike]).to(clean.logits.device)
 
     # All answers at once: on a GPU each one is waited for.
-    answers = torch.stack([same(job) for job in asked]).tolist()
-    return {job.index for job, is_same in zip(asked, answers, strict=True) if is_same}
+    answers = torch.stack([compared(job) for job in asked]).tolist()
+    said = list(zip(asked, answers, strict=True))
+    return {job.index for job, (idle, _) in said if idle}, {job.index for job, (_, a) in said if a}
 
 
 class Growing:
@@ -95,14 +140,18 @@ class Growing:
         jobs: Sequence[RowPlan],
         start: int,
         early: Early | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Takes jobs in the order of their stages; rows carry the positions from `start` on.
 
-        `early` makes the rows of jobs that act before the blocks.
+        `early` makes the rows of jobs that act before the blocks.  By `layout` prompts that share
+        their beginning go in one row; else each has its own.
         """
         self.model, self.clean, self.start = model, clean, start
         self.jobs = list(jobs)
         self.batch, self.length = clean.size
+        self.layout = layout
+        self._fitted: dict[Any, Any] = {}
         self.rows: Tensor | None = None
         self.n_joined = 0
         self.blocks = blocks_of(model)
@@ -142,12 +191,13 @@ class Growing:
             self.signature.append(signature_of(args, kwargs))
             self._between(i, hidden)
             if self.rows is not None:
-                with last_position_only(self.trimmed if is_last else ()):
-                    output = own(*self._args(args), **self._kwargs(i, args, kwargs))
+                with self._last_only() if is_last else nullcontext():
+                    args, kwargs = self._call(i, args, kwargs)
+                    output = own(*args, **kwargs)
                 self.rows = output[0] if isinstance(output, tuple) else output
             if is_last:
                 self._between(i + 1, hidden)
-                hidden = self.rows
+                hidden = self._unfolded(self.rows)
             return (hidden, *[None] * (self.tuples[i] - 1)) if self.tuples[i] else hidden
 
         return forward
@@ -158,7 +208,7 @@ class Growing:
             self._edit_rows(number, [step for step in job.between(stage) if step.is_behind])
         added = self.clean.added.get(stage)
         if added is not None and self.rows is not None:
-            behind = added[:, self.start :].to(self.rows)
+            behind = self._folded(added[:, self.start :].to(self.rows))
             self.rows = self.rows + behind.repeat(self.n_joined, 1, 1)
         for number, job in enumerate(self.jobs[: self.n_joined]):
             self._edit_rows(number, [step for step in job.between(stage) if not step.is_behind])
@@ -171,7 +221,9 @@ class Growing:
                 self.start,
                 lambda: torch.cat([self.joined(job) for job in joining]),
             ).to(like.device)
+            new = self._folded(new)
             self.n_joined += len(joining)
+            self._fitted.clear()  # what was fitted was for fewer rows
             self.rows = new if self.rows is None else torch.cat([self.rows.to(like.device), new])
 
     def joined(self, job: RowPlan) -> Tensor:
@@ -212,28 +264,37 @@ class Growing:
             edited = self._on_suffix(step, self.rows[part])
             self.rows = torch.cat([self.rows[: part.start], edited, self.rows[part.stop :]])
 
-    def _args(self, args: tuple) -> tuple:
-        return (self.rows, *self._fit.positional(args[1:])) if args else ()
-
-    def _kwargs(self, i: int, args: tuple, kwargs: dict) -> dict:
-        fitted = self._fit.arguments(kwargs)
-        stream = carrier(self.blocks[i], args, kwargs)
-        if stream is not None:
-            fitted[stream] = self.rows
-        name = cache_parameter(self.blocks[i])
+    def _call(self, i: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Returns what block i is called with, for the rows."""
+        assert self.rows is not None
+        block, layout = self.blocks[i], self.layout
+        name = cache_parameter(block)
+        needs_mask = layout is not None or bool(self.start and name)
+        fitted = fitted_call(block, self._fit, self.rows, args, kwargs, needs_mask=needs_mask)
         if self.start and name is not None:
-            fitted[name] = Prefix(*self.clean.keys[i], self.start, self.n_joined)
-            if mask_of(args, kwargs, self.length) is None:
-                assert self.rows is not None
-                mask = mask_parameter(self.blocks[i])
-                if mask is None:
-                    raise GrowthError("its blocks take no attention mask")
-                fitted[mask] = causal_mask(self.start, self.length, self.rows.device)
+            keys = self.clean.keys[i]
+            if layout is None:
+                key, value = (x[:, :, : self.start] for x in keys)
+            else:
+                key, value = (layout.kept_keys(x) for x in keys)
+            fitted[1][name] = Prefix(key, value, self.n_joined)
         return fitted
 
     @property
     def _fit(self) -> Fit:
-        return Fit(self.batch, self.length, self.n_joined, self.start)
+        sizes = (self.batch, self.length, self.n_joined, self.start, self._fitted)
+        return Fit(*sizes) if self.layout is None else FoldedFit(*sizes, layout=self.layout)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        return x if self.layout is None else self.layout.folded(x)
+
+    def _unfolded(self, x: Tensor | None) -> Tensor | None:
+        return x if self.layout is None or x is None else self.layout.unfolded(x)
+
+    def _last_only(self) -> AbstractContextManager[None]:
+        if self.layout is None:
+            return last_position_only(self.trimmed)
+        return some_positions_only(self.trimmed, self.layout.last)
 
     # --- what jobs change ------------------------------------------------------------------
 
@@ -271,20 +332,21 @@ class Growing:
 
 
 class Prefix:
-    """The clean keys and values of the positions before the rows', for every job."""
+    """The clean keys and values of the tokens before the rows', for every job."""
 
-    def __init__(self, key: Tensor, value: Tensor, start: int, n_jobs: int) -> None:
-        self.key, self.value, self.start, self.n_jobs = key, value, start, n_jobs
+    def __init__(self, key: Tensor, value: Tensor, n_jobs: int) -> None:
+        """Takes keys and values `[row, head, pos, d]` of one job's rows."""
+        self.key, self.value, self.n_jobs = key, value, n_jobs
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the rows' keys and values after the clean run's."""
         return self._behind(self.key, key), self._behind(self.value, value)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """How many positions come before."""
-        return self.start
+        """How many tokens come before."""
+        return self.key.shape[2]
 
     def _behind(self, clean: Tensor, own: Tensor) -> Tensor:
-        front = clean[:, :, : self.start].to(own.device)
+        front = clean.to(own.device)
         front = front.expand(self.n_jobs, *front.shape).flatten(0, 1)
         return torch.cat([front, own], dim=2)

@@ -13,6 +13,7 @@ from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.engine.arguments import is_closed, mask_of
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.fingerprints import shapes_of
+from hooked_vlm.engine.folding import Fold
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
 from hooked_vlm.interventions.chain import flattened
 
@@ -36,8 +37,8 @@ class Clean:
     """What a model adds between two blocks (visual features, in DeepStack), by the later one."""
     keys: Sequence[tuple[Tensor, Tensor]]
     """Each block's keys and values; empty where they were not asked for, or cannot be had."""
-    masks: Sequence[Tensor | None]
-    """Each block's attention mask."""
+    masks: Sequence[Any]
+    """Each block's attention mask: a tensor, FlexAttention's, or None."""
     encoded: Sequence[Any] | None
     """What each call of the vision encoder returned."""
     signature: Hashable
@@ -48,6 +49,8 @@ class Clean:
     """The first position of `residuals`."""
     base_sites: tuple[str, ...] = ()
     """Where what all cells begin with acts."""
+    fold: Fold | None = None
+    """Which tokens of its prompts are the same, where its blocks ran on rows of a fold."""
 
 
 def run_clean(
@@ -58,10 +61,12 @@ def run_clean(
     arguments: Mapping[str, Any],
     want_keys: bool,
     starts: Sequence[int] = (),
+    folding: Any = None,
 ) -> Clean:
     """Runs the clean pass and keeps the residual stream at `stages`.
 
     Where `starts` says from which positions on rows will go, only what they need is kept.
+    `folding` (see `folded_run.Folding`) stands in for the blocks.
 
     Raises `GrowthError` for a model whose blocks do not return one residual stream.
     """
@@ -69,13 +74,16 @@ def run_clean(
     n_layers = len(blocks)
     arguments = {**uncached(model.hf_model), **arguments}
     seen = _Seen(n_layers, stages, starts)
-    recorders = [Recorder(max(starts, default=None)) for _ in blocks]
+    unfolded = folding.unfolded_keys if folding else None
+    recorders = [Recorder(max(starts, default=None), unfolded) for _ in blocks]
     with ExitStack() as stack:
         encoded = stack.enter_context(recording(encoder_of(model)))
         # Their hooks come first, so that ours see what they changed.
         stack.enter_context(model.hooks(base, inputs=inputs))
         if want_keys:
             stack.enter_context(with_caches(blocks, recorders))
+        if folding:
+            stack.enter_context(with_forwards(blocks, folding.wrap))
         for i, block in enumerate(blocks):
             before = block.register_forward_pre_hook(seen.before(i), with_kwargs=True)
             stack.callback(before.remove)
@@ -92,7 +100,7 @@ def run_clean(
     keys = [recorder.found[0] for recorder in recorders if len(recorder.found) == 1]
     keys = keys if len(keys) == n_layers else []
     if seen.first and not (keys and seen.is_closed()):  # a later block looks ahead, or keeps none
-        return run_clean(model, inputs, base, stages, arguments, want_keys)
+        return run_clean(model, inputs, base, stages, arguments, want_keys, (), folding)
     return Clean(
         inputs,
         arguments,
@@ -107,6 +115,7 @@ def run_clean(
         (seen.shapes[0][0], seen.shapes[0][1]),
         seen.first,
         tuple(sorted(part.site for part in flattened(base) if hasattr(part, "first"))),
+        folding.fold if folding else None,
     )
 
 
@@ -120,7 +129,7 @@ class _Seen:
         self.residuals: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.added: dict[int, Tensor] = {}
-        self.masks: list[Tensor | None] = [None] * n_layers
+        self.masks: list[Any] = [None] * n_layers
         self.signature: list[Hashable] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
         self._handed: Tensor | None = None
@@ -204,9 +213,14 @@ def with_caches(blocks: Sequence[nn.Module], caches: Sequence[Any]) -> Iterator[
 class Recorder:
     """Notes the keys and values that a block makes, and hands them back as they are."""
 
-    def __init__(self, last: int | None = None) -> None:
-        """Notes the positions before `last`; all, where there is none."""
-        self.last = last
+    def __init__(
+        self, last: int | None = None, whole: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Notes the positions before `last`; all, where there is none.
+
+        `whole` gives the prompts' keys back, where blocks run on rows of another kind.
+        """
+        self.last, self.whole = last, whole
         self.found: list[tuple[Tensor, Tensor]] = []
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -215,7 +229,7 @@ class Recorder:
         return key, value
 
     def _kept(self, x: Tensor) -> Tensor:
-        x = x.detach()
+        x = x.detach() if self.whole is None else self.whole(x.detach())
         # A copy: a view would keep all of it.
         return x if self.last is None else x[:, :, : self.last].clone()
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from hashlib import blake2b
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 _KNOWN: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
@@ -19,6 +21,11 @@ def remember(model: Any, question: Hashable, find_out: Callable[[], Any]) -> Any
     if question not in answers:
         answers[question] = find_out()
     return answers[question]
+
+
+def answer(model: Any, question: Hashable) -> Any:
+    """Returns the answer to a question about a model that was measured before, or None."""
+    return _KNOWN.get(model, {}).get(question)
 
 
 def is_known(model: Any, question: Hashable) -> bool:
@@ -36,6 +43,19 @@ def ways_of_attending(model: Any) -> Hashable:
     whole = getattr(model, "hf_model", model)
     configs = [module.config for module in whole.modules() if hasattr(module, "config")]
     return tuple(getattr(config, "_attn_implementation", None) for config in configs)
+
+
+def arithmetic(device: torch.device) -> tuple[torch.dtype | None, str]:
+    """Returns how numbers are computed on a device, beside their dtype: may change at any time."""
+    kind = device.type
+    autocast = None
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind)
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses it where the newer setting was used
+        precision = str(torch.backends.cuda.matmul.fp32_precision)
+    return autocast, precision
 
 
 def shapes_of(value: Any) -> Hashable:
@@ -59,6 +79,44 @@ def content_of(value: Any) -> Hashable:
     return str(spec), *parts
 
 
+def number_of(x: Tensor) -> float:
+    """Returns a whole number that stands for what a tensor holds."""
+    return float(int(_digest(x)[:12], 16))
+
+
+_DIGESTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By tensor (of views: what they are views of), its state and the digests made in it."""
+_NUMBERS = count()
+SAMPLED = 64
+"""Values of a tensor of the host that are looked at to notice what its version does not tell."""
+
+
 def _digest(x: Tensor) -> str:
+    """Returns a digest of a tensor's values, from an earlier call unless it was written to.
+
+    A tensor on `meta` has no values: each is taken to hold others.
+    """
+    if x.is_inference():  # has no version
+        return _hashed(x)
+    whole = x if x._base is None else x._base
+    state = (whole._version, _sample(whole))
+    if whole not in _DIGESTS or _DIGESTS[whole][0] != state:
+        _DIGESTS[whole] = (state, {})
+    made = _DIGESTS[whole][1]
+    part = (x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
+    if part not in made:
+        made[part] = f"meta {next(_NUMBERS)}" if x.is_meta else _hashed(x)
+    return made[part]
+
+
+def _sample(x: Tensor) -> bytes:
+    """Returns some values of a tensor that numpy may share, which writes without a new version."""
+    if x.device.type != "cpu" or not x.is_contiguous():
+        return b""
+    flat = x.detach().view(-1)
+    return flat[:: max(1, len(flat) // SAMPLED)].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _hashed(x: Tensor) -> str:
     raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return blake2b(raw.data, digest_size=16).hexdigest()

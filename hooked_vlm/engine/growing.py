@@ -1,8 +1,8 @@
 """Cells as rows of one growing batch, after a control for each kind of pass.
 
 Before the first growing pass of a kind goes one with noise in it (`proofs`).  What it does to the
-logits must be what it does in a plain pass, within `BOUNDS`; where it is not, `GrowthError` says
-so and the sweep runs by a plainer way.
+logits must be what it does in a plain pass, within rounding (`noise`); where it is not,
+`GrowthError` says so and the sweep runs by a plainer way.
 """
 
 import warnings
@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.anatomy.caches import cache_parameter
-from hooked_vlm.engine.arguments import is_closed
-from hooked_vlm.engine.attempts import GrowthError, attempt
-from hooked_vlm.engine.batch import Growing, idle_jobs, trimmed_of
-from hooked_vlm.engine.budget import rows_within
+from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
+from hooked_vlm.engine.batch import Growing, compared_jobs, trimmed_of
+from hooked_vlm.engine.budget import PASS_TOKENS, rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
-from hooked_vlm.engine.fingerprints import content_of, remember, ways_of_attending
+from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_of_attending
+from hooked_vlm.engine.folded_run import folds_under, run_folded
+from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.proofs import (
     keeps_keys,
+    kind_of,
     note_called,
     prove,
     uncleaned,
@@ -31,19 +32,14 @@ from hooked_vlm.engine.proofs import (
 )
 from hooked_vlm.engine.shared import open_runs
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
+from hooked_vlm.engine.starts import closed, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import Early, merges_first
 from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
 from hooked_vlm.interventions.chain import Cell, flattened
 
 
-BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By dtype, how far the control's logits may be from a plain pass's, as a share of the largest."""
 FEWEST = 2
 """Cells from which on growing pays."""
-SHORT = 0.1
-"""Share of the prompt below which leaving its front out saves less than a mask costs."""
-NEAR = 0.15
-"""Cells whose first changed positions differ by less than this share of the prompt go together."""
 
 
 @dataclass
@@ -53,6 +49,8 @@ class PassReport:
     passes: int = 0
     rows: int = 0
     starts: list[int] = field(default_factory=list)
+    common: tuple[int, int] | None = None
+    """How many prompts went in how many rows, where prompts that share an image have one row."""
     idle: int = 0
     """Cells that change nothing: they have the clean run's logits."""
     controls: int = 0
@@ -65,9 +63,11 @@ class PassReport:
         # Nothing of the controls: who was first of a kind is no property of the numbers.
         verb = "changes" if self.idle == 1 else "change"
         idle = f"; {counted(self.idle, 'cell')} {verb} nothing" if self.idle else ""
+        rows = self.common and (self.common[0], counted(self.common[1], "row"))
+        common = f"; {rows[0]} prompts in {rows[1]}" if rows else ""
         return (
             f"growing: {counted(self.passes, 'pass', 'passes')} of {counted(self.rows, 'row')}, "
-            f"from positions {', '.join(map(str, sorted(set(self.starts))))}{idle}"
+            f"from positions {', '.join(map(str, sorted(set(self.starts))))}{common}{idle}"
         )
 
 
@@ -79,16 +79,16 @@ def run_growing(
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     memory: int | None = None,
+    pass_tokens: int = PASS_TOKENS,
 ) -> tuple[list[Tensor], PassReport]:
     """Returns the metric of every cell, in order, and how that was done.
 
-    `memory` is about how many bytes a pass may take (None: half of what is free).
+    A pass has at most `pass_tokens` positions, and takes about `memory` bytes where that is given.
 
     Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
     """
     arguments = dict(forward_kwargs or {})
-    if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
-        raise GrowthError("hooks are open, the model is in training, or there is one cell")
+    require_worth(model, cells, FEWEST)
     if ids_of(inputs) is None:
         raise GrowthError("these inputs have no input_ids")
     with torch.no_grad():
@@ -105,7 +105,7 @@ def run_growing(
         clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
         if any(starts) and not clean.keys:
             _warn_whole_rows(model)
-        passes = _Passes(model, clean, early, cells[0].base, merged_first)
+        passes = _Passes(model, clean, early, cells[0].base, merged_first, pass_tokens, memory)
         scores: dict[int, Tensor] = {}
 
         def note(job: RowPlan, logits: Tensor) -> None:
@@ -113,21 +113,26 @@ def run_growing(
             if on_progress is not None:
                 on_progress(len(scores), len(cells))
 
-        idle = idle_jobs(model, clean, jobs)
+        idle, alike = compared_jobs(model, clean, jobs)
         for job in jobs:
             if job.index in idle:
                 note(job, clean.logits)
         passes.report.idle = len(idle)
         for start, whole in groups_of(jobs, starts):
-            group = [job for job in whole if job.index not in idle]
-            start = start if clean.keys and _closed(clean, start) else 0
-            keep, itemsize = clean.logits.shape[1], clean.logits.element_size()
-            rows = rows_within(model, clean.size[1], start, keep, itemsize, memory)
-            size = max(1, rows // clean.size[0])
-            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
-                passes.check(chunk, start, alone=size == 1)
-                for job, logits in passes.run(chunk, start):
-                    note(job, logits)
+            start = start if clean.keys and closed(clean, start) else 0
+            left = [job for job in whole if job.index not in idle]
+            layout = clean.fold and clean.fold.paying_layout(start)
+            common = [job for job in left if job.index in alike] if layout else []
+            if common and not passes.folds(common, start, layout):
+                common = []
+            apart = [job for job in left if job not in common]
+            for group, how in ((common, layout), (apart, None)):
+                while group:
+                    size = passes.cells_from(start, how)
+                    chunk, group = group[:size], group[size:]
+                    passes.check(chunk, start, how, alone=size == 1)
+                    for job, logits in passes.run(chunk, start, how):
+                        note(job, logits)
     return [scores[i] for i in range(len(cells))], passes.report
 
 
@@ -140,30 +145,70 @@ class _Passes:
     early: Early | None
     base: Sequence[Any]
     merged_first: bool
+    tokens: int
+    """Positions of a pass; fewer, once a pass has not fitted into memory."""
+    memory: int | None
     report: PassReport = field(default_factory=PassReport)
 
-    def check(self, chunk: Sequence[RowPlan], start: int, *, alone: bool) -> None:
+    def cells_from(self, start: int, layout: Layout | None) -> int:
+        """Returns how many cells a pass from a position on has."""
+        (prompts, length), logits = self.clean.size, self.clean.logits
+        carried = length - start
+        if layout is not None:
+            prompts, carried = layout.n_rows, layout.width
+            length = carried + layout.kept_places.shape[1]
+        rows = rows_within(
+            self.model,
+            length,
+            length - carried,
+            logits.shape[1],
+            logits.element_size(),
+            pass_tokens=self.tokens,
+            memory=self.memory,
+        )
+        return max(1, rows // prompts)
+
+    def folds(self, jobs: Sequence[RowPlan], start: int, layout: Layout | None) -> bool:
+        """Whether rows that prompts have in common are proved right for some jobs."""
+        refused = ("no common rows", kind_of(self.model, self.clean, start, layout, False))
+        if is_known(self.model, refused):
+            return False
+        size = self.cells_from(start, layout)
+        try:
+            for chunk in (jobs[i : i + size] for i in range(0, len(jobs), size)):
+                self.check(chunk, start, layout, alone=size == 1)
+        except GrowthError as error:
+            why = str(error)
+            remember(self.model, refused, lambda: why)
+            return False
+        return True
+
+    def check(
+        self, chunk: Sequence[RowPlan], start: int, layout: Layout | None, *, alone: bool
+    ) -> None:
         """Raises `GrowthError` unless noise comes out right in a pass of this kind.
 
         It goes through beside one of the jobs, in a pass of its own: whether a sweep is the
         first of its kind must not show in its numbers.
         """
         is_trimmed = bool(trimmed_of(self.model, self.clean, chunk))
-        missing = unproved(self.model, self.clean, chunk, start, is_trimmed)
+        missing = unproved(self.model, self.clean, chunk, start, layout, is_trimmed)
         for site, stage in missing.items():
             # Rows beside it need not be a job's own: what counts is that there are others.
             beside = replace(self._trimmed_as(chunk, is_trimmed), front=())
             try:
-                off = self._verify(None if alone else beside, site, start)
+                off = self._verify(None if alone else beside, site, start, layout)
             except torch.OutOfMemoryError:
                 if alone:
                     raise
-                off = self._verify(None, site, start)
+                off = self._verify(None, site, start, layout)
             self.report.worst = max(self.report.worst, off)
             self.report.controls += 1
-            prove(self.model, self.clean, site, stage, start, is_trimmed)
+            prove(self.model, self.clean, site, stage, start, layout, is_trimmed)
 
-    def _verify(self, beside: RowPlan | None, site: str, start: int) -> float:
+    def _verify(
+        self, beside: RowPlan | None, site: str, start: int, layout: Layout | None
+    ) -> float:
         early = Early(self.model, self.clean.inputs, None)
         control = partial(
             verify,
@@ -173,8 +218,8 @@ class _Passes:
             beside,
             site,
             start,
-            lambda jobs, start: self._logits(jobs, start, early),
-            BOUNDS.get(self.clean.logits.dtype, 5e-2),
+            layout,
+            lambda jobs: self._logits(jobs, start, early, layout),
             merged_first=self.merged_first,
         )
         return attempt(control, "its control failed")
@@ -185,23 +230,44 @@ class _Passes:
             job for job in chunk if bool(trimmed_of(self.model, self.clean, [job])) == is_trimmed
         )
 
-    def run(self, chunk: Sequence[RowPlan], start: int) -> list[tuple[RowPlan, Tensor]]:
-        """Returns each job's logits, in two passes where one does not fit."""
+    def run(
+        self, chunk: Sequence[RowPlan], start: int, layout: Layout | None
+    ) -> list[tuple[RowPlan, Tensor]]:
+        """Returns each job's logits, in smaller passes where one does not fit."""
         try:
-            logits = self._logits(chunk, start, self.early)
+            logits = self._logits(chunk, start, self.early, layout)
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
             half = len(chunk) // 2
-            return [x for part in (chunk[:half], chunk[half:]) for x in self.run(part, start)]
+            self._shrink(half, start, layout)
+            parts = [chunk[i : i + half] for i in range(0, len(chunk), half)]
+            return [x for part in parts for x in self.run(part, start, layout)]
         self.report.passes += 1
-        self.report.rows += len(chunk) * self.clean.size[0]
+        self.report.rows += len(chunk) * (layout.n_rows if layout else self.clean.size[0])
+        if layout is not None:
+            self.report.common = self.clean.size[0], layout.n_rows
         self.report.starts.append(start)
         return list(zip(chunk, logits, strict=True))
 
-    def _logits(self, jobs: Sequence[RowPlan], start: int, early: Early | None) -> Tensor:
+    def _shrink(self, n_cells: int, start: int, layout: Layout | None) -> None:
+        """Makes all later passes as small as one of so many cells, and warns of it."""
+        batch, length = self.clean.size
+        each = batch * (length - start) if layout is None else layout.prompts.size
+        self.tokens, before = n_cells * each, self.tokens
+        warnings.warn(
+            f"A pass of this sweep did not fit into memory with pass_tokens={before}; the rest "
+            f"runs with pass_tokens={self.tokens}. Passes of another size give other last bits: "
+            f"give pass_tokens={self.tokens} to have all passes of this size.",
+            HookedVLMWarning,
+            stacklevel=callers_level(),
+        )
+
+    def _logits(
+        self, jobs: Sequence[RowPlan], start: int, early: Early | None, layout: Layout | None
+    ) -> Tensor:
         """Returns what a pass of some jobs gives; `GrowthError` says why it cannot be had."""
-        grown = Growing(self.model, self.clean, jobs, start, early)
+        grown = Growing(self.model, self.clean, jobs, start, early, layout)
         return attempt(grown.run, "a block refused the rows")
 
 
@@ -221,16 +287,6 @@ def _warn_whole_rows(model: Any) -> None:
     remember(model, "carries whole rows", warn)
 
 
-def whole_rows(model: Any) -> str:
-    """Returns why rows have to carry all positions, as far as the blocks' signatures say it."""
-    lm = model.anatomy.lm.blocks
-    taking = [cache_parameter(model.hf_model.get_submodule(block.path)) for block in lm]
-    missing = sum(name is None for name in taking)
-    if not missing:
-        return ""
-    return f"{missing} of its {len(lm)} blocks take no key-value cache (a transformers.Cache)"
-
-
 def _jobs(
     model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell], merged_first: bool
 ) -> list[RowPlan]:
@@ -240,7 +296,10 @@ def _jobs(
     jobs = [job for job in found if job is not None]
     if len(jobs) != len(found):
         missing = counted(len(found) - len(jobs), "cell")
-        raise GrowthError(f"rows cannot carry what {missing} would change")
+        raise GrowthError(
+            f"rows cannot carry what {missing} would change (interventions of a class of the "
+            "user's, or a base that acts after a cell's own)"
+        )
     return jobs
 
 
@@ -262,7 +321,7 @@ def _beginnings(
         if clean is not None:
             alone = {bool(trimmed_of(model, clean, [job])) for job in jobs}
             together = {bool(trimmed_of(model, clean, jobs))}
-            if not any(unproved(model, clean, jobs, 0, trims) for trims in alone | together):
+            if not any(unproved(model, clean, jobs, 0, None, trims) for trims in alone | together):
                 return clean, early
     stages = {job.stage for job in jobs}
     # Rows that bring their beginning along are held against all of the clean run's.
@@ -295,56 +354,12 @@ def _clean(
         if kept and stages <= kept.residuals.keys() and (kept.keys or not keep):
             return kept
         needed = starts if keep and not runs else ()
-        return run_clean(model, inputs, base, stages, arguments, keep, needed)
+        make = partial(run_clean, model, inputs, base, stages, arguments, keep, needed)
+        if not folds_under(model, base):
+            return make()
+        return run_folded(model, inputs, lambda folding: make(folding=folding), arguments)
 
     clean = attempt(run, "its clean run failed")
     if runs and clean is not kept:
         runs.keep(key, clean, (clean.residuals, clean.keys, clean.encoded, clean.logits))
     return clean
-
-
-def starts_of(
-    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> list[int]:
-    """Returns, by job, the first position that its rows carry."""
-    length = _length(inputs)
-    starts = firsts_of(jobs, arguments, inputs)
-    starts = [start if start >= SHORT * length else 0 for start in starts]
-    if all(job.front for job in jobs) and sum(starts) <= length:
-        return [0] * len(jobs)  # less than the clean run that whole rows can do without
-    return starts
-
-
-def firsts_of(
-    jobs: Sequence[RowPlan], arguments: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> list[int]:
-    """Returns, by job, the first position that its rows cannot do without."""
-    length = _length(inputs)
-    keep = arguments.get("logits_to_keep", 0)
-    if not isinstance(keep, int):
-        return [0] * len(jobs)
-    # All positions (0): those before are the clean run's.
-    last = length - keep if keep else length - 1
-    return [max(0, min(job.first, last, length - 1)) for job in jobs]
-
-
-def groups_of(jobs: Sequence[RowPlan], starts: Sequence[int]) -> list[tuple[int, list[RowPlan]]]:
-    """Returns jobs whose rows begin near one another together, with where they all begin."""
-    order = sorted(range(len(jobs)), key=lambda i: starts[i])
-    near = NEAR * max(starts, default=0)
-    groups: list[tuple[int, list[RowPlan]]] = []
-    for i in order:
-        if not groups or starts[i] - groups[-1][0] > near:
-            groups.append((starts[i], []))
-        groups[-1][1].append(jobs[i])
-    return [(start, sorted(group, key=lambda job: job.stage)) for start, group in groups]
-
-
-def _closed(clean: Clean, start: int) -> bool:
-    return all(is_closed(mask, start) for mask in {id(m): m for m in clean.masks}.values())
-
-
-def _length(inputs: Mapping[str, Any]) -> int:
-    ids = ids_of(inputs)
-    assert ids is not None
-    return ids.shape[1]

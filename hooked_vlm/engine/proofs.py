@@ -20,9 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import Clean, asked, run_clean
 from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
+from hooked_vlm.engine.folding import Layout
+from hooked_vlm.engine.noise import apart, bound_for
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import site_path
@@ -48,12 +51,15 @@ def forget(model: Any) -> None:
     _CALLED.pop(model, None)
 
 
-def kind_of(model: Any, clean: Clean, start: int, is_trimmed: bool) -> Hashable:
+def kind_of(
+    model: Any, clean: Clean, start: int, layout: Layout | None, is_trimmed: bool
+) -> Hashable:
     """Returns what passes have in common that one control speaks for."""
     attending = ways_of_attending(model)
     shape = clean.logits.shape
     # Blocks may get what a base changes before them by other ways than their input, too.
-    return (clean.signature, shape, start, is_trimmed, attending, clean.base_sites)
+    rows = None if layout is None else ("common rows", layout.is_even)
+    return (clean.signature, shape, start, rows, is_trimmed, attending, clean.base_sites)
 
 
 def note_called(model: Any, clean: Clean) -> None:
@@ -102,15 +108,20 @@ def keeps_keys(
     return remember(model, "keeps keys", find_out)
 
 
-Grow = Callable[[Sequence[RowPlan], int], Tensor]
-"""Returns the logits `[job, batch, pos, d_vocab]` of a growing pass of jobs from a position on."""
+Grow = Callable[[Sequence[RowPlan]], Tensor]
+"""Returns the logits `[job, batch, pos, d_vocab]` of a growing pass of jobs."""
 
 
 def unproved(
-    model: Any, clean: Clean, jobs: Sequence[RowPlan], start: int, is_trimmed: bool
+    model: Any,
+    clean: Clean,
+    jobs: Sequence[RowPlan],
+    start: int,
+    layout: Layout | None,
+    is_trimmed: bool,
 ) -> dict[str, int]:
     """Returns the sites where noise has yet to speak for a pass of some jobs, with their stages."""
-    kind = kind_of(model, clean, start, is_trimmed)
+    kind = kind_of(model, clean, start, layout, is_trimmed)
     known = _PROVED.get(model, {})
     lowest: dict[str, int] = {}
     for job in jobs:
@@ -132,18 +143,18 @@ def verify(
     beside: RowPlan | None,
     site: str,
     start: int,
+    layout: Layout | None,
     grow: Grow,
-    bound: float,
     *,
     merged_first: bool,
 ) -> float:
     """Carries noise at a site through a growing pass and through a plain one.
 
     Returns how far the logits are apart, as a share of the largest.  Raises `GrowthError` where
-    that is more than `bound`, and where noise does not move the logits: then their agreement
-    would say nothing.  `beside` goes through the same pass.
+    that is more than rounding explains (`bound_for`), and where noise does not move the logits:
+    then their agreement would say nothing.  `beside` goes through the same pass.
     """
-    noise = HookAt(site, noise_from(start), start if site.startswith("blocks.") else 0)
+    noise = HookAt(site, noise_from(start, layout), start if site.startswith("blocks.") else 0)
     placed = noise.place(model, clean.inputs)
     cell = Cell((), (*base, placed), len(base))
     control = job_of(model, clean.inputs, cell, -1, merged_first=merged_first)
@@ -151,30 +162,41 @@ def verify(
         raise GrowthError("what all cells begin with lies in the way of its control")
     plain = model.run_with_hooks(asked(clean.inputs), cell.interventions, **clean.arguments)
     jobs = [control] if beside is None else sorted([control, beside], key=lambda job: job.stage)
-    found = grow(jobs, start)[jobs.index(control)]
-    # Some models set the logits of tokens that must not come to the least number there is.
-    counts = plain > torch.finfo(plain.dtype).min / 2
-    largest = float(plain[counts].abs().max())
-    off = float((found - plain)[counts].abs().max()) / largest
-    moved = float((clean.logits - plain)[counts].abs().max()) / largest
+    found = grow(jobs)[jobs.index(control)]
+    off, moved = apart(found, plain), apart(clean.logits, plain)
+    bound = bound_for(model, clean.inputs, clean.arguments, plain.dtype, off)
     where = "" if site.startswith("blocks.") else f" under noise at {site}"
     if not off <= bound:
-        raise GrowthError(f"the control's logits are off by {off:.2g} of the largest{where}")
+        raise GrowthError(
+            f"the control's logits are off by {off:.2g} of the largest{where} (at most {bound:.2g} "
+            "is rounding)"
+        )
     if moved < min(APART * bound, 0.2):
         raise GrowthError(f"noise at {site} does not move the logits, so that nothing is proved")
     return off
 
 
-def prove(model: Any, clean: Clean, site: str, stage: int, start: int, is_trimmed: bool) -> None:
+def prove(
+    model: Any,
+    clean: Clean,
+    site: str,
+    stage: int,
+    start: int,
+    layout: Layout | None,
+    is_trimmed: bool,
+) -> None:
     """Notes that a pass of this kind came out right, from block `stage` on."""
     name = STREAM if site.startswith("blocks.") else site
     lowest = _PROVED.setdefault(model, {})
-    key = kind_of(model, clean, start, is_trimmed), name
+    key = kind_of(model, clean, start, layout, is_trimmed), name
     lowest[key] = min(stage, lowest.get(key, stage))
 
 
-def noise_from(start: int) -> Callable[..., Any]:
-    """Returns a hook function that adds noise as large as each token, from a position on."""
+def noise_from(start: int, layout: Layout | None = None) -> Callable[..., Any]:
+    """Returns a hook function that adds noise as large as each token, from a position on.
+
+    By `layout`, tokens that prompts share get the same noise in each.
+    """
 
     def noisy(x: Any, hook: HookPoint) -> Any:
         if isinstance(x, list):
@@ -184,6 +206,9 @@ def noise_from(start: int) -> Callable[..., Any]:
         noise = noise * x.float().std(-1, keepdim=True).to(x)
         if hook.axes.startswith("batch pos"):
             noise[:, :start] = 0
+            if layout is not None:
+                noise[sent(torch.from_numpy(layout.fold.frozen(start)), noise.device)] = 0
+                noise = layout.fold.alike(noise)
         return x + noise
 
     return noisy

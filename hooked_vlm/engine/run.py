@@ -3,22 +3,28 @@
 `plain`, one hooked forward pass for each cell, is the definition that the others are tested
 against.  `restart` runs each cell from the first block that it changes, on what the clean run left
 there; it must give the same bits.  `growing` runs cells as rows of one batch (`growing`).  Each is
-proved on the model before it is trusted; where it cannot be, the next one runs.
+proved on the model before it is trusted; where it cannot be, the next one runs, with a warning
+that gives the reason, once for a model and reason.  There is none where a faster engine would save
+nothing, and under hooks that the user opened.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hooked_vlm.engine.attempts import GrowthError, attempt
+from hooked_vlm.engine.attempts import GrowthError, NotFasterError, attempt, require_worth
+from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
 from hooked_vlm.engine.fingerprints import remember, ways_of_attending
 from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.stages import ids_of, start_layer
 from hooked_vlm.engine.vision import TowerRestart
-from hooked_vlm.errors import InterventionError, did_you_mean
+from hooked_vlm.errors import HookedVLMWarning, InterventionError, callers_level, did_you_mean
 from hooked_vlm.hooks.stand_ins import encoder_of, replaying
 from hooked_vlm.interventions.chain import Cell
 
@@ -49,6 +55,7 @@ def run_cells(
     on_progress: OnProgress | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     memory: int | None = None,
+    pass_tokens: int = PASS_TOKENS,
 ) -> tuple[list[Tensor], str]:
     """Returns every cell's score, and which engine made them (and why no faster one did).
 
@@ -57,18 +64,19 @@ def run_cells(
     check_engine(engine)
     given = (model, inputs, cells, metric, on_progress, forward_kwargs)
     with model.turn(), model.eager():  # engines replace forwards, which all threads share
-        return _run_fastest(engine, given, memory)
+        return _run_fastest(engine, given, {"memory": memory, "pass_tokens": pass_tokens})
 
 
 def _run_fastest(
-    engine: str, given: tuple[Any, ...], memory: int | None
+    engine: str, given: tuple[Any, ...], limits: Mapping[str, Any]
 ) -> tuple[list[Tensor], str]:
     why: list[str] = []
     if engine == "growing":
         try:
-            scores, report = run_growing(*given, memory=memory)
+            scores, report = run_growing(*given, **limits)
         except GrowthError as reason:
             why.append(f"no growing batch: {reason}")
+            _tell(given[0], "growing", reason)
         else:
             return scores, str(report)
     if engine != "plain":
@@ -76,7 +84,30 @@ def _run_fastest(
             return run_restarted(*given), _said("restart", why)
         except GrowthError as reason:
             why.append(f"no restart: {reason}")
+            _tell(given[0], "restart", reason)
     return run_plain(*given), _said("plain", why)
+
+
+def _tell(model: Any, engine: str, reason: GrowthError) -> None:
+    """Warns, once for a model and a kind of reason, that an engine could not be taken.
+
+    Reasons that differ in their numbers alone are of one kind.
+    """
+    if not reason.is_news:
+        return
+    why = shorten(str(reason), 200, placeholder=" …")
+
+    def warn() -> bool:
+        warnings.warn(
+            f"Sweeps on {model.cfg.model_name} cannot run by the engine {engine!r}: {why}. A "
+            "slower engine runs instead. The scores are those of plain passes; "
+            'scores.attrs["engine"] names the engine of each sweep.',
+            HookedVLMWarning,
+            stacklevel=callers_level(),
+        )
+        return True
+
+    remember(model, ("slower engine", engine, re.sub(r"\d[\d.e+-]*", "0", why)), warn)
 
 
 def _said(engine: str, why: Sequence[str]) -> str:
@@ -130,8 +161,7 @@ def run_restarted(
     Raises `GrowthError` where that is not possible or does not pay; nothing is returned then.
     """
     arguments = dict(forward_kwargs or {})
-    if len(cells) < FEWEST or model.is_hooked or model.hf_model.training:
-        raise GrowthError("hooks are open, the model is in training, or there are few cells")
+    require_worth(model, cells, FEWEST)
     with torch.no_grad():
         layers = [start_layer(model, inputs, cell) for cell in cells]
         clean = tower = None
@@ -144,7 +174,7 @@ def run_restarted(
         if None in layers:
             tower = TowerRestart.of(model, inputs, [cell.interventions for cell in cells])
         if clean is None and tower is None:
-            raise GrowthError("no cell can start later than a whole pass does")
+            raise NotFasterError("no cell can start later than a whole pass does")
 
         def run(i: int) -> Tensor:
             layer = layers[i]

@@ -10,7 +10,7 @@ What counts is what is in the inputs, not which object holds it.  Nothing is kep
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count, Model
-from hooked_vlm.engine.fingerprints import content_of, ways_of_attending
+from hooked_vlm.engine.clean_run import with_forwards
+from hooked_vlm.engine.fingerprints import arithmetic, content_of, ways_of_attending
+from hooked_vlm.engine.folded_run import Folding, run_folded
 from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.engine.stages import IN_FRONT, stage_of
 from hooked_vlm.errors import InterventionError
@@ -76,8 +78,7 @@ class RunStore:
             for layer in whole.modules()
             if "_disable_adapters" in vars(layer)
         ]
-        autocast = torch.is_autocast_enabled(self._model.device.type)
-        return written, frozenset(kinds), tuple(adapters), autocast
+        return written, frozenset(kinds), tuple(adapters), arithmetic(self._model.device)
 
 
 _OPEN: dict[int, RunStore] = {}
@@ -107,16 +108,32 @@ def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -
     runs = open_runs(model)
     stages = [stage_of(name, model.cfg.n_layers)[0] for name in names]
     if runs is None or IN_FRONT in stages:
-        return record(model, inputs, names)
+        return _record(model, inputs, names)
     key = ("source", content_of(inputs), ways_of_attending(model))
     kept: dict[str, Any] = runs.get(key) or {}
     missing = [name for name in names if name not in kept]
     if missing:
-        made = record(model, inputs, missing).cache
+        made = _record(model, inputs, missing).cache
         kept = {**kept, **{name: made[name] for name in missing}}
         runs.keep(key, kept)
     chosen = {name: kept[name] for name in names}
     return Recording(inputs, ActivationCache(chosen))
+
+
+def _record(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -> Recording:
+    """Records a run, with a row for several prompts where sites lie between blocks or before."""
+    stages = [stage_of(name, model.cfg.n_layers) for name in names]
+    inside = [name for name, (stage, between) in zip(names, stages, strict=True)
+              if stage >= 0 and not between]  # fmt: skip
+    if inside or model.is_hooked or model.hf_model.training:
+        return record(model, inputs, names)
+
+    def run(folding: Folding | None) -> Recording:
+        with with_forwards(folding.blocks, folding.wrap) if folding else nullcontext():
+            return record(model, inputs, names)
+
+    with model.turn(), model.eager(), torch.no_grad():
+        return run_folded(model, inputs, run, {}, kept=1)
 
 
 def open_runs(model: Any) -> RunStore | None:

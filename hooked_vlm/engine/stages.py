@@ -169,3 +169,9 @@ def start_layer(model: Any, inputs: Mapping[str, Any], cell: Cell) -> int | None
 def ids_of(inputs: Mapping[str, Any]) -> Tensor | None:
     """Returns the tokens `[batch, pos]` that the language model runs on, if inputs hold them."""
     return inputs.get("input_ids", inputs.get("decoder_input_ids"))
+
+
+def prompt_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Returns which of those tokens are no padding, if inputs say it."""
+    part = "" if "input_ids" in inputs else "decoder_"
+    return inputs.get(f"{part}attention_mask")

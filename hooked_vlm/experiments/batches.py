@@ -12,6 +12,7 @@ from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments.answers import without_numbers
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting
+from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -59,13 +60,17 @@ def sweep_pairs(
     `sweep_of(direction, batch)` has `cells` cells; `scored(setting, logits, batch)` returns
     `[pair, quantity]` from the final position's logits.  A cell whose logits are no numbers has
     NaN; see `numbers_only`.
+
+    Directions of one axis are in the same batches, pairs of the same pictures beside one another:
+    the sweep then carries their image once for all its questions.
     """
 
-    def score(direction: str, batch: list[Any], told: OnProgress) -> xr.DataArray:
-        return sweep_of(direction, batch).run(
+    def score(_: str, batch: list[Any], told: OnProgress) -> xr.DataArray:
+        own = [pair for _, _, pair in batch]
+        return sweep_of(batch[0][0], own).run(
             setting.model,
             lambda logits: scored_numbers(
-                lambda rows: scored(setting, rows, batch), final_logits(logits)
+                lambda rows: scored(setting, rows, own), final_logits(logits)
             ),
             dims=("pair", "quantity"),
             coords={"quantity": quantities},
@@ -73,8 +78,21 @@ def sweep_pairs(
             logits_to_keep=1,
         )
 
-    scores = over_batches(setting, pairs, score, on_progress, steps=cells)
-    return {direction: xr.concat(parts, dim="pair") for direction, parts in scores.items()}
+    asked: dict[str, list[tuple[str, int, Any]]] = {}
+    for direction, own in pairs.items():
+        numbered = [(direction, i, pair) for i, pair in enumerate(own)]
+        asked.setdefault(AXIS_OF[direction], []).extend(numbered)
+    for own in asked.values():
+        own.sort(key=lambda item: [question.entities for question in item[2].questions])
+    scores = over_batches(setting, asked, score, on_progress, steps=cells)
+    found: dict[str, xr.DataArray] = {}
+    for axis, parts in scores.items():
+        whole = xr.concat(parts, dim="pair")
+        places = {(d, i): place for place, (d, i, _) in enumerate(asked[axis])}
+        for direction in dict.fromkeys(d for d, _, _ in asked[axis]):
+            order = [places[direction, i] for i in range(len(pairs[direction]))]
+            found[direction] = whole.isel(pair=order)
+    return {direction: found[direction] for direction in pairs}
 
 
 def scored_numbers(score: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:

@@ -95,10 +95,14 @@ def known_grids(model: Any, inputs: Mapping[str, Any]) -> list[TokenGrid]:
 
     The rule is not compared with a measurement, so nothing runs.
     """
+    return [grid for row in known_rows(model, inputs) for grid in row]
+
+
+def known_rows(model: Any, inputs: Mapping[str, Any]) -> list[Sequence[TokenGrid]]:
+    """Returns the grids of `known_grids` by prompt."""
     bare = hasattr(model, "grid_finder") and not isinstance(inputs, Inputs)
     try:
-        rows = model.grid_finder.by_rule(inputs) if bare else model.grids(inputs)
-        return [grid for row in rows for grid in row]
+        return list(model.grid_finder.by_rule(inputs) if bare else model.grids(inputs))
     except GridError:
         return []
 

@@ -2,8 +2,8 @@
 
 The key covers the weights, the files of the model and its processor, the user's pictures and
 lists, all options, the versions of the packages that compute, this package's source, the
-attention implementation, the dtype and the kind of device.  It does not cover the number of
-threads or the type of GPU, which change the last bits of a number.
+attention implementation, the dtype, the kind of device and the size of a sweep's passes.  It does
+not cover the number of threads or the type of GPU, which change the last bits of a number.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype
+from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.model.loading import local_folder
 from hooked_vlm.report.files import sha256_of
@@ -43,6 +44,8 @@ class Basis:
     device: str
     """The kind of device: cpu, cuda or mps."""
     packages: Mapping[str, str]
+    pass_tokens: int = PASS_TOKENS
+    """See `Sweep.run`: passes of another size give other last bits."""
 
     @classmethod
     def of(cls, model: nn.Module, name: str, device: str) -> "Basis":

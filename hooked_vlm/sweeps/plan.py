@@ -6,7 +6,7 @@ Norms, activations and the embedding are left out: they are below a hundredth.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, overload
 
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count
-from hooked_vlm.engine.budget import row_bytes, rows_within
-from hooked_vlm.engine.growing import firsts_of, groups_of, starts_of, whole_rows
+from hooked_vlm.engine.batch import goes_alike
+from hooked_vlm.engine.budget import PASS_TOKENS, row_bytes, rows_within
+from hooked_vlm.engine.folded_run import expected_fold
+from hooked_vlm.engine.folding import Fold
 from hooked_vlm.engine.stages import RowPlan, ids_of, job_of
+from hooked_vlm.engine.starts import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import tower_depth
 from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.names import last_block
@@ -143,6 +146,42 @@ class Explanation:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _RowShape:
+    """What one cell's rows look like."""
+
+    rows: int
+    carried: int
+    """Positions that a row carries."""
+    seen: int
+    """Positions that its last one sees."""
+
+    def after(self, start: int) -> "_RowShape":
+        """Returns rows that carry the positions from `start` on alone."""
+        return replace(self, carried=self.seen - start)
+
+    def cost(self, costs: Costs, first: int = 0, *, last_only: bool = False) -> int:
+        """Returns operations of blocks `first` and above."""
+        last_only = last_only and first < costs.n_layers
+        return costs.rows(self.rows, self.carried, self.seen, first, last_only=last_only)
+
+
+def _row_shape(fold: Fold | None, batch: int, length: int, start: int) -> _RowShape:
+    """Returns one cell's rows from a position on, prompts that share an image in one row."""
+    layout = fold and fold.paying_layout(start)
+    if not layout:
+        return _RowShape(batch, length - start, length)
+    return _RowShape(layout.n_rows, layout.width, layout.width + layout.kept_places.shape[1])
+
+
+def _common(fold: Fold | None, batch: int) -> tuple[str, ...]:
+    if fold is None:
+        return ()
+    n_rows = fold.layout(0).n_rows
+    said = f"Prompts that begin alike, image included, share rows: {batch} in {n_rows}."
+    return (said,)
+
+
 class CheckedCells(Sequence[Cell]):
     """A sweep's cells, checked, for one model; `explain` says what running them takes."""
 
@@ -164,7 +203,12 @@ class CheckedCells(Sequence[Cell]):
         return iter(self.cells)
 
     @checked(InterventionError)
-    def explain(self, memory: Count | None = None, **forward_kwargs: Any) -> Explanation:
+    def explain(
+        self,
+        pass_tokens: Count = PASS_TOKENS,
+        memory: Count | None = None,
+        **forward_kwargs: Any,
+    ) -> Explanation:
         """Returns which shortcuts apply and what they save; nothing runs.
 
         Takes the keyword arguments of `Sweep.run`.  Whether positions before the first
@@ -182,7 +226,10 @@ class CheckedCells(Sequence[Cell]):
         batch, length = ids.shape
         keep = forward_kwargs.get("logits_to_keep", 0) or length
         keep = keep if isinstance(keep, int) else len(keep)
+        fold = expected_fold(model, inputs)
         whole = costs.vision + costs.rows(batch, length, length) + batch * keep * costs.head
+        clean = costs.vision + _row_shape(fold, batch, length, 0).cost(costs)
+        clean += batch * keep * costs.head
         sources = self._sources()
         naive = float(whole * (len(self.cells) + len(sources)))
         found = [job_of(model, inputs, cell, i) for i, cell in enumerate(self.cells)]
@@ -192,11 +239,12 @@ class CheckedCells(Sequence[Cell]):
         starts = [0] * len(starts) if reason else starts
         brought = bool(jobs) and all(job.front for job in jobs) and not any(starts)
         # Rows that bring all of themselves along need the encoder's blocks, and no clean run.
-        fixed = float(costs.vision if brought else whole)
+        fixed = float(costs.vision if brought else clean)
         fixed += sum(self._early(costs, job) for job in jobs)
-        for layer in sources.values():
+        for source, layer in sources:
             depth = costs.n_layers if layer is None else layer + 1
-            fixed += costs.vision + costs.rows(batch, length, length, costs.n_layers - depth)
+            shape = _row_shape(expected_fold(model, source), batch, length, 0)
+            fixed += costs.vision + shape.cost(costs, costs.n_layers - depth)
         if len(jobs) != len(found):
             missing = counted(len(found) - len(jobs), "cell")
             reason = f"Rows cannot carry what {missing} would change: cells run one by one."
@@ -207,38 +255,38 @@ class CheckedCells(Sequence[Cell]):
             )  # fmt: skip
         firsts = self._inside_images(firsts_of(jobs, forward_kwargs, inputs))
         planned, floor, proof, passes, rows, peak = fixed, fixed, 0.0, 0, 0, 0
-        last_only = keep == 1
+        one = _RowShape(batch, length, length)
+        heads = batch * keep * costs.head
+
+        def cost(job: RowPlan, shape: _RowShape) -> int:
+            n_heads = min(heads, batch * shape.carried * costs.head)
+            return shape.cost(costs, job.stage, last_only=keep == 1) + n_heads
+
         for job, start in zip(jobs, firsts, strict=True):
-            floor += self._rows(costs, job, batch, length, start, keep, last_only)
-        for start, group in groups_of(jobs, starts):
-            size = rows_within(model, length, start, keep, model.cfg.dtype.itemsize, memory)
+            floor += cost(job, _row_shape(fold if goes_alike(job) else None, batch, length, start))
+        for start, whole_group in groups_of(jobs, starts):
+            shapes = {
+                alike: _row_shape(fold if alike else None, batch, length, start)
+                for alike in (True, False)
+            }
             proof += whole
-            for job in (RowPlan(-1, group[0].stage, start), group[0]):
-                proof += self._rows(costs, job, batch, length, start, keep, last_only)
-            per_pass = max(1, size // batch)
-            for i in range(0, len(group), per_pass):
-                chunk = group[i : i + per_pass]
-                planned += sum(
-                    self._rows(costs, job, batch, length, start, keep, last_only) for job in chunk
-                )
-                passes, rows = passes + 1, rows + len(chunk) * batch
-                each = row_bytes(model, length, start, keep, model.cfg.dtype.itemsize)
-                peak = max(peak, len(chunk) * batch * each)
+            for job in (RowPlan(-1, whole_group[0].stage, start), whole_group[0]):
+                proof += cost(job, one.after(start))
+            for alike, shape in shapes.items():
+                group = [job for job in whole_group if goes_alike(job) is alike]
+                sizes = (shape.seen, shape.seen - shape.carried, keep, model.cfg.dtype.itemsize)
+                size = rows_within(model, *sizes, pass_tokens=pass_tokens, memory=memory)
+                per_pass = max(1, size // shape.rows)
+                for i in range(0, len(group), per_pass):
+                    chunk = group[i : i + per_pass]
+                    planned += sum(cost(job, shape) for job in chunk)
+                    passes, rows = passes + 1, rows + len(chunk) * shape.rows
+                    peak = max(peak, len(chunk) * shape.rows * row_bytes(model, *sizes))
         return Explanation(
             len(found), batch, length, naive, planned, floor, passes, rows, peak,
-            (*self._shortcuts(costs, jobs, starts, length), _proof(proof)),
+            (*self._shortcuts(costs, jobs, starts, length), *_common(fold, batch), _proof(proof)),
             (f"Rows carry all positions: {reason}.",) if reason else (),
         )  # fmt: skip
-
-    @staticmethod
-    def _rows(
-        costs: Costs, job: RowPlan, batch: int, length: int, start: int, keep: int, last_only: bool
-    ) -> int:
-        n = length - start
-        blocks = costs.rows(
-            batch, n, length, job.stage, last_only=last_only and job.stage < costs.n_layers
-        )
-        return blocks + batch * min(keep, n) * costs.head
 
     def _early(self, costs: Costs, job: RowPlan) -> float:
         """Returns what making the rows of a job costs that acts before the blocks."""
@@ -257,14 +305,16 @@ class CheckedCells(Sequence[Cell]):
             next((low for low, high in spans if low <= start <= high), start) for start in starts
         ]
 
-    def _sources(self) -> dict[int, int | None]:
-        """Returns, by source, the last block that is read of it (None: it runs to the end)."""
+    def _sources(self) -> list[tuple[Mapping[str, Any], int | None]]:
+        """Returns each source, and the last block that is read of it (None: it runs to the end)."""
         wanted: dict[int, list[str]] = {}
+        inputs = {}
         for part in (part for cell in self.cells for part in flattened(cell.interventions)):
             _, source = source_of(part)
             if source is not None and not isinstance(source, Recording):
                 wanted.setdefault(id(source), []).append(part.site)
-        return {key: last_block(names) for key, names in wanted.items()}
+                inputs[id(source)] = source
+        return [(inputs[key], last_block(names)) for key, names in wanted.items()]
 
     def _shortcuts(
         self, costs: Costs, jobs: Sequence[RowPlan], starts: Sequence[int], length: int

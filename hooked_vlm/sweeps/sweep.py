@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Count, Model
+from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.engine.run import check_engine, run_cells
 from hooked_vlm.engine.shared import recorded_once
 from hooked_vlm.errors import InterventionError, did_you_mean
@@ -102,6 +103,7 @@ class Sweep:
         coords: Mapping[str, Sequence[Any]] | None = None,
         on_progress: OnProgress | None = None,
         engine: str = "growing",
+        pass_tokens: Count = PASS_TOKENS,
         memory: Count | None = None,
         **forward_kwargs: Any,
     ) -> xr.DataArray:
@@ -112,12 +114,15 @@ class Sweep:
 
         `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
         grows from block to block; a control with noise in it, once for each kind of pass, must be a
-        plain pass's within `engine.growing.BOUNDS`; `"restart"`, each cell from the first block
-        that it changes, which gives the same bits as `"plain"`, one whole hooked forward pass for
-        each.  Where a model or a cell does not allow one, the next is taken; the result's
-        attributes say which and why.
-        `memory` is about how many bytes a growing batch may take (None: half of what is free);
-        more cells than that holds go through in several passes.
+        plain pass's within rounding, which is measured (`engine.noise`); `"restart"`, each cell
+        from the first block that it changes, which gives the same bits as `"plain"`, one whole
+        hooked forward pass for each.  Where a model or a cell does not allow one, the next is
+        taken, with a warning; the result's attributes say which and why.
+        `pass_tokens` is how many positions the rows of a growing batch have together; more cells
+        than that go through in several passes.  The number is fixed, so that a sweep has the same
+        passes, and with them the same bits, whatever memory is free.  On a CPU a pass has no more
+        than its caches hold.  `memory` limits a pass in bytes, about, in addition.  A pass that
+        does not fit into memory is halved, with a warning.
 
         Raises `InterventionError` for an unknown engine, and a metric of other axes than `dims`.
         """
@@ -126,7 +131,15 @@ class Sweep:
         model.require_call(self.inputs, forward_kwargs)
         cells = self.recorded(model)
         scores, said = run_cells(
-            engine, model, self.inputs, cells, scored, on_progress, forward_kwargs, memory
+            engine,
+            model,
+            self.inputs,
+            cells,
+            scored,
+            on_progress,
+            forward_kwargs,
+            memory,
+            pass_tokens,
         )
         return self._table([score.float() for score in scores], dims, coords, said)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conformance.suite import build, image_size, picture
 from helpers.growing_sweeps import compared, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm.engine import growing
+from hooked_vlm.engine import noise
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
@@ -116,7 +116,7 @@ def test_half_precision_stays_within_its_bound(family: str, dtype: torch.dtype) 
         {"at": ["last", "all"], "site": [0, 1, 2, 3]},
         lambda at, site: Patch(site, at=LastToken() if at == "last" else None, source=source),
     )
-    compared(model, sweep, bound=growing.BOUNDS[dtype], logits_to_keep=1)
+    compared(model, sweep, bound=noise.BOUNDS[dtype], logits_to_keep=1)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

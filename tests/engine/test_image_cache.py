@@ -13,8 +13,8 @@ from torch import Tensor
 
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm import HookedVLM, shared_runs
-from hooked_vlm.engine.growing import BOUNDS
 from hooked_vlm.engine.image_cache import axes_of, joined
+from hooked_vlm.engine.noise import BOUNDS
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.hooks.stand_ins import encoder_of
 

@@ -13,6 +13,7 @@ from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.proofs import ENCODER, forget
 from hooked_vlm.engine.stages import RowPlan
+from hooked_vlm.errors import HookedVLMWarning
 
 
 def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +29,8 @@ def test_a_control_that_is_off_stops_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Fit, "arguments", wrong)
     with pytest.raises(GrowthError, match="the control's logits are off by"):
         run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
-    score = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1)
+    with pytest.warns(HookedVLMWarning, match="engine 'growing': the control's logits are off by"):
+        score = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1)
     assert "restart (no growing batch: the control's" in score.attrs["engine"]
     plain = sweep.run(model, lambda x: x[:, -1, 0], logits_to_keep=1, engine="plain")
     assert score.equals(plain)
@@ -57,7 +59,7 @@ def test_a_control_speaks_for_later_passes_of_its_kind() -> None:
 def test_j2_noise_that_moves_nothing_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["swap"], [1, 2])
     forget(model)
-    monkeypatch.setattr(proofs, "noise_from", lambda start: lambda x, hook: x)
+    monkeypatch.setattr(proofs, "noise_from", lambda start, layout: lambda x, hook: x)
     with pytest.raises(GrowthError, match="does not move the logits"):
         run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
     forget(model)

@@ -1,5 +1,7 @@
 """How a sweep's cells run: plainly, the definition, or as a growing batch, or why not as one."""
 
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ from helpers.forward_counter import count_forwards
 from helpers.growing_sweeps import compared, make_region, sweep_of
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine.attempts import GrowthError
-from hooked_vlm.engine.growing import run_growing, starts_of
+from hooked_vlm.engine.growing import run_growing
+from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.run import run_plain
 from hooked_vlm.engine.stages import RowPlan
-from hooked_vlm.errors import InterventionError
+from hooked_vlm.engine.starts import starts_of
+from hooked_vlm.errors import HookedVLMWarning, InterventionError
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Cell, Chain, source_of
 from hooked_vlm.interventions.patch import Patch
@@ -74,7 +78,9 @@ def test_what_all_cells_begin_with_is_kept(family: str, site: Any) -> None:
     if site == "hook_logits":  # after the cells' own begins
         with pytest.raises(GrowthError, match="rows cannot carry what"):
             compared(tiny(family), under)
-        fast = under.run(tiny(family), lambda x: x[:, -1], dims=("batch", "token"))
+        forget(tiny(family))
+        with pytest.warns(HookedVLMWarning, match="cannot run by the engine 'growing'"):
+            fast = under.run(tiny(family), lambda x: x[:, -1], dims=("batch", "token"))
         assert fast.attrs["engine"].startswith("restart (no growing batch: ")
         return
     compared(tiny(family), under, logits_to_keep=1)
@@ -99,6 +105,54 @@ def test_what_cannot_grow_says_why() -> None:
         run_growing(model, inputs, cells, lambda x: x)
     with pytest.raises(InterventionError, match=r"no engine 'growin' .*'growing'"):
         sweep.run(model, lambda x: x, engine="growin")
+
+
+@dataclass(frozen=True)
+class Own:
+    """An intervention of a user's own class, which may act anywhere: rows cannot carry it."""
+
+    slot: int
+
+    def check(self, *_: Any) -> None: ...
+
+    def hooks_for(self, *_: Any) -> list[Any]:
+        return [(f"blocks.{self.slot}.hook_resid_pre", lambda x, hook: x * 0.5)]
+
+
+def run_by(model: Any, cells: list[Any]) -> tuple[str, list[str]]:
+    """Runs a sweep of some interventions; returns its engine, and what was warned of."""
+    sweep = Sweep(make_inputs("llava", 2, seed=1), {"i": range(len(cells))}, lambda i: cells[i])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        scores = sweep.run(model, lambda x: x[:, -1, 0])
+    return scores.attrs["engine"], [str(warning.message) for warning in told]
+
+
+def test_a_slower_engine_is_told_once_for_a_model_and_reason() -> None:
+    model = tiny("llava")
+    forget(model)
+    engine, told = run_by(model, [Own(1), Own(2), Own(2), Own(1)])
+    assert engine.startswith("plain (no growing batch: rows cannot carry what 4 cells")
+    assert len(told) == 1 and "cannot run by the engine 'growing': rows cannot carry" in told[0]
+    assert len(told[0]) <= 400 and 'scores.attrs["engine"]' in told[0]
+    assert run_by(model, [Own(1), Own(2)])[1] == []  # the same reason, another number
+    model.hf_model.train()
+    try:
+        engine, (first, second) = run_by(model, [Ablate(i) for i in range(4)])
+    finally:
+        model.hf_model.eval()
+    assert engine.startswith("plain") and "'growing': the model is in training" in first
+    assert "'restart': the model is in training" in second
+
+
+def test_where_a_faster_engine_saves_nothing_or_hooks_are_open_nothing_is_told() -> None:
+    model = tiny("llava")
+    forget(model)
+    engine, told = run_by(model, [Ablate(1)])
+    assert engine.startswith("plain (no growing batch: there is one cell") and told == []
+    with model.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x * 2)]):
+        engine, told = run_by(model, [Ablate(i) for i in range(4)])
+    assert engine.startswith("plain (no growing batch: hooks are open") and told == []
 
 
 def test_errors_of_a_metric_are_not_taken_for_something_else() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
+from hooked_vlm.engine import fingerprints
 from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.shared import RunStore, open_runs
@@ -153,3 +154,64 @@ def test_content_is_told_apart() -> None:
     changed = x.clone()
     changed[1, 2] += 1
     assert same != content_of({"x": changed})
+
+
+@contextmanager
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Notes how many values each tensor has that is read whole."""
+    found: list[int] = []
+    true = fingerprints._hashed
+
+    def note(x: torch.Tensor) -> str:
+        found.append(x.numel())
+        return true(x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprints, "_hashed", note)
+        yield found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_are_read_once_however_many_sweeps_share_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sweep = tiny(family), sweep_of(family)
+    with shared_runs(model), hashed(monkeypatch) as found:
+        first = run(model, sweep)
+        found.clear()
+        again = run(model, sweep)
+    assert again.equals(first)
+    # Small things that the model's forward makes anew, such as the sizes of images, are not known.
+    assert sum(found) < sweep.inputs["pixel_values"].numel() / 100
+
+
+def test_a_tensor_that_was_written_to_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(3, 1000)
+    numbers = x.numpy()
+    with hashed(monkeypatch) as found:
+        made = [content_of(x), content_of(x), content_of(x[1]), content_of(x[1])]
+        assert found == [3000, 1000] and made[0] == made[1] and made[2] == made[3]
+        x[1, 5] = 2
+        made += [content_of(x), content_of(x[1])]
+        assert len(found) == 4
+        numbers[:] = 3  # gives the tensor no new version
+        made += [content_of(x), content_of(x[1])]
+        with torch.inference_mode():
+            bare = torch.zeros(3, 1000)
+        assert content_of(bare) == content_of(bare) == made[0]
+    assert len(set(made)) == 6 and found[-2:] == [3000, 3000]
+
+
+def test_runs_are_shared_on_meta_where_sweeps_are_planned() -> None:
+    model = HookedVLM(build("llava").to("meta"))
+    inputs = make_inputs("llava", 2)
+    inputs["pixel_values"] = inputs["pixel_values"].to("meta")
+    with shared_runs(model), torch.no_grad():
+        # All of the model asks for values of tensors (is a mask full?), its encoder does not.
+        path = model.anatomy.vision and model.anatomy.vision.path
+        encoded = model.hf_model.get_submodule(str(path))(inputs["pixel_values"])
+        assert encoded.last_hidden_state.is_meta
+        made = [content_of(x) for x in (inputs, inputs, {**inputs})]
+        assert made[0] == made[1] == made[2]
+        other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+        assert content_of(other) != made[0]  # nobody knows whether it holds the same

@@ -453,10 +453,16 @@ def _of_sweeps(w: SimpleNamespace) -> list[Call]:
             coords=(None, OPTIONAL | NO_KEYS),
             on_progress=(None, OPTIONAL | FUNCTION),
             engine=("plain", NOTHING),
+            pass_tokens=(64, COUNT),
             memory=(None, OPTIONAL | COUNT),
         ),
         call("Sweep.plan", w.sweep.plan, model=model),
-        call("plan.explain", w.sweep.plan(m).explain, memory=(None, OPTIONAL | COUNT)),
+        call(
+            "plan.explain",
+            w.sweep.plan(m).explain,
+            pass_tokens=(64, COUNT),
+            memory=(None, OPTIONAL | COUNT),
+        ),
         call(
             "Sweep.attribution",
             w.sweep.attribution,

@@ -41,7 +41,10 @@ BASIS = Basis(
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Basis)])
 def test_g2_every_part_of_the_basis_counts(name: str) -> None:
     value = getattr(BASIS, name)
-    other = {**value, "another": "3"} if isinstance(value, dict) else f"{value}2"
+    if isinstance(value, dict):
+        other = {**value, "another": "3"}
+    else:
+        other = value + type(value)(2)
     changed = dataclasses.replace(BASIS, **{name: other})
     assert run_key("e", Config(), changed) != run_key("e", Config(), BASIS)
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common.built import on_meta
 from helpers.live_memory import peak_live
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm import HookedVLM, LastToken, Patch, Sweep
+from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.pairs import swap_pairs
@@ -88,7 +88,8 @@ def test_published_sizes_are_planned_without_weights(name: str) -> None:
         {"kind": ["strip", "last"], "slot": list(slots)},
         lambda kind, slot: Patch(slot, at=swap if kind == "strip" else LastToken(), source=source),
     )
-    plan = sweep.plan(model).explain(logits_to_keep=1, memory=2**34)
+    with shared_runs(model):
+        plan = sweep.plan(model).explain(logits_to_keep=1, memory=2**34)
     assert plan.naive > 1e14 and plan.floor <= plan.planned < plan.naive / 2
     assert plan.peak < 2**34
     assert "TFLOP" in str(plan) or "PFLOP" in str(plan)

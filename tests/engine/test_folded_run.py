@@ -1,0 +1,164 @@
+"""Two questions, one row: the same answers as with a row for each prompt."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.growing_sweeps import BOUND, make_region
+from helpers.questions import ask
+from helpers.tiny_models import FAMILIES, IMAGE, build, tiny
+from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
+from hooked_vlm.engine.folded_run import expected_fold, separate_prompts
+from hooked_vlm.engine.folding import Layout
+from hooked_vlm.engine.proofs import forget
+from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.interventions.steer import Steer
+
+
+LENGTHS = [[5, 7], [5, 7], [6]]
+COMMON = "5 prompts in 3 rows"
+
+
+def sweep_of(family: str, inputs: Any, source: Any, kinds: list[str] | None = None) -> Sweep:
+    region = make_region(family)
+    kinds = kinds or ["region", "last", "zero", "steer"]
+
+    def make(kind: str, slot: int) -> Any:
+        return {
+            "region": lambda: Patch(slot, at=region, source=source),
+            "last": lambda: Patch(slot, at=LastToken(), source=source),
+            "zero": lambda: Ablate(slot, at=region),
+            "steer": lambda: Steer(slot, at=region, directions=torch.ones(48), alpha=2.0),
+        }[kind]()
+
+    return Sweep(inputs, {"kind": kinds, "slot": [0, 1, 2, 3]}, make)
+
+
+def logits_of(model: HookedVLM, sweep: Sweep, **kwargs: Any) -> Any:
+    return sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"), **kwargs)
+
+
+def check(model: HookedVLM, sweep: Sweep, **kwargs: Any) -> str:
+    """Checks a sweep's logits against plain passes; returns how they were made."""
+    plain = logits_of(model, sweep, engine="plain", **kwargs)
+    found = logits_of(model, sweep, **kwargs)
+    assert float(abs(found - plain).max()) <= BOUND * float(abs(plain).max())
+    return found.attrs["engine"]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_about_an_image_share_a_row(family: str, attn: str) -> None:
+    model = tiny(family, attn)
+    sweep = sweep_of(family, ask(family, LENGTHS, seed=1), ask(family, LENGTHS, seed=2))
+    for kept in (1, 5):
+        assert COMMON in check(model, sweep, logits_to_keep=kept)
+    assert COMMON not in check(model, sweep)  # what padding gives is asked for, too
+    even = [[5, 5], [5, 5], [5]]
+    sweep = sweep_of(family, ask(family, even, seed=1), ask(family, even, seed=2))
+    assert COMMON in check(model, sweep)
+    with separate_prompts(model):
+        assert COMMON not in logits_of(model, sweep).attrs["engine"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_with_images_of_their_own_do_not(family: str) -> None:
+    source = ask(family, LENGTHS, seed=2)
+    sweep = sweep_of(family, ask(family, LENGTHS, seed=1, same=False), source)
+    assert "prompts in" not in check(tiny(family), sweep, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cells_that_treat_the_prompts_of_an_image_differently_keep_their_rows(family: str) -> None:
+    # Sources with an image for each prompt write other values for each.
+    source = ask(family, LENGTHS, seed=2, same=False)
+    sweep = sweep_of(family, ask(family, LENGTHS, seed=1), source, ["region", "zero"])
+    said = check(tiny(family), sweep, logits_to_keep=1)
+    assert COMMON in said  # those that ablate
+    alone = sweep_of(family, ask(family, LENGTHS, seed=1), source, ["region"])
+    found = check(tiny(family), alone, logits_to_keep=1)
+    assert "prompts in" not in found
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(FAMILIES),
+    st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.integers(0, 5),
+)
+def test_any_questions_are_answered_as_in_prompts_of_their_own(
+    family: str, lengths: list[list[int]], seed: int
+) -> None:
+    sweep = sweep_of(family, ask(family, lengths, seed), ask(family, lengths, seed + 50))
+    check(tiny(family), sweep, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_that_sweeps_share_are_those_of_common_rows(family: str) -> None:
+    model = tiny(family)
+    inputs, source = ask(family, LENGTHS, seed=1), ask(family, LENGTHS, seed=2)
+    sweep = sweep_of(family, inputs, source)
+    plain = logits_of(model, sweep, engine="plain")
+    with shared_runs(model) as runs:
+        for _ in range(2):
+            found = logits_of(model, sweep, logits_to_keep=1)
+            assert COMMON in found.attrs["engine"]
+            assert float(abs(found - plain).max()) <= BOUND * float(abs(plain).max())
+    assert runs.reused
+
+
+def test_a_model_whose_image_sees_the_question_keeps_its_rows() -> None:
+    model = HookedVLM(build("gemma-3"), name="an image that sees the question")
+    inputs, source = ask("gemma-3", LENGTHS, seed=1), ask("gemma-3", LENGTHS, seed=2)
+    for given_inputs in (inputs, source):
+        # One block from the image to the end: all of it sees all of it.
+        first = (given_inputs["input_ids"] == IMAGE).int().argmax(1).max()
+        given_inputs["token_type_ids"] = given_inputs["attention_mask"].int()
+        given_inputs["token_type_ids"][:, :first] = 0
+    assert "prompts in" not in check(
+        model, sweep_of("gemma-3", inputs, source, ["region"]), logits_to_keep=1
+    )
+
+
+def test_positions_that_count_the_padding_are_not_shared() -> None:
+    inputs, source = (ask("llava", [[5, 7], [5, 7]], seed=i) for i in (1, 2))
+    del inputs["position_ids"], source["position_ids"]
+    sweep = sweep_of("llava", inputs, source, ["region"])
+    assert "prompts in" not in check(tiny("llava"), sweep, logits_to_keep=1)
+
+
+def test_what_noise_does_not_confirm_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedVLM(build("llava"), name="a wrong mask")
+    sweep = sweep_of("llava", ask("llava", LENGTHS, seed=1), ask("llava", LENGTHS, seed=2))
+    own = Layout.mask
+
+    def sees_all(self: Layout, *args: Any) -> torch.Tensor:
+        mask = own(self, *args)
+        return mask | True if mask.dtype == torch.bool else mask * 0
+
+    monkeypatch.setattr(Layout, "mask", sees_all)
+    assert COMMON not in check(model, sweep, logits_to_keep=1)
+    monkeypatch.undo()
+    assert COMMON not in check(model, sweep, logits_to_keep=1)  # it is not asked again
+    forget(model)
+    assert COMMON in check(model, sweep, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_counts_common_rows(family: str) -> None:
+    model = tiny(family)
+    inputs, source = ask(family, LENGTHS, seed=1), ask(family, LENGTHS, seed=2)
+    fold = expected_fold(model, inputs)
+    assert fold is not None and fold.layout(0).n_rows == 3
+    sweep = sweep_of(family, inputs, source)
+    plan = sweep.plan(model).explain(logits_to_keep=1)
+    assert "share rows: 5 in 3" in str(plan)
+    with separate_prompts(model):
+        apart = sweep.plan(model).explain(logits_to_keep=1)
+    assert "share rows" not in str(apart) and plan.planned < apart.planned
+    assert expected_fold(model, ask(family, LENGTHS, seed=1, same=False)) is None
+    said = logits_of(model, sweep, logits_to_keep=1).attrs["engine"]
+    assert f"of {plan.rows} rows" in said or f"{plan.passes} pass" in said
