@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 ARGS   ?=
 
-.PHONY: demo test lint format test-slow mutants test-newest test-oldest conformance docs clean help
+.PHONY: demo test lint format test-slow mutants test-newest test-oldest calibration conformance docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(VENV)/.installed ## the main analysis on both shipped models, into ./demo
@@ -37,6 +37,9 @@ test-newest: $(VENV)-newest/.installed ## tests with the newest version of every
 
 test-oldest: $(VENV)-oldest/.installed ## tests with the oldest versions that pyproject.toml allows
 	$(VENV)-oldest/bin/python tests/compatibility.py oldest $(ARGS)
+
+calibration: $(VENV)/.installed-test ## how often verdicts claim what is not there (half an hour on one core)
+	$(BIN)/python tests/calibration.py $(ARGS)
 
 conformance: $(VENV)/.installed-test ## every architecture of transformers against every law (under half an hour)
 	$(BIN)/python tests/conformance/run.py --write docs/measured/conformance.md $(ARGS)

@@ -6,6 +6,7 @@ any order one of two ends is right: given that an end was named, chance is 1/2 a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -22,6 +23,18 @@ ORDER = "order, given an end"
 CHANCE = 1 / 2
 """The share of right answers among those that name an end, without any order."""
 RIGHT, OTHER = 0, 1
+
+
+def without_numbers(logits: Float[Tensor, "item ..."]) -> Bool[Tensor, " item"]:
+    """Returns the rows in which a logit is NaN or infinitely large: they give no answer."""
+    return (logits.isnan() | (logits == float("inf"))).flatten(1).any(1)
+
+
+def answers_of(logits: Float[Tensor, "item d_vocab"], tokenizer: Any) -> list[str | None]:
+    """Returns the most probable answer of each row; None where its logits are not numbers."""
+    wrong = without_numbers(logits)
+    answers = top_answer(logits.masked_fill(wrong[:, None], 0.0), tokenizer)
+    return [None if bad else said for said, bad in zip(answers, wrong.tolist(), strict=True)]
 
 
 def named(

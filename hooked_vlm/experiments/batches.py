@@ -9,6 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_vlm.errors import CannotRunError, counted
+from hooked_vlm.experiments.answers import without_numbers
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting
 from hooked_vlm.stimuli.prompts import AXIS_OF
@@ -16,6 +17,7 @@ from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 Score = TypeVar("Score")
+LEFT_OUT = "Left out"
 
 
 def over_batches(
@@ -98,28 +100,55 @@ def scored_numbers(score: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
 
     One intervention may overflow in one row; scores of the other rows are as they are.
     """
-    wrong = (logits.isnan() | (logits == float("inf"))).flatten(1).any(1)
+    wrong = without_numbers(logits)
     # Without asking whether there is one: on a GPU the answer is waited for, at each cell.
     found = score(logits.masked_fill(wrong[:, None], 0.0))
     rows = wrong.to(found.device).reshape(-1, *[1] * (found.ndim - 1))
     return found.masked_fill(rows, torch.nan)
 
 
+def left_out(n: int, unit: str, where: str = "", what: str = "scores") -> list[str]:
+    """Returns the sentence on what is left out of the numbers; none where nothing is.
+
+    >>> left_out(2, "picture", "horizontal", "tokens")
+    ['Left out, horizontal: 2 pictures with tokens that are not numbers.']
+    """
+    if not n:
+        return []
+    place = f", {where}" if where else ""
+    return [f"{LEFT_OUT}{place}: {counted(n, unit)} with {what} that are not numbers."]
+
+
+def said_left_out(verdict: str) -> list[str]:
+    """Returns the sentences of a verdict, a line each, on what is left out."""
+    return [line for line in verdict.splitlines() if line.startswith(LEFT_OUT)]
+
+
+def none_left(unit: str, remedy: str = "") -> CannotRunError:
+    """Returns the error for an experiment that has no numbers at all.
+
+    `remedy` is another one than a wider dtype.
+    """
+    return CannotRunError(
+        f"Too few {unit}s have scores that are all numbers. Load the model in float32 or "
+        f"bfloat16{f', or {remedy}' if remedy else ''}."
+    )
+
+
 def numbers_only(
-    by_direction: Mapping[str, xr.DataArray], unit: str = "pair"
+    by_direction: Mapping[str, xr.DataArray], unit: str = "pair", part: str = ""
 ) -> tuple[dict[str, xr.DataArray], list[str]]:
     """Returns the pairs all of whose scores are numbers, and sentences on those left out.
 
-    A direction with fewer than two such pairs is left out.  Raises `CannotRunError` where none
-    is left.
+    A direction with fewer than two such pairs is left out.  The sentences begin with `part`.
+    Raises `CannotRunError` where none is left.
     """
     kept, said = {}, []
     for direction, values in by_direction.items():
         others = [axis for axis in values.dims if axis != "pair"]
         whole = xr.apply_ufunc(np.isfinite, values).all(others).values
-        if not whole.all():
-            n = counted(int((~whole).sum()), unit)
-            said.append(f"Left out, {direction}: {n} with scores that are not numbers.")
+        where = ", ".join(filter(None, [part, direction]))
+        said += left_out(int((~whole).sum()), unit, where)
         if whole.sum() >= FEWEST_PAIRS:
             kept[direction] = values.isel(pair=np.flatnonzero(whole))
     if not kept:

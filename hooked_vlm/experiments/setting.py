@@ -20,9 +20,9 @@ from hooked_vlm.analysis.scoring import (
     candidate_probability,
     is_single_token,
     normalise,
-    top_answer,
 )
 from hooked_vlm.errors import CannotRunError, HookedVLMWarning
+from hooked_vlm.experiments.answers import answers_of
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.regions.grid import TokenGrid
@@ -104,9 +104,13 @@ class Setting:
             ]
         return torch.cat(parts)
 
+    def answers(self, questions: Sequence[Question]) -> list[str | None]:
+        """Returns the model's top answer to each question; None where logits are not numbers."""
+        return answers_of(self.logits(questions), self.model.tokenizer)
+
     def is_right(self, questions: Sequence[Question]) -> list[bool]:
         """Returns whether the model's top answer to each question is correct."""
-        answers = top_answer(self.logits(questions), self.model.tokenizer)
+        answers = self.answers(questions)
         return [answer == normalise(q.target) for answer, q in zip(answers, questions, strict=True)]
 
     def pairs(self, make: Any, k: int, config: Config) -> dict[str, list[Any]]:

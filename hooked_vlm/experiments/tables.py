@@ -81,6 +81,17 @@ def format_interval(row: Any) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def format_range(values: Iterable[float]) -> str:
+    """Returns numbers as one number, or as the range from the lowest to the highest.
+
+    >>> format_range([0.5, 0.25]), format_range([0.5])
+    ('0.25 to 0.50', '0.50')
+    """
+    every = list(values)
+    ends = [f"{round(end, 2) + 0.0:.2f}" for end in (min(every), max(every))]
+    return " to ".join(dict.fromkeys(ends))
+
+
 def format_slots(slots: Iterable[int]) -> str:
     """Returns slots as text, with runs as ranges.
 

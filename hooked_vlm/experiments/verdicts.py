@@ -12,7 +12,8 @@ difference).  It has one of three outcomes:
 Intervals and tests are those of `analysis.bounded`, which keep their level for few, skewed,
 yes/no and clustered values; so under the null hypothesis at most 5 % of draws give a claim.  What
 is compared (slots, kinds) is stated before looking, and tests over several places are adjusted by
-Holm.  The paper's claims are met or not met only by what was found.
+Holm: over all slots of a sentence, and over all sentences of a verdict that make the same claim
+(of directions, axes, settings).  The paper's claims are met or not met only by what was found.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -56,6 +57,11 @@ class Judgement:
         """Whether the mean was found to be below the null value."""
         return self.sign < 0
 
+    @property
+    def finding(self) -> tuple[Outcome, int]:
+        """The outcome and its sign, without the numbers: what two probes may agree on."""
+        return self.outcome, self.sign
+
 
 def claim_rows(
     values: np.ndarray,
@@ -71,25 +77,57 @@ def claim_rows(
     """Returns a row for each claim about the means of `values` `[item, *axes]`, for `judge`.
 
     Items of one unit (questions about one picture) are one observation.  `low` and `high` are the
-    bounds of the values.  Column p_holm has the p-values, adjusted over all rows.
+    bounds of the values.  Column p has the p-values, and p_holm the same adjusted over all rows.
     """
     rows = by_unit(np.asarray(values), units)
     interval = bounded_mean(rows, low=low, high=high, seed=seed)
     p = bounded_test(rows, null, low=low, high=high, seed=seed)
     found = interval_rows(interval, axes, **columns, null=null)
-    adjusted = np.atleast_1d(holm(np.atleast_1d(p))).ravel()
-    return [{**row, "p_holm": float(p)} for row, p in zip(found, adjusted, strict=True)]
+    each = np.atleast_1d(p).ravel()
+    numbers = zip(found, each, holm(each), strict=True)
+    return [{**row, "p": float(one), "p_holm": float(all_)} for row, one, all_ in numbers]
 
 
-def adjusted(table: pd.DataFrame, rows: Any, by: Sequence[str]) -> pd.DataFrame:
+def claims_over_probes(
+    values: np.ndarray, axes: Mapping[str, Sequence[Any]], seed: int, **columns: Any
+) -> list[dict]:
+    """Returns the claims about the mean over probes of `values` `[probe, picture, *axes]`.
+
+    Then those about each probe by itself (column probe): a verdict says how many agree with it.
+    """
+    units = range(values.shape[1])
+    rows = claim_rows(values.mean(0), axes, units, seed, **columns)
+    for probe, own in enumerate(values):
+        rows += claim_rows(own, axes, units, seed, **columns, probe=probe)
+    return rows
+
+
+def agreement(finding: Any, each: Sequence[Any]) -> str:
+    """Returns how many probes have the finding of their mean, in words; of one probe nothing.
+
+    >>> agreement("read", ["read", "read", "undecided"])
+    '2 of 3 probes with other initialisations say the same'
+    """
+    if len(each) < 2:
+        return ""
+    same = sum(own == finding for own in each)
+    return f"{same} of {len(each)} probes with other initialisations say the same"
+
+
+def adjusted(table: pd.DataFrame, rows: Any, by: Sequence[str] = ()) -> pd.DataFrame:
     """Returns a table whose column p_holm is adjusted by Holm over some rows.
 
     Of `rows` (which rows, a boolean series), those with the same values of the columns `by` are
-    one family.
+    one family; without columns, all of them are.  Other rows keep theirs.
     """
+    if "p" not in table:
+        return table
     p = table["p_holm"].copy()
-    for _, family in table[rows & p.notna()].groupby(list(by), dropna=False):
-        p[family.index] = holm(family["p_holm"].to_numpy(float))
+    chosen = table[rows & table["p"].notna()]
+    by = [column for column in by if column in table]
+    families = chosen.groupby(by, dropna=False) if by else [((), chosen)]
+    for _, family in families:
+        p[family.index] = holm(family["p"].to_numpy(float))
     return table.assign(p_holm=p)
 
 

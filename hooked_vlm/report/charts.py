@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from hooked_vlm.errors import DataError
 from hooked_vlm.report.look import (
     CLASSES,
+    CONTROLS,
     DIRECTIONS,
     KINDS,
     SCORES,
@@ -49,7 +50,7 @@ def accuracy(table: pd.DataFrame, *, by: str = "direction", chance: float | None
         by=by,
         line="quantity",
         x_label="accuracy, with its 95 % interval",
-        looks=SCORES,
+        looks={**SCORES, **CONTROLS},
         chance=chance,
         numbers=True,
     )

@@ -54,6 +54,11 @@ SCORES = {
     "background": Look("background tokens assigned to their strip", ORANGE, "s"),
     "background, shuffled": Look("its control", GREY, "^"),
 }
+CONTROLS = {
+    "background, middle strip": Look("of these, the middle strip's", PINK, "P"),
+    "background, one object": Look("the same with one object alone", COLORS[4], "X"),
+    "background, empty": Look("the same in an empty picture", COLORS[5], "d"),
+}
 DIRECTIONS = {
     "left": "to the left of",
     "right": "to the right of",

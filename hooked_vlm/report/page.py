@@ -150,6 +150,7 @@ def _section(result: Result, out: Path) -> dict[str, Any]:
         "stimuli": _stimuli(result),
         "targets": targets(result.id, result.setting),
         "glance": _table(_glance(result.table)),
+        "means": _table(_means(result.table)),
         "table": _table(result.table),
         "n_rows": len(result.table),
         "config": json.dumps(result.config, default=str) if result.config else "",
@@ -182,6 +183,14 @@ def _glance(table: pd.DataFrame) -> pd.DataFrame:
         return table.iloc[:0]
     highest = table.groupby(groups, sort=False, dropna=False)["value"].idxmax()
     return table.loc[highest].rename(columns={"slot": "highest at slot"})
+
+
+def _means(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the means over probes, without the claims about each probe by itself."""
+    if "probe" not in table or {"slot", "layer", "gap", "alpha"} & set(table):
+        return table.iloc[:0]  # these have too many means to be read as a table
+    means = table[table["probe"].isna()]
+    return means.dropna(axis="columns", how="all")
 
 
 def _table(table: pd.DataFrame) -> str:

@@ -140,10 +140,10 @@ def test_only_outcomes_that_were_found_make_an_answer_depend_on_the_gap() -> Non
 
 def test_the_tests_of_all_axes_and_gaps_are_one_family() -> None:
     main = {"quantity": DIFFERENCE, "kind": BOTH, "probe": np.nan}
-    rows = [{**main, "p_holm": p} for p in (0.02, 0.03, 0.01)]
-    rows += [{**main, "probe": 0, "p_holm": 0.04}]
-    rows += [{**main, "kind": "left or top edge", "p_holm": 0.04}]
-    adjusted = gap_verdicts.adjusted(pd.DataFrame(rows))["p_holm"]
+    rows = [{**main, "p": p} for p in (0.02, 0.03, 0.01)]
+    rows += [{**main, "probe": 0, "p": 0.04}]
+    rows += [{**main, "kind": "left or top edge", "p": 0.04}]
+    adjusted = gap_verdicts.adjusted(pd.DataFrame(rows).assign(p_holm=lambda t: t["p"]))["p_holm"]
     assert adjusted.tolist() == pytest.approx([0.04, 0.04, 0.03, 0.04, 0.04])
 
 

@@ -55,9 +55,9 @@ def test_questions_are_about_pictures_that_the_probe_has_not_seen(
     seen: list = []
     fit = amplification.fit_directions
 
-    def noted(setting: Setting, questions: list, seed: int) -> tuple:
+    def noted(setting: Setting, questions: list, *seeds: int) -> tuple:
         seen.extend(q.entities for q in questions)
-        return fit(setting, questions, seed)
+        return fit(setting, questions, *seeds)
 
     monkeypatch.setattr(amplification, "fit_directions", noted)
     plan = Plan.of(setting, "vertical", Config(setting="squares", items=0))
@@ -168,6 +168,28 @@ def test_a8_nothing_to_correct_is_no_negative_finding() -> None:
     kinds = np.tile([True, False, False, False], (40, 1))
     said = verdict_of(table_of(right, range(40), (0.0, 4.0), 0, kinds))
     assert "undecided: nothing to correct" in said and "does not improve" not in said
+
+
+def test_the_share_of_probes_with_the_same_outcome_is_said() -> None:
+    """Of five probes two have directions that correct answers, and three do not."""
+    rng, n = np.random.default_rng(0), 80
+    base = np.arange(n) % 2 == 0
+
+    def answers(gain: float, seeds: int = 1) -> np.ndarray:
+        now = base | (rng.random((seeds, n)) < gain)
+        return np.stack([np.broadcast_to(base, now.shape), now], axis=1)
+
+    right = {kind: answers(0.9) for kind in FORMULAS} | {k: answers(0.1, 20) for k in CONTROLS}
+    again = [{kind: answers(gain) for kind in FORMULAS} for gain in (0.9, 0.0, 0.0, 0.0)]
+    table = table_of(right, range(n), (0.0, 4.0), 0, again=again)
+    alone = table_of(right, range(n), (0.0, 4.0), 0)
+    assert "(0." in verdict_of(alone) and "probes" not in verdict_of(alone)
+    said = next(line for line in verdict_of(table).splitlines() if line.startswith("Released"))
+    assert said.startswith("Released: improves accuracy, more than random directions do")
+    assert "2 of 5 probes with other initialisations say the same" in said
+    # The numbers without a probe are those of the first one, as without the others.
+    means = table[table["probe"].isna()].drop(columns="probe").reset_index(drop=True)
+    assert means.equals(alone)
 
 
 def test_a_whole_run(setting: Setting) -> None:

@@ -110,7 +110,7 @@ def test_column_and_row_are_read_where_they_were_planted() -> None:
         assert found["accuracy"] == found["converged"] == 1
         assert found["background"] == 1
         assert found["shuffled"] < 0.6 and found["background, shuffled"] < 0.6
-    assert result.verdict.count(": read, 1.00") == 2
+    assert result.verdict.count(": read (5 of 5 probes with other") == 2
 
 
 def test_nothing_is_read_from_noise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import xarray as xr
 from PIL import Image
 
 from helpers import synthetic_results
+from helpers.photograph_folders import CAPTION, PREPOSITIONS, picture
 from helpers.planted_models import planted
 from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.errors import DataError, HookedVLMWarning, RegionError
@@ -26,6 +27,7 @@ from hooked_vlm.experiments.further import (
     compared,
     composite_artefacts,
     whatsup_pooled,
+    whatsup_probe,
 )
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
@@ -38,14 +40,7 @@ from hooked_vlm.stimuli.settings import stimulus_set
 
 
 SATELLITES = ("red", "green", "blue", "coffee-cup")
-PREPOSITIONS = ("left_of", "right_of", "on", "under")
-CAPTION = "A {} {} a {}"
 SHADES = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "coffee-cup": (9, 9, 9)}
-
-
-def picture(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path, quality=95)
 
 
 @pytest.fixture
@@ -242,23 +237,6 @@ def test_published_regions_to_the_cell() -> None:
 # COCO
 
 
-@pytest.fixture
-def spatial(tmp_path: Path) -> Path:
-    for number in (42, 139):
-        picture(tmp_path / "data" / "val2017" / f"{number:012d}.jpg", (9, 9, 9))
-    entries = [
-        [42, "A photo of a teddy bear to the left of an oven", "… to the right of …"],
-        [139, "A photo of a cup above a dog", "A photo of a cup below a dog"],
-        [7, "A photo of a cup below a dog", "A photo of a cup above a dog"],  # no picture
-        [42, "Two dogs", "One dog"],
-        ["short"],
-    ]
-    (tmp_path / "data" / "coco_qa_two_obj.json").write_text(json.dumps(entries))
-    one = [[42, "A photo of a cat on the left", "A photo of a cat on the right"]]
-    (tmp_path / "data" / "coco_qa_one_obj.json").write_text(json.dumps(one))
-    return tmp_path
-
-
 @pytest.mark.parametrize("inside", [False, True])
 def test_spatial_items_are_read_and_problems_listed(spatial: Path, inside: bool) -> None:
     found = coco.load(spatial / "data" if inside else spatial)
@@ -418,42 +396,6 @@ def test_coco_spatial_asks_a_model(spatial: Path) -> None:
 
 
 # Boxes, and amplification on COCO-spatial
-
-
-@pytest.fixture
-def boxed(tmp_path: Path) -> Path:
-    """Twelve photographs of two sizes with a cup and a dog, with COCO's annotations of them."""
-    entries, annotations = [], []
-    rng = np.random.default_rng(0)
-    for number in range(1, 13):
-        size = (80, 64) if number % 3 else (64, 80)
-        pixels = rng.integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
-        swapped, upright = bool(number % 2), number > 6
-        cup, dog = ([8, 8, 20, 20], [size[0] - 30, size[1] - 30, 20, 20])
-        if swapped:
-            cup, dog = dog, cup
-        for (x, y, w, h), color in ((cup, (200, 0, 0)), (dog, (0, 0, 200))):
-            pixels[y : y + h, x : x + w] = color
-        path = tmp_path / "data" / "val2017" / f"{number:012d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-        side = ("below" if swapped else "above") if upright else f"to the {_side(swapped)} of"
-        entries.append([number, f"A photo of a cup {side} a dog", "…"])
-        for category, box in ((1, cup), (2, dog)):
-            annotations.append({"image_id": number, "category_id": category, "bbox": box})
-    annotations.append({"image_id": 2, "category_id": 1, "bbox": [0, 0, 1, 1]})  # a smaller cup
-    del annotations[23]  # picture 12 has no dog
-    categories = [{"id": 1, "name": "cup"}, {"id": 2, "name": "dog"}]
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "instances_val2017.json").write_text(
-        json.dumps({"annotations": annotations, "categories": categories})
-    )
-    (tmp_path / "data" / "coco_qa_two_obj.json").write_text(json.dumps(entries))
-    return tmp_path
-
-
-def _side(swapped: bool) -> str:
-    return "right" if swapped else "left"
 
 
 def test_boxes_are_those_of_the_captions_things(boxed: Path) -> None:
@@ -648,28 +590,6 @@ def test_b5_probe_boxes_are_rounded_as_published() -> None:
         assert len(examples.y) == 2 * sum((b[1] - b[0]) * (b[3] - b[2]) for b in boxes)
 
 
-@pytest.fixture
-def three(tmp_path: Path) -> Path:
-    """Set A around all three references, six objects each, whose colours differ by side."""
-    names = ("red", "green", "blue", "black", "gray", "brown")
-    entries = []
-    for reference in whatsup.REFERENCES:
-        for name in names[: 5 if reference == "table" else 6]:
-            for preposition, dark in (("left_of", 0), ("right_of", 1)):
-                file = f"{name}_{preposition}_{reference}.jpeg"
-                r, g, b = (value // (1 + dark) for value in squares.COLORS[name])
-                picture(tmp_path / "data" / "controlled_images" / file, (r, g, b))
-                captions = [
-                    CAPTION.format(name, p.replace("_", " "), reference) for p in PREPOSITIONS
-                ]
-                captions = captions if preposition == "left_of" else captions[1:] + captions[:1]
-                path = f"data/controlled_images/{file}"
-                entries.append({"image_path": path, "caption_options": captions})
-    listing = tmp_path / "data" / "controlled_images_dataset.json"
-    listing.write_text(json.dumps(entries))
-    return tmp_path
-
-
 def pooled(folder: Path) -> dict[str, Setting]:
     model = HookedVLM.from_pretrained("tiny-qwen2-vl")
     return {
@@ -703,10 +623,10 @@ def test_b5_pairs_draw_a_reference_each_and_probes_all_of_them(three: Path) -> N
         assert all(pair.clean.reference == pair.counterfactual.reference for pair in found)
         tables = [p for p in found if p.clean.reference == "table"]
         assert all("brown" not in p.clean.entities for p in tables)  # not photographed there
-    drawn = whatsup_pooled.drawn_tuples(settings, 40, 42)
+    drawn = whatsup_probe.drawn_tuples(settings, 40, 42)
     assert len(set(drawn)) == 40 and {q.reference for q in drawn} == set(whatsup.REFERENCES)
-    assert drawn != whatsup_pooled.drawn_tuples(settings, 40, 43)
-    assert len(whatsup_pooled.drawn_tuples(settings, 120, 42)) == 80
+    assert drawn != whatsup_probe.drawn_tuples(settings, 40, 43)
+    assert len(whatsup_probe.drawn_tuples(settings, 120, 42)) == 80
 
 
 @pytest.mark.filterwarnings("ignore:Pairing")  # strips as published put objects a column off
@@ -715,7 +635,7 @@ def test_b5_one_accuracy_one_probe_and_swaps_over_all_references(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        Setting, "is_right", lambda _, asked: [q.direction == "left" for q in asked]
+        Setting, "answers", lambda _, asked: [q.target * (q.direction == "left") for q in asked]
     )
     monkeypatch.setattr(
         whatsup_pooled,

@@ -1,5 +1,6 @@
 """Verdicts: the grammar, the sentences of experiments on made-up results, and their calibration."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -93,12 +94,13 @@ def test_a3_e4_asserts_only_what_its_tests_show() -> None:
         (0.95, 0.05, 2, False),
     ):
         said = verdict_of_e4(pairs_of_e4(strip * flat, inside * flat, n, binary), 6)
-        assert said[0].startswith("Left, right, above and below: undecided whether")
-        assert as_in_paper not in said[0] and "unlike" not in said[0]
+        assert said[1].startswith("Left, right, above and below: undecided whether")
+        assert as_in_paper not in said[1] and "unlike" not in said[1]
     # Objects at the last slot alone, where strips do nothing any more.
     inside = np.array([0.05] * 6 + [0.55])
-    said = verdict_of_e4(pairs_of_e4(0.95 * flat, inside, 50), 6)
-    assert as_in_paper in said[0] and "difference 0.90 [" in said[2]
+    every, each = verdict_of_e4(pairs_of_e4(0.95 * flat, inside, 50), 6)
+    assert as_in_paper in every and as_in_paper in each
+    assert "(strips - objects 0.90 [" in every and each.endswith("(strips - objects 0.90).")
     # At one early slot, and not on average: it is not said that nothing flips.
     peak = np.array([0.05, 0.95, 0.05, 0.05, 0.05, 0.05, 0.05])
     said = verdict_of_e4(pairs_of_e4(peak, peak, 50), 6)
@@ -111,9 +113,20 @@ def test_a3_e4_asserts_only_what_its_tests_show() -> None:
     assert "strips do at slot 3" in verdict_of_e4(pairs_of_e4(peak, peak, 50), 6)[0]
     assert "do at" not in verdict_of_e4(pairs_of_e4(peak, peak, 2), 6)[0]  # two pairs
     said = verdict_of_e4(pairs_of_e4(0.05 * flat, 0.05 * flat, 50), 6)
-    assert said[0].endswith("flip the answer over the early slots, unlike in the paper.")
+    assert "flip the answer over the early slots, unlike in the paper" in said[0]
+    assert "no difference between the two" in said[0]
     said = verdict_of_e4(pairs_of_e4(0.05 * flat, 0.95 * flat, 50), 6)
     assert "object cells alone flip the answer and strips do not, unlike in the paper" in said[0]
+
+
+def test_conclusions_of_e3_and_e4_have_one_number_each() -> None:
+    means: Any = {"accuracy": 0.95, "background": 0.9, "middle": 0.8, "three_one": 0.3}
+    rows = rows_of_e3(30, **means) + [{**row, "probe": 0} for row in rows_of_e3(30, **means)]
+    said = ordering_probes._verdict(pd.DataFrame(rows).assign(axis="horizontal")).splitlines()
+    said += verdict_of_e4(pairs_of_e4(0.9 * np.ones(7), 0.3 * np.ones(7), 50), 6)
+    assert len(said) == 3
+    for line in said:  # one number with its interval, or one range
+        assert len(re.findall(r"\d\.\d\d", line.split(" [")[0])) <= 1 and len(line) < 200
 
 
 def test_a12_the_highest_slot_has_an_interval_for_the_highest_of_many() -> None:
@@ -138,7 +151,7 @@ def test_a14_a_direction_without_pairs_is_said_and_the_rest_stands() -> None:
     made = pairs_of_e4(0.95 * np.ones(7), 0.05 * np.ones(7), 50)
     del made["left"]
     said = verdict_of_e4(made, 6)
-    assert said[-1].startswith("Not tested: left;") and "as in the paper" in said[0]
+    assert said[-1].startswith("Not tested: left;") and "as in the paper" in said[1]
     assert not_tested(DIRECTIONS, DIRECTIONS) == []
 
 
@@ -149,7 +162,7 @@ def test_a14_two_pairs_of_one_picture_do_not_stop_the_experiment() -> None:
             pair=[f"{direction}: x, y, z", f"{direction}: z, y, x"]
         )
     said = verdict_of_e4(made, 2)
-    assert said[0].startswith("Left, right, above and below: undecided")
+    assert said[1].startswith("Left, right, above and below: undecided")
 
 
 # --- E2 on made-up results -------------------------------------------------------------------
@@ -185,8 +198,8 @@ def test_a13_e2_names_no_stage_in_noise() -> None:
 # --- E3 ---------------------------------------------------------------------------------------
 
 
-def found_by_e3(n: int = 30, with_one: bool = True, p: float = 1 / 21, **means: float) -> str:
-    """What E3 says where the claims' means over n pictures are these; others are at chance."""
+def rows_of_e3(n: int = 30, with_one: bool = True, p: float = 1 / 21, **means: float) -> list[dict]:
+    """The claims' rows where their means over n pictures are these; others are at chance."""
     chance = {
         "accuracy": (1 / 3, 1 / 3),
         "background": (2 / 3, 1 / 3),
@@ -210,8 +223,12 @@ def found_by_e3(n: int = 30, with_one: bool = True, p: float = 1 / 21, **means: 
         low = -1.0 if key == "three_one" else 0.0
         about = {"null": null, "low": low, "high": 1.0, "quantity": names[key]}
         rows += claim_rows(values.clip(low, 1), {}, range(n), 0, **about)
-    rows.append({"quantity": "p, shuffled", "value": p})
-    return ordering_probes._found(pd.DataFrame(rows).set_index("quantity"))
+    return [*rows, {"quantity": "p, shuffled", "value": p}]
+
+
+def found_by_e3(*given: Any, **means: Any) -> str:
+    """What E3 says of the claims of `rows_of_e3`."""
+    return ordering_probes._found(pd.DataFrame(rows_of_e3(*given, **means)).set_index("quantity"))
 
 
 def test_a1_e3_claims_strips_only_beyond_two_halves_and_one_object() -> None:

@@ -13,8 +13,8 @@ from helpers.forward_counter import count_forwards
 from helpers.planted_models import GEOMETRY, planted
 from hooked_vlm.errors import CannotRunError, DataError
 from hooked_vlm.experiments.further import encoder_cuts, why_strips
+from hooked_vlm.experiments.further.cut_verdicts import CUT, INTACT, RANDOM, writes
 from hooked_vlm.experiments.further.encoder_cuts import CUTS, cut_pairs, cutting, random_pairs
-from hooked_vlm.experiments.further.why_strips import CUT, INTACT, RANDOM, writes
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.verdicts import claim_rows
@@ -53,6 +53,7 @@ def test_attention_to_objects_that_writes_the_background_is_found() -> None:
         assert f"{axis}: attention between objects does not write the background's code" in verdict
         assert f"{axis}: attention between objects does not write the objects' code" in verdict
     assert verdict.count("found for layer 0 alone") == 2
+    assert verdict.count("5 of 5 probes with other initialisations say the same") == 12
     assert [done for done, _ in told] == list(range(told[-1][1] + 1))
     finite = result.table[["value", "low", "high"]]
     assert np.isfinite(finite).all().all() and (result.table["n"] > 0).all()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from helpers import synthetic_results as synthetic
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import page as report
+from hooked_vlm.report.figures import drawings
 from hooked_vlm.report.look import to_png
 from hooked_vlm.report.page import key_numbers, numbers, write_index, write_report
 from hooked_vlm.report.provenance import Provenance
@@ -221,3 +223,47 @@ def test_key_numbers_of_results_without_single_directions_or_axes() -> None:
     for made, value in (("E7", "0.25"), ("E9", "0.75")):
         result = dataclasses.replace(synthetic.e1(), id=made, table=table)
         assert value in {tile.value for tile in key_numbers([result])}
+
+
+def with_probes(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of E3 with claims about the mean over probes and about each of two."""
+    rows = [
+        {"axis": axis, "quantity": "accuracy, claim", "value": value, "low": 0.4, "high": 0.9}
+        | {"n": 90, "null": 1 / 3, "p": 0.01, "p_holm": 0.02, "probe": probe}
+        for axis in ("horizontal", "vertical")
+        for probe, value in ((None, 0.6125), (0, 0.7135), (1, 0.5145))
+    ]
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
+
+
+def test_what_e3_concludes_from_is_a_table_of_means_over_probes(tmp_path: Path) -> None:
+    result = synthetic.e3()
+    result = dataclasses.replace(result, table=with_probes(result.table))
+    page = write_report([result], synthetic.provenance(), tmp_path).read_text()
+    means = page.split("<summary>Means over probes</summary>")[1].split("</details>")[0]
+    assert "0.613" in means or "0.612" in means
+    assert "0.514" not in means and "0.713" not in means and "0.714" not in means
+    assert (
+        "Means over probes"
+        not in write_report(
+            [synthetic.e1()], synthetic.provenance(), tmp_path / "other"
+        ).read_text()
+    )
+
+
+def test_figures_of_probes_show_means_and_no_claims() -> None:
+    result = synthetic.e3()
+    both = [result, dataclasses.replace(result, table=with_probes(result.table))]
+    first, second = (next(iter(drawings(one))).figure for one in both)
+    marks = [len(figure.axes[0].containers) for figure in (first, second)]
+    labels = [t.get_text() for t in second.legends[0].get_texts()]
+    assert marks[0] == marks[1] and not any("claim" in label for label in labels)
+
+
+def test_captions_say_what_a_dotted_line_is() -> None:
+    """Each line at chance or zero that a figure's code draws is named in its caption."""
+    folder = Path(report.__file__).parent / "figures"
+    for path in folder.glob("*.py"):
+        for call in path.read_text().split("yield Drawing(")[1:]:
+            if re.search(r"chance=", call):
+                assert re.search("[Dd]otted|OF_ENTITIES|OF_PLACES|ZERO", call), path

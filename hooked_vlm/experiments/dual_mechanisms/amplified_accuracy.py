@@ -17,7 +17,14 @@ from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments.answers import KINDS, OTHER
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import ALPHA, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import (
+    ALPHA,
+    adjusted,
+    agreement,
+    claim_rows,
+    judge,
+    sentence,
+)
 
 
 FORMULAS = ("written, first", "written, last", "released", "orthonormal")
@@ -45,17 +52,19 @@ def table_of(
     alphas: Sequence[float],
     seed: int,
     kinds: Bool[np.ndarray, "item kind"] | None = None,
+    again: Sequence[Outcomes] = (),
 ) -> pd.DataFrame:
     """Returns each kind's accuracy and changes at every strength, and at the chosen ones.
 
     `pictures` has the picture of each item: two questions about one are one observation.  `kinds`
-    are what the answers name without amplification (see `answers`).
+    are what the answers name without amplification (see `answers`).  `again` are the formulas with
+    directions of other probes, for which the claims are repeated (column probe).
     """
     rows: list[dict] = []
     changes: dict[str, np.ndarray] = {}
     for kind, verdicts in right.items():
         share = verdicts.mean(0)  # over seeds
-        base = share[list(alphas).index(0.0)] if 0.0 in alphas else share[0]
+        base = share[_start(alphas)]
         wrong = {"corrected": base < 0.5}
         if kinds is not None:
             wrong["corrected, order"] = wrong["corrected"] & kinds[:, OTHER]
@@ -64,8 +73,7 @@ def table_of(
                 rows += interval_rows(
                     interval, {}, direction="all", kind=kind, alpha=alpha, quantity=quantity
                 )
-        each = [held_out_change(own, base, pictures, seed) for own in verdicts.astype(float)]
-        changes[kind] = np.stack(each)  # [seed, item]
+        changes[kind] = _held_out(verdicts, alphas, pictures, seed)
         best = int(share.mean(1).argmax())
         for quantity, values, alpha in (
             ("net, held-out alpha", changes[kind].mean(0), float("nan")),
@@ -76,11 +84,31 @@ def table_of(
                 interval, {}, direction="all", kind=kind, alpha=alpha, quantity=quantity
             )
     rows += _against_random(changes, pictures, seed)
+    for probe, own in enumerate([right, *again] if again else ()):
+        of_probe = {k: _held_out(own[k], alphas, pictures, seed) for k in FORMULAS}
+        rows += _against_random({**changes, **of_probe}, pictures, seed, probe=probe)
     if kinds is not None:
         for name, column in zip(KINDS, kinds.T, strict=True):
             interval = _mean(column.astype(float), pictures, seed)
             rows += interval_rows(interval, {}, direction="all", kind="baseline", quantity=name)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return adjusted(table, table["p"].notna(), ["quantity", "probe"])  # over formulas
+
+
+def _start(alphas: Sequence[float]) -> int:
+    """Returns the index of the strength without amplification."""
+    return list(alphas).index(0.0) if 0.0 in alphas else 0
+
+
+def _held_out(
+    right: Bool[np.ndarray, "seed alpha item"],
+    alphas: Sequence[float],
+    pictures: Sequence[Hashable],
+    seed: int,
+) -> Float[np.ndarray, "seed item"]:
+    """Returns each item's change at the strength chosen on other pictures, by seed."""
+    base = right.mean(0)[_start(alphas)]
+    return np.stack([held_out_change(own, base, pictures, seed) for own in right.astype(float)])
 
 
 def _mean(values: np.ndarray, pictures: Sequence[Hashable], seed: int) -> Interval:
@@ -91,13 +119,13 @@ def _mean(values: np.ndarray, pictures: Sequence[Hashable], seed: int) -> Interv
 
 
 def _against_random(
-    changes: Mapping[str, np.ndarray], pictures: Sequence[Hashable], seed: int
+    changes: Mapping[str, np.ndarray], pictures: Sequence[Hashable], seed: int, **columns: Any
 ) -> list[dict]:
     """Returns the claims of the verdict: each formula's change, and that beyond random ones."""
     rows: list[dict] = []
     for kind, control in CONTROL_OF.items():
         own = changes[kind].mean(0)
-        about: dict[str, Any] = {"direction": "all", "kind": kind}
+        about: dict[str, Any] = {"direction": "all", "kind": kind, **columns}
         rows += claim_rows(own, {}, pictures, seed, quantity="net, claim", **about)
         if control not in changes:
             continue
@@ -209,23 +237,38 @@ def _beside_random(table: pd.DataFrame, kind: str) -> str:
 
 
 def _finding(table: pd.DataFrame, kind: str, nothing: str) -> str:
-    """Returns whether a formula improves accuracy more than random directions do, in words."""
+    """Returns whether a formula improves accuracy more than random directions do, in words.
+
+    Then how many probes alone give the same outcome.
+    """
     if nothing:
         return f"undecided: {nothing}"
-    here: Any = select(table, kind=kind).set_index("quantity")
+    here = select(table, kind=kind)
+    probes = here["probe"] if "probe" in here else pd.Series(np.nan, here.index)
+    said, reason = _outcome(here[probes.isna()].set_index("quantity"))
+    each = [_outcome(own.set_index("quantity"))[0] for _, own in here.groupby(probes)]
+    more = filter(None, [reason, agreement(said, each)])
+    return f"{said} ({'; '.join(more)})" if reason else said
+
+
+def _outcome(here: Any) -> tuple[str, str]:
+    """Returns the outcome for one formula in words, and the size that it rests on."""
     if "real - random" not in here.index:
-        return "undecided: no random directions were tried"
+        return "undecided: no random directions were tried", ""
     n = int(here.loc["p, random", "n"])
     own, beyond = judge(here.loc["net, claim"], LEAST), judge(here.loc["real - random"], LEAST)
     if n < FEWEST_CONTROLS:
-        return f"undecided: {counted(n, 'random direction')}, and {FEWEST_CONTROLS} are needed"
+        said = f"undecided: {counted(n, 'random direction')}, and {FEWEST_CONTROLS} are needed"
+        return said, ""
     if own.above and beyond.above and here.loc["p, random", "value"] <= ALPHA:
-        return f"improves accuracy, more than random directions do ({beyond.reason} beyond them)"
+        beyond_them = f"{beyond.reason} beyond them"
+        return "improves accuracy, more than random directions do", beyond_them
     if own.outcome == "not found" or own.below:
-        return f"does not improve accuracy ({own.reason})"
+        return "does not improve accuracy", own.reason
     if beyond.outcome == "not found" or beyond.below:
-        return f"improves accuracy no more than random directions do ({beyond.reason})"
-    return f"undecided whether it improves accuracy beyond random directions ({beyond.reason})"
+        return "improves accuracy no more than random directions do", beyond.reason
+    said = "undecided whether it improves accuracy beyond random directions"
+    return said, beyond.reason
 
 
 def _net(table: pd.DataFrame, kind: str, alpha: str) -> pd.Series:

@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments.answers import picture_of
+from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
@@ -29,18 +31,27 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     questions = setting.stimuli.items()
     on_progress(0, len(questions))
     right: dict[str, list[bool]] = {direction: [] for direction in setting.directions}
+    pictures: dict[str, list[str]] = {direction: [] for direction in setting.directions}
+    wrong = dict.fromkeys(setting.directions, 0)
     done = 0
     for batch in setting.batches(questions):
-        for question, verdict in zip(batch, setting.is_right(batch), strict=True):
-            right[question.direction].append(verdict)
+        for question, answer in zip(batch, setting.answers(batch), strict=True):
+            if answer is None:
+                wrong[question.direction] += 1
+                continue
+            right[question.direction].append(answer == normalise(question.target))
+            pictures[question.direction].append(picture_of(question))
         done += len(batch)
         on_progress(done, len(questions))
-    pictures = {d: [picture_of(q) for q in questions if q.direction == d] for d in right}
+    right = {direction: own for direction, own in right.items() if own}
+    if not right:
+        raise none_left("question")
+    missing = [said for d, n in wrong.items() for said in left_out(n, "question", d)]
     rows = []
     for direction, verdicts in right.items():
         about = {"direction": direction, "quantity": "accuracy"}
         rows += rate_rows(np.array(verdicts), pictures[direction], **about)
-    every, shown = ([x for own in parts.values() for x in own] for parts in (right, pictures))
+    every, shown = ([x for d in right for x in parts[d]] for parts in (right, pictures))
     rows += rate_rows(np.array(every), shown, direction="all", quantity="accuracy")
     table = pd.DataFrame(rows)
     examples = {axis: next(q for q in questions if q.axis == axis) for axis in setting.axes}
@@ -48,7 +59,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         **vars(ABOUT),
         table=table,
         images={axis: setting.picture(q) for axis, q in examples.items()},
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *missing]),
         config={"items": len(questions), "geometry": repr(setting.geometry)},
         notes=(
             "All ordered triples of the setting's names in each direction, in the paper's layout. "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 
 from hooked_vlm.analysis.probes import (
@@ -24,6 +24,7 @@ from hooked_vlm.analysis.probes import (
     split_by_image,
 )
 from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.tables import interval_rows
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.geometry import Layout
@@ -33,6 +34,8 @@ PROBES = ("paper", "converged")
 """The paper's recipe (200 small steps), and a logistic regression fitted to convergence."""
 RIGID = 1e-4
 """The standard deviation, as a part of the largest, below which a feature has no weight."""
+UNREAD = -1
+"""The place of tokens in pictures whose tokens are not numbers."""
 SHOWN = 3
 """Number of held-out pictures whose single maps are kept."""
 
@@ -48,11 +51,13 @@ def read_order(
     """Fits the paper's probe and its controls to features `[image, token, d]` of one axis.
 
     Returns table `rows`, `maps` `[test image, class, row, col]`, each test image's background
-    `shares`, which images are `test`, and the `fitted` probes.
+    `shares`, which images are `test`, the `fitted` probes, and a sentence on pictures that are
+    left out because their tokens are not numbers.
     """
     shown = [(0, 1, 2)] * len(features)
     fitted, rows, shares = _fit_and_read(geometry, axis, features, shown, seed, n_seeds, n_shuffles)
     n, test = geometry.shape[0], fitted.test
+    wrong = int((~whole_pictures(features)).sum())
     grids = features[torch.as_tensor(test)].unflatten(1, (n, n))
     maps = fitted.probes[0].probability_map(grids).permute(0, 3, 1, 2).numpy()
     return {
@@ -63,7 +68,13 @@ def read_order(
         "shown": range(min(SHOWN, len(test))),
         "fitted": fitted,
         "grids": grids,
+        "left_out": left_out(wrong, "picture", axis, "tokens"),
     }
+
+
+def whole_pictures(features: Float[torch.Tensor, "image ..."]) -> Bool[np.ndarray, " image"]:
+    """Returns which pictures' tokens are all numbers."""
+    return features.isfinite().flatten(1).all(1).cpu().numpy()
 
 
 def probe_regions(geometry: Layout, axis: str) -> list[Region]:
@@ -118,6 +129,7 @@ def _fit_and_read(
 ) -> tuple[Fitted, list[dict], np.ndarray]:
     """Returns the probes, table rows, and the background shares of the held-out images."""
     examples = object_examples(features, probe_regions(geometry, axis))
+    examples = examples.of_images(np.flatnonzero(whole_pictures(features)))
     filled = np.array([y in shown[i] for y, i in zip(examples.y, examples.images, strict=True)])
     if not filled.all():
         rows_ = torch.from_numpy(filled).to(examples.X.device)
@@ -159,8 +171,13 @@ def fit_with_controls(
 
     `test_size` is the share of images that are held out.  The controls are fitted and scored on
     labels shuffled within images; `converged` is a logistic regression on the same examples.
+    Images without examples are in neither part.  Raises `CannotRunError` where a part has none.
     """
-    train, test = split_by_image(n_images, test_size=test_size, seed=seed)
+    # Split all images first, so that one that is left out moves no other to another part.
+    parts = split_by_image(n_images, test_size=test_size, seed=seed)
+    train, test = (part[np.isin(part, examples.images)] for part in parts)
+    if not len(train) or not len(test):
+        raise none_left("picture")
     part, held = examples.of_images(train), examples.of_images(test)
     probes = [LinearProbe(seed=seed + i).fit(part.X, part.y) for i in range(n_seeds)]
     right = np.stack([held_out_shares(probe, held) for probe in probes])
@@ -170,19 +187,33 @@ def fit_with_controls(
         own = shuffled.of_images(train)
         controls.append(LinearProbe(seed=seed + i).fit(own.X, own.y))
         chance.append(held_out_shares(controls[-1], shuffled.of_images(test)))
-    at_least = sum(share.mean() >= right.mean() for share in chance)
     converged = _converged(part)
     converged_right = held_out_shares(converged, held)
+    rows = accuracy_rows(right, converged_right, np.stack(chance), seed)
+    return Fitted(probes, controls, test, right, converged, converged_right[None]), rows
+
+
+def accuracy_rows(
+    right: Float[np.ndarray, "probe image"],
+    converged: Float[np.ndarray, " image"],
+    chance: Float[np.ndarray, "control image"],
+    seed: int,
+) -> list[dict]:
+    """Returns the rows of accuracies of probes, of the converged one and of the controls.
+
+    The last one is the permutation p-value of the probes' accuracy among the controls'.
+    """
     rows = []
     for quantity, values in (
         ("accuracy", right.mean(0)),
-        ("converged", converged_right),
-        ("shuffled", np.mean(chance, axis=0)),
+        ("converged", converged),
+        ("shuffled", chance.mean(0)),
     ):
         rows += interval_rows(mean_of_shares(values, seed=seed), {}, quantity=quantity)
-    p = (1 + int(at_least)) / (1 + n_shuffles)
-    rows.append({"quantity": "p, shuffled", "value": p, "low": p, "high": p, "n": n_shuffles})
-    return Fitted(probes, controls, test, right, converged, converged_right[None]), rows
+    at_least = int((chance.mean(1) >= right.mean()).sum())
+    p = (1 + at_least) / (1 + len(chance))
+    rows.append({"quantity": "p, shuffled", "value": p, "low": p, "high": p, "n": len(chance)})
+    return rows
 
 
 def _converged(examples: Examples) -> LogisticRegression:
@@ -205,9 +236,21 @@ def _converged(examples: Examples) -> LogisticRegression:
 def places_read(
     probes: Sequence[Any], grids: Float[torch.Tensor, "image row col d"]
 ) -> Int[np.ndarray, "probe image row col"]:
-    """Returns the place as which each probe (or scikit-learn classifier) reads each token."""
-    tokens = grids.flatten(0, 2).numpy()
-    return np.stack([probe.predict(tokens).reshape(grids.shape[:3]) for probe in probes])
+    """Returns the place as which each probe (or scikit-learn classifier) reads each token.
+
+    It is `UNREAD` throughout pictures whose tokens are not numbers.
+    """
+    whole = whole_pictures(grids)
+    tokens = grids[torch.from_numpy(whole)].flatten(0, 2).numpy()
+    read = np.full((len(probes), *grids.shape[:3]), UNREAD)
+    for own, probe in zip(read, probes, strict=True) if len(tokens) else ():
+        own[whole] = probe.predict(tokens).reshape(-1, *grids.shape[1:3])
+    return read
+
+
+def is_read(read: Int[np.ndarray, "probe image row col"]) -> Bool[np.ndarray, " image"]:
+    """Returns which pictures are read, of what `places_read` returned."""
+    return (read != UNREAD).all((0, 2, 3))
 
 
 def background_shares(maps: torch.Tensor, own: np.ndarray, background: np.ndarray) -> np.ndarray:

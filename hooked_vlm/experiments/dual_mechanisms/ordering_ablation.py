@@ -16,13 +16,22 @@ import pandas as pd
 import torch
 
 from hooked_vlm.analysis.bounded import by_unit
-from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.analysis.statistics import (
     bootstrap,
 )
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.answers import CHANCE, KINDS, ORDER, OTHER, RIGHT, named, picture_of
+from hooked_vlm.experiments.answers import (
+    CHANCE,
+    KINDS,
+    ORDER,
+    OTHER,
+    RIGHT,
+    answers_of,
+    named,
+    picture_of,
+)
 from hooked_vlm.experiments.batches import items_of_numbers, over_batches, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, references
 from hooked_vlm.experiments.options import OnProgress
@@ -35,7 +44,7 @@ from hooked_vlm.experiments.tables import (
     rate_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.settings import SETTINGS
@@ -99,7 +108,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "picture; without order the ends are equally probable. The verdict is about "
             f"'{ORDER}', against 1/2, by picture, and only about questions whose three entities "
             "the model names when it is shown the isolated picture that a removal reads: other "
-            "answers show a loss of names.",
+            "answers show a loss of names. Its p-values are adjusted (Holm) over the directions "
+            "and their sum, all.",
             "Accuracies have 95 % Wilson intervals; 'difference' is the paired difference to "
             "'intact', with a bootstrap interval over items and a bounded mean test, Holm-adjusted "
             "over the kinds of a direction. 'probability' is that of the correct answer.",
@@ -139,7 +149,7 @@ def named_alone(setting: Setting, axis: str) -> set[str]:
         ]
         with torch.no_grad():
             logits = setting.model(setting.inputs_of(pictures, questions), logits_to_keep=1)
-        answers = top_answer(final_logits(logits), setting.model.tokenizer)
+        answers = answers_of(final_logits(logits), setting.model.tokenizer)
         for (name, _), answer in zip(batch, answers, strict=True):
             right[name].append(answer == normalise(name))
     return {name for name, found in right.items() if 2 * sum(found) > len(found)}
@@ -198,7 +208,12 @@ def _table(
             direction=direction,
             quantity="difference",
         )
-    return pd.DataFrame(rows)
+    return over_sentences(pd.DataFrame(rows))
+
+
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with p-values of order adjusted over the directions and all of them."""
+    return adjusted(table, table["quantity"] == ORDER, ["kind"])
 
 
 def order_rows(
@@ -218,7 +233,7 @@ def order_rows(
     about = {"quantity": ORDER, **columns}
     if not len(kept):
         nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-        return [{**about, **nothing, "null": CHANCE, "p_holm": 1.0}]
+        return [{**about, **nothing, "null": CHANCE, "p": 1.0, "p_holm": 1.0}]
     units = [picture_of(questions[i]) for i in kept]
     return claim_rows(kinds[kept, RIGHT], {}, units, seed, null=CHANCE, low=0.0, high=1.0, **about)
 

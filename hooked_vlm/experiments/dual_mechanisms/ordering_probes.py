@@ -12,13 +12,15 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 
 from hooked_vlm.analysis.probes import LinearProbe, mean_of_shares
-from hooked_vlm.errors import CannotRunError, GridError, counted
+from hooked_vlm.errors import CannotRunError, GridError
+from hooked_vlm.experiments.batches import left_out
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     Fitted,
+    is_read,
     places_read,
     read_order,
     strips,
@@ -26,8 +28,16 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import ALPHA, Judgement, claim_rows, judge, sentence
+from hooked_vlm.experiments.tables import interval_rows, select
+from hooked_vlm.experiments.verdicts import (
+    ALPHA,
+    Judgement,
+    adjusted,
+    agreement,
+    claims_over_probes,
+    judge,
+    sentence,
+)
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.geometry import Layout
@@ -47,6 +57,8 @@ ABOUT = About(
 CHANCE = 1 / 3
 MORE = 0.05
 """The smallest share of background tokens by which three objects must exceed one alone."""
+SURPLUS = "background, three - one"
+"""Quantity: the share of three objects minus that of one alone."""
 SEEDS = 5
 """Number of probes, from different initialisations: 200 small steps leave much of it in them."""
 SHUFFLES = 20
@@ -62,6 +74,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     """Runs the experiment on a given setting."""
     total = sum(len(list(setting.batches(_questions(setting, axis)))) for axis in setting.axes)
     rows, means, shares, cells, maps, pictures = [], [], [], [], {}, {}
+    missing: list[str] = []
     done = 0
     for axis in setting.axes:
         features = []
@@ -72,15 +85,17 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         found = read_order(
             setting.geometry, axis, torch.cat(features), config.seed, SEEDS, SHUFFLES
         )
-        rows += found["rows"] + _claims(setting, axis, found, config.seed)
+        own, without = _claims(setting, axis, found, config.seed)
+        rows += found["rows"] + own
+        missing += found["left_out"] + without
         means.append(found["maps"].mean(0))
-        shares.append(found["shares"])
+        shares.append(xr.DataArray(found["shares"], {"image": found["test"]}, "image"))
         cells.append(_object_cells(setting, axis))
         for i in found["shown"]:
             name = f"{axis} {i + 1}"
             maps[name] = found["maps"][i]
             pictures[name] = setting.picture(_questions(setting, axis)[found["test"][i]])
-    table = pd.DataFrame(rows)
+    table = over_sentences(pd.DataFrame(rows))
     mean_maps = xr.DataArray(
         np.stack(means),
         dims=("axis", "class", "row", "col"),
@@ -93,11 +108,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
         table=table,
         arrays={
             "mean_maps": mean_maps,
-            "background_shares": xr.DataArray(
-                np.stack(shares),
-                dims=("axis", "image"),
-                coords={"axis": list(setting.axes)},
-            ),
+            "background_shares": xr.concat(shares, pd.Index(setting.axes, name="axis")),  # pyright: ignore
             "object_cells": mean_maps.copy(data=np.stack(cells)),
             "item_maps": xr.DataArray(
                 np.stack(list(maps.values())),
@@ -111,7 +122,7 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             ),
         },
         images=pictures,
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *missing]),
         config={"seed": config.seed, "probe": LinearProbe(seed=config.seed).get_params()},
         notes=(
             "Features are the projector's output. All pictures of an axis are split 75/25 by "
@@ -133,7 +144,8 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             "The verdict calls the order read from the objects where accuracy is clearly above 1/3 "
             "and its permutation p-value at most 0.05. It calls it read from the background where "
             "the share is clearly above that of two halves, the middle strip's above 1/3, and "
-            f"three objects exceed one alone by at least {MORE}.",
+            f"three objects exceed one alone by at least {MORE}. P-values of a claim are adjusted "
+            "(Holm) over the axes.",
         ),
     )
 
@@ -181,14 +193,18 @@ def _object_cells(setting: Setting, axis: str) -> np.ndarray:
     return np.stack([setting.geometry.object_region(axis, place).mask for place in range(3)])
 
 
-def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) -> list[dict]:
-    """Returns the rows that the verdict is about, and those of the controls for the background."""
+def _claims(
+    setting: Setting, axis: str, found: Mapping[str, Any], seed: int
+) -> tuple[list[dict], list[str]]:
+    """Returns the rows that the verdict is about, and those of the controls for the background.
+
+    Then sentences on the pictures that are left out of the controls.
+    """
     fitted: Fitted = found["fitted"]
     strip, background = strips(setting.geometry, axis)
     sizes = np.bincount(strip[background], minlength=3)
     halves = float((sizes.sum() - sizes.min()) / sizes.sum())
     given = _own_strip(fitted, found["grids"], strip, background)  # [seed, image, token]
-    middle = given[..., strip[background] == 1].mean(-1)
     shares = {"three": given.mean(-1)}
     if setting.stimuli.middle is None:  # What'sUp cannot show one object alone
         asked = _questions(setting, axis)
@@ -196,44 +212,57 @@ def _claims(setting: Setting, axis: str, found: Mapping[str, Any], seed: int) ->
         for name, shown in (("one object", _middle_alone), ("empty", _nothing)):
             grids = projected_scenes(setting, asked, shown)
             shares[name] = _own_strip(fitted, grids, strip, background).mean(-1)
-    whole = {"low": 0.0, "high": 1.0}
-    claims: list[Claim] = [
-        ("accuracy, claim", fitted.accuracies, {"null": CHANCE, **whole}),
-        ("converged, claim", fitted.converged_accuracies, {"null": CHANCE, **whole}),
-        ("background, claim", shares["three"], {"null": halves, **whole}),
-        ("background, middle strip", middle, {"null": CHANCE, **whole}),
-    ]
+    read = {
+        "accuracy, claim": fitted.accuracies,
+        "converged, claim": fitted.converged_accuracies,
+        "background, claim": shares["three"],
+        "background, middle strip": given[..., strip[background] == 1].mean(-1),
+    }
     if "one object" in shares:
-        claims.append(("background, three - one", shares["three"] - shares["one object"], {}))
-    rows = claims_of(claims, seed, axis)
+        read[SURPLUS] = shares["three"] - shares["one object"]
+    rows, missing = claims(read, halves, seed, axis), []
     for name in ("one object", "empty"):
         if name in shares:
-            interval = mean_of_shares(shares[name].mean(0), seed=seed)
-            rows += interval_rows(interval, {}, quantity=f"background, {name}", axis=axis)
-    return rows
+            each = shares[name].mean(0)
+            whole = np.isfinite(each)
+            missing += left_out(int((~whole).sum()), "picture", f"{axis}, {name}", "tokens")
+            if whole.any():
+                interval = mean_of_shares(each[whole], seed=seed)
+                rows += interval_rows(interval, {}, quantity=f"background, {name}", axis=axis)
+    return rows, missing
 
 
-Claim = tuple[str, Float[np.ndarray, "_ _"], dict[str, float]]
-"""(quantity, shares `[probe, image]` of held-out pictures, null value and bounds)"""
+def claims(
+    read: Mapping[str, Float[np.ndarray, "_ _"]], halves: float, seed: int, axis: str
+) -> list[dict]:
+    """Returns the rows of claims about shares `[probe, image]`, by quantity.
 
-
-def claims_of(claims: Sequence[Claim], seed: int, axis: str) -> list[dict]:
-    """Returns the rows of claims about the mean over probes, and about each probe by itself."""
+    `halves` is the share of the background that a plain split into two halves reaches.  Images
+    with NaN are left out.
+    """
     rows: list[dict] = []
-    for name, values, bounds in claims:
-        about: Any = {"quantity": name, "axis": axis, **bounds}
-        units = range(values.shape[1])
-        rows += claim_rows(values.mean(0), {}, units, seed, **about)
-        for i, own in enumerate(values):
-            rows += claim_rows(own, {}, units, seed, **about, probe=i)
+    for quantity, values in read.items():
+        about: Any = {"quantity": quantity, "axis": axis}
+        if quantity != SURPLUS:
+            null = halves if quantity == "background, claim" else CHANCE
+            about |= {"null": null, "low": 0.0, "high": 1.0}
+        whole = np.isfinite(values).all(0)
+        if whole.any():
+            rows += claims_over_probes(values[:, whole], {}, seed, **about)
     return rows
 
 
 def _own_strip(
     fitted: Fitted, grids: torch.Tensor, strip: np.ndarray, background: np.ndarray
-) -> Bool[np.ndarray, "probe image token"]:
-    """Returns which background tokens each probe assigns to the strip that contains them."""
-    return (places_read(fitted.probes, grids) == strip)[..., background]
+) -> Float[np.ndarray, "probe image token"]:
+    """Returns 1 for background tokens that a probe assigns to the strip that contains them.
+
+    It is NaN in pictures whose tokens are not numbers.
+    """
+    read = places_read(fitted.probes, grids)
+    given = (read == strip)[..., background].astype(float)
+    given[:, ~is_read(read)] = np.nan
+    return given
 
 
 def _middle_alone(question: Question) -> tuple[str | None, ...]:
@@ -262,32 +291,25 @@ def projected_scenes(
     return torch.cat(parts).unflatten(1, layout.shape)
 
 
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with each claim's p-values adjusted over the axes."""
+    return adjusted(table, table["p"].notna(), ["quantity", "probe"])
+
+
 def _verdict(table: pd.DataFrame) -> str:
     parts = []
     for axis in dict.fromkeys(table["axis"]):
-        here = select(table, axis=axis)
-        mean = here[here["probe"].isna()].set_index("quantity")
-        finding = _found(mean)
-        probes = here.dropna(subset="probe").groupby("probe")
-        agree = [_found(_of_probe(mean, own)) == finding for _, own in probes]
-        words = (
-            f"{axis}: {finding} ({sum(agree)} of {counted(len(agree), 'probe')} with other "
-            f"initialisations say the same). Probe accuracy on held-out object tokens: "
-            f"{format_interval(mean.loc['accuracy'])} "
-            f"({format_interval(mean.loc['converged'])} if fitted to convergence, "
-            f"shuffled labels {mean.loc['shuffled', 'value']:.2f}, permutation p "
-            f"{mean.loc['p, shuffled', 'value']:.2f}). Background tokens assigned to their own "
-            f"strip: {format_interval(mean.loc['background'])} (two halves "
-            f"{mean.loc['background, claim', 'null']:.2f}, shuffled labels "
-            f"{mean.loc['background, shuffled', 'value']:.2f}); of the middle strip "
-            f"{format_interval(mean.loc['background, middle strip'])}"
-        )
-        for name in ("one object", "empty"):
-            if f"background, {name}" in mean.index:
-                picture = "one object alone" if name == "one object" else "an empty picture"
-                words += f"; with {picture} {format_interval(mean.loc[f'background, {name}'])}"
-        parts.append(words)
+        said, same = finding(select(table, axis=axis))
+        parts.append(f"{axis}: {said} ({same})")
     return "\n".join(map(sentence, parts))
+
+
+def finding(here: pd.DataFrame) -> tuple[str, str]:
+    """Returns what is found on one axis, and how many probes alone find the same."""
+    mean = here[here["probe"].isna()].set_index("quantity")
+    said = _found(mean)
+    probes = here.dropna(subset="probe").groupby("probe")
+    return said, agreement(said, [_found(_of_probe(mean, own)) for _, own in probes])
 
 
 def _of_probe(mean: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
@@ -311,9 +333,9 @@ def _found(here: Any) -> str:
         return "no order is read, unlike in the paper" if none else "undecided whether it is read"
     share = judge(here.loc["background, claim"], least=0.0)
     middle = judge(here.loc["background, middle strip"])
-    if "background, three - one" not in here.index:
+    if SURPLUS not in here.index:
         return _without_control(share, middle)
-    more = judge(here.loc["background, three - one"], least=MORE)
+    more = judge(here.loc[SURPLUS], least=MORE)
     if share.above and middle.above and more.above:
         return "the order is read from the objects and from the background, as in the paper"
     start = "the order is read from the objects"

@@ -19,21 +19,28 @@ from torch import Tensor
 from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.analysis.statistics import Interval, simultaneous
-from hooked_vlm.errors import counted
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
-from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, strips_of
+from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import (
     format_interval,
     format_names,
+    format_range,
     format_slots,
     interval_rows,
     score_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import claim_rows, judge, not_tested, sentence
+from hooked_vlm.experiments.verdicts import (
+    Judgement,
+    adjusted,
+    claim_rows,
+    judge,
+    not_tested,
+    sentence,
+)
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.overlay import draw_regions
@@ -61,6 +68,8 @@ HALF = 0.5
 EARLY = "swapped, early slots"
 """Quantity: the mean over slots 0 to L/2 of a model with L layers.  The paper's curves (Figs. 5-7)
 flip there and fall only in the last sixth of the layers, where the final token has the answer."""
+APART = "strips - objects"
+"""Their paired difference of the probability of a flipped answer in early slots, in words."""
 AT_SLOT = "swapped, at an early slot"
 """Quantity: the same at each of these slots, for a kind that flips the answer at some alone."""
 
@@ -113,9 +122,10 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             f"The verdict is about '{EARLY}', slots 0 to {model.cfg.n_layers // 2}, one number for "
             "each picture. An answer flips where the interval of this mean lies above "
             f"{HALF}; strips and objects differ where the interval of their paired difference "
-            "excludes zero and its p-value is at most 0.05. A kind that flips the answer at some "
-            f"of these slots and not on average is named with them ('{AT_SLOT}'; p-values are "
-            "adjusted by Holm over kinds and slots). These intervals are for bounded values "
+            f"excludes zero and its p-value is at most 0.05 ('{APART}'). A kind that flips the "
+            f"answer at some of these slots and not on average is named with them ('{AT_SLOT}'). "
+            "P-values are adjusted by Holm over the directions and their sum, all (at single "
+            "slots also over kinds and slots). These intervals are for bounded values "
             "(Gaffke), at any number of pictures.",
             *regions.notes,
         ),
@@ -173,7 +183,9 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     table = pd.DataFrame(rows)
     slots = table["slot"]
     table["site"] = [None if pd.isna(slot) else slot_name(int(slot), n_layers) for slot in slots]
-    return table
+    # A verdict has a sentence for each direction and one for all: they are one family.
+    table = adjusted(table, table["quantity"] == EARLY, ["kind"])
+    return adjusted(table, table["quantity"] == AT_SLOT)
 
 
 def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> list[dict]:
@@ -234,39 +246,23 @@ def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:
 
 def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
     tested = [d for d in directions if d in set(table["direction"])]
+    apart = select(table, quantity=EARLY, kind="strip - object").set_index("direction")
     found: dict[str, list[str]] = {}
-    parts = []
-    for direction in ["all", *tested]:
-        here = select(table, direction=direction)
-        strips = strips_of(list(select(here, quantity="swapped")["kind"]))
-        early = {str(row["kind"]): row for _, row in select(here, quantity=EARLY).iterrows()}
-        finding = _finding(early, strips, _slots_that_flip(here))
-        if direction == "all":
-            parts.append(f"all directions together: {finding}")
-        else:
-            found.setdefault(finding, []).append(direction)
-        shown = {
-            "strips": strips,
-            "objects alone": "object",
-            "strips without objects": "background",
-        }
-        means = ", ".join(f"{name} {format_interval(early[k])}" for name, k in shown.items())
-        best = select(here, quantity="swapped, highest")
-        highest = ", ".join(f"{n} {_at(select(best, kind=k).iloc[0])}" for n, k in shown.items())
-        parts.append(
-            f"{direction}: probability of a flipped answer in early slots "
-            f"({counted(int(early[strips]['n']), 'picture')}): {means}; {_more(early)}. "
-            f"Highest: {highest}."
-        )
-        if strips == "strip" and ALIGNED in set(best["kind"]):
-            aligned, published = (select(best, kind=k).iloc[0] for k in (ALIGNED, "strip"))
-            parts[-1] += (
-                f" Aligned strips (object on object): {_at(aligned)}; published strips (object "
-                f"moved by a column): {_at(published)}."
-            )
-    by_direction = "; ".join(f"{format_names(where)}: {what}" for what, where in found.items())
-    parts = [by_direction, *parts, *not_tested(directions, tested)]
-    return "\n".join(map(sentence, parts))
+    for direction in tested:
+        found.setdefault(finding(select(table, direction=direction)), []).append(direction)
+    every = finding(select(table, direction="all"))
+    parts = [f"all directions together: {every} ({APART} {format_interval(apart.loc['all'])})"]
+    for said, where in found.items():
+        size = format_range(apart.loc[where, "value"])
+        parts.append(f"{format_names(where)}: {said} ({APART} {size})")
+    return "\n".join(map(sentence, [*parts, *not_tested(directions, tested)]))
+
+
+def finding(here: pd.DataFrame) -> str:
+    """Returns in words what swaps of strips and of objects do in one direction, or in all."""
+    strips = strips_of(list(select(here, quantity="swapped")["kind"]))
+    early = {str(row["kind"]): row for _, row in select(here, quantity=EARLY).iterrows()}
+    return _finding(early, strips, _slots_that_flip(here))
 
 
 def _slots_that_flip(here: pd.DataFrame) -> dict[str, list[int]]:
@@ -290,36 +286,29 @@ def _finding(early: Mapping[str, pd.Series], strips: str, at: Mapping[str, Seque
     parts = {
         kind: f"{name} do at {format_slots(at[kind])}" for kind, name in some.items() if kind in at
     }
+    more = _more(apart)
     if strip.above and inside.below and apart.above:
         if "object" in at:
             return f"strips flip the answer over the early slots; {parts['object']}"
         return "strips flip the answer and object cells alone do not, as in the paper"
     if strip.above and inside.above:
-        return "object cells alone flip the answer too, unlike in the paper"
+        return f"object cells alone flip the answer too, unlike in the paper; {more}"
     if inside.above and strip.below:
         return "object cells alone flip the answer and strips do not, unlike in the paper"
     if strip.below and inside.below:
         said = "neither strips nor object cells flip the answer over the early slots"
-        return (
-            f"{said}; {format_names(list(parts.values()))}"
-            if parts
-            else f"{said}, unlike in the paper"
-        )
+        if parts:
+            return f"{said}; {format_names(list(parts.values()))}"
+        return f"{said}, unlike in the paper; {more}"
     unclear = {"strips": strip, "object cells": inside}
     names = [name for name, judged in unclear.items() if judged.outcome != "found"]
-    return f"undecided whether {format_names(names)} flip the answer"
+    return f"undecided whether {format_names(names)} flip the answer; {more}"
 
 
-def _more(early: Mapping[str, pd.Series]) -> str:
+def _more(apart: Judgement) -> str:
     """Returns which of the two flips more answers, in words."""
-    apart = judge(early["strip - object"])
     if apart.outcome == "undecided":
-        return f"undecided which flip more (strips - objects {apart.reason})"
+        return "undecided which flip more"
     if apart.outcome == "not found":
-        return f"no difference between strips and objects ({apart.reason})"
-    more = "strips flip more than objects" if apart.above else "objects flip more than strips"
-    return f"{more} (difference {apart.reason})"
-
-
-def _at(row: pd.Series) -> str:
-    return f"{format_interval(row)} (slot {int(row['slot'])})"
+        return "no difference between the two"
+    return "strips flip more than objects" if apart.above else "objects flip more than strips"

@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.answers import answers_of
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
@@ -36,7 +37,7 @@ from hooked_vlm.experiments.tables import (
     score_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording
@@ -117,7 +118,7 @@ def right_when_removed(setting: Setting, questions: Sequence[Question]) -> list[
                 logits = setting.model.run_with_hooks(
                     found.inputs, removed(found), logits_to_keep=1
                 )
-            answers = top_answer(final_logits(logits), setting.model.tokenizer)
+            answers = answers_of(final_logits(logits), setting.model.tokenizer)
             for i, question, answer in zip(batch, asked, answers, strict=True):
                 verdicts[i] = answer == normalise(question.target)
     return list(verdicts.values())
@@ -164,6 +165,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     table = pd.DataFrame(rows)
     if len(table):
         table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
+        table = adjusted(table, table["quantity"] == CLAIM)
     return table
 
 
@@ -199,8 +201,8 @@ def _result(
             "intervals over pairs; a direction with fewer than two pairs has no row.",
             f"The verdict calls an answer flipped at slots where the interval of '{CLAIM}' (for "
             f"bounded values, by picture) lies above {HALF}, with p-values adjusted by Holm over "
-            "the slots. At slot 0 the swap moves tokens without an order, so a flip there means "
-            "that the removal is not clean.",
+            "slots and directions. At slot 0 the swap moves tokens without an order, so a flip "
+            "there means that the removal is not clean.",
             *notes,
         ),
     )
@@ -222,7 +224,10 @@ def _verdict(table: pd.DataFrame, missing: Sequence[str]) -> str:
             f"{format_interval(best['background'])} ({counted(int(own['n']), 'pair')})."
         )
     if missing:
-        parts.append(f"{format_names(missing)}: no pair is answered correctly under the removal.")
+        parts.append(
+            f"{format_names(missing)}: fewer than two pairs are answered correctly under the "
+            "removal."
+        )
     return "\n".join(map(sentence, parts)) or (
         "Too few pairs are answered correctly under the removal for an interval."
     )

@@ -19,8 +19,10 @@ import xarray as xr
 from hooked_vlm.analysis.probes import mean_of_shares
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     PROBES,
+    is_read,
     places_read,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import (
@@ -55,7 +57,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_names, interval_rows
-from hooked_vlm.experiments.verdicts import claim_rows
+from hooked_vlm.experiments.verdicts import claim_rows, claims_over_probes
 from hooked_vlm.stimuli.geometry import Layout, Shifted
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import SETTINGS
@@ -102,6 +104,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         1 + sum(len(own) + _n_alone(own, axis) for own in layouts.values()) for axis in setting.axes
     )
     done, rows, readings, pictures = 0, [], [], {}
+    missing: list[str] = []
 
     def step() -> None:
         nonlocal done
@@ -113,25 +116,17 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         found = _read_axis(setting, axis, layouts, config, step)
         rows += [{**row, "axis": axis} for row in found["rows"]]
         readings.append(found["readings"])
+        missing += found["left_out"]
         pictures |= found["pictures"]
     table = adjusted(pd.DataFrame(rows))
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={
-            "readings": xr.DataArray(
-                np.stack(readings),
-                dims=("axis", "gap", "kind", "image", "reading"),
-                coords={
-                    "axis": list(setting.axes),
-                    "gap": list(layouts),
-                    "kind": list(EDGES.values()),
-                    "reading": list(READINGS),
-                },
-            )
+            "readings": xr.concat(readings, pd.Index(setting.axes, name="axis"))  # pyright: ignore
         },
         images=pictures,
-        verdict=verdict(table, config.gaps),
+        verdict="\n".join([verdict(table, config.gaps), *missing]),
         config={
             "images": config.images,
             "gaps": list(layouts),
@@ -206,17 +201,32 @@ def _read_axis(
     step()
     probes, accuracies = halves.fitted.read_by(config.probe)
     rows = [*halves.rows, *_accuracy_claim(accuracies, config.seed)]
-    readings, pictures = [], {}
+    readings, pictures, missing = [], {}, [*halves.left_out]
     for gap, own in layouts.items():
-        found, by_edge = _read_gap(setting, axis, own, halves.asked, probes, config.seed, step)
+        found, by_edge, whole = _read_gap(
+            setting, axis, own, halves.asked, probes, config.seed, step
+        )
         rows += [{**row, "gap": gap} for row in found]
-        readings.append(by_edge.mean(1))
+        missing += left_out(int((~whole).sum()), "picture", f"{axis}, {apart(gap)}", "tokens")
+        every = np.full((len(EDGES), len(whole), len(READINGS)), np.nan)
+        every[:, whole] = by_edge.mean(1)
+        readings.append(every)
         for edge, label in EDGES.items():
             first = halves.asked[0]
             pictures[f"{axis}, {NAMES[axis][label]}, {apart(gap)}"] = setting.stimuli.scene(
                 first.entities, axis, own[edge], setting.stimuli.ground_of(first)
             )
-    return {"rows": rows, "readings": np.stack(readings), "pictures": pictures}
+    found = xr.DataArray(
+        np.stack(readings),
+        dims=("gap", "kind", "image", "reading"),
+        coords={
+            "gap": list(layouts),
+            "kind": list(EDGES.values()),
+            "image": halves.fitted.test,
+            "reading": list(READINGS),
+        },
+    )
+    return {"rows": rows, "readings": found, "pictures": pictures, "left_out": missing}
 
 
 def _read_gap(
@@ -227,28 +237,41 @@ def _read_gap(
     probes: Sequence[Any],
     seed: int,
     step: Callable[[], None],
-) -> tuple[list[dict], np.ndarray]:
-    """Returns the rows of one gap, and its shares `[edge, probe, image, reading]`."""
+) -> tuple[list[dict], np.ndarray, np.ndarray]:
+    """Returns the rows of one gap, its shares `[edge, probe, image, reading]`, and their images.
+
+    Images any of whose pictures has tokens that are not numbers are left out.
+    """
 
     def read_in(layout: Layout, shown: Callable[[Question], Any]) -> Read:
         grids = projected_scenes(setting, asked, shown, layout)
         step()
         return places_read(probes, grids)
 
+    # 1. Read all pictures.
     read = {name: read_in(layout, _all_three) for name, layout in layouts.items()}
+    objects = {edge: moved(layouts[edge], axis) for edge in EDGES}
+    alone = {
+        edge: [read_in(layouts[edge], partial(_only, one.place)) for one in objects[edge]]
+        for edge in EDGES
+    }
+    every = [*read.values(), *(seen for each in alone.values() for seen in each)]
+    whole = np.all([is_read(seen) for seen in every], axis=0)
+    if not whole.any():
+        raise none_left("picture")
+    # 2. Count the tokens of those that are whole.
     rows, three, one = [], [], []
-    for edge in EDGES:
-        objects = moved(layouts[edge], axis)
-        three.append(shares_read(read[edge], objects))
-        alone = [(read_in(layouts[edge], partial(_only, o.place)), o) for o in objects]
-        one.append(np.concatenate([shares_read(seen, [o]) for seen, o in alone]))
-        rows += _object_rows(EDGES[edge], objects, three[-1], seed)
+    for edge, moved_ones in objects.items():
+        three.append(shares_read(read[edge][:, whole], moved_ones))
+        each = zip(alone[edge], moved_ones, strict=True)
+        one.append(np.concatenate([shares_read(seen[:, whole], [o]) for seen, o in each]))
+        rows += _object_rows(EDGES[edge], moved_ones, three[-1], seed)
     by_edge = np.stack([found.mean(0) for found in three])  # [edge, probe, image, reading]
     alone_by_edge = np.stack([found.mean(0) for found in one])
     rows += _share_rows(by_edge, seed, shown="three")
     rows += _share_rows(alone_by_edge, seed, shown="alone")
-    control = agreeing(read["centre"], layouts["centre"], axis)
-    return [*rows, *_claims(by_edge, alone_by_edge, control, seed)], by_edge
+    control = agreeing(read["centre"][:, whole], layouts["centre"], axis)
+    return [*rows, *_claims(by_edge, alone_by_edge, control, seed)], by_edge, whole
 
 
 def _all_three(question: Question) -> tuple[str, ...]:
@@ -301,14 +324,11 @@ def _claims(three: np.ndarray, one: np.ndarray, control: np.ndarray, seed: int) 
     difference = three[..., 0] - three[..., 1]
     rows = []
     for values, bounds, about in (
-        (difference.mean((0, 1)), {}, {"quantity": DIFFERENCE, "kind": BOTH}),
         ((three - one)[..., 0].mean((0, 1)), {}, {"quantity": SURPLUS, "kind": BOTH}),
         (control.mean(0), {"null": MOSTLY, "low": 0.0, "high": 1.0}, {"quantity": CONTROL}),
     ):
         rows += claim_rows(values, {}, units, seed, **bounds, **about)  # pyright: ignore
     for label, values in zip(EDGES.values(), difference.mean(1), strict=True):
         rows += claim_rows(values, {}, units, seed, quantity=DIFFERENCE, kind=label)
-    for probe in range(three.shape[1]):
-        own = difference[:, probe].mean(0)
-        rows += claim_rows(own, {}, units, seed, quantity=DIFFERENCE, kind=BOTH, probe=probe)
-    return rows
+    main: Any = {"quantity": DIFFERENCE, "kind": BOTH}
+    return rows + claims_over_probes(difference.mean(0), {}, seed, **main)

@@ -16,6 +16,7 @@ import pandas as pd
 from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.experiments.answers import picture_of
+from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.dual_mechanisms import amplification
 from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, outcomes
 from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import LEAST, held_out_change
@@ -23,7 +24,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -85,13 +86,15 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                     questions += batch
                 done += 1
                 on_progress(done, total)
-            right[source, target] = np.concatenate(parts, axis=1).astype(float)
+            right[source, target] = np.concatenate(parts, axis=1)
             asked[target] = questions
+    right, asked, missing = _numbers_only(right, asked)
+    missing = [said for plan in plans.values() for said in plan.left_out] + missing
     table = _table(right, asked, config)
     return Result(
         **vars(ABOUT),
         table=table,
-        verdict=_verdict(table, config.settings),
+        verdict="\n".join([_verdict(table, config.settings), *missing]),
         config={"settings": list(config.settings), "items": config.items, "seed": config.seed},
         notes=(
             "The formula is the one that the paper's experiment ran ('released'), at slot 0 in all "
@@ -99,10 +102,31 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "was fitted to.",
             "'transferred': the directions of another setting, with the alpha that is best there. "
             "'itself': a setting's own directions, with alpha chosen on the other half of its "
-            "pictures. Intervals are for bounded values, over pictures; an accuracy has Wilson's.",
+            "pictures. Intervals are for bounded values, over pictures; an accuracy has Wilson's. "
+            "The verdict counts the sources that help a target: p-values are adjusted (Holm) over "
+            "all sources and targets.",
             "Transfer between models: run this on each and compare the column alpha.",
         ),
     )
+
+
+def _numbers_only(
+    right: dict[tuple[str, str], np.ndarray], asked: dict[str, list[Question]]
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, list[Question]], list[str]]:
+    """Returns answers `[alpha, item]` and questions without those that are NaN from any source.
+
+    Then the sentences on those left out.
+    """
+    kept, questions, said = {}, {}, []
+    for target, own in asked.items():
+        from_each = {pair: values for pair, values in right.items() if pair[1] == target}
+        whole = np.all([np.isfinite(values).all(0) for values in from_each.values()], axis=0)
+        if not whole.any():
+            raise none_left("question", "use smaller strengths")
+        said += left_out(int((~whole).sum()), "question", target)
+        kept |= {pair: values[:, whole] for pair, values in from_each.items()}
+        questions[target] = [own[i] for i in np.flatnonzero(whole)]
+    return kept, questions, said
 
 
 def _table(
@@ -122,7 +146,7 @@ def _table(
         change = held_out_change(own, own[0], units, config.seed)
         itself = {"source": target, "kind": "itself", "alpha": float("nan")}  # one for each half
         rows += claim_rows(change, {}, units, config.seed, **itself, **about)
-        if others:  # p-values are adjusted over them: the verdict counts those that help
+        if others:
             axes = {"source": others}
             found = claim_rows(np.stack(changes, 1), axes, units, config.seed, **about)
             for row, alpha in zip(found, alphas, strict=True):
@@ -132,7 +156,8 @@ def _table(
         about = {"source": "none", "target": target, "alpha": 0.0, "quantity": "accuracy"}
         interval = wilson(float(intact.sum()), len(intact))
         rows += interval_rows(interval, {}, kind="intact", **about)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return adjusted(table, table["kind"] == "transferred")
 
 
 def _verdict(table: pd.DataFrame, settings: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ Pictures have different sizes and token grids, so items are batched by size.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.analysis.directions import stack
@@ -25,10 +25,14 @@ from hooked_vlm.analysis.probes import Examples, LinearProbe, class_directions, 
 from hooked_vlm.analysis.scoring import normalise, top_answer
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, counted
+from hooked_vlm.experiments.answers import without_numbers
+from hooked_vlm.experiments.batches import left_out as without
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
     Strengths,
     answered,
+    answered_throughout,
     conditions,
+    joined,
     matched_controls,
 )
 from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
@@ -129,6 +133,8 @@ class Told:
     tokens: Float[Tensor, "token d_model"]
     things: Float[Tensor, "2 d_model"]
     """Mean tokens of the left and the right object, or of the upper and the lower one."""
+    has_numbers: bool = True
+    """Whether its tokens and its logits are all numbers."""
 
 
 def run(model, config: Config, on_progress: OnProgress) -> Result:
@@ -143,9 +149,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         told |= dict(zip(group, observed(model, group, style), strict=True))
         done += len(group)
         on_progress(done, total)
-    parts, asked, items, rows, left_out = [], [], [], [], []
+    asked, items, rows, left_out = [], [], [], []
     for axis in ("horizontal", "vertical"):
-        own = [item for item in found.items if item.item.axis == axis]
+        own = [i for i in found.items if i.item.axis == axis and told[i].has_numbers]
         right = [item for item in own if told[item].right and item.is_as_captioned]
         if len(right) < FEWEST:
             left_out.append(
@@ -163,19 +169,19 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             made = conditions(w, controls, Region.everything(inputs.grids[0][0].shape), config)
             targets = [item.item.side for item in group for _ in range(2)]
             verdicts = answered(model, inputs, targets, made)
-            asked.append({k: v.reshape(*v.shape[:2], -1, 2) for k, v in verdicts.items()})
-            parts.append({k: v[..., 0::2] & v[..., 1::2] for k, v in verdicts.items()})
+            asked.append(verdicts)
             items += group
             done += len(group)
             on_progress(done, total)
-    if not parts:
+    if not asked:
         raise CannotRunError(f"No probe could be fitted: {' '.join(left_out)}")
-    published = published_rows(
-        np.array([told[item].listings for item in items]),
-        {kind: np.concatenate([part[kind] for part in asked], axis=2) for kind in asked[0]},
-        config.alphas,
-    )
-    outcomes = {kind: np.concatenate([part[kind] for part in parts], axis=2) for kind in parts[0]}
+    listings_, whole = by_listing(joined(asked))
+    n_left = sum(not one.has_numbers for one in told.values()) + int((~whole).sum())
+    left_out += without(n_left, "item")
+    items = [items[i] for i in np.flatnonzero(whole)]
+    before = np.array([told[item].listings for item in items])
+    published = published_rows(before, listings_, config.alphas)
+    outcomes = {kind: both[..., 0] & both[..., 1] for kind, both in listings_.items()}
     photographs = [item.item.image_id for item in items]
     table = table_of(outcomes, photographs, config.alphas, config.seed)
     probes = type(table)(rows)
@@ -209,6 +215,18 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             f"{len(problems)}. {'; '.join(problems[:5])}".strip(),
         ),
     )
+
+
+def by_listing(
+    right: Mapping[str, Float[np.ndarray, "seed alpha row"]],
+) -> tuple[dict[str, Bool[np.ndarray, "seed alpha item order"]], Bool[np.ndarray, " item"]]:
+    """Returns whether each order of an item's options is right, two rows each, and which items.
+
+    An item is left out where one of its orders is NaN under any condition.
+    """
+    each = {kind: rows.reshape(*rows.shape[:2], -1, 2) for kind, rows in right.items()}
+    whole = answered_throughout([{kind: rows.sum(-1) for kind, rows in each.items()}])
+    return {kind: rows[:, :, whole] > 0 for kind, rows in each.items()}, whole
 
 
 def _published_verdict(rows: pd.DataFrame) -> str:
@@ -253,7 +271,11 @@ def observed(model, group: Sequence[BoxedItem], style: str) -> list[Told]:
     inputs = inputs_of(model, group, style)
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs, site, logits_to_keep=1)
-    answers = [normalise(answer) for answer in top_answer(final_logits(logits), model.tokenizer)]
+    last = final_logits(logits)
+    has_logits = ~without_numbers(last)
+    # Of logits that are not numbers any answer: the item is left out.
+    last = last.masked_fill(~has_logits[:, None], 0.0)
+    answers = [normalise(answer) for answer in top_answer(last, model.tokenizer)]
     features = in_raster(cache[site].float().cpu(), inputs)
     found = []
     for i, item in enumerate(group):
@@ -264,9 +286,10 @@ def observed(model, group: Sequence[BoxedItem], style: str) -> list[Told]:
             region = grid.box(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
             means.append(tokens[region.tokens].mean(0))
         said = answers[2 * i : 2 * i + 2]
-        found.append(
-            Told(item.item.is_right(said), listings(item.item, said), tokens, torch.stack(means))
-        )
+        both = slice(2 * i, 2 * i + 2)
+        has_numbers = bool(has_logits[both].all()) and bool(features[both][0].isfinite().all())
+        right, states = item.item.is_right(said), listings(item.item, said)
+        found.append(Told(right, states, tokens, torch.stack(means), has_numbers))
     return found
 
 

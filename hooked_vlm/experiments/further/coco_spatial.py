@@ -14,10 +14,12 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import DataError, counted
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.answers import answers_of
+from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
@@ -95,18 +97,22 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     _, found = usable_items(config.data, config.name)
     style = style_of(model, config.style)
     on_progress(0, len(found.items))
-    answers: list[list[str]] = []
+    answers: list[list[str | None]] = []
     for start in range(0, len(found.items), config.batch_size):
         batch = found.items[start : start + config.batch_size]
         answers += _answers(model, batch, style)
         on_progress(min(start + config.batch_size, len(found.items)), len(found.items))
-    table = _table(found.items, answers)
+    whole = [i for i, said in enumerate(answers) if None not in said]
+    if not whole:
+        raise none_left("item")
+    missing = left_out(len(answers) - len(whole), "item")
+    table = _table([found.items[i] for i in whole], [answers[i] for i in whole])
     problems = "; ".join(found.problems[:5])
     return Result(
         **vars(ABOUT),
         table=table,
         images={"an item": opened(found.items[0])},
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *missing]),
         config={"items": len(found.items), "style": style, "list": config.name},
         notes=(
             "Each item is asked twice, with its options in both orders, and is correct where both "
@@ -135,12 +141,12 @@ def style_note(style: str, given: str) -> str:
     return f"Questions are worded as the paper does for {of[style]}, {why} (style={style})."
 
 
-def _answers(model, items: Sequence[SpatialItem], style: str) -> list[list[str]]:
+def _answers(model, items: Sequence[SpatialItem], style: str) -> list[list[str | None]]:
     pictures = [opened(item) for item in items for _ in range(2)]
     texts = [text for item in items for text in item.questions(style)]
     with torch.no_grad():
         logits = model(model.prepare(pictures, texts), logits_to_keep=1)
-    said = top_answer(final_logits(logits), model.tokenizer)
+    said = answers_of(final_logits(logits), model.tokenizer)
     return [said[i : i + 2] for i in range(0, len(said), 2)]
 
 
@@ -149,7 +155,7 @@ def opened(item: SpatialItem) -> Image.Image:
     return open_picture(item.path)
 
 
-def _table(items: Sequence[SpatialItem], answers: Sequence[Sequence[str]]) -> pd.DataFrame:
+def _table(items: Sequence[SpatialItem], answers: Sequence[Any]) -> pd.DataFrame:
     rows = []
     axes = [item.axis for item in items]
     for axis in ("horizontal", "vertical", "all"):

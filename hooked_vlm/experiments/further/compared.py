@@ -11,7 +11,7 @@ from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.tables import format_interval, select
-from hooked_vlm.experiments.verdicts import claim_rows, judge
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge
 
 
 DIFFERENCE = "paired difference"
@@ -39,19 +39,31 @@ def rows_between(first: Mapping[str, Result], other: Mapping[str, Result], seed:
     return rows
 
 
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with p-values of comparing rows adjusted over all sentences.
+
+    They are over axes or over kinds of picture; probes are one family, and swaps another.
+    """
+    if "quantity" not in table:
+        return table
+    return adjusted(table, table["quantity"] == DIFFERENCE, ["part"])
+
+
 def probe_rows(first: Result, other: Result, seed: int) -> list[dict]:
     """Returns, by axis, the difference of the background's share on the same held-out pictures."""
     a, b = (found.arrays["background_shares"] for found in (first, other))
     rows = []
     for axis in [str(axis) for axis in a["axis"].values if axis in b["axis"].values]:
-        here, there = (shares.sel(axis=axis).values for shares in (a, b))
-        if here.shape == there.shape:
+        here, there = (shares.sel(axis=axis).dropna("image") for shares in (a, b))
+        here, there = xr.align(here, there, join="inner")  # pictures by their number
+        if here.size:
             about: Any = {
                 "axis": axis,
                 "quantity": DIFFERENCE,
                 "part": ordering_probes.ABOUT.name,
             }
-            rows += claim_rows(there - here, {}, range(len(here)), seed, **about)
+            difference = there.values - here.values
+            rows += claim_rows(difference, {}, range(len(difference)), seed, **about)
     return rows
 
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 
 from hooked_vlm.errors import CannotRunError, DataError
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import left_out, said_left_out
 from hooked_vlm.experiments.dual_mechanisms import order_reading, ordering_probes, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
 from hooked_vlm.experiments.further import compared
@@ -86,17 +87,19 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                 missing.append(f"{variant}: {error}")
                 continue
             results[variant][experiment.ABOUT.name] = found
+            missing += [f"{variant}: {said}" for said in said_left_out(found.verdict)]
             tables.append(found.table.assign(variant=variant, part=experiment.ABOUT.name))
     if real:
         setting = Setting(model, composites(plain, variants[0], config.data), config.batch_size)
-        rows, images[UNCUT] = _uncut(setting, whatsup.load(_folder(config)), config.seed)
+        rows, images[UNCUT], said = _uncut(setting, whatsup.load(_folder(config)), config.seed)
+        missing += said
         tables.append(pd.DataFrame(rows).assign(variant=UNCUT, part=ordering_probes.ABOUT.name))
         on_progress(100 * total, 100 * total)
     first, *others = results
     for variant in others:
         rows = compared.rows_between(results[first], results[variant], config.seed)
         tables += [pd.DataFrame(rows).assign(variant=variant)] if rows else []
-    table = pd.concat(tables, ignore_index=True)
+    table = compared.over_sentences(pd.concat(tables, ignore_index=True))
     return Result(
         **vars(ABOUT),
         table=table,
@@ -114,7 +117,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "is computed; probes are fitted anew on each kind of picture.",
             f"Rows of the quantity '{compared.DIFFERENCE}' compare a variant with {variants[0]} "
             "pictures on the same held-out layouts and the pairs that both keep (intervals and "
-            "tests for bounded means over pictures, Holm's correction over all kinds and slots).",
+            "tests for bounded means over pictures, Holm's correction over the variants, and for "
+            "swaps over kinds and slots too).",
             f"'{UNCUT}': probes fitted to What'sUp's own photographs, their things labelled left, "
             "middle and right by What'sUp's boxes, and read on held-out ones. A swap of an uncut "
             "photograph has no second answer to flip to, so there is none."
@@ -204,8 +208,11 @@ def _photographed_halves(
 
 def _uncut(
     setting: Setting, data: whatsup.WhatsUp, seed: int
-) -> tuple[list[dict[str, Any]], Image.Image]:
-    """Returns what probes read on uncut photographs of two things, and one of them."""
+) -> tuple[list[dict[str, Any]], Image.Image, list[str]]:
+    """Returns what probes read on uncut photographs of two things, and one of them.
+
+    Then a sentence on photographs whose tokens are not numbers.
+    """
     geometry, side = setting.geometry, setting.geometry.canvas
     reference = str(setting.stimuli.middle)
     shown = [(n, place) for n in data.satellites(reference) for place in (0, 2)]
@@ -222,9 +229,11 @@ def _uncut(
             for batch in setting.batches(pictures)
         ]
     )
-    return order_reading.read_some(
+    rows = order_reading.read_some(
         geometry, "horizontal", features, [(place, 1) for _, place in shown], seed
-    ), pictures[0]
+    )
+    wrong = int((~order_reading.whole_pictures(features)).sum())
+    return rows, pictures[0], left_out(wrong, "picture", UNCUT, "tokens")
 
 
 def _probes(table: pd.DataFrame) -> str:

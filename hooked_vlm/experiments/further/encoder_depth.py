@@ -18,24 +18,35 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.statistics import bootstrap, simultaneous
-from hooked_vlm.errors import CannotRunError, counted
+from hooked_vlm.analysis.statistics import simultaneous
+from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.batches import numbers_only, scored_numbers
+from hooked_vlm.experiments.batches import left_out, numbers_only, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     places_read,
     read_order,
     strips,
+    whole_pictures,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, in_raster
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import HALF, name_of, pictures_of
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
+from hooked_vlm.experiments.further.encoder_attention import attention_rows
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import LEAST, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import (
+    LEAST,
+    adjusted,
+    agreement,
+    claim_rows,
+    claims_over_probes,
+    judge,
+    not_tested,
+    sentence,
+)
 from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import Question, swap_pair
@@ -79,8 +90,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     total = len(setting.axes) * len(sites) + len(batches) * len(sites) * len(KINDS)
     on_progress(0, total)
     done, rows, maps = 0, [], []
+    missing: list[str] = []
     for axis in setting.axes:
         features = _features(setting, axis, sites, config)
+        wrong = _without_numbers(features)
+        missing += left_out(wrong, "picture", axis, "tokens")
         read = []
         for layer, site in enumerate(sites):
             found = read_order(setting.geometry, axis, features[site], config.seed, SEEDS)
@@ -90,7 +104,10 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             done += 1
             on_progress(done, total)
         rows += reading_claims(read, _halves(setting, axis), config.seed, axis=axis)
-        rows += _attention_rows(setting, axis, config)
+        shown = _questions(setting, axis, LOOKED_AT, config.seed)
+        found, wrong = attention_rows(setting, axis, shown, config.seed)
+        rows += found
+        missing += left_out(wrong, "picture", f"{axis}, attention")
     scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
     for direction, batch in batches:
         scores[direction].append(_swaps(setting, batch, sites))
@@ -100,11 +117,11 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         direction: xr.concat(parts, dim="pair").assign_coords(pair=pairs_of[direction])
         for direction, parts in scores.items()
     }
-    swapped, left_out = numbers_only(joined)
+    swapped, without = numbers_only(joined)
     for direction, own in swapped.items():
         found = swap_rows(own.transpose("pair", "kind", "site"), config.seed, direction=direction)
         rows += [{**row, "site": sites[row["layer"]]} for row in found]
-    table = pd.DataFrame(rows)
+    table = over_sentences(pd.DataFrame(rows))
     shape = (len(setting.axes), len(sites), *maps[0].shape)
     return Result(
         **vars(ABOUT),
@@ -116,7 +133,14 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
                 coords={"axis": list(setting.axes), "layer": list(range(len(sites)))},
             )
         },
-        verdict="\n".join([_verdict(table, len(sites)), *left_out]),
+        verdict="\n".join(
+            [
+                _verdict(table, len(sites)),
+                *not_tested(setting.directions, list(swapped)),
+                *missing,
+                *without,
+            ]
+        ),
         config={"sites": sites, "pairs": {d: len(p) for d, p in pairs.items()}},
         notes=(
             "Layer 0 is the input of the encoder's first block (positions added), layer l the "
@@ -132,7 +156,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "1/3; the background above what two halves reach, and its middle strip above 1/3. It "
             "says how many of the probes alone say the same. An answer flips where the claim's "
             "interval is above 1/2. These are intervals and tests for bounded means over pictures, "
-            "adjusted by Holm over layers (and over kinds, for swaps).",
+            "adjusted by Holm over layers and axes (for swaps over layers, kinds and directions).",
         ),
     )
 
@@ -173,6 +197,17 @@ def _features(
                 values = values[:, setting.model.anatomy.vision.n_prefix :]
             found[site].append(pooled(values, side))
     return {site: torch.cat(parts) for site, parts in found.items()}
+
+
+def _without_numbers(features: Mapping[str, Tensor]) -> int:
+    """Makes pictures that lack numbers at one site NaN at all of them, and returns how many.
+
+    Layers are compared, so each must have the same pictures.
+    """
+    whole = np.all([whole_pictures(tokens) for tokens in features.values()], axis=0)
+    for tokens in features.values():
+        tokens[torch.from_numpy(~whole)] = torch.nan
+    return int((~whole).sum())
 
 
 def pooled(patches: Tensor, side: int) -> Tensor:
@@ -248,85 +283,18 @@ def _halves(setting: Setting, axis: str) -> float:
 
 
 def reading_claims(read: Sequence[Read], halves: float, seed: int, **columns: Any) -> list[dict]:
-    """Returns the claims about what probes read at each depth, by their mean and by each probe.
-
-    P-values are adjusted over layers.
-    """
-    values = np.stack(read)  # [layer, quantity, probe, image]
-    axes, units = {"layer": range(len(read))}, range(values.shape[-1])
+    """Returns the claims about what probes read at each depth, by their mean and by each probe."""
+    values = np.stack(read, axis=-1)  # [quantity, probe, image, layer]
     rows: list[dict] = []
-    for i, (quantity, null) in enumerate(zip(READ, (CHANCE, halves, CHANCE), strict=True)):
+    for own, quantity, null in zip(values, READ, (CHANCE, halves, CHANCE), strict=True):
         about: Any = {"quantity": quantity, "null": null, "low": 0.0, "high": 1.0, **columns}
-        rows += claim_rows(values[:, i].mean(1).T, axes, units, seed, **about)
-        for probe in range(values.shape[2]):
-            own = values[:, i, probe].T
-            rows += claim_rows(own, axes, units, seed, **about, probe=probe)
+        rows += claims_over_probes(own, {"layer": range(len(read))}, seed, **about)
     return rows
 
 
-# --- attention ------------------------------------------------------------------------------
-
-
-def _attention_rows(setting: Setting, axis: str, config: Config) -> list[dict]:
-    names = [
-        name
-        for name in setting.model.sites
-        if name.startswith(f"{VISION}.blocks.") and name.endswith("attn.hook_pattern")
-    ]
-    names = names[: setting.model.anatomy.vision.last_read + 1]
-    questions = _questions(setting, axis, LOOKED_AT, config.seed)
-    shares: dict[str, list[np.ndarray | None]] = {name: [] for name in names}
-    for question in questions:
-        with torch.no_grad():
-            _, cache = setting.model.run_with_cache(
-                setting.inputs([question]), names, stop_at_layer=0
-            )
-        for name in names:
-            pattern = cache[name]
-            whole = pattern[0] if isinstance(pattern, list) else pattern
-            prefix = setting.model.anatomy.vision.n_prefix  # class tokens and registers
-            whole = whole.flatten(0, -3).mean(0)[prefix:, prefix:]
-            shares[name].append(attention_shares(setting, axis, whole))
-    rows = []
-    for layer, name in enumerate(names, start=1):
-        whole = [share for share in shares[name] if share is not None]
-        if len(whole) < len(shares[name]):
-            continue  # windows: no background patch attends to the whole picture
-        found = interval_rows(
-            bootstrap(np.stack(whole), seed=config.seed),
-            {"kind": ("own object", "other objects")},
-            axis=axis,
-            quantity="attention",
-        )
-        rows += [{**row, "layer": layer, "site": name} for row in found]
-    return rows
-
-
-def attention_shares(setting: Setting, axis: str, pattern: Tensor) -> np.ndarray | None:
-    """Returns background patches' attention to their own and to other objects, over uniform.
-
-    `pattern` is `[query, key]` over a picture's patches, averaged over heads.  The result is
-    None where the pattern does not cover all patches.
-    """
-    side = setting.geometry.shape[0]
-    n = round(pattern.shape[-1] ** 0.5)
-    if n * n != pattern.shape[-1] or n % side or pattern.shape[0] != pattern.shape[1]:
-        return None
-    m = n // side
-
-    def patches(region) -> np.ndarray:
-        return np.kron(region.mask, np.ones((m, m), dtype=bool)).ravel()
-
-    objects = [patches(setting.geometry.object_region(axis, place)) for place in range(3)]
-    background = patches(setting.geometry.background(axis))
-    own, other = [], []
-    weights = pattern.double().cpu().numpy()
-    for place in range(3):
-        queries = patches(setting.geometry.strip_region(axis, place)) & background
-        given = np.array([weights[queries][:, cells].mean() for cells in objects]) * n * n
-        own.append(given[place])
-        other.append(given[[s for s in range(3) if s != place]].mean())
-    return np.array([np.mean(own), np.mean(other)])
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with p-values adjusted over all sentences: axes, or directions."""
+    return adjusted(table, table["quantity"].isin([*READ, FLIPS]), ["quantity", "probe"])
 
 
 def _verdict(table: pd.DataFrame, n_sites: int) -> str:
@@ -356,8 +324,7 @@ def _of_axis(here: pd.DataFrame, n_sites: int) -> str:
     """Returns from where on the order is read, and how many probes alone say the same."""
     finding = _reads(*_firsts(here[here["probe"].isna()]), n_sites)
     each = [_reads(*_firsts(own), n_sites) for _, own in here.groupby("probe")]
-    agree = sum(said == finding for said in each)
-    return f"{finding} ({agree} of {counted(len(each), 'probe')} alone say the same)"
+    return f"{finding} ({agreement(finding, each)})"
 
 
 def _firsts(here: pd.DataFrame) -> tuple[int | None, int | None]:

@@ -9,7 +9,7 @@ from hooked_vlm.experiments import verdicts
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE
 from hooked_vlm.experiments.further.close_objects import EDGES, READINGS
 from hooked_vlm.experiments.tables import format_interval, format_names, select
-from hooked_vlm.experiments.verdicts import Judgement, judge, sentence
+from hooked_vlm.experiments.verdicts import Judgement, agreement, judge, sentence
 
 
 BOTH = "both edges"
@@ -95,15 +95,15 @@ def _of_gap(here: pd.DataFrame, axis: str, finding: Judgement) -> str:
     alone = select(means, shown="alone", kind=BOTH, quantity="relative").iloc[0]
     control = select(means, quantity=CONTROL).iloc[0]
     each = [judge(row) for _, row in probes.iterrows()]
-    agree = sum((own.outcome, own.sign) == (finding.outcome, finding.sign) for own in each)
+    same = agreement(finding.finding, [own.finding for own in each])
     if finding.outcome == "undecided":
         words = f"undecided whether relative or absolute: {finding.reason}"
     else:
         words = f"the code is {_outcome(finding)}"
         if finding.outcome == "not found":
             words += f" ({finding.reason})"
-        if len(probes) > 1:
-            words += f" ({agree} of {len(probes)} probes with other initialisations agree)"
+        if same:
+            words += f" ({same})"
     return (
         f"{words}. Where order and strip differ, tokens are read as {shares}; {'; '.join(edges)}. "
         f"Alone at the same cells, an object is read as the relative place in "

@@ -13,21 +13,24 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from jaxtyping import Float
 from PIL import Image
 
 from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import left_out
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     background_shares,
     fit_with_controls,
+    whole_pictures,
 )
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import in_raster
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, in_raster
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import system_of, token_grid
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
-from hooked_vlm.experiments.verdicts import claim_rows, judge
+from hooked_vlm.experiments.verdicts import adjusted, agreement, claims_over_probes, judge
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.stimuli.grids import GridLayout, draw, random_cells
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
@@ -68,7 +71,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     n_tokens, token_px = token_grid(model)
     total = len(config.ks) * config.images
     on_progress(0, total)
-    rows, maps, objects, cells, pictures = [], [], [], [], {}
+    rows, maps, objects, cells, pictures, left = [], [], [], [], {}, []
     for number, k in enumerate(config.ks):
         layout = GridLayout(k, n_tokens, token_px)
         rng = random.Random(f"{config.seed}/{k}")
@@ -78,14 +81,17 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             features.append(_projected(model, images[start : start + config.batch_size]))
             on_progress(number * config.images + min(start + config.batch_size, len(images)), total)
         pictures[f"{k}x{k}"] = images[0]
+        tokens = torch.cat(features)
+        wrong = int((~whole_pictures(tokens)).sum())
+        left += left_out(wrong, "picture", f"{k}x{k}", "tokens")
         for label in LABELS:
-            found, mean = _fit(layout, torch.cat(features), label, config.seed)
+            found, mean = _fit(layout, tokens, label, config.seed)
             rows += found
             missing = ((0, max(config.ks) - k), (0, 0), (0, 0))
             maps.append(np.pad(mean, missing, constant_values=np.nan))
             objects.append(np.pad(_object_cells(layout, label), missing))
             cells.append(f"{k}x{k} {label}")
-    table = pd.DataFrame(rows)
+    table = over_sentences(pd.DataFrame(rows))
     return Result(
         **vars(ABOUT),
         table=table,
@@ -98,15 +104,18 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             for name, values in (("mean_maps", maps), ("object_cells", objects))
         },
         images=pictures,
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *left]),
         config={"ks": list(config.ks), "images": config.images, "seed": config.seed},
         notes=(
             "Features are the projector's output; each object token is an example, labelled by its "
-            "object's column (or row). Pictures are split 75/25.",
+            "object's column (or row). Pictures are split 75/25. Numbers are means over "
+            f"{SEEDS} probes with other initialisations; the maps are those of the first.",
             "'background' is the share of background tokens that a probe gives to the column (row) "
             "of the grid that they lie in; without any signal the share is about 1/k. "
             "'shuffled' is fitted and scored on labels shuffled among each picture's objects, "
             "'converged' a logistic regression on the same tokens.",
+            f"A label is read where '{CLAIM}' is clearly above 1/k, with p-values adjusted (Holm) "
+            "over sizes and labels.",
             "Shapes and colours are drawn for each cell on its own, so that neither tells a place.",
         ),
     )
@@ -126,21 +135,34 @@ def _fit(
     k, n = layout.k, layout.n_tokens
     regions = [layout.object_region(row, col) for row in range(k) for col in range(k)]
     examples = object_examples(features, regions)
+    examples = examples.of_images(np.flatnonzero(whole_pictures(features)))
     examples = replace(examples, y=examples.y % k if label == "column" else examples.y // k)
-    fitted, rows = fit_with_controls(examples, len(features), seed)
-    probe, control = fitted.probes[0], fitted.controls[0]
+    fitted, rows = fit_with_controls(examples, len(features), seed, SEEDS)
     grids = features[torch.as_tensor(fitted.test)].unflatten(1, (n, n))
     band = np.array([layout.band(token) for token in range(n)])
     own = np.broadcast_to(band[None] if label == "column" else band[:, None], (n, n))
     background = ~np.any([region.mask for region in regions], axis=0)
-    for quantity, one in (("background", probe), ("background, shuffled", control)):
-        shares = background_shares(one.probability_map(grids), own, background)
+    for quantity, some in (
+        ("background", fitted.probes),
+        ("background, shuffled", fitted.controls),
+    ):
+        maps = (probe.probability_map(grids) for probe in some)
+        shares = np.mean([background_shares(m, own, background) for m in maps], axis=0)
         rows += interval_rows(bootstrap(shares, seed=seed), {}, quantity=quantity)
-    mean = probe.probability_map(grids).mean(0).permute(2, 0, 1).numpy()
-    units = range(len(fitted.test))
-    about = {"null": 1 / k, "low": 0.0, "high": 1.0}
-    rows += claim_rows(fitted.accuracies[0], {}, units, seed, quantity=CLAIM, **about)
+    mean = fitted.probes[0].probability_map(grids).mean(0).permute(2, 0, 1).numpy()
+    rows += claims(fitted.accuracies, k, seed)
     return [{**row, "kind": f"{k}x{k}", "axis": label} for row in rows], mean
+
+
+def claims(accuracies: Float[np.ndarray, "probe image"], k: int, seed: int) -> list[dict]:
+    """Returns the claims that probes read one of k labels, by their mean and by each probe."""
+    about: Any = {"quantity": CLAIM, "null": 1 / k, "low": 0.0, "high": 1.0}
+    return claims_over_probes(accuracies, {}, seed, **about)
+
+
+def over_sentences(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with p-values adjusted over sizes of grid and labels."""
+    return adjusted(table, table["quantity"] == CLAIM, ["probe"])
 
 
 def _object_cells(layout: GridLayout, label: str) -> np.ndarray:
@@ -155,12 +177,14 @@ def _verdict(table: pd.DataFrame) -> str:
     parts = []
     for kind in dict.fromkeys(table["kind"]):
         for label in LABELS:
-            here: Any = select(table, kind=kind, axis=label).set_index("quantity")
+            own = select(table, kind=kind, axis=label)
+            here: Any = own[own["probe"].isna()].set_index("quantity")
             chance = 1 / int(kind.split("x")[0])
-            judged = judge(here.loc[CLAIM])
-            read = {True: "read", False: judged.outcome}[judged.above]
+            read = _read(here.loc[CLAIM])
+            probes = own.dropna(subset="probe")
+            same = agreement(read, [_read(row) for _, row in probes.iterrows()])
             parts.append(
-                f"{kind}, {label}: {read.replace('not found', 'not read')}, "
+                f"{kind}, {label}: {read} ({same}), "
                 f"{format_interval(here.loc['accuracy'])} of held-out object tokens "
                 f"({format_interval(here.loc['converged'])} if fitted to convergence, control "
                 f"{here.loc['shuffled', 'value']:.2f}); background "
@@ -168,3 +192,11 @@ def _verdict(table: pd.DataFrame) -> str:
                 f"(chance {chance:.2f})."
             )
     return "\n".join(parts)
+
+
+def _read(claim: Any) -> str:
+    """Returns whether a label is read, in words."""
+    judged = judge(claim)
+    if judged.above:
+        return "read"
+    return "not read" if judged.outcome == "not found" or judged.below else "undecided"

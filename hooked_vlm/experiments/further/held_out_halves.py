@@ -5,14 +5,17 @@ With a quarter held out, no difference is small enough to exclude: half of the p
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hooked_vlm.analysis.probes import object_examples
+from hooked_vlm.experiments.batches import left_out
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     Fitted,
     fit_with_controls,
     probe_regions,
+    whole_pictures,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, projected
@@ -35,6 +38,8 @@ class Halves:
     """The questions of the held-out pictures."""
     usual: Tensor
     """Their projected tokens, `[image, token, d_model]`."""
+    left_out: list[str]
+    """A sentence on pictures whose tokens are not numbers, if there are any."""
 
     @classmethod
     def of(cls, setting: Setting, axis: str, n_images: int, seed: int) -> "Halves":
@@ -42,7 +47,10 @@ class Halves:
         direction = "left" if axis == "horizontal" else "above"
         questions = sampled(setting, direction, n_images, seed)
         tokens = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
+        whole = whole_pictures(tokens)
         examples = object_examples(tokens, probe_regions(setting.geometry, axis))
+        examples = examples.of_images(np.flatnonzero(whole))
         fitted, rows = fit_with_controls(examples, len(tokens), seed, SEEDS, test_size=HELD_OUT)
         asked = [questions[i] for i in fitted.test]
-        return cls(fitted, rows, asked, tokens[torch.as_tensor(fitted.test)])
+        missing = left_out(int((~whole).sum()), "picture", axis, "tokens")
+        return cls(fitted, rows, asked, tokens[torch.as_tensor(fitted.test)], missing)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import said_left_out
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.further import compared
 from hooked_vlm.experiments.options import OnProgress
@@ -66,6 +67,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             missing.append(f"{experiment.ABOUT.title} on {ground}: {error}")
             continue
         results[ground][experiment.ABOUT.name] = found
+        missing += [f"On {ground}: {said}" for said in said_left_out(found.verdict)]
         tables.append(found.table.assign(ground=ground, part=experiment.ABOUT.name))
         if experiment is ordering_probes:
             arrays[f"mean_maps_{ground}"] = found.arrays["mean_maps"]
@@ -73,7 +75,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             images |= {f"{name} ({ground})": picture for name, picture in found.images.items()}
     rows = compared.rows_between(results["white"], results["photographs"], config.seed)
     tables.append(pd.DataFrame(rows).assign(ground=BOTH))
-    table = pd.concat(tables, ignore_index=True)
+    table = compared.over_sentences(pd.concat(tables, ignore_index=True))
     return Result(
         **vars(ABOUT),
         table=table,
@@ -86,7 +88,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "kept where both pictures are answered correctly on that background, so they differ.",
             f"Rows of the ground '{BOTH}' compare the two on what they have in common: the same "
             "layouts held out of the probes, and the pairs that both keep (intervals and tests for "
-            "bounded means over pictures, Holm's correction over all kinds and slots).",
+            "bounded means over pictures, Holm's correction over axes, and over kinds and slots).",
             "A picture and its mirror image stand on one and the same photograph, which is not "
             "mirrored.",
             "See E3 and E4 for how each number is computed.",
@@ -102,14 +104,16 @@ def _probes(table: pd.DataFrame) -> str:
             for ground in GROUNDS
         }
         background = [here[ground].loc["background"] for ground in GROUNDS]
-        moved = select(table, axis=axis, ground=BOTH).iloc[0]
-        finding = _change(moved)
+        moved = select(table, axis=axis, ground=BOTH)
+        finding, size = "not compared", "no picture in common"
+        if len(moved):
+            finding = _change(moved.iloc[0])
+            size = f"difference {format_interval(moved.iloc[0])} on the same layouts"
         parts.append(
             f"{axis}: probe accuracy on objects {format_interval(here['white'].loc['accuracy'])} "
             f"on white, {format_interval(here['photographs'].loc['accuracy'])} on photographs; "
             f"the share of background tokens assigned to their strip: {finding}, from "
-            f"{format_interval(background[0])} to {format_interval(background[1])} (difference "
-            f"{format_interval(moved)} on the same layouts)."
+            f"{format_interval(background[0])} to {format_interval(background[1])} ({size})."
         )
     return "\n".join(part[0].upper() + part[1:] for part in parts)
 

@@ -102,8 +102,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "odds of the right end against the other end, which have no ceiling as accuracy has. "
             "Below zero, one signal can replace the other (redundant); above zero, each needs the "
             f"other (complementary). It counts as none within {SLIGHT} of zero. Bootstrap interval "
-            "and sign-flip test over pictures. p-values are adjusted (Holm) over the two axes, and "
-            "over the directions; there is a verdict over all, for each axis and each direction.",
+            "and sign-flip test over pictures. There is a sentence over all, for each axis and for "
+            "each direction; p-values of a claim are adjusted (Holm) over all of them.",
             "'preference' is the same log odds as a probability; the rows 'loss' and 'gain' are "
             "differences of it. Where both together and one signal alone answer nearly all items, "
             "an interaction below zero is undecided: confidence has a ceiling too.",
@@ -199,9 +199,7 @@ def _table(
         units = [picture_of(q) for d in directions for q in asked[d]]
         rows += [{**row, "direction": group} for row in _rows_of(values, units, seed)]
     table = pd.DataFrame(rows)
-    for family in (list(axes), list(by_direction)):
-        table = adjusted(table, table["direction"].isin(family), ["kind", "quantity"])
-    return table
+    return adjusted(table, table["p"].notna(), ["kind", "quantity"])
 
 
 def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
@@ -220,7 +218,7 @@ def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
     for quantity, scores in (("accuracy", accuracy), (LOG_ODDS, odds)):
         each = (scores * signs).sum(-1)
         p = float(sign_flip_test(each, seed=seed)) if len(each) > 1 else 1.0
-        about = {"kind": "interaction", "quantity": quantity, "p_holm": p}
+        about = {"kind": "interaction", "quantity": quantity, "p": p, "p_holm": p}
         rows += interval_rows(_interval(each, seed), {}, **about)
     preference = by_unit(np.moveaxis(expit(values[..., -1]), 1, 0), units)
     for kind, one in (("loss", 0), ("gain, vision only", 1), ("gain, LM only", 2)):

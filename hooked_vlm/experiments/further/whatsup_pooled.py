@@ -12,32 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 
-from hooked_vlm.analysis.probes import (
-    Examples,
-    LinearProbe,
-    held_out_accuracy,
-    object_examples,
-    shuffled_labels,
-    split_by_image,
-)
-from hooked_vlm.analysis.statistics import bootstrap, wilson
+from hooked_vlm.analysis.scoring import normalise
+from hooked_vlm.analysis.statistics import wilson
 from hooked_vlm.errors import CannotRunError, HookedVLMWarning, counted
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import left_out, none_left, numbers_only, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import projected
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
+from hooked_vlm.experiments.further.whatsup_probe import AXIS, Settings, probe_rows
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, score_rows, select
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
-from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.pairs import (
     Question,
@@ -59,10 +50,7 @@ ABOUT = About(
         "swaps find the strips of the synthetic settings."
     ),
 )
-AXIS = "horizontal"
 KINDS = ("strip", "object", "background")
-Settings = Mapping[str, Setting]
-"""The setting of each reference, by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +81,20 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     }
     parts = [_accuracy(settings)]
     on_progress(1, 4)
-    parts.append(_probe(settings, config))
+    parts.append(probe_rows(settings, config.tuples, config.probe_seed, config.seed))
     on_progress(2, 4)
     parts.append(_interchange(settings, config))
     on_progress(3, 4)
     parts.append(_swaps(settings, config))
     on_progress(4, 4)
-    table = pd.DataFrame([row for rows in parts for row in rows])
+    table = pd.DataFrame([row for rows, _ in parts for row in rows])
+    missing = [said for _, sentences in parts for said in sentences]
     first = next(iter(settings.values()))
     return Result(
         **vars(ABOUT),
         table=table,
         images={"a composite": first.picture(first.stimuli.items()[0])},
-        verdict=_verdict(table),
+        verdict="\n".join([_verdict(table), *missing]),
         config={
             "items": {name: len(s.stimuli.items()) for name, s in settings.items()},
             "tuples": config.tuples,
@@ -130,13 +119,20 @@ def _count_difference(config: Config) -> str:
     return whatsup.count_difference(whatsup.load(config.data)) if config.data else ""
 
 
-def _accuracy(settings: Settings) -> list[dict]:
-    """Returns the rows of accuracy: of each reference, and of all composites together."""
+def _accuracy(settings: Settings) -> tuple[list[dict], list[str]]:
+    """Returns the rows of accuracy: of each reference, and of all composites together.
+
+    Then sentences on questions that are left out because their logits are not numbers.
+    """
     found: dict[tuple[str, str], list[bool]] = {}
+    missing: list[str] = []
     for reference, setting in settings.items():
         for direction in setting.directions:
             questions = setting.stimuli.items((direction,))
-            found[reference, direction] = setting.is_right(questions)
+            both = list(zip(setting.answers(questions), questions, strict=True))
+            right = [said == normalise(q.target) for said, q in both if said is not None]
+            found[reference, direction] = right
+            missing += left_out(len(both) - len(right), "question", f"{reference}, {direction}")
     rows = []
     for reference in (*settings, "all"):
         for direction in ("left", "right", "all"):
@@ -146,6 +142,8 @@ def _accuracy(settings: Settings) -> list[dict]:
                 if reference in (own, "all") and direction in (asked, "all")
                 for verdict in each
             ]
+            if not verdicts:
+                continue
             interval = wilson(float(sum(verdicts)), len(verdicts))
             rows += interval_rows(
                 interval,
@@ -155,76 +153,9 @@ def _accuracy(settings: Settings) -> list[dict]:
                 direction=direction,
                 quantity="accuracy",
             )
-    return rows
-
-
-def drawn_tuples(settings: Settings, at_most: int, seed: int) -> list[Question]:
-    """Returns composites of all references in the order of a seeded shuffle, `at_most` of them."""
-    every = [q for setting in settings.values() for q in setting.stimuli.items(("left",))]
-    random.Random(int(seed)).shuffle(every)
-    return every[:at_most]
-
-
-def _probe(settings: Settings, config: Config) -> list[dict]:
-    """Returns the rows of one probe, fitted to and read on composites of all references."""
-    # 1. Examples of each reference at its own boxes; images are numbered in the drawn order.
-    asked = drawn_tuples(settings, config.tuples, config.probe_seed)
-    parts, features = [], {}
-    for reference, setting in settings.items():
-        own = [i for i, question in enumerate(asked) if question.reference == reference]
-        if not own:
-            continue
-        batches = setting.batches([asked[i] for i in own])
-        tokens = torch.cat([projected(setting, batch) for batch in batches])
-        features |= {i: tokens[at] for at, i in enumerate(own)}
-        found = object_examples(tokens, _boxes(setting.geometry))
-        numbers = np.array(own)
-        parts.append(
-            replace(
-                found,
-                images=numbers[found.images],
-                objects=3 * numbers[found.images] + found.objects % 3,
-            )
-        )
-    examples = Examples(
-        torch.cat([part.X for part in parts]),
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("y", "images", "objects")
-        ),
-    )
-    # 2. The probe and its control, both split by image.
-    train, test = split_by_image(len(asked), seed=config.seed)
-    rows = []
-    shuffled = shuffled_labels(examples, seed=config.seed)
-    for suffix, data in (("", examples), (", shuffled", shuffled)):
-        part = data.of_images(train)
-        probe = LinearProbe(seed=config.seed).fit(part.X, part.y)
-        accuracy = held_out_accuracy(probe, data.of_images(test))
-        shares = [_own_strip(settings, asked[i], features[i], probe) for i in test]
-        for quantity, interval in (
-            ("probe, objects", accuracy),
-            ("probe, background", bootstrap(np.array(shares), seed=config.seed)),
-        ):
-            rows += interval_rows(interval, {}, part="probes", quantity=quantity + suffix)
-    return rows
-
-
-def _boxes(layout: Any) -> list[Region]:
-    """Returns the cells of each place's object that the probe is fitted to."""
-    return [layout.probe_region(AXIS, place) for place in range(3)]
-
-
-def _own_strip(
-    settings: Settings, question: Question, tokens: torch.Tensor, probe: LinearProbe
-) -> float:
-    """Returns the share of a picture's background tokens that a probe gives to their strip."""
-    layout = settings[question.reference].geometry
-    strip = np.zeros(layout.shape, dtype=int)
-    for place in range(3):
-        strip[layout.strip_region(AXIS, place).mask] = place
-    given = probe.probability_map(tokens.unflatten(0, layout.shape)).argmax(-1).cpu().numpy()
-    return float((given == strip)[layout.background(AXIS).mask].mean())
+    if not rows:
+        raise none_left("question")
+    return rows, missing
 
 
 def drawn_pairs(settings: Settings, make: Any, k: int, config: Config) -> dict[str, list[Any]]:
@@ -282,7 +213,7 @@ def _grouped(settings: Settings, pairs: Sequence[Any]) -> list[tuple[Setting, li
     ]
 
 
-def _interchange(settings: Settings, config: Config) -> list[dict]:
+def _interchange(settings: Settings, config: Config) -> tuple[list[dict], list[str]]:
     """Returns the rows of the final-token interchange (E2), over pairs of all references."""
     return _sweeps(
         settings,
@@ -295,7 +226,7 @@ def _interchange(settings: Settings, config: Config) -> list[dict]:
     )
 
 
-def _swaps(settings: Settings, config: Config) -> list[dict]:
+def _swaps(settings: Settings, config: Config) -> tuple[list[dict], list[str]]:
     """Returns the rows of the swaps (E4), over pairs of all references."""
     regions = {}
     for reference, setting in settings.items():
@@ -323,8 +254,11 @@ def _sweeps(
     places: Any,
     config: Config,
     part: str,
-) -> list[dict]:
-    """Returns the rows of patches at every slot, at the places of each pair's reference."""
+) -> tuple[list[dict], list[str]]:
+    """Returns the rows of patches at every slot, at the places of each pair's reference.
+
+    Then sentences on pairs that are left out because their scores are not numbers.
+    """
     scores = {}
     for direction, own in pairs.items():
         found = []
@@ -341,19 +275,23 @@ def _sweeps(
             found.append(
                 sweep.run(
                     setting.model,
-                    lambda logits, s=setting, b=batch: scored(s, final_logits(logits), b),
+                    lambda logits, s=setting, b=batch: scored_numbers(
+                        lambda rows: scored(s, rows, b), final_logits(logits)
+                    ),
                     dims=("pair", "quantity"),
                     coords={"quantity": quantities},
                     logits_to_keep=1,
                 )
             )
         scores[direction] = xr.concat(found, dim="pair")
+    scores, missing = numbers_only(scores, part=part)
     scores["all"] = xr.concat(list(scores.values()), dim="pair")
-    return [
+    rows = [
         {**row, "part": part}
         for direction, values in scores.items()
         for row in score_rows(values, config.seed, direction=direction)
     ]
+    return rows, missing
 
 
 def _verdict(table: pd.DataFrame) -> str:

@@ -20,13 +20,26 @@ from torch import Tensor
 
 from hooked_vlm.analysis.probes import mean_of_shares
 from hooked_vlm.experiments import options as common
+from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     PROBES,
+    is_read,
     places_read,
     probe_regions,
     strips,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, projected
+from hooked_vlm.experiments.further.cut_verdicts import (
+    ALL,
+    CUT,
+    INTACT,
+    QUANTITIES,
+    RANDOM,
+    claims,
+    named,
+    over_sentences,
+    verdict,
+)
 from hooked_vlm.experiments.further.encoder_cuts import (
     CUTS,
     Encoder,
@@ -39,8 +52,8 @@ from hooked_vlm.experiments.further.held_out_halves import Halves
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting
-from hooked_vlm.experiments.tables import format_interval, format_names, interval_rows, select
-from hooked_vlm.experiments.verdicts import Judgement, claim_rows, judge, sentence
+from hooked_vlm.experiments.tables import interval_rows
+from hooked_vlm.experiments.verdicts import claims_over_probes
 from hooked_vlm.stimuli.pairs import Question
 
 
@@ -51,13 +64,6 @@ ABOUT = About(
     title="Which attention in the vision encoder writes the code of strips?",
     claim="The paper finds strips in the projector's output and leaves their origin open.",
 )
-BACKGROUND, OBJECTS = "background", "objects"
-QUANTITIES = (BACKGROUND, OBJECTS)
-"""Shares of background tokens read as their strip, and of object tokens read as their place."""
-CODES = {BACKGROUND: "the background's code", OBJECTS: "the objects' code"}
-INTACT, CUT, RANDOM = "intact", "cut", "random cut"
-ALL = -1
-"""The number of layers' cut in the code: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
     done = 0
     rows, shares = [], []
+    missing: list[str] = []
 
     def step() -> None:
         nonlocal done
@@ -104,12 +111,13 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         made = _rows(found["shares"], list(layers), config.seed)
         rows += [{**row, "axis": axis} for row in [*found["rows"], *made]]
         shares.append(found["shares"])
-    table = pd.DataFrame(rows)
+        missing += found["left_out"]
+    table = over_sentences(pd.DataFrame(rows))
     return Result(
         **vars(ABOUT),
         table=table,
-        arrays={"shares": xr.concat(shares, dim=pd.Index(setting.axes, name="axis"))},  # pyright: ignore
-        verdict=_verdict(table, config.by),
+        arrays={"shares": _joined(shares, setting.axes)},
+        verdict="\n".join([verdict(table, config.by), *missing]),
         config={
             "images": config.images,
             "random_cuts": config.random_cuts,
@@ -132,7 +140,8 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "background keys.",
             "'writes' requires that the share falls below that of uncut pictures and below that of "
             "random cuts. Where the share of uncut pictures is not above 1/3, there is nothing to "
-            "cut off.",
+            "cut off. P-values of cuts in all layers are adjusted (Holm) over axes, cuts and both "
+            "shares, those of single layers over layers.",
         ),
     )
 
@@ -167,7 +176,10 @@ def _shares_of(
     config: Config,
     step: Callable[[], None],
 ) -> dict[str, Any]:
-    """Returns an axis's probe rows, and shares `[cut, layer, condition, image, quantity]`."""
+    """Returns an axis's probe rows, and shares.
+
+    These are `[cut, layer, condition, probe, image, quantity]`.
+    """
     halves = Halves.of(setting, axis, config.images, config.seed)
     fitted, rows, asked = halves.fitted, halves.rows, halves.asked
     step()
@@ -195,10 +207,20 @@ def _shares_of(
         "kind": list(CUTS),
         "layer": list(layers),
         "condition": [INTACT, CUT, RANDOM],
+        "image": fitted.test,
         "quantity": list(QUANTITIES),
     }
-    dims = ("kind", "layer", "condition", "image", "quantity")
-    return {"rows": rows, "shares": xr.DataArray(values, dims=dims, coords=coords)}
+    dims = ("kind", "layer", "condition", "probe", "image", "quantity")
+    shares = xr.DataArray(values, dims=dims, coords=coords)
+    # A cut without random ones has NaN there for all images, which leaves out none of them.
+    others = [dim for dim in dims if dim != "image"]
+    made = shares.notnull().any(("probe", "image", "quantity"))
+    whole = (shares.notnull() | ~made).all(others).values
+    if not whole.any():
+        raise none_left("picture")
+    missing = left_out(int((~whole).sum()), "picture", f"{axis}, cut", "tokens")
+    kept = shares.isel(image=np.flatnonzero(whole))
+    return {"rows": rows, "shares": kept, "left_out": [*halves.left_out, *missing]}
 
 
 def _features(
@@ -217,8 +239,8 @@ def _features(
 
 def _read(
     setting: Setting, axis: str, probes: Sequence[Any], features: Tensor
-) -> Float[np.ndarray, "image 2"]:
-    """Returns each picture's shares of `QUANTITIES`, averaged over probes."""
+) -> Float[np.ndarray, "probe image 2"]:
+    """Returns each picture's shares of `QUANTITIES`, by probe; NaN where tokens are no numbers."""
     layout = setting.geometry
     strip, background = strips(layout, axis)
     place = np.full(layout.shape, -1)
@@ -226,22 +248,24 @@ def _read(
         place[region.mask] = i
     read = places_read(probes, features.unflatten(1, layout.shape))
     given = (read == strip)[..., background].mean(-1), (read == place)[..., place >= 0].mean(-1)
-    return np.stack(given, axis=-1).mean(0)
+    found = np.stack(given, axis=-1)
+    found[:, ~is_read(read)] = np.nan
+    return found
 
 
 # --- rows and verdict -----------------------------------------------------------------------
 
 
-def _rows(shares: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
+def _rows(by_probe: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
     """Returns the shares of each condition, and the claims: cut - intact and cut - random cut."""
-    rows = []
+    rows, shares = [], by_probe.mean("probe")
     intact = shares.isel(kind=0, layer=0).sel(condition=INTACT).values  # [image, quantity]
     for q, quantity in enumerate(QUANTITIES):
         about = {"quantity": quantity, "condition": INTACT}
         rows += interval_rows(mean_of_shares(intact[:, q], seed=seed), {}, **about)
-    units = range(len(intact))
-    bounds = {"null": CHANCE, "low": 0.0, "high": 1.0, "condition": f"{INTACT}, claim"}
-    rows += claim_rows(intact, {"quantity": list(QUANTITIES)}, units, seed, **bounds)
+    bounds: Any = {"null": CHANCE, "low": 0.0, "high": 1.0, "condition": f"{INTACT}, claim"}
+    each = by_probe.isel(kind=0, layer=0).sel(condition=INTACT).values
+    rows += claims_over_probes(each, {"quantity": list(QUANTITIES)}, seed, **bounds)
     for kind in CUTS:
         for layer in layers:
             for condition in (CUT, RANDOM):
@@ -250,99 +274,19 @@ def _rows(shares: xr.DataArray, layers: Sequence[int], seed: int) -> list[dict]:
                     if np.isfinite(own).all():
                         about = {"kind": kind, "quantity": quantity, "condition": condition}
                         interval = mean_of_shares(own[:, q], seed=seed)
-                        rows += interval_rows(interval, {}, layer=_named(layer), **about)
-    rows += _claims(shares.sel(layer=[ALL]), QUANTITIES, units, seed)
+                        rows += interval_rows(interval, {}, layer=named(layer), **about)
+    rows += claims(by_probe.sel(layer=[ALL]), QUANTITIES, seed)
     single = [layer for layer in layers if layer != ALL]
     if single:
         for kind in CUTS:  # p-values are adjusted over layers
             for quantity in QUANTITIES:
+                # With a probe axis of one: their mean.
                 own = shares.sel(kind=[kind], layer=single, quantity=[quantity])
-                rows += _claims(own, [quantity], units, seed)
+                rows += claims(own.expand_dims("probe"), [quantity], seed)
     return rows
 
 
-def _claims(shares: xr.DataArray, quantities: Sequence[str], units: range, seed: int) -> list[dict]:
-    rows = []
-    cut = shares.sel(condition=CUT)
-    for other in (INTACT, RANDOM):
-        difference = cut - shares.sel(condition=other)
-        there = difference.notnull().all(("layer", "image", "quantity")).values
-        if not there.any():
-            continue
-        difference = difference[there].transpose("image", "kind", "layer", "quantity")
-        axes = {
-            "kind": difference["kind"].values.tolist(),
-            "layer": [_named(layer) for layer in difference["layer"].values.tolist()],
-            "quantity": list(quantities),
-        }
-        about: dict[str, Any] = {"condition": f"{CUT} - {other}"}
-        rows += claim_rows(difference.values, axes, units, seed, **about)
-    return rows
-
-
-def _named(layer: int) -> int | None:
-    """Returns a layer for the table: none where all layers are cut."""
-    return None if layer == ALL else layer
-
-
-def _verdict(table: pd.DataFrame, by: str) -> str:
-    parts = []
-    for axis in dict.fromkeys(table["axis"]):
-        for quantity in QUANTITIES:
-            own = select(table, axis=axis, quantity=quantity)
-            unread = _unread(own)
-            if unread:
-                parts.append(f"{axis}: undecided what writes {CODES[quantity]}: {unread}")
-                continue
-            parts += [f"{axis}: {_of_cut(own, cut, quantity, by)}" for cut in CUTS]
-    return "\n".join(map(sentence, parts))
-
-
-def _unread(own: pd.DataFrame) -> str:
-    """Returns why nothing can be cut off, or ''."""
-    intact = judge(select(own, condition=f"{INTACT}, claim").iloc[0])
-    return "" if intact.above else f"the probe does not read it without cuts ({intact.reason})"
-
-
-def _of_cut(own: pd.DataFrame, cut: str, quantity: str, by: str) -> str:
-    """Returns in words what a cut does to one share."""
-    code, here = CODES[quantity], select(own, kind=cut)
-    whole, single = here[here["layer"].isna()], here.dropna(subset="layer")
-    found = writes(whole)
-    start = {
-        "not found": f"{CUTS[cut]} does not write {code}",
-        "undecided": f"undecided whether {CUTS[cut]} writes {code}",
-    }.get(found.outcome, f"{CUTS[cut]} writes {code}")
-    if found.above:
-        start = f"without {CUTS[cut]} {code} is clearer"
-    shares = [f"uncut {format_interval(select(own, condition=INTACT).iloc[0])}"]
-    for condition in (CUT, RANDOM):
-        rows = select(whole, condition=condition)
-        shares += [f"{condition} {format_interval(row)}" for _, row in rows.iterrows()]
-    text = f"{start} (difference {found.reason}; share {', '.join(shares)})"
-    by_layer: Any = single.groupby("layer")
-    layers = [str(int(layer)) for layer, claims in by_layer if writes(claims).below]
-    if single.empty or not found.below:
-        return text
-    if not layers:
-        return f"{text}; not found for {'any layer alone' if by == 'layer' else 'fewer layers'}"
-    if by == "up to":
-        return f"{text}; found up to layer {format_names(layers)}"
-    return f"{text}; found for layer {format_names(layers)} alone"
-
-
-def writes(claims: pd.DataFrame) -> Judgement:
-    """Returns whether a cut lowers a share, and lowers it below that of random cuts."""
-    row = select(claims, condition=f"{CUT} - {INTACT}").iloc[0]
-    fall = judge(row)
-    if not fall.below:
-        return fall
-    against = select(claims, condition=f"{CUT} - {RANDOM}")
-    if against.empty:
-        return judge(row, unless=f"{fall.reason}, and so many keys have no random cut")
-    more = judge(against.iloc[0])
-    if more.below:
-        return fall
-    if more.outcome == "not found" or more.above:
-        return Judgement("not found", 0, f"{fall.reason}, but random cuts lower it as much")
-    return judge(row, unless=f"{fall.reason}, and against random cuts {more.reason}")
+def _joined(shares: Sequence[xr.DataArray], axes: Sequence[str]) -> xr.DataArray:
+    """Returns the shares of all axes, averaged over probes."""
+    means = [own.mean("probe") for own in shares]
+    return xr.concat(means, dim=pd.Index(axes, name="axis"))  # pyright: ignore

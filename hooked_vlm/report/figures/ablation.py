@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts
-from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import CHANCE, OF_ENTITIES, Drawing, Draws, Headlines
 
 
 def _ablation(result: Result) -> Iterator[Drawing]:
@@ -18,7 +18,7 @@ def _ablation(result: Result) -> Iterator[Drawing]:
         "entity's tokens come from a picture with this entity alone in the middle, the background "
         "from an empty picture (the paper's recipe). objects only, background only: its halves. in "
         "place: entities alone, each at its own place. mean: the mean image token everywhere. "
-        "itself: the existing tokens, which changes nothing. The dotted line is chance.",
+        "itself: the existing tokens, which changes nothing. " + OF_ENTITIES,
         headline=True,
     )
 

@@ -8,12 +8,13 @@ import xarray as xr
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look
 from hooked_vlm.report import maps as plots
-from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import CHANCE, OF_PLACES, Drawing, Draws, Headlines, readings
 from hooked_vlm.report.look import BLUE, ORANGE, Look
 
 
 def _grids(result: Result) -> Iterator[Drawing]:
-    table = result.table.assign(probe=result.table["kind"] + ", " + result.table["axis"])
+    table = readings(result.table)
+    table = table.assign(probe=table["kind"] + ", " + table["axis"])
     yield Drawing(
         "probes",
         charts.dots(
@@ -65,7 +66,7 @@ def _photographs(result: Result) -> Iterator[Drawing]:
         ),
         "Ordering probes on white and on photographs: accuracy on object tokens of held-out "
         "pictures (converged: fitted to convergence), and the share of background tokens assigned "
-        "to their strip.",
+        f"to their strip. {OF_PLACES}",
         headline=True,
     )
     for ground in dict.fromkeys(probes["ground"]):
@@ -95,8 +96,8 @@ def _photographs(result: Result) -> Iterator[Drawing]:
 
 
 def _readings(table: pd.DataFrame) -> pd.DataFrame:
-    probes = table[table["part"] == "ordering-probes"]
-    return probes[~probes["quantity"].str.contains("shuffled|difference")]
+    probes = readings(table[table["part"] == "ordering-probes"])
+    return probes[~probes["quantity"].str.contains("shuffled")]
 
 
 def _named(swaps: pd.DataFrame) -> pd.DataFrame:
@@ -127,7 +128,8 @@ def _composites(result: Result) -> Iterator[Drawing]:
             chance=CHANCE,
         ),
         "Ordering probes on whole pictures of three objects and on joined ones: accuracy on object "
-        "tokens of held-out pictures, and the share of background tokens assigned to their strip.",
+        "tokens of held-out pictures, and the share of background tokens assigned to their strip. "
+        + OF_PLACES,
         headline=True,
     )
     swaps = table[(table["quantity"] == "swapped") & table["kind"].isin(["strip", "object"])]

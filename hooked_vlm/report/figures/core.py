@@ -7,7 +7,15 @@ import xarray as xr
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look, maps
-from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import (
+    CHANCE,
+    OF_ENTITIES,
+    OF_PLACES,
+    Drawing,
+    Draws,
+    Headlines,
+    readings,
+)
 
 
 ITEMS_PER_AXIS = 2
@@ -18,7 +26,7 @@ def _behaviour(result: Result) -> Iterator[Drawing]:
         "accuracy",
         charts.accuracy(result.table, chance=CHANCE),
         "Accuracy over all questions, by direction. Dots are accuracies, whiskers are 95 % Wilson "
-        "intervals; the dotted line is chance among the three entities.",
+        "intervals. " + OF_ENTITIES,
         headline=True,
     )
 
@@ -44,12 +52,14 @@ def _answers(result: Result) -> pd.DataFrame:
 def _ordering_probes(result: Result) -> Iterator[Drawing]:
     yield Drawing(
         "probe-accuracy",
-        charts.accuracy(result.table, by="axis", chance=CHANCE),
+        charts.accuracy(readings(result.table, *look.CONTROLS), by="axis", chance=CHANCE),
         "A linear probe reads an object's place in the order (first, middle, last) from single "
         "visual tokens at the projector's output. Accuracy on the object tokens of held-out "
         "images, and the share of background tokens that the probe assigns to their own strip; "
         "the control is a probe fitted in the same way to shuffled labels. Green: a logistic "
-        "regression on the same tokens, fitted to convergence. n is the number of held-out images.",
+        "regression on the same tokens, fitted to convergence. Background tokens are also counted "
+        "in the middle strip alone, with one object alone, and in an empty picture. n is the "
+        "number of held-out images. " + OF_PLACES,
     )
     arrays = result.arrays
     if "mean_maps" in arrays:

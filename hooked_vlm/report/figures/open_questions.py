@@ -4,7 +4,16 @@ from collections.abc import Iterator
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look
-from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import (
+    CHANCE,
+    OF_ENTITIES,
+    OF_PLACES,
+    ZERO,
+    Drawing,
+    Draws,
+    Headlines,
+    readings,
+)
 
 
 DEPTH = "layer: 0 = encoder input, l = output of block l−1, last = projector"
@@ -12,7 +21,7 @@ DEPTH = "layer: 0 = encoder input, l = output of block l−1, last = projector"
 
 def _depth(result: Result) -> Iterator[Drawing]:
     table = result.table
-    probes = table[table["quantity"].isin(list(look.SCORES))]
+    probes = readings(table)
     yield Drawing(
         "probes",
         charts.curves(
@@ -27,7 +36,7 @@ def _depth(result: Result) -> Iterator[Drawing]:
         ),
         "Ordering probes, fitted at each depth of the vision encoder: accuracy on object tokens of "
         "held-out pictures, and the share of background tokens assigned to their strip. Bands are "
-        "95 % intervals over pictures.",
+        f"95 % intervals over pictures. {OF_PLACES}",
         headline=True,
     )
     swaps = table[table["quantity"] == "swapped"]
@@ -77,7 +86,7 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
         ),
         "Accuracy with both signals, with vision's order alone (attention between objects "
         "masked in the language model), with the language model's alone (vision's order removed), "
-        "and with neither. The dotted line is chance.",
+        "and with neither. " + OF_ENTITIES,
         headline=True,
     )
     yield Drawing(
@@ -93,7 +102,8 @@ def _redundancy(result: Result) -> Iterator[Drawing]:
             chance=0.0,
         ),
         "The interaction in log odds. Below zero, one signal can replace the other; above zero, "
-        "each needs the other. 95 % bootstrap intervals over pictures.",
+        "each needs the other. The dotted line is zero, where the two add up. 95 % bootstrap "
+        "intervals over pictures.",
     )
 
 
@@ -119,7 +129,7 @@ def _absolute_or_relative(result: Result) -> Iterator[Drawing]:
             f"Pictures with {objects} close together at an edge: how ordering probes, fitted to "
             "the usual pictures, read the tokens of objects whose order and strip differ: as their "
             "place among the objects (relative), as their strip (absolute), or as neither. The gap "
-            "is that between the objects, in tokens.",
+            f"is that between the objects, in tokens. {OF_PLACES}",
             headline=shown == "three",
         )
 
@@ -140,7 +150,7 @@ def _why_strips(result: Result) -> Iterator[Drawing]:
         ),
         "Attention in the vision encoder is cut in all layers, from one class of patches to "
         "another, or to as many random keys: the share of background tokens that ordering probes "
-        "assign to their strip, and of object tokens that they assign to their place.",
+        "assign to their strip, and of object tokens that they assign to their place. " + OF_PLACES,
         headline=True,
     )
     layers = table[table["layer"].notna() & (table["condition"] == "cut - intact")]
@@ -160,7 +170,7 @@ def _why_strips(result: Result) -> Iterator[Drawing]:
             ),
             "Change of the shares where attention is cut in "
             f"{'all layers up to each' if together else 'single layers'}. Bands are 95 % "
-            "intervals over pictures.",
+            f"intervals over pictures. {ZERO}",
         )
 
 

@@ -4,7 +4,14 @@ from collections.abc import Iterator
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look
-from hooked_vlm.report.figures.drawing import CHANCE, Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import (
+    CHANCE,
+    OF_ENTITIES,
+    OF_PLACES,
+    Drawing,
+    Draws,
+    Headlines,
+)
 
 
 def _coco(result: Result) -> Iterator[Drawing]:
@@ -22,7 +29,8 @@ def _coco(result: Result) -> Iterator[Drawing]:
             chance=0.5,
         ),
         "Items correct in both orders of their options, and single answers that are correct, by "
-        "axis. Whiskers are 95 % Wilson intervals; the dotted line is chance of a single answer.",
+        "axis. Whiskers are 95 % Wilson intervals; the dotted line is 1/2, chance of a single "
+        "answer.",
         headline=True,
     )
 
@@ -39,7 +47,7 @@ def _whatsup(result: Result) -> Iterator[Drawing]:
             chance=CHANCE,
         ),
         "Accuracy on What'sUp's composites, by the reference in the middle and over all of them. "
-        "Whiskers are 95 % Wilson intervals; the dotted line is chance among the three things.",
+        f"Whiskers are 95 % Wilson intervals. {OF_ENTITIES}",
         headline=True,
     )
     yield Drawing(
@@ -53,7 +61,7 @@ def _whatsup(result: Result) -> Iterator[Drawing]:
         ),
         "One ordering probe over all references: accuracy on object tokens of held-out composites, "
         "the share of background tokens that it assigns to their strip, and both for a probe with "
-        "shuffled labels.",
+        f"shuffled labels. {OF_PLACES}",
     )
     apart = table[table["direction"] != "all"]
     yield Drawing(

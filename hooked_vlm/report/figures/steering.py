@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts
-from hooked_vlm.report.figures.drawing import Drawing, Draws, Headlines
+from hooked_vlm.report.figures.drawing import ZERO, Drawing, Draws, Headlines
 from hooked_vlm.report.look import BLUE, GREEN, GREY, ORANGE, PINK, Look
 
 
@@ -48,7 +48,7 @@ def _amplification(result: Result) -> Iterator[Drawing]:
             chosen, by="kind", line="quantity", x_label="change in accuracy", limits=None, chance=0
         ),
         "Change in accuracy over all items, with alpha chosen on the same items (as published) or "
-        "on the other half of the items. 95 % bootstrap intervals over items.",
+        f"on the other half of the items. 95 % bootstrap intervals over items. {ZERO}",
     )
 
 
@@ -66,7 +66,7 @@ def _transfer(result: Result) -> Iterator[Drawing]:
         ),
         "Change in accuracy on each setting (rows) with ordering directions and alpha from each "
         "setting (marks). From the setting itself, alpha is chosen on the other half of its items. "
-        "95 % bootstrap intervals over items.",
+        f"95 % bootstrap intervals over items. {ZERO}",
         headline=True,
     )
 
