@@ -24,7 +24,11 @@ Site = str | int
 
 
 def check_sweep(
-    model: HookedVLM, inputs: Mapping[str, Any], source: Mapping[str, Any], every: bool = True
+    model: HookedVLM,
+    inputs: Mapping[str, Any],
+    source: Mapping[str, Any],
+    every: bool = True,
+    **forward_kwargs: Any,
 ) -> Finding:
     """Verifies that patches from another run give the same logits with every engine.
 
@@ -33,14 +37,15 @@ def check_sweep(
     middle and last layers are checked.
     """
     grown: list[str] = []
-    told, problems = "", []
+    told, common, problems = "", "", []
     for name, cells in _groups(model, inputs, every).items():
         try:
-            off, engine = _compared(model, inputs, source, cells)
+            off, engine = _compared(model, inputs, source, cells, forward_kwargs)
         except (InterventionError, GridError):
             continue  # every engine raises before it runs
         if engine.startswith("growing"):
             grown.append(name)
+            common = next((x for x in engine.split("; ") if " prompts in " in x), common)
         else:
             told = told or engine
         if not off <= bound_for(model, inputs, {}, model.cfg.dtype, off):
@@ -49,7 +54,8 @@ def check_sweep(
         return Finding("sweep", NO, "; ".join(problems))
     if not grown and not told:
         return Finding("sweep", NONE)
-    return Finding("sweep", YES, f"grown: {', '.join(grown) or 'none'}" + (told and f"; {told}"))
+    said = [f"grown: {', '.join(grown) or 'none'}", common, told]
+    return Finding("sweep", YES, "; ".join(filter(None, said)))
 
 
 def _groups(
@@ -87,6 +93,7 @@ def _compared(
     inputs: Mapping[str, Any],
     source: Mapping[str, Any],
     cells: Sequence[tuple[Site, Any]],
+    forward_kwargs: Mapping[str, Any],
 ) -> tuple[float, str]:
     """Returns the engines' difference relative to the largest logit, and the fastest engine."""
     sweep = Sweep(
@@ -95,6 +102,7 @@ def _compared(
         lambda cell: Patch(cells[cell][0], at=cells[cell][1], source=source),
     )
     kwargs: Any = {"metric": lambda logits: logits[:, -1], "dims": ("batch", "token")}
+    kwargs |= forward_kwargs
     plain = sweep.run(model, engine="plain", **kwargs)
     with warnings.catch_warnings():
         # The finding names the engine.

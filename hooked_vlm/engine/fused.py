@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.engine.clean_run import Clean
 from hooked_vlm.engine.fingerprints import remember
 from hooked_vlm.engine.kernels import patched_rows, way_for
@@ -116,11 +117,12 @@ def fused_rows(
     return patched_rows(
         whole[:, start - clean.first :],
         source,
-        token_map[:, start:].to(here),
-        clean_row=clean_row.to(here),
-        source_row=source_row.to(here),
-        steer_at=None if steer_at is None else steer_at[:, start:].to(here),
-        **{name: x.to(here) for name, x in steering.items()},
+        # Sent, and not moved: the host would wait for each, before every block.
+        sent(token_map[:, start:], here),
+        clean_row=sent(clean_row, here),
+        source_row=sent(source_row, here),
+        steer_at=None if steer_at is None else sent(steer_at[:, start:], here),
+        **{name: sent(x, here) for name, x in steering.items()},
         mode=writes[0].steer.mode if writes[0].steer else "add",
         by=way_for(whole),
         check_values=False,

@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -166,7 +166,26 @@ def _sweep(model: HookedVLM, inputs: Any, size: tuple[int, int]) -> Finding:
     _lengthen(source)
     for prompts in (inputs, source):
         prompts.tensors.pop("labels", None)
-    return check_sweep(model, inputs, source)
+    found = check_sweep(model, inputs, source)
+    if found.verdict != YES:
+        return found
+    return _with_questions(model, size, found)
+
+
+def _with_questions(model: HookedVLM, size: tuple[int, int], found: Finding) -> Finding:
+    """Adds what sweeps do whose prompts ask two questions about one image."""
+    asked = ["What?", "Where is"]
+    try:
+        pairs = [model.prepare([picture(*size, seed=seed)] * 2, asked) for seed in (0, 1)]
+    except HookedVLMError as error:
+        return replace(found, note=f"{found.note}; no two prompts: {_short(error)}")
+    for prompts in pairs:
+        prompts.tensors.pop("labels", None)
+    more = check_sweep(model, *pairs, every=False, logits_to_keep=1)
+    if more.verdict == NO:
+        return replace(more, note=f"two questions about an image: {more.note}")
+    rows = "one row" if "2 prompts in 1 row" in more.note else "a row each"
+    return replace(found, note=f"{found.note}; two questions about an image: {rows}")
 
 
 def _run(name: str, run: Callable[[], Finding]) -> Finding:

@@ -289,8 +289,10 @@ class _Functions(TorchFunctionMode):
                 StandIn.now().wait("torch.tensor of values on the device")
             args = (pytree.tree_map(_number, args[0]), *args[1:])
             StandIn.now().wait("torch.tensor on the device")
+        is_leaf = kwargs.pop("requires_grad", False)
         bare_args, bare_kwargs = pytree.tree_map(_bare, (args, kwargs))
-        return pytree.tree_map(_put, func(*bare_args, **bare_kwargs))
+        found = pytree.tree_map(_put, func(*bare_args, **bare_kwargs))
+        return found.requires_grad_() if is_leaf else found
 
 
 def _attention(

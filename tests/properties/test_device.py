@@ -34,6 +34,8 @@ QUESTION = "What is on the left?"
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel's place in a sweep is taken by its definition: the stand-in compiles nothing."""
     monkeypatch.setattr(fused, "WAYS", ("reference",))
+    # Where triton is installed, it takes the device for a GPU.
+    monkeypatch.setattr(fused, "way_for", lambda clean: "reference")
     with torch.no_grad():
         yield
 
@@ -112,6 +114,41 @@ def test_sweeps_run_by_the_engine_that_runs_them_on_the_host(pair: Any, order: A
     assert not device.refused
 
 
+@pytest.mark.parametrize("order", [("final token", "strips"), ("strips", "final token")])
+def test_the_kernel_makes_rows_in_either_order(
+    pair: Any, order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What agreed once for a kind of step is not tried again: its maps must be on the device."""
+    _, moved, device = pair
+    calls: list[Any] = []
+    true = fused.patched_rows
+
+    def counted(*args: Any, **how: Any) -> Tensor:
+        calls.append(args[2])
+        return true(*args, **how)
+
+    monkeypatch.setattr(fused, "patched_rows", counted)
+    for kind in order:
+        calls.clear()
+        found = sweep_of(moved, kind).run(moved, lambda x: x[:, -1, 0])
+        assert found.attrs["engine"].startswith("growing"), kind
+        # Rows join before each block and after all; the last token itself is the source's, too.
+        assert len(calls) >= moved.cfg.n_layers and all(isinstance(x, OnDevice) for x in calls)
+    assert not device.refused
+
+
+@pytest.mark.parametrize("kind", ["strips", "final token", "ablated", "vision"])
+def test_attribution_is_that_of_the_host(pair: Any, kind: str) -> None:
+    host, moved, device = pair
+    with torch.enable_grad():
+        expected, found = (
+            sweep_of(model, kind).attribution(model, lambda logits: logits[:, -1, 0])
+            for model in (host, moved)
+        )
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-4, rtol=1e-3)
+    assert not device.refused
+
+
 def test_runs_caches_and_answers_are_those_of_the_host(pair: Any) -> None:
     host, moved, device = pair
     inputs, own = prepared(host), prepared(moved)
@@ -167,8 +204,12 @@ def test_how_often_a_sweep_waits_does_not_depend_on_its_cells(pair: Any, kind: s
         device.syncs.clear()
         found = sweep.run(moved, lambda x: x[:, -1, 0])
         assert found.attrs["engine"].startswith("growing")
-        # What transformers' own forward waits for is not in our hands.
-        own = {line: n for (_, line), n in device.syncs.items() if line != "transformers"}
+        # What transformers' own forward waits for is not in our hands, and what the kernel's
+        # definition waits for, the kernel does not.
+        others = ("transformers", "engine/kernels/reference.py")
+        own = {
+            line: n for (_, line), n in device.syncs.items() if line.partition(":")[0] not in others
+        }
         waits.append(sum(own.values()))
         assert waits[-1] <= 12 + moved.cfg.n_layers, own
     # In the encoder, by where cells start; elsewhere their number changes nothing.
