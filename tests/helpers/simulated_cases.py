@@ -42,7 +42,7 @@ CASES = {
     "E5": Case(simulated.e5, "right end in 1/2", "right end in 1/2 + 0.35", 0.35),
     "E6": Case(simulated.e6, "objects at 1/2", "objects 1/2 + 0.45 at two slots", 0.45),
     "E7, R2": Case(
-        simulated.e7, "no directions change anything", "0.7 of wrong answers corrected", 0.7, 1
+        simulated.e7, "no directions change anything", "0.8 of wrong answers corrected", 0.8, 1
     ),
     "E7, R2, against random": Case(
         partial(simulated.e7, random=0.3),

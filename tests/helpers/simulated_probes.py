@@ -81,7 +81,7 @@ def q5_reading(rng: Rng, shape: str, n: int, effect: float) -> bool:
     nulls = np.array([1 / 3, 2 / 3, 1 / 3])[:, None, None]
     rows = []
     for axis in AXES:
-        noise = [centred(rng, shape, n, 3 * PROBES).reshape(3, PROBES, n) for _ in range(3)]
+        noise = [centred(rng, shape, n, 3 * PROBES).T.reshape(3, PROBES, n) for _ in range(3)]
         read = [(nulls + 0.6 * one + effect).clip(0, 1) for one in noise]
         rows += encoder_depth.reading_claims(read, 2 / 3, 0, axis=axis)
     table = encoder_depth.over_sentences(pd.DataFrame(rows))
@@ -153,7 +153,8 @@ def q8(rng: Rng, shape: str, n: int, effect: float) -> bool:
     """Cuts that do nothing, on two axes."""
     parts = []
     for axis in AXES:
-        noise = centred(rng, shape, n, 18 * PROBES).T.reshape(3, 1, 3, PROBES, n, 2)
+        noise = centred(rng, shape, n, 18 * PROBES).T.reshape(3, 1, 3, PROBES, 2, n)
+        noise = noise.swapaxes(-1, -2)  # of one picture: all cuts, conditions and quantities
         values = 0.7 + 0.5 * noise
         values[:, :, 1] -= effect
         made = xr.DataArray(
