@@ -174,6 +174,15 @@ def _row_shape(fold: Fold | None, batch: int, length: int, start: int) -> _RowSh
     return _RowShape(layout.n_rows, layout.width, layout.width + layout.kept_places.shape[1])
 
 
+def _one_by_one(
+    n_cells: int, batch: int, length: int, naive: float, peak: int, missing: str
+) -> Explanation:
+    """Explains a sweep with a pass for each cell, because of some that rows cannot carry."""
+    reason = f"Rows cannot carry what {missing} would change: cells run one by one."
+    sizes = (n_cells, batch, length, naive, naive, naive, n_cells, n_cells * batch, peak)
+    return Explanation(*sizes, (), (reason,))
+
+
 def _common(fold: Fold | None, batch: int) -> tuple[str, ...]:
     if fold is None:
         return ()
@@ -247,12 +256,8 @@ class CheckedCells(Sequence[Cell]):
             fixed += costs.vision + shape.cost(costs, costs.n_layers - depth)
         if len(jobs) != len(found):
             missing = counted(len(found) - len(jobs), "cell")
-            reason = f"Rows cannot carry what {missing} would change: cells run one by one."
             peak = batch * row_bytes(model, length, 0, keep, model.cfg.dtype.itemsize)
-            return Explanation(
-                len(found), batch, length, naive, naive, naive, len(found), len(found) * batch,
-                peak, (), (reason,),
-            )  # fmt: skip
+            return _one_by_one(len(found), batch, length, naive, peak, missing)
         firsts = self._inside_images(firsts_of(jobs, forward_kwargs, inputs))
         planned, floor, proof, passes, rows, peak = fixed, fixed, 0.0, 0, 0, 0
         one = _RowShape(batch, length, length)
