@@ -117,6 +117,6 @@ def test_j2_regions_of_one_name_are_numbered_from_2_on() -> None:
 def test_j2_the_legend_ends_two_gaps_behind_its_longest_entry() -> None:
     region = Region.column_band((4, 4), 0, 1)
     legend = overlay._with_legend(Image.new("RGB", (8, 8), "white"), {"a region": region})
-    dark = (np.asarray(legend) < 255).any(-1).any(0).nonzero()[0]
+    dark = np.flatnonzero((np.asarray(legend) < 255).any(axis=(0, 2)))
     gap = 6
     assert dark[0] == gap and abs(legend.width - 1 - dark[-1] - 2 * gap) <= 2
