@@ -292,6 +292,10 @@ CASES = {
         "scoring.top_answer(logits.to('meta'), tok)",
         "ScoringError: Logits were given as a meta tensor",
     ),
+    "i4 features on meta": (
+        "LinearProbe(n_steps=1).fit(torch.ones(4, 2, device='meta'), [0, 1, 0, 1])",
+        "DataError: The probe was given a meta tensor of float32",
+    ),
     "i4 an axis that make does not take": (
         "Sweep(inputs, {'slto': [0, 1]}, lambda slot: Ablate(slot)).plan(qwen)",
         "InterventionError: make cannot be called with the axes slto",
@@ -335,7 +339,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from hooked_vlm import Ablate, Chain, HookedVLM, LastToken, Patch, Region, Span, Steer, Sweep
 from hooked_vlm.analysis import directions, scoring, statistics
-from hooked_vlm.analysis.probes import split_by_image
+from hooked_vlm.analysis.probes import LinearProbe, split_by_image
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.hook_at import HookAt

@@ -33,8 +33,15 @@ from torch import Tensor
 
 from hooked_vlm.analysis.directions import Direction
 from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
-from hooked_vlm.arguments.checked import checked, require
-from hooked_vlm.arguments.kinds import Count, NotNegative, OptionalDevice, Seed, Share
+from hooked_vlm.arguments.checked import checked, require, shown
+from hooked_vlm.arguments.kinds import (
+    Count,
+    NotNegative,
+    OptionalDevice,
+    Seed,
+    Share,
+    has_values,
+)
 from hooked_vlm.errors import DataError, HookedVLMError, counted
 from hooked_vlm.regions.region import Region
 
@@ -347,6 +354,8 @@ def _array(values: Any) -> Any:
     """Returns a tensor as a numpy array (bfloat16 as float32); other values unchanged."""
     if not isinstance(values, Tensor):
         return values
+    if not has_values(values):
+        raise DataError(f"The probe was given {shown(values)}; expected one with values.")
     values = values.detach().cpu()
     return (values.float() if values.is_floating_point() else values).numpy()
 
