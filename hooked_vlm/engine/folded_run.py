@@ -77,6 +77,8 @@ class Folding:
         """Before the first block, with the noise."""
         self._made: dict[Any, Any] = {}
         self._noted: dict[int, Tensor] = {}
+        self._handed: Tensor | None = None
+        """What the block before returned."""
         self._same: list[Tensor] = []
 
     def wrap(self, i: int, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,6 +90,9 @@ class Folding:
                 hidden = self._begin(hidden, args, kwargs)
             if self.fold is None:
                 return own(*args, **kwargs)
+            if i and hidden is not self._handed:
+                # Something was added between two blocks: not the same to all, perhaps (DeepStack).
+                self._same.append(self.fold.agree(hidden))
             stream = carrier(self.blocks[i], args, kwargs)
             self._note((args[1:], {k: value for k, value in kwargs.items() if k != stream}))
             layout = self.fold.layout(0)
@@ -96,7 +101,7 @@ class Folding:
             rows = layout.folded(hidden)
             fitted = fitted_call(self.blocks[i], fit, rows, args, kwargs, needs_mask=True)
             output = own(*fitted[0], **fitted[1])
-            whole = layout.unfolded(output[0] if self.tuples[i] else output)
+            whole = self._handed = layout.unfolded(output[0] if self.tuples[i] else output)
             return (whole, *[None] * (self.tuples[i] - 1)) if self.tuples[i] else whole
 
         return forward
@@ -125,10 +130,7 @@ class Folding:
         """Notes whether what a block is called with is one for shared tokens."""
         assert self.fold is not None
         for name, tensor in tensors_in(given):
-            # Tensors that are held keep their ids; the stream itself is a new one at each block.
-            if id(tensor) not in self._noted and tensor.shape != getattr(
-                self.stream, "shape", None
-            ):
+            if id(tensor) not in self._noted:  # tensors that are held keep their ids
                 self._noted[id(tensor)] = tensor
                 self._same += same_for_shared(self.fold, name, tensor)
 

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conformance.suite import build as conforming
+from conformance.suite import image_size, picture
 from helpers.growing_sweeps import BOUND, make_region
 from helpers.questions import ask
 from helpers.tiny_models import FAMILIES, IMAGE, build, tiny
@@ -128,6 +130,24 @@ def test_positions_that_count_the_padding_are_not_shared() -> None:
     del inputs["position_ids"], source["position_ids"]
     sweep = sweep_of("llava", inputs, source, ["region"])
     assert "prompts in" not in check(tiny("llava"), sweep, logits_to_keep=1)
+
+
+def test_images_that_differ_only_in_what_later_blocks_are_given_are_not_shared() -> None:
+    # DeepStack: features of the encoder's own are added behind the first blocks.
+    model = conforming("qwen3_vl")
+    a, b = (picture(*image_size(model), seed=i) for i in range(2))
+    questions = ["Is A left of B?", "Is A above B of it?"]
+
+    def sweep(pictures: list[Any]) -> Sweep:
+        return Sweep(
+            model.prepare(pictures, questions),
+            {"slot": [1, 2], "at": [LastToken(), None]},
+            lambda slot, at: Ablate(slot, at=at),
+            base=[Ablate("vision_projector.hook_out")],
+        )
+
+    assert "2 prompts in 1 row" in check(model, sweep([a, a]), logits_to_keep=1)
+    assert "prompts in" not in check(model, sweep([a, b]), logits_to_keep=1)
 
 
 def test_what_noise_does_not_confirm_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
