@@ -29,7 +29,7 @@ from hooked_vlm.engine.clean_run import (
 )
 from hooked_vlm.engine.folding import FoldedFit, Layout
 from hooked_vlm.engine.fused import joined_rows
-from hooked_vlm.engine.stages import RowPlan, StageEdit
+from hooked_vlm.engine.stages import RowPlan, StageEdit, last_kept
 from hooked_vlm.engine.vision import Early
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.stand_ins import encoder_of, replaying
@@ -92,7 +92,7 @@ def trimmed_of(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> list[nn.Mod
     block = model.anatomy.lm.blocks[-1]
     last = len(model.anatomy.lm.blocks) - 1
     inside = [step for job in jobs for step in job.inside() if step.stage == last]
-    if clean.arguments.get("logits_to_keep") != 1 or inside or block.post_norm:
+    if last_kept(clean.arguments) != 1 or inside or block.post_norm:
         return []
     paths = [block.attn and block.attn.out, block.mlp and block.mlp.path]
     return [model.hf_model.get_submodule(path) for path in paths if path]

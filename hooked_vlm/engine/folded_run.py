@@ -25,7 +25,7 @@ from hooked_vlm.engine.folding import Fold, FoldedFit, same_for_shared, tensors_
 from hooked_vlm.engine.image_cache import Kept, encoding_once
 from hooked_vlm.engine.noise import apart, bound_for
 from hooked_vlm.engine.proofs import APART
-from hooked_vlm.engine.stages import ids_of, prompt_mask, stage_of
+from hooked_vlm.engine.stages import ids_of, last_kept, prompt_mask, stage_of
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.inputs.rows import known_rows
 from hooked_vlm.interventions.chain import flattened
@@ -56,6 +56,11 @@ def separate_prompts(model: Model) -> Iterator[None]:
             _SEPARATE.discard(model)
 
 
+def is_separate(model: Any) -> bool:
+    """Whether a `separate_prompts` block is open: what is made in it must not be kept for others."""
+    return model in _SEPARATE
+
+
 class Folding:
     """One pass whose blocks run on rows of a fold, if its prompts share anything."""
 
@@ -64,8 +69,7 @@ class Folding:
     ) -> None:
         """Folds the prompts of some inputs; `noisy` adds noise before the first block.
 
-        Of the last `kept` positions somebody sees the logits.  What padding gives is another
-        number in a row of its own than in a common one, so none may be among them.
+        Of the last `kept` positions somebody sees the logits, so none of them may be padding.
         """
         self.model, self.inputs, self.kept, self.noisy = model, inputs, kept, noisy
         self.blocks = blocks_of(model)
@@ -115,10 +119,9 @@ class Folding:
         ids = ids_of(self.inputs)
         if ids is None or hidden.shape[:2] != ids.shape or answer(self.model, self.kind) is False:
             return hidden
-        found = Fold.find(hidden, ids, prompt_mask(self.inputs))
-        if found is None or found.pads.max() > found.length - self.kept:
+        self.fold = Fold.find(hidden, ids, prompt_mask(self.inputs), self.kept)
+        if self.fold is None:
             return hidden
-        self.fold = found
         if self.noisy:
             noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
             scale = hidden.float().std(-1, keepdim=True).to(hidden)
@@ -157,11 +160,10 @@ def run_folded(
     are used; where it is not given, those that `arguments` ask for.
     """
     ids = ids_of(inputs)
-    if model in _SEPARATE or model.device.type == "meta" or ids is None:
+    if is_separate(model) or model.device.type == "meta" or ids is None:
         return run(None)
     if kept is None:
-        asked_for = arguments.get("logits_to_keep", 0)
-        kept = (isinstance(asked_for, int) and asked_for) or ids.shape[1]
+        kept = last_kept(arguments) or ids.shape[1]
     # An image that is there twice is encoded once: in a batch its bits may depend on its place.
     with encoding_once(model, Kept(), repeated_only=True):
         return _run_folded(model, inputs, run, arguments, kept)
@@ -229,14 +231,14 @@ def folds_under(model: Any, base: Sequence[Any]) -> bool:
     return all(stage < 0 or (stage == 0 and between) for stage, between in stages)
 
 
-def expected_fold(model: Any, inputs: Mapping[str, Any]) -> Fold | None:
+def expected_fold(model: Any, inputs: Mapping[str, Any], kept: int = 1) -> Fold | None:
     """Returns which prompts will share rows, from inputs alone: nothing runs.
 
     An image counts as the same where its pixels are.  None also where these cannot be told apart
     (on the `meta` device, or where a processor does not lay them out by image).
     """
     ids, pixels = ids_of(inputs), inputs.get("pixel_values")
-    if model in _SEPARATE or not isinstance(pixels, Tensor) or ids is None:
+    if is_separate(model) or not isinstance(pixels, Tensor) or ids is None:
         return None
     if pixels.is_meta or ids.is_meta:
         return None
@@ -253,4 +255,4 @@ def expected_fold(model: Any, inputs: Mapping[str, Any]) -> Fold | None:
         for grid in row:
             content[b, grid.positions.flatten()] = number_of(next(parts))
     mask = prompt_mask(inputs)
-    return Fold.find(content, ids.cpu(), mask if mask is None else mask.cpu())
+    return Fold.find(content, ids.cpu(), mask if mask is None else mask.cpu(), kept)

@@ -47,14 +47,17 @@ class Fold:
     length: int
 
     @classmethod
-    def find(cls, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> "Fold | None":
+    def find(
+        cls, hidden: Tensor, ids: Tensor, mask: Tensor | None, kept: int = 1
+    ) -> "Fold | None":
         """Returns which prompts begin with the same stream `hidden` before the first block.
 
         Tokens count as the same where their ids and all bits of their stream are (an image is
-        what the encoder made of it).  None where no two prompts share enough.
+        what the encoder made of it).  None where no two prompts share enough, and where some of
+        the last `kept` positions are padding: what that gives is another number in a common row.
         """
         pads = _left_pads(ids, mask)
-        if pads is None or len(ids) < 2:
+        if pads is None or len(ids) < 2 or pads.max() > ids.shape[1] - kept:
             return None
         # One number for each token is compared on the host, and all of what that finds on the
         # device: so two answers are waited for, however many prompts there are.

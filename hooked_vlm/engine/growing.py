@@ -19,7 +19,7 @@ from hooked_vlm.engine.batch import Growing, compared_jobs, trimmed_of
 from hooked_vlm.engine.budget import PASS_TOKENS, rows_within
 from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, run_clean
 from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_of_attending
-from hooked_vlm.engine.folded_run import folds_under, run_folded
+from hooked_vlm.engine.folded_run import folds_under, is_separate, run_folded
 from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.proofs import (
     keeps_keys,
@@ -345,7 +345,7 @@ def _clean(
     Where other sweeps may need it too, all of it is kept, else what rows from `starts` on need.
     """
     runs = None if base else open_runs(model)
-    how = repr(sorted(arguments.items())), ways_of_attending(model)
+    how = repr(sorted(arguments.items())), ways_of_attending(model), is_separate(model)
     key = ("clean", content_of(inputs), how) if runs else ()
     kept = runs.get(key) if runs else None
 

@@ -21,7 +21,7 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count, Model
 from hooked_vlm.engine.clean_run import with_forwards
 from hooked_vlm.engine.fingerprints import arithmetic, content_of, ways_of_attending
-from hooked_vlm.engine.folded_run import Folding, run_folded
+from hooked_vlm.engine.folded_run import Folding, is_separate, run_folded
 from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.engine.stages import IN_FRONT, stage_of
 from hooked_vlm.errors import InterventionError
@@ -109,7 +109,7 @@ def recorded_once(model: Any, inputs: Mapping[str, Any], names: Sequence[str]) -
     stages = [stage_of(name, model.cfg.n_layers)[0] for name in names]
     if runs is None or IN_FRONT in stages:
         return _record(model, inputs, names)
-    key = ("source", content_of(inputs), ways_of_attending(model))
+    key = ("source", content_of(inputs), ways_of_attending(model), is_separate(model))
     kept: dict[str, Any] = runs.get(key) or {}
     missing = [name for name in names if name not in kept]
     if missing:

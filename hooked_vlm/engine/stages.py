@@ -171,6 +171,12 @@ def ids_of(inputs: Mapping[str, Any]) -> Tensor | None:
     return inputs.get("input_ids", inputs.get("decoder_input_ids"))
 
 
+def last_kept(arguments: Mapping[str, Any]) -> int | None:
+    """Returns of how many last positions logits are asked for; 0 for all, None for any others."""
+    asked_for = arguments.get("logits_to_keep", 0)
+    return asked_for if isinstance(asked_for, int) and asked_for >= 0 else None
+
+
 def prompt_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     """Returns which of those tokens are no padding, if inputs say it."""
     part = "" if "input_ids" in inputs else "decoder_"

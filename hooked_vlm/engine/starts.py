@@ -6,7 +6,7 @@ from typing import Any
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.engine.arguments import is_closed
 from hooked_vlm.engine.clean_run import Clean
-from hooked_vlm.engine.stages import RowPlan, ids_of
+from hooked_vlm.engine.stages import RowPlan, ids_of, last_kept
 
 
 SHORT = 0.1
@@ -42,8 +42,8 @@ def firsts_of(
 ) -> list[int]:
     """Returns, by job, the first position that its rows cannot do without."""
     length = _length(inputs)
-    keep = arguments.get("logits_to_keep", 0)
-    if not isinstance(keep, int):
+    keep = last_kept(arguments)
+    if keep is None:
         return [0] * len(jobs)
     # All positions (0): those before are the clean run's.
     last = length - keep if keep else length - 1

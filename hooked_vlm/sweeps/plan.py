@@ -17,9 +17,9 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count
 from hooked_vlm.engine.batch import goes_alike
 from hooked_vlm.engine.budget import PASS_TOKENS, row_bytes, rows_within
-from hooked_vlm.engine.folded_run import expected_fold
+from hooked_vlm.engine.folded_run import expected_fold, folds_under
 from hooked_vlm.engine.folding import Fold
-from hooked_vlm.engine.stages import RowPlan, ids_of, job_of
+from hooked_vlm.engine.stages import RowPlan, ids_of, job_of, last_kept
 from hooked_vlm.engine.starts import firsts_of, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import tower_depth
 from hooked_vlm.errors import InterventionError, counted
@@ -233,9 +233,11 @@ class CheckedCells(Sequence[Cell]):
                 "Sweep.run takes them, one pass for each cell."
             )
         batch, length = ids.shape
-        keep = forward_kwargs.get("logits_to_keep", 0) or length
-        keep = keep if isinstance(keep, int) else len(keep)
-        fold = expected_fold(model, inputs)
+        keep = forward_kwargs.get("logits_to_keep", 0)
+        keep = len(keep) if isinstance(keep, Tensor) else keep or length
+        fold = expected_fold(model, inputs, last_kept(forward_kwargs) or length)
+        if fold and not folds_under(model, self.cells[0].base):
+            fold = None
         whole = costs.vision + costs.rows(batch, length, length) + batch * keep * costs.head
         clean = costs.vision + _row_shape(fold, batch, length, 0).cost(costs)
         clean += batch * keep * costs.head

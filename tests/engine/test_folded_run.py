@@ -112,6 +112,24 @@ def test_runs_that_sweeps_share_are_those_of_common_rows(family: str) -> None:
     assert runs.reused
 
 
+def test_a_block_without_common_rows_takes_no_runs_that_had_them() -> None:
+    model = tiny("llava")
+    sweep = sweep_of("llava", ask("llava", LENGTHS, seed=1), ask("llava", LENGTHS, seed=2))
+    with shared_runs(model):
+        assert COMMON in logits_of(model, sweep, logits_to_keep=1).attrs["engine"]
+        with separate_prompts(model):
+            assert COMMON not in logits_of(model, sweep, logits_to_keep=1).attrs["engine"]
+        assert COMMON in logits_of(model, sweep, logits_to_keep=1).attrs["engine"]
+
+
+@pytest.mark.parametrize("positions", [[46], [0, 46], [1]])
+def test_logits_may_be_asked_for_by_position(positions: list[int]) -> None:
+    sweep = sweep_of("llava", ask("llava", LENGTHS, seed=1), ask("llava", LENGTHS, seed=2))
+    kept = torch.tensor(positions)
+    check(tiny("llava"), sweep, logits_to_keep=kept)
+    assert "share rows" not in str(sweep.plan(tiny("llava")).explain(logits_to_keep=kept))
+
+
 def test_a_model_whose_image_sees_the_question_keeps_its_rows() -> None:
     model = HookedVLM(build("gemma-3"), name="an image that sees the question")
     inputs, source = ask("gemma-3", LENGTHS, seed=1), ask("gemma-3", LENGTHS, seed=2)
@@ -176,6 +194,10 @@ def test_a_plan_counts_common_rows(family: str) -> None:
     sweep = sweep_of(family, inputs, source)
     plan = sweep.plan(model).explain(logits_to_keep=1)
     assert "share rows: 5 in 3" in str(plan)
+    for other in (sweep, Sweep(inputs, sweep.axes, sweep.make, base=[Ablate(1, at=LastToken())])):
+        # What padding gives is asked for; and a base within the blocks sees each prompt whole.
+        kept = 0 if other is sweep else 1
+        assert "share rows" not in str(other.plan(model).explain(logits_to_keep=kept))
     with separate_prompts(model):
         apart = sweep.plan(model).explain(logits_to_keep=1)
     assert "share rows" not in str(apart) and plan.planned < apart.planned
