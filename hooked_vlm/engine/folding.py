@@ -248,7 +248,9 @@ class Layout:
             _index(np.maximum(seen, 0), mask),
         ].movedim(-1, 1)
         hidden = torch.from_numpy(seen < 0)[:, None].to(mask.device)
-        nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        # Less than the mask's own least number: padding, which sees nothing, is given the mean of
+        # its own prompt by some attention, and functions of the user's may read it.
+        nothing = False if mask.dtype == torch.bool else -torch.inf
         return taken.masked_fill(hidden, nothing)
 
 

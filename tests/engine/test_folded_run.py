@@ -168,6 +168,20 @@ def test_images_that_differ_only_in_what_later_blocks_are_given_are_not_shared()
     assert "prompts in" not in check(model, sweep([a, b]), logits_to_keep=1)
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_functions_may_read_padding(family: str, attn: str) -> None:
+    inputs = ask(family, [[2, 12], [2, 12], [6]], seed=1)
+    assert not inputs["attention_mask"][:, 0].all()
+
+    def adds_first(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.cat([x[:, :-1], x[:, -1:] + x[:, :1]], dim=1)
+
+    sites = [f"blocks.{i}.hook_resid_pre" for i in range(3)]
+    sweep = Sweep(inputs, {"site": sites}, lambda site: (site, adds_first))
+    assert COMMON in check(tiny(family, attn), sweep, logits_to_keep=1)
+
+
 def test_what_noise_does_not_confirm_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = HookedVLM(build("llava"), name="a wrong mask")
     sweep = sweep_of("llava", ask("llava", LENGTHS, seed=1), ask("llava", LENGTHS, seed=2))
