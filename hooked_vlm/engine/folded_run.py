@@ -57,7 +57,7 @@ def separate_prompts(model: Model) -> Iterator[None]:
 
 
 def is_separate(model: Any) -> bool:
-    """Whether a `separate_prompts` block is open: what is made in it must not be kept for others."""
+    """Whether a `separate_prompts` block is open."""
     return model in _SEPARATE
 
 
@@ -97,8 +97,7 @@ class Folding:
             if i and hidden is not self._handed:
                 # Something was added between two blocks: not the same to all, perhaps (DeepStack).
                 self._same.append(self.fold.agree(hidden))
-            stream = carrier(self.blocks[i], args, kwargs)
-            self._note((args[1:], {k: value for k, value in kwargs.items() if k != stream}))
+            self._note(_beside(self.blocks[i], args, kwargs))
             layout = self.fold.layout(0)
             batch, length = hidden.shape[:2]
             fit = FoldedFit(batch, length, 1, 0, self._made, layout=layout)
@@ -122,6 +121,11 @@ class Folding:
         self.fold = Fold.find(hidden, ids, prompt_mask(self.inputs), self.kept)
         if self.fold is None:
             return hidden
+        # What the first block is given mostly says it for all: no pass is made for nothing.
+        self._note(_beside(self.blocks[0], args, kwargs))
+        if not self.agrees():
+            self.fold = None
+            return hidden
         if self.noisy:
             noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
             scale = hidden.float().std(-1, keepdim=True).to(hidden)
@@ -144,6 +148,12 @@ class Folding:
     def agrees(self) -> bool:
         """Whether all that blocks were called with was one for shared tokens."""
         return all(torch.stack(self._same).tolist()) if self._same else True
+
+
+def _beside(block: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Returns what a block is called with, its stream left out."""
+    stream = carrier(block, args, kwargs)
+    return args[1:], {name: value for name, value in kwargs.items() if name != stream}
 
 
 def run_folded(

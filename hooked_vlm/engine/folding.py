@@ -47,9 +47,7 @@ class Fold:
     length: int
 
     @classmethod
-    def find(
-        cls, hidden: Tensor, ids: Tensor, mask: Tensor | None, kept: int = 1
-    ) -> "Fold | None":
+    def find(cls, hidden: Tensor, ids: Tensor, mask: Tensor | None, kept: int = 1) -> "Fold | None":
         """Returns which prompts begin with the same stream `hidden` before the first block.
 
         Tokens count as the same where their ids and all bits of their stream are (an image is

@@ -235,9 +235,7 @@ class CheckedCells(Sequence[Cell]):
         batch, length = ids.shape
         keep = forward_kwargs.get("logits_to_keep", 0)
         keep = len(keep) if isinstance(keep, Tensor) else keep or length
-        fold = expected_fold(model, inputs, last_kept(forward_kwargs) or length)
-        if fold and not folds_under(model, self.cells[0].base):
-            fold = None
+        fold = self._fold(last_kept(forward_kwargs) or length)
         whole = costs.vision + costs.rows(batch, length, length) + batch * keep * costs.head
         clean = costs.vision + _row_shape(fold, batch, length, 0).cost(costs)
         clean += batch * keep * costs.head
@@ -294,6 +292,12 @@ class CheckedCells(Sequence[Cell]):
             (*self._shortcuts(costs, jobs, starts, length), *_common(fold, batch), _proof(proof)),
             (f"Rows carry all positions: {reason}.",) if reason else (),
         )  # fmt: skip
+
+    def _fold(self, kept: int) -> Fold | None:
+        """Returns which prompts of the clean run will share rows, with so many logits kept."""
+        if not folds_under(self.model, self.cells[0].base):
+            return None
+        return expected_fold(self.model, self.inputs, kept)
 
     def _early(self, costs: Costs, job: RowPlan) -> float:
         """Returns what making the rows of a job costs that acts before the blocks."""
