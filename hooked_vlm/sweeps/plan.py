@@ -295,7 +295,7 @@ class CheckedCells(Sequence[Cell]):
 
     def _fold(self, kept: int) -> Fold | None:
         """Returns which prompts of the clean run will share rows, with so many logits kept."""
-        if not folds_under(self.model, self.cells[0].base):
+        if self.cells and not folds_under(self.model, self.cells[0].base):
             return None
         return expected_fold(self.model, self.inputs, kept)
 

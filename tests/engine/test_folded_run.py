@@ -153,8 +153,7 @@ def test_a_model_whose_image_sees_the_question_keeps_its_rows() -> None:
 def test_a_pass_is_not_made_twice_where_its_first_block_tells(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = [LlavaForConditionalGeneration, "forward"]
-    own, passes = getattr(*given), []
+    own, passes = LlavaForConditionalGeneration.forward, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         passes.append(kwargs)
@@ -164,7 +163,7 @@ def test_a_pass_is_not_made_twice_where_its_first_block_tells(
     del inputs["position_ids"], source["position_ids"]  # positions count the padding
     sweep, model = sweep_of("llava", inputs, source, ["region"]), tiny("llava")
     logits_of(model, sweep, logits_to_keep=1)
-    monkeypatch.setattr(*given, counted)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", counted)
     logits_of(model, sweep, logits_to_keep=1)
     n_tried = len(passes)
     with separate_prompts(model):
