@@ -1,6 +1,7 @@
 """Facts measured once for each model, and cached for the model's lifetime."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
 from hashlib import blake2b
 from itertools import count
 from typing import Any
@@ -39,10 +40,26 @@ def forget_known(model: Any) -> None:
 
 
 def ways_of_attending(model: Any) -> Hashable:
-    """Returns how each part of a model, or module, attends, which may be changed at any time."""
-    whole = getattr(model, "hf_model", model)
-    configs = [module.config for module in whole.modules() if hasattr(module, "config")]
-    return tuple(getattr(config, "_attn_implementation", None) for config in configs)
+    """Returns how each part of a model, or module, attends, which may be changed at any time.
+
+    With it, the torch hooks that neither we nor transformers have put there: what was found out
+    about a model without them says nothing about one with them.
+    """
+    modules = list(getattr(model, "hf_model", model).modules())
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    attending = tuple(getattr(config, "_attn_implementation", None) for config in configs)
+    return attending, tuple(number for module in modules for number in foreign_hooks(module))
+
+
+def foreign_hooks(module: Any) -> Iterator[int]:
+    """Yields the numbers of a module's torch hooks that are neither ours nor transformers'."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for number, fn in hooks.items():
+            while isinstance(fn, partial):
+                fn = fn.func
+            owner = str(getattr(fn, "__module__", "")).split(".")[0]
+            if owner not in ("transformers", "hooked_vlm"):
+                yield number
 
 
 def arithmetic(device: torch.device) -> tuple[torch.dtype | None, str]:

@@ -1,12 +1,15 @@
 """A control goes before the first pass of a kind; a wrong one stops the growing batch."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.growing_sweeps import sweep_of
-from helpers.tiny_models import tiny
+from helpers.tiny_models import build, tiny
+from hooked_vlm import HookedVLM
 from hooked_vlm.engine import proofs
 from hooked_vlm.engine.arguments import Fit
 from hooked_vlm.engine.attempts import GrowthError
@@ -85,3 +88,27 @@ def test_j2_noise_goes_in_where_a_job_first_acts(
     object.__setattr__(job, "front", before)
     object.__setattr__(job, "steps", inside)
     assert proofs._noise_sites(tiny("gemma-3"), job) == set(expected)
+
+
+def test_torch_hooks_of_others_are_another_model() -> None:
+    """A hook that reads its batch is right in a plain pass alone; what was proved does not hold."""
+    model = HookedVLM(build("llava"), name="hooked by another")
+    sweep = sweep_of("llava", ["last"], [1, 2, 3])
+    before = sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"))
+    block = model.hf_model.get_submodule(model.anatomy.lm.blocks[2].path)
+
+    def first_prompt_only(module: Any, args: Any, output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        whole = torch.cat([whole[:1].flip(-1), whole[1:]])
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    handle = block.register_forward_hook(first_prompt_only)
+    plain = sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"), engine="plain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"))
+    assert abs(plain - before).max() > 0.1
+    assert abs(found - plain).max() <= 5e-6 * abs(plain).max()
+    handle.remove()
+    again = sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"))
+    assert (again == before).all()
