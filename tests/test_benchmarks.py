@@ -293,6 +293,6 @@ def test_images_are_counted(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["encodings", *wanted])
     found.main()
     row = json.loads(file.read_text())["strip-swap"]
-    assert row["alone"] >= row["shared"] >= row["distinct"] > 0
-    assert row["alone"] > row["distinct"]
+    # One more is distinct: the first run measures the model's grid on a picture of its own.
+    assert row["alone"] > row["shared"] >= row["distinct"] - 1 > 0
     assert f"| strip-swap | {row['alone']} |" in capsys.readouterr().out

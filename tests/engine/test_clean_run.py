@@ -74,8 +74,8 @@ def test_numbers_are_the_same_and_memory_is_less(
     with shared_runs(tiny(family)):
         shared = scores_of(family, memory=1)
 
-    def keep_all(*args: Any) -> Clean:
-        return run_clean(*args[:6])
+    def keep_all(*args: Any, folding: Any = None) -> Clean:
+        return run_clean(*args[:6], folding=folding)
 
     monkeypatch.setattr(engine, "run_clean", keep_all)
     more, whole = peak()

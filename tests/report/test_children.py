@@ -29,8 +29,11 @@ cli._words = lambda job: [job.model]
 sys.executable = {child!r}  # in the place of a run of the command line
 cli._run_apart([SimpleNamespace(model={one!r}), SimpleNamespace(model={two!r})], 2)
 """
+SHELL = """\
+#!/bin/sh
+exec '{python}' '{script}' "$@"
+"""  # a first line that names a Python takes no path with a space
 CHILD = """\
-#!{python}
 import os, signal, subprocess, sys, time
 
 {ignoring}
@@ -67,8 +70,9 @@ def started(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen, li
     made: list[int] = []
 
     def start(ignoring: str = "") -> tuple[subprocess.Popen, list[int]]:
-        child = tmp_path / "child"
-        child.write_text(CHILD.format(python=sys.executable, ignoring=ignoring))
+        child, script = tmp_path / "child", tmp_path / "child.py"
+        script.write_text(CHILD.format(ignoring=ignoring))
+        child.write_text(SHELL.format(python=sys.executable, script=script))
         child.chmod(0o755)
         one, two = tmp_path / "one", tmp_path / "two"
         code = PARENT.format(child=str(child), one=str(one), two=str(two))
