@@ -67,7 +67,9 @@ def some_positions_only(modules: Sequence[nn.Module], columns: np.ndarray) -> It
         found = sent(torch.from_numpy(columns), x.device).repeat(len(x) // len(columns), 1)
         return torch.arange(len(x), device=x.device)[:, None], found
 
-    def some(module: nn.Module, args: tuple) -> tuple | None:
+    def some(module: nn.Module, args: tuple) -> tuple:
+        if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+            raise GrowthError("a part of its last block takes no [row, pos, d] first")
         lengths.append(args[0].shape[1])
         return (args[0][index(args[0])], *args[1:])
 

@@ -26,8 +26,8 @@ GAIN = 0.9
 
 
 SHARE = 0.5
-"""Share of a prompt that must be another's to go in its row: what prompts do not share, they do not
-see of one another either, but attention kernels compute it all the same."""
+"""Share of its tokens that a prompt must have in common with another to go in its row.  In a row of
+prompts that share little, most scores of attention are computed and then masked."""
 
 
 class FoldError(GrowthError):
@@ -43,7 +43,7 @@ class Fold:
     of: np.ndarray
     """By prompt, the one whose row it goes in (itself, where it is the first there)."""
     shared: np.ndarray
-    """By prompt, how many tokens at its beginning are those of `of`."""
+    """By prompt, how many of its first tokens are the same as the first tokens of prompt `of`."""
     length: int
 
     @classmethod
@@ -65,7 +65,7 @@ class Fold:
         tokens = [said[:, b, pads[b] :] for b in range(len(ids))]
         of, shared = np.arange(len(ids)), np.zeros(len(ids), dtype=int)
         firsts: list[int] = []
-        # The shortest first: then a shared token never lies further back in its row's first prompt.
+        # The most padded first: then a shared token is never at an earlier position in `of`.
         for b in sorted(range(len(ids)), key=lambda b: -pads[b]):
             alike = [_common(tokens[b], tokens[first]) for first in firsts]
             best = int(np.argmax(alike)) if alike else 0
@@ -115,7 +115,10 @@ class Fold:
         return (x == self.alike(x, start)).all()
 
     def frozen(self, start: int) -> np.ndarray:
-        """Returns where a token `[batch, pos]` stands for one before `start` in another prompt."""
+        """Returns where a token `[batch, pos]` stands for one before `start` in another prompt.
+
+        That prompt's rows do not carry it, so no cell may change it here.
+        """
         prompts, places = self.same_as
         found = np.zeros(prompts.shape, dtype=bool)
         found[prompts[:, :start], places[:, :start]] = True
