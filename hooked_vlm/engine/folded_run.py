@@ -116,7 +116,9 @@ class Folding:
             held.clear()
         self.kind = ("folds", signature_of(args, kwargs), ways_of_attending(self.model))
         ids = ids_of(self.inputs)
-        if ids is None or hidden.shape[:2] != ids.shape or answer(self.model, self.kind) is False:
+        # Several residual streams side by side are of no model that has been seen to fold.
+        is_one_stream = ids is not None and hidden.ndim == 3 and hidden.shape[:2] == ids.shape
+        if ids is None or not is_one_stream or answer(self.model, self.kind) is False:
             return hidden
         self.fold = Fold.find(hidden, ids, prompt_mask(self.inputs), self.kept)
         if self.fold is None:
@@ -175,30 +177,20 @@ def run_folded(
     if kept is None:
         kept = last_kept(arguments) or ids.shape[1]
     # An image that is there twice is encoded once: in a batch its bits may depend on its place.
-    with encoding_once(model, Kept(), repeated_only=True):
-        return _run_folded(model, inputs, run, arguments, kept)
-
-
-def _run_folded(
-    model: Any,
-    inputs: Mapping[str, Any],
-    run: Callable[[Folding | None], Result],
-    arguments: Mapping[str, Any],
-    kept: int,
-) -> Result:
     folding = Folding(model, inputs, kept)
-    try:
-        result = attempt(lambda: run(folding), "prompts that share an image had no common row")
-    except GrowthError:
-        if folding.fold is None:
-            raise  # for another reason
-        remember(model, folding.kind, lambda: False)
-        return run(None)
-    if folding.fold is None:
-        return result
-    if folding.agrees() and remember(model, folding.kind, lambda: _is_right(folding, arguments)):
-        return result
-    return run(None)
+    with encoding_once(model, Kept(), repeated_only=True):
+        try:
+            result = attempt(lambda: run(folding), "prompts that share an image had no common row")
+            if folding.fold is None or (folding.agrees() and _is_proved(folding, arguments)):
+                return result
+        except GrowthError:
+            if folding.fold is not None:
+                remember(model, folding.kind, lambda: False)
+    return run(None)  # as if there were no rows in common: what is wrong shows there, too
+
+
+def _is_proved(folding: Folding, arguments: Mapping[str, Any]) -> bool:
+    return remember(folding.model, folding.kind, lambda: _is_right(folding, arguments))
 
 
 def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
