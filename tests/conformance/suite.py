@@ -27,7 +27,7 @@ from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.sweep import check_sweep
-from hooked_vlm.errors import GridError, HookedVLMError
+from hooked_vlm.errors import GridError, HookedVLMError, HookError
 from hooked_vlm.inputs.pixel_routing import measure_routes, pixel_name
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.model.vlm import HookedVLM
@@ -181,7 +181,10 @@ def _with_questions(model: HookedVLM, size: tuple[int, int], found: Finding) -> 
         return replace(found, note=f"{found.note}; no two prompts: {_short(error)}")
     for prompts in pairs:
         prompts.tensors.pop("labels", None)
-    more = check_sweep(model, *pairs, every=False, logits_to_keep=1)
+    try:
+        more = check_sweep(model, *pairs, every=False, logits_to_keep=1)
+    except HookError:  # not every model takes that keyword
+        more = check_sweep(model, *pairs, every=False)
     if more.verdict == NO:
         return replace(more, note=f"two questions about an image: {more.note}")
     rows = "one row" if "2 prompts in 1 row" in more.note else "a row each"
