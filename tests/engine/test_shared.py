@@ -66,7 +66,8 @@ def test_j2_a_store_counts_what_it_found_and_keeps_no_more_than_its_memory():
 def test_runs_are_made_once(family: str) -> None:
     model = tiny(family)
     alone = [run(model, sweep_of(family, at)) for at in (None, LastToken())]
-    embedding = model.hf_model.get_input_embeddings()  # not a block: there hooks see rows of cells
+    hf_model: Any = model.hf_model
+    embedding = hf_model.get_input_embeddings()  # not a block: there hooks see rows of cells
     with shared_runs(model) as runs:
         with calls_of(embedding) as calls:
             shared = [run(model, sweep_of(family, None))]
