@@ -26,8 +26,7 @@ GAIN = 0.9
 
 
 SHARE = 0.5
-"""Share of its tokens that a prompt must have in common with another to go in its row.  In a row of
-prompts that share little, most scores of attention are computed and then masked."""
+"""Share of its tokens that a prompt must have in common with another to go in its row."""
 
 
 class FoldError(GrowthError):

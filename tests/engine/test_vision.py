@@ -117,11 +117,12 @@ def test_cells_in_front_of_the_blocks_grow(family: str, data: st.DataObject) -> 
 def test_once_proved_no_clean_run_is_made_for_rows_that_bring_all(family: str) -> None:
     """Whether a sweep is the first of its kind does not show in its numbers."""
     model, sweep = tiny(family), sweep_of(family, ["patch"], list(SITES[:5]))
-    lm = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
+    assert model.anatomy.lm.final_norm is not None
+    norm = model.hf_model.get_submodule(model.anatomy.lm.final_norm)  # after the blocks
     ran: list[int] = []
     forget(model)
     cells = sweep.recorded(model)
-    handle = lm.register_forward_hook(lambda _, args, output: ran.append(0))
+    handle = norm.register_forward_hook(lambda _, args, output: ran.append(0))
 
     def scores() -> list[torch.Tensor]:
         return run_growing(model, sweep.inputs, cells, lambda x: x, None, {"logits_to_keep": 1})[0]
