@@ -12,7 +12,7 @@ from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.engine.arguments import is_closed, mask_of
 from hooked_vlm.engine.attempts import GrowthError
-from hooked_vlm.engine.fingerprints import shapes_of
+from hooked_vlm.engine.fingerprints import foreign_hooks, shapes_of
 from hooked_vlm.engine.folding import Fold
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
 from hooked_vlm.interventions.chain import flattened
@@ -179,6 +179,15 @@ def asked(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def blocks_of(model: Any) -> list[nn.Module]:
     """Returns the language model's blocks."""
     return [model.hf_model.get_submodule(block.path) for block in model.anatomy.lm.blocks]
+
+
+def is_hooked_by_others(model: Any) -> bool:
+    """Whether blocks have torch hooks that are neither ours nor transformers'.
+
+    Such a hook would see rows of cells, or of several prompts, where it expects prompts.
+    """
+    parts = (part for block in blocks_of(model) for part in block.modules())
+    return any(True for part in parts for _ in foreign_hooks(part))
 
 
 @contextmanager

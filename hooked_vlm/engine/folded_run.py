@@ -19,9 +19,15 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Model
 from hooked_vlm.engine.arguments import fitted_call
 from hooked_vlm.engine.attempts import GrowthError, attempt
-from hooked_vlm.engine.clean_run import asked, blocks_of, signature_of, with_forwards
+from hooked_vlm.engine.clean_run import (
+    asked,
+    blocks_of,
+    is_hooked_by_others,
+    signature_of,
+    with_forwards,
+)
 from hooked_vlm.engine.fingerprints import answer, number_of, remember, ways_of_attending
-from hooked_vlm.engine.folding import Fold, FoldedFit, same_for_shared, tensors_in
+from hooked_vlm.engine.folding import Fold, FoldedFit, same_for_shared
 from hooked_vlm.engine.image_cache import Kept, encoding_once
 from hooked_vlm.engine.noise import apart, bound_for
 from hooked_vlm.engine.proofs import APART
@@ -138,7 +144,7 @@ class Folding:
     def _note(self, given: Any) -> None:
         """Notes whether what a block is called with is one for shared tokens."""
         assert self.fold is not None
-        for name, tensor in tensors_in(given):
+        for name, tensor in _tensors_in(given):
             if id(tensor) not in self._noted:  # tensors that are held keep their ids
                 self._noted[id(tensor)] = tensor
                 self._same += same_for_shared(self.fold, name, tensor)
@@ -150,6 +156,18 @@ class Folding:
     def agrees(self) -> bool:
         """Whether all that blocks were called with was one for shared tokens."""
         return all(torch.stack(self._same).tolist()) if self._same else True
+
+
+def _tensors_in(given: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors that a block is called with, each with the name that it is called by."""
+    if isinstance(given, Tensor):
+        yield name, given
+    elif isinstance(given, Mapping):
+        for key, part in given.items():
+            yield from _tensors_in(part, str(key))
+    elif isinstance(given, tuple | list):
+        for part in given:
+            yield from _tensors_in(part, name)
 
 
 def _beside(block: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -172,7 +190,8 @@ def run_folded(
     are used; where it is not given, those that `arguments` ask for.
     """
     ids = ids_of(inputs)
-    if is_separate(model) or model.device.type == "meta" or ids is None:
+    is_apart = is_separate(model) or is_hooked_by_others(model)
+    if is_apart or model.device.type == "meta" or ids is None:
         return run(None)
     if kept is None:
         kept = last_kept(arguments) or ids.shape[1]

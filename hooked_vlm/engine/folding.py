@@ -2,12 +2,12 @@
 
 Prompts that begin alike, image included, have the same activations there: under a causal mask
 no token sees what comes after it.  So a batch of them is folded: what they share is carried once,
-and each question goes behind it, with the positions that it has in its own prompt, under a mask by
+and each question follows it, with the positions that it has in its own prompt, under a mask by
 which it sees what is shared and itself.  `Fold` says which tokens are the same, `Layout` how those
 from one position on lie in rows.  What blocks are called with is fitted to the rows by `FoldedFit`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -341,25 +341,19 @@ class FoldedFit(Fit):
         one_for_all = axis == 0 or value.shape[axis - 1] == 1
         if one_for_all and layout.is_even:
             return value.index_select(axis, _index(layout.places[0], value))
-        if axis == 0 or value.shape[axis - 1] not in (1, self.batch):
+        first = _by_token(value, axis, self.batch)
+        if first is None:
             raise FoldError(f"its blocks take {tuple(value.shape)} for prompts of other lengths")
-        sizes = list(value.shape)
-        sizes[axis - 1] = self.batch
-        first = value.expand(sizes).movedim((axis - 1, axis), (0, 1))
         taken = first[layout._at("prompts", value), layout._at("places", value)]
         return taken.repeat(self.n_jobs, *[1] * (taken.ndim - 1)).movedim((0, 1), (axis - 1, axis))
 
 
-def tensors_in(given: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors that a block is called with, each with the name that it is called by."""
-    if isinstance(given, Tensor):
-        yield name, given
-    elif isinstance(given, Mapping):
-        for key, part in given.items():
-            yield from tensors_in(part, str(key))
-    elif isinstance(given, tuple | list):
-        for part in given:
-            yield from tensors_in(part, name)
+def _by_token(value: Tensor, axis: int, batch: int) -> Tensor | None:
+    """Returns a tensor with positions along an axis as `[batch, pos, ...]`; None for no batch."""
+    if axis == 0 or value.shape[axis - 1] not in (1, batch):
+        return None
+    sizes = [*value.shape[: axis - 1], batch, *value.shape[axis:]]
+    return value.expand(sizes).movedim((axis - 1, axis), (0, 1))
 
 
 def same_for_shared(fold: Fold, name: str, given: Tensor) -> list[Tensor]:
@@ -376,12 +370,8 @@ def same_for_shared(fold: Fold, name: str, given: Tensor) -> list[Tensor]:
     if not along:
         by_prompt = given.ndim and given.shape[0] == batch
         return [(given == given[_index(fold.of, given)]).all()] if by_prompt else []
-    axis = along[0]
-    if axis == 0 or given.shape[axis - 1] not in (1, batch):
-        return []
-    sizes = list(given.shape)
-    sizes[axis - 1] = batch
-    return [fold.agree(given.expand(sizes).movedim((axis - 1, axis), (0, 1)))]
+    found = _by_token(given, along[0], batch)
+    return [] if found is None else [fold.agree(found)]
 
 
 def _mask_is_same(fold: Fold, mask: Tensor) -> list[Tensor]:

@@ -17,10 +17,9 @@ from torch import Tensor
 from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
 from hooked_vlm.engine.batch import Growing, compared_jobs, trimmed_of
 from hooked_vlm.engine.budget import PASS_TOKENS, rows_within
-from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, blocks_of, run_clean
+from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, is_hooked_by_others, run_clean
 from hooked_vlm.engine.fingerprints import (
     content_of,
-    foreign_hooks,
     is_known,
     remember,
     ways_of_attending,
@@ -97,8 +96,7 @@ def run_growing(
     require_worth(model, cells, FEWEST)
     if ids_of(inputs) is None:
         raise GrowthError("these inputs have no input_ids")
-    parts = (part for block in blocks_of(model) for part in block.modules())
-    if any(True for part in parts for _ in foreign_hooks(part)):
+    if is_hooked_by_others(model):
         raise GrowthError("torch hooks of others are on its blocks: they would see rows of cells")
     with torch.no_grad():
         sites = {

@@ -1,4 +1,4 @@
-"""Runs commands in processes of their own, and ends them when this process is told to end.
+"""Runs commands in processes of their own, and ends them when a signal ends this process.
 
 Without this, a signal to this process would leave the others running, and they would go on
 writing into the folder of the next run.  Each command gets a session of its own, so that a signal

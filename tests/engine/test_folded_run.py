@@ -246,3 +246,15 @@ def test_a_plan_counts_common_rows(family: str) -> None:
     assert expected_fold(model, ask(family, LENGTHS, seed=1, same=False)) is None
     said = logits_of(model, sweep, logits_to_keep=1).attrs["engine"]
     assert f"of {plan.rows} rows" in said or f"{plan.passes} pass" in said
+
+
+def test_torch_hooks_of_others_see_a_row_for_each_prompt() -> None:
+    """Sources are recorded for every engine: there a hook inside a block must not see less rows."""
+    model = HookedVLM(build("llava"), name="hooked inside")
+    inputs, source = (ask("llava", [[5, 5], [5, 5]], seed=seed) for seed in (1, 2))
+    logits_of(model, sweep_of("llava", inputs, source, ["region"]))  # what is proved is proved
+    seen: set[int] = set()
+    linear = model.hf_model.get_submodule(f"{model.anatomy.lm.blocks[0].path}.mlp.up_proj")
+    linear.register_forward_hook(lambda _, args, output: seen.add(len(args[0])))
+    logits_of(model, sweep_of("llava", inputs, source, ["region"]), engine="plain")
+    assert seen == {4}
