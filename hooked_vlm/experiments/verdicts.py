@@ -158,12 +158,16 @@ def sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}" + ("" if words.endswith(".") else ".")
 
 
-def not_tested(directions: Sequence[str], tested: Sequence[str]) -> list[str]:
-    """Returns a sentence on directions without enough pairs, if there are any."""
+def not_tested(directions: Sequence[str], tested: Sequence[str], part: str = "") -> list[str]:
+    """Returns a sentence on directions without enough pairs, if there are any.
+
+    `part` is that of the experiment in which they are missing.
+    """
     missing = [direction for direction in directions if direction not in tested]
     if not missing:
         return []
+    where = ", ".join(filter(None, ["Not tested", part]))
     return [
-        f"Not tested: {', '.join(missing)}; fewer than two pairs are left there, "
+        f"{where}: {', '.join(missing)}; fewer than two pairs are left there, "
         "whose two pictures the model answers correctly and whose scores are numbers."
     ]

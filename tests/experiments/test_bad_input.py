@@ -4,7 +4,8 @@
 |---|---|
 | one picture, whose tokens and logits are NaN | `PICTURES`: every experiment but E2, E4 and E6 |
 | scores of one intervention that are NaN | `test_a_nan_in_one_cell_…`: E2, E4, E5, Q5 and Q6 |
-| one kept pair in a direction | `test_one_kept_pair_…`: E2, E4 and Q5 |
+| one kept pair in a direction | `test_one_kept_pair_…`: E2, E4, Q5 and R3 |
+| no pair at all beside numbers that need none | `test_one_kept_pair_of_photographs`: R3 |
 | a control that fails its own check | test_absolute_or_relative (Q7), test_verdicts (E3, Q6) |
 
 E2, E4, E6 and Q5 ask about pairs that the model answers: a picture that is NaN is in no pair.  E6
@@ -32,6 +33,7 @@ from hooked_vlm.experiments.further import (
 from hooked_vlm.experiments.registry import select
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.report.figures.real_pictures import DRAW
 
 
 def run(name: str, **options: Any) -> Result:
@@ -258,6 +260,54 @@ def test_one_kept_pair_in_a_direction(name: str, monkeypatch: pytest.MonkeyPatch
     result = run(name, **({"pairs": 3, **TWO} if name == "Q5" else {}))
     assert "left" not in set(result.table["direction"])
     assert "Not tested: left;" in result.verdict and "nan" not in result.verdict
+
+
+@pytest.mark.filterwarnings("ignore")  # that these are few composites, and strips put objects off
+@pytest.mark.parametrize(
+    ("kept", "said", "parts"),
+    [
+        (
+            {"left": 1, "right": 3},
+            "Not tested, strip-swap: left; fewer than two pairs",
+            {"behaviour", "probes", "final-token", "strip-swap"},
+        ),
+        (
+            {"left": 1, "right": 0},
+            "Not tested, strip-swap: In no direction does the model answer two pairs",
+            {"behaviour", "probes"},
+        ),
+    ],
+    ids=["one kept pair in a direction", "pairs that are missing everywhere"],
+)
+def test_one_kept_pair_of_photographs(
+    kept: dict[str, int],
+    said: str,
+    parts: set[str],
+    three: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        whatsup_pooled,
+        "right_on_both",
+        lambda make, is_right: lambda d, drawn: [True] * len(drawn),
+    )
+    usual = whatsup_pooled.sample_draws
+    monkeypatch.setattr(
+        whatsup_pooled,
+        "sample_draws",
+        lambda *given, **more: {d: p[: kept[d]] for d, p in usual(*given, **more).items()},
+    )
+    found = select("R3")
+    options: dict[str, Any] = {"pairs": 3, "tuples": 80}
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    result = found.run(model, found.config(data=three, **options), lambda *_: None)
+    assert said in result.verdict and said.replace("strip-swap", "final-token") in result.verdict
+    assert set(result.table["part"]) == parts
+    check_numbers(result)
+    drawn = {drawing.name for drawing in DRAW["R3"](result)}
+    assert {"accuracy", "probes"} <= drawn
+    assert ("swap-by-slot" in drawn) == ("strip-swap" in parts)
 
 
 def test_rows_without_numbers_do_not_change_the_others() -> None:

@@ -8,7 +8,7 @@ its own reference.
 
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting
 from hooked_vlm.experiments.tables import format_interval, interval_rows, score_rows, select
+from hooked_vlm.experiments.verdicts import not_tested
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.stimuli.datasets import whatsup
@@ -217,7 +218,7 @@ def _interchange(settings: Settings, config: Config) -> tuple[list[dict], list[s
     """Returns the rows of the final-token interchange (E2), over pairs of all references."""
     return _sweeps(
         settings,
-        drawn_pairs(settings, final_token_pair, 5, config),
+        lambda: drawn_pairs(settings, final_token_pair, 5, config),
         final_token.scored,
         final_token.QUANTITIES,
         lambda _: {"final token": LastToken()},
@@ -237,7 +238,7 @@ def _swaps(settings: Settings, config: Config) -> tuple[list[dict], list[str]]:
         }
     return _sweeps(
         settings,
-        drawn_pairs(settings, swap_pair, 3, config),
+        lambda: drawn_pairs(settings, swap_pair, 3, config),
         strip_swap.scored,
         strip_swap.QUANTITIES,
         lambda reference: regions[reference],
@@ -248,7 +249,7 @@ def _swaps(settings: Settings, config: Config) -> tuple[list[dict], list[str]]:
 
 def _sweeps(
     settings: Settings,
-    pairs: Mapping[str, list[Any]],
+    draw: Callable[[], dict[str, list[Any]]],
     scored: Any,
     quantities: Sequence[str],
     places: Any,
@@ -257,8 +258,36 @@ def _sweeps(
 ) -> tuple[list[dict], list[str]]:
     """Returns the rows of patches at every slot, at the places of each pair's reference.
 
-    Then sentences on pairs that are left out because their scores are not numbers.
+    Then sentences on directions without enough pairs, and on pairs that are left out because
+    their scores are not numbers.  Where no pair is left there are no rows: accuracy and probes
+    need no pairs, and stand without them.
     """
+    try:
+        pairs = draw()
+        scores, missing = numbers_only(
+            _scores(settings, pairs, scored, quantities, places), part=part
+        )
+    except CannotRunError as error:
+        return [], [f"Not tested, {part}: {error}"]
+    directions = next(iter(settings.values())).directions
+    missing += not_tested(directions, list(scores), part)
+    scores["all"] = xr.concat(list(scores.values()), dim="pair")
+    rows = [
+        {**row, "part": part}
+        for direction, values in scores.items()
+        for row in score_rows(values, config.seed, direction=direction)
+    ]
+    return rows, missing
+
+
+def _scores(
+    settings: Settings,
+    pairs: Mapping[str, list[Any]],
+    scored: Any,
+    quantities: Sequence[str],
+    places: Any,
+) -> dict[str, xr.DataArray]:
+    """Returns the scores of patches by direction, each `[pair, kind, slot, quantity]`."""
     scores = {}
     for direction, own in pairs.items():
         found = []
@@ -284,14 +313,7 @@ def _sweeps(
                 )
             )
         scores[direction] = xr.concat(found, dim="pair")
-    scores, missing = numbers_only(scores, part=part)
-    scores["all"] = xr.concat(list(scores.values()), dim="pair")
-    rows = [
-        {**row, "part": part}
-        for direction, values in scores.items()
-        for row in score_rows(values, config.seed, direction=direction)
-    ]
-    return rows, missing
+    return scores
 
 
 def _verdict(table: pd.DataFrame) -> str:
@@ -301,25 +323,30 @@ def _verdict(table: pd.DataFrame) -> str:
     by = ", ".join(
         f"{name} {format_interval(accuracy.loc[name])}" for name in accuracy.index if name != "all"
     )
-    swapped = select(table, part="strip-swap", direction="all", quantity="swapped")
-    first = [select(swapped, kind=kind, slot=0).iloc[0] for kind in KINDS]
+    sentences = [
+        f"Accuracy {format_interval(every)} ({counted(every['n'], 'question')}); by reference: "
+        f"{by}.",
+        f"One probe over all references: {format_interval(probes.loc['probe, objects'])} of "
+        "held-out object tokens (control "
+        f"{probes.loc['probe, objects, shuffled', 'value']:.2f}), and "
+        f"{format_interval(probes.loc['probe, background'])} of background tokens given to "
+        f"their strip (control {probes.loc['probe, background, shuffled', 'value']:.2f}).",
+    ]
     ordering = select(table, part="final-token", direction="all", quantity="ordering")
-    peak = ordering.sort_values("value").iloc[-1]
-    return "\n".join(
-        [
-            f"Accuracy {format_interval(every)} ({counted(every['n'], 'question')}); by reference: "
-            f"{by}.",
-            f"One probe over all references: {format_interval(probes.loc['probe, objects'])} of "
-            "held-out object tokens (control "
-            f"{probes.loc['probe, objects, shuffled', 'value']:.2f}), and "
-            f"{format_interval(probes.loc['probe, background'])} of background tokens given to "
-            f"their strip (control {probes.loc['probe, background, shuffled', 'value']:.2f}).",
+    if len(ordering):
+        peak = ordering.sort_values("value").iloc[-1]
+        sentences.append(
             f"The ordering answer is most probable at slot {peak['slot']} ({peak['value']:.2f}, "
-            f"{counted(peak['n'], 'pair')}). Probability of a flipped answer after a swap at slot "
-            "0: "
-            + ", ".join(
-                f"{kind} {format_interval(row)}" for kind, row in zip(KINDS, first, strict=True)
-            )
-            + f" ({counted(first[0]['n'], 'pair')}).",
-        ]
-    )
+            f"{counted(peak['n'], 'pair')})."
+        )
+    swapped = select(table, part="strip-swap", direction="all", quantity="swapped")
+    if len(swapped):
+        first = [select(swapped, kind=kind, slot=0).iloc[0] for kind in KINDS]
+        flips = ", ".join(
+            f"{kind} {format_interval(row)}" for kind, row in zip(KINDS, first, strict=True)
+        )
+        sentences.append(
+            f"Probability of a flipped answer after a swap at slot 0: {flips} "
+            f"({counted(first[0]['n'], 'pair')})."
+        )
+    return "\n".join(sentences)

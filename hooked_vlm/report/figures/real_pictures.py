@@ -64,22 +64,26 @@ def _whatsup(result: Result) -> Iterator[Drawing]:
         f"shuffled labels. {OF_PLACES}",
     )
     apart = table[table["direction"] != "all"]
-    yield Drawing(
-        "final-token",
-        charts.final_token(
-            apart[(apart["part"] == "final-token") & apart["quantity"].isin(list(look.STAGES))]
-        ),
-        "The final token's residual vector is replaced, at one slot at a time, by that of a "
-        "counterfactual run (as in E2), over pairs of all references. Bands are 95 % bootstrap "
-        "intervals over pairs.",
-    )
-    yield Drawing(
-        "swap-by-slot",
-        charts.swap(apart[apart["part"] == "strip-swap"]),
-        "The tokens of two regions are exchanged with those of the mirrored composite (as in E4), "
-        "each pair at the regions of its own reference. Bands are 95 % bootstrap intervals over "
-        "pairs.",
-    )
+    final_token = apart[
+        (apart["part"] == "final-token") & apart["quantity"].isin(list(look.STAGES))
+    ]
+    if len(final_token):
+        yield Drawing(
+            "final-token",
+            charts.final_token(final_token),
+            "The final token's residual vector is replaced, at one slot at a time, by that of a "
+            "counterfactual run (as in E2), over pairs of all references. Bands are 95 % bootstrap "
+            "intervals over pairs.",
+        )
+    swaps = apart[apart["part"] == "strip-swap"]
+    if len(swaps):
+        yield Drawing(
+            "swap-by-slot",
+            charts.swap(swaps),
+            "The tokens of two regions are exchanged with those of the mirrored composite (as in "
+            "E4), each pair at the regions of its own reference. Bands are 95 % bootstrap "
+            "intervals over pairs.",
+        )
 
 
 def _probes(result: Result):
