@@ -7,6 +7,7 @@ sliding and full attention in turn).  Each has a byte-level BPE tokenizer of its
 its family's special tokens and chat template.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,13 +188,17 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(name: str, canvas: int) -> Any:
-    """Returns a processor whose pictures are `canvas` pixels on a side (Qwen2-VL's: any size)."""
+def build_processor(name: str, canvas: int, is_fixed: bool = False) -> Any:
+    """Returns a processor whose pictures are `canvas` pixels on a side.
+
+    Qwen2-VL's take any size, unless `is_fixed`.
+    """
     recipe = RECIPES[name]
     tokenizer = build_tokenizer(recipe)
     norm: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if name == "tiny-qwen2-vl":
-        pixels = {"shortest_edge": (2 * PATCH * MERGE) ** 2, "longest_edge": 512 * 512}
+        fewest, most = (canvas, canvas) if is_fixed else (2 * PATCH * MERGE, 512)
+        pixels = {"shortest_edge": fewest**2, "longest_edge": most**2}
         images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, size=pixels, **norm)
         return images_only(Qwen2VLProcessor)(images, tokenizer, chat_template=recipe.template)
     size = {"height": canvas, "width": canvas}
@@ -204,15 +209,24 @@ def build_processor(name: str, canvas: int) -> Any:
     )
 
 
-def build_model(name: str, tokenizer: PreTrainedTokenizerFast, canvas: int) -> Any:
-    """Returns a model with fresh weights for pictures of `canvas` pixels on a side."""
+def build_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    canvas: int,
+    blocks: int = 6,
+    vision: Mapping[str, int] | None = None,
+) -> Any:
+    """Returns a model with fresh weights for pictures of `canvas` pixels on a side.
+
+    `blocks` are those of the language model; `vision` replaces sizes of Qwen2-VL's encoder.
+    """
     ids = tokenizer.convert_tokens_to_ids
     recipe = RECIPES[name]
     common = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 256,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": blocks,
         "num_attention_heads": 4,
         "max_position_embeddings": 2048,
         "pad_token_id": ids(recipe.pad),
@@ -221,11 +235,11 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast, canvas: int) -> A
         "tie_word_embeddings": True,
     }
     if name == "tiny-qwen2-vl":
-        return Qwen2VLForConditionalGeneration(_qwen2_vl(common, ids))
+        return Qwen2VLForConditionalGeneration(_qwen2_vl(common, ids, vision or {}))
     return Gemma3ForConditionalGeneration(_gemma_3(common, ids, canvas))
 
 
-def _qwen2_vl(common: dict[str, Any], ids: Any) -> Qwen2VLConfig:
+def _qwen2_vl(common: dict[str, Any], ids: Any, vision: Mapping[str, int]) -> Qwen2VLConfig:
     config: Any = Qwen2VLConfig
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     return config(
@@ -237,6 +251,7 @@ def _qwen2_vl(common: dict[str, Any], ids: Any) -> Qwen2VLConfig:
             "mlp_ratio": 2,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
+            **vision,
         },
         text_config={**common, "num_key_value_heads": 2, "rope_parameters": rope},
         image_token_id=ids("<|image_pad|>"),
@@ -257,7 +272,7 @@ def _gemma_3(common: dict[str, Any], ids: Any, canvas: int) -> Gemma3Config:
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=512,
-        layer_types=["sliding_attention", "full_attention"] * 3,
+        layer_types=["sliding_attention", "full_attention"] * (common["num_hidden_layers"] // 2),
     )
     tower = SiglipVisionConfig(
         hidden_size=64,

@@ -11,12 +11,9 @@ started again, and logs every fiftieth step.
 """
 
 import argparse
-import csv
 import json
 import math
 import random
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.stimuli.geometry import Geometry, geometry_for
 from training.batches import Batch, Encoder
 from training.build import MERGE, PATCH, RECIPES, build_model, build_processor
+from training.loop import Loop, Schedule, muon_and_adam
 from training.scenes import mixed_conversation, mixed_scene
 from training.tasks import conversation, held_out_triples, training_scene, training_triples
 
@@ -59,13 +56,6 @@ class Stage:
     @property
     def geometry(self) -> Geometry:
         return geometry_for(self.n_tokens, TOKEN_PX)
-
-    def share(self, step: int) -> float:
-        """Returns the learning rate at a step as a share of its peak."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # The third stage was added after the first two: held-out colour triples had stayed at about
@@ -130,21 +120,6 @@ def carry_over(old: Any, new: Any) -> None:
     new.load_state_dict(weights)
 
 
-def optimizers(
-    model: nn.Module, config: Config, stage: Stage
-) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Returns Muon for the blocks' matrices and AdamW for all else, with their peak rates."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.ndim == 2 and (".layers." in n or ".blocks." in n)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=stage.muon_lr, weight_decay=config.weight_decay)
-    adam = torch.optim.AdamW(
-        rest, lr=stage.adam_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
-    return [(muon, stage.muon_lr), (adam, stage.adam_lr)]
-
-
 def training_batch(rng: random.Random, encoder: Encoder, config: Config, stage: Stage) -> Batch:
     """Returns a batch of conversations about scenes never used for evaluation."""
     if stage.mixed:
@@ -185,7 +160,11 @@ def weighted_loss(model: Any, batch: Batch, first_weight: float) -> Tensor:
     Once one answer stands in the text, most others follow from it; only the first has to
     be read off the picture, so it weighs more.
     """
-    logits, targets = answer_logits(model, batch)
+    return answer_loss(*answer_logits(model, batch), batch, first_weight)
+
+
+def answer_loss(logits: Tensor, targets: Tensor, batch: Batch, first_weight: float) -> Tensor:
+    """Returns `weighted_loss` of logits that are there already."""
     first = first_answers(batch)[:, 1:][batch.answers[:, 1:]]
     weights = 1 + (first_weight - 1) * first.float()
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -208,104 +187,48 @@ def accuracy(model: Any, encoder: Encoder, stage: Stage, rng: random.Random) -> 
     return float((logits.argmax(-1) == targets).float().mean())
 
 
-def train(config: Config, out: Path, every: int = 50) -> None:
+def train(config: Config, out: Path) -> None:
     """Runs (or resumes) a training run, and writes model, processor and log to a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint, state_file = out / "checkpoint.safetensors", out / "checkpoint.json"
-    state = json.loads(state_file.read_text()) if state_file.exists() else {"stage": 0, "step": 0}
     processor = build_processor(config.name, config.stages[-1].geometry.canvas)
     encoder = Encoder(processor)
     model = None
-    started = time.time()
     for index, stage in enumerate(config.stages):
-        if index < state["stage"]:
-            continue
         made = fresh_model(config, processor, stage)
-        if index == state["stage"] and state["step"]:
-            made.load_state_dict(load_file(checkpoint), strict=False)
-        elif model is not None:
+        if model is not None:
             carry_over(model, made)
-        model = made.train()
-        first = state["step"] if index == state["stage"] else 0
-        run_stage(config, index, first, model, encoder, out, started, every)
-        state = {"stage": index + 1, "step": 0}
+        model = made
+        run_stage(config, index, model, encoder, out)
     assert model is not None
     save_all(model.eval(), processor, out)
     recipe = {**asdict(config), "stages": [asdict(stage) for stage in config.stages]}
     (out / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
 
-def run_stage(
-    config: Config,
-    index: int,
-    first: int,
-    model: Any,
-    encoder: Encoder,
-    out: Path,
-    started: float,
-    every: int,
-) -> None:
-    """Runs one stage from a step on; checkpoints and logs as it goes."""
+def run_stage(config: Config, index: int, model: Any, encoder: Encoder, out: Path) -> None:
+    """Runs one stage, or what is left of it; a stage that is done gives its weights."""
     stage = config.stages[index]
-    rates = optimizers(model, config, stage)
-    losses: list[float] = []
-    for step in range(first, stage.steps):
-        # Seeded by step, so that a resumed run sees what an unbroken one would have.
+
+    def loss(step: int) -> Tensor:
         rng = random.Random(f"{config.seed}/{index}/{step}")
         batch = training_batch(rng, encoder, config, stage)
-        loss = weighted_loss(model, batch, config.first_weight)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in rates:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * stage.share(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if (step + 1) % every == 0 or step + 1 == stage.steps:
-            rng = random.Random(f"check/{index}/{step}")
-            right = accuracy(model, encoder, stage, rng)
-            log(out, stage, index, step + 1, losses, right, started)
-            losses = []
-            save_checkpoint(model, {"stage": index, "step": step + 1}, out)
+        return weighted_loss(model.train(), batch, config.first_weight)
 
+    def check(done: int) -> float:
+        rng = random.Random(f"check/{index}/{done - 1}")
+        return accuracy(model, encoder, stage, rng)
 
-def log(
-    out: Path,
-    stage: Stage,
-    index: int,
-    step: int,
-    losses: Sequence[float],
-    right: float,
-    started: float,
-) -> None:
-    """Appends a row to the log, and prints it with an estimate of the stage's end."""
-    file = out / "training_log.csv"
-    new = not file.exists()
-    seconds = time.time() - started
-    with file.open("a", newline="") as handle:
-        writer = csv.writer(handle)
-        if new:
-            writer.writerow(["stage", "tokens", "step", "loss", "held_out_accuracy", "seconds"])
-        mean = sum(losses) / len(losses)
-        writer.writerow(
-            [index, stage.n_tokens, step, f"{mean:.4f}", f"{right:.4f}", f"{seconds:.0f}"]
-        )
-    print(  # noqa: T201
-        f"stage {index} step {step}/{stage.steps} loss {mean:.3f} accuracy {right:.3f} "
-        f"{seconds:.0f}s",
-        flush=True,
+    rates = muon_and_adam(
+        list(model.named_parameters()), stage.muon_lr, stage.adam_lr, config.weight_decay
     )
-
-
-def save_checkpoint(model: nn.Module, state: dict[str, int], out: Path) -> None:
-    """Writes weights and position of a run, each whole or not at all."""
-    weights = {n: p.detach().clone().contiguous() for n, p in model.named_parameters()}
-    part = out / "checkpoint.part"
-    save_file(weights, part)
-    part.replace(out / "checkpoint.safetensors")
-    part.write_text(json.dumps(state))
-    part.replace(out / "checkpoint.json")
+    loop = Loop(
+        out,
+        model,
+        rates,
+        Schedule(stage.steps, stage.warmup, stage.floor),
+        checkpoint=f"stage-{index}.safetensors",
+        columns={"stage": str(index), "tokens": str(stage.n_tokens)},
+    )
+    loop.run(loss, check)
 
 
 def save_all(model: Any, processor: Any, out: Path) -> None:
