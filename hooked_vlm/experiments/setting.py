@@ -229,6 +229,12 @@ def token_grid(model: Any) -> tuple[int, int]:
         other = _grid_of(model, fitting)
         if other.shape == (wanted, wanted) and not other.is_resized:
             side, grid = fitting, other
+        elif grid.is_resized and grid.rows == grid.cols:
+            # The processor has a size of its own: pictures of that size stay as they are drawn.
+            fitting = grid.processed_size[0]
+            own = _grid_of(model, fitting)
+            if own.shape == grid.shape and not own.is_resized:
+                side, grid = fitting, own
     rows, cols = grid.shape
     if rows != cols or side % rows:
         raise CannotRunError(

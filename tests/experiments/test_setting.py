@@ -92,6 +92,16 @@ def test_b1_grids_of_shapes_are_read_from_rows_with_separators() -> None:
     assert np.flatnonzero(cells[0].any(0)).tolist() == [4, 5]
 
 
+def test_a_processor_with_a_size_of_its_own_gives_the_canvas() -> None:
+    # Encoders of any size have the paper's canvas, unless the processor would shrink it: objects
+    # drawn there and shrunk afterwards are not the colours and edges that are asked about.
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    for side, found in ((96, (6, 16)), (160, (10, 16)), (192, (12, 16))):
+        size = {"shortest_edge": side**2, "longest_edge": side**2}
+        model.processor.image_processor.size = size
+        assert token_grid(model) == found
+
+
 @pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-gemma-3"])
 def test_b1_other_layouts_keep_their_canvas(name: str) -> None:
     model = HookedVLM.from_pretrained(name)
