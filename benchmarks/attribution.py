@@ -8,7 +8,7 @@ patched by itself, at every slot, on pairs that the model answers rightly.  `--f
 
 Two metrics: the log odds of the swapped answer against the clean one, and its probability,
 which is near 0 in the clean run, where it has no slope.  Effects are scores less the clean
-score; intervals are over pairs.  `--plot` writes a figure for each metric, its name in front of
+score; intervals are over pairs.  `--plot` writes a figure for each metric, its name before
 the ending.  Nothing is asserted: times are this machine's.
 """
 

@@ -69,7 +69,7 @@ def counting(encoder: nn.Module) -> Iterator[Count]:
 
 
 def images_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Returns the pixels of each image in a call; images of one size, one behind the other."""
+    """Returns the pixels of each image in a call; images of one size, one after the other."""
     pixels = args[0] if args else kwargs["pixel_values"]
     grid = kwargs.get("grid_thw")
     return list(pixels.chunk(len(pixels if grid is None else grid)))

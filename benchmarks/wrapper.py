@@ -6,7 +6,7 @@ MODEL is `qwen2-vl` or `gemma-3` (12 blocks of width 512, random weights), a shi
 model, a folder or a hub name; by default the first two and the smallest shipped one, for
 which the arithmetic hides least.  Prints a table for each model and batch: milliseconds
 of each way to run, and its ratio to the plain pass, with 20th and 80th percentiles.
-Every pass is timed next to a plain one, in turns before and behind it, and ratios are
+Every pass is timed next to a plain one, in turns before and after it, and ratios are
 taken pair by pair, so that a machine that slows down slows both.  On one thread of a CPU
 the time is that in which the process worked, which other processes disturb less; else,
 and in the last column, it is the clock's.  First, unless `--no-construction`: how long
@@ -97,7 +97,7 @@ def ways(model: HookedVLM, batch: int) -> Ways:
         "one hook that reads": lambda: model.run_with_hooks(inputs, [(site, look)]),
         "one patch, from a recorded run": patched(source),
         "one patch, its source run included": patched(other),
-        "cache: LM residual behind every block": lambda: model.run_with_cache(inputs, posts),
+        "cache: LM residual after every block": lambda: model.run_with_cache(inputs, posts),
         "— bare PyTorch hooks": lambda: by_torch_hooks(model, posts, plain),
         "— `output_hidden_states=True`": lambda: collecting(**tensors, output_hidden_states=True),
         **_transformer_lens(model, tensors),
@@ -125,7 +125,7 @@ def by_torch_hooks(model: HookedVLM, names: Sequence[str], run: Callable[[], obj
     def before(name: str) -> Callable:
         return lambda _, args, kwargs: store(name, args or next(iter(kwargs.values())))
 
-    def behind(name: str) -> Callable:
+    def after(name: str) -> Callable:
         return lambda _, args, output: store(name, output)
 
     handles = []
@@ -133,7 +133,7 @@ def by_torch_hooks(model: HookedVLM, names: Sequence[str], run: Callable[[], obj
         site = model.sites[name]
         module = model.hf_model.get_submodule(site.module)
         handles.append(
-            module.register_forward_hook(behind(name))
+            module.register_forward_hook(after(name))
             if site.tap == "output"
             else module.register_forward_pre_hook(before(name), with_kwargs=True)
         )

@@ -2,7 +2,7 @@
 
     python examples/e1_behaviour.py [MODEL [SETTING]]
 
-Every item of a setting, in batches: the top token behind the prompt against the target.
+Every item of a setting, in batches: the top token after the prompt against the target.
 """
 
 import argparse

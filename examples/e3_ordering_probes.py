@@ -2,7 +2,7 @@
 
     python examples/e3_ordering_probes.py [MODEL]
 
-A linear probe learns first, middle and last from the squares' own visual tokens behind the
+A linear probe learns first, middle and last from the squares' own visual tokens after the
 projector.  Then it reads *every* token of pictures that it has not seen.
 """
 

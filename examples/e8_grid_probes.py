@@ -2,7 +2,7 @@
 
     python examples/e8_grid_probes.py [MODEL]
 
-Pictures of 3x3 random shapes; from every object's tokens behind the projector one probe
+Pictures of 3x3 random shapes; from every object's tokens after the projector one probe
 reads the column, another the row.
 """
 

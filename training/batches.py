@@ -89,7 +89,7 @@ class Encoder:
         marks: list[bool] = []
         for i, turn in enumerate(turns):
             asked, answer = self._later(turn) if i else self._first(turn, n_tokens, system)
-            # The last token of an answer is the line break behind it, which nobody has to learn.
+            # The last token of an answer is the line break after it, which nobody has to learn.
             ids += [*asked, *answer]
             marks += [False] * len(asked) + [True] * (len(answer) - 1) + [False]
         return ids, marks

@@ -181,7 +181,7 @@ def make_inputs(
 
 
 def asked(inputs: dict[str, Tensor], end: int, questions: int, seed: int = 0) -> dict[str, Tensor]:
-    """Returns prompts with other texts from position `end` on behind the same, for each question.
+    """Returns prompts with other texts from position `end` on, after the same, for each question.
 
     All first questions come before all second ones.
 

@@ -46,7 +46,7 @@ def patch_rows(family: str, side: int) -> Tensor:
 
     Tokens are `side` x `side` in raster order.  Qwen2-VL has the four rows of a token next to
     one another, Qwen2.5-VL as well but by windows of 4 x 4 tokens, Gemma 3 pools squares of a
-    raster, and in LLaVA a token is a row, behind that of CLIP's class.
+    raster, and in LLaVA a token is a row, after that of CLIP's class.
     """
     n_tokens = side * side
     if family == "llava":

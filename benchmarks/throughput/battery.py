@@ -60,7 +60,7 @@ class Whole:
         self.tool = tool
 
     def run(self, battery: Sequence[Sequence[Task]]) -> Tensor:
-        """Returns every answer, one task behind the other."""
+        """Returns every answer, one task after the other."""
         answers = []
         for tasks in battery:
             with self.tool.keeping():

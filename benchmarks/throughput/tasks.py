@@ -51,7 +51,7 @@ class Task:
     source: Mapping[str, Tensor]
     cells: list[Cell] = field(default_factory=list)
     zeroed: Tensor | None = None
-    """Positions that every cell begins with at zero, in front of all blocks."""
+    """Positions that every cell begins with at zero, before all blocks."""
     removed: Region | None = None
     """The same as a region, for a tool that knows images."""
     questions: int = 1

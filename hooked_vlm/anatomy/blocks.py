@@ -109,8 +109,8 @@ def _scale_between(
     """Returns the layer scale that a block applies to the output of one of its parts, if any."""
     if start not in order:
         return None
-    behind = order[order.index(start) + 1 : order.index(stop) if stop in order else None]
-    return next((name for name in behind if name in scales), None)
+    later = order[order.index(start) + 1 : order.index(stop) if stop in order else None]
+    return next((name for name in later if name in scales), None)
 
 
 def _self_and_cross(names: list[str]) -> tuple[str | None, str | None]:

@@ -115,8 +115,8 @@ def _final_norm(stack: nn.Module, list_path: str, paths: dict[int, str]) -> str 
         owner, inner = stack.get_submodule(".".join(parts[:depth])), parts[depth]
         children = dict(owner.named_children())
         order = called_children(owner)
-        behind = order[order.index(inner) + 1 :] if inner in order else []
-        norms = [n for n in behind if is_norm(n, children[n])]
+        later = order[order.index(inner) + 1 :] if inner in order else []
+        norms = [n for n in later if is_norm(n, children[n])]
         if norms:
             return paths[id(children[norms[0]])]
     return None

@@ -30,14 +30,14 @@ class _Stopped(Exception):  # noqa: N818 - not an error
         self.residual = residual
 
 
-def layer_index(layer: int, n_layers: int, word: str, behind: bool = True) -> int:
-    """Returns a layer as a non-negative number; with `behind`, `n_layers` means after the last."""
+def layer_index(layer: int, n_layers: int, word: str) -> int:
+    """Returns a layer as a non-negative number; `n_layers` means after the last."""
     if not isinstance(layer, Integral) or isinstance(layer, bool):
         raise UnknownHookError(f"{word}={layer!r} was given; expected the number of a layer.")
-    if not -n_layers <= layer < n_layers + behind:
-        more = f" (and {n_layers} for after the last)" if behind else ""
+    if not -n_layers <= layer <= n_layers:
         raise UnknownHookError(
-            f"{word}={layer} is out of range: this model has LM layers 0 to {n_layers - 1}{more}."
+            f"{word}={layer} is out of range: this model has LM layers 0 to {n_layers - 1} "
+            f"(and {n_layers} for after the last)."
         )
     return layer + n_layers if layer < 0 else layer
 
@@ -52,8 +52,8 @@ def uncached(model: nn.Module) -> dict[str, bool]:
 def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -> Tensor:
     """Returns the residual stream before an LM block, and ends the pass of `run` there."""
     layer = layer_index(layer, len(lm.blocks), "stop_at_layer")
-    behind = lm.final_norm if layer == len(lm.blocks) else lm.blocks[layer].path
-    if behind is None:
+    stopped = lm.final_norm if layer == len(lm.blocks) else lm.blocks[layer].path
+    if stopped is None:
         raise UnsupportedModelError(
             f"stop_at_layer={layer} is after the last block, and this model has no final norm to "
             f"stop at. Read blocks.{layer - 1}.hook_resid_post instead."
@@ -62,7 +62,7 @@ def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
         raise _Stopped(first_argument(module, args, kwargs))
 
-    handle = model.get_submodule(behind).register_forward_pre_hook(stop, with_kwargs=True)
+    handle = model.get_submodule(stopped).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with eager(model):
             run()

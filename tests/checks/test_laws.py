@@ -180,7 +180,7 @@ def test_a_write_that_is_dropped_is_found(family: str, site: str) -> None:
     model, inputs = fresh(family)
     assert check_only(model, inputs, site).verdict == YES
     module = model.hf_model.get_submodule(model.sites[site].module)
-    # behind the library's own hooks: what the module gives is computed anew
+    # after the library's own hooks: what the module gives is computed anew
     module.register_forward_hook(lambda module, args, out: type(module).forward(module, *args))
     assert_broken(check_only(model, inputs, site), f"^{site}: a write changes nothing$")
 
@@ -245,7 +245,7 @@ def test_a_write_that_breaks_the_model_is_found() -> None:
 @pytest.mark.parametrize(
     ("family", "site", "path"),
     [
-        # Gemma-3 normalises what attention gives before it is added; these are in front of that
+        # Gemma-3 normalises what attention gives before it is added; these are before that
         ("gemma-3", "blocks.1.hook_attn_out", "model.language_model.layers.1.self_attn"),
         ("gemma-3", "blocks.1.hook_mlp_out", "model.language_model.layers.1.mlp"),
         ("qwen2-vl", "blocks.0.hook_attn_out", "model.language_model.layers.0.mlp"),

@@ -26,7 +26,7 @@ _PADDED = "transformers' own results change with padding here"
 EXCEPT: dict[tuple[str, str], str] = {
     ("gemma3n", "residual"): "several residual streams, mixed around each block",
     ("gemma3n", "start layer"): "the last blocks use keys and values of earlier ones",
-    ("gemma4", "residual"): "per-layer inputs are added, and the sum scaled, behind the MLP",
+    ("gemma4", "residual"): "per-layer inputs are added, and the sum scaled, after the MLP",
     ("inkling2", "residual"): "a short convolution mixes the residual itself",
     ("glm5_next", "residual"): "several residual streams, mixed around each block",
     (

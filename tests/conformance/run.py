@@ -89,7 +89,7 @@ def table(rows: list[Row]) -> str:
 
 
 def notes(rows: list[Row]) -> str:
-    """Returns what stands behind the marks: exceptions, what does not apply, what fails."""
+    """Returns the reasons of the marks: exceptions, what does not apply, what fails."""
     lines = []
     for row in rows:
         for law, finding in row.findings.items():
@@ -177,7 +177,7 @@ LEGEND = """\
 | steered answer | edits of the prompt (of its last token, of an image, of a slot) give one answer with a cache, without one and with caches off by configuration, and it begins with what a forward pass gives |
 | chunks | functions act on every chunk of a text prompt that is computed in chunks; interventions, whose places need the whole prompt, are refused |
 | start layer | running from a layer with its own residual stream gives the full run's logits |
-| sweep | patches from another image at slots, merged embeddings, encoder blocks and behind them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes, within 5e-5 of the largest |
+| sweep | patches from another image at slots, merged embeddings, encoder blocks and after them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes, within 5e-5 of the largest |
 | padding | prompts of different lengths in one batch give what each gives alone |
 | images | two images in a prompt, one image in two prompts, an image in one prompt of two, no image: parity and grids hold in each that the processor and transformers take |
 | own output | what the architecture's own processor gives, without `prepare`: the same logits, and the same grids or none, or a refusal |

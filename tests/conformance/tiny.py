@@ -209,7 +209,7 @@ def _kept(kinds: list[tuple[str, ...]]) -> list[int]:
     kept = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     for kind in [*dict.fromkeys(kinds)] * 4:
         spare = [i for i, one in enumerate(kinds) if one == kind and i not in kept]
-        if spare and len(kept) < few:  # behind those that are kept, where there is one
+        if spare and len(kept) < few:  # after those that are kept, where there is one
             kept.append(next((i for i in spare if i > max(kept)), spare[0]))
     return sorted(kept)
 

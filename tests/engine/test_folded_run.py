@@ -179,7 +179,7 @@ def test_positions_that_count_the_padding_are_not_shared() -> None:
 
 
 def test_images_that_differ_only_in_what_later_blocks_are_given_are_not_shared() -> None:
-    # DeepStack: features of the encoder's own are added behind the first blocks.
+    # DeepStack: features of the encoder's own are added after the first blocks.
     model = conforming("qwen3_vl")
     a, b = (picture(*image_size(model), seed=i) for i in range(2))
     questions = ["Is A left of B?", "Is A above B of it?"]

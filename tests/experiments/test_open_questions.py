@@ -46,7 +46,7 @@ def rows(result: Result, **wanted: Any) -> Any:
 def test_the_order_is_found_at_the_depth_where_it_was_written(coded: str) -> None:
     result = depth(coded)
     layers = rows(result, quantity="swapped", kind="strip", direction="left")["layer"].tolist()
-    assert layers == [0, 1, 2]  # in front of the one block, behind it, behind the projector
+    assert layers == [0, 1, 2]  # before the one block, after it, after the projector
     for direction in ("left", "below"):
         for kind in ("strip", "object"):
             found = rows(result, quantity="swapped", kind=kind, direction=direction)

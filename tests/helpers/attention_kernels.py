@@ -81,12 +81,12 @@ def attended(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     n, m = q.shape[2], k.shape[2]
-    behind = torch.arange(n)[:, None] + m - n - torch.arange(m)  # from the last key
+    distance = torch.arange(n)[:, None] + m - n - torch.arange(m)  # from the last key
     seen = torch.ones(n, m, dtype=torch.bool)
     if causal:
-        seen &= behind >= 0
+        seen &= distance >= 0
     if window[0] >= 0:
-        seen &= behind <= window[0]
+        seen &= distance <= window[0]
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 

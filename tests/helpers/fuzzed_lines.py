@@ -123,7 +123,7 @@ def outcome(words: list[str]) -> str:
             cli.main()
     except SystemExit as end:
         text = said.getvalue()
-        _, _, after = text.rpartition("--help")  # typer's own, behind the usage
+        _, _, after = text.rpartition("--help")  # typer's own, after the usage
         if end.code != 2:
             return f"exit status {end.code}: {text[:150]}"
         if "Traceback" in text or not text.strip():

@@ -16,7 +16,7 @@ The MLP writes the *order code* (`column_code`, `row_code`) that the projector h
   So the background has it only as long as it attends to the objects.
 
 Language model (two blocks; `L` below).  In block 0 every position copies the direction word
-("left", "right", "above", "below") that it finds in front of it.  In block 1 the last
+("left", "right", "above", "below") that it finds before it.  In block 1 the last
 position looks for visual tokens whose order code is the one that the direction asks for and
 copies the colour that they carry; with no direction it looks at a token that holds nothing
 (a sink).  The vocabulary projection scores the colour names by their distance from it.
@@ -52,7 +52,7 @@ SIDE, PATCH, WIDTH = 6, 8, 64
 GEOMETRY = geometry_for(SIDE, PATCH)
 BALLAST = {"vision": 1000.0, "language": 20.0}
 CODE = 3.0
-"""The order code's size behind the projector; colours are between -1 and 1."""
+"""The order code's size after the projector; colours are between -1 and 1."""
 
 V = {  # dimensions of the vision encoder, each mirrored 32 dimensions up
     "rgb": range(3),

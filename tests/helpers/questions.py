@@ -33,8 +33,8 @@ def ask(
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in base:
                 own[name] = (base[name][image], 0, 0)
-        for name, (front, behind, pad) in own.items():
-            parts = [_filled(pad, pads), _filled(front, len(head)), _filled(behind, n)]
+        for name, (front, after, pad) in own.items():
+            parts = [_filled(pad, pads), _filled(front, len(head)), _filled(after, n)]
             rows.setdefault(name, []).append(torch.cat(parts))
     found = {name: torch.stack(x) for name, x in rows.items()}
     order = [image for image, _ in asked]

@@ -21,7 +21,7 @@ SIZES = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }
-# Class, config, what the config takes besides SIZES, and the tokens in front of the patches.
+# Class, config, what the config takes besides SIZES, and the tokens before the patches.
 ENCODERS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", {}, 1),
     "clip-projection": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {}, 1),

@@ -56,7 +56,7 @@ def test_a_missing_mask_means_causal_where_the_implementation_says_so():
     for base in ("sdpa", "flash_attention_2"):
         found = allowed(additive_mask(Causal(), QUERY, QUERY, None, base))
         assert torch.equal(found[0, 0], torch.ones(5, 5).tril().bool())
-    # Keys from a cache stand in front of the queries.
+    # Keys from a cache stand before the queries.
     found = allowed(additive_mask(Causal(), QUERY[:, :, :2], QUERY, None, "sdpa"))
     assert torch.equal(found[0, 0], torch.ones(2, 5).tril(3).bool())
 
@@ -216,7 +216,7 @@ def test_gemmas_sliding_window_shows_in_the_pattern():
 def test_zeroing_image_columns_and_renormalising_is_masking_their_scores(family):
     model, inputs = tiny(family, "eager"), make_inputs(family)
     image = inputs["input_ids"][0] == IMAGE
-    after = int(image.nonzero().max()) + 1  # queries behind the image see text too
+    after = int(image.nonzero().max()) + 1  # queries after the image see text too
 
     def cut(weights, hook):
         weights[:, :, after:, image] = 0

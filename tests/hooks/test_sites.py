@@ -206,7 +206,7 @@ def test_attention_and_mlp_sites_are_what_the_next_map_takes(family):
         sites = model.sites
         down = model.hf_model.get_submodule(sites[f"{prefix}blocks.1.mlp.hook_post"].module)
         out = down(cache["post", 1, tower])
-        if family == "gemma-3" and not tower:  # its output is taken behind a norm
+        if family == "gemma-3" and not tower:  # its output is taken after a norm
             out = model.hf_model.get_submodule(sites["blocks.1.hook_mlp_out"].module)(out)
         torch.testing.assert_close(out, cache["mlp_out", 1, tower], atol=1e-5, rtol=1e-4)
 

@@ -124,7 +124,7 @@ class Layout:
 
     def __init__(self, boxes: Sequence[Box], n: int = 2, side: int = 1, first: int = 3) -> None:
         self.boxes, self.n, self.side, self.first = boxes, n, side, first
-        self.gap, self.prefix = 0, 0  # separators behind each row; class tokens
+        self.gap, self.prefix = 0, 0  # separators after each row; class tokens
 
     @property
     def n_tokens(self) -> int:
@@ -185,7 +185,7 @@ def test_one_grid() -> None:
     assert view.patches is not None
     assert view.rows is not None
     for row, col in np.ndindex(4, 4):
-        corner = 1 + 2 * row * 8 + 2 * col  # behind the class token
+        corner = 1 + 2 * row * 8 + 2 * col  # after the class token
         patches = [[0, corner + shift] for shift in (0, 1, 8, 9)]
         assert view.patches[row, col].tolist() == patches
         assert view.rows[row, col].tolist() == [[0, 4 * row + col]]

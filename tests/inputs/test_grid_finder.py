@@ -218,7 +218,7 @@ def test_tokens_that_are_mixed_have_no_grid() -> None:
 
 
 def test_patches_that_stand_elsewhere_are_found_out() -> None:
-    """Patches are flipped in front of the encoder, and flipped back in the projector: positions
+    """Patches are flipped before the encoder, and flipped back in the projector: positions
     are as the rule has them, and patches are not."""
     model, turned = prepared("llava"), with_projector(Reordered, FLIP)
     norm: Any = next(m for n, m in turned.hf_model.named_modules() if n.endswith("pre_layrnorm"))

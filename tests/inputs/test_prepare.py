@@ -127,8 +127,8 @@ def test_chat_system_prompt_and_plain_text(family):
     if tokenizer.bos_token:
         assert (chat["input_ids"] == tokenizer.bos_token_id).sum() == 1
     placeholder = plain.texts[0].removesuffix("yes")
-    behind = model.prepare(picture(), f"yes{placeholder}", chat=False)
-    assert int(behind.grid.positions[0, 0]) > int(plain.grid.positions[0, 0])
+    after = model.prepare(picture(), f"yes{placeholder}", chat=False)
+    assert int(after.grid.positions[0, 0]) > int(plain.grid.positions[0, 0])
     with pytest.raises(DataError, match=r"Prompt 0 has 2 image placeholders .* for 1 image"):
         model.prepare(picture(), placeholder * 2 + "yes", chat=False)
 

@@ -76,7 +76,7 @@ def two_sizes(seed: int = 0) -> dict[str, Tensor]:
 
 
 def padded(family: str, inputs: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """The same prompts behind `n` positions of padding."""
+    """The same prompts after `n` positions of padding."""
     grown = dict(inputs)
     for name, fill in (
         ("input_ids", PAD),
@@ -181,8 +181,8 @@ def test_positions_map_across_prompts_of_other_lengths_and_padding(family: str) 
         Patch(site, at=Positions((0,)), source=source),
     ]
     for patch in patches:
-        plain, behind = (model.run_with_hooks(i, [patch]) for i in (inputs, late))
-        torch.testing.assert_close(behind[:, 3:], plain, rtol=0, atol=2e-5)
+        plain, later = (model.run_with_hooks(i, [patch]) for i in (inputs, late))
+        torch.testing.assert_close(later[:, 3:], plain, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,6 +1,6 @@
 """Large models as they are loaded (in pieces, offloaded, in half precision, quantised), in small.
 
-Offloading is real: weights come from disk in front of each module and leave behind it.
+Offloading is real: weights come from disk before each module runs and leave after it.
 There is no second device in these tests but `cpu`; what runs over several GPUs is the same
 code of accelerate's.
 """

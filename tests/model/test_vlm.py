@@ -44,7 +44,7 @@ def test_stopping_returns_the_residual_in_front_of_the_layer(family, attn):
             residual, cache = model.run_with_cache(inputs, names, stop_at_layer=layer)
             assert torch.equal(residual, expected)
             assert ran == list(range(stop))
-            # The residual in front of the layer is the last thing that is read.
+            # The residual before the layer is the last thing that is read.
             assert [n for n in cache if "blocks" in n][
                 -1
             ] == f"blocks.{min(stop, 2)}.hook_resid_pre"

@@ -276,7 +276,7 @@ def test_j2_a_cell_s_size_is_in_pixels_of_the_given_image():
 
 
 def test_j2_the_cell_of_a_measured_patch() -> None:
-    """Cells in columns instead of rows, behind one class token."""
+    """Cells in columns instead of rows, after one class token."""
     tokens = torch.arange(6).reshape(3, 2).T + 1
     rows = torch.stack([0 * tokens, tokens], -1)[:, :, None]
     grid = replace(make_grid(2, 3, patches=1), patches=rows)

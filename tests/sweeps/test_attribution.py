@@ -226,7 +226,7 @@ def test_the_base_is_in_force_in_the_clean_run() -> None:
     np.testing.assert_allclose(estimate, exact, atol=1e-5)
     np.testing.assert_allclose(estimate[0], exact[0], rtol=2e-6, atol=2e-6)
     assert not np.allclose(exact[0], difference(model(inputs)))
-    # What the base overwrites behind a cell has no effect, here as there.
+    # What the base overwrites after a cell has no effect, here as there.
     hidden = [Ablate(3, at=LastToken())]
     sweep = Sweep(inputs, {"slot": [1]}, lambda slot: Patch(slot, at=LastToken(), source=source))
     sweep = Sweep(inputs, sweep.axes, sweep.make, base=hidden)

@@ -3,7 +3,7 @@
 Image prompts cannot be batched over invokes, so cells are traces in a loop, each of the whole
 batch.  Clean and source activations are saved once; a cell's trace then skips every block before
 the edited one with its clean output (`.skip`), and the edited one with the edited output, so that
-only what lies behind is computed.  The language model is traced alone, on what the model calls it
+only what comes after is computed.  The language model is traced alone, on what the model calls it
 with, so that the vision encoder runs once for all cells.
 """
 
