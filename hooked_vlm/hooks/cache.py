@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
-from hooked_vlm.arguments.kinds import Device
+from hooked_vlm.arguments.kinds import Device, File
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.decomposition import parts_of
 from hooked_vlm.hooks.names import (
@@ -221,8 +221,11 @@ class ActivationCache(Mapping[str, Any]):
         return (stacked, [label for label, _ in parts]) if return_labels else stacked
 
     @checked(DataError)
-    def save(self, path: str | Path) -> None:
-        """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`."""
+    def save(self, path: File) -> None:
+        """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`.
+
+        Raises `DataError` for a path that cannot be written to.
+        """
         tensors = {}
         for name, value in self.items():
             for i, tensor in enumerate(listed(value)):
@@ -235,7 +238,7 @@ class ActivationCache(Mapping[str, Any]):
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
-        except (SafetensorError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        except (SafetensorError, OSError) as error:
             raise DataError(
                 f"The cache cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
                 "file in a folder that is there."
@@ -245,7 +248,7 @@ class ActivationCache(Mapping[str, Any]):
 
     @classmethod
     @checked(DataError)
-    def load(cls, path: str | Path, device: Device = "cpu") -> "ActivationCache":
+    def load(cls, path: File, device: Device = "cpu") -> "ActivationCache":
         """Returns the cache that `save` wrote to `path`; raises `DataError` for another file."""
         found: dict[str, VisionActivation] = {}
         lists: dict[str, dict[int, Tensor]] = {}
