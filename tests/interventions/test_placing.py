@@ -242,7 +242,7 @@ def test_c5_a_prompt_that_an_encoder_reads_gives_no_positions_in_a_decoder(name:
     # What the message advises: torch's own hook does the same.
     site = "blocks.1.hook_resid_pre"
     edited = model.run_with_hooks(inputs, [(site, lambda x, hook: x * 2)])
-    block = model.hf_model.get_submodule(model.sites[site].path)
+    block = model.hf_model.get_submodule(model.sites[site].module)
     handle = block.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
     assert torch.equal(edited, model.hf_model(**inputs).logits)
     handle.remove()
