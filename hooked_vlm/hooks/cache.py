@@ -7,6 +7,7 @@ weights; an analysis that needs them (such as a logit lens) takes the cache and 
 Vision sites of images of different sizes are lists by image.
 """
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,10 @@ from hooked_vlm.hooks.names import (
     tower_of,
 )
 from hooked_vlm.hooks.patch_order import VisionActivation, each, listed
+
+
+_NAMES = "names"
+"""The entry of a file's metadata with the names of the sites, in the order of the cache."""
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -234,7 +239,9 @@ class ActivationCache(Mapping[str, Any]):
         # A name of its own for each writer, so that two of them cannot mix their bytes.
         part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
         try:
-            save_file(tensors, part, {n: str(layers) for n, layers in self.n_layers.items()})
+            about = {_NAMES: json.dumps(list(self))}  # safetensors sorts by dtype and name
+            about |= {n: str(layers) for n, layers in self.n_layers.items()}
+            save_file(tensors, part, about)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
@@ -254,7 +261,9 @@ class ActivationCache(Mapping[str, Any]):
         lists: dict[str, dict[int, Tensor]] = {}
         try:
             with safe_open(path, framework="pt", device=device) as file:
-                n_layers = {n: int(layers) for n, layers in (file.metadata() or {}).items()}
+                about = dict(file.metadata() or {})
+                names = json.loads(about.pop(_NAMES, "[]"))
+                n_layers = {n: int(layers) for n, layers in about.items()}
                 for key in file.keys():  # noqa: SIM118 (not a dict: it has no iterator)
                     name, _, index = key.partition("#")
                     if index:
@@ -267,6 +276,7 @@ class ActivationCache(Mapping[str, Any]):
                 "safetensors use safetensors.torch.load_file."
             ) from None
         found |= {name: [parts[i] for i in sorted(parts)] for name, parts in lists.items()}
+        found = {name: found[name] for name in names if name in found} | found
         return cls(found, n_layers)
 
     def _n_layers(self, tower: str | None) -> int:

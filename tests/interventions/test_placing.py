@@ -236,7 +236,11 @@ def encoder_decoder() -> tuple[HookedVLM, dict[str, Any]]:
 def test_c5_a_prompt_that_an_encoder_reads_gives_no_positions_in_a_decoder(name: str) -> None:
     model, inputs = encoder_decoder()
     inputs[name] = inputs["input_ids"].flip(1)
-    for edit in (Ablate(0, at=LastToken()), Ablate("blocks.1.hook_mlp_out"), Patch(1, source=inputs)):
+    for edit in (
+        Ablate(0, at=LastToken()),
+        Ablate("blocks.1.hook_mlp_out"),
+        Patch(1, source=inputs),
+    ):
         with pytest.raises(InterventionError, match=r"Places are found in input_ids .*Use a hook"):
             model.run_with_hooks(inputs, [edit])
     # What the message advises: torch's own hook does the same.
