@@ -320,6 +320,11 @@ CASES = {
         "ActivationCache.load(folder / 'none.safetensors')",
         "DataError: '{folder}/none.safetensors' is not a file of ActivationCache.save",
     ),
+    "g8 bools as p-values": (
+        "statistics.holm([True, False])",
+        "DataError: holm was given p_values=[True, False]; expected numbers from 0 to 1",
+    ),
+    "g8 a bool as a p-value": ("statistics.holm(True)", "DataError: holm was given p_values=True"),
     "i4 a cache in no file": (
         "qwen.run_with_cache(inputs)[1].save('')",
         "DataError: save was given path=''; expected the path of a file",
