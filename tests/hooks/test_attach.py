@@ -239,7 +239,7 @@ def test_j2_what_runs_outside_of_a_pass_is_no_edit_of_one() -> None:
 
 def test_torch_hooks_of_the_user_run_after_the_librarys():
     # As the guide says: they receive what functions returned, and the cache has the value before.
-    model, inputs, seen = build("llava"), make_inputs("llava"), []
+    model, inputs, seen = HookedVLM(build("llava")), make_inputs("llava"), []
     block = model.hf_model.get_submodule(model.sites[POST].module)
     _, clean = model.run_with_cache(inputs, [POST])
 
