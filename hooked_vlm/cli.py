@@ -13,12 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
-from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.errors import DataError, HookedVLMError
 from hooked_vlm.report.children import run_commands
 from hooked_vlm.report.progress import Listener, quiet
 
@@ -37,6 +38,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class _Command(TyperCommand):
+    """A command that refuses an empty text: as a path it would be the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        for parameter in order:
+            value = given.get(parameter.name or "")
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and not text.strip():
+                    name = parameter.opts[0] if parameter.opts[0][0] == "-" else parameter.name
+                    raise DataError(
+                        f"{name} was given {text[:20]!r}, an empty text. Give it a value, or leave "
+                        "it out where it has a default."
+                    )
+        return super().parse_args(ctx, args)
+
 
 Model = Annotated[
     str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
@@ -77,7 +96,7 @@ Fresh = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=_Command)
 def run(
     experiment: Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")],
     model: Model,
@@ -96,7 +115,7 @@ def run(
     fresh: Fresh = False,
 ) -> None:
     """Run an experiment or a suite on a model and write its report."""
-    from hooked_vlm.experiments.options import Config
+    from hooked_vlm.experiments.options import Config, from_words
     from hooked_vlm.report.job import Job
 
     job = Job(
@@ -113,7 +132,7 @@ def run(
             other_words=other_words,
         ),
         setting=setting,
-        options=_options(options or []),
+        options=from_words(options or []),
         device=device,
         dtype=dtype,
         fresh=fresh,
@@ -122,7 +141,7 @@ def run(
     print(f"report: {report.page}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     out: Out = Path("demo"),
     pairs: Pairs = 50,
@@ -145,7 +164,7 @@ def demo(
     _side_by_side(made, out, "The dual mechanisms of spatial reasoning, on two small models", jobs)
 
 
-@app.command()
+@app.command(cls=_Command)
 def reproduce(
     out: Out,
     model: Annotated[
@@ -166,7 +185,7 @@ def reproduce(
 ) -> None:
     """Run every experiment on every setting, in float32. Run it again to resume."""
     from hooked_vlm import zoo
-    from hooked_vlm.experiments.options import Config
+    from hooked_vlm.experiments.options import Config, from_words
     from hooked_vlm.report import job as runner
     from hooked_vlm.report.job import Job
 
@@ -184,7 +203,7 @@ def reproduce(
             name,
             out / runner.folder_name(name),
             config=config,
-            options=_options(options or []),
+            options=from_words(options or []),
             device=device,
             dtype=dtype,
             fresh=fresh,
@@ -194,7 +213,7 @@ def reproduce(
     _side_by_side(made, out, "The dual mechanisms of spatial reasoning, and what is open", jobs)
 
 
-@app.command()
+@app.command(cls=_Command)
 def sites(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
 ) -> None:
@@ -205,7 +224,7 @@ def sites(
         print(HookedVLM.from_pretrained(model).describe())
 
 
-@app.command()
+@app.command(cls=_Command)
 def check(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
     every_layer: Annotated[
@@ -233,7 +252,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("list")
+@app.command("list", cls=_Command)
 def list_() -> None:
     """List the suites, the experiments and the shipped models."""
     from hooked_vlm import zoo
@@ -281,25 +300,6 @@ def _lacking(error: Exception) -> tuple[str, str] | None:
         what = f"'{str(error.filename)[-200:]}' cannot be read or written: {error.strerror}"
         return what, "Correct the folder or its permissions"
     return None
-
-
-def _options(given: list[str]) -> dict[str, str]:
-    from hooked_vlm.errors import DataError
-
-    options = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise DataError(
-                f"--set {text!r} was given; expected NAME=VALUE, as in --set alphas=0,4,8."
-            )
-        name = name.strip().replace("-", "_")
-        if name in options:
-            raise DataError(
-                f"--set {name} was given twice, as {options[name][:80]!r} and {value[:80]!r}."
-            )
-        options[name] = value
-    return options
 
 
 def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from typer.main import get_command
 
 from hooked_vlm import cli
 from hooked_vlm.experiments import registry
@@ -142,7 +143,7 @@ CASES: dict[str, tuple[str, str]] = {
     "i3 a negative seed": ("ordering-probes --seed -1", "--seed must be a whole number from 0"),
     "i3 a large seed": (f"ordering-probes --seed {2**64}", "--seed must be a whole number from 0"),
     "i3 meta": ("behaviour --device meta", "experiments run on cpu, cuda or mps"),
-    "i3 no device": ("behaviour --device=", "There is no device ''"),
+    "i3 no device": ("behaviour --device=", "--device was given '', an empty text"),
     "i3 no batch": ("behaviour --batch-size 0", "--batch-size must be a whole number from 1"),
     "i3 an empty batch": ("behaviour --set batch_size=0", "Use --batch-size."),
     "i3 no image": ("grid-probes --set images=0", "images must be a whole number from 8"),
@@ -155,6 +156,11 @@ CASES: dict[str, tuple[str, str]] = {
     "i3 null": ("coco-spatial --data {null}", "expected a list"),
     "i3 nested": ("coco-spatial --data {deep}", "nested too deeply"),
     "i3 entries": ("coco-spatial --data {short}", "has no usable item"),
+    "i2 no path of boxes": (
+        "coco-amplification --data {good} --set boxes=",
+        "Option boxes='' is no path (or none)",
+    ),
+    "i2 an option without a name": ("behaviour --set =3", "--set '=3' was given; expected NAME="),
     "h7 a list that leads out": ("coco-spatial --data {up}", "has no usable item"),
     "h7 an absolute path": ("coco-spatial --data {absolute}", "has no usable item"),
 }
@@ -186,6 +192,36 @@ def test_i3_check_refuses_a_dtype_and_a_device_before_it_loads(
     assert "Did you mean 'float32'?" in capsys.readouterr().err
     assert status(monkeypatch, "check", "tiny-gemma-3", "--device", "meta") == 2
     assert "experiments run on cpu, cuda or mps" in capsys.readouterr().err
+
+
+EMPTY = {
+    "run": "behaviour --model tiny-gemma-3 --out out",
+    "demo": "--out out",
+    "reproduce": "--out out",
+    "sites": "tiny-gemma-3",
+    "check": "tiny-gemma-3",
+}
+
+
+@pytest.mark.parametrize("command", EMPTY)
+def test_i2_an_empty_text_is_refused_everywhere(
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    # As a path it would be the current folder.
+    monkeypatch.chdir(files / "empty")
+    parameters = get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    flags = [p.opts[0] for p in parameters if not getattr(p, "is_flag", False)]
+    for flag in flags:
+        for empty in ("", "  "):
+            words = EMPTY[command].split()
+            words = [*words, f"{flag}={empty}"] if flag[0] == "-" else [empty, *words[1:]]
+            assert status(monkeypatch, command, *words) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"hooked-vlm: {flag} was given {empty!r}, an empty text.")
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_g6_in_a_suite_an_experiment_keeps_the_one_setting_that_it_has() -> None:

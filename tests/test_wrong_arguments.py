@@ -320,6 +320,51 @@ CASES = {
         "ActivationCache.load(folder / 'none.safetensors')",
         "DataError: '{folder}/none.safetensors' is not a file of ActivationCache.save",
     ),
+    "g8 bools as p-values": (
+        "statistics.holm([True, False])",
+        "DataError: holm was given p_values=[True, False]; expected numbers from 0 to 1",
+    ),
+    "g8 a bool as a p-value": ("statistics.holm(True)", "DataError: holm was given p_values=True"),
+    "i4 a cache in no file": (
+        "qwen.run_with_cache(inputs)[1].save('')",
+        "DataError: save was given path=''; expected the path of a file",
+    ),
+    "i4 a cache in a file of blanks": (
+        "qwen.run_with_cache(inputs)[1].save('  ')",
+        "DataError: save was given path='  '; expected the path of a file",
+    ),
+    "i4 a cache in a folder": (
+        "qwen.run_with_cache(inputs)[1].save(Path('.'))",
+        "DataError: The cache cannot be written to '.'",
+    ),
+    "i4 a cache of no file": (
+        "ActivationCache.load('')",
+        "DataError: load was given path=''; expected the path of a file",
+    ),
+    "i4 backgrounds without a name": (
+        "stimulus_set('squares-photos', backgrounds='')",
+        "DataError: stimulus_set was given backgrounds=''; expected a path (a text that is not",
+    ),
+    "i4 a site without a name": (
+        "get_act_name(' ', 3)",
+        "UnknownHookError: get_act_name was given name=' '; expected a text that is not empty",
+    ),
+    "i4 an axis without a name": (
+        "Sweep(inputs, {'slot': [0, 1]}, lambda slot: Ablate(slot)).run(qwen, len, dims=[''])",
+        "InterventionError: run was given dims=['']; expected a sequence of",
+    ),
+    "i4 an object without a name": (
+        "squares_prompt('left', '')",
+        "DataError: squares_prompt was given reference=''; expected a text that is not empty",
+    ),
+    "i4 a job without a folder": (
+        "job.check(job.Job('behaviour', 'tiny-gemma-3', ''))",
+        "DataError: out='' was given; expected a pathlib.Path of a folder.",
+    ),
+    "i4 a configuration with a folder without a name": (
+        "Config(cutouts='')",
+        "DataError: --cutouts must be a pathlib.Path or None (got '').",
+    ),
     "i5 nan directions are not zero": (
         "directions.scale_projections(torch.ones(2, 3), torch.full((1, 3), float('nan')), 1.0)",
         "DataError: 1 of 1 directions have values that are NaN or infinite",
@@ -338,15 +383,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from hooked_vlm import Ablate, Chain, HookedVLM, LastToken, Patch, Region, Span, Steer, Sweep
+from hooked_vlm import get_act_name
 from hooked_vlm.analysis import directions, scoring, statistics
 from hooked_vlm.analysis.probes import LinearProbe, split_by_image
 from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.experiments.options import Config
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.regions.positions import Positions
+from hooked_vlm.report import job
 from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.objects import load_cutouts
 from hooked_vlm.stimuli.pairs import sample_tuples
+from hooked_vlm.stimuli.prompts import squares_prompt
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.sweeps.transformer_lens import get_act_patch_resid_pre
 

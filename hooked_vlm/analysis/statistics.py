@@ -262,9 +262,14 @@ def holm(p_values: Float[np.ndarray, "*axes"] | Sequence[float]) -> Float[np.nda
     family at 0.05, however the tests depend on one another (slots of one sweep do).
 
     Raises:
-        DataError: a p-value outside [0, 1].
+        DataError: a p-value outside [0, 1], or bools (results of tests, not p-values).
     """
     p = _numbers(p_values)
+    given = p_values if isinstance(p_values, Tensor) else np.asarray(p_values)
+    if str(given.dtype).endswith("bool"):
+        raise DataError(
+            f"holm was given p_values={shown(p_values)}; expected numbers from 0 to 1, not bools."
+        )
     if not np.all((p >= 0) & (p <= 1)):
         raise DataError("Holm's correction was given p-values outside [0, 1] or NaN.")
     # Written out: statsmodels' `multipletests` calls gc.collect(), which takes most of the time of

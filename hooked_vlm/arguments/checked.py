@@ -33,7 +33,7 @@ import torch
 from jaxtyping import jaxtyped
 from torch import Tensor
 
-from hooked_vlm.arguments.kinds import Kind, has_values, is_bool, is_number, is_whole
+from hooked_vlm.arguments.kinds import Kind, has_values, is_bool, is_number, is_path, is_whole
 from hooked_vlm.errors import HookedVLMError, did_you_mean
 
 
@@ -261,7 +261,7 @@ _PLAIN: dict[Any, Kind | None] = {
     int: Kind(is_whole, "a whole number"),
     float: Kind(is_number, "a number"),
     str: Kind(lambda v: isinstance(v, str), "a text"),
-    Path: Kind(lambda v: isinstance(v, str | Path), "a path"),
+    Path: Kind(is_path, "a path (a text that is not empty, or a Path)"),
 }
 
 

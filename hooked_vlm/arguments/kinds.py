@@ -14,6 +14,7 @@ hooked_vlm.errors.DataError: drawn was given n=0; expected a whole number of at 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -52,6 +53,19 @@ def has_values(value: Any) -> bool:
     return not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_meta)
 
 
+def is_filled(text: Any) -> bool:
+    """Whether a value is a text with more than blanks.
+
+    `Path("")` is the current folder, so an empty text in place of a path would be read as one.
+    """
+    return isinstance(text, str) and bool(text.strip())
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value is a path, or a text that names one."""
+    return isinstance(value, Path) or is_filled(value)
+
+
 def one_of(names: Iterable[str]) -> Kind:
     """Returns the kind of an argument that is one of some names."""
     known = tuple(names)
@@ -71,6 +85,10 @@ Seed: TypeAlias = Annotated[
     int, Kind(lambda n: 0 <= n < 2**64, "a whole number of at least 0 (and below 2**64)")
 ]
 Whole: TypeAlias = Annotated[int, Kind(lambda n: n >= 0, "a whole number of at least 0")]
+Name: TypeAlias = Annotated[str, Kind(is_filled, "a text that is not empty or blank")]
+File: TypeAlias = Annotated[
+    str | Path, Kind(is_path, "the path of a file (a text that is not empty, or a Path)")
+]
 Finite: TypeAlias = Annotated[float | int, Kind(math.isfinite, "a finite number")]
 NotNegative: TypeAlias = Annotated[
     float | int, Kind(lambda x: 0 <= x < math.inf, "a finite number of at least 0")

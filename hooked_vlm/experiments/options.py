@@ -1,11 +1,13 @@
 """The options of experiments, and the type of their progress callback."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+from hooked_vlm.arguments.checked import shown
+from hooked_vlm.arguments.kinds import is_filled
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.settings import files_of, require_known, stimulus_set
 
@@ -16,6 +18,8 @@ OnProgress = Callable[[int, int], None]
 C = TypeVar("C", bound="Config")
 
 
+FOLDERS = ("cutouts", "backgrounds", "data")
+"""The fields that name a folder of the user's."""
 MAX_SEED = 2**31 - 1
 """The highest seed that numpy, torch and scikit-learn all accept, with a few seeds above it."""
 
@@ -72,6 +76,12 @@ class Config:
             )
         for field in fields(self):
             _require_finite(field.name, getattr(self, field.name))
+        for name in FOLDERS:
+            folder = getattr(self, name)
+            if not (folder is None or isinstance(folder, Path)):
+                raise DataError(
+                    f"{_flag(name)} must be a pathlib.Path or None (got {shown(folder)})."
+                )
         for name, known in self.choices.items():
             value = getattr(self, name)
             if value not in known:
@@ -174,7 +184,9 @@ def parse(name: str, text: str, kind: Any) -> Any:
             ]
         if kind in (int, float, str):
             return kind(text)
-        return None if text in ("", "none") else Path(text)
+        if not is_filled(text):
+            raise ValueError(text)
+        return None if text == "none" else Path(text)
     except DataError:  # of an item of a tuple
         raise
     except (ValueError, KeyError):
@@ -184,4 +196,27 @@ def parse(name: str, text: str, kind: Any) -> Any:
         ) from None
 
 
-_KINDS = {int: "whole number", float: "number", bool: "yes or no (true, false, 1, 0)"}
+def from_words(given: Sequence[str]) -> dict[str, str]:
+    """Returns the options of `--set NAME=VALUE` by name; raises `DataError` for another form."""
+    options: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not is_filled(name):
+            raise DataError(
+                f"--set {text[:80]!r} was given; expected NAME=VALUE, as in --set alphas=0,4,8."
+            )
+        name = name.strip().replace("-", "_")
+        if name in options:
+            raise DataError(
+                f"--set {name} was given twice, as {options[name][:80]!r} and {value[:80]!r}."
+            )
+        options[name] = value
+    return options
+
+
+_KINDS: dict[Any, str] = {
+    int: "whole number",
+    float: "number",
+    bool: "yes or no (true, false, 1, 0)",
+    Path | None: "path (or none)",
+}

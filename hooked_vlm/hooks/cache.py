@@ -7,6 +7,7 @@ weights; an analysis that needs them (such as a logit lens) takes the cache and 
 Vision sites of images of different sizes are lists by image.
 """
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
-from hooked_vlm.arguments.kinds import Device
+from hooked_vlm.arguments.kinds import Device, File
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.decomposition import parts_of
 from hooked_vlm.hooks.names import (
@@ -33,6 +34,10 @@ from hooked_vlm.hooks.names import (
     tower_of,
 )
 from hooked_vlm.hooks.patch_order import VisionActivation, each, listed
+
+
+_NAMES = "names"
+"""The entry of a file's metadata with the names of the sites, in the order of the cache."""
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -221,8 +226,11 @@ class ActivationCache(Mapping[str, Any]):
         return (stacked, [label for label, _ in parts]) if return_labels else stacked
 
     @checked(DataError)
-    def save(self, path: str | Path) -> None:
-        """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`."""
+    def save(self, path: File) -> None:
+        """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`.
+
+        Raises `DataError` for a path that cannot be written to.
+        """
         tensors = {}
         for name, value in self.items():
             for i, tensor in enumerate(listed(value)):
@@ -231,11 +239,13 @@ class ActivationCache(Mapping[str, Any]):
         # A name of its own for each writer, so that two of them cannot mix their bytes.
         part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
         try:
-            save_file(tensors, part, {n: str(layers) for n, layers in self.n_layers.items()})
+            about = {_NAMES: json.dumps(list(self))}  # safetensors sorts by dtype and name
+            about |= {n: str(layers) for n, layers in self.n_layers.items()}
+            save_file(tensors, part, about)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
-        except (SafetensorError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        except (SafetensorError, OSError) as error:
             raise DataError(
                 f"The cache cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
                 "file in a folder that is there."
@@ -245,13 +255,15 @@ class ActivationCache(Mapping[str, Any]):
 
     @classmethod
     @checked(DataError)
-    def load(cls, path: str | Path, device: Device = "cpu") -> "ActivationCache":
+    def load(cls, path: File, device: Device = "cpu") -> "ActivationCache":
         """Returns the cache that `save` wrote to `path`; raises `DataError` for another file."""
         found: dict[str, VisionActivation] = {}
         lists: dict[str, dict[int, Tensor]] = {}
         try:
             with safe_open(path, framework="pt", device=device) as file:
-                n_layers = {n: int(layers) for n, layers in (file.metadata() or {}).items()}
+                about = dict(file.metadata() or {})
+                names = json.loads(about.pop(_NAMES, "[]"))
+                n_layers = {n: int(layers) for n, layers in about.items()}
                 for key in file.keys():  # noqa: SIM118 (not a dict: it has no iterator)
                     name, _, index = key.partition("#")
                     if index:
@@ -264,6 +276,7 @@ class ActivationCache(Mapping[str, Any]):
                 "safetensors use safetensors.torch.load_file."
             ) from None
         found |= {name: [parts[i] for i in sorted(parts)] for name, parts in lists.items()}
+        found = {name: found[name] for name in names if name in found} | found
         return cls(found, n_layers)
 
     def _n_layers(self, tower: str | None) -> int:

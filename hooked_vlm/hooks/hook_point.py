@@ -5,6 +5,7 @@ functions of one `with` block act, and `CallContext` describes the images and pr
 forward pass in progress.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.errors import HookError, UnknownHookError, UnknownNameError
+from hooked_vlm.errors import HookedVLMError, HookError, UnknownHookError, UnknownNameError
 from hooked_vlm.hooks.names import resolve_name, site_path
 from hooked_vlm.hooks.patch_order import PackedLayout
 from hooked_vlm.hooks.turns import Owner
@@ -146,3 +147,22 @@ class CallContext:
     """Number of positions that a key-value cache held before the call."""
     matches: dict[tuple[int, int], Any] = field(default_factory=dict)
     """What the call is to the inputs of interventions, once it was asked (see `prompts`)."""
+
+
+def require_hook_function(fn: Any, error: type[HookedVLMError]) -> None:
+    """Raises `error` for a function that cannot be called as `fn(activation, hook=…)`.
+
+    Otherwise Python raises a TypeError from inside the run.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(None, hook=None)
+    except TypeError:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise error(
+            f"The hook function {name!r} takes {str(signature)[:120]}; it is called as "
+            f"{name}(activation, hook=hook). Give it two arguments, the second one named hook."
+        ) from None

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Final, Literal, NamedTuple
 
 from hooked_vlm.arguments.checked import checked, is_listed, shown
+from hooked_vlm.arguments.kinds import Name
 from hooked_vlm.errors import UnknownHookError, counted, did_you_mean
 
 
@@ -57,7 +58,7 @@ _TOWERS = {"vision": VISION, VISION: VISION, "projector": PROJECTOR, PROJECTOR: 
 
 
 @checked(UnknownHookError)
-def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
+def get_act_name(name: Name, layer: int | Name | None = None, layer_type: str | None = None) -> str:
     """Returns the full hook name of a short name, as TransformerLens's function does.
 
     `layer_type` may also be a tower: `"vision_encoder"` (or `"vision"`), or

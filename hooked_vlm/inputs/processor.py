@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import huggingface_hub.errors
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from hooked_vlm.inputs.pixel_routing import Wrapped
 Nested = Sequence[Sequence[Image.Image]]
 """The images of each prompt."""
 
+STRICT = getattr(huggingface_hub.errors, "StrictDataclassError", OSError)
+"""What a configuration or a processor raises for a value; no error of Python's own."""
 _OF_STRUCTURE = (ValueError, TypeError, AttributeError, IndexError)
 """Errors that processors raise for an unknown nesting of images."""
 
@@ -57,12 +60,13 @@ def refusals(images: Nested) -> Iterator[None]:
         yield
     except HookedVLMError:
         raise
-    except (*_OF_STRUCTURE, ArithmeticError, KeyError, RuntimeError, OSError) as error:
+    except (*_OF_STRUCTURE, ArithmeticError, KeyError, RuntimeError, OSError, STRICT) as error:
         if "out of memory" in str(error).lower():
             raise
         sizes = list(dict.fromkeys(f"{i.width}x{i.height}" for row in images for i in row))
         shown = ", ".join(sizes[:3]) + (", …" if len(sizes) > 3 else "") or "none"
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        lines[0] += lines[1] if lines[0].endswith(":") and len(lines) > 1 else ""
         raise DataError(
             f"The model's processor refuses these inputs: {lines[0][:180]} (sizes of the images: "
             f"{shown} px). Give images and options that it takes."

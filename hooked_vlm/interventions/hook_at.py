@@ -6,6 +6,7 @@ from typing import Any
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
+from hooked_vlm.hooks.hook_point import require_hook_function
 from hooked_vlm.hooks.names import resolve_name
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.placing import Edit, Places, SiteName, full_name
@@ -50,6 +51,7 @@ class HookAt:
             raise InterventionError(
                 f"{shown(self.fn)} was given as a hook function; expected fn(activation, hook)."
             )
+        require_hook_function(self.fn, InterventionError)
         site = model.sites[resolve_name(full_name(model, self.site), model.sites)]
         if not site.by_position:
             return PlacedHook(self, site, 0)

@@ -80,6 +80,8 @@ class Places:
         """Returns where a place is at a site (at all sites by prompt and position it is alike)."""
         key = id(inputs), id(at), None if site.by_position else site.name
         if key not in self._located:
+            if site.by_position:
+                _require_prompt_of_blocks(self.model, site, inputs)
             images = not site.by_position or needs_images(at)
             found = locate(site, at, self.rows(inputs, text=needs_text(at), images=images))
             self._located[key] = (inputs, at), found
@@ -185,7 +187,7 @@ def _require(
 ) -> None:
     """Does what `require_made_for` says; `needed` are the rows of each image (None: by prompt)."""
     if needed is None:
-        _require_prompts(site.name, activation, inputs)
+        _require_prompts(site, activation, inputs)
         return
     for image, n_rows in needed.items():
         if image < len(activation) and len(activation[image]) < n_rows:
@@ -197,18 +199,50 @@ def _require(
             )
 
 
-def _require_prompts(name: str, activation: Any, inputs: Mapping[str, Any]) -> None:
+def _require_prompts(site: Site, activation: Any, inputs: Mapping[str, Any]) -> None:
     shape = prompt_shape(inputs)
     if shape is None:
         raise InterventionError(
-            f"There are no positions to intervene at {name}: these inputs have no input_ids and no "
-            "inputs_embeds. Use a hook function: fwd_hooks=[(name, fn)]."
+            f"There are no positions to intervene at {site.name}: these inputs have no input_ids "
+            "and no inputs_embeds. Use a hook function: fwd_hooks=[(name, fn)]."
         )
-    batch, length = shape
-    if (ran := tuple(activation.shape[:2])) != (batch, length):
+    # A model with several residual streams has one more axis: none of them is the stream.
+    axes = site.axes.split()
+    if activation.ndim != len(axes):
+        why = "The model keeps several streams there. " if activation.ndim > len(axes) else ""
         raise InterventionError(
-            f"An intervention at {name} was made for {counted(batch, 'prompt')} of "
-            f"{counted(length, 'position')} and ran on {ran[0]} of {ran[1]}. Give hooks(…, "
-            "inputs=…) the inputs that you run. Where a model's blocks run on other positions than "
-            "the prompt's, use a hook function there."
+            f"{site.name} has shape {tuple(activation.shape)} in this model; an intervention needs "
+            f"the axes [{site.axes}], of {_prompts(shape)}. {why}Use a hook function, "
+            "fwd_hooks=[(name, fn)], or a site whose cached activation has these axes."
+        )
+    if (ran := tuple(activation.shape[:2])) != shape:
+        raise InterventionError(
+            f"An intervention at {site.name} was made for {_prompts(shape)} and ran on "
+            f"{_prompts(ran)}. Give hooks(…, inputs=…) the inputs that you run. "
+            "Where a model's blocks run on other positions than the prompt's, use a hook function "
+            "there."
+        )
+
+
+def _prompts(shape: tuple[int, ...]) -> str:
+    return f"{counted(shape[0], 'prompt')} of {counted(shape[1], 'position')}"
+
+
+def _require_prompt_of_blocks(model: HookedModel, site: Site, inputs: Mapping[str, Any]) -> None:
+    """Raises `InterventionError` where an encoder reads the prompt and the blocks another one.
+
+    The two may have one length, so a comparison of shapes does not find it.
+    """
+    read = next((n for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None), None)
+    decoders = (f"decoder_{name}" for name in ("input_ids", "inputs_embeds"))
+    given = next((n for n in decoders if inputs.get(n) is not None), None)
+    config = getattr(model.hf_model, "config", None)
+    if read and (given or getattr(config, "is_encoder_decoder", False)):
+        length = counted(inputs[read].shape[1], "position")
+        other = given or "decoder_input_ids"
+        of = f"the {inputs[given].shape[1]} of {given}" if given else f"those of {other}"
+        raise InterventionError(
+            f"Places are found in {read} ({length}), which the model's encoder reads; {site.name} "
+            f"runs on {of}. Use a hook function there: fwd_hooks=[({site.name!r}, fn)]; its "
+            f"activation has the positions of {other}."
         )

@@ -27,7 +27,7 @@ from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.checkpointing import require_repeatable, warn_unrepeated
 from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
-from hooked_vlm.hooks.hook_point import ByName, HookPoint, PassCounter
+from hooked_vlm.hooks.hook_point import ByName, HookPoint, PassCounter, require_hook_function
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
@@ -366,6 +366,7 @@ class HookedModel(ActsLikeAModule, ABC):
                     "The name of a hook is None, which would mean all sites. Give a name, a "
                     "pattern such as '*', or a function of names."
                 )
+            require_hook_function(fn, HookError)
             known = isinstance(name, str) and name in self.sites
             names = [name] if known else select_names(name, self.hook_names)
             pairs += [(site, fn) for site in names]

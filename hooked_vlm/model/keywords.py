@@ -243,3 +243,13 @@ def require_pixels(given: Mapping[str, Any], token: int | None) -> None:
             "The prompt holds image tokens, and these inputs hold no image: the model would run "
             "blind. Give everything that prepare(images, texts) returns, not the tokens alone."
         )
+
+
+def logits_of(output: Any) -> Any:
+    """Returns the logits of a model's output; raises `HookError` for one without, as a tuple."""
+    if hasattr(output, "logits"):
+        return output.logits
+    raise HookError(
+        f"The wrapped model returned a {type(output).__name__}, and logits are read from a "
+        "ModelOutput. Leave out return_dict, and keep model.hf_model.config.return_dict=True."
+    )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.errors
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -25,6 +24,7 @@ from hooked_vlm.errors import (
     callers_level,
     did_you_mean,
 )
+from hooked_vlm.inputs.processor import STRICT
 from hooked_vlm.inputs.without_torchvision import load_processor
 from hooked_vlm.zoo import available, folder, load
 
@@ -39,8 +39,7 @@ _REFUSED = (
     RuntimeError,
     SafetensorError,
     RecursionError,
-    # Of a value in config.json; no error of Python's own.
-    getattr(huggingface_hub.errors, "StrictDataclassError", OSError),
+    STRICT,
 )
 _FOR_BOTH = ("revision", "trust_remote_code", "local_files_only", "cache_dir", "token")
 

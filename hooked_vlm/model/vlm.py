@@ -54,6 +54,7 @@ from hooked_vlm.model.instead import ShowsWeights
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
+    logits_of,
     require_generates,
     require_given_once,
     require_options,
@@ -230,7 +231,7 @@ class HookedVLM(ShowsWeights, HookedModel):
         self.require_call(inputs, kwargs)
         require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
         with self.turn():
-            return self._chain[0](**inputs, **kwargs).logits
+            return logits_of(self._chain[0](**inputs, **kwargs))
 
     __call__ = forward
 

@@ -18,6 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 import torch
 
+from hooked_vlm.arguments.checked import shown
+from hooked_vlm.arguments.kinds import is_filled
 from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import (
     CannotRunError,
@@ -27,7 +29,7 @@ from hooked_vlm.errors import (
     did_you_mean,
 )
 from hooked_vlm.experiments import registry
-from hooked_vlm.experiments.options import Config, check_options, specialise
+from hooked_vlm.experiments.options import FOLDERS, Config, check_options, specialise
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
@@ -84,10 +86,12 @@ class Listener(Protocol):
 def check(job: Job) -> list[Step]:
     """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model."""
     steps = registry.steps(job.experiment, job.setting)
-    if not job.model.strip():
+    if not is_filled(job.model):
         raise DataError("--model is empty. Give a shipped model, a local folder or a hub name.")
+    if not isinstance(job.out, Path):
+        raise DataError(f"out={shown(job.out)} was given; expected a pathlib.Path of a folder.")
     check_options([step.experiment.config for step in steps], job.options)
-    for folder in (job.config.cutouts, job.config.backgrounds, job.config.data):
+    for folder in [getattr(job.config, name) for name in FOLDERS]:
         if folder is not None and not folder.is_dir():
             raise DataError(f"There is no folder '{folder}'. Give a folder that exists.")
     read: list[Path] = []
@@ -96,7 +100,7 @@ def check(job: Job) -> list[Step]:
         config.check()
         data_files(config)  # opens every picture
         read += config.files().values()
-    for name in ("cutouts", "backgrounds", "data"):
+    for name in FOLDERS:
         folder = getattr(job.config, name)
         if folder is not None and not any(path.is_relative_to(folder) for path in read):
             settings = ", ".join(dict.fromkeys(step.setting for step in steps))

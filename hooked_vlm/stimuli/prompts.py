@@ -3,7 +3,7 @@
 from typing import Annotated, TypeAlias
 
 from hooked_vlm.arguments.checked import checked
-from hooked_vlm.arguments.kinds import one_of
+from hooked_vlm.arguments.kinds import Name, one_of
 from hooked_vlm.errors import DataError
 
 
@@ -57,7 +57,7 @@ the wording."""
 
 @checked(DataError)
 def side_prompt(
-    subject: str, reference: str, axis: Axis, style: Style = "reference", swapped: bool = False
+    subject: Name, reference: Name, axis: Axis, style: Style = "reference", swapped: bool = False
 ) -> str:
     """Returns the question on which side of a reference a subject is (COCO-spatial).
 
@@ -73,7 +73,7 @@ def side_prompt(
 
 
 @checked(DataError)
-def squares_prompt(direction: Direction, reference: str) -> str:
+def squares_prompt(direction: Direction, reference: Name) -> str:
     """Returns the question of the Squares setting, its trailing space included.
 
     >>> squares_prompt("left", "red")

@@ -50,7 +50,9 @@ def stimulus_set(
         draw, title = partial(draw, drawing="inset"), f"{title}, drawn inset"
     elif variant:
         title = f"{title} on photographs"
-        grounds = photographs.load_photographs(backgrounds) if backgrounds else _scenes()
+        grounds = (
+            photographs.load_photographs(backgrounds) if backgrounds is not None else _scenes()
+        )
     return StimulusSet(
         name=name,
         title=title,

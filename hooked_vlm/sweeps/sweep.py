@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
-from hooked_vlm.arguments.kinds import Count, Model
+from hooked_vlm.arguments.kinds import Count, Model, Name
 from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.engine.run import check_engine, run_cells
 from hooked_vlm.engine.shared import recorded_once
@@ -100,7 +100,7 @@ class Sweep:
         model: Model,
         metric: Metric,
         *,
-        dims: Sequence[str] = ("batch",),
+        dims: Sequence[Name] = ("batch",),
         coords: Mapping[str, Sequence[Any]] | None = None,
         on_progress: OnProgress | None = None,
         engine: str = "growing",
@@ -150,7 +150,7 @@ class Sweep:
         model: Model,
         metric: Metric,
         *,
-        dims: Sequence[str] = ("batch",),
+        dims: Sequence[Name] = ("batch",),
         coords: Mapping[str, Sequence[Any]] | None = None,
         **forward_kwargs: Any,
     ) -> xr.DataArray:

@@ -15,6 +15,7 @@ KINDS: dict[str, st.SearchStrategy[Any]] = {
     "none": st.none(),
     "text": st.text("xyz_", min_size=1, max_size=6).map(_unlike),
     "empty": st.just(""),
+    "blank": st.sampled_from([" ", "\t "]),
     "int": st.integers(3, 9),
     "zero": st.just(0),
     "negative": st.integers(-(10**6), -100),
@@ -60,7 +61,8 @@ def misspelt(name: str) -> str:
 NOTHING = frozenset[str]()
 ANYTHING = frozenset([*KINDS, NEAR])
 OPTIONAL = frozenset(["none"])
-TEXT = frozenset(["text", "empty", NEAR])
+TEXT = frozenset(["text", "empty", "blank", NEAR])
+NAMED = TEXT - {"empty", "blank"}
 WHOLE = frozenset(["int", "zero"])
 COUNT = frozenset(["int"])
 INDEX = frozenset(["int", "zero", "negative"])

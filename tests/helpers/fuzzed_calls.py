@@ -23,6 +23,7 @@ from helpers.bad_values import (
     FLAG,
     FUNCTION,
     INDEX,
+    NAMED,
     NEAR,
     NO_ITEMS,
     NO_KEYS,
@@ -163,8 +164,8 @@ def _of_names_and_caches(w: SimpleNamespace, folder: Path) -> list[Call]:
         call(
             "get_act_name",
             hv.get_act_name,
-            name=("resid_post", TEXT),
-            layer=(3, OPTIONAL | INDEX | TEXT),
+            name=("resid_post", NAMED),
+            layer=(3, OPTIONAL | INDEX | NAMED),
             layer_type=(None, OPTIONAL | TEXT),
         ),
         call("shared_runs", shared, model=(w.model, NOTHING), memory=(2**20, COUNT)),
@@ -858,7 +859,7 @@ def _of_stimuli() -> list[Call]:
 
     cells = grids.random_cells(2, random.Random(0))
     place = (0, frozenset(["zero"]))
-    folder = (None, OPTIONAL | TEXT)
+    folder = (None, OPTIONAL | NAMED)
     return [
         call(
             "Geometry",
@@ -913,8 +914,8 @@ def _of_stimuli() -> list[Call]:
         call(
             "side_prompt",
             prompts.side_prompt,
-            subject=("cat", TEXT),
-            reference=("dog", TEXT),
+            subject=("cat", NAMED),
+            reference=("dog", NAMED),
             axis=("vertical", NOTHING),
             style=("choice", NOTHING),
             swapped=(False, FLAG),
@@ -923,7 +924,7 @@ def _of_stimuli() -> list[Call]:
             "squares_prompt",
             prompts.squares_prompt,
             direction=("left", NOTHING),
-            reference=("red", TEXT),
+            reference=("red", NAMED),
         ),
         call("squares.items", squares.items, directions=directions_),
         call("squares.prompt", squares.prompt, question=(question, NOTHING)),

@@ -23,11 +23,11 @@ JOBS = st.sampled_from(["", "x", "-1", "1.5", "nan"])
 DEVICE = st.sampled_from(["", "gpu", "meta", "cpu:x", "cuda:99", "CPU ", "0"]) | NAME
 DTYPE = st.sampled_from(["", "f32", "int8", "auto,", "Float32"]) | NAME
 SETTING = st.sampled_from(["", "shaps", "squares-", "whatsup-chair", "SQUARES"]) | NAME
-FOLDER = st.sampled_from(["", "nowhere", "file.txt", "empty"])
+FOLDER = st.sampled_from(["", " ", "nowhere", "file.txt", "empty"])
 MODEL = st.sampled_from(["", " ", "tiny-gemma", "nowhere/x", "/nowhere", "empty", "a b"]) | NAME
 EXPERIMENT = st.sampled_from(["", "behavior", "all", "-x", "run"]) | NAME
 OPTION = st.sampled_from(["", "=", "alphas", "=3", "alphas=x", "pairs=3", "seed=x"]) | NAME
-FILE = st.sampled_from(["file.txt", "file.txt/x"])
+FILE = st.sampled_from(["", " ", "file.txt", "file.txt/x"])
 
 _COMMON = {"--pairs": NUMBER, "--seed": NUMBER, "--batch-size": NUMBER, "--device": DEVICE}
 _FOLDERS = {"--cutouts": FOLDER, "--backgrounds": FOLDER, "--data": FOLDER}

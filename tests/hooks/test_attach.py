@@ -235,3 +235,22 @@ def test_j2_what_runs_outside_of_a_pass_is_no_edit_of_one() -> None:
     run.note(changed=True)
     run.note(changed=False)
     assert run.edited
+
+
+def test_torch_hooks_of_the_user_run_after_the_librarys():
+    # As the guide says: they receive what functions returned, and the cache has the value before.
+    model, inputs, seen = HookedVLM(build("llava")), make_inputs("llava"), []
+    block = model.hf_model.get_submodule(model.sites[POST].module)
+    _, clean = model.run_with_cache(inputs, [POST])
+
+    def double(_, args, output):
+        seen.append(output)
+        return output * 2
+
+    handle = block.register_forward_hook(double)
+    _, cache = model.run_with_cache(inputs, [POST, "blocks.2.hook_resid_pre"])
+    assert torch.equal(cache[POST], clean[POST])
+    assert torch.equal(cache["blocks.2.hook_resid_pre"], clean[POST] * 2)
+    model.run_with_hooks(inputs, [(POST, lambda x, hook: x + 1)])
+    assert torch.equal(seen[-1], clean[POST] + 1)
+    handle.remove()

@@ -150,6 +150,8 @@ def test_to_disk_and_back(tmp_path):
             assert torch.equal(mine, theirs)
     assert back["resid_post", -2] is back["blocks.1.hook_resid_post"]
     assert ("resid_post", -1) not in back
+    # In the order of the run: safetensors would put blocks.10 before blocks.2.
+    assert list(back) == list(cache)
     assert list(tmp_path.iterdir()) == [path]  # nothing half-written stays
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from conformance import suite
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
-from hooked_vlm.errors import InterventionError, UnknownHookError
+from hooked_vlm.errors import HookedVLMWarning, InterventionError, UnknownHookError
 from hooked_vlm.interventions import placing
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
@@ -220,3 +221,43 @@ def test_what_is_no_hook_is_refused_before_anything_runs(made, error, words, mon
     monkeypatch.setattr(HookedVLM, "forward", lambda *_: pytest.fail("a pass was made"))
     with pytest.raises(error, match=words):
         Sweep(make_inputs("llava"), {"i": [0]}, lambda i: made).plan(model)
+
+
+def encoder_decoder() -> tuple[HookedVLM, dict[str, Any]]:
+    """A model whose encoder reads the prompt, and inputs whose decoder's prompt is as long."""
+    model = suite.build("florence2")
+    with pytest.warns(HookedVLMWarning, match="has no grid"):
+        inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
+    own = {n: v for n, v in inputs.items() if not n.startswith("decoder_")}
+    return model, own
+
+
+@pytest.mark.parametrize("name", ["decoder_input_ids", "labels"])
+def test_c5_a_prompt_that_an_encoder_reads_gives_no_positions_in_a_decoder(name: str) -> None:
+    model, inputs = encoder_decoder()
+    inputs[name] = inputs["input_ids"].flip(1)
+    for edit in (
+        Ablate(0, at=LastToken()),
+        Ablate("blocks.1.hook_mlp_out"),
+        Patch(1, source=inputs),
+    ):
+        with pytest.raises(InterventionError, match=r"Places are found in input_ids .*Use a hook"):
+            model.run_with_hooks(inputs, [edit])
+    # What the message advises: torch's own hook does the same.
+    site = "blocks.1.hook_resid_pre"
+    edited = model.run_with_hooks(inputs, [(site, lambda x, hook: x * 2)])
+    block = model.hf_model.get_submodule(model.sites[site].module)
+    handle = block.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    assert torch.equal(edited, model.hf_model(**inputs).logits)
+    handle.remove()
+
+
+def test_f_several_residual_streams_have_a_message_with_their_shape() -> None:
+    model = suite.build("gemma3n")
+    inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
+    for edit in (Ablate(0), Steer(1, directions=torch.ones(model.cfg.d_model), alpha=1.0)):
+        with pytest.raises(InterventionError, match=r"has shape \(4, 1, .* the axes \[batch pos"):
+            model.run_with_hooks(inputs, [edit])
+    # A site of one stream works.
+    site = "blocks.0.hook_resid_mid"
+    assert model.run_with_hooks(inputs, [Ablate(site)]).isfinite().all()

@@ -1,6 +1,7 @@
 """Ordinary things that once gave a wrong number, or an error that did not help, without a word."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.prepared_models import prepared
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm import Ablate, HookedVLM, Region
-from hooked_vlm.errors import DataError, HookError
+from hooked_vlm import Ablate, HookAt, HookedVLM, Region
+from hooked_vlm.errors import DataError, HookError, InterventionError
 from hooked_vlm.inputs.prepare import to_pil
 
 
@@ -137,3 +139,36 @@ def test_f_inputs_that_are_none(given: Any) -> None:
     with pytest.raises(HookError, match="expected what prepare returns") as caught:
         tiny("llava").require_call(given, ())
     assert len(str(caught.value)) <= 400
+
+
+def no_hook(x: torch.Tensor) -> None: ...
+def another_name(x: torch.Tensor, point: Any) -> None: ...
+def one_more(x: torch.Tensor, hook: Any, layer: int) -> None: ...
+
+
+@pytest.mark.parametrize("fn", [no_hook, another_name, one_more, partial(one_more, hook=1)])
+def test_f_a_function_that_cannot_be_called_is_refused_before_the_run(fn: Any) -> None:
+    model, inputs, site = tiny("llava"), make_inputs("llava"), "blocks.0.hook_resid_post"
+    with pytest.raises(HookError, match=r"it is called as \w+\(activation, hook=hook\)"):
+        model.run_with_hooks(inputs, [(site, fn)])
+    with pytest.raises(HookError, match="it is called as"), model.hooks([("blocks.*", fn)]):
+        pass
+    with pytest.raises(InterventionError, match="it is called as"):
+        HookAt(site, fn).check(model, inputs)
+    for good in (partial(one_more, layer=1), lambda x, **_: None, lambda *_, **__: None):
+        assert torch.equal(model.run_with_hooks(inputs, [(site, good)]), model(inputs))
+
+
+def test_f_an_output_without_logits() -> None:
+    model, inputs = tiny("llava"), make_inputs("llava")
+    with pytest.raises(HookError, match=r"returned a tuple, .* Leave out return_dict"):
+        model(inputs, return_dict=False)
+    with pytest.raises(HookError, match=r"returned a tuple, .* Leave out return_dict"):
+        model.run_with_cache(inputs, "hook_embed", return_dict=False)
+
+
+def test_f_a_processors_own_refusal_of_a_value() -> None:
+    model = prepared("qwen2_vl")
+    picture = Image.new("RGB", (56, 56))
+    with pytest.raises(DataError, match=r"refuses these inputs: .*image_mean.* any type"):
+        model.prepare(picture, "a", image_mean=[0, 0, 0])
