@@ -16,7 +16,7 @@ from PIL import Image
 from typer.main import get_command
 
 from hooked_vlm import cli
-from hooked_vlm.experiments import registry
+from hooked_vlm.experiments import options, registry
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.report import job as runner
 from hooked_vlm.stimuli.pictures import is_inside
@@ -312,7 +312,7 @@ def test_i3_what_the_machine_lacks_is_one_sentence_that_says_how_to_resume(
     assert f"their results are kept in {tmp_path / 'out' / 'results'}" in said
     assert "run the command again to resume" in said
 
-    monkeypatch.setattr(cli, "_options", fail)  # outside of a run
+    monkeypatch.setattr(options, "from_words", fail)  # outside of a run
     assert status(monkeypatch, *words) == 1
     assert capsys.readouterr().err.startswith(f"hooked-vlm: {says}")
 
@@ -321,7 +321,7 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(cli, "_options", fail)
+    monkeypatch.setattr(options, "from_words", fail)
     monkeypatch.setattr(sys, "argv", ["hooked-vlm", "run", "e", "--model", "m", "--out", "o"])
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main()

@@ -320,6 +320,10 @@ CASES = {
         "ActivationCache.load(folder / 'none.safetensors')",
         "DataError: '{folder}/none.safetensors' is not a file of ActivationCache.save",
     ),
+    "g7 an empty tensor of candidates": (
+        "scoring.matches_answer(logits, tok, ['red', 'blue'], candidates=torch.zeros(0))",
+        "ScoringError: The answer 'red' is none of the candidates",
+    ),
     "g8 bools as p-values": (
         "statistics.holm([True, False])",
         "DataError: holm was given p_values=[True, False]; expected numbers from 0 to 1",

@@ -305,12 +305,13 @@ def _own(values: Tensor, columns: Tensor) -> Tensor:
 
 
 def _place(name: str, candidates: Sequence[str]) -> int:
-    if name not in candidates:
+    known = list(map(str, candidates))  # a tensor cannot be asked for a text
+    if name not in known:
         raise ScoringError(
-            f"The answer {name!r} is none of the candidates {', '.join(candidates)}."
-            + did_you_mean(name, candidates)
+            f"The answer {name!r} is none of the candidates {', '.join(known)}."
+            + did_you_mean(name, known)
         )
-    return list(candidates).index(name)
+    return known.index(name)
 
 
 def _decoded(ids: Int[Tensor, " row"], tokenizer: PreTrainedTokenizerBase) -> list[str]:

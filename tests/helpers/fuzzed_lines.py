@@ -124,6 +124,7 @@ def outcome(words: list[str]) -> str:
     except SystemExit as end:
         text = said.getvalue()
         _, _, after = text.rpartition("--help")  # typer's own, after the usage
+        after = after.removeprefix("hooked-vlm: ").strip()
         if end.code != 2:
             return f"exit status {end.code}: {text[:150]}"
         if "Traceback" in text or not text.strip():
