@@ -1,6 +1,6 @@
 """What encoders are trained on by themselves: pictures of many things, and captions.
 
-A picture shows two to seven things, shapes of six forms and fourteen colours.  They have any size
+A picture shows one to seven things, shapes of six forms and fourteen colours.  They have any size
 and place, but do not cover each other; a third of the pictures stand on noise or on a texture.  A
 caption names them in random order.  Half of the captions say where each thing is, in the words of a
 grid of 3x3 places; a third of the others say how two things stand to each other.  So places are
@@ -69,7 +69,7 @@ class Crowd:
         if rng.random() < PLACED:
             return ", ".join(self._placed(thing) for thing in things)
         words = ", ".join(map(str, things))
-        if rng.random() < RELATED:
+        if len(things) > 1 and rng.random() < RELATED:
             words += f", {_relation(rng, things[0], things[1], self.canvas)}"
         return words
 
@@ -89,18 +89,16 @@ def _relation(rng: random.Random, one: Thing, other: Thing, canvas: int) -> str:
     return f"{one} {word} {other}" if rng.random() < 0.5 else f"{other} {back} {one}"
 
 
-def crowd(rng: random.Random, canvas: int) -> Crowd:
-    """Returns a picture of two to seven things that do not cover each other."""
+def crowd(rng: random.Random, canvas: int, most: int = MOST_THINGS) -> Crowd:
+    """Returns a picture of one to `most` things that do not cover each other."""
     colors, forms = (*COLORS, *EXTRA_COLORS), tuple(shapes.PAINT)
     boxes: list[Box] = []
-    wanted = rng.randint(2, MOST_THINGS)
+    wanted = rng.randint(1, most)
     while len(boxes) < wanted:
         if (box := _free_box(rng, boxes, canvas)) is not None:
             boxes.append(box)
-        elif len(boxes) >= 2:
-            break  # the picture is full
         else:
-            boxes = []
+            break  # the picture is full
     things = tuple(Thing(rng.choice(colors), rng.choice(forms), box) for box in boxes)
     stands_on = "white"
     if rng.random() < GROUNDS:

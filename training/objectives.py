@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from training.batches import Encoder, normalised, packed_patches
 from training.build import MERGE, PATCH
-from training.captions import Crowd, crowd
+from training.captions import MOST_THINGS, Crowd, crowd
 from training.recipes import Objective
 
 
@@ -43,9 +43,9 @@ class Shown:
     seed: int
 
     @classmethod
-    def drawn(cls, rng: random.Random, canvas: int, batch: int) -> "Shown":
-        """Returns a batch of new pictures."""
-        scenes = [crowd(rng, canvas) for _ in range(batch)]
+    def drawn(cls, rng: random.Random, canvas: int, batch: int, most: int = MOST_THINGS) -> "Shown":
+        """Returns a batch of new pictures of one to `most` things."""
+        scenes = [crowd(rng, canvas, most) for _ in range(batch)]
         captions = [scene.caption(rng) for scene in scenes]
         return cls(scenes, captions, rng.randrange(1 << 30))
 

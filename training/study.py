@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hooked_vlm.stimuli.geometry import geometry_for
 from training.batches import Batch, Encoder
 from training.build import MERGE, PATCH, build_model, build_processor
+from training.captions import MOST_THINGS
 from training.loop import Loop, Schedule, muon_and_adam
 from training.objectives import TASKS, Shown
 from training.recipes import N_TOKENS, RECIPES, SEEDS, EncoderTraining, Recipe
@@ -63,8 +64,12 @@ def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
         build_model(LAYOUT, encoder.tokenizer, GEOMETRY.canvas, blocks, VISION), encoder
     )
 
-    def loss(name: str, batch: int) -> Tensor:
-        return task.loss(Shown.drawn(random.Random(name), GEOMETRY.canvas, batch))
+    def loss(name: str, batch: int, most: int = MOST_THINGS) -> Tensor:
+        return task.loss(Shown.drawn(random.Random(name), GEOMETRY.canvas, batch, most))
+
+    def step_loss(step: int) -> Tensor:
+        most = most_things(step, training.steps)
+        return loss(f"encoder/{seed}/{step}", training.batch, most)
 
     def check(_: int) -> float:
         with torch.no_grad():
@@ -77,11 +82,26 @@ def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
         Schedule(training.steps),
         columns={"what": training.objective},
     )
-    loop.run(lambda step: loss(f"encoder/{seed}/{step}", training.batch), check)
+    loop.run(step_loss, check)
     part = file.with_suffix(".part")
     save_file({n: p.detach().clone() for n, p in encoder_weights(task.visual).items()}, part)
     part.replace(file)
     return file
+
+
+def most_things(step: int, steps: int) -> int:
+    """Returns how many things a picture shows at most: one at first, all from half of the steps on.
+
+    With many things from the start, no objective begins to read the picture for hundreds of steps.
+
+    >>> [most_things(step, 100) for step in (0, 19, 20, 30, 50, 99)]
+    [1, 1, 2, 4, 7, 7]
+    """
+    alone = steps // 5
+    if step < alone:
+        return 1
+    share = (step - alone) / max(1, steps // 2 - alone)
+    return min(MOST_THINGS, 2 + int(share * (MOST_THINGS - 2)))
 
 
 def encoder_weights(visual: nn.Module) -> dict[str, nn.Parameter]:
