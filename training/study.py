@@ -95,7 +95,7 @@ def most_things(step: int, steps: int) -> int:
     With many things from the start, no objective begins to read the picture for hundreds of steps.
 
     >>> [most_things(step, 100) for step in (0, 19, 20, 30, 50, 99)]
-    [1, 1, 2, 4, 7, 7]
+    [1, 1, 2, 3, 7, 7]
     """
     alone = steps // 5
     if step < alone:
