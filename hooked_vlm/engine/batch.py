@@ -116,14 +116,14 @@ def compared_jobs(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> tuple[se
         return set(), set()
     fold, first = clean.fold, clean.first
     frozen = None if fold is None else torch.from_numpy(fold.frozen(first)[:, first:])
+    has_frozen = frozen is not None and bool(frozen.any())
 
     def compared(job: RowPlan) -> Tensor:
         joined = Growing(model, clean, [job], first).joined(job)
-        is_same = joined == clean.residuals[job.stage]
-        is_alike = is_same.new_zeros(())
-        if fold is not None and frozen is not None:
-            still = is_same.all(-1) | ~sent(frozen, is_same.device)
-            is_alike = fold.agree(joined, first) & still.all()
+        is_same = (joined == clean.residuals[job.stage]).all(-1)
+        is_alike = is_same.new_zeros(()) if fold is None else fold.agree(joined, first)
+        if frozen is not None and has_frozen:
+            is_alike &= (is_same | ~sent(frozen, is_same.device)).all()
         return torch.stack([is_same.all(), is_alike]).to(clean.logits.device)
 
     # All answers at once: on a GPU each one is waited for.
