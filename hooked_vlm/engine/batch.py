@@ -162,7 +162,11 @@ class Growing:
         self.trimmed = trimmed_of(model, clean, jobs)
         # Sources are gathered here, once, for the jobs of this pass alone.
         self.edits = {id(s): self._edit(s) for job in self.jobs for s in job.steps}
-        self.brought = {id(job): early.rows(job.front) for job in self.jobs if job.front and early}
+        bringing = [job for job in self.jobs if job.front and early]
+        # Where no clean run is there to hand on, the pass itself makes the last one's rows.
+        self.leading = bringing.pop() if bringing and not clean.is_made else None
+        self.early = early
+        self.brought = {id(job): early.rows(job.front) for job in bringing if early}
         self.signature: list[Hashable] = []
 
     def run(self) -> Tensor:
@@ -170,7 +174,10 @@ class Growing:
         inside = sorted({step.site for job in self.jobs for step in job.inside()})
         pairs = [(site, self._inside(site)) for site in inside]
         with ExitStack() as stack:
-            stack.enter_context(replaying(encoder_of(self.model), self.clean.encoded))
+            if self.leading is not None and self.early is not None:
+                stack.enter_context(self.early.under(self.leading.front))
+            else:
+                stack.enter_context(replaying(encoder_of(self.model), self.clean.encoded))
             stack.enter_context(self.model.hooks(pairs))
             stack.enter_context(with_forwards(self.blocks, self._forward))
             logits = self.model(asked(self.clean.inputs), **self.clean.arguments)
@@ -191,6 +198,8 @@ class Growing:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = first_argument(self.blocks[i], args, kwargs)
             self.signature.append(signature_of(args, kwargs))
+            if i == 0 and self.leading is not None:
+                self.brought[id(self.leading)] = hidden.clone()
             self._between(i, hidden)
             if self.rows is not None:
                 with self._last_only() if is_last else nullcontext():

@@ -202,7 +202,7 @@ def run_folded(
     """
     ids = ids_of(inputs)
     is_apart = is_separate(model) or is_hooked_by_others(model)
-    if is_apart or model.device.type == "meta" or ids is None:
+    if is_apart or model.device.type == "meta" or ids is None or len(ids) < 2:
         return run(None)
     if kept is None:
         kept = last_kept(arguments) or ids.shape[1]
