@@ -44,11 +44,15 @@ def record(model: HookedModel, inputs: Mapping[str, Any], names: NamesFilter) ->
         if last is not None and last < len(lm.blocks) - (lm.final_norm is None):
             options["stop_at_layer"] = last + 1
         options |= uncached(model.hf_model)
-        if options.get("stop_at_layer") == 0 and all(map(_is_in_encoder, names)):
+        if options.get("stop_at_layer") == 0 and _is_in_encoder(names):
             ending = ending_encoded(encoder_of(model), inputs)
     with torch.no_grad(), ending:
         return Recording(inputs, model.run_with_cache(inputs, names, **options)[1])
 
 
-def _is_in_encoder(name: str) -> bool:
-    return name.startswith("vision_encoder.blocks.")
+def _is_in_encoder(names: NamesFilter) -> bool:
+    """Whether all sites are named, and lie in blocks of the vision encoder."""
+    given = [names] if isinstance(names, str) else names
+    if given is None or callable(given):
+        return False
+    return all(name.startswith("vision_encoder.blocks.") for name in given)
