@@ -24,12 +24,12 @@ _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def modules_of(root: nn.Module) -> list[nn.Module]:
-    """Returns every module once, in no order: faster than `modules()`, for use in every run."""
-    waiting, seen = [root], {root}
+    """Returns every module once, in an order of its own: faster than `modules()`, for every run."""
+    waiting, seen = [root], {root: None}
     while waiting:
         for child in waiting.pop()._modules.values():
             if child is not None and child not in seen:
-                seen.add(child)
+                seen[child] = None
                 waiting.append(child)
     return list(seen)
 

@@ -116,14 +116,14 @@ def compared_jobs(model: Any, clean: Clean, jobs: Sequence[RowPlan]) -> tuple[se
         return set(), set()
     fold, first = clean.fold, clean.first
     frozen = None if fold is None else torch.from_numpy(fold.frozen(first)[:, first:])
+    has_frozen = frozen is not None and bool(frozen.any())
 
     def compared(job: RowPlan) -> Tensor:
         joined = Growing(model, clean, [job], first).joined(job)
-        is_same = joined == clean.residuals[job.stage]
-        is_alike = is_same.new_zeros(())
-        if fold is not None and frozen is not None:
-            still = is_same.all(-1) | ~sent(frozen, is_same.device)
-            is_alike = fold.agree(joined, first) & still.all()
+        is_same = (joined == clean.residuals[job.stage]).all(-1)
+        is_alike = is_same.new_zeros(()) if fold is None else fold.agree(joined, first)
+        if frozen is not None and has_frozen:
+            is_alike &= (is_same | ~sent(frozen, is_same.device)).all()
         return torch.stack([is_same.all(), is_alike]).to(clean.logits.device)
 
     # All answers at once: on a GPU each one is waited for.
@@ -162,7 +162,11 @@ class Growing:
         self.trimmed = trimmed_of(model, clean, jobs)
         # Sources are gathered here, once, for the jobs of this pass alone.
         self.edits = {id(s): self._edit(s) for job in self.jobs for s in job.steps}
-        self.brought = {id(job): early.rows(job.front) for job in self.jobs if job.front and early}
+        bringing = [job for job in self.jobs if job.front and early]
+        # Where no clean run is there to hand on, the pass itself makes the last one's rows.
+        self.leading = bringing.pop() if bringing and not clean.is_made else None
+        self.early = early
+        self.brought = {id(job): early.rows(job.front) for job in bringing if early}
         self.signature: list[Hashable] = []
 
     def run(self) -> Tensor:
@@ -170,7 +174,10 @@ class Growing:
         inside = sorted({step.site for job in self.jobs for step in job.inside()})
         pairs = [(site, self._inside(site)) for site in inside]
         with ExitStack() as stack:
-            stack.enter_context(replaying(encoder_of(self.model), self.clean.encoded))
+            if self.leading is not None and self.early is not None:
+                stack.enter_context(self.early.under(self.leading.front))
+            else:
+                stack.enter_context(replaying(encoder_of(self.model), self.clean.encoded))
             stack.enter_context(self.model.hooks(pairs))
             stack.enter_context(with_forwards(self.blocks, self._forward))
             logits = self.model(asked(self.clean.inputs), **self.clean.arguments)
@@ -191,6 +198,8 @@ class Growing:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = first_argument(self.blocks[i], args, kwargs)
             self.signature.append(signature_of(args, kwargs))
+            if i == 0 and self.leading is not None:
+                self.brought[id(self.leading)] = hidden.clone()
             self._between(i, hidden)
             if self.rows is not None:
                 with self._last_only() if is_last else nullcontext():

@@ -12,7 +12,7 @@ from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.anatomy.source import first_argument
 from hooked_vlm.engine.arguments import is_closed, mask_of
 from hooked_vlm.engine.attempts import GrowthError
-from hooked_vlm.engine.fingerprints import foreign_hooks, shapes_of
+from hooked_vlm.engine.fingerprints import has_foreign_hooks, shapes_of
 from hooked_vlm.engine.folding import Fold
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
 from hooked_vlm.interventions.chain import flattened
@@ -51,6 +51,8 @@ class Clean:
     """Where what all cells begin with acts."""
     fold: Fold | None = None
     """Which tokens of its prompts are the same, where its blocks ran on rows of a fold."""
+    is_made: bool = True
+    """False where it is only known how it would call the blocks."""
 
 
 def run_clean(
@@ -186,8 +188,7 @@ def is_hooked_by_others(model: Any) -> bool:
 
     Such a hook would see rows of cells, or of several prompts, where it expects prompts.
     """
-    parts = (part for block in blocks_of(model) for part in block.modules())
-    return any(True for part in parts for _ in foreign_hooks(part))
+    return any(map(has_foreign_hooks, blocks_of(model)))
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hooked_vlm.anatomy.wrappers import modules_of
+
 
 _KNOWN: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
@@ -45,10 +47,21 @@ def ways_of_attending(model: Any) -> Hashable:
     With it, the torch hooks that neither we nor transformers have put there: what was found out
     about a model without them says nothing about one with them.
     """
-    modules = list(getattr(model, "hf_model", model).modules())
-    configs = [module.config for module in modules if hasattr(module, "config")]
-    attending = tuple(getattr(config, "_attn_implementation", None) for config in configs)
-    return attending, tuple(number for module in modules for number in foreign_hooks(module))
+    modules = modules_of(getattr(model, "hf_model", model))
+    # Looking for a config where there is none takes long, and parts share a few.
+    owners = (m for m in modules if "config" in m.__dict__ or hasattr(type(m), "config"))
+    configs = {id(config): config for config in (getattr(m, "config", None) for m in owners)}
+    attending = tuple(getattr(c, "_attn_implementation", None) for c in configs.values())
+    return attending, tuple(number for m in modules if _is_hooked(m) for number in foreign_hooks(m))
+
+
+def has_foreign_hooks(module: Any) -> bool:
+    """Whether a module, or a part of it, has torch hooks of others."""
+    return any(True for m in modules_of(module) if _is_hooked(m) for _ in foreign_hooks(m))
+
+
+def _is_hooked(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def foreign_hooks(module: Any) -> Iterator[int]:

@@ -89,6 +89,8 @@ class Folding:
         self._noted: dict[int, Tensor] = {}
         self._handed: Tensor | None = None
         """What the block before returned."""
+        self._rows: tuple[Tensor, int] | None = None
+        """The same as rows, and the version of `_handed` in which it was the same."""
         self._same: list[Tensor] = []
 
     def wrap(self, i: int, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,24 +102,33 @@ class Folding:
                 hidden = self._begin(hidden, args, kwargs)
             if self.fold is None:
                 return own(*args, **kwargs)
-            if i and hidden is not self._handed:
-                # Something was added between two blocks: not the same to all, perhaps (DeepStack).
-                self._same.append(self.fold.agree(hidden))
-            self._note(_beside(self.blocks[i], args, kwargs))
             layout = self.fold.layout(0)
+            rows = self._rows_of(hidden)
+            if rows is None:
+                if i:  # something was added: not the same to all prompts, perhaps (DeepStack)
+                    self._same.append(self.fold.agree(hidden))
+                rows = layout.folded(hidden)
+            self._note(_beside(self.blocks[i], args, kwargs))
             batch, length = hidden.shape[:2]
             fit = FoldedFit(batch, length, 1, 0, self._made, layout=layout)
-            rows = layout.folded(hidden)
             fitted = fitted_call(self.blocks[i], fit, rows, args, kwargs, needs_mask=True)
             output = own(*fitted[0], **fitted[1])
-            whole = self._handed = layout.unfolded(output[0] if self.tuples[i] else output)
+            rows = output[0] if self.tuples[i] else output
+            whole = self._handed = layout.unfolded(rows)
+            self._rows = None if whole.is_inference() else (rows, whole._version)
             return (whole, *[None] * (self.tuples[i] - 1)) if self.tuples[i] else whole
 
         return forward
 
+    def _rows_of(self, hidden: Tensor) -> Tensor | None:
+        """Returns what the block before returned as rows, unless something was done to it since."""
+        if hidden is not self._handed or self._rows is None or self._rows[1] != hidden._version:
+            return None
+        return self._rows[0]
+
     def _begin(self, hidden: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """Finds what prompts share, and returns the stream that the first block is given."""
-        self.fold = None
+        self.fold = self._rows = self._handed = None
         for held in (self._made, self._noted, self._same):
             held.clear()
         self.kind = ("folds", signature_of(args, kwargs), ways_of_attending(self.model))
@@ -191,7 +202,7 @@ def run_folded(
     """
     ids = ids_of(inputs)
     is_apart = is_separate(model) or is_hooked_by_others(model)
-    if is_apart or model.device.type == "meta" or ids is None:
+    if is_apart or model.device.type == "meta" or ids is None or len(ids) < 2:
         return run(None)
     if kept is None:
         kept = last_kept(arguments) or ids.shape[1]

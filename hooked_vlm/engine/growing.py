@@ -8,7 +8,7 @@ logits must be what it does in a plain pass, within rounding (`noise`); where it
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from hooked_vlm.engine.proofs import (
     verify,
 )
 from hooked_vlm.engine.shared import open_runs
-from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
+from hooked_vlm.engine.stages import MERGED, RowPlan, first_image_token, ids_of, job_of
 from hooked_vlm.engine.starts import closed, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import Early, merges_first
 from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
@@ -297,9 +297,9 @@ def _warn_whole_rows(model: Any) -> None:
 def _jobs(
     model: Any, inputs: Mapping[str, Any], cells: Sequence[Cell], merged_first: bool
 ) -> list[RowPlan]:
-    found = [
-        job_of(model, inputs, cell, i, merged_first=merged_first) for i, cell in enumerate(cells)
-    ]
+    find_first = cache(partial(first_image_token, model, inputs))
+    how = {"merged_first": merged_first, "first_image": find_first}
+    found = [job_of(model, inputs, cell, i, **how) for i, cell in enumerate(cells)]
     jobs = [job for job in found if job is not None]
     if len(jobs) != len(found):
         missing = counted(len(found) - len(jobs), "cell")
@@ -321,10 +321,10 @@ def _beginnings(
     """Returns what rows begin with: the clean run's, and what jobs bring along themselves."""
     early = Early.of(model, inputs, jobs) if any(job.front for job in jobs) else None
     brings_all = early is not None and all(job.front for job in jobs) and not any(starts)
-    if early and early.tower and brings_all and not base:
+    if brings_all and not base:
         # Nothing of the clean run's goes into such rows; once they are proved right, it is
         # not made.
-        clean = uncleaned(model, inputs, arguments, early.tower.encoded)
+        clean = uncleaned(model, inputs, arguments)
         if clean is not None:
             alone = {bool(trimmed_of(model, clean, [job])) for job in jobs}
             together = {bool(trimmed_of(model, clean, jobs))}

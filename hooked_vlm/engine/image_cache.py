@@ -24,7 +24,6 @@ from hooked_vlm.anatomy.source import signature_of
 from hooked_vlm.anatomy.vision import grid_argument
 from hooked_vlm.engine.fingerprints import (
     content_of,
-    is_known,
     remember,
     shapes_of,
     ways_of_attending,
@@ -152,8 +151,7 @@ class _StandIn:
     def _sizes(self, args: tuple, kwargs: dict[str, Any]) -> list[int]:
         """Returns how many rows of pixels each image has."""
         named = signature_of(type(self.encoder).forward).bind(self.encoder, *args, **kwargs)
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        pixels = next((x for x in tensors if x.is_floating_point() and x.ndim), None)
+        pixels = _pixels(args, kwargs)
         if pixels is None:
             return []
         grid = named.arguments.get(grid_argument(self.encoder) or "")
@@ -163,14 +161,27 @@ class _StandIn:
         sizes = [int(n) for n in each.prod(-1).tolist()] if each.ndim == 2 else []
         return sizes if sum(sizes) in pixels.shape else []
 
+    def _changed(self, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """Returns a call whose images are no longer the same."""
+        pixels = _pixels(args, kwargs)
+        assert pixels is not None  # else nothing is told apart by image
+        axis = list(pixels.shape).index(sum(self._sizes(args, kwargs)))
+        ramp = torch.linspace(0, 1, pixels.shape[axis]).to(pixels)
+        changed = pixels + ramp.view(-1, *[1] * (pixels.ndim - axis - 1))
+        return pytree.tree_map(lambda x: changed if x is pixels else x, (args, kwargs))
+
+    def _run(self, call: Call) -> Any:
+        """Returns what the encoder returns for a call."""
+        args, kwargs = call
+        return self.own(*args, **kwargs)
+
     def _once(self, call: Call) -> Any:
         """Returns what the encoder returned for a call the first time; not to be written to."""
         key = ("encoded", content_of(call), ways_of_attending(self.encoder))
         found = self.store.get(key)
         if found is None:
-            args, kwargs = call
             # In a tuple: what was returned may be nothing.
-            found = (copied(self.own(*args, **kwargs)),)
+            found = (copied(self._run(call)),)
             self.store.keep(key, found)
         return found[0]
 
@@ -179,20 +190,27 @@ class _StandIn:
         # However many there are: what two images do not tell each other, more do not either.
         shapes = frozenset(shapes_of(call) for call in calls)
         kind = ("images apart", shapes, ways_of_attending(self.encoder))
-        if not is_known(self.model, kind) and len({content_of(call) for call in calls}) == 1:
-            return None  # the same image several times tells nothing about other ones
 
         def find_out() -> Sequence[int | None] | None:
-            args, kwargs = whole
-            together = self.own(*args, **kwargs)
+            tried, encode = (whole, calls), self._once
+            if len({content_of(call) for call in calls}) == 1:
+                # The same image several times tells nothing about others: made-up ones do.
+                made_up = self._changed(*whole)
+                tried, encode = (made_up, self._by_image(*made_up)), self._run
             try:
-                return axes_of(together, [self._once(call) for call in calls])
+                return axes_of(self._run(tried[0]), [encode(call) for call in tried[1]])
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # noqa: BLE001 - an encoder may say in any way that it takes no part
                 return None
 
         return remember(self.model, kind, find_out)
+
+
+def _pixels(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Returns what an encoder is called with for its images: the first tensor of real numbers."""
+    tensors = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    return next((x for x in tensors if x.is_floating_point() and x.ndim), None)
 
 
 def _repeats(calls: Sequence[Call]) -> bool:

@@ -70,9 +70,7 @@ def note_called(model: Any, clean: Clean) -> None:
         _CALLED.setdefault(model, {})[asked_for] = clean.signature, logits
 
 
-def uncleaned(
-    model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any], encoded: Sequence[Any]
-) -> Clean | None:
+def uncleaned(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Clean | None:
     """Returns what is known of a clean run on inputs of these shapes, or None if nothing is.
 
     It has neither activations nor logits: it is for rows that bring all of themselves along.
@@ -84,7 +82,8 @@ def uncleaned(
     signature, logits = found
     ids = ids_of(inputs)
     size = (0, 0) if ids is None else (ids.shape[0], ids.shape[1])
-    return Clean(inputs, arguments, logits, {}, {}, {}, (), (), encoded, signature, size)
+    held = ({}, {}, {}, (), (), None)
+    return Clean(inputs, arguments, logits, *held, signature, size, is_made=False)
 
 
 def _asked_for(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Hashable:

@@ -1,7 +1,8 @@
 """Where a cell's rows join the batch, and what is done to them on the way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -68,16 +69,24 @@ class RowPlan:
 
 
 def job_of(
-    model: Any, inputs: Mapping[str, Any], cell: Cell, index: int, *, merged_first: bool = True
+    model: Any,
+    inputs: Mapping[str, Any],
+    cell: Cell,
+    index: int,
+    *,
+    merged_first: bool = True,
+    first_image: Callable[[], int] | None = None,
 ) -> RowPlan | None:
     """Returns a cell as a job, or None where it changes something that rows cannot carry.
 
     That is: interventions of the user's own kind, and what all cells begin with where it acts
     after the first of the cell's own.  `merged_first` says that the merged embeddings are what the
-    first block takes, and nothing is done to them on the way.
+    first block takes, and nothing is done to them on the way.  `first_image` returns the first
+    token of any image, where many cells ask for it.
     """
-    base = _steps(model, inputs, cell.base, merged_first)
-    own = _steps(model, inputs, cell.own, merged_first)
+    base, own = (
+        _steps(model, inputs, part, merged_first, first_image) for part in (cell.base, cell.own)
+    )
     if base is None or own is None:
         return None
     n_layers = model.cfg.n_layers
@@ -108,21 +117,27 @@ def _before(base: StageEdit, own: StageEdit) -> bool:
 
 
 def _steps(
-    model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any], merged_first: bool
+    model: Any,
+    inputs: Mapping[str, Any],
+    interventions: Sequence[Any],
+    merged_first: bool,
+    first_image: Callable[[], int] | None = None,
 ) -> list[StageEdit] | None:
     """Returns interventions as steps, or None where one is of the user's own kind."""
+    find_first = first_image or partial(first_image_token, model, inputs)
     steps = []
     for part in flattened(interventions):
         if not hasattr(part, "first"):
             return None
         stage, between = stage_of(part.site, model.cfg.n_layers, merged_first=merged_first)
         is_vision = site_path(part.site).is_vision
-        first = _first_image_token(model, inputs) if is_vision else part.first
+        first = find_first() if is_vision else part.first
         steps.append(StageEdit(part, part.site, stage, between, first))
     return steps
 
 
-def _first_image_token(model: Any, inputs: Mapping[str, Any]) -> int:
+def first_image_token(model: Any, inputs: Mapping[str, Any]) -> int:
+    """Returns the first position of any image in any prompt."""
     if any("video" in name for name in inputs):
         return 0  # an edit in the encoder acts on videos, too
     return min((int(grid.positions.min()) for grid in known_grids(model, inputs)), default=0)

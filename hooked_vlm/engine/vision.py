@@ -21,7 +21,7 @@ from hooked_vlm.engine.clean_run import asked
 from hooked_vlm.engine.fingerprints import remember, shapes_of, ways_of_attending
 from hooked_vlm.engine.stages import MERGED, RowPlan
 from hooked_vlm.hooks.names import VISION, site_path
-from hooked_vlm.hooks.stand_ins import encoder_of, recording, replaying
+from hooked_vlm.hooks.stand_ins import encoder_of, ending_encoded, keeping, recording
 from hooked_vlm.inputs.rows import known_grids
 from hooked_vlm.interventions.chain import Cell, flattened
 
@@ -32,15 +32,22 @@ BUDGET = 2**31
 
 @dataclass(frozen=True, eq=False)
 class TowerRestart:
-    """A clean pass through the vision encoder, kept block by block."""
+    """What a clean pass through the vision encoder returns, block by block.
+
+    Once it is proved, no such pass is made: each cell's own gives what lies below its edit.
+    """
 
     model: Any
     inputs: Mapping[str, Any]
     blocks: Sequence[nn.Module]
-    outputs: Sequence[Sequence[Any]]
-    """What each call of each block returned."""
-    encoded: Sequence[Any]
-    """What each call of the whole encoder returned."""
+    outputs: Sequence[list[Any]]
+    """What each call of each block returned; empty until a pass gives it."""
+    encoded: list[Any]
+    """What each call of the whole encoder returned; empty until a pass gives it."""
+    embed: nn.Module | None
+    """The patches' embedding, which lies below all blocks."""
+    embedded: list[Any]
+    """What each call of it returned; empty until a pass gives it."""
 
     @classmethod
     def of(
@@ -55,23 +62,23 @@ class TowerRestart:
         depth = max((tower_depth(model, each) for each in interventions), default=0)
         if not depth or depth * _block_bytes(model, inputs) > BUDGET:
             return None
-        paths = [block.path for block in model.anatomy.vision.blocks[:depth]]
-        blocks = [model.hf_model.get_submodule(path) for path in paths]
+        own, part = model.anatomy.vision, model.hf_model.get_submodule
+        blocks = [part(block.path) for block in own.blocks[:depth]]
+        embed = part(own.patch_embed) if own.patch_embed else None
+        made = cls(model, inputs, blocks, [[] for _ in blocks], [], embed, [])
+        kind = ("tower", depth, shapes_of(inputs), ways_of_attending(model))
 
-        def recorded() -> "TowerRestart | None":
-            with ExitStack() as stack:
-                outputs = [stack.enter_context(recording(block)) for block in blocks]
-                encoded = _encoded(model, inputs)
-            made = cls(model, inputs, blocks, outputs, encoded)
-            kind = ("tower", depth, shapes_of(inputs), ways_of_attending(model))
-            return made if remember(model, kind, made._is_exact) else None
+        def is_exact() -> bool:
+            return attempt(made._is_exact, "the encoder's blocks could not be recorded")
 
         try:
-            return attempt(recorded, "the encoder's blocks could not be recorded")
+            return made if remember(model, kind, is_exact) else None
         except GrowthError:
             return None  # what is wrong, if it is, shows in a plain pass
 
     def _is_exact(self) -> bool:
+        with self._replaying(len(self.blocks)):
+            self.encoded.extend(_encoded(self.model, self.inputs))
         with self._replaying(len(self.blocks)):
             again = _encoded(self.model, self.inputs)
         one, other = _tensors(self.encoded), _tensors(again)
@@ -84,21 +91,27 @@ class TowerRestart:
 
     @contextmanager
     def below(self, interventions: Sequence[Any]) -> Iterator[None]:
-        """Replays the blocks below some interventions, for the length of a `with` block."""
+        """Replays the blocks below some interventions, for the length of a `with` block.
+
+        A pass within it makes what is not there yet; there must be one, and no more.
+        """
         with self._replaying(tower_depth(self.model, interventions)):
             yield
 
     @contextmanager
     def _replaying(self, depth: int) -> Iterator[None]:
         with ExitStack() as stack:
+            if depth:
+                stack.enter_context(keeping(self.embed, self.embedded))
             for block, outputs in zip(self.blocks[:depth], self.outputs, strict=False):
-                stack.enter_context(replaying(block, outputs))
+                stack.enter_context(keeping(block, outputs))
             yield
 
 
 def _encoded(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
     """Returns all that the encoder returns, from a pass that ends after it."""
-    with recording(encoder_of(model)) as found:
+    encoder = encoder_of(model)
+    with recording(encoder) as found, ending_encoded(encoder, inputs):
         site = "vision_encoder.blocks.0.hook_resid_pre"
         model.run_with_cache(inputs, [site], stop_at_layer=0)
     return list(found)
@@ -149,15 +162,20 @@ class Early:
 
     def rows(self, front: Sequence[Any]) -> Tensor:
         """Returns the blocks' input `[batch, pos, d_model]` under some interventions."""
+        with self.under(front):
+            return self.model.run_with_cache(asked(self.inputs), [FIRST], stop_at_layer=0)[0]
+
+    @contextmanager
+    def under(self, front: Sequence[Any]) -> Iterator[None]:
+        """Puts interventions on one pass, whose encoder begins where they change something."""
         with ExitStack() as stack:
-            if not self._encodes(front):
-                if self.tower is not None:
-                    stack.enter_context(replaying(encoder_of(self.model), self.tower.encoded))
-            elif self.tower is not None:
+            if self.tower is not None and self._encodes(front):
                 stack.enter_context(self.tower.below(front))
+            elif self.tower is not None:
+                stack.enter_context(keeping(encoder_of(self.model), self.tower.encoded))
             # Their hooks come first: the blocks' input is noted as they left it.
             stack.enter_context(self.model.hooks(front, inputs=self.inputs))
-            return self.model.run_with_cache(asked(self.inputs), [FIRST], stop_at_layer=0)[0]
+            yield
 
     def _encodes(self, front: Sequence[Any]) -> bool:
         """Whether any intervention is on pixels' way (some encoders hold their projector)."""

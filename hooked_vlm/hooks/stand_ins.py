@@ -10,6 +10,7 @@ collects the outputs of a module in one pass, and `replaying` returns them in ot
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from numbers import Integral
 from typing import Any
 
@@ -74,6 +75,30 @@ def run_until(model: nn.Module, lm: Stack, layer: int, run: Callable[[], Any]) -
         f"The forward pass ended before it reached LM layer {layer}. Check that the inputs run "
         "through the language model."
     )
+
+
+@contextmanager
+def ending_encoded(encoder: nn.Module | None, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Ends passes of `run_until` after the vision encoder, for the duration of a `with` block.
+
+    Only where one call of the encoder is given all pixels of `inputs`: no other can follow.
+    """
+    visual = [name for name in inputs if name.startswith("pixel_values")]
+    pixels = inputs.get("pixel_values")
+    if encoder is None or len(visual) != 1 or not isinstance(pixels, Tensor):
+        yield
+        return
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict, _: Any) -> None:
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x.is_floating_point() and x.numel() == pixels.numel() for x in given):
+            raise _Stopped(pixels)
+
+    handle = encoder.register_forward_hook(stop, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -167,6 +192,29 @@ def recording(module: nn.Module | None) -> Iterator[list[Any]]:
         yield found
     finally:
         handle.remove()
+
+
+@contextmanager
+def keeping(module: nn.Module | None, found: list[Any]) -> Iterator[None]:
+    """Replays a module's outputs, or adds them to `found` where that is empty.
+
+    What is added is what its own forward returns, before any hook.  After an error nothing is.
+    """
+    if module is None or found:
+        with replaying(module, found):
+            yield
+        return
+    own, made = module.forward, []
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        made.append(copied(output))
+        return output
+
+    with standing_in(module, forward):
+        yield
+    found += made
 
 
 @contextmanager

@@ -7,7 +7,7 @@ of an index along the site's first axis (prompt or image) and indices along its 
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -221,9 +221,15 @@ def _no_positions(site: Site) -> InterventionError:
     )
 
 
+@cache
+def _everything(shape: tuple[int, int]) -> Region:
+    """Returns all cells of a grid; each pass asks for them several times."""
+    return Region.everything(shape)
+
+
 def _images(place: Any, row: PromptRow, site: Site) -> list[tuple[TokenGrid, Region]]:
     if place is None:
-        return [(grid, Region.everything(grid.shape)) for grid in row.grids]  # type: ignore[misc]
+        return [(grid, _everything(grid.shape)) for grid in row.grids]  # type: ignore[misc]
     if isinstance(place, AnyOf):
         return [found for part in place.parts for found in _images(part, row, site)]
     if isinstance(place, InImage):

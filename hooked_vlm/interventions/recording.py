@@ -1,6 +1,7 @@
 """Runs that interventions read from: activations, with the inputs that say where they are."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, last_block
-from hooked_vlm.hooks.stand_ins import uncached
+from hooked_vlm.hooks.stand_ins import encoder_of, ending_encoded, uncached
 from hooked_vlm.model.base import HookedModel
 from hooked_vlm.model.vlm import HookedVLM
 
@@ -32,15 +33,26 @@ Source = Recording | Mapping[str, Any]
 def record(model: HookedModel, inputs: Mapping[str, Any], names: NamesFilter) -> Recording:
     """Runs a model on some inputs and returns the named activations with those inputs.
 
-    The pass ends after the last block of the language model that is named, and keeps no
-    key-value cache.
+    The pass ends after the last block of the language model that is named, or after the vision
+    encoder where all sites are in its blocks, and keeps no key-value cache.
     """
     options: dict[str, Any] = {}
+    ending: AbstractContextManager[None] = nullcontext()
     if isinstance(model, HookedVLM):
         last, lm = last_block(names), model.anatomy.lm
         # After all blocks it ends before the final norm: no vocabulary is computed.
         if last is not None and last < len(lm.blocks) - (lm.final_norm is None):
             options["stop_at_layer"] = last + 1
         options |= uncached(model.hf_model)
-    with torch.no_grad():
+        if options.get("stop_at_layer") == 0 and _is_in_encoder(names):
+            ending = ending_encoded(encoder_of(model), inputs)
+    with torch.no_grad(), ending:
         return Recording(inputs, model.run_with_cache(inputs, names, **options)[1])
+
+
+def _is_in_encoder(names: NamesFilter) -> bool:
+    """Whether all sites are named, and lie in blocks of the vision encoder."""
+    given = [names] if isinstance(names, str) else names
+    if given is None or callable(given):
+        return False
+    return all(name.startswith("vision_encoder.blocks.") for name in given)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm import HookedVLM, shared_runs
-from hooked_vlm.engine.image_cache import axes_of, joined
+from hooked_vlm.engine.image_cache import Kept, axes_of, encoding_once, joined
 from hooked_vlm.engine.noise import BOUNDS
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.hooks.stand_ins import encoder_of
@@ -83,6 +83,19 @@ def test_every_image_is_encoded_once(family: str) -> None:
         assert near(two, one) and torch.equal(two, three)
     assert torch.equal(logits(model, batches[0]), plain[0])
     assert "forward" not in vars(encoder_of(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_that_is_there_twice_is_encoded_once(family: str) -> None:
+    """Also where no batch of different images has come before."""
+    model, batch = fresh(family), batch_of(family, 1, 1)
+    plain = logits(model, batch)
+    with encoding_once(model, Kept(), repeated_only=True):
+        assert near(logits(model, batch), plain)
+    with encoding_once(model, Kept(), repeated_only=True), counted(model) as images:
+        found = logits(model, batch)
+    assert images == [1]
+    assert near(found, plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -278,9 +278,10 @@ def test_cells_in_the_vision_encoder_start_from_their_block(family: str) -> None
     ]  # fmt: skip
     for cell in cells:
         ran.clear()
+        kept = sum(map(bool, start.outputs))  # the rest of what lies below is kept now
         found = start.run(cell, {})
         depth = tower_depth(model, cell.interventions)
-        assert sorted(set(ran)) == list(range(depth, n_blocks))
+        assert sorted(set(ran)) == list(range(min(kept, depth), n_blocks))
         assert torch.equal(found, model.run_with_hooks(sweep.inputs, cell.interventions))
     for handle in handles:
         handle.remove()

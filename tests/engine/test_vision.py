@@ -25,9 +25,11 @@ from hooked_vlm.engine.run import run_plain
 from hooked_vlm.engine.stages import job_of
 from hooked_vlm.engine.vision import TowerRestart, merges_first, tower_depth
 from hooked_vlm.errors import HookedVLMWarning
+from hooked_vlm.hooks.stand_ins import encoder_of
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.recording import record
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken
@@ -132,6 +134,48 @@ def test_once_proved_no_clean_run_is_made_for_rows_that_bring_all(family: str) -
     handle.remove()
     assert n_again == 1 < n_first  # the pass of all rows
     assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_once_proved_the_encoder_is_called_once_for_each_cell(family: str) -> None:
+    """What lies below all edits comes of the cells' own passes, and the last one makes all rows."""
+    model, sweep = tiny(family), sweep_of(family, ["patch"], list(SITES[1:4]))
+    forget(model)
+    cells = sweep.recorded(model)
+    encoder = encoder_of(model)
+    assert encoder is not None
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in (("encoder", encoder), ("model", model.hf_model))
+    ]
+    plain = run_plain(model, sweep.inputs, cells, lambda x: x)
+    for _ in range(2):
+        ran.clear()
+        found = run_growing(model, sweep.inputs, cells, lambda x: x)[0]
+    for handle in handles:
+        handle.remove()
+    assert ran.count("encoder") == len(cells)
+    assert ran.count("model") == 1  # other passes end before the first block
+    for one, other in zip(found, plain, strict=True):
+        assert (one - other).abs().max() <= 5e-6 * other.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_read_in_the_encoder_alone_ends_after_it(family: str) -> None:
+    model, inputs = tiny(family), make_inputs(family, 2, seed=3)
+    names = [SITES[2], SITES[3]]
+    _, whole = model.run_with_cache(inputs, names)
+    ran: list[int] = []
+    handle = model.hf_model.model.language_model.register_forward_pre_hook(lambda *_: ran.append(0))
+    try:
+        found = record(model, inputs, names).cache
+        assert not ran
+        record(model, inputs, [*names, "vision_projector.hook_out"])
+        assert ran  # that may lie after the encoder
+    finally:
+        handle.remove()
+    assert all(torch.equal(found[name], whole[name]) for name in names)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
