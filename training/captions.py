@@ -90,7 +90,10 @@ def _relation(rng: random.Random, one: Thing, other: Thing, canvas: int) -> str:
 
 
 def crowd(rng: random.Random, canvas: int, most: int = MOST_THINGS) -> Crowd:
-    """Returns a picture of one to `most` things that do not cover each other."""
+    """Returns a picture of one to `most` things that do not cover each other.
+
+    Where there is at most one thing, it stands on white.
+    """
     colors, forms = (*COLORS, *EXTRA_COLORS), tuple(shapes.PAINT)
     boxes: list[Box] = []
     wanted = rng.randint(1, most)
@@ -101,7 +104,7 @@ def crowd(rng: random.Random, canvas: int, most: int = MOST_THINGS) -> Crowd:
             break  # the picture is full
     things = tuple(Thing(rng.choice(colors), rng.choice(forms), box) for box in boxes)
     stands_on = "white"
-    if rng.random() < GROUNDS:
+    if most > 1 and rng.random() < GROUNDS:
         stands_on = f"{rng.choice(('noise', *photographs.TEXTURES))}:{rng.randrange(1 << 30)}"
     return Crowd(things, stands_on, canvas)
 

@@ -92,7 +92,8 @@ def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
 def most_things(step: int, steps: int) -> int:
     """Returns how many things a picture shows at most: one at first, all from half of the steps on.
 
-    With many things from the start, no objective begins to read the picture for hundreds of steps.
+    With many things, or on many grounds, captions did not begin to depend on the picture within
+    400 steps; with one thing on white they do after 150.
 
     >>> [most_things(step, 100) for step in (0, 19, 20, 30, 50, 99)]
     [1, 1, 2, 3, 7, 7]

@@ -167,7 +167,8 @@ def test_what_is_read_in_the_encoder_alone_ends_after_it(family: str) -> None:
     names = [SITES[2], SITES[3]]
     _, whole = model.run_with_cache(inputs, names)
     ran: list[int] = []
-    handle = model.hf_model.model.language_model.register_forward_pre_hook(lambda *_: ran.append(0))
+    inner: Any = model.hf_model.model
+    handle = inner.language_model.register_forward_pre_hook(lambda *_: ran.append(0))
     try:
         found = record(model, inputs, names).cache
         assert not ran
