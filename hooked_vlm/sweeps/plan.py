@@ -259,8 +259,7 @@ class CheckedCells(Sequence[Cell]):
             peak = batch * row_bytes(model, length, 0, keep, model.cfg.dtype.itemsize)
             return _one_by_one(len(found), batch, length, naive, peak, missing)
         firsts = self._inside_images(firsts_of(jobs, forward_kwargs, inputs))
-        planned, floor, passes, rows, peak = fixed, fixed, 0, 0, 0
-        proof = float(clean if brought else 0)
+        planned, floor, proof, passes, rows, peak = fixed, fixed, clean * brought, 0, 0, 0
         one = _RowShape(batch, length, length)
         heads = batch * keep * costs.head
 
@@ -288,14 +287,10 @@ class CheckedCells(Sequence[Cell]):
                     planned += sum(cost(job, shape) for job in chunk)
                     passes, rows = passes + 1, rows + len(chunk) * shape.rows
                     peak = max(peak, len(chunk) * shape.rows * row_bytes(model, *sizes))
+        said = (*self._shortcuts(costs, jobs, starts, brought), *_common(fold, batch))
         return Explanation(
             len(found), batch, length, naive, planned, floor, passes, rows, peak,
-            (
-                *self._shortcuts(costs, jobs, starts, length, brought),
-                *_common(fold, batch),
-                _proof(proof),
-            ),
-            (f"Rows carry all positions: {reason}.",) if reason else (),
+            (*said, _proof(proof)), (f"Rows carry all positions: {reason}.",) if reason else (),
         )  # fmt: skip
 
     def _fold(self, kept: int) -> Fold | None:
@@ -346,14 +341,10 @@ class CheckedCells(Sequence[Cell]):
         return [(inputs[key], last_block(names)) for key, names in wanted.items()]
 
     def _shortcuts(
-        self,
-        costs: Costs,
-        jobs: Sequence[RowPlan],
-        starts: Sequence[int],
-        length: int,
-        brought: bool,
+        self, costs: Costs, jobs: Sequence[RowPlan], starts: Sequence[int], brought: bool
     ) -> tuple[str, ...]:
-        n_layers = costs.n_layers
+        n_layers, ids = costs.n_layers, ids_of(self.inputs)
+        length = 0 if ids is None else ids.shape[1]
         below = sum(min(job.stage, n_layers) for job in jobs)
         front = sum(starts)
         early = [job for job in jobs if job.front]
