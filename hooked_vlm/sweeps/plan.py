@@ -248,7 +248,7 @@ class CheckedCells(Sequence[Cell]):
         starts = [0] * len(starts) if reason else starts
         brought = self._brings_all(jobs, starts)
         # Rows that bring all of themselves along need no clean run, once that is proved.
-        fixed = costs.vision * self._below_all(jobs) if brought else float(clean)
+        fixed = float(costs.vision * self._below_all(jobs) if brought else clean)
         fixed += sum(self._early(costs, job) for job in jobs)
         for source, layer in sources:
             depth = costs.n_layers if layer is None else layer + 1
@@ -259,7 +259,7 @@ class CheckedCells(Sequence[Cell]):
             peak = batch * row_bytes(model, length, 0, keep, model.cfg.dtype.itemsize)
             return _one_by_one(len(found), batch, length, naive, peak, missing)
         firsts = self._inside_images(firsts_of(jobs, forward_kwargs, inputs))
-        planned, floor, proof, passes, rows, peak = fixed, fixed, clean * brought, 0, 0, 0
+        planned, floor, proof, passes, rows, peak = fixed, fixed, float(clean * brought), 0, 0, 0
         one = _RowShape(batch, length, length)
         heads = batch * keep * costs.head
 
