@@ -9,7 +9,7 @@ of the published shapes, on the `meta` device: these are counts, nothing runs.
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def planned(setting: Setting, experiment: str, pairs: int, size: int) -> list[Ex
     return found
 
 
-def totals(plans: Sequence[Explanation]) -> dict[str, float]:
+def totals(plans: Sequence[Explanation]) -> Mapping[str, float]:
     """Returns sums over batches, and the largest pass's bytes."""
     names = ("naive", "planned", "floor", "passes", "rows")
     sums = {name: sum(getattr(plan, name) for plan in plans) for name in names}
@@ -103,7 +103,7 @@ def totals(plans: Sequence[Explanation]) -> dict[str, float]:
     }
 
 
-def row_of(model: str, experiment: str, found: dict[str, float]) -> str:
+def row_of(model: str, experiment: str, found: Mapping[str, float]) -> str:
     """Returns a line of the table."""
     peta = " | ".join(f"{found[name] / 1e15:.2f}" for name in ("naive", "planned", "floor"))
     return (
