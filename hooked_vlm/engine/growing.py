@@ -6,7 +6,7 @@ logits must be what it does in a plain pass, within rounding (`noise`); where it
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -352,8 +352,10 @@ def _clean(
     Where other sweeps may need it too, all of it is kept, else what rows from `starts` on need.
     """
     runs = None if base else open_runs(model)
-    how = repr(sorted(arguments.items())), ways_of_attending(model), is_separate(model)
-    key = ("clean", content_of(inputs), how) if runs else ()
+    key: Hashable = ()
+    if runs:
+        how = content_of(arguments), ways_of_attending(model), is_separate(model)
+        key = "clean", content_of(inputs), how
     kept = runs.get(key) if runs else None
 
     def run() -> Clean:

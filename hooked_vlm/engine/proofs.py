@@ -23,7 +23,13 @@ from torch import Tensor
 from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import Clean, asked, run_clean
-from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
+from hooked_vlm.engine.fingerprints import (
+    content_of,
+    forget_known,
+    remember,
+    shapes_of,
+    ways_of_attending,
+)
 from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.noise import apart, bound_for
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
@@ -87,7 +93,7 @@ def uncleaned(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any
 
 
 def _asked_for(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Hashable:
-    return shapes_of(inputs), repr(sorted(arguments.items())), ways_of_attending(model)
+    return shapes_of(inputs), content_of(arguments), ways_of_attending(model)
 
 
 def keeps_keys(

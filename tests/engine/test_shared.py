@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -171,6 +172,40 @@ def test_content_is_told_apart() -> None:
     changed = x.clone()
     changed[1, 2] += 1
     assert same != content_of({"x": changed})
+
+
+def test_arrays_are_told_apart_in_their_middle() -> None:
+    x = np.zeros(3000)
+    changed = x.copy()
+    changed[1500] = 1
+    assert content_of({"x": x}) == content_of({"x": x.copy()}) != content_of({"x": changed})
+    assert content_of({"x": x}) != content_of({"x": x.astype(np.float32)})
+    words, others = (np.array(["a", *["b"] * 3000, end], dtype=object) for end in "cd")
+    assert content_of(words) == content_of(words.copy()) != content_of(others)
+
+
+def test_positions_that_differ_in_the_middle_are_of_another_clean_run() -> None:
+    """As text, both are the same: torch leaves out the middle of a long tensor."""
+    model, inputs = tiny("qwen2-vl"), make_inputs("qwen2-vl", 2, seed=1, text=165)
+    source = make_inputs("qwen2-vl", 2, seed=7, text=165)
+    sweep = Sweep(
+        inputs, {"slot": [1, 2, 3]}, lambda slot: Patch(slot, at=LastToken(), source=source)
+    )
+    length = inputs["input_ids"].shape[1]
+    positions = torch.arange(length).repeat(3, 2, 1)
+    moved = positions.clone()
+    moved[..., length // 3 : length // 2] += 40
+    assert repr(positions) == repr(moved)
+
+    def scores(engine: str, given: torch.Tensor) -> Any:
+        options: Any = {"dims": ("batch", "token"), "logits_to_keep": 1, "engine": engine}
+        return sweep.run(model, lambda x: x[:, -1], position_ids=given, **options)
+
+    with shared_runs(model):
+        found = [scores("growing", given) for given in (positions, moved)]
+    for one, given in zip(found, (positions, moved), strict=True):
+        plain = scores("plain", given)
+        assert abs(one - plain).max() <= 5e-6 * abs(plain).max()
 
 
 @contextmanager
