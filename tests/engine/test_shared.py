@@ -1,6 +1,6 @@
 """Sweeps that share runs give the same numbers, and nothing stale is ever taken."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -16,6 +16,7 @@ from hooked_vlm.engine import fingerprints, growing
 from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.shared import RunStore, open_runs
+from hooked_vlm.engine.weights import Weights
 
 
 def sweep_of(family: str, at: Any = None, *, seed: int = 1, site: str | None = None) -> Sweep:
@@ -111,6 +112,65 @@ def test_what_is_kept_is_forgotten_with_the_weights() -> None:
     largest = float(abs(again).max())
     assert float(abs(after - again).max()) <= 5e-6 * largest
     assert float(abs(after - before).max()) > 1e-3 * largest
+
+
+def _through_data(model: HookedVLM) -> None:
+    """Gives the weight no new version."""
+    next(first_block(model).parameters()).data.mul_(3)
+
+
+def _by_another(model: HookedVLM) -> None:
+    layer: Any = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
+    layer.mlp.up_proj.weight = nn.Parameter(3 * layer.mlp.up_proj.weight.detach())
+
+
+def _moved(model: HookedVLM) -> None:
+    weight = next(first_block(model).parameters())
+    weight.data = 3 * weight.data
+
+
+def _by_buffer(model: HookedVLM) -> None:
+    rotary: Any = next(m for m in model.hf_model.modules() if hasattr(m, "inv_freq"))
+    rotary.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [_through_data, _by_another, _moved, _by_buffer])
+@torch.no_grad()
+def test_what_is_kept_is_forgotten_however_weights_change(
+    change: Callable[[HookedVLM], None],
+) -> None:
+    model = HookedVLM(deepcopy(tiny("qwen2-vl").hf_model))
+    sweep = sweep_of("qwen2-vl", LastToken())
+    with shared_runs(model):
+        before = run(model, sweep)
+        change(model)
+        after = run(model, sweep)
+    again = run(model, sweep)
+    largest = float(abs(again).max())
+    assert float(abs(after - again).max()) <= 5e-6 * largest
+    assert float(abs(after - before).max()) > 1e-3 * largest
+
+
+def test_weights_that_come_and_go_are_never_taken_for_one_another() -> None:
+    layer = nn.Linear(4, 4, bias=False).to("meta")  # neither values nor an address
+    weights, states = Weights(layer), set()
+    for _ in range(20):
+        layer.weight = nn.Parameter(torch.zeros(4, 4, device="meta"))
+        states.add(weights.state())
+        assert weights.state() in states
+    assert len(states) == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_any_dtype_have_a_state(dtype: torch.dtype) -> None:
+    layer = nn.Linear(3, 5).to(dtype)
+    layer.register_buffer("none", torch.zeros(0))
+    layer.register_buffer("turned", torch.zeros(3, 5).T)
+    weights = Weights(layer)
+    before = weights.state()
+    assert weights.state() == before
+    layer.bias.data[0] += 1
+    assert weights.state() != before
 
 
 def test_what_is_kept_is_of_one_adapter_one_dtype_and_one_precision() -> None:
