@@ -37,7 +37,7 @@ from hooked_vlm.engine.proofs import (
 )
 from hooked_vlm.engine.shared import open_runs
 from hooked_vlm.engine.stages import MERGED, RowPlan, first_image_token, ids_of, job_of
-from hooked_vlm.engine.starts import closed, groups_of, starts_of, whole_rows
+from hooked_vlm.engine.starts import are_masks_closed, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import Early, merges_first
 from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
 from hooked_vlm.interventions.chain import Cell, flattened
@@ -126,7 +126,7 @@ def run_growing(
                 note(job, clean.logits)
         passes.report.idle = len(idle)
         for start, whole in groups_of(jobs, starts):
-            start = start if clean.keys and closed(clean, start) else 0
+            start = start if clean.keys and are_masks_closed(clean, start) else 0
             left = [job for job in whole if job.index not in idle]
             layout = clean.fold and clean.fold.paying_layout(start)
             common = [job for job in left if job.index in alike] if layout else []
@@ -360,10 +360,14 @@ def _clean(
 
     def run() -> Clean:
         keep = want_keys and keeps_keys(model, inputs, base, arguments)
-        if kept and stages <= kept.residuals.keys() and (kept.keys or not keep):
-            return kept
+        wanted = stages
+        if kept:
+            if stages <= kept.residuals.keys() and (kept.keys or not keep):
+                return kept
+            # It takes the place of what is kept: sweeps that alternate must both find theirs.
+            wanted, keep = stages | kept.residuals.keys(), keep or bool(kept.keys)
         needed = starts if keep and not runs else ()
-        make = partial(run_clean, model, inputs, base, stages, arguments, keep, needed)
+        make = partial(run_clean, model, inputs, base, wanted, arguments, keep, needed)
         if not folds_under(model, base):
             return make()
         return run_folded(model, inputs, lambda folding: make(folding=folding), arguments)
