@@ -1,10 +1,10 @@
 """One pass of a growing batch through the wrapped model's own blocks.
 
-The model's forward runs as ever on the clean prompts; its blocks are stood in for.  Each hands
-its clean input on unchanged, and runs the real block on the rows that have joined so far.  The
-last one returns the rows instead, so that the model's own norm and head finish them.  Rows
-carry a suffix of their prompt; `Prefix` puts the clean run's keys and values before theirs,
-where transformers' blocks expect a key-value cache.
+The model's forward runs as ever on the clean prompts; each of its blocks is replaced for the pass.
+A replaced block returns its clean input unchanged, and runs the original block on the rows that
+have joined so far.  The last one returns the rows instead, so that the model's own norm and head
+finish them.  Rows carry a suffix of their prompt; `Prefix` puts the clean run's keys and values
+before theirs, where transformers' blocks expect a key-value cache.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -216,13 +216,13 @@ class Growing:
     def _between(self, stage: int, like: Tensor) -> None:
         """Lets jobs join before a block, and does what they do there."""
         for number, job in enumerate(self.jobs[: self.n_joined]):
-            self._edit_rows(number, [step for step in job.between(stage) if step.is_behind])
+            self._edit_rows(number, [step for step in job.between(stage) if step.is_after])
         added = self.clean.added.get(stage)
         if added is not None and self.rows is not None:
-            behind = self._folded(added[:, self.start :].to(self.rows))
-            self.rows = self.rows + behind.repeat(self.n_joined, 1, 1)
+            suffix = self._folded(added[:, self.start :].to(self.rows))
+            self.rows = self.rows + suffix.repeat(self.n_joined, 1, 1)
         for number, job in enumerate(self.jobs[: self.n_joined]):
-            self._edit_rows(number, [step for step in job.between(stage) if not step.is_behind])
+            self._edit_rows(number, [step for step in job.between(stage) if not step.is_after])
         joining = [job for job in self.jobs[self.n_joined :] if job.stage == stage]
         if joining:
             new = joined_rows(
@@ -243,15 +243,15 @@ class Growing:
         steps, added = job.between(stage), self.clean.added.get(stage)
         if job.front:
             return self._edited(steps, self._brought(job))[:, self.start :]
-        behind = [step for step in steps if step.is_behind]
-        if added is None or not behind:
+        after = [step for step in steps if step.is_after]
+        if added is None or not after:
             # A copy: a function of the user's may write into what it is given.
             kept = self.clean.residuals[stage][:, self.start - self.clean.first :].clone()
             for step in steps:
                 kept = self._on_suffix(step, kept)
             return kept
-        whole = self._edited(behind, self.clean.outputs[stage].clone()) + added
-        return self._edited(steps[len(behind) :], whole)[:, self.start :]
+        whole = self._edited(after, self.clean.outputs[stage].clone()) + added
+        return self._edited(steps[len(after) :], whole)[:, self.start :]
 
     def _brought(self, job: RowPlan) -> Tensor:
         """Returns the blocks' input of a job that acts before them."""
@@ -351,13 +351,13 @@ class Prefix:
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the rows' keys and values after the clean run's."""
-        return self._behind(self.key, key), self._behind(self.value, value)
+        return self._clean_then(self.key, key), self._clean_then(self.value, value)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """How many tokens come before."""
         return self.key.shape[2]
 
-    def _behind(self, clean: Tensor, own: Tensor) -> Tensor:
+    def _clean_then(self, clean: Tensor, own: Tensor) -> Tensor:
         front = clean.to(own.device)
         front = front.expand(self.n_jobs, *front.shape).flatten(0, 1)
         return torch.cat([front, own], dim=2)

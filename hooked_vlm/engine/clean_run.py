@@ -89,7 +89,7 @@ def run_clean(
         for i, block in enumerate(blocks):
             before = block.register_forward_pre_hook(seen.before(i), with_kwargs=True)
             stack.callback(before.remove)
-            stack.callback(block.register_forward_hook(seen.behind).remove)
+            stack.callback(block.register_forward_hook(seen.after).remove)
         norm = model.anatomy.lm.final_norm
         if norm is None:
             raise GrowthError("there is no final norm after its blocks")
@@ -158,8 +158,8 @@ class _Seen:
 
         return hook
 
-    def behind(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Is a hook after any block."""
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Is the hook after every block: notes what it returned."""
         self._handed = output[0] if isinstance(output, tuple) else output
 
     def is_closed(self) -> bool:
