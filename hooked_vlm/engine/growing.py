@@ -93,12 +93,15 @@ def run_growing(
     Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
     """
     arguments = dict(forward_kwargs or {})
+    # 1. What rules growing out without a pass: a refusal then costs nothing.
     require_worth(model, cells, FEWEST)
     if ids_of(inputs) is None:
         raise GrowthError("these inputs have no input_ids")
     if is_hooked_by_others(model):
         raise GrowthError("torch hooks of others are on its blocks: they would see rows of cells")
     with torch.no_grad():
+        # 2. Where each cell's rows join and start.  An edit of the merged embeddings may be made on
+        # the rows only where these are the first block's input: that is measured where it counts.
         sites = {
             part.site
             for cell in cells
@@ -107,8 +110,10 @@ def run_growing(
         }
         merged_first = MERGED not in sites or merges_first(model, inputs)
         jobs = _jobs(model, inputs, cells, merged_first)
+        # A pass of its own, once a model: it must not come within one whose calls are recorded.
         model.block_outputs(lambda: model(inputs, **arguments))
         starts = starts_of(jobs, arguments, inputs)
+        # 3. One clean run, which the rows of all cells start from.
         clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
         if any(starts) and not clean.keys:
             _warn_whole_rows(model)
@@ -120,12 +125,16 @@ def run_growing(
             if on_progress is not None:
                 on_progress(len(scores), len(cells))
 
+        # 4. Cells that change nothing have the clean run's logits; cells that treat the prompts of
+        # an image alike may have one row for them.
         idle, alike = compared_jobs(model, clean, jobs)
         for job in jobs:
             if job.index in idle:
                 note(job, clean.logits)
         passes.report.idle = len(idle)
+        # 5. The passes: those that start near one another together, as a pass has one start.
         for start, whole in groups_of(jobs, starts):
+            # Without clean keys, or where a token before `start` sees one after it, rows are whole.
             start = start if clean.keys and are_masks_closed(clean, start) else 0
             left = [job for job in whole if job.index not in idle]
             layout = clean.fold and clean.fold.paying_layout(start)
@@ -133,6 +142,7 @@ def run_growing(
             if common and not passes.folds(common, start, layout):
                 common = []
             apart = [job for job in left if job not in common]
+            # Each pass is checked before its logits are taken: no score comes of an unproved kind.
             for group, how in ((common, layout), (apart, None)):
                 while group:
                     size = passes.cells_from(start, how)
