@@ -168,7 +168,7 @@ class Layout:
             rows[found[:, 0], found[:, 1]] = row
             columns[found[:, 0], found[:, 1]] = np.arange(len(found))
         rows, columns = (x[prompts, places][:, start:] for x in (rows, columns))
-        # 5. Tokens of other prompts lie in the same row and must not be seen: the mask is made of it.
+        # 5. What a mask is made of: tokens of other prompts in the same row must not be seen.
         seen_as = np.concatenate(
             [
                 _seen_as(fold, carried, keys, n)
