@@ -88,7 +88,8 @@ _OPEN: dict[int, RunStore] = {}
 def shared_runs(model: Model, memory: Count = BUDGET) -> Iterator[RunStore]:
     """Lets sweeps on the same inputs share encoded images and source runs, within a `with` block.
 
-    `memory` is in bytes.  Blocks may be nested: the outermost one counts.
+    `memory` is in bytes.  Blocks may be nested: the outermost one counts.  Weights may be changed
+    within the block, but on a GPU not through `.data`, which gives a tensor no new version.
     """
     if id(model) in _OPEN:
         yield _OPEN[id(model)]
