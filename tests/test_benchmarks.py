@@ -219,11 +219,23 @@ def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):
     steps = {"slots": (1, 3), "tokens": (6, 8), "pairs": (1, 2)}
     monkeypatch.setattr(growth, "GROWN", steps)
     files = ["--plot", str(tmp_path / "g.png"), "--json", str(tmp_path / "g.json")]
-    monkeypatch.setattr("sys.argv", ["growth", "--size", "2x64", "--repeats", "1", *files])
+    wanted = ["--size", "2x64", "--repeats", "1", "--questions", "2"]
+    monkeypatch.setattr("sys.argv", ["growth", *wanted, *files])
+    made, prompts = growth.task_of, []
+
+    def noting(*sizes: Any) -> Any:
+        model, task = made(*sizes)
+        prompts.append(len(task.clean["input_ids"]))
+        assert task.questions == 2
+        return model, task
+
+    monkeypatch.setattr(growth, "task_of", noting)
     growth.main()
+    assert prompts[-2:] == [2, 4]  # of one pair, and of two
     rows = json.loads((tmp_path / "g.json").read_text())["rows"]
     assert [row["at"] for row in rows["tokens"]] == [36 + 40, 64 + 40]
     assert [row["cells"] for row in rows["slots"]] == [1, 3]
+    assert all(row["difference"] < 2e-6 for each in rows.values() for row in each)
     assert (tmp_path / "g.png").stat().st_size > 10_000
     assert growth.slope([{"at": x, "s": 3.0 * x**2} for x in (1, 2, 5)], "s") == pytest.approx(2)
 

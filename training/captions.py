@@ -92,7 +92,7 @@ def _relation(rng: random.Random, one: Thing, other: Thing, canvas: int) -> str:
 def crowd(rng: random.Random, canvas: int, most: int = MOST_THINGS) -> Crowd:
     """Returns a picture of one to `most` things that do not cover each other.
 
-    Where there is at most one thing, it stands on white.
+    With `most` 1 it stands on white.
     """
     colors, forms = (*COLORS, *EXTRA_COLORS), tuple(shapes.PAINT)
     boxes: list[Box] = []

@@ -72,6 +72,8 @@ class Loop:
     checkpoint: str = "checkpoint.safetensors"
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of the log that are the same in all of its rows."""
+    recipe: str = ""
+    """What determines the run, in words: a checkpoint of another one is refused."""
 
     def run(self, loss_of: Callable[[int], Tensor], check: Callable[[int], float]) -> None:
         """Goes on from the checkpoint if there is one, to the last step.
@@ -81,6 +83,7 @@ class Loop:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         first = self.load()
+        self._forget_after(first)
         losses: list[float] = []
         started = time.time()
         for step in range(first, self.schedule.steps):
@@ -95,9 +98,10 @@ class Loop:
             losses.append(loss.item())
             done = step + 1
             if done % EVERY == 0 or done == self.schedule.steps:
-                self._log(done, losses, check(step), time.time() - started, done - first)
-                losses = []
+                checked = check(step)
+                self._log(done, losses, checked, time.time() - started, done - first)
                 self.save(done)
+                losses = []
 
     def _log(
         self, done: int, losses: Sequence[float], checked: float, seconds: float, own: int
@@ -124,6 +128,25 @@ class Loop:
             flush=True,
         )
 
+    def _forget_after(self, step: int) -> None:
+        """Drops this run's rows of the log that no checkpoint has: they will come again."""
+        file = self.out / "training_log.csv"
+        if not file.exists():
+            return
+        with file.open(newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        own = [all(row[name] == value for name, value in self.columns.items()) for row in rows]
+        kept = [
+            r for r, mine in zip(rows, own, strict=True) if not (mine and int(r["step"]) > step)
+        ]
+        if len(kept) < len(rows):
+            part = file.with_suffix(".part")
+            with part.open("w", newline="") as handle:
+                writer = csv.DictWriter(handle, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(kept)
+            part.replace(file)
+
     def save(self, done: int) -> None:
         """Writes weights and states after a number of steps, whole or not at all."""
         held = {f"weights.{n}": p for n, p in self.module.named_parameters()}
@@ -134,17 +157,26 @@ class Loop:
         save_file(
             {name: value.detach().clone().contiguous() for name, value in held.items()},
             part,
-            {"step": str(done)},
+            {"step": str(done), "recipe": self.recipe},
         )
         part.replace(self.out / self.checkpoint)
 
     def load(self) -> int:
-        """Takes weights and states from the checkpoint; returns its number of steps, or 0."""
+        """Takes weights and states from the checkpoint; returns its number of steps, or 0.
+
+        Raises `ValueError` for a checkpoint of another recipe.
+        """
         file = self.out / self.checkpoint
         if not file.exists():
             return 0
         with safe_open(file, "pt") as held:
-            step = int(held.metadata()["step"])
+            about = held.metadata()
+            if about["recipe"] != self.recipe:
+                raise ValueError(
+                    f"'{file}' is of a run with {about['recipe']}, and this one has {self.recipe}. "
+                    "Give another folder, or delete this one."
+                )
+            step = int(about["step"])
             tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
         with torch.no_grad():
             for name, weights in self.module.named_parameters():

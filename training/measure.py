@@ -9,9 +9,12 @@ any model was measured.
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,11 +28,14 @@ from hooked_vlm.experiments.registry import select
 from hooked_vlm.experiments.tables import select as rows_of
 from hooked_vlm.experiments.verdicts import Outcome, judge
 from hooked_vlm.model.vlm import HookedVLM
-from training.recipes import RECIPES
+from hooked_vlm.stimuli.prompts import DIRECTIONS
+from training.batches import Encoder
+from training.recipes import RECIPES, SEEDS
+from training.study import accuracy
 
 
 PAIRS = 30
-MEASURED = {
+MEASURED: Mapping[str, Mapping[str, Any]] = {
     "E1": {},
     "E2": {"pairs": PAIRS},
     "E3": {},
@@ -41,8 +47,10 @@ MEASURED = {
     "Q8": {},
 }
 """The experiments, with what differs from their defaults; the setting is squares."""
+ACCURACY = "held-out accuracy"
+QUESTIONS = 480
 LEAST_ACCURACY = 0.9
-"""On held-out colour triples, below which a recipe is not chosen."""
+"""On squares of held-out colour triples, below which a recipe is not chosen."""
 IN_PAPER = "from the background, as in the paper"
 
 
@@ -68,11 +76,12 @@ def _shown(outcome: Outcome, row: pd.Series) -> Shown:
 
 def ordering_stage(table: pd.DataFrame) -> Shown:
     """E2: at some slot the ordering answer is found to be the most probable one."""
-    claims = rows_of(table, direction="all", quantity="ordering over others")
+    claims = rows_of(table, direction="all", quantity="ordering over others").sort_values("value")
     judged = [judge(row) for _, row in claims.iterrows()]
-    best = claims.sort_values("value").iloc[-1]
-    if any(found.above for found in judged):
-        return _shown("found", best)
+    best = claims.iloc[-1]
+    for found, (_, row) in reversed(list(zip(judged, claims.iterrows(), strict=True))):
+        if found.above:
+            return _shown("found", row)
     none = all(found.below or found.outcome == "not found" for found in judged)
     return _shown("not found" if none else "undecided", best)
 
@@ -83,7 +92,9 @@ def in_the_background(table: pd.DataFrame) -> Shown:
     mean = table[table["probe"].isna() & (table["quantity"] == "background")]["value"].mean()
     if all(IN_PAPER in words for words in said):
         return Shown("found", float(mean))
-    return Shown("undecided" if any("undecided" in w for w in said) else "not found", float(mean))
+    # One axis that clearly does not decides it, whatever the other does.
+    against = any(IN_PAPER not in words and "undecided" not in words for words in said)
+    return Shown("not found" if against else "undecided", float(mean))
 
 
 def strips_not_objects(table: pd.DataFrame) -> Shown:
@@ -110,23 +121,24 @@ def order_remains(table: pd.DataFrame) -> Shown:
 
 
 def own_order_is_late(table: pd.DataFrame) -> Shown:
-    """E6: in most directions, objects flip the answer under ablation at a slot above 0."""
-    claims = rows_of(table, quantity=CLAIM)
-    outcomes: list[Outcome] = []
-    for _, own in claims.groupby("direction"):
+    """E6: in most of the four directions, objects flip the answer under ablation above slot 0.
+
+    A direction without enough pairs is undecided.
+    """
+    outcomes: dict[str, Outcome] = dict.fromkeys(DIRECTIONS, "undecided")
+    claims = rows_of(table, quantity=CLAIM) if len(table) else table
+    for direction, own in claims.groupby("direction") if len(claims) else ():
         judged = {int(row["slot"]): judge(row, least=0.0) for _, row in own.iterrows()}
         flips = [slot for slot, found in judged.items() if found.above]
         if flips and 0 not in flips:
-            outcomes.append("found")
+            outcomes[str(direction)] = "found"
         elif not flips and all(found.below for found in judged.values()):
-            outcomes.append("not found")
-        else:
-            outcomes.append("undecided")
-    share = float(np.mean([outcome == "found" for outcome in outcomes])) if outcomes else 0.0
-    if share > 0.5:
-        return Shown("found", share)
-    none = np.mean([outcome == "not found" for outcome in outcomes or ["undecided"]]) > 0.5
-    return Shown("not found" if none else "undecided", share)
+            outcomes[str(direction)] = "not found"
+    shares = {o: list(outcomes.values()).count(o) / len(outcomes) for o in set(outcomes.values())}
+    for outcome in ("found", "not found"):
+        if shares.get(outcome, 0.0) > 0.5:
+            return Shown(outcome, shares.get("found", 0.0))
+    return Shown("undecided", shares.get("found", 0.0))
 
 
 CLAIMS: Mapping[str, tuple[str, Callable[[pd.DataFrame], Shown]]] = {
@@ -139,75 +151,101 @@ CLAIMS: Mapping[str, tuple[str, Callable[[pd.DataFrame], Shown]]] = {
 
 
 def measure(folder: Path) -> None:
-    """Runs the experiments on a model, but for those that are there."""
+    """Runs the experiments on a model, but for those that are there, and its accuracy."""
     out = folder / "measured"
     out.mkdir(exist_ok=True)
-    model = None
-    for id_, options in MEASURED.items():
-        if (out / f"{id_}.json").exists():
+    waiting = [id_ for id_ in (ACCURACY, *MEASURED) if not (out / f"{id_}.json").exists()]
+    if not waiting:
+        return
+    model = HookedVLM.from_pretrained(str(folder), local_files_only=True)
+    for id_ in waiting:
+        if id_ == ACCURACY:
+            rng = random.Random("held out")
+            right = accuracy(model.hf_model, Encoder(model.processor), rng, n=QUESTIONS)
+            _write(out, id_, {"verdict": f"{right:.4f}", "table": False})
             continue
-        model = model or HookedVLM.from_pretrained(str(folder), local_files_only=True)
-        experiment = select(id_)
-        config = experiment.config(**{"setting": "squares", **options})
+        found = select(id_)
+        config = found.config(**{"setting": "squares", **MEASURED[id_]})
         try:
-            result = experiment.run(model, config, lambda *_: None)
+            result = found.run(model, config, lambda *_: None)
         except CannotRunError as error:
-            said = {"verdict": f"Not measured: {error}", "table": False}
-        else:
+            _write(out, id_, {"verdict": f"Not measured: {error}", "table": False})
+            continue
+        if len(result.table):
             result.table.to_csv(out / f"{id_}.csv", index=False)
-            said = {"verdict": result.verdict, "table": True}
-        part = out / f"{id_}.part"
-        part.write_text(json.dumps(said, indent=1) + "\n")
-        part.replace(out / f"{id_}.json")
-        print(f"{folder.name}: {id_} {said['verdict'].splitlines()[0]}", flush=True)  # noqa: T201
+        _write(out, id_, {"verdict": result.verdict, "table": bool(len(result.table))})
+
+
+def _write(out: Path, id_: str, found: dict[str, Any]) -> None:
+    part = out / f"{id_}.part"
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(out / f"{id_}.json")
+    print(f"{out.parent.name}: {id_} {found['verdict'].splitlines()[0]}", flush=True)  # noqa: T201
 
 
 def claims_of(folder: Path) -> dict[str, Shown]:
-    """Returns what a measured model shows; a claim whose experiment could not run is left out."""
+    """Returns what a measured model shows.
+
+    Of an experiment that could not run, or has no numbers, the claim is undecided.
+    """
     found = {}
     for claim, (id_, judged) in CLAIMS.items():
-        file = folder / "measured" / f"{id_}.csv"
-        if file.exists():
-            found[claim] = judged(pd.read_csv(file))
+        about = json.loads((folder / "measured" / f"{id_}.json").read_text())
+        if about["table"]:
+            found[claim] = judged(pd.read_csv(folder / "measured" / f"{id_}.csv"))
+        else:
+            found[claim] = Shown("undecided", float("nan"))
     return found
 
 
-def held_out_accuracy(folder: Path) -> float:
-    """Returns the accuracy at the end of a model's log."""
-    return float(pd.read_csv(folder / "training_log.csv")["held_out"].iloc[-1])
-
-
 def table(out: Path) -> pd.DataFrame:
-    """Returns a row for each measured model: recipe, seed, accuracy, and each claim."""
+    """Returns a row for each model that is measured: recipe, seed, accuracy, and each claim."""
     rows = []
-    for name in RECIPES:
-        for folder in sorted(out.glob(f"{name}-[0-9]")):
-            if not (folder / "measured").exists():
-                continue
-            found = claims_of(folder)
-            rows.append(
-                {
-                    "recipe": name,
-                    "seed": int(folder.name[-1]),
-                    "held-out accuracy": held_out_accuracy(folder),
-                    **found,
-                    "claims shown": sum(shown.outcome == "found" for shown in found.values()),
-                }
-            )
+    for name, seed in product(RECIPES, SEEDS):
+        folder = out / f"{name}-{seed}" / "measured"
+        if not all((folder / f"{id_}.json").exists() for id_ in (ACCURACY, *MEASURED)):
+            continue
+        found = claims_of(folder.parent)
+        accurate = json.loads((folder / f"{ACCURACY}.json").read_text())["verdict"]
+        shown = sum(each.outcome == "found" for each in found.values())
+        about = {"recipe": name, "seed": seed, ACCURACY: float(accurate)}
+        rows.append({**about, **found, "claims shown": shown})
     return pd.DataFrame(rows)
+
+
+def differ(one: Sequence[Shown], other: Sequence[Shown]) -> bool:
+    """Whether two recipes differ in a number: all seeds of one on one side of all of the other.
+
+    Where numbers have intervals, these must not overlap either.
+    """
+
+    def bounds(shown: Shown) -> tuple[float, float]:
+        is_exact = np.isnan(shown.low)
+        return (shown.value, shown.value) if is_exact else (shown.low, shown.high)
+
+    lows, highs = ([bounds(s)[i] for s in one] for i in (0, 1))
+    low, high = ([bounds(s)[i] for s in other] for i in (0, 1))
+    return max(highs) < min(low) or max(high) < min(lows)
 
 
 def chosen(found: pd.DataFrame) -> str:
     """Returns the recipe that the rule chooses, which was written before anything was measured.
 
-    Raises `CannotRunError` where no recipe is accurate enough.
+    Raises `CannotRunError` where a recipe is not measured with every seed, and where none is
+    accurate enough.
     """
+    done = found.groupby("recipe").size() if len(found) else pd.Series(dtype=int)
+    missing = [name for name in RECIPES if done.get(name, 0) < len(SEEDS)]
+    if missing:
+        raise CannotRunError(
+            f"Not measured with every seed: {', '.join(missing)}. The rule chooses among all."
+        )
     scores = {}
     for name, own in found.groupby("recipe"):
-        if own["held-out accuracy"].min() < LEAST_ACCURACY:
+        if own[ACCURACY].min() < LEAST_ACCURACY:
             continue
-        apart = [shown.value for shown in own["strips, not objects"] if isinstance(shown, Shown)]
-        scores[str(name)] = (own["claims shown"].sum(), float(np.mean(apart)) if apart else -1.0)
+        apart = [shown.value for shown in own["strips, not objects"]]
+        scores[str(name)] = (own["claims shown"].sum(), float(np.nan_to_num(apart, nan=-1).mean()))
     if not scores:
         raise CannotRunError(
             f"No recipe has an accuracy of {LEAST_ACCURACY} in every seed, so none is chosen."
@@ -228,8 +266,10 @@ def main() -> None:
                 measure(folder)
     found = table(arguments.out)
     print(found.to_string(index=False))  # noqa: T201
-    if len(found):
+    try:
         print(f"Chosen: {chosen(found)}")  # noqa: T201
+    except CannotRunError as error:
+        print(error)  # noqa: T201
 
 
 if __name__ == "__main__":

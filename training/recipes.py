@@ -3,7 +3,7 @@
 A real VLM is made in two steps: an encoder is trained by itself, on many pictures, and then a
 projector and a language model learn to work with what it gives.  The shipped models were trained
 end to end on one task instead.  `captions` is the recipe of two steps; every other one differs
-from it in one ingredient, or from `end-to-end`, which is made as the shipped models are.
+from it in one ingredient, or from `end-to-end`.
 
 The models have the class of Qwen2-VL and pictures of 96 px (6x6 visual tokens): the paper's layout
 at half its resolution, with objects and gaps of one token and strips of two.
@@ -69,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
             _CAPTIONS,
             name="contrastive",
             varies="encoder trained to match captions, then frozen",
-            encoder=EncoderTraining("contrastive", steps=1000, batch=64),
+            encoder=EncoderTraining("contrastive", steps=750, batch=64),
         ),
         replace(
             _CAPTIONS,

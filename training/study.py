@@ -44,6 +44,8 @@ from training.train import answer_loss, first_answers, save_all
 LAYOUT = "tiny-qwen2-vl"
 GEOMETRY = geometry_for(N_TOKENS, PATCH * MERGE)
 VISION = {"depth": 6, "embed_dim": 96}
+VERSION = 1
+"""Raised when pictures, objectives or losses change: runs of another version are not continued."""
 FIRST_WEIGHT = 5.0
 """As in `train`: weight of a conversation's first answer, which the picture alone decides."""
 EXTRA_COLORS = 0.5
@@ -54,8 +56,9 @@ DROPPED = 0.5
 
 def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
     """Trains an encoder by itself, or goes on; returns the file of its weights."""
-    file = out / "encoder.safetensors"
+    file, about = out / "encoder.safetensors", _recipe(asdict(training), seed)
     if file.exists():
+        _require_same(out / "training.json", about)
         return file
     encoder = Encoder(build_processor(LAYOUT, GEOMETRY.canvas, is_fixed=True))
     torch.manual_seed(seed)
@@ -81,12 +84,27 @@ def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
         muon_and_adam(list(task.named_parameters()), training.muon_lr, training.adam_lr),
         Schedule(training.steps),
         columns={"what": training.objective},
+        recipe=about,
     )
     loop.run(step_loss, check)
+    (out / "training.json").write_text(about + "\n")
     part = file.with_suffix(".part")
     save_file({n: p.detach().clone() for n, p in encoder_weights(task.visual).items()}, part)
     part.replace(file)
     return file
+
+
+def _recipe(about: dict[str, Any], seed: int) -> str:
+    return json.dumps({**about, "seed": seed, "vision": VISION, "version": VERSION})
+
+
+def _require_same(file: Path, about: str) -> None:
+    """Raises `ValueError` where a finished run in a folder is of another recipe."""
+    if json.loads(file.read_text()) != json.loads(about):
+        raise ValueError(
+            f"'{file.parent}' holds a run of another recipe or version: {file.read_text()[:200]} "
+            "Give another folder, or delete this one."
+        )
 
 
 def most_things(step: int, steps: int) -> int:
@@ -113,7 +131,9 @@ def encoder_weights(visual: nn.Module) -> dict[str, nn.Parameter]:
 def train_model(recipe: Recipe, seed: int, out: Path) -> Path:
     """Trains a recipe's model, or goes on; returns its folder."""
     folder = out / f"{recipe.name}-{seed}"
+    about = _recipe(asdict(recipe), seed)
     if (folder / "training.json").exists():
+        _require_same(folder / "training.json", about)
         return folder
     processor = build_processor(LAYOUT, GEOMETRY.canvas, is_fixed=True)
     encoder = Encoder(processor)
@@ -129,15 +149,19 @@ def train_model(recipe: Recipe, seed: int, out: Path) -> Path:
         return training_loss(model.train(), encoder, recipe, rng)
 
     def check(step: int) -> float:
-        return accuracy(model.eval(), encoder, recipe, random.Random(f"check/{step}"))
+        return accuracy(model.eval(), encoder, random.Random(f"check/{step}"))
 
     loop = Loop(
-        folder, model, rates_of(model, recipe), Schedule(recipe.steps), columns={"what": "model"}
+        folder,
+        model,
+        rates_of(model, recipe),
+        Schedule(recipe.steps),
+        columns={"what": "model"},
+        recipe=about,
     )
     loop.run(loss, check)
     save_all(model.eval(), processor, folder)
-    made = {**asdict(recipe), "seed": seed, "vision": VISION, "n_tokens": N_TOKENS}
-    (folder / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+    (folder / "training.json").write_text(about + "\n")
     return folder
 
 
@@ -242,15 +266,13 @@ def visual_tokens(
     return rearrange(tokens, "(b n) d -> b n d", b=len(grid))
 
 
-def accuracy(model: Any, encoder: Encoder, recipe: Recipe, rng: random.Random) -> float:
-    """Returns the share of first questions answered right, on held-out triples."""
+def accuracy(model: Any, encoder: Encoder, rng: random.Random, n: int = 96) -> float:
+    """Returns the share of first questions answered right, on squares of held-out triples.
+
+    The pictures are of the same kind for every recipe: squares on white.
+    """
     held_out = sorted(held_out_triples())
-    scenes = [
-        mixed_scene(rng, GEOMETRY, held_out=True)
-        if recipe.mixed
-        else training_scene(rng, held_out, GEOMETRY)
-        for _ in range(96)
-    ]
+    scenes = [training_scene(rng, held_out, GEOMETRY) for _ in range(n)]
     turns = [[rng.choice(scene.relations()[:2])] for scene in scenes]
     images = np.stack([scene.render(GEOMETRY.canvas) for scene in scenes])
     batch = encoder.batch(turns, images)

@@ -213,8 +213,8 @@ def run_stage(config: Config, index: int, model: Any, encoder: Encoder, out: Pat
         batch = training_batch(rng, encoder, config, stage)
         return weighted_loss(model.train(), batch, config.first_weight)
 
-    def check(done: int) -> float:
-        rng = random.Random(f"check/{index}/{done - 1}")
+    def check(step: int) -> float:
+        rng = random.Random(f"check/{index}/{step}")
         return accuracy(model, encoder, stage, rng)
 
     rates = muon_and_adam(

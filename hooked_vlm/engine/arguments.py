@@ -5,7 +5,7 @@ axis of an argument is the batch and which the positions is read off its shape; 
 ambiguous the control of such passes (`proofs`) tells.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +19,71 @@ from hooked_vlm.engine.masks import fitted, is_block_mask, is_causal_alone, sees
 
 
 @dataclass(frozen=True)
+class Spread:
+    """An argument for all jobs of a pass, with the axis on which their prompts follow another."""
+
+    whole: Tensor
+    axis: int
+
+    def of_first(self, n_jobs: int, of: int) -> Tensor:
+        """Returns the part of the first `n_jobs` of the `of` jobs that it is for."""
+        size = self.whole.shape[self.axis] // of * n_jobs
+        return self.whole.narrow(self.axis, 0, size).contiguous()
+
+
+@dataclass(eq=False)
+class _Fitted:
+    value: Any
+    """What it was made of: held, so that its id stays its own."""
+    whole: Tensor | Spread | None = None
+    uses: int = 0
+    part: tuple[int, Tensor] | None = None
+    """Of how many jobs a part is wanted, and that."""
+
+
+class Made:
+    """What was fitted to the rows of a pass: blocks are called with the same masks and positions.
+
+    It is made once for all jobs; of what goes with jobs, those that have joined take a part.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, _Fitted] = {}
+
+    def once(
+        self, key: Any, value: Any, make: Callable[[], Tensor | Spread], n_joined: int, of: int
+    ) -> Tensor:
+        """Returns what `make` returns, for the first `n_joined` of the `of` jobs it is for."""
+        found = self.kept.setdefault(key, _Fitted(value))
+        found.uses += 1
+        if found.whole is None:
+            found.whole = make()
+        if not isinstance(found.whole, Spread):
+            return found.whole
+        if found.part is None or found.part[0] != n_joined:
+            found.part = n_joined, found.whole.of_first(n_joined, of)
+        return found.part[1]
+
+    def drop_single(self) -> None:
+        """Drops what one block was given so far: it may be that block's alone."""
+        for found in self.kept.values():
+            if found.uses < 2 and found.value is not None:
+                found.whole = found.part = None
+
+
+@dataclass(frozen=True)
 class Fit:
     """How arguments change: more rows, and only the last positions."""
 
     batch: int
     length: int
     n_jobs: int
+    """Of a pass, once all have joined."""
     start: int
     """The first position that rows carry."""
-    made: dict[Any, tuple[Any, Tensor]] = field(default_factory=dict, compare=False)
-    """What was fitted before: blocks are called with the same masks and positions."""
+    made: Made = field(default_factory=Made, compare=False)
+    n_joined: int | None = field(default=None, kw_only=True)
+    """Jobs that have joined so far; None: all."""
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns keyword arguments for the rows; caches are left out."""
@@ -41,10 +96,8 @@ class Fit:
     def _named(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             is_mask = "attention_mask" in name or _is_square(value, self.length)
-            if id(value) not in self.made:
-                fitted = self._mask(value) if is_mask else self._tensor(value)
-                self.made[id(value)] = value, fitted  # a tensor that is held keeps its id
-            return self.made[id(value)][1]
+            make = self._mask if is_mask else self._tensor
+            return self._once(id(value), value, lambda: make(value))
         if isinstance(value, tuple | list):
             return type(value)(self._named(name, part) for part in value)
         if isinstance(value, dict):
@@ -54,26 +107,36 @@ class Fit:
         return value
 
     def _block_mask(self, mask: Any) -> Any:
-        return fitted(mask, self.batch, self.n_jobs, self.start)
+        # It holds a function of the row's number and has no part for fewer rows: made anew.
+        n_jobs = self.n_jobs if self.n_joined is None else self.n_joined
+        return fitted(mask, self.batch, n_jobs, self.start)
 
     def causal(self, device: torch.device) -> Tensor:
         """Returns the mask that stands for none, where rows do not carry all positions."""
-        if device not in self.made:
-            self.made[device] = None, self._causal(device)
-        return self.made[device][1]
+        return self._once(device, None, lambda: self._causal(device))
+
+    def _once(self, key: Any, value: Any, make: Callable[[], Tensor | Spread]) -> Tensor:
+        """Returns what is made once for a pass, for the jobs that have joined."""
+        n_joined = self.n_jobs if self.n_joined is None else self.n_joined
+        return self.made.once(key, value, make, n_joined, self.n_jobs)
+
+    @property
+    def hides_any(self) -> bool:
+        """Whether a causal mask hides a key from a position of the rows."""
+        return self.length - self.start > 1
 
     def require_causal(self) -> None:
         """Raises `GrowthError` unless each row sees all keys before it, and no other."""
 
-    def _causal(self, device: torch.device) -> Tensor:
+    def _causal(self, device: torch.device) -> Tensor | Spread:
         return causal_mask(self.start, self.length, device)
 
-    def _mask(self, mask: Tensor) -> Tensor:
+    def _mask(self, mask: Tensor) -> Tensor | Spread:
         if mask.ndim == 4:
             mask = mask[:, :, self.start :]
         return self._rows(mask, 0)
 
-    def _tensor(self, value: Tensor) -> Tensor:
+    def _tensor(self, value: Tensor) -> Tensor | Spread:
         along = [axis for axis, size in enumerate(value.shape) if size == self.length]
         if not along:
             whole = value.ndim and value.shape[0] == self.batch
@@ -82,7 +145,7 @@ class Fit:
         value = value.narrow(axis, self.start, self.length - self.start)
         return self._rows(value, axis - 1) if axis else value
 
-    def _rows(self, value: Tensor, axis: int) -> Tensor:
+    def _rows(self, value: Tensor, axis: int) -> Tensor | Spread:
         """Repeats the prompts along an axis, once for each job."""
         # Integers by token (which are of an image) are an index, which torch does not broadcast.
         per_token = self.batch == 1 and value.ndim < 4 and not value.is_floating_point()
@@ -92,7 +155,7 @@ class Fit:
             return value
         repeats = [1] * value.ndim
         repeats[axis] = self.n_jobs
-        return value.repeat(repeats)
+        return Spread(value.repeat(repeats), axis)
 
 
 def mask_of(args: tuple, kwargs: Mapping[str, Any], length: int) -> Any:
@@ -152,7 +215,8 @@ def fitted_call(
     stream = carrier(block, args, kwargs)
     if stream is not None:
         named[stream] = rows
-    if needs_mask and mask_of(args, kwargs, fit.length) is None:
+    # The last position alone sees all keys, and without a mask attention has its fastest kernels.
+    if needs_mask and fit.hides_any and mask_of(args, kwargs, fit.length) is None:
         if is_causal_alone(block):
             fit.require_causal()
         elif (name := mask_parameter(block)) is None:

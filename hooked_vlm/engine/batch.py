@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.caches import cache_parameter
 from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.anatomy.source import first_argument
-from hooked_vlm.engine.arguments import Fit, fitted_call
+from hooked_vlm.engine.arguments import Fit, Made, fitted_call
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.clean_run import (
     Clean,
@@ -29,6 +29,7 @@ from hooked_vlm.engine.clean_run import (
 )
 from hooked_vlm.engine.folding import FoldedFit, Layout
 from hooked_vlm.engine.fused import joined_rows
+from hooked_vlm.engine.prefix import Prefix
 from hooked_vlm.engine.stages import RowPlan, StageEdit, last_kept
 from hooked_vlm.engine.vision import Early
 from hooked_vlm.hooks.hook_point import HookPoint
@@ -153,7 +154,7 @@ class Growing:
         self.jobs = list(jobs)
         self.batch, self.length = clean.size
         self.layout = layout
-        self._fitted: dict[Any, Any] = {}
+        self._fitted = Made()
         self.rows: Tensor | None = None
         self.n_joined = 0
         self.blocks = blocks_of(model)
@@ -215,27 +216,29 @@ class Growing:
 
     def _between(self, stage: int, like: Tensor) -> None:
         """Lets jobs join before a block, and does what they do there."""
-        for number, job in enumerate(self.jobs[: self.n_joined]):
-            self._edit_rows(number, [step for step in job.between(stage) if step.is_after])
+        self._edit_rows(stage, is_after=True)
         added = self.clean.added.get(stage)
         if added is not None and self.rows is not None:
             suffix = self._folded(added[:, self.start :].to(self.rows))
-            self.rows = self.rows + suffix.repeat(self.n_joined, 1, 1)
-        for number, job in enumerate(self.jobs[: self.n_joined]):
-            self._edit_rows(number, [step for step in job.between(stage) if not step.is_after])
+            self.rows = (self.rows.unflatten(0, (self.n_joined, -1)) + suffix).flatten(0, 1)
+        self._edit_rows(stage, is_after=False)
         joining = [job for job in self.jobs[self.n_joined :] if job.stage == stage]
         if joining:
-            new = joined_rows(
+            made = joined_rows(
                 self.model,
                 self.clean,
                 joining,
                 self.start,
                 lambda: torch.cat([self.joined(job) for job in joining]),
-            ).to(like.device)
-            new = self._folded(new)
+            )
+            parts = [self.joined(job) for job in joining] if made is None else [made]
+            parts = [self._folded(part.to(like.device)) for part in parts]
+            before = [] if self.rows is None else [self.rows.to(like.device)]
+            # Not one buffer of the final size: what blocks make of the rows would grow all the
+            # same, and the buffer would be there beside it (`budget.reserve` is what helps).
+            self.rows = torch.cat([*before, *parts])
             self.n_joined += len(joining)
-            self._fitted.clear()  # what was fitted was for fewer rows
-            self.rows = new if self.rows is None else torch.cat([self.rows.to(like.device), new])
+            self._fitted.drop_single()
 
     def joined(self, job: RowPlan) -> Tensor:
         """Returns what a job's rows are before the block at which they join."""
@@ -267,13 +270,25 @@ class Growing:
             whole = self._run_edit(step, whole)
         return whole
 
-    def _edit_rows(self, number: int, steps: Sequence[StageEdit]) -> None:
-        """Does what a job that has joined does between two blocks."""
-        for step in steps:
-            assert self.rows is not None
-            part = slice(number * self.batch, (number + 1) * self.batch)
-            edited = self._on_suffix(step, self.rows[part])
-            self.rows = torch.cat([self.rows[: part.start], edited, self.rows[part.stop :]])
+    def _edit_rows(self, stage: int, *, is_after: bool) -> None:
+        """Does what jobs that have joined do between two blocks."""
+        edits = [
+            (slice(number * self.batch, (number + 1) * self.batch), step)
+            for number, job in enumerate(self.jobs[: self.n_joined])
+            for step in job.between(stage)
+            if step.is_after == is_after
+        ]
+        if not edits:
+            return
+        assert self.rows is not None
+        # What a block returns may be another's too, so one copy is written to, for all jobs.  A
+        # function of the user's may keep what it is given, so it has a copy of its own.
+        self.rows = self.rows.clone()
+        for part, step in edits:
+            edited = self._on_suffix(step, self.rows[part].clone())
+            if (edited.shape, edited.dtype) != (self.rows[part].shape, self.rows.dtype):
+                raise GrowthError(f"an edit of {step.site} returns another shape or dtype")
+            self.rows[part] = edited
 
     def _call(self, i: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Returns what block i is called with, for the rows."""
@@ -293,8 +308,10 @@ class Growing:
 
     @property
     def _fit(self) -> Fit:
-        sizes = (self.batch, self.length, self.n_joined, self.start, self._fitted)
-        return Fit(*sizes) if self.layout is None else FoldedFit(*sizes, layout=self.layout)
+        sizes = (self.batch, self.length, len(self.jobs), self.start, self._fitted)
+        if self.layout is None:
+            return Fit(*sizes, n_joined=self.n_joined)
+        return FoldedFit(*sizes, n_joined=self.n_joined, layout=self.layout)
 
     def _folded(self, x: Tensor) -> Tensor:
         return x if self.layout is None else self.layout.folded(x)
@@ -340,24 +357,3 @@ class Growing:
             return changed
 
         return fn
-
-
-class Prefix:
-    """The clean keys and values of the tokens before the rows', for every job."""
-
-    def __init__(self, key: Tensor, value: Tensor, n_jobs: int) -> None:
-        """Takes keys and values `[row, head, pos, d]` of one job's rows."""
-        self.key, self.value, self.n_jobs = key, value, n_jobs
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Returns the rows' keys and values after the clean run's."""
-        return self._clean_then(self.key, key), self._clean_then(self.value, value)
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """How many tokens come before."""
-        return self.key.shape[2]
-
-    def _clean_then(self, clean: Tensor, own: Tensor) -> Tensor:
-        front = clean.to(own.device)
-        front = front.expand(self.n_jobs, *front.shape).flatten(0, 1)
-        return torch.cat([front, own], dim=2)

@@ -1,6 +1,9 @@
 """How many rows go through in one pass: a declared number of positions."""
 
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 
 PASS_TOKENS = 2**14
@@ -14,20 +17,27 @@ MOST = 512
 CACHED = 9 * 2**20
 """Bytes of a pass's widest activation beyond which a CPU waits for its memory instead."""
 
+RESERVING = ("cuda",)
+"""Devices whose allocator keeps the blocks that were freed, and makes smaller ones of them."""
 
-def row_bytes(model: Any, length: int, start: int, keep: int, itemsize: int) -> int:
+LEAST = 2**28
+"""Bytes of a pass below which no block is kept for it: the allocator then asks for few."""
+
+
+def row_bytes(
+    model: Any, length: int, start: int, keep: int, itemsize: int, *, scores: bool = True
+) -> int:
     """Returns about how many bytes one more prompt of `length` takes in a pass from `start` on.
 
-    The widest moment counts: in attention (scores included, which a fused kernel does not
+    The widest moment counts: in attention (with its `scores`, which a fused kernel does not
     write out) or in the feed-forward part, beside the residual stream and its copy, and the
     logits of the `keep` last positions.
     """
     cfg = model.cfg
     n = length - start
     heads, wide = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
-    attention = (
-        n * (2 * heads + 2 * wide) + 2 * length * max(wide, heads) + n * length * cfg.n_heads
-    )
+    attention = n * (2 * heads + 2 * wide) + 2 * length * max(wide, heads)
+    attention += scores * n * length * cfg.n_heads
     feed_forward = 3 * n * (cfg.d_mlp or 4 * cfg.d_model)
     stream = 4 * n * cfg.d_model
     return itemsize * (stream + max(attention, feed_forward)) + 8 * keep * cfg.d_vocab
@@ -56,3 +66,20 @@ def rows_within(
         widest = (length - start) * (model.cfg.d_mlp or 4 * model.cfg.d_model) * itemsize
         rows = min(rows, CACHED // widest)
     return max(1, rows)
+
+
+def reserve(devices: Iterable[torch.device], n_bytes: int) -> None:
+    """Has the allocator of each device keep one block of so many bytes for a pass.
+
+    A pass's rows, and with them all that blocks make of them, grow where more cells join.  Without
+    it each of these tensors is larger than any block that was freed, and the allocator asks the
+    device for one after the other.  A part of a large block can be of any size.
+    """
+    if n_bytes < LEAST:
+        return
+    for device in devices:
+        if device.type in RESERVING:
+            try:
+                torch.empty(n_bytes, dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError:
+                continue  # in pieces it may still be there

@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_vlm.anatomy.source import carrier, first_argument
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Model
-from hooked_vlm.engine.arguments import fitted_call
+from hooked_vlm.engine.arguments import Made, fitted_call
 from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import (
     asked,
@@ -85,7 +85,7 @@ class Folding:
         """What passes have in common that one control speaks for."""
         self.stream: Tensor | None = None
         """Before the first block, with the noise."""
-        self._made: dict[Any, Any] = {}
+        self._made = Made()
         self._noted: dict[int, Tensor] = {}
         self._handed: Tensor | None = None
         """What the block before returned."""
@@ -129,7 +129,8 @@ class Folding:
     def _begin(self, hidden: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """Finds what prompts share, and returns the stream that the first block is given."""
         self.fold = self._rows = self._handed = None
-        for held in (self._made, self._noted, self._same):
+        self._made = Made()
+        for held in (self._noted, self._same):
             held.clear()
         ids = ids_of(self.inputs)
         # Several residual streams side by side are of no model that has been seen to fold.

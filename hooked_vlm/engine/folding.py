@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.devices import sent
-from hooked_vlm.engine.arguments import Fit
+from hooked_vlm.engine.arguments import Fit, Spread
 from hooked_vlm.engine.attempts import GrowthError
 
 
@@ -316,6 +316,11 @@ class FoldedFit(Fit):
 
     layout: Layout = field(kw_only=True)
 
+    @property
+    def hides_any(self) -> bool:
+        """Whether a token is hidden: another question always is."""
+        return True
+
     def require_causal(self) -> None:
         """Raises `FoldError`: a question does not see the questions before it."""
         raise FoldError("its attention takes no mask by query and key")
@@ -323,24 +328,24 @@ class FoldedFit(Fit):
     def _block_mask(self, mask: Any) -> Any:
         raise FoldError(f"its attention takes a {type(mask).__name__} and no mask of numbers")
 
-    def _causal(self, device: torch.device) -> Tensor:
+    def _causal(self, device: torch.device) -> Tensor | Spread:
         return self._repeated(self.layout.mask(None, device))
 
-    def _mask(self, mask: Tensor) -> Tensor:
+    def _mask(self, mask: Tensor) -> Tensor | Spread:
         if mask.ndim != 4:
             raise FoldError("its blocks take no mask by query and key")
         return self._repeated(self.layout.mask(mask, mask.device))
 
-    def _repeated(self, mask: Tensor) -> Tensor:
-        return mask if len(mask) == 1 else mask.repeat(self.n_jobs, 1, 1, 1)
+    def _repeated(self, mask: Tensor) -> Tensor | Spread:
+        return mask if len(mask) == 1 else Spread(mask.repeat(self.n_jobs, 1, 1, 1), 0)
 
-    def _tensor(self, value: Tensor) -> Tensor:
+    def _tensor(self, value: Tensor) -> Tensor | Spread:
         layout = self.layout
         along = [axis for axis, size in enumerate(value.shape) if size == self.length]
         if not along:
             if value.ndim and value.shape[0] == self.batch:
                 firsts = value[_index(layout.prompts[:, 0], value)]
-                return firsts.repeat(self.n_jobs, *[1] * (value.ndim - 1))
+                return Spread(firsts.repeat(self.n_jobs, *[1] * (value.ndim - 1)), 0)
             return value
         axis = along[0]
         one_for_all = axis == 0 or value.shape[axis - 1] == 1
@@ -350,7 +355,8 @@ class FoldedFit(Fit):
         if first is None:
             raise FoldError(f"its blocks take {tuple(value.shape)} for prompts of other lengths")
         taken = first[layout._at("prompts", value), layout._at("places", value)]
-        return taken.repeat(self.n_jobs, *[1] * (taken.ndim - 1)).movedim((0, 1), (axis - 1, axis))
+        taken = taken.repeat(self.n_jobs, *[1] * (taken.ndim - 1))
+        return Spread(taken.movedim((0, 1), (axis - 1, axis)), axis - 1)
 
 
 def _by_token(value: Tensor, axis: int, batch: int) -> Tensor | None:

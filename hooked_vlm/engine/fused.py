@@ -48,15 +48,16 @@ class Write:
 
 def joined_rows(
     model: Any, clean: Clean, jobs: Sequence[RowPlan], start: int, by_hooks: Callable[[], Tensor]
-) -> Tensor:
+) -> Tensor | None:
     """Returns rows `[job * prompt, pos, d_model]` from `start` on of jobs that join together.
 
-    The first time for a kind of step the kernel's rows are held against those that hooks make,
-    and where they differ, or it cannot run, hooks go on making them.
+    None where hooks have to make them.  The first time for a kind of step the kernel's rows are
+    held against those that hooks make, and where they differ, or it cannot run, hooks go on making
+    them.
     """
     writes = writes_of(clean, jobs)
     if not writes:
-        return by_hooks()
+        return None
 
     def agree() -> bool:
         make = partial(fused_rows, clean, jobs, writes, start)
@@ -72,7 +73,7 @@ def joined_rows(
 
     whole = clean.residuals[jobs[0].stage]
     kind = ("fused rows", writes[0].kind, whole.dtype, whole.device, WAYS)
-    return fused_rows(clean, jobs, writes, start) if remember(model, kind, agree) else by_hooks()
+    return fused_rows(clean, jobs, writes, start) if remember(model, kind, agree) else None
 
 
 def writes_of(clean: Clean, jobs: Sequence[RowPlan]) -> list[Write]:

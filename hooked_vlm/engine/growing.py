@@ -8,7 +8,7 @@ logits must be what it does in a plain pass, within rounding (`noise`); where it
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -16,8 +16,15 @@ from torch import Tensor
 
 from hooked_vlm.engine.attempts import GrowthError, attempt, require_worth
 from hooked_vlm.engine.batch import Growing, compared_jobs, trimmed_of
-from hooked_vlm.engine.budget import PASS_TOKENS, rows_within
-from hooked_vlm.engine.clean_run import Clean, Metric, OnProgress, is_hooked_by_others, run_clean
+from hooked_vlm.engine.budget import PASS_TOKENS, reserve, row_bytes, rows_within
+from hooked_vlm.engine.clean_run import (
+    Clean,
+    Metric,
+    OnProgress,
+    blocks_of,
+    is_hooked_by_others,
+    run_clean,
+)
 from hooked_vlm.engine.fingerprints import (
     content_of,
     is_known,
@@ -169,21 +176,23 @@ class _Passes:
 
     def cells_from(self, start: int, layout: Layout | None) -> int:
         """Returns how many cells a pass from a position on has."""
+        prompts, sizes = self._sizes(start, layout)
+        limits = {"pass_tokens": self.tokens, "memory": self.memory}
+        return max(1, rows_within(self.model, *sizes, **limits) // prompts)
+
+    def _sizes(self, start: int, layout: Layout | None) -> tuple[int, tuple[int, int, int, int]]:
+        """Returns the rows of a cell, and what `row_bytes` takes of one."""
         (prompts, length), logits = self.clean.size, self.clean.logits
         carried = length - start
         if layout is not None:
             prompts, carried = layout.n_rows, layout.width
             length = carried + layout.kept_places.shape[1]
-        rows = rows_within(
-            self.model,
-            length,
-            length - carried,
-            logits.shape[1],
-            logits.element_size(),
-            pass_tokens=self.tokens,
-            memory=self.memory,
-        )
-        return max(1, rows // prompts)
+        return prompts, (length, length - carried, logits.shape[1], logits.element_size())
+
+    @cached_property
+    def _devices(self) -> set[torch.device]:
+        """Where the blocks are."""
+        return {p.device for block in blocks_of(self.model) for p in block.parameters()}
 
     def folds(self, jobs: Sequence[RowPlan], start: int, layout: Layout | None) -> bool:
         """Whether rows that prompts have in common are proved right for some jobs."""
@@ -251,6 +260,9 @@ class _Passes:
         self, chunk: Sequence[RowPlan], start: int, layout: Layout | None
     ) -> list[tuple[RowPlan, Tensor]]:
         """Returns each job's logits, in smaller passes where one does not fit."""
+        prompts, sizes = self._sizes(start, layout)
+        each = row_bytes(self.model, *sizes, scores=False)
+        reserve(self._devices, len(chunk) * prompts * each)
         try:
             logits = self._logits(chunk, start, self.early, layout)
         except torch.OutOfMemoryError:

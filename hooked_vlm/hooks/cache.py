@@ -2,8 +2,8 @@
 
 An `ActivationCache` is a read-only mapping from hook names to tensors that also accepts
 TransformerLens's short forms: `cache["resid_post", 3]`, `cache["k6"]`, and
-`cache["pattern", 0, "vision_encoder"]` for the vision encoder.  It holds no model and no
-weights; an analysis that needs them (such as a logit lens) takes the cache and the model.
+`cache["pattern", 0, "vision_encoder"]` for the vision encoder.  It holds no weights; its logit lens
+reads streams with the model of the run, which it does not keep from being deleted.
 Vision sites of images of different sizes are lists by image.
 """
 
@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,12 @@ _NAMES = "names"
 """The entry of a file's metadata with the names of the sites, in the order of the cache."""
 
 
+class Reads(Protocol):
+    """The final norm and head of the model whose run was cached."""
+
+    def logits(self, streams: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor: ...
+
+
 class ActivationCache(Mapping[str, Any]):
     """A mapping from hook names to the activations of one run.
 
@@ -61,6 +67,8 @@ class ActivationCache(Mapping[str, Any]):
         negative layers count from the last cached layer."""
         self._activations = dict(activations)
         self.n_layers = dict(n_layers or {})
+        self.readout: Reads | None = None
+        """What `logit_lens` reads streams with; None for a cache that no run of a model made."""
 
     def __getitem__(self, key: str | tuple) -> Any:
         """Returns an activation by full name, short name, or `(short name, layer[, type])`.
@@ -129,7 +137,7 @@ class ActivationCache(Mapping[str, Any]):
                 f"The cache holds batches of {sorted(sizes)}; only 1 can be removed. Select one "
                 "prompt first: cache.select([0])."
             )
-        return ActivationCache({**self, **{n: v[0] for n, v in by_prompt.items()}}, self.n_layers)
+        return self._with({**self, **{n: v[0] for n, v in by_prompt.items()}})
 
     @checked(DataError)
     def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
@@ -146,7 +154,7 @@ class ActivationCache(Mapping[str, Any]):
                     f"rows={shown(rows)} was given; the cache holds {counted(batch, 'prompt')}: "
                     "give a list of their numbers, from 0 on, or a slice."
                 )
-        return ActivationCache({n: v[index] for n, v in by_prompt.items()}, self.n_layers)
+        return self._with({n: v[index] for n, v in by_prompt.items()})
 
     def _by_prompt(self) -> dict[str, Tensor]:
         """Returns the activations whose first axis is prompts."""
@@ -226,6 +234,43 @@ class ActivationCache(Mapping[str, Any]):
         return (stacked, [label for label, _ in parts]) if return_labels else stacked
 
     @checked(DataError)
+    def logit_lens(
+        self, pos_slice: int | slice | Sequence[int] | None = None
+    ) -> Float[Tensor, "slot batch pos d_vocab"]:
+        """Returns the logits that the model would give from the residual stream of every slot.
+
+        Each stream goes through the model's own final norm and head, with whatever else the model
+        does to logits (a scale, a soft cap), at text and image tokens alike.  Those of the last
+        slot are the logits of the run.  `pos_slice` selects positions: an index (whose axis is
+        kept, with one entry), a slice, or a list.  All positions of all slots may take much memory:
+        their number times the size of the vocabulary.
+
+        Needs `resid_pre` of block 0 and `resid_post` of every block, and the model of the run.
+        Raises `UnknownHookError` for a stream that was not cached, and `DataError` for a cache
+        without its model (from a file) or a position that is not there.  Source: nostalgebraist
+        (2020), on visual tokens Neo et al. (2024).
+
+        >>> from PIL import Image
+        >>> from hooked_vlm import HookedVLM
+        >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+        >>> inputs = model.prepare(Image.new("RGB", (96, 96)), "What is this?")
+        >>> logits, cache = model.run_with_cache(inputs, "*resid*")
+        >>> cache.logit_lens(pos_slice=-1).shape
+        torch.Size([7, 1, 1, 556])
+        """
+        if self.readout is None:
+            raise DataError(
+                "This cache has no model to read its streams with: it is from a file, or was made "
+                "by hand. Run model.run_with_cache(inputs), or use "
+                "model.run_from_layer(inputs, stream, n_layers) for each stream."
+            )
+        streams = self.accumulated_resid()
+        assert isinstance(streams, Tensor)
+        if streams.ndim == 3:  # without the batch axis
+            streams = streams[:, None]
+        return self.readout.logits(streams, lambda x: _at(x, pos_slice))
+
+    @checked(DataError)
     def save(self, path: File) -> None:
         """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`.
 
@@ -284,4 +329,27 @@ class ActivationCache(Mapping[str, Any]):
         return self.n_layers.get(prefix) or count_layers(prefix, self)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "ActivationCache":
-        return ActivationCache({n: each(function, v) for n, v in self.items()}, self.n_layers)
+        return self._with({n: each(function, v) for n, v in self.items()})
+
+    def _with(self, activations: Mapping[str, VisionActivation]) -> "ActivationCache":
+        """Returns a cache of the same run with other activations."""
+        made = ActivationCache(activations, self.n_layers)
+        made.readout = self.readout
+        return made
+
+
+def _at(streams: Tensor, pos_slice: int | slice | Sequence[int] | None) -> Tensor:
+    """Returns `[slot, batch, pos, ...]` at some positions; raises `DataError` for others."""
+    if pos_slice is None:
+        return streams
+    if isinstance(pos_slice, slice):
+        return streams[:, :, pos_slice]
+    index = [pos_slice] if isinstance(pos_slice, int) else list(pos_slice)
+    length = streams.shape[2]
+    wrong = [i for i in index if not -length <= i < length]
+    if wrong or not index:
+        raise DataError(
+            f"pos_slice={shown(pos_slice)} was given; the prompts have {length} positions: give "
+            f"some of 0 to {length - 1}, or negative ones from the end."
+        )
+    return streams[:, :, index]

@@ -62,6 +62,7 @@ from hooked_vlm.model.keywords import (
     require_processed,
 )
 from hooked_vlm.model.loading import load_pretrained
+from hooked_vlm.model.readout import Readout
 from hooked_vlm.model.said import warn_unran
 
 
@@ -283,15 +284,12 @@ class HookedVLM(ShowsWeights, HookedModel):
         if stop_at_layer is not None:
             stop_at_layer = layer_index(stop_at_layer, self.cfg.n_layers, "stop_at_layer")
         runs = run if stop_at_layer is None else run_part
-        return self._run_cached(
-            runs,
-            together(inputs, kwargs),
-            names_filter,
-            fwd_hooks,
-            device,
-            check_memory,
-            stop_at_layer,
+        given = together(inputs, kwargs)
+        output, cache = self._run_cached(
+            runs, given, names_filter, fwd_hooks, device, check_memory, stop_at_layer
         )
+        cache.readout = Readout(self, inputs, kwargs)
+        return output, cache
 
     @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
     def generate(

@@ -246,9 +246,9 @@ class CheckedCells(Sequence[Cell]):
         reason = whole_rows(model)
         starts = self._inside_images(starts_of(jobs, forward_kwargs, inputs))
         starts = [0] * len(starts) if reason else starts
-        brought = bool(jobs) and all(job.front for job in jobs) and not any(starts)
-        # Rows that bring all of themselves along need the encoder's blocks, and no clean run.
-        fixed = float(costs.vision if brought else clean)
+        brought = self._brings_all(jobs, starts)
+        # Rows that bring all of themselves along need no clean run, once that is proved.
+        fixed = float(costs.vision * self._below_all(jobs) if brought else clean)
         fixed += sum(self._early(costs, job) for job in jobs)
         for source, layer in sources:
             depth = costs.n_layers if layer is None else layer + 1
@@ -259,7 +259,7 @@ class CheckedCells(Sequence[Cell]):
             peak = batch * row_bytes(model, length, 0, keep, model.cfg.dtype.itemsize)
             return _one_by_one(len(found), batch, length, naive, peak, missing)
         firsts = self._inside_images(firsts_of(jobs, forward_kwargs, inputs))
-        planned, floor, proof, passes, rows, peak = fixed, fixed, 0.0, 0, 0, 0
+        planned, floor, proof, passes, rows, peak = fixed, fixed, float(clean * brought), 0, 0, 0
         one = _RowShape(batch, length, length)
         heads = batch * keep * costs.head
 
@@ -287,10 +287,10 @@ class CheckedCells(Sequence[Cell]):
                     planned += sum(cost(job, shape) for job in chunk)
                     passes, rows = passes + 1, rows + len(chunk) * shape.rows
                     peak = max(peak, len(chunk) * shape.rows * row_bytes(model, *sizes))
+        said = (*self._shortcuts(costs, jobs, starts, brought), *_common(fold, batch))
         return Explanation(
             len(found), batch, length, naive, planned, floor, passes, rows, peak,
-            (*self._shortcuts(costs, jobs, starts, length), *_common(fold, batch), _proof(proof)),
-            (f"Rows carry all positions: {reason}.",) if reason else (),
+            (*said, _proof(proof)), (f"Rows carry all positions: {reason}.",) if reason else (),
         )  # fmt: skip
 
     def _fold(self, kept: int) -> Fold | None:
@@ -299,12 +299,25 @@ class CheckedCells(Sequence[Cell]):
             return None
         return expected_fold(self.model, self.inputs, kept)
 
+    def _brings_all(self, jobs: Sequence[RowPlan], starts: Sequence[int]) -> bool:
+        """Whether rows bring all of themselves along, so that no clean run is made."""
+        if not jobs or any(cell.base for cell in self.cells):
+            return False
+        return all(job.front for job in jobs) and not any(starts)
+
     def _early(self, costs: Costs, job: RowPlan) -> float:
         """Returns what making the rows of a job costs that acts before the blocks."""
-        if not job.front or not self.model.anatomy.vision:
-            return 0.0
-        n_blocks = self.model.cfg.vision.n_layers
-        return costs.vision * (1 - tower_depth(self.model, job.front) / n_blocks)
+        return costs.vision * (1 - self._below(job)) if job.front else 0.0
+
+    def _below(self, job: RowPlan) -> float:
+        """Returns the share of the encoder that is below a job's first edit."""
+        if not self.model.anatomy.vision:
+            return 1.0
+        return tower_depth(self.model, job.front) / max(1, self.model.cfg.vision.n_layers)
+
+    def _below_all(self, jobs: Sequence[RowPlan]) -> float:
+        """Returns the share of the encoder that runs once for all jobs."""
+        return min(map(self._below, jobs))
 
     def _inside_images(self, starts: list[int]) -> list[int]:
         """Returns where rows start whose image blocks see all of themselves."""
@@ -328,9 +341,10 @@ class CheckedCells(Sequence[Cell]):
         return [(inputs[key], last_block(names)) for key, names in wanted.items()]
 
     def _shortcuts(
-        self, costs: Costs, jobs: Sequence[RowPlan], starts: Sequence[int], length: int
+        self, costs: Costs, jobs: Sequence[RowPlan], starts: Sequence[int], brought: bool
     ) -> tuple[str, ...]:
-        n_layers = costs.n_layers
+        n_layers, ids = costs.n_layers, ids_of(self.inputs)
+        length = 0 if ids is None else ids.shape[1]
         below = sum(min(job.stage, n_layers) for job in jobs)
         front = sum(starts)
         early = [job for job in jobs if job.front]
@@ -340,13 +354,26 @@ class CheckedCells(Sequence[Cell]):
             f"Blocks below a cell's first change are the clean run's: {below} of "
             f"{len(jobs) * n_layers} block passes left out.",
             f"Positions before it are the clean run's: {front} of {len(jobs) * length} left out.",
-            f"The vision encoder runs once for the clean run and once for each source, not for "
-            f"each cell ({_flops(float(costs.vision))} each).",
+            _encoder(costs, brought),
             *[
                 f"Cells before the blocks begin where they change something there: {kept} of "
                 f"{len(early) * encoder} passes through blocks of the encoder left out."
             ][: bool(early)],
         )
+
+
+def _encoder(costs: Costs, brought: bool) -> str:
+    """Says how often the encoder runs."""
+    each = _flops(float(costs.vision))
+    if brought:
+        return (
+            "No clean run is made, once the control has passed: the vision encoder runs once for "
+            f"each source ({each}), and below the first edits of all cells once for all of them."
+        )
+    return (
+        "The vision encoder runs once for the clean run and once for each source, not for each "
+        f"cell ({each} each)."
+    )
 
 
 def _proof(operations: float) -> str:

@@ -26,6 +26,7 @@ from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
+from hooked_vlm.checks.lens import check_lens
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.errors import GridError, HookedVLMError, HookError
 from hooked_vlm.inputs.pixel_routing import measure_routes, pixel_name
@@ -49,6 +50,7 @@ LAWS = (
     "steered answer",
     "chunks",
     "start layer",
+    "lens",
     "sweep",
     "padding",
     "images",
@@ -140,6 +142,7 @@ def _fill(row: Row) -> None:
         "steered answer": partial(check_steered, model, inputs),
         "chunks": partial(check_chunks, model),
         "start layer": partial(laws.check_start_layer, model, inputs),
+        "lens": partial(check_lens, model, inputs),
         "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.planted_models import planted
+from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.dual_mechanisms import amplification
 from hooked_vlm.experiments.dual_mechanisms.amplification import (
     Config,
@@ -21,6 +22,7 @@ from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
     verdict_of,
 )
 from hooked_vlm.experiments.further import alpha_transfer
+from hooked_vlm.experiments.registry import select
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.stimuli.settings import stimulus_set
 
@@ -225,3 +227,11 @@ def test_strength_is_carried_over_from_every_setting_to_every_other() -> None:
     assert set(transferred["alpha"]) <= {0.0, 4.0}
     # The planted model is right everywhere: no strength helps.
     assert "nothing to transfer" in result.verdict or " of 1, that harm: " in result.verdict
+
+
+@pytest.mark.parametrize("alphas", [(4.0, 0.0), (4.0, 8.0), (0.0, 4.0, 4.0), ()])
+@pytest.mark.parametrize("name", ["E7", "Q1", "R2"])
+def test_strengths_begin_with_none_and_are_different(name: str, alphas: tuple[float, ...]) -> None:
+    # All changes are from the accuracy without amplification: (4, 0) once gave that of strength 4.
+    with pytest.raises(DataError, match=r"different strengths, first 0|alphas is empty"):
+        select(name).config(alphas=alphas)

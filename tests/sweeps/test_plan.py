@@ -55,6 +55,25 @@ def test_a_sweep_costs_what_its_plan_says(family: str, at: object) -> None:
     assert plan.naive == pytest.approx(naive, rel=0.25)  # the source's pass ends early even so
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+def test_a_sweep_of_the_encoder_is_planned_without_a_clean_run(family: str) -> None:
+    model, source = tiny(family, "eager"), make_inputs(family, 2, seed=2)
+    inputs = make_inputs(family, 2, seed=1)
+    band = Region.column_band(model.grids(inputs)[0][0].shape, 0, 2)
+    sites = [f"vision_encoder.blocks.{i}.hook_resid_post" for i in (0, 1)]
+    given = (inputs, {"site": sites}, lambda site: Patch(site, at=band, source=source))
+    kwargs = {"metric": lambda x: x[:, -1, 0], "logits_to_keep": 1}
+    sweep = Sweep(*given)
+    sweep.run(model, **kwargs)  # what is proved once a model
+    plan = sweep.plan(model).explain(logits_to_keep=1)
+    ran = counted(lambda: sweep.run(model, **kwargs))
+    assert plan.planned == pytest.approx(ran, rel=0.06)  # 0.13 with the whole encoder once more
+    assert "No clean run is made" in str(plan) and "once for the clean run" not in str(plan)
+    # What all cells begin with is a clean run of its own.
+    under = Sweep(*given, base=[Ablate("hook_merged_embed", at=band)])
+    assert "once for the clean run" in str(under.plan(model).explain(logits_to_keep=1))
+
+
 def test_planning_runs_nothing() -> None:
     model, sweep = tiny("llava"), sweep_of("llava")
     assert counted(lambda: str(sweep.plan(model).explain())) == 0

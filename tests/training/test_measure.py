@@ -1,5 +1,6 @@
 """What counts as shown in the study of recipes, on models whose mechanisms are known."""
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -10,8 +11,9 @@ from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import ORDER
 from hooked_vlm.experiments.dual_mechanisms.swap_under_ablation import CLAIM
 from hooked_vlm.experiments.registry import select
-from training import measure
+from training import measure, study
 from training.measure import Shown
+from training.recipes import RECIPES
 
 
 def table_of(id_: str, coded: str, tmp_path: Any, **options: Any) -> pd.DataFrame:
@@ -63,10 +65,10 @@ def test_an_order_that_remains(value: float, outcome: str) -> None:
 @pytest.mark.parametrize(
     ("by_direction", "outcome"),
     [
-        ({"left": (0.1, 0.9), "right": (0.1, 0.9), "above": (0.1, 0.1)}, "found"),
-        ({"left": (0.9, 0.9), "right": (0.9, 0.9), "above": (0.1, 0.9)}, "undecided"),
-        ({"left": (0.1, 0.1), "right": (0.1, 0.1), "above": (0.1, 0.9)}, "not found"),
-        ({"left": (0.1, 0.9), "right": (0.1, 0.1)}, "undecided"),
+        (dict.fromkeys(("left", "right", "above"), (0.1, 0.9)) | {"below": (0.1, 0.1)}, "found"),
+        ({"left": (0.1, 0.9), "right": (0.1, 0.9)}, "undecided"),  # of four, not of those tested
+        (dict.fromkeys(("left", "right", "above", "below"), (0.9, 0.9)), "undecided"),
+        (dict.fromkeys(("left", "right", "above"), (0.1, 0.1)), "not found"),
         ({}, "undecided"),
     ],
 )
@@ -76,32 +78,67 @@ def test_an_order_that_is_computed_late(by_direction: Any, outcome: str) -> None
         for direction, values in by_direction.items()
         for slot, value in enumerate(values)
     ]
-    columns = {"direction", "slot", "quantity", "value"}
-    made = pd.DataFrame(found) if found else pd.DataFrame(columns=list(columns))
-    assert measure.own_order_is_late(made).outcome == outcome
+    assert measure.own_order_is_late(pd.DataFrame(found)).outcome == outcome
 
 
 def rows(**recipes: list[tuple[float, int, float]]) -> pd.DataFrame:
-    """A table of models: accuracy, number of claims and difference of E4 for each seed."""
+    """A table of models: accuracy, number of claims and difference of E4 for each seed.
+
+    Recipes that are not given show nothing, with an accuracy of 0.95.
+    """
+    every = {name: [(0.95, 0, 0.0)] * 2 for name in RECIPES} | recipes
     return pd.DataFrame(
         {
             "recipe": name,
-            "held-out accuracy": accuracy,
+            measure.ACCURACY: accuracy,
             "claims shown": n,
             "strips, not objects": Shown("undecided", apart),
         }
-        for name, seeds in recipes.items()
+        for name, seeds in every.items()
         for accuracy, n, apart in seeds
     )
 
 
 def test_the_rule_chooses_by_claims_then_by_strips_among_accurate_recipes() -> None:
-    good, better = [(0.95, 2, 0.0), (0.95, 2, 0.1)], [(0.9, 3, -0.5), (0.95, 2, -0.5)]
-    assert measure.chosen(rows(a=good, b=better)) == "b"
-    assert measure.chosen(rows(a=good, b=[(0.95, 1, 0.4), (0.99, 3, 0.4)])) == "b"
-    assert measure.chosen(rows(a=good, b=[(0.89, 5, 1.0), (1.0, 5, 1.0)])) == "a"
+    good = {"captions": [(0.95, 2, 0.0), (0.95, 2, 0.1)]}
+    assert measure.chosen(rows(**good, patches=[(0.9, 3, -0.5), (0.95, 2, -0.5)])) == "patches"
+    assert measure.chosen(rows(**good, patches=[(0.95, 1, 0.4), (0.99, 3, 0.4)])) == "patches"
+    assert measure.chosen(rows(**good, patches=[(0.89, 5, 1.0), (1.0, 5, 1.0)])) == "captions"
+    unmeasured = [(0.95, 4, float("nan"))]
+    assert measure.chosen(rows(**good, patches=unmeasured * 2)) == "patches"
+    with pytest.raises(CannotRunError, match="Not measured with every seed: patches"):
+        measure.chosen(rows(**good, patches=unmeasured))
     with pytest.raises(CannotRunError, match=r"0\.9 in every seed"):
-        measure.chosen(rows(a=[(0.5, 5, 1.0)]))
+        measure.chosen(rows(**{name: [(0.5, 5, 1.0)] * 2 for name in RECIPES}))
+
+
+def test_recipes_differ_where_all_seeds_and_their_intervals_do() -> None:
+    low, high = Shown("found", 0.1, 0.0, 0.2), Shown("found", 0.5, 0.4, 0.6)
+    assert measure.differ([low, low], [high, high]) and measure.differ([high], [low])
+    assert not measure.differ([low, high], [high, high])
+    assert not measure.differ([low, Shown("found", 0.3, 0.2, 0.45)], [high, high])
+    assert measure.differ([Shown("found", 0.1)], [Shown("found", 0.2)])
+
+
+@pytest.mark.filterwarnings("ignore")  # of pairs that are too few
+def test_a_model_that_shows_nothing_is_measured_and_stands_in_the_table(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        measure, "MEASURED", {id_: {"pairs": 2, "batch_size": 80} for id_ in ("E2", "E4", "E6")}
+    )
+    monkeypatch.setattr(measure, "QUESTIONS", 4)
+    monkeypatch.setattr(
+        measure, "CLAIMS", {c: v for c, v in measure.CLAIMS.items() if v[0] in ("E2", "E4", "E6")}
+    )
+    recipe = replace(RECIPES["end-to-end"], steps=1, batch=2)
+    folder = study.train_model(recipe, 0, tmp_path)
+    measure.measure(folder)
+    found = measure.table(tmp_path)
+    assert found["recipe"].tolist() == ["end-to-end"] and found["claims shown"].tolist() == [0]
+    assert {shown.outcome for shown in found["strips, not objects"]} == {"undecided"}
+    with pytest.raises(CannotRunError, match="Not measured with every seed"):
+        measure.chosen(found)
 
 
 def test_a_number_says_what_it_bears() -> None:

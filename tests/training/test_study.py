@@ -220,13 +220,15 @@ def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(tmp_path: Any) -> No
 
     with pytest.raises(KeyboardInterrupt):
         first.run(ends, lambda step: 0.0)
+    log = tmp_path / "parts" / "training_log.csv"
+    log.write_text(log.read_text() + "100,1.0,0.0,9\n")  # ended between row and checkpoint
     again, three = loop(tmp_path / "parts", 120)
     started: list[int] = []
     again.run(lambda step: (started.append(step), loss(three)(step))[1], lambda step: 0.0)
     assert started[0] == 50
     for weights, other in zip(one.parameters(), three.parameters(), strict=True):
         torch.testing.assert_close(weights, other, rtol=1e-6, atol=1e-7)
-    rows = (tmp_path / "parts" / "training_log.csv").read_text().splitlines()
+    rows = log.read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "50", "100", "120"]
 
 
@@ -248,6 +250,12 @@ def test_a_model_of_the_study_is_made_and_loads(tmp_path: Any) -> None:
     before = (folder / "model.safetensors").stat().st_mtime_ns
     study.train_model(recipe, 0, tmp_path)  # it is there
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    for other in (
+        replace(recipe, steps=3),
+        replace(recipe, name="captions", encoder=replace(objective, steps=3)),
+    ):
+        with pytest.raises(ValueError, match="another recipe"):
+            study.train_model(other, 0, tmp_path)
 
 
 def test_a_shipped_model_s_training_runs_in_stages(

@@ -24,6 +24,8 @@ from torch import Tensor
 from hooked_vlm.analysis.directions import orthonormalise, random_controls, stack
 from hooked_vlm.analysis.probes import LinearProbe, class_directions, object_examples
 from hooked_vlm.analysis.scoring import normalise, top_answer
+from hooked_vlm.arguments.checked import shown
+from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import named, picture_of, without_numbers
 from hooked_vlm.experiments.batches import left_out, none_left, scored_numbers
@@ -62,7 +64,11 @@ ABOUT = About(
 
 @dataclass(frozen=True, kw_only=True)
 class Strengths(common.Config):
-    """The strengths of amplification, and the number of random directions as controls."""
+    """The strengths of amplification, and the number of random directions as controls.
+
+    Raises `DataError` unless strengths are different numbers, with 0 first: what is changed by a
+    strength is the accuracy without amplification.
+    """
 
     ranges: ClassVar = {"controls": (0, 1000)}
 
@@ -70,6 +76,15 @@ class Strengths(common.Config):
     """Strengths of the directions and of the random ones: the best of few is seldom as good."""
     controls: int = FEWEST_CONTROLS
     """Seeds of the random directions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.alphas or self.alphas[0] != 0 or len(set(self.alphas)) < len(self.alphas):
+            given = ", ".join(f"{alpha:g}" for alpha in self.alphas)
+            raise DataError(
+                f"Option alphas={shown(given)} was given; expected different strengths, first 0 "
+                "(no amplification, which all others are compared with), as in alphas=0,4,8."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

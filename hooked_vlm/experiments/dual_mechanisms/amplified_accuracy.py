@@ -56,6 +56,7 @@ def table_of(
 ) -> pd.DataFrame:
     """Returns each kind's accuracy and changes at every strength, and at the chosen ones.
 
+    The first of `alphas` is 0: without amplification.
     `pictures` has the picture of each item: two questions about one are one observation.  `kinds`
     are what the answers name without amplification (see `answers`).  `again` are the formulas with
     directions of other probes, for which the claims are repeated (column probe).
@@ -64,7 +65,7 @@ def table_of(
     changes: dict[str, np.ndarray] = {}
     for kind, verdicts in right.items():
         share = verdicts.mean(0)  # over seeds
-        base = share[_start(alphas)]
+        base = share[0]  # alpha 0
         wrong = {"corrected": base < 0.5}
         if kinds is not None:
             wrong["corrected, order"] = wrong["corrected"] & kinds[:, OTHER]
@@ -73,7 +74,7 @@ def table_of(
                 rows += interval_rows(
                     interval, {}, direction="all", kind=kind, alpha=alpha, quantity=quantity
                 )
-        changes[kind] = _held_out(verdicts, alphas, pictures, seed)
+        changes[kind] = _held_out(verdicts, pictures, seed)
         best = int(share.mean(1).argmax())
         for quantity, values, alpha in (
             ("net, held-out alpha", changes[kind].mean(0), float("nan")),
@@ -85,7 +86,7 @@ def table_of(
             )
     rows += _against_random(changes, pictures, seed)
     for probe, own in enumerate([right, *again] if again else ()):
-        of_probe = {k: _held_out(own[k], alphas, pictures, seed) for k in FORMULAS}
+        of_probe = {k: _held_out(own[k], pictures, seed) for k in FORMULAS}
         rows += _against_random({**changes, **of_probe}, pictures, seed, probe=probe)
     if kinds is not None:
         for name, column in zip(KINDS, kinds.T, strict=True):
@@ -95,19 +96,13 @@ def table_of(
     return adjusted(table, table["p"].notna(), ["quantity", "probe"])  # over formulas
 
 
-def _start(alphas: Sequence[float]) -> int:
-    """Returns the index of the strength without amplification."""
-    return list(alphas).index(0.0) if 0.0 in alphas else 0
-
-
 def _held_out(
     right: Bool[np.ndarray, "seed alpha item"],
-    alphas: Sequence[float],
     pictures: Sequence[Hashable],
     seed: int,
 ) -> Float[np.ndarray, "seed item"]:
     """Returns each item's change at the strength chosen on other pictures, by seed."""
-    base = right.mean(0)[_start(alphas)]
+    base = right.mean(0)[0]
     return np.stack([held_out_change(own, base, pictures, seed) for own in right.astype(float)])
 
 
@@ -196,7 +191,7 @@ def held_out_change(
 
 def verdict_of(table: pd.DataFrame) -> str:
     """Returns in words how amplification changes accuracy, compared with random directions."""
-    accuracy = select(table, kind="released", quantity="accuracy").iloc[0]
+    accuracy = select(table, kind="released", quantity="accuracy", alpha=0.0).iloc[0]
     parts = [f"Accuracy without amplification {format_interval(accuracy)}"]
     errors = _baseline(table)
     if errors is not None:
