@@ -170,10 +170,7 @@ class Layout:
         rows, columns = (x[prompts, places][:, start:] for x in (rows, columns))
         # 5. What a mask is made of: tokens of other prompts in the same row must not be seen.
         seen_as = np.concatenate(
-            [
-                _seen_as(fold, carried, keys, n)
-                for keys, n in ((before, n_before), (carried, n_carried))
-            ],
+            [_seen_as(fold, carried, *keys) for keys in ((before, n_before), (carried, n_carried))],
             axis=2,
         )
         return cls(

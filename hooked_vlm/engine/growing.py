@@ -25,12 +25,7 @@ from hooked_vlm.engine.clean_run import (
     is_hooked_by_others,
     run_clean,
 )
-from hooked_vlm.engine.fingerprints import (
-    content_of,
-    is_known,
-    remember,
-    ways_of_attending,
-)
+from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_of_attending
 from hooked_vlm.engine.folded_run import folds_under, is_separate, run_folded
 from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.proofs import (
