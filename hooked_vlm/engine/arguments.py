@@ -147,9 +147,10 @@ class Fit:
 
     def _rows(self, value: Tensor, axis: int) -> Tensor | Spread:
         """Repeats the prompts along an axis, once for each job."""
+        # Integers by token (which are of an image) are an index, which torch does not broadcast.
         per_token = self.batch == 1 and value.ndim < 4 and not value.is_floating_point()
         if value.shape[axis] == 1 and not per_token:
-            return value  # one for all prompts; kinds of tokens index rows, and are not spread
+            return value  # torch broadcasts it to all rows
         if value.shape[axis] != self.batch:
             return value
         repeats = [1] * value.ndim

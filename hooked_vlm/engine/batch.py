@@ -1,10 +1,10 @@
 """One pass of a growing batch through the wrapped model's own blocks.
 
-The model's forward runs as ever on the clean prompts; its blocks are stood in for.  Each hands
-its clean input on unchanged, and runs the real block on the rows that have joined so far.  The
-last one returns the rows instead, so that the model's own norm and head finish them.  Rows
-carry a suffix of their prompt; `Prefix` puts the clean run's keys and values before theirs,
-where transformers' blocks expect a key-value cache.
+The model's forward runs as ever on the clean prompts; each of its blocks is replaced for the pass.
+A replaced block returns its clean input unchanged, and runs the original block on the rows that
+have joined so far.  The last one returns the rows instead, so that the model's own norm and head
+finish them.  Rows carry a suffix of their prompt; `Prefix` puts the clean run's keys and values
+before theirs, where transformers' blocks expect a key-value cache.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -216,12 +216,12 @@ class Growing:
 
     def _between(self, stage: int, like: Tensor) -> None:
         """Lets jobs join before a block, and does what they do there."""
-        self._edit_rows(stage, is_behind=True)
+        self._edit_rows(stage, is_after=True)
         added = self.clean.added.get(stage)
         if added is not None and self.rows is not None:
-            behind = self._folded(added[:, self.start :].to(self.rows))
-            self.rows = (self.rows.unflatten(0, (self.n_joined, -1)) + behind).flatten(0, 1)
-        self._edit_rows(stage, is_behind=False)
+            suffix = self._folded(added[:, self.start :].to(self.rows))
+            self.rows = (self.rows.unflatten(0, (self.n_joined, -1)) + suffix).flatten(0, 1)
+        self._edit_rows(stage, is_after=False)
         joining = [job for job in self.jobs[self.n_joined :] if job.stage == stage]
         if joining:
             made = joined_rows(
@@ -246,15 +246,15 @@ class Growing:
         steps, added = job.between(stage), self.clean.added.get(stage)
         if job.front:
             return self._edited(steps, self._brought(job))[:, self.start :]
-        behind = [step for step in steps if step.is_behind]
-        if added is None or not behind:
+        after = [step for step in steps if step.is_after]
+        if added is None or not after:
             # A copy: a function of the user's may write into what it is given.
             kept = self.clean.residuals[stage][:, self.start - self.clean.first :].clone()
             for step in steps:
                 kept = self._on_suffix(step, kept)
             return kept
-        whole = self._edited(behind, self.clean.outputs[stage].clone()) + added
-        return self._edited(steps[len(behind) :], whole)[:, self.start :]
+        whole = self._edited(after, self.clean.outputs[stage].clone()) + added
+        return self._edited(steps[len(after) :], whole)[:, self.start :]
 
     def _brought(self, job: RowPlan) -> Tensor:
         """Returns the blocks' input of a job that acts before them."""
@@ -270,13 +270,13 @@ class Growing:
             whole = self._run_edit(step, whole)
         return whole
 
-    def _edit_rows(self, stage: int, *, is_behind: bool) -> None:
+    def _edit_rows(self, stage: int, *, is_after: bool) -> None:
         """Does what jobs that have joined do between two blocks."""
         edits = [
             (slice(number * self.batch, (number + 1) * self.batch), step)
             for number, job in enumerate(self.jobs[: self.n_joined])
             for step in job.between(stage)
-            if step.is_behind == is_behind
+            if step.is_after == is_after
         ]
         if not edits:
             return

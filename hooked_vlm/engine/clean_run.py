@@ -72,24 +72,28 @@ def run_clean(
 
     Raises `GrowthError` for a model whose blocks do not return one residual stream.
     """
+    # 1. What takes notes.  The model's own cache is off: nothing is generated, and recorders take
+    # its place where keys are wanted.
     blocks = blocks_of(model)
     n_layers = len(blocks)
     arguments = {**uncached(model.hf_model), **arguments}
     seen = _Seen(n_layers, stages, starts)
     unfolded = folding.unfolded_keys if folding else None
     recorders = [Recorder(max(starts, default=None), unfolded) for _ in blocks]
+    # 2. One pass under all of it.
     with ExitStack() as stack:
         encoded = stack.enter_context(recording(encoder_of(model)))
         # Their hooks come first, so that ours see what they changed.
         stack.enter_context(model.hooks(base, inputs=inputs))
         if want_keys:
             stack.enter_context(with_caches(blocks, recorders))
-        if folding:
+        if folding:  # around the caches: rows are fitted to a call without any
             stack.enter_context(with_forwards(blocks, folding.wrap))
         for i, block in enumerate(blocks):
             before = block.register_forward_pre_hook(seen.before(i), with_kwargs=True)
             stack.callback(before.remove)
-            stack.callback(block.register_forward_hook(seen.behind).remove)
+            stack.callback(block.register_forward_hook(seen.after).remove)
+        # The stream after all blocks is read before the norm, which logits alone do not give.
         norm = model.anatomy.lm.final_norm
         if norm is None:
             raise GrowthError("there is no final norm after its blocks")
@@ -97,8 +101,10 @@ def run_clean(
         handle = last.register_forward_pre_hook(seen.before(n_layers), with_kwargs=True)
         stack.callback(handle.remove)
         logits = model(asked(inputs), **arguments)
+    # 3. Whether rows can start from what was noted: the stream is known only now.
     if len(seen.shapes) != n_layers + 1 or any(len(shape) != 3 for shape in seen.shapes.values()):
         raise GrowthError("its blocks do not pass on one residual stream [batch, pos, d_model]")
+    # A block that updates its cache twice, or never, keeps something else than keys by token.
     keys = [recorder.found[0] for recorder in recorders if len(recorder.found) == 1]
     keys = keys if len(keys) == n_layers else []
     if seen.first and not (keys and seen.is_closed()):  # a later block looks ahead, or keeps none
@@ -158,8 +164,8 @@ class _Seen:
 
         return hook
 
-    def behind(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Is a hook after any block."""
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Is the hook after every block: notes what it returned."""
         self._handed = output[0] if isinstance(output, tuple) else output
 
     def is_closed(self) -> bool:

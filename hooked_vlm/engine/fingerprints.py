@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -100,13 +101,19 @@ def shapes_of(value: Any) -> Hashable:
 
 
 def content_of(value: Any) -> Hashable:
-    """Returns what a value holds: of tensors a digest, with their shapes and dtypes."""
+    """Returns what a value holds: of tensors and arrays a digest, with their shapes and dtypes."""
     value = dict(sorted(value.items())) if isinstance(value, Mapping) else value
     leaves, spec = pytree.tree_flatten(value)
-    parts = [
-        (tuple(x.shape), x.dtype, _digest(x)) if isinstance(x, Tensor) else str(x) for x in leaves
-    ]
-    return str(spec), *parts
+    return str(spec), *map(_content_of_leaf, leaves)
+
+
+def _content_of_leaf(x: Any) -> Hashable:
+    if isinstance(x, Tensor):
+        return tuple(x.shape), x.dtype, _digest(x)
+    if isinstance(x, np.ndarray):  # `str` leaves out the middle of a long one
+        held = repr(x.tolist()).encode() if x.dtype.hasobject else x.tobytes()
+        return x.shape, str(x.dtype), _hash_of(held)
+    return str(x)
 
 
 def number_of(x: Tensor) -> float:
@@ -149,4 +156,8 @@ def _sample(x: Tensor) -> bytes:
 
 def _hashed(x: Tensor) -> str:
     raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return blake2b(raw.data, digest_size=16).hexdigest()
+    return _hash_of(raw.data)
+
+
+def _hash_of(held: bytes | memoryview) -> str:
+    return blake2b(held, digest_size=16).hexdigest()

@@ -132,14 +132,20 @@ class Folding:
         self._made = Made()
         for held in (self._noted, self._same):
             held.clear()
-        self.kind = ("folds", signature_of(args, kwargs), ways_of_attending(self.model))
         ids = ids_of(self.inputs)
         # Several residual streams side by side are of no model that has been seen to fold.
         is_one_stream = ids is not None and hidden.ndim == 3 and hidden.shape[:2] == ids.shape
-        if ids is None or not is_one_stream or answer(self.model, self.kind) is False:
+        if ids is None or not is_one_stream:
             return hidden
         self.fold = Fold.find(hidden, ids, prompt_mask(self.inputs), self.kept)
         if self.fold is None:
+            return hidden
+        # Rows that are not even take other ways through `FoldedFit` and `Layout.mask`.
+        is_even = self.fold.layout(0).is_even
+        attending = ways_of_attending(self.model)
+        self.kind = ("folds", signature_of(args, kwargs), is_even, attending)
+        if answer(self.model, self.kind) is False:
+            self.fold = None
             return hidden
         # What the first block is given mostly says it for all: no pass is made for nothing.
         self._note(_beside(self.blocks[0], args, kwargs))
@@ -221,7 +227,13 @@ def run_folded(
 
 
 def _is_proved(folding: Folding, arguments: Mapping[str, Any]) -> bool:
-    return remember(folding.model, folding.kind, lambda: _is_right(folding, arguments))
+    def find_out() -> bool:
+        try:
+            return attempt(lambda: _is_right(folding, arguments), "the control of rows failed")
+        except GrowthError:
+            return False
+
+    return remember(folding.model, folding.kind, find_out)
 
 
 def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
@@ -244,10 +256,7 @@ def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
         with with_forwards(folding.blocks, wrap):
             return model(asked(inputs), **arguments)[:, -folding.kept :]
 
-    try:
-        found = attempt(lambda: pass_under(noisy.wrap), "noise had no common row")
-    except GrowthError:
-        return False
+    found = pass_under(noisy.wrap)
     if noisy.fold is None:
         return False
     plain, clean = pass_under(put), model(asked(inputs), **arguments)[:, -folding.kept :]
@@ -271,7 +280,9 @@ def expected_fold(model: Any, inputs: Mapping[str, Any], kept: int = 1) -> Fold 
     (on the `meta` device, or where a processor does not lay them out by image).
     """
     ids, pixels = ids_of(inputs), inputs.get("pixel_values")
-    if is_separate(model) or not isinstance(pixels, Tensor) or ids is None:
+    if is_separate(model) or is_hooked_by_others(model):
+        return None
+    if not isinstance(pixels, Tensor) or ids is None:
         return None
     if pixels.is_meta or ids.is_meta:
         return None

@@ -148,27 +148,29 @@ class Layout:
     @classmethod
     def of(cls, fold: Fold, start: int) -> "Layout":
         """Lays out the tokens from a position on."""
+        # 1. Only the first of tokens that are the same gets a column; the others are read there.
         prompts, places = fold.same_as
         own_prompt, own_place = np.indices(prompts.shape)
         stands = (prompts == own_prompt) & (places == own_place)
+        # 2. A row for each image: first the prompt whose tokens the others share, then the others.
         firsts = np.flatnonzero(fold.of == np.arange(len(fold.of)))
         members = [np.flatnonzero(fold.of == first) for first in firsts]
         members = [np.array([f, *m[m != f]]) for f, m in zip(firsts, members, strict=True)]
+        # 3. Tokens from `start` on are carried; those before are keys, which the clean run has.
         tokens, kept = ([_tokens(stands, m, part) for m in members] for part in
                         (slice(start, None), slice(0, start)))  # fmt: skip
         carried, n_carried = _filled(tokens)
         before, n_before = _filled(kept)
+        # 4. The way back, from every token of every prompt to its column: rows are unfolded by it.
         rows = np.zeros(prompts.shape, dtype=int)
         columns = np.zeros(prompts.shape, dtype=int)
         for row, found in enumerate(tokens):
             rows[found[:, 0], found[:, 1]] = row
             columns[found[:, 0], found[:, 1]] = np.arange(len(found))
         rows, columns = (x[prompts, places][:, start:] for x in (rows, columns))
+        # 5. What a mask is made of: tokens of other prompts in the same row must not be seen.
         seen_as = np.concatenate(
-            [
-                _seen_as(fold, carried, keys, n)
-                for keys, n in ((before, n_before), (carried, n_carried))
-            ],
+            [_seen_as(fold, carried, *keys) for keys in ((before, n_before), (carried, n_carried))],
             axis=2,
         )
         return cls(

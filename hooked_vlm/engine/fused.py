@@ -7,12 +7,14 @@ along a direction, its rows are made at once and each is written once.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.devices import sent
+from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import Clean
 from hooked_vlm.engine.fingerprints import remember
 from hooked_vlm.engine.kernels import patched_rows, way_for
@@ -58,12 +60,12 @@ def joined_rows(
         return None
 
     def agree() -> bool:
+        make = partial(fused_rows, clean, jobs, writes, start)
         try:
-            found, expected = fused_rows(clean, jobs, writes, start), by_hooks()
-        except torch.OutOfMemoryError:
-            raise  # of the pass, which is then halved
-        except Exception:  # noqa: BLE001 - a compiler's errors have no class in common
+            found = attempt(make, "the kernel that makes rows failed")
+        except GrowthError:
             return False
+        expected = by_hooks()
         if writes[0].steer is None:
             return torch.equal(found, expected)
         unit = torch.finfo(found.dtype).eps * float(expected.abs().max())

@@ -6,7 +6,7 @@ logits must be what it does in a plain pass, within rounding (`noise`); where it
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -25,12 +25,7 @@ from hooked_vlm.engine.clean_run import (
     is_hooked_by_others,
     run_clean,
 )
-from hooked_vlm.engine.fingerprints import (
-    content_of,
-    is_known,
-    remember,
-    ways_of_attending,
-)
+from hooked_vlm.engine.fingerprints import content_of, is_known, remember, ways_of_attending
 from hooked_vlm.engine.folded_run import folds_under, is_separate, run_folded
 from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.proofs import (
@@ -44,7 +39,7 @@ from hooked_vlm.engine.proofs import (
 )
 from hooked_vlm.engine.shared import open_runs
 from hooked_vlm.engine.stages import MERGED, RowPlan, first_image_token, ids_of, job_of
-from hooked_vlm.engine.starts import closed, groups_of, starts_of, whole_rows
+from hooked_vlm.engine.starts import are_masks_closed, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import Early, merges_first
 from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
 from hooked_vlm.interventions.chain import Cell, flattened
@@ -100,12 +95,15 @@ def run_growing(
     Raises `GrowthError` where the sweep has to be run another way; nothing is returned then.
     """
     arguments = dict(forward_kwargs or {})
+    # 1. What rules growing out without a pass: a refusal then costs nothing.
     require_worth(model, cells, FEWEST)
     if ids_of(inputs) is None:
         raise GrowthError("these inputs have no input_ids")
     if is_hooked_by_others(model):
         raise GrowthError("torch hooks of others are on its blocks: they would see rows of cells")
     with torch.no_grad():
+        # 2. Where each cell's rows join and start.  An edit of the merged embeddings may be made on
+        # the rows only where these are the first block's input: that is measured where it counts.
         sites = {
             part.site
             for cell in cells
@@ -114,8 +112,10 @@ def run_growing(
         }
         merged_first = MERGED not in sites or merges_first(model, inputs)
         jobs = _jobs(model, inputs, cells, merged_first)
+        # A pass of its own, once a model: it must not come within one whose calls are recorded.
         model.block_outputs(lambda: model(inputs, **arguments))
         starts = starts_of(jobs, arguments, inputs)
+        # 3. One clean run, which the rows of all cells start from.
         clean, early = _beginnings(model, inputs, cells[0].base, jobs, starts, arguments)
         if any(starts) and not clean.keys:
             _warn_whole_rows(model)
@@ -127,19 +127,24 @@ def run_growing(
             if on_progress is not None:
                 on_progress(len(scores), len(cells))
 
+        # 4. Cells that change nothing have the clean run's logits; cells that treat the prompts of
+        # an image alike may have one row for them.
         idle, alike = compared_jobs(model, clean, jobs)
         for job in jobs:
             if job.index in idle:
                 note(job, clean.logits)
         passes.report.idle = len(idle)
+        # 5. The passes: those that start near one another together, as a pass has one start.
         for start, whole in groups_of(jobs, starts):
-            start = start if clean.keys and closed(clean, start) else 0
+            # Without clean keys, or where a token before `start` sees one after it, rows are whole.
+            start = start if clean.keys and are_masks_closed(clean, start) else 0
             left = [job for job in whole if job.index not in idle]
             layout = clean.fold and clean.fold.paying_layout(start)
             common = [job for job in left if job.index in alike] if layout else []
             if common and not passes.folds(common, start, layout):
                 common = []
             apart = [job for job in left if job not in common]
+            # Each pass is checked before its logits are taken: no score comes of an unproved kind.
             for group, how in ((common, layout), (apart, None)):
                 while group:
                     size = passes.cells_from(start, how)
@@ -364,16 +369,22 @@ def _clean(
     Where other sweeps may need it too, all of it is kept, else what rows from `starts` on need.
     """
     runs = None if base else open_runs(model)
-    how = repr(sorted(arguments.items())), ways_of_attending(model), is_separate(model)
-    key = ("clean", content_of(inputs), how) if runs else ()
+    key: Hashable = ()
+    if runs:
+        how = content_of(arguments), ways_of_attending(model), is_separate(model)
+        key = "clean", content_of(inputs), how
     kept = runs.get(key) if runs else None
 
     def run() -> Clean:
         keep = want_keys and keeps_keys(model, inputs, base, arguments)
-        if kept and stages <= kept.residuals.keys() and (kept.keys or not keep):
-            return kept
+        wanted = stages
+        if kept:
+            if stages <= kept.residuals.keys() and (kept.keys or not keep):
+                return kept
+            # It takes the place of what is kept: sweeps that alternate must both find theirs.
+            wanted, keep = stages | kept.residuals.keys(), keep or bool(kept.keys)
         needed = starts if keep and not runs else ()
-        make = partial(run_clean, model, inputs, base, stages, arguments, keep, needed)
+        make = partial(run_clean, model, inputs, base, wanted, arguments, keep, needed)
         if not folds_under(model, base):
             return make()
         return run_folded(model, inputs, lambda folding: make(folding=folding), arguments)

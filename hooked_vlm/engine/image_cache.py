@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from hooked_vlm.anatomy.source import signature_of
 from hooked_vlm.anatomy.vision import grid_argument
+from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.fingerprints import (
     content_of,
     remember,
@@ -197,11 +198,13 @@ class _StandIn:
                 # The same image several times tells nothing about others: made-up ones do.
                 made_up = self._changed(*whole)
                 tried, encode = (made_up, self._by_image(*made_up)), self._run
-            try:
+
+            def find_axes() -> Sequence[int | None] | None:
                 return axes_of(self._run(tried[0]), [encode(call) for call in tried[1]])
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # noqa: BLE001 - an encoder may say in any way that it takes no part
+
+            try:
+                return attempt(find_axes, "images could not be encoded one by one")
+            except GrowthError:  # an encoder may raise anything where it is given a part
                 return None
 
         return remember(self.model, kind, find_out)

@@ -8,6 +8,7 @@ changed by one rounding, and where each prompt is run twice in one batch.
 
 from collections.abc import Mapping
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -92,10 +93,14 @@ def _measured(
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference of logits, as a share of the largest logit."""
+    """Returns the largest difference of logits, as a share of the largest logit.
+
+    Infinite where there is nothing to compare: all expected logits are NaN, or 0.
+    """
     # Some models set the logits of tokens that must not come to the least number there is.
     counts = expected > torch.finfo(expected.dtype).min / 2
-    return float((found - expected)[counts].abs().max()) / float(expected[counts].abs().max())
+    largest = float(expected[counts].abs().max()) if counts.any() else 0.0
+    return float((found - expected)[counts].abs().max()) / largest if largest else inf
 
 
 def _one_rounding(model: Any, dtype: torch.dtype) -> Any:

@@ -14,13 +14,13 @@ class Prefix:
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the rows' keys and values after the clean run's."""
-        return self._behind(self.key, key), self._behind(self.value, value)
+        return self._clean_then(self.key, key), self._clean_then(self.value, value)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """How many tokens come before."""
         return self.key.shape[2]
 
-    def _behind(self, clean: Tensor, own: Tensor) -> Tensor:
+    def _clean_then(self, clean: Tensor, own: Tensor) -> Tensor:
         front = clean.to(own.device)
         n_rows, n_before = len(front), front.shape[2]
         # Attention takes one tensor, so each job has a copy, but of those of the clean run's only

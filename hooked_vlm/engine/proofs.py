@@ -23,14 +23,20 @@ from torch import Tensor
 from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import Clean, asked, run_clean
-from hooked_vlm.engine.fingerprints import forget_known, remember, shapes_of, ways_of_attending
+from hooked_vlm.engine.fingerprints import (
+    content_of,
+    forget_known,
+    remember,
+    shapes_of,
+    ways_of_attending,
+)
 from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.noise import apart, bound_for
-from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of
+from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of, prompt_mask
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import site_path
 from hooked_vlm.hooks.stand_ins import uncached
-from hooked_vlm.interventions.chain import Cell
+from hooked_vlm.interventions.chain import Cell, flattened
 from hooked_vlm.interventions.hook_at import HookAt
 
 
@@ -87,7 +93,10 @@ def uncleaned(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any
 
 
 def _asked_for(model: Any, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Hashable:
-    return shapes_of(inputs), repr(sorted(arguments.items())), ways_of_attending(model)
+    # Where no prompt has padding, some models give their blocks no mask at all.
+    mask = prompt_mask(inputs)
+    is_padded = mask is not None and not bool(mask.all())
+    return shapes_of(inputs), is_padded, content_of(arguments), ways_of_attending(model)
 
 
 def keeps_keys(
@@ -104,7 +113,10 @@ def keeps_keys(
         bare = run_clean(model, inputs, base, set(), arguments, want_keys=False)
         return bool(kept.keys) and torch.equal(bare.logits, kept.logits)
 
-    return remember(model, "keeps keys", find_out)
+    # The base may hook what blocks do with a cache; arguments may turn such things on, too.
+    sites = tuple(sorted(str(getattr(part, "site", part)) for part in flattened(base)))
+    kind = ("keeps keys", shapes_of(arguments), sites, ways_of_attending(model))
+    return remember(model, kind, find_out)
 
 
 Grow = Callable[[Sequence[RowPlan]], Tensor]
@@ -170,7 +182,7 @@ def verify(
             f"the control's logits are off by {off:.2g} of the largest{where} (at most {bound:.2g} "
             "is rounding)"
         )
-    if moved < min(APART * bound, 0.2):
+    if not moved >= min(APART * bound, 0.2):  # NaN moves nothing
         raise GrowthError(f"noise at {site} does not move the logits, so that nothing is proved")
     return off
 

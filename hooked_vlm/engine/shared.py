@@ -5,7 +5,8 @@
         tokens = token_sweep.run(model, metric)  # the same prompts: nothing is encoded again
 
 What counts is what is in the inputs, not which object holds it.  Nothing is kept after the
-`with` block, and nothing is taken from before a weight was changed.
+`with` block, and nothing is taken from before a weight or a buffer was changed (`weights` says
+which writes are not noticed: those through `.data` on a GPU).
 """
 
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hooked_vlm.anatomy.wrappers import modules_of
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count, Model
 from hooked_vlm.engine.clean_run import with_forwards
@@ -24,6 +26,7 @@ from hooked_vlm.engine.fingerprints import arithmetic, content_of, ways_of_atten
 from hooked_vlm.engine.folded_run import Folding, is_separate, run_folded
 from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.engine.stages import IN_FRONT, stage_of
+from hooked_vlm.engine.weights import Weights
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.recording import Recording, record
@@ -41,7 +44,7 @@ class RunStore:
         self.reused = 0
         """How often something was found here."""
         self._found: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._model = model
+        self._model, self._weights = model, Weights(model.hf_model)
 
     def get(self, key: Hashable) -> Any:
         """Returns what was kept under a key, or None."""
@@ -67,18 +70,13 @@ class RunStore:
 
     def _state(self) -> Hashable:
         """Returns what changes whenever a weight is written, or the model computes otherwise."""
-        whole = self._model.hf_model
-        # Weights that were made in inference mode cannot be written, and have no number.
-        weights = list(whole.parameters())
-        written = sum(weight._version for weight in weights if not weight.is_inference())
-        kinds = {(weight.dtype, weight.device) for weight in weights}
         # Adapters (LoRA and the like) are turned on and off by flags of their layers.
         adapters = [
             (vars(layer)["_disable_adapters"], str(vars(layer).get("_active_adapter")))
-            for layer in whole.modules()
+            for layer in modules_of(self._model.hf_model)
             if "_disable_adapters" in vars(layer)
         ]
-        return written, frozenset(kinds), tuple(adapters), arithmetic(self._model.device)
+        return self._weights.state(), tuple(adapters), arithmetic(self._model.device)
 
 
 _OPEN: dict[int, RunStore] = {}
@@ -90,7 +88,8 @@ _OPEN: dict[int, RunStore] = {}
 def shared_runs(model: Model, memory: Count = BUDGET) -> Iterator[RunStore]:
     """Lets sweeps on the same inputs share encoded images and source runs, within a `with` block.
 
-    `memory` is in bytes.  Blocks may be nested: the outermost one counts.
+    `memory` is in bytes.  Blocks may be nested: the outermost one counts.  Weights may be changed
+    within the block, but on a GPU not through `.data`, which gives a tensor no new version.
     """
     if id(model) in _OPEN:
         yield _OPEN[id(model)]

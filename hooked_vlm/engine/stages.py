@@ -33,14 +33,14 @@ class StageEdit:
     """The first position that it changes."""
 
     @property
-    def is_behind(self) -> bool:
-        """Whether it is on what a block returns, rather than on what the next one takes."""
+    def is_after(self) -> bool:
+        """Whether it acts on the output of a block, not on the input of the next one."""
         return self.site.endswith("hook_resid_post")
 
     @property
     def is_early(self) -> bool:
         """Whether it acts before what is at the next block's own site, however they are listed."""
-        return self.is_behind or self.site == MERGED
+        return self.is_after or self.site == MERGED
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,7 @@ def start_layer(model: Any, inputs: Mapping[str, Any], cell: Cell) -> int | None
     if any(site_path(step.site).is_vision for step in (*base, *own)):
         return None
     # What is on a block's output needs that block to run.
-    layers = [step.stage - step.is_behind for step in own]
+    layers = [step.stage - step.is_after for step in own]
     layer = max(0, min([*layers, model.cfg.n_layers - 1]))
     is_past = all(step.stage <= layer if step.between else step.stage < layer for step in base)
     return layer if is_past else 0

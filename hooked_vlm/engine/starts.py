@@ -62,7 +62,8 @@ def groups_of(jobs: Sequence[RowPlan], starts: Sequence[int]) -> list[tuple[int,
     return [(start, sorted(group, key=lambda job: job.stage)) for start, group in groups]
 
 
-def closed(clean: Clean, start: int) -> bool:
+def are_masks_closed(clean: Clean, start: int) -> bool:
+    """Whether, by the clean run's masks, no position before `start` sees one from there on."""
     return all(is_closed(mask, start) for mask in {id(m): m for m in clean.masks}.values())
 
 

@@ -192,4 +192,6 @@ def merges_first(model: Any, inputs: Mapping[str, Any]) -> bool:
             _, cache = model.run_with_cache(asked(inputs), [MERGED, FIRST], stop_at_layer=1)
         return torch.equal(cache[MERGED], cache[FIRST])
 
-    return remember(model, "merged embeddings come first", find_out)
+    # Torch hooks of others may lie between the two, and so may what only some inputs bring.
+    kind = ("merged embeddings come first", tuple(sorted(inputs)), ways_of_attending(model))
+    return remember(model, kind, find_out)

@@ -15,6 +15,7 @@ from helpers.growing_sweeps import BOUND, make_region
 from helpers.questions import ask
 from helpers.tiny_models import FAMILIES, IMAGE, build, tiny
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
+from hooked_vlm.engine import folded_run
 from hooked_vlm.engine.folded_run import expected_fold, separate_prompts
 from hooked_vlm.engine.folding import Layout
 from hooked_vlm.engine.proofs import forget
@@ -227,6 +228,28 @@ def test_what_noise_does_not_confirm_is_not_trusted(monkeypatch: pytest.MonkeyPa
     assert COMMON in check(model, sweep, logits_to_keep=1)
 
 
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_of_one_length_and_of_several_are_proved_each_by_themselves(
+    order: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, proved = HookedVLM(build("llava"), name="even and uneven"), set()
+    lengths = [[[7, 7, 7], [7]], [[7, 7, 7, 7]]]  # for the same shapes: uneven, even
+    true = folded_run._is_right
+
+    def noted(folding: Any, arguments: Any) -> bool:
+        is_even = folding.fold.layout(0).is_even
+        proved.add(is_even)
+        return true(folding, arguments) and not (refused and not is_even)
+
+    monkeypatch.setattr(folded_run, "_is_right", noted)
+    for number, is_even in enumerate(order):
+        inputs, source = (ask("llava", lengths[is_even], seed=i) for i in (1, 2))
+        said = check(model, sweep_of("llava", inputs, source, ["region"]), logits_to_keep=1)
+        assert ("prompts in" in said) == (bool(is_even) or not refused)
+        assert proved == {bool(each) for each in order[: number + 1]}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_counts_common_rows(family: str) -> None:
     model = tiny(family)
@@ -254,7 +277,11 @@ def test_torch_hooks_of_others_see_a_row_for_each_prompt() -> None:
     inputs, source = (ask("llava", [[5, 5], [5, 5]], seed=seed) for seed in (1, 2))
     logits_of(model, sweep_of("llava", inputs, source, ["region"]))  # what is proved is proved
     seen: set[int] = set()
+    assert expected_fold(model, inputs) is not None
     linear = model.hf_model.get_submodule(f"{model.anatomy.lm.blocks[0].path}.mlp.up_proj")
     linear.register_forward_hook(lambda _, args, output: seen.add(len(args[0])))
-    logits_of(model, sweep_of("llava", inputs, source, ["region"]), engine="plain")
+    sweep = sweep_of("llava", inputs, source, ["region"])
+    assert expected_fold(model, inputs) is None
+    assert "share rows" not in str(sweep.plan(model).explain(logits_to_keep=1))
+    logits_of(model, sweep, engine="plain")
     assert seen == {4}

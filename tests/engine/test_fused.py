@@ -12,6 +12,7 @@ from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.engine import fused
 from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.proofs import forget
+from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.steer import Steer
@@ -123,4 +124,16 @@ def test_j2_steering_that_is_off_in_one_place_is_not_used(monkeypatch: pytest.Mo
     monkeypatch.setattr(fused, "patched_rows", wrong)
     compared(model, sweep)
     assert len(ran) == 1
+    forget(model)
+
+
+def test_a_mistake_of_ours_turns_the_kernel_off_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, sweep = tiny("llava"), sweep_of("llava", ["swap"], [1, 2])
+    forget(model)
+    monkeypatch.setattr(fused, "WAYS", ("reference",))
+    monkeypatch.setattr(fused, "patched_rows", lambda: None)  # takes no argument
+    with pytest.warns(HookedVLMWarning, match="kernel.*TypeError.*a mistake in hooked_vlm"):
+        compared(model, sweep)
     forget(model)

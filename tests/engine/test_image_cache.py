@@ -13,9 +13,11 @@ from torch import Tensor
 
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm import HookedVLM, shared_runs
+from hooked_vlm.engine import image_cache
 from hooked_vlm.engine.image_cache import Kept, axes_of, encoding_once, joined
 from hooked_vlm.engine.noise import BOUNDS
 from hooked_vlm.engine.proofs import forget
+from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.hooks.stand_ins import encoder_of
 
 
@@ -260,3 +262,16 @@ def test_outputs_are_put_together_along_the_axis_of_images(
     assert axes_of(whole, parts) is None
     assert axes_of({**whole, "n": 8}, parts) is None
     assert axes_of(whole["x"], parts) is None
+
+
+def test_a_mistake_of_ours_turns_encoding_once_off_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = fresh("llava"), batch_of("llava", 1, 2)
+    plain = logits(model, batch)
+    monkeypatch.setattr(image_cache, "axes_of", lambda: None)  # takes no argument
+    with shared_runs(model):
+        with pytest.warns(HookedVLMWarning, match="images.*TypeError.*a mistake in hooked_vlm"):
+            found = logits(model, batch)
+        assert near(found, plain) and near(logits(model, batch), plain)
+    forget(model)

@@ -1,5 +1,6 @@
 """The bound of a control is the measured noise of the model and its arithmetic, within limits."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from helpers.growing_sweeps import sweep_of
+from helpers.questions import ask
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm.engine import noise
 from hooked_vlm.engine.arguments import Fit
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.batch import Growing
 from hooked_vlm.engine.growing import run_growing
-from hooked_vlm.engine.noise import bound_for, limits
+from hooked_vlm.engine.noise import apart, bound_for, limits
 from hooked_vlm.engine.proofs import forget
+from hooked_vlm.errors import HookedVLMWarning
+from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.sweeps.sweep import Sweep
 
 
 @contextmanager
@@ -117,3 +122,23 @@ def test_the_coarsest_dtype_on_the_way_counts() -> None:
     assert bound_for(model, inputs, {}, torch.float32, 0.0) == limits(torch.bfloat16)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert bound_for(tiny("llava"), inputs, {}, torch.float32, 0.0) == limits(torch.bfloat16)[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_nothing_is_near_logits_that_say_nothing(value: float) -> None:
+    empty = torch.full((2, 3), value)
+    assert apart(torch.ones(2, 3), empty) == apart(empty, empty) == float("inf")
+    assert not apart(torch.full((2, 3), float("nan")), torch.ones(2, 3)) <= 1  # and not >= 1
+
+
+@pytest.mark.parametrize("engine", ["plain", "growing"])
+def test_a_model_whose_logits_are_nan_gives_nan(engine: str) -> None:
+    model = HookedVLM(build("llava"))
+    norm = model.hf_model.get_submodule(str(model.anatomy.lm.final_norm))
+    torch.nn.init.constant_(norm.weight, float("nan"))  # type: ignore[arg-type]
+    inputs = ask("llava", [[5, 5]])
+    sweep = Sweep(inputs, {"slot": [1, 2]}, lambda slot: Patch(slot, source=inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HookedVLMWarning)  # a slower engine runs
+        found = sweep.run(model, lambda x: x[:, -1, 0], engine=engine, logits_to_keep=1)
+    assert found.isnull().all()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers.growing_sweeps import sweep_of
-from helpers.tiny_models import build, tiny
-from hooked_vlm import HookedVLM
+from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
+from hooked_vlm import Ablate, HookedVLM, Patch, Sweep
 from hooked_vlm.engine import proofs
 from hooked_vlm.engine.arguments import Fit
 from hooked_vlm.engine.attempts import GrowthError
@@ -66,6 +66,64 @@ def test_j2_noise_that_moves_nothing_proves_nothing(monkeypatch: pytest.MonkeyPa
     with pytest.raises(GrowthError, match="does not move the logits"):
         run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
     forget(model)
+
+
+def test_noise_of_which_nobody_knows_what_it_moves_proves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, sweep = tiny("qwen2-vl"), sweep_of("qwen2-vl", ["swap"], [1, 2])
+    forget(model)
+    found = iter([0.0, float("nan")])
+    monkeypatch.setattr(proofs, "apart", lambda *_: next(found))
+    with pytest.raises(GrowthError, match="does not move the logits"):
+        run_growing(model, sweep.inputs, sweep.recorded(model), lambda x: x)
+    forget(model)
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cells_in_the_encoder_grow_with_and_without_padding(
+    family: str, order: tuple[bool, bool]
+) -> None:
+    """Their blocks get a mask, or none, for inputs of the same shapes."""
+    model = tiny(family)
+    forget(model)
+    site = "vision_encoder.blocks.{}.hook_resid_post"
+    for is_padded in order:
+        inputs, source = (make_inputs(family, 2, seed=seed, text=30) for seed in (1, 2))
+        for given in (inputs, source):
+            given["attention_mask"][0, :1] = 1 - is_padded
+        sweep = Sweep(inputs, {"i": [0, 1]}, lambda i, s=source: Patch(site.format(i), source=s))
+        found = sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"))
+        assert found.attrs["engine"].startswith("growing")
+        plain = sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"), engine="plain")
+        assert abs(found - plain).max() <= 5e-6 * abs(plain).max()
+
+
+@torch.no_grad()
+def test_keeping_keys_is_asked_again_where_it_may_be_another_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, inputs, true = HookedVLM(build("llava")), make_inputs("llava"), proofs.run_clean
+    made: list[Any] = []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        made.append(args)
+        return true(*args, **options)
+
+    monkeypatch.setattr(proofs, "run_clean", counting)
+    base = [Ablate(1).place(model, inputs)]
+
+    def n_runs(base: Any, arguments: dict) -> int:
+        made.clear()
+        assert proofs.keeps_keys(model, inputs, base, arguments)
+        return len(made)
+
+    ways: list[tuple[Any, dict]] = [((), {}), ((), {"logits_to_keep": 1}), (base, {})]
+    assert [n_runs(*way) for way in ways] == [2, 2, 2]
+    assert [n_runs(*way) for way in ways] == [0, 0, 0]
+    model.hf_model.set_attn_implementation("eager")  # type: ignore[operator]
+    assert [n_runs(*way) for way in ways] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Sweeps that share runs give the same numbers, and nothing stale is ever taken."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from hooked_vlm.engine import fingerprints, growing
 from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.shared import RunStore, open_runs
+from hooked_vlm.engine.weights import Weights
 
 
 def sweep_of(family: str, at: Any = None, *, seed: int = 1, site: str | None = None) -> Sweep:
@@ -65,17 +67,19 @@ def test_j2_a_store_counts_what_it_found_and_keeps_no_more_than_its_memory():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_runs_are_made_once(family: str) -> None:
     model = tiny(family)
-    alone = [run(model, sweep_of(family, at)) for at in (None, LastToken())]
     hf_model: Any = model.hf_model
     embedding = hf_model.get_input_embeddings()  # not a block: there hooks see rows of cells
-    with shared_runs(model) as runs:
-        with calls_of(embedding) as calls:
+    # Around both: what was proved without a torch hook of others says nothing about with one.
+    with calls_of(embedding) as calls:
+        alone = [run(model, sweep_of(family, at)) for at in (None, LastToken())]
+        calls.clear()
+        with shared_runs(model) as runs:
             shared = [run(model, sweep_of(family, None))]
             first = len(calls)
             shared.append(run(model, sweep_of(family, LastToken())))
             assert len(calls) - first < first  # no source run any more
-        other = run(model, sweep_of(family, LastToken(), seed=3))
-        assert runs.reused > 2
+            other = run(model, sweep_of(family, LastToken(), seed=3))
+            assert runs.reused > 2
     for one, both in zip(alone, shared, strict=True):
         assert (abs(one - both) <= 5e-6 * abs(one).max()).all()
     assert not other.equals(shared[1])
@@ -98,6 +102,33 @@ def test_j2_a_clean_run_is_kept_for_the_next_growing_sweep(monkeypatch: pytest.M
     assert len(made) == 2
 
 
+def test_sweeps_that_alternate_between_blocks_share_one_clean_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, made, true = tiny("llava"), [], growing.run_clean
+
+    def counting(*args: Any, **options: Any) -> Any:
+        made.append(args)
+        return true(*args, **options)
+
+    monkeypatch.setattr(growing, "run_clean", counting)
+    inputs, source = make_inputs("llava", 2, seed=1), make_inputs("llava", 2, seed=7)
+
+    def scores(slots: list[int], at: Any) -> Any:
+        sweep = Sweep(inputs, {"slot": slots}, lambda slot: Patch(slot, at=at, source=source))
+        return run(model, sweep)
+
+    asked: list[tuple[list[int], Any]] = [([0, 1], LastToken()), ([2, 3], None)]
+    alone = [scores(*each) for each in asked]
+    made.clear()
+    with shared_runs(model):
+        for _ in range(3):
+            for each, true_scores in zip(asked, alone, strict=True):
+                found = scores(*each)
+                assert abs(found - true_scores).max() <= 5e-6 * abs(true_scores).max()
+    assert len(made) == 2  # one for each; the second has what the first needs, too
+
+
 def test_what_is_kept_is_forgotten_with_the_weights() -> None:
     model = HookedVLM(deepcopy(tiny("llava").hf_model))
     sweep = sweep_of("llava")
@@ -110,6 +141,65 @@ def test_what_is_kept_is_forgotten_with_the_weights() -> None:
     largest = float(abs(again).max())
     assert float(abs(after - again).max()) <= 5e-6 * largest
     assert float(abs(after - before).max()) > 1e-3 * largest
+
+
+def _through_data(model: HookedVLM) -> None:
+    """Gives the weight no new version."""
+    next(first_block(model).parameters()).data.mul_(3)
+
+
+def _by_another(model: HookedVLM) -> None:
+    layer: Any = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
+    layer.mlp.up_proj.weight = nn.Parameter(3 * layer.mlp.up_proj.weight.detach())
+
+
+def _moved(model: HookedVLM) -> None:
+    weight = next(first_block(model).parameters())
+    weight.data = 3 * weight.data
+
+
+def _by_buffer(model: HookedVLM) -> None:
+    rotary: Any = next(m for m in model.hf_model.modules() if hasattr(m, "inv_freq"))
+    rotary.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [_through_data, _by_another, _moved, _by_buffer])
+@torch.no_grad()
+def test_what_is_kept_is_forgotten_however_weights_change(
+    change: Callable[[HookedVLM], None],
+) -> None:
+    model = HookedVLM(deepcopy(tiny("qwen2-vl").hf_model))
+    sweep = sweep_of("qwen2-vl", LastToken())
+    with shared_runs(model):
+        before = run(model, sweep)
+        change(model)
+        after = run(model, sweep)
+    again = run(model, sweep)
+    largest = float(abs(again).max())
+    assert float(abs(after - again).max()) <= 5e-6 * largest
+    assert float(abs(after - before).max()) > 1e-3 * largest
+
+
+def test_weights_that_come_and_go_are_never_taken_for_one_another() -> None:
+    layer = nn.Linear(4, 4, bias=False).to("meta")  # neither values nor an address
+    weights, states = Weights(layer), set()
+    for _ in range(20):
+        layer.weight = nn.Parameter(torch.zeros(4, 4, device="meta"))
+        states.add(weights.state())
+        assert weights.state() in states
+    assert len(states) == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_any_dtype_have_a_state(dtype: torch.dtype) -> None:
+    layer = nn.Linear(3, 5).to(dtype)
+    layer.register_buffer("none", torch.zeros(0))
+    layer.register_buffer("turned", torch.zeros(3, 5).T)
+    weights = Weights(layer)
+    before = weights.state()
+    assert weights.state() == before
+    layer.bias.data[0] += 1
+    assert weights.state() != before
 
 
 def test_what_is_kept_is_of_one_adapter_one_dtype_and_one_precision() -> None:
@@ -171,6 +261,40 @@ def test_content_is_told_apart() -> None:
     changed = x.clone()
     changed[1, 2] += 1
     assert same != content_of({"x": changed})
+
+
+def test_arrays_are_told_apart_in_their_middle() -> None:
+    x = np.zeros(3000)
+    changed = x.copy()
+    changed[1500] = 1
+    assert content_of({"x": x}) == content_of({"x": x.copy()}) != content_of({"x": changed})
+    assert content_of({"x": x}) != content_of({"x": x.astype(np.float32)})
+    words, others = (np.array(["a", *["b"] * 3000, end], dtype=object) for end in "cd")
+    assert content_of(words) == content_of(words.copy()) != content_of(others)
+
+
+def test_positions_that_differ_in_the_middle_are_of_another_clean_run() -> None:
+    """As text, both are the same: torch leaves out the middle of a long tensor."""
+    model, inputs = tiny("qwen2-vl"), make_inputs("qwen2-vl", 2, seed=1, text=165)
+    source = make_inputs("qwen2-vl", 2, seed=7, text=165)
+    sweep = Sweep(
+        inputs, {"slot": [1, 2, 3]}, lambda slot: Patch(slot, at=LastToken(), source=source)
+    )
+    length = inputs["input_ids"].shape[1]
+    positions = torch.arange(length).repeat(3, 2, 1)
+    moved = positions.clone()
+    moved[..., length // 3 : length // 2] += 40
+    assert repr(positions) == repr(moved)
+
+    def scores(engine: str, given: torch.Tensor) -> Any:
+        options: Any = {"dims": ("batch", "token"), "logits_to_keep": 1, "engine": engine}
+        return sweep.run(model, lambda x: x[:, -1], position_ids=given, **options)
+
+    with shared_runs(model):
+        found = [scores("growing", given) for given in (positions, moved)]
+    for one, given in zip(found, (positions, moved), strict=True):
+        plain = scores("plain", given)
+        assert abs(one - plain).max() <= 5e-6 * abs(plain).max()
 
 
 @contextmanager

@@ -320,3 +320,17 @@ def test_an_encoder_without_blocks_grows_too() -> None:
         ),
     )
     compared(model, sweep)
+
+
+def test_torch_hooks_of_others_may_lie_between_merged_embeddings_and_blocks() -> None:
+    model, inputs = HookedVLM(deepcopy(tiny("llava").hf_model)), make_inputs("llava")
+    assert merges_first(model, inputs)
+    stack = model.anatomy.lm.blocks[0].path.rsplit(".", 2)[0]
+
+    def twice(_: Any, args: tuple, kwargs: dict) -> Any:
+        return args, {**kwargs, "inputs_embeds": 2 * kwargs["inputs_embeds"]}
+
+    handle = model.hf_model.get_submodule(stack).register_forward_pre_hook(twice, with_kwargs=True)
+    assert not merges_first(model, inputs)
+    handle.remove()
+    assert merges_first(model, inputs)
