@@ -233,5 +233,6 @@ def test_strength_is_carried_over_from_every_setting_to_every_other() -> None:
 @pytest.mark.parametrize("name", ["E7", "Q1", "R2"])
 def test_strengths_begin_with_none_and_are_different(name: str, alphas: tuple[float, ...]) -> None:
     # All changes are from the accuracy without amplification: (4, 0) once gave that of strength 4.
+    make: Any = select(name).config
     with pytest.raises(DataError, match=r"different strengths, first 0|alphas is empty"):
-        select(name).config(alphas=alphas)
+        make(alphas=alphas)
