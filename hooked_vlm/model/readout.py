@@ -55,7 +55,7 @@ class Readout:
             rows = rearrange(chosen, "slot batch pos d -> (slot batch) pos d")
             try:
                 logits = self._after_blocks(rows)
-            except RuntimeError:  # shapes of the run that do not fit these rows
+            except (RuntimeError, ValueError):  # something of the run (labels) has its rows
                 logits = None
             if logits is not None and logits.shape[:2] == rows.shape[:2]:
                 return rearrange(logits, "(slot batch) pos v -> slot batch pos v", slot=len(chosen))

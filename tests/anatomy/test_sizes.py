@@ -32,7 +32,7 @@ def test_an_experiment_gets_the_common_fields_and_its_own():
         ("yes", bool, True),
         ("False", bool, False),
         ("a b", str, "a b"),
-        ("", Path | None, None),
+        ("none", Path | None, None),
         ("here", Path | None, Path("here")),
         ("1,2", tuple[int, ...], (1, 2)),
     ],

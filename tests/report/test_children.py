@@ -21,10 +21,13 @@ from hooked_vlm.report.children import run_commands
 
 LIMIT_S = 60
 PARENT = """
+import signal
 import sys
 from types import SimpleNamespace
 from hooked_vlm import cli
 
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)  # a run in the background passes on that it ignores some
 cli._words = lambda job: [job.model]
 sys.executable = {child!r}  # in the place of a run of the command line
 cli._run_apart([SimpleNamespace(model={one!r}), SimpleNamespace(model={two!r})], 2)
