@@ -164,7 +164,7 @@ class Growing:
         # Sources are gathered here, once, for the jobs of this pass alone.
         self.edits = {id(s): self._edit(s) for job in self.jobs for s in job.steps}
         bringing = [job for job in self.jobs if job.front and early]
-        # Where no clean run is there to hand on, the pass itself makes the last one's rows.
+        # Where no clean run is made, the pass itself makes the last one's rows.
         self.leading = bringing.pop() if bringing and not clean.is_made else None
         self.early = early
         self.brought = {id(job): early.rows(job.front) for job in bringing if early}

@@ -165,7 +165,7 @@ class _StandIn:
     def _changed(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         """Returns a call whose images are no longer the same."""
         pixels = _pixels(args, kwargs)
-        assert pixels is not None  # else nothing is told apart by image
+        assert pixels is not None  # else no image is distinguished
         axis = list(pixels.shape).index(sum(self._sizes(args, kwargs)))
         ramp = torch.linspace(0, 1, pixels.shape[axis]).to(pixels)
         changed = pixels + ramp.view(-1, *[1] * (pixels.ndim - axis - 1))

@@ -46,6 +46,7 @@ from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -182,7 +183,7 @@ class Plan:
     @classmethod
     def of(cls, setting: Setting, axis: str, config: Config, n_probes: int = 1) -> "Plan":
         """Returns a seeded plan: half of the triples for the probe, the others to ask about."""
-        directions = [d for d in setting.directions if axis == _axis(d)]
+        directions = [d for d in setting.directions if axis == AXIS_OF[d]]
         triples = [q.entities for q in setting.stimuli.items(directions[:1])]
         random.Random(f"{config.seed}/{axis}").shuffle(triples)
         half = len(triples) // 2
@@ -341,7 +342,3 @@ def _named(setting: Setting, batch: Sequence[Question]) -> np.ndarray:
     logits = setting.logits(batch)
     logits = logits.masked_fill(without_numbers(logits)[:, None], 0.0)
     return named(logits, setting.model.tokenizer, batch)
-
-
-def _axis(direction: str) -> str:
-    return "horizontal" if direction in ("left", "right") else "vertical"
