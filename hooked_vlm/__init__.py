@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.sweeps.attribution import attribution_patch as attribution_patch
     from hooked_vlm.sweeps.sweep import Sweep as Sweep
     from hooked_vlm.sweeps.sweep import final_logits as final_logits
+    from hooked_vlm.sweeps.tuned_lens import TunedLens as TunedLens
 
 
 @cache

@@ -95,12 +95,21 @@ def read_block(block: nn.Module, path: str, config: Any) -> Block:
         ln2=full(ln2),
         mlp=mlp,
         mlp_out=full(mlp_out),
+        per_layer_out=full(_added_last(order, children, mlp_out)),
         post_norm=post_norm,
         windowed="window_partition" in forward_source(type(block).forward)
         and bool(first_of(block, "window_size")),
         cross=attention(cross),
         cross_out=full(cross),
     )
+
+
+def _added_last(
+    order: list[str], children: dict[str, nn.Module], mlp_out: str | None
+) -> str | None:
+    """Returns the last child of a block, if linear maps are called after its MLP has ended."""
+    later = order[order.index(mlp_out) + 1 :] if mlp_out in order else []
+    return later[-1] if any(is_linear(children[name]) for name in later) else None
 
 
 def _scale_between(

@@ -81,6 +81,8 @@ class Block:
     mlp_out: str | None
     cross: Attention | None = None
     cross_out: str | None = None
+    per_layer_out: str | None = None
+    """The module whose output is added after the MLP's: inputs of each layer's own (Gemma 4)."""
     post_norm: bool = False
     """Whether the residual itself is normalised after each addition (as in BERT)."""
     windowed: bool = False

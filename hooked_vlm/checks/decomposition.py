@@ -32,7 +32,7 @@ def check_decomposition(model: HookedVLM, inputs: Mapping[str, Any]) -> Finding:
             continue
         for layer in (n_layers // 2, None):
             try:
-                parts = cache.decompose_resid(tower, layer=layer)
+                parts = cache.decompose_resid(layer, tower=tower)
             except HookedVLMError as error:
                 notes.append(f"{tower or 'LM'}: {error}")
                 continue

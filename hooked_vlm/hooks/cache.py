@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,10 +23,8 @@ from torch import Tensor
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Device, File
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
-from hooked_vlm.hooks.decomposition import parts_of
+from hooked_vlm.hooks.logit_parts import LogitParts
 from hooked_vlm.hooks.names import (
-    VISION,
-    count_layers,
     get_act_name,
     layer_out_of_range,
     resolve_name,
@@ -34,19 +32,14 @@ from hooked_vlm.hooks.names import (
     tower_of,
 )
 from hooked_vlm.hooks.patch_order import VisionActivation, each, listed
+from hooked_vlm.hooks.stream import Reads
 
 
 _NAMES = "names"
 """The entry of a file's metadata with the names of the sites, in the order of the cache."""
 
 
-class Reads(Protocol):
-    """The final norm and head of the model whose run was cached."""
-
-    def logits(self, streams: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor: ...
-
-
-class ActivationCache(Mapping[str, Any]):
+class ActivationCache(LogitParts):
     """A mapping from hook names to the activations of one run.
 
     `model.run_with_cache(inputs)` returns the logits and such a cache.
@@ -68,7 +61,6 @@ class ActivationCache(Mapping[str, Any]):
         self._activations = dict(activations)
         self.n_layers = dict(n_layers or {})
         self.readout: Reads | None = None
-        """What `logit_lens` reads streams with; None for a cache that no run of a model made."""
 
     def __getitem__(self, key: str | tuple) -> Any:
         """Returns an activation by full name, short name, or `(short name, layer[, type])`.
@@ -189,88 +181,6 @@ class ActivationCache(Mapping[str, Any]):
         return torch.stack(found)  # type: ignore[arg-type]
 
     @checked(DataError)
-    def accumulated_resid(
-        self, tower: str | None = None, return_labels: bool = False
-    ) -> Tensor | tuple[Tensor, list[str]]:
-        """Returns the residual stream at every slot: `[slot, batch, pos, d_model]`.
-
-        Slot 0 is the input of block 0, and slot l the output of block l-1, as in the paper.
-        """
-        n_layers = self._n_layers(tower)
-        slots = torch.stack(
-            [self["resid_pre", 0, tower], *(self["resid_post", i, tower] for i in range(n_layers))]  # type: ignore[list-item]
-        )
-        labels = ["0_pre", *(f"{i}_post" for i in range(n_layers))]
-        return (slots, labels) if return_labels else slots
-
-    @checked(DataError)
-    def decompose_resid(
-        self,
-        tower: str | None = None,
-        return_labels: bool = False,
-        *,
-        layer: int | None = None,
-    ) -> Tensor | tuple[Tensor, list[str]]:
-        """Returns the contribution of each part to the residual stream: `[part, batch, pos, ...]`.
-
-        Parts are the input of block 0 (`embed`), then the attention and MLP output of every layer
-        (`0_attn_out`, `0_mlp_out`), as they are added: a model may scale them.  Where a model adds
-        more between two blocks (DeepStack), that is a part as well: `before_1` is added before
-        block 1.  Their sum is the stream before block `layer`; without `layer`, it is the stream
-        after the last block.  The sum is verified on the cached stream.
-
-        Raises `DataError` when the parts do not sum to the stream: the model scales or normalises
-        it, adds something that has no site, or a hook wrote to it.
-        """
-        n_layers = self._n_layers(tower)
-        end = layer is None or layer == n_layers
-        layer = n_layers if layer is None else layer
-        if not 0 <= layer <= n_layers:
-            raise UnknownHookError(
-                f"layer={layer} was given; expected 0 to {n_layers} (after the last block)."
-            )
-        parts = parts_of(self, tower, layer, end)
-        stacked = torch.stack([part for _, part in parts])
-        return (stacked, [label for label, _ in parts]) if return_labels else stacked
-
-    @checked(DataError)
-    def logit_lens(
-        self, pos_slice: int | slice | Sequence[int] | None = None
-    ) -> Float[Tensor, "slot batch pos d_vocab"]:
-        """Returns the logits that the model would give from the residual stream of every slot.
-
-        Each stream goes through the model's own final norm and head, with whatever else the model
-        does to logits (a scale, a soft cap), at text and image tokens alike.  Those of the last
-        slot are the logits of the run.  `pos_slice` selects positions: an index (whose axis is
-        kept, with one entry), a slice, or a list.  All positions of all slots may take much memory:
-        their number times the size of the vocabulary.
-
-        Needs `resid_pre` of block 0 and `resid_post` of every block, and the model of the run.
-        Raises `UnknownHookError` for a stream that was not cached, and `DataError` for a cache
-        without its model (from a file) or a position that is not there.  Source: nostalgebraist
-        (2020), on visual tokens Neo et al. (2024).
-
-        >>> from PIL import Image
-        >>> from hooked_vlm import HookedVLM
-        >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
-        >>> inputs = model.prepare(Image.new("RGB", (96, 96)), "What is this?")
-        >>> logits, cache = model.run_with_cache(inputs, "*resid*")
-        >>> cache.logit_lens(pos_slice=-1).shape
-        torch.Size([7, 1, 1, 556])
-        """
-        if self.readout is None:
-            raise DataError(
-                "This cache has no model to read its streams with: it is from a file, or was made "
-                "by hand. Run model.run_with_cache(inputs), or use "
-                "model.run_from_layer(inputs, stream, n_layers) for each stream."
-            )
-        streams = self.accumulated_resid()
-        assert isinstance(streams, Tensor)
-        if streams.ndim == 3:  # without the batch axis
-            streams = streams[:, None]
-        return self.readout.logits(streams, lambda x: _at(x, pos_slice))
-
-    @checked(DataError)
     def save(self, path: File) -> None:
         """Writes the cache to a safetensors file; an interrupted write leaves no file at `path`.
 
@@ -324,10 +234,6 @@ class ActivationCache(Mapping[str, Any]):
         found = {name: found[name] for name in names if name in found} | found
         return cls(found, n_layers)
 
-    def _n_layers(self, tower: str | None) -> int:
-        prefix = f"{VISION}.blocks" if tower_of(tower) else "blocks"
-        return self.n_layers.get(prefix) or count_layers(prefix, self)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> "ActivationCache":
         return self._with({n: each(function, v) for n, v in self.items()})
 
@@ -336,20 +242,3 @@ class ActivationCache(Mapping[str, Any]):
         made = ActivationCache(activations, self.n_layers)
         made.readout = self.readout
         return made
-
-
-def _at(streams: Tensor, pos_slice: int | slice | Sequence[int] | None) -> Tensor:
-    """Returns `[slot, batch, pos, ...]` at some positions; raises `DataError` for others."""
-    if pos_slice is None:
-        return streams
-    if isinstance(pos_slice, slice):
-        return streams[:, :, pos_slice]
-    index = [pos_slice] if isinstance(pos_slice, int) else list(pos_slice)
-    length = streams.shape[2]
-    wrong = [i for i in index if not -length <= i < length]
-    if wrong or not index:
-        raise DataError(
-            f"pos_slice={shown(pos_slice)} was given; the prompts have {length} positions: give "
-            f"some of 0 to {length - 1}, or negative ones from the end."
-        )
-    return streams[:, :, index]

@@ -1,9 +1,10 @@
 """The parts of a residual stream: block 0's input, and what attention and MLPs add to it.
 
 Not every model adds exactly the output of a part.  Some scale it on the way (a residual
-multiplier, a gate), some add more between two blocks (DeepStack), and some normalise or scale
-the stream itself.  Each addition is therefore compared with the cached stream: a scaled part
-gets its factor, an addition between blocks becomes a part, and all else raises an error.
+multiplier, a gate) or the whole stream, some add more between two blocks (DeepStack), and some
+normalise the stream itself.  Each addition is therefore compared with the cached stream: a scaled
+part gets its factor, and so do all parts that are in a stream when it is scaled; an addition
+between blocks becomes a part, and all else raises an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from hooked_vlm.errors import DataError
 Named = list[tuple[str, Tensor]]
 """Parts with their labels."""
 
-OUTPUTS = ("attn_out", "cross_attn_out", "mlp_out")
+OUTPUTS = ("attn_out", "cross_attn_out", "mlp_out", "per_layer_out")
 ROUNDING = 8
 """Allowed difference of a sum, in units of the dtype's precision times the sum of magnitudes: a
 few roundings of the sum and of each scaled part."""
@@ -36,7 +37,8 @@ def parts_of(cache: Mapping[Any, Any], tower: str | None, layer: int, end: bool)
     for block in range(layer):
         if block:
             parts += _between(cache, block, tower)
-        parts += _of_block(cache, block, tower)
+        added, factor = _of_block(cache, block, tower)
+        parts = [(label, part if factor == 1 else factor * part) for label, part in parts] + added
     if layer and not end:
         parts += _between(cache, layer, tower)
     after = end and layer > 0
@@ -47,6 +49,12 @@ def parts_of(cache: Mapping[Any, Any], tower: str | None, layer: int, end: bool)
     if not all(stream in cache for stream in streams):
         _require_sum(parts, whole, layer, tower)
     return parts
+
+
+def added_by(cache: Mapping[Any, Any], layer: int, name: str, tower: str | None) -> Tensor:
+    """Returns what a part of a block adds to the stream: its output, times its factor if any."""
+    added = dict(_of_block(cache, layer, tower)[0]) if (name, layer, tower) in cache else {}
+    return added.get(f"{layer}_{name}", _stream(cache, name, layer, tower))
 
 
 def _stream(cache: Mapping[Any, Any], name: str, layer: int, tower: str | None) -> Tensor:
@@ -70,8 +78,8 @@ def _between(cache: Mapping[Any, Any], layer: int, tower: str | None) -> Named:
     return [] if torch.equal(before, after) else [(f"before_{layer}", after - before)]
 
 
-def _of_block(cache: Mapping[Any, Any], layer: int, tower: str | None) -> Named:
-    """Returns what the parts of a block add to the stream."""
+def _of_block(cache: Mapping[Any, Any], layer: int, tower: str | None) -> tuple[Named, float]:
+    """Returns what the parts of a block add to the stream, and what it multiplies the stream by."""
     names = [name for name in OUTPUTS if (name, layer, tower) in cache] or [OUTPUTS[0]]
     outputs: Named = [(f"{layer}_{name}", _stream(cache, name, layer, tower)) for name in names]
     places = [
@@ -79,50 +87,74 @@ def _of_block(cache: Mapping[Any, Any], layer: int, tower: str | None) -> Named:
     ]
     streams = {place: _stream(cache, f"resid_{place}", layer, tower) for place in places}
     if not {"pre", "post"} <= streams.keys():
-        return outputs  # only the whole sum can be verified
+        return outputs, 1.0  # only the whole sum can be verified
     steps = [("pre", "post", outputs)]
-    if "mid" in streams and len(names) > 1 and names[-1] == "mlp_out":
-        steps = [("pre", "mid", outputs[:-1]), ("mid", "post", outputs[-1:])]
+    if "mid" in streams and "mlp_out" in names[1:]:
+        at = names.index("mlp_out")
+        steps = [("pre", "mid", outputs[:at]), ("mid", "post", outputs[at:])]
     found: Named = []
+    factor = 1.0
     for start, stop, added in steps:
         scaled = _scaled(streams[start], streams[stop], added)
         if scaled is None:
             names = " + ".join(label for label, _ in added)
             raise _no_sum(tower, layer, f"resid_{start} + {names} is not resid_{stop}")
-        found += scaled
-    return found
+        added, of_stream = scaled
+        found = [(label, of_stream * part) for label, part in found] if of_stream != 1 else found
+        found, factor = [*found, *added], factor * of_stream
+    return found, factor
 
 
-def _scaled(start: Tensor, stop: Tensor, added: Named) -> Named | None:
-    """Returns the parts as they were added, each times its factor; None where none fits.
+def _scaled(start: Tensor, stop: Tensor, added: Named) -> tuple[Named, float] | None:
+    """Returns the parts as they were added, each times its factor, and that of the stream.
 
-    The factor is one number for each part, or one for each feature of a single part.
+    The factor is one number for each part, or one for each feature of a single part; the stream's
+    is 1 unless nothing else fits.  None where nothing does.
     """
     if any(part.shape != stop.shape for part in (start, *(part for _, part in added))):
         return None
     if _sums(start, [part for _, part in added], stop):
-        return added
+        return added, 1.0
+    # Positions that gain nothing: a model may mask what a block adds (text before an image).
+    still = (stop == start).all(-1, keepdim=True)
+    if bool(still.any()) and not bool(still.all()):
+        added = [(label, part.masked_fill(still, 0)) for label, part in added]
     # One number for each part, by least squares.
     width = stop.shape[-1]
     given = torch.stack([part.double().reshape(-1) for _, part in added], dim=-1)
     gained = (stop.double() - start.double()).reshape(-1)
-    gram, target = (given.T @ given).cpu(), (given.T @ gained).cpu()
-    if not bool(gram.isfinite().all() and target.isfinite().all()):
+    factors = _fitted(given, gained)
+    if factors is None:
         return None
-    factors = torch.linalg.lstsq(gram, target[:, None]).solution.flatten().tolist()
     found = [(label, part * f) for (label, part), f in zip(added, factors, strict=True)]
     blur = _blur(given, start.double().reshape(-1, 1)).sum(-1).view(stop.shape)
     if _sums(start, [part for _, part in found], stop, blur):
-        return found
+        return found, 1.0
     # One number for each feature of a single part.
     ((label, part), *more) = added
     rows, gains = given.view(-1, width), gained.view(-1, width)
-    if more or len(rows) < _ENOUGH:
+    if not more and len(rows) >= _ENOUGH:
+        factor = (rows * gains).sum(0) / (rows * rows).sum(0).clamp(min=1e-30)
+        part = (part.double() * factor).to(part.dtype)
+        blur = _blur(rows, start.double().reshape(-1, width)).view(stop.shape)
+        if _sums(start, [part], stop, blur):
+            return [(label, part)], 1.0
+    # The whole stream times one number, at the end of a block.
+    total = (start.double() + sum(part.double() for _, part in added)).reshape(-1, 1)
+    (factor,) = _fitted(total, stop.double().reshape(-1)) or (0.0,)
+    scaled = [(label, factor * part) for label, part in added]
+    blur = _blur(total, stop.double().reshape(-1, 1)).sum(-1).view(stop.shape)
+    if factor and _sums(factor * start, [part for _, part in scaled], stop, blur):
+        return scaled, factor
+    return None
+
+
+def _fitted(given: Tensor, target: Tensor) -> list[float] | None:
+    """Returns the factors of columns that come closest to a target; None where there are none."""
+    gram, products = (given.T @ given).cpu(), (given.T @ target).cpu()
+    if not bool(gram.isfinite().all() and products.isfinite().all()):
         return None
-    factor = (rows * gains).sum(0) / (rows * rows).sum(0).clamp(min=1e-30)
-    part = (part.double() * factor).to(part.dtype)
-    blur = _blur(rows, start.double().reshape(-1, width)).view(stop.shape)
-    return [(label, part)] if _sums(start, [part], stop, blur) else None
+    return torch.linalg.lstsq(gram, products[:, None]).solution.flatten().tolist()
 
 
 def _blur(given: Tensor, start: Tensor) -> Tensor:

@@ -194,6 +194,8 @@ def _block_sites(
         yield from _mlp_sites(block.mlp, f"{prefix}mlp.", f"{rows} d_mlp", common)
     if block.mlp_out:
         yield Site(f"{prefix}hook_mlp_out", axes, block.mlp_out, "output", **common)
+    if block.per_layer_out:
+        yield Site(f"{prefix}hook_per_layer_out", axes, block.per_layer_out, "output", **common)
     yield Site(f"{prefix}hook_resid_post", axes, block.path, "output", **common)
 
 

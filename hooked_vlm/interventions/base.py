@@ -97,8 +97,12 @@ class _Intervention:
             )
 
     def _check_width(self, model: HookedModel, site: Site, width: int) -> None:
+        self._check_features(site, self._features(model, site), width)
+
+    def _features(self, model: HookedModel, site: Site) -> int | None:
+        """Returns the size of a site's last axis, or None where the config does not have it."""
         axis = site.axes.split()[-1].replace("d_vision", "d_model")
-        self._check_features(site, getattr(site.stack(model.cfg), axis, None), width)
+        return getattr(site.stack(model.cfg), axis, None)
 
     def _check_features(self, site: Site, expected: int | None, width: int) -> None:
         # None: how many features the projector reads is known when they are there.

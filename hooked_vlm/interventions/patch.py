@@ -4,13 +4,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hooked_vlm.arguments.checked import checked
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.analysis.directions import orthonormalise
+from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, RegionError, counted
 from hooked_vlm.hooks.sites import Site
+from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
 from hooked_vlm.interventions.indexing import Located, locate_pairs, rows_at, with_rows_at
-from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded_at
+from hooked_vlm.interventions.placing import (
+    Placed,
+    Places,
+    SiteName,
+    inputs_of,
+    read_site,
+    recorded_at,
+)
 from hooked_vlm.interventions.recording import Source
+from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.pairs import CellPairs
 
 
@@ -23,36 +37,102 @@ class Patch(_Intervention):
     defaults to `at`; both places must have equally many positions in every prompt, taken
     in order.  With `at` a `CellPairs` (see `swap_pairs`), cells are written pair by pair.
 
+    `source_site` is where the source is read, if it is another site than the one written to: a
+    layer above or below, as in Patchscopes (Ghandeharioun et al. 2024).  `neurons` are the features
+    (of the last axis) that are written, all others stay.  `subspace` are rows that span the
+    directions that are written: the activation keeps what is orthogonal to them, as in interchange
+    interventions on a subspace (Geiger et al. 2024); rows need not be orthonormal.
+
     Raises `RegionError` for places of unequal size and for a source whose images have
-    another grid, `InterventionError` for a source of another batch size.
+    another grid, `InterventionError` for a source of another batch size, for sites of different
+    widths, and for neurons or a subspace that the site does not have.
     """
 
     source: Source
     source_at: Any = None
+    source_site: SiteName | None = None
+    neurons: tuple[int, ...] | None = None
+    subspace: Float[Tensor, "direction d"] | None = None
 
     def _edit(self, placed: Placed) -> Callable[[Any], Any]:
         targets, sources = placed.located
-        values = recorded_at(placed, self.source)
+        values = recorded_at(placed, self.source, read_site(placed.places.model, placed.part))
         taken = rows_at(values, sources.index(self.heads, values[0].device))
+        basis = None if self.subspace is None else orthonormalise(self.subspace, center=False)
 
         def edit(activation: Any) -> Any:
             here = activation[0]
             index = targets.index(self.heads, here.device)
-            return with_rows_at(activation, index, taken.to(here.device, here.dtype))
+            new = taken.to(here.device, here.dtype)
+            if self.neurons is not None or basis is not None or self.source_site is not None:
+                old = rows_at(activation, index)
+                self._check_features(placed.where, old.shape[-1], new.shape[-1])
+                new = self._partly(old, new, basis)
+            return with_rows_at(activation, index, new)
 
         return edit
+
+    def _partly(self, old: Tensor, new: Tensor, basis: Tensor | None) -> Tensor:
+        """Returns what is written where only some features or directions are."""
+        if self.neurons is not None:
+            chosen = torch.tensor(self.neurons, device=old.device)
+            self._check_neurons(old.shape[-1])
+            return old.index_copy(-1, chosen, new[..., chosen])
+        if basis is None:
+            return new
+        wide = torch.promote_types(old.dtype, torch.float32)
+        rows = basis.to(old.device, wide)
+        change = (new.to(wide) - old.to(wide)) @ rows.T @ rows
+        return (old.to(wide) + change).to(old.dtype)
+
+    def _check_parts(self, model: HookedModel, site: Site, source_site: Site) -> None:
+        """Raises `InterventionError` for neurons, directions or a source that do not fit a site."""
+        width = self._features(model, site)
+        other = self._features(model, source_site)
+        if width is not None and other is not None and width != other:
+            raise InterventionError(
+                f"{self} writes {width} features at {site.name} from {other} at "
+                f"{source_site.name}. Give a source_site of the same width."
+            )
+        if self.neurons is not None and self.subspace is not None:
+            raise InterventionError(
+                "Patch was given neurons and a subspace; give one of them. Neurons span a "
+                "subspace of their own: rows of the identity."
+            )
+        if self.neurons is not None and width is not None:
+            self._check_neurons(width)
+        if self.subspace is not None:
+            require_usable("Patch(subspace=…)", self.subspace, model.hf_model, InterventionError)
+            wrong = self.subspace.ndim != 2 or not self.subspace.numel()
+            if wrong or not bool(self.subspace.isfinite().all()):
+                raise InterventionError(
+                    f"Patch(subspace=…) has shape {tuple(self.subspace.shape)}; expected finite "
+                    "rows [direction, d] that span the directions to write."
+                )
+            self._check_width(model, site, self.subspace.shape[-1])
+
+    def _check_neurons(self, width: int) -> None:
+        chosen = self.neurons
+        if not chosen or len(set(chosen)) < len(chosen) or any(not 0 <= n < width for n in chosen):
+            raise InterventionError(
+                f"{self} was given neurons={shown(chosen)}; expected different numbers from 0 to "
+                f"{width - 1}."
+            )
 
     def _places(
         self, places: Places, site: Site, inputs: Mapping[str, Any]
     ) -> tuple[Located, Located]:
-        source_inputs = inputs_of(self.source)
+        source_inputs, source_site = inputs_of(self.source), read_site(places.model, self)
+        self._check_parts(places.model, site, source_site)
         if isinstance(self.at, CellPairs):
             rows, others = places.rows(inputs), places.rows(source_inputs)
             targets, sources = locate_pairs(site, self.at, rows, others)
+            if source_site != site:
+                _, sources = locate_pairs(source_site, self.at, rows, others)
         else:
             source_at = self.at if self.source_at is None else self.source_at
             targets = places.located(site, inputs, self.at)
-            sources = places.located(site, source_inputs, source_at)
+            sources = places.located(source_site, source_inputs, source_at)
         if len(sources) == 1 and len(targets) > 1:
             sources = Located(sources * len(targets))
         if len(sources) != len(targets):
@@ -70,5 +150,12 @@ class Patch(_Intervention):
         return targets, sources
 
     def __str__(self) -> str:
-        where = self.at if self.source_at is None else f"{self.at} from {self.source_at}"
-        return f"Patch({self.site}, {where})"
+        where = str(self.at) if self.source_at is None else f"{self.at} from {self.source_at}"
+        parts = [str(self.site), where]
+        if self.source_site is not None:
+            parts.append(f"read at {self.source_site}")
+        if self.neurons is not None:
+            parts.append(f"neurons {shown(self.neurons)}")
+        if self.subspace is not None:
+            parts.append(f"a subspace of {counted(len(self.subspace), 'direction')}")
+        return f"Patch({', '.join(parts)})"

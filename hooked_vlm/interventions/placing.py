@@ -43,6 +43,13 @@ def site_of(model: HookedModel, name: SiteName) -> Site:
     return site
 
 
+def read_site(model: HookedModel, part: Any) -> Site:
+    """Returns the site at which an intervention reads its source: its own, if it names no other."""
+    other = getattr(part, "source_site", None)
+    name = full_name(model, part.site if other is None else other)
+    return model.sites[resolve_name(name, model.sites)]
+
+
 def full_name(model: HookedModel, name: SiteName) -> str:
     """Returns a site's name; raises `UnknownHookError` for neither a name nor a slot's number."""
     if isinstance(name, Integral) and not isinstance(name, bool):
@@ -105,6 +112,11 @@ class Placed:
         return self.where.name
 
     @property
+    def read(self) -> str:
+        """The name of the site at which a source is read."""
+        return read_site(self.places.model, self.part).name
+
+    @property
     def first(self) -> int:
         """The first position (or row), padding counted, that this changes."""
         return self.located[0].first
@@ -128,9 +140,12 @@ class Placed:
         return str(self.part)
 
 
-def recorded_at(placed: Placed, source: "Source") -> Any:
-    """Returns what a source has at a site, checked to be of its prompts (or images)."""
-    model, site = placed.places.model, placed.where
+def recorded_at(placed: Placed, source: "Source", site: Site | None = None) -> Any:
+    """Returns what a source has at a site, checked to be of its prompts (or images).
+
+    Without a site it is the one that is written to.
+    """
+    model, site = placed.places.model, site or placed.where
     run = source if isinstance(source, Recording) else record(model, source, [site.name])
     values = run.cache[site.name]
     require_made_for(site, values, run.inputs, placed.places)

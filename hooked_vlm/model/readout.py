@@ -1,10 +1,14 @@
-"""What a model makes of a residual stream after its last block: its own final norm and head.
+"""What a cache reads of the model whose run it holds: final norm, head, and maps behind parts.
 
 A logit lens reads streams from inside a model as if they were the last one.  Models differ in what
 they do then: a norm of their own kind, a scale of the logits, a soft cap.  So the streams go
-through the model's own forward, in place of what its last block returns.
+through the model's own forward, in place of what its last block returns.  For direct logit
+attribution the same is measured: which linear map the norm is at a fixed scale, and by what the
+logits differ from the unembedding's output.
 """
 
+import copy
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +16,20 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from hooked_vlm.errors import UnsupportedModelError
+from hooked_vlm.anatomy.parts import Block
+from hooked_vlm.errors import (
+    DataError,
+    HookedVLMWarning,
+    UnsupportedModelError,
+    callers_level,
+    counted,
+)
+from hooked_vlm.hooks.linear_norm import LinearNorm
+from hooked_vlm.hooks.output_parts import Summands
 from hooked_vlm.hooks.stand_ins import skipping, standing_in
+from hooked_vlm.model.instead import weight_of
 
 
 class Readout:
@@ -28,6 +42,8 @@ class Readout:
         self._model = weakref.ref(model)
         self.inputs = inputs
         self.kwargs = {name: x for name, x in kwargs.items() if name != "logits_to_keep"}
+        self._norms: dict[str, LinearNorm | None] = {}
+        self._factor: float | None = None
 
     @property
     def model(self) -> Any:
@@ -60,6 +76,151 @@ class Readout:
             if logits is not None and logits.shape[:2] == rows.shape[:2]:
                 return rearrange(logits, "(slot batch) pos v -> slot batch pos v", slot=len(chosen))
         return at(torch.stack([self._after_blocks(stream) for stream in streams]))
+
+    def norm(self, layer: int, mlp_input: bool) -> tuple[str, LinearNorm]:
+        """Returns the norm before a part of a block, or the final one, at a fixed scale.
+
+        Raises `UnsupportedModelError` where there is none, or another function.
+        """
+        lm = self.model.anatomy.lm
+        block: Block | None = lm.blocks[layer] if layer < len(lm.blocks) else None
+        path = lm.final_norm if block is None else block.ln2 if mlp_input else block.ln1
+        found = self._linear(path) if path and not (block and block.post_norm) else None
+        if found is None:
+            where = "after the last block" if block is None else f"in block {layer}"
+            raise UnsupportedModelError(
+                f"The norm {where} ({path}) is not linear at a fixed scale, or reads no residual "
+                "stream, so parts of the stream cannot be followed through it. Use logit_lens()."
+            )
+        return path, found
+
+    def _linear(self, path: str) -> LinearNorm | None:
+        if path not in self._norms:
+            width = self.model.cfg.d_model
+            weights = next(iter(self.model.hf_model.get_submodule(path).parameters()), None)
+            if weights is not None and weights.ndim == 1:  # the vision encoder has another width
+                width = len(weights)
+            try:
+                found = LinearNorm.measured(lambda x: self.normed(path, x), width, self._device)
+            except (RuntimeError, ValueError, TypeError):  # no norm: it takes something else
+                found = None
+            self._norms[path] = found
+        return self._norms[path]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.device
+
+    @torch.no_grad()
+    def normed(self, path: str, stream: Float[Tensor, "*pos d"]) -> Float[Tensor, "*pos d"]:
+        """Returns what a norm of the model makes of a stream, in float32."""
+        return self._float_norm(path)(stream.float())
+
+    def _float_norm(self, path: str) -> nn.Module:
+        norm = copy.deepcopy(self.model.hf_model.get_submodule(path)).float().requires_grad_(False)
+        norm._forward_hooks.clear()  # of others, which act on runs
+        norm._forward_pre_hooks.clear()
+        return norm
+
+    def summands(self, kind: str, layer: int, tower: str | None) -> Summands | None:
+        """Returns how attention (`"heads"`) or the MLP (`"neurons"`) of a block is summed.
+
+        None where the block has no such part that one linear map ends.
+        """
+        anatomy = self.model.anatomy
+        block: Block = (anatomy.vision if tower else anatomy.lm).blocks[layer]
+        heads = kind == "heads"
+        part, out = (block.attn, block.attn_out) if heads else (block.mlp, block.mlp_out)
+        path = None if part is None else part.out if heads else part.down
+        if path is None or out is None:
+            return None
+        module = self.model.hf_model.get_submodule(path)
+
+        @torch.no_grad()
+        def apply(x: Tensor) -> Tensor:
+            with self.model.without_hooks():
+                return module(x)
+
+        # The module whose output is added may be a norm behind the map.
+        behind = out if not path.startswith(f"{out}.") and out != path else None
+        norm = self._linear(behind) if behind else None
+        return Summands(apply, norm, None if norm is None else lambda x: self.normed(behind, x))
+
+    @torch.no_grad()
+    def directions(
+        self, tokens: Tensor, stream: Float[Tensor, "batch pos d_model"]
+    ) -> tuple[Float[Tensor, "*pos d_model"], Float[Tensor, "*pos"]]:
+        """Returns the directions of tokens' logits in the normed final stream, and their biases.
+
+        `stream` is the run's, from which the factor between the unembedding and the logits is
+        measured, once.  Raises `DataError` for ids that are no tokens.
+        """
+        model = self.model
+        matrix = weight_of(model.hf_model, model.anatomy.unembed)
+        if tokens.dtype.is_floating_point or bool(((tokens < 0) | (tokens >= len(matrix))).any()):
+            raise DataError(
+                f"tokens hold values from {tokens.min()} to {tokens.max()} of {tokens.dtype}; "
+                f"expected ids of the vocabulary, 0 to {len(matrix) - 1}."
+            )
+        if self._factor is None:
+            self._factor = self._measured_factor(stream)
+        ids = tokens.to(matrix.device)
+        bias = getattr(model.hf_model.get_submodule(model.anatomy.unembed), "bias", None)
+        biases = matrix.new_zeros(ids.shape) if bias is None else bias[ids]
+        return self._factor * matrix[ids].float(), self._factor * biases.float()
+
+    def head(self, stream: Float[Tensor, "batch pos d_model"]) -> Callable[[Tensor], Tensor]:
+        """Returns a function from final streams to logits (before a cap) that has gradients.
+
+        `stream` is the run's, to measure with; raises what `directions` raises.
+        """
+        path, _ = self.norm(len(self.model.anatomy.lm.blocks), False)
+        ids = torch.arange(self.model.cfg.d_vocab)
+        matrix, biases = self.directions(ids, stream)
+        norm = self._float_norm(path)
+        return lambda streams: norm(streams.float()) @ matrix.T + biases
+
+    def _measured_factor(self, stream: Tensor) -> float:
+        """Returns the number by which the model multiplies what its unembedding gives.
+
+        Warns where it caps the logits, and raises `UnsupportedModelError` where they are no
+        function of single outputs of the unembedding.
+        """
+        path, _ = self.norm(len(self.model.anatomy.lm.blocks), False)
+        last = stream[:, -1:] if stream.ndim == 3 else stream[None, -1:]
+        head = self.model.hf_model.get_submodule(self.model.anatomy.unembed)
+        with self.model.without_hooks():
+            plain = head(self.normed(path, last).to(head.weight.dtype)).double().flatten(0, -2)
+        whole = stream[None] if stream.ndim == 3 else stream[None, None]
+        given = self.logits(whole, lambda x: x[:, :, -1:])[0].double().flatten(0, -2)
+        given = given[:, : plain.shape[-1]]
+        allowed = max(1e-4, 16 * torch.finfo(head.weight.dtype).eps) * float(given.abs().max())
+        factor = float((given * plain).sum() / (plain * plain).sum())
+        if float((factor * plain - given).abs().max()) <= allowed:
+            return 1.0 if abs(factor - 1) < 1e-4 else factor
+        order = plain.argsort(-1)
+        if bool((given.gather(-1, order).diff(dim=-1) >= -allowed).all()):
+            warnings.warn(
+                "The model caps its logits, which is not linear: attributions are of the logits "
+                "before the cap (what hook_logits holds).",
+                HookedVLMWarning,
+                stacklevel=callers_level(),
+            )
+            return 1.0
+        raise UnsupportedModelError(
+            "The model's logits are not its unembedding's output for the final norm of its stream, "
+            "times a number, so parts of the stream have no share in them. Use logit_lens()."
+        )
+
+    def token_id(self, text: str) -> int:
+        """Returns the id of a text of one token; raises `DataError` for any other."""
+        ids = self.model.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise DataError(
+                f"{text[:80]!r} is {counted(len(ids), 'token')}; expected a text of one. Give the "
+                "id, and mind a space before the word."
+            )
+        return ids[0]
 
     def _after_blocks(self, stream: Tensor) -> Tensor:
         """Returns the logits of a pass whose last block returns `stream`; the others do nothing."""

@@ -336,7 +336,7 @@ class CheckedCells(Sequence[Cell]):
         for part in (part for cell in self.cells for part in flattened(cell.interventions)):
             _, source = source_of(part)
             if source is not None and not isinstance(source, Recording):
-                wanted.setdefault(id(source), []).append(part.site)
+                wanted.setdefault(id(source), []).append(getattr(part, "read", part.site))
                 inputs[id(source)] = source
         return [(inputs[key], last_block(names)) for key, names in wanted.items()]
 

@@ -88,7 +88,9 @@ class Sweep:
         for part in (part for cell in cells for part in flattened(cell.interventions)):
             _, source = source_of(part)
             if source is not None and not isinstance(source, Recording):
-                wanted.setdefault(id(source), (source, set()))[1].add(part.site)
+                wanted.setdefault(id(source), (source, set()))[1].add(
+                    getattr(part, "read", part.site)
+                )
         recorded = {
             key: recorded_once(model, inputs, sorted(n)) for key, (inputs, n) in wanted.items()
         }

@@ -20,10 +20,10 @@ def test_e3_parts_sum(family: str) -> None:
 def test_e3_a_lost_part_and_an_error_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     own: Any = ActivationCache.decompose_resid
 
-    def lossy(self: Any, tower: Any = None, **options: Any) -> torch.Tensor:
-        return own(self, tower, **options)[:-1]
+    def lossy(self: Any, *args: Any, **options: Any) -> torch.Tensor:
+        return own(self, *args, **options)[:-1]
 
-    def refusing(self: Any, tower: Any = None, **options: Any) -> torch.Tensor:
+    def refusing(self: Any, *args: Any, **options: Any) -> torch.Tensor:
         raise DataError("No sum.")
 
     inputs = make_inputs("llava")

@@ -68,11 +68,11 @@ def test_residual_sums(family):
     model = tiny(family)
     _, cache = model.run_with_cache(make_inputs(family, 2))
     for tower in (None, "vision_encoder"):
-        slots, labels = cache.accumulated_resid(tower, return_labels=True)
-        assert labels == ["0_pre", "0_post", "1_post", "2_post"]
+        slots, labels = cache.accumulated_resid(return_labels=True, tower=tower)
+        assert labels == ["0_pre", "1_pre", "2_pre", "final_post"]
         assert torch.equal(slots[0], cache["resid_pre", 0, tower])
         assert torch.equal(slots[3], cache["resid_post", 2, tower])
-        parts, names = cache.decompose_resid(tower, return_labels=True)
+        parts, names = cache.decompose_resid(return_labels=True, tower=tower)
         assert names[:3] == ["embed", "0_attn_out", "0_mlp_out"]
         assert len(parts) == len(names) == 7
         torch.testing.assert_close(parts.sum(0), slots[-1], atol=1e-5, rtol=1e-5)

@@ -48,11 +48,28 @@ def test_e3_scaled_parts_are_what_is_added() -> None:
     assert not torch.allclose(gained, found["attn_out", 0])
 
 
-@pytest.mark.parametrize("model_type", ["gemma4", "gemma3n"])
+@pytest.mark.parametrize("model_type", ["gemma3n"])
 def test_e3_a_stream_that_is_no_sum_is_an_error(model_type: str) -> None:
     with pytest.raises(DataError, match=r"The parts of blocks\.0 do not sum .*: ") as raised:
         cached(model_type).decompose_resid()
     assert len(str(raised.value)) <= 400
+
+
+def test_inputs_of_each_layer_and_a_scaled_stream_are_in_the_parts() -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = suite.build("gemma4")
+        inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
+        for scale in (1.0, 0.5):
+            for block in model.anatomy.lm.blocks:
+                model.hf_model.get_submodule(block.path).layer_scalar.fill_(scale)
+            found = model.run_with_cache(inputs, "*blocks.*.hook_*")[1]
+            parts, labels = found.decompose_resid(return_labels=True)
+            assert "0_per_layer_out" in labels
+            torch.testing.assert_close(parts.sum(0), found["resid_post", -1], atol=1e-5, rtol=1e-4)
+            n_later = model.cfg.n_layers
+            expected = found["resid_pre", 0] * scale**n_later
+            torch.testing.assert_close(parts[0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_e3_what_a_hook_wrote_has_no_part() -> None:
@@ -86,7 +103,7 @@ def test_e3_the_stream_before_a_block() -> None:
     found: Any = tiny("gemma-3").run_with_cache(make_inputs("gemma-3"), "*blocks.*.hook_*")[1]
     for tower in (None, "vision_encoder"):
         for layer in range(3):
-            parts, labels = found.decompose_resid(tower, return_labels=True, layer=layer)
+            parts, labels = found.decompose_resid(layer, return_labels=True, tower=tower)
             assert labels[0] == "embed"
             assert len(labels) == 2 * layer + 1
             torch.testing.assert_close(parts.sum(0), found["resid_pre", layer, tower])

@@ -51,7 +51,7 @@ def test_positions_are_selected() -> None:
     cache = tiny("llava").run_with_cache(make_inputs("llava", batch=2), STREAMS)[1]
     every = cache.logit_lens()
     for pos, plain in (
-        (-1, every[:, :, -1:]),
+        (-1, every[:, :, -1]),
         (slice(2, 5), every[:, :, 2:5]),
         ([0, -2], every[:, :, [0, -2]]),
     ):
@@ -76,7 +76,7 @@ def test_a_cache_of_some_prompts_is_read_too() -> None:
     every = cache.logit_lens()
     torch.testing.assert_close(cache.select([1]).logit_lens(), every[:, 1:])
     one = cache.select([0]).remove_batch_dim()
-    torch.testing.assert_close(one.logit_lens(), every[:, :1])
+    torch.testing.assert_close(one.logit_lens(), every[:, 0])
 
 
 def test_what_the_lens_needs(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_what_the_lens_needs(tmp_path: Path) -> None:
     inputs = make_inputs("llava")
     cache = model.run_with_cache(inputs, STREAMS)[1]
     cache.save(tmp_path / "cache.safetensors")
-    with pytest.raises(DataError, match="no model to read its streams with"):
+    with pytest.raises(DataError, match="no model to read weights of"):
         ActivationCache.load(tmp_path / "cache.safetensors").logit_lens()
     with pytest.raises(UnknownHookError, match="resid_post"):
         model.run_with_cache(inputs, STREAMS[:1])[1].logit_lens()
