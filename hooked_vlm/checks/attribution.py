@@ -10,11 +10,12 @@ from torch import Tensor
 from hooked_vlm.checks.laws import NONE, Finding, finding
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.hooks.cache import ActivationCache
+from hooked_vlm.hooks.names import site_path
 from hooked_vlm.model.vlm import HookedVLM
 
 
-NAMES = ("blocks.*.hook_*", "blocks.*attn.hook_z", "blocks.*.mlp.hook_post", "*hook_logits")
-"""The sites that attributions read."""
+LEAVES = ("hook_z", "hook_post", "hook_logits", "_out")
+"""Ends of the names of sites that attributions read, beside residual streams."""
 
 
 def check_attribution(model: HookedVLM, inputs: Mapping[str, Any]) -> Finding:
@@ -26,7 +27,9 @@ def check_attribution(model: HookedVLM, inputs: Mapping[str, Any]) -> Finding:
     problems, notes, summed = [], [], 0
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logits, cache = model.run_with_cache(inputs, NAMES)
+        names = [name for name in model.sites if name.endswith(LEAVES) or "resid" in name]
+        names = [name for name in names if not site_path(name).is_vision]
+        logits, cache = model.run_with_cache(inputs, names)
         for kind in ("parts", "heads", "neurons"):
             try:
                 off = _off(kind, logits, cache)

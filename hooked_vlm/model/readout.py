@@ -44,6 +44,7 @@ class Readout:
         self.kwargs = {name: x for name, x in kwargs.items() if name != "logits_to_keep"}
         self._norms: dict[str, LinearNorm | None] = {}
         self._factor: float | None = None
+        self._caps = False
 
     @property
     def model(self) -> Any:
@@ -163,7 +164,14 @@ class Readout:
                 f"expected ids of the vocabulary, 0 to {len(matrix) - 1}."
             )
         if self._factor is None:
-            self._factor = self._measured_factor(stream)
+            self._factor, self._caps = self._measured_factor(stream)
+        if self._caps:
+            warnings.warn(
+                "The model caps its logits, which is not linear: attributions are of the logits "
+                "before the cap (what hook_logits holds).",
+                HookedVLMWarning,
+                stacklevel=callers_level(),
+            )
         ids = tokens.to(matrix.device)
         bias = getattr(model.hf_model.get_submodule(model.anatomy.unembed), "bias", None)
         biases = matrix.new_zeros(ids.shape) if bias is None else bias[ids]
@@ -180,11 +188,11 @@ class Readout:
         norm = self._float_norm(path)
         return lambda streams: norm(streams.float()) @ matrix.T + biases
 
-    def _measured_factor(self, stream: Tensor) -> float:
-        """Returns the number by which the model multiplies what its unembedding gives.
+    def _measured_factor(self, stream: Tensor) -> tuple[float, bool]:
+        """Returns what the model multiplies its unembedding's output by, and whether it caps it.
 
-        Warns where it caps the logits, and raises `UnsupportedModelError` where they are no
-        function of single outputs of the unembedding.
+        Raises `UnsupportedModelError` where logits are no function of single outputs of the
+        unembedding.
         """
         path, _ = self.norm(len(self.model.anatomy.lm.blocks), False)
         last = stream[:, -1:] if stream.ndim == 3 else stream[None, -1:]
@@ -197,16 +205,10 @@ class Readout:
         allowed = max(1e-4, 16 * torch.finfo(head.weight.dtype).eps) * float(given.abs().max())
         factor = float((given * plain).sum() / (plain * plain).sum())
         if float((factor * plain - given).abs().max()) <= allowed:
-            return 1.0 if abs(factor - 1) < 1e-4 else factor
+            return (1.0 if abs(factor - 1) < 1e-4 else factor), False
         order = plain.argsort(-1)
         if bool((given.gather(-1, order).diff(dim=-1) >= -allowed).all()):
-            warnings.warn(
-                "The model caps its logits, which is not linear: attributions are of the logits "
-                "before the cap (what hook_logits holds).",
-                HookedVLMWarning,
-                stacklevel=callers_level(),
-            )
-            return 1.0
+            return 1.0, True
         raise UnsupportedModelError(
             "The model's logits are not its unembedding's output for the final norm of its stream, "
             "times a number, so parts of the stream have no share in them. Use logit_lens()."
