@@ -5,8 +5,10 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.analysis.scoring import accuracy
@@ -29,7 +31,8 @@ class Study:
         parser.add_argument("--out", type=Path, default=Path("out/studies"))
         given = parser.parse_args()
         torch.set_grad_enabled(False)
-        self.model: Any = HookedVLM.from_pretrained(given.model)
+        # Eager, because other attention has no scores and no pattern.
+        self.model: Any = HookedVLM.from_pretrained(given.model, attn_implementation="eager")
         vision = self.model.require_vision()
         self.geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
         self.out = given.out
@@ -40,9 +43,14 @@ class Study:
         drawn = sample_tuples(list(COLORS), k=3, per_direction=n, seed=seed)
         return [Question(names, d) for d in directions for names in drawn[d]]
 
-    def prepare(self, questions: list) -> Any:
-        """Returns the model's inputs for questions, one picture each."""
+    def prepare(self, questions: list, noise: float = 0.0) -> Any:
+        """Returns the model's inputs for questions, one picture each, some of it noise."""
         pictures = [draw(q.entities, q.axis, self.geometry) for q in questions]
+        if noise:
+            seeded = np.random.default_rng(0)
+            drawn = [seeded.integers(0, 256, np.shape(p), np.uint8) for p in pictures]
+            grounds = [Image.fromarray(pixels) for pixels in drawn]
+            pictures = [Image.blend(p, g, noise) for p, g in zip(pictures, grounds, strict=True)]
         texts = [prompt(q) for q in questions]
         return self.model.prepare(pictures, texts, system=SYSTEM_PROMPT)
 

@@ -7,7 +7,8 @@ activations, over many pictures, moves an entity from one to the other.  For eac
 the left and the right strip it is added to the left one and taken from the right one; colours are
 not touched.  Control: vectors of the same length in random directions.
 
-In LLaMA and Pythia models of 7B and more, such mean interventions swap bindings in most cases.
+Feng and Steinhardt report binding vectors in all sufficiently large models of the Pythia and LLaMA
+families: adding differences of means changes which attribute an entity is bound to.
 """
 
 import torch

@@ -6,8 +6,8 @@ Causal tracing, with the picture as what is corrupted: noise of three standard d
 visual tokens after the projector; then clean states are restored at one slot and one group of
 tokens at a time.  The effect is the share of the lost probability that comes back.
 
-In BLIP (Palit et al. 2023) restoring matters at late layers and the last tokens; in LLaVA (Basu et
-al. 2024) constraints of the question are retrieved from earlier layers than facts in text-only models.
+For BLIP, Palit et al. report that later layers matter, for all tokens.  For LLaVA, Basu et al.
+report that what answers a question is stored in much earlier layers than in text-only models.
 """
 
 import torch
@@ -59,5 +59,5 @@ figure, ax = study.figure()
 for group in groups:
     ax.plot(share.slot, share.sel(group=group), marker="o", label=group)
 ax.set(xlabel="slot at which clean states are restored", ylabel="share restored")
-ax.legend()
+ax.legend(loc="center left", fontsize=7)
 study.save(figure)

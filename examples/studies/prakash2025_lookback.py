@@ -9,8 +9,8 @@ other place.  If the address was taken, the answer is the *clean* picture's colo
 the entity was, it is the other prompt's answer.  Only the span of the first k right singular
 vectors of last tokens is taken.
 
-In Llama-3-70B and 405B the address is patched in middle layers and the entity in late ones, in
-subspaces that are a small part of the whole.
+In Llama-3-70B-Instruct, Prakash et al. report ordering IDs in low-rank subspaces, and at the last
+token first the pointer of a lookback, in later layers the answer that it fetches.
 """
 
 import torch
