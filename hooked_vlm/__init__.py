@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
+    from hooked_vlm.analysis.attention import attention_rollout as attention_rollout
+    from hooked_vlm.analysis.attention import image_map as image_map
+    from hooked_vlm.analysis.attention import patch_map as patch_map
     from hooked_vlm.analysis.directions import orthonormalise as orthonormalise
     from hooked_vlm.analysis.probes import LinearProbe as LinearProbe
     from hooked_vlm.engine.shared import shared_runs as shared_runs
@@ -27,12 +30,14 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.hooks.names import get_act_name as get_act_name
     from hooked_vlm.inputs.prepared import Inputs as Inputs
     from hooked_vlm.interventions.ablate import Ablate as Ablate
+    from hooked_vlm.interventions.attend import Attend as Attend
     from hooked_vlm.interventions.chain import Chain as Chain
     from hooked_vlm.interventions.hook_at import HookAt as HookAt
     from hooked_vlm.interventions.patch import Patch as Patch
     from hooked_vlm.interventions.recording import Recording as Recording
     from hooked_vlm.interventions.recording import record as record
     from hooked_vlm.interventions.steer import Steer as Steer
+    from hooked_vlm.model.attention_maps import attention_maps as attention_maps
     from hooked_vlm.model.encoder import HookedVisionEncoder as HookedVisionEncoder
     from hooked_vlm.model.vlm import HookedVLM as HookedVLM
     from hooked_vlm.regions.grid import TokenGrid as TokenGrid

@@ -14,6 +14,7 @@ from PIL import Image
 
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
+from hooked_vlm.checks.attend import check_attend
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.lens import check_lens
@@ -56,6 +57,7 @@ def _findings(
         ("steered answer", check_steered),
         ("start layer", laws.check_start_layer),
         ("lens", check_lens),
+        ("attend", check_attend),
         ("own output", given.check_own_output),
         ("videos", given.check_videos),
         ("4-D mask", given.check_masks),

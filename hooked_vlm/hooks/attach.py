@@ -260,7 +260,7 @@ def _edit_chunks(item: SiteDispatch, chunks: list[Tensor]) -> list[Tensor]:
     # Reorder queries and keys, run the functions, then restore the order.
     layout = item.packing.layout
     assert layout is not None, "a packed encoder ran without its layout having been noted"
-    orders = _chunk_orders(layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device)
+    orders, item.point.rows = _chunk_orders(layout, [c.shape[-1] for c in chunks], chunks[0].device)
     raster = [_reordered(c[0], o) for c, o in zip(chunks, orders, strict=True)]
     by_image = len(chunks) == len(layout.patches.rows) and layout.patches.even
     shown = torch.stack(raster) if by_image else raster
@@ -277,7 +277,19 @@ def _reordered(square: Tensor, order: Tensor) -> Tensor:
     return square.index_select(1, order).gather(2, order.expand(square.shape))
 
 
-def _chunk_orders(layout: PackedLayout, lengths: list[int], device: Any) -> list[Tensor]:
-    """Returns for each chunk of packed rows its rows in raster order."""
-    rank = layout.order("blocks", sum(lengths)).places
-    return [torch.argsort(part).to(device) for part in rank.split(lengths)]
+def _chunk_orders(
+    layout: PackedLayout, lengths: list[int], device: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns for each chunk of packed rows its rows in raster order, and where each is then.
+
+    That is its image and its place in it.
+    """
+    order = layout.order("blocks", sum(lengths))
+    parts = [part.sort() for part in order.places.split(lengths)]
+    places = torch.cat(
+        [
+            torch.stack([torch.full_like(r, i), torch.arange(len(r))], 1)
+            for i, r in enumerate(order.rows)
+        ]
+    )
+    return [part.indices.to(device) for part in parts], [places[part.values] for part in parts]

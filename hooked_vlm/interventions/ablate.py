@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from einops import reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from hooked_vlm.anatomy.devices import sent
@@ -15,7 +15,13 @@ from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
 from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
-from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded_at
+from hooked_vlm.interventions.placing import (
+    Placed,
+    Places,
+    inputs_of,
+    is_visible,
+    recorded_at,
+)
 from hooked_vlm.interventions.recording import Source
 
 
@@ -31,6 +37,7 @@ class Ablate(_Intervention):
     paper's recipe, protocol 2.6) use `Patch` with those runs as sources.
     """
 
+    reads: ClassVar[str] = "reference"
     to: str | Tensor = "zero"
     reference: Source | None = None
     reference_at: Any = None
@@ -97,9 +104,14 @@ class Ablate(_Intervention):
             return torch.zeros(())
         values = recorded_at(placed, self.reference)
         rows = rows_at(values, reference.index(self.heads, values[0].device))
-        if self.to == "mean":
+        if placed.where.part == "attn_scores":
+            rows = rows.where(is_visible(rows), torch.nan)
+        if self.to == "position_mean":
+            rows = rearrange(rows, "(prompt pos) ... -> prompt pos ...", prompt=len(reference))
+        if placed.where.part != "attn_scores":
             return rows.mean(0)
-        return reduce(rows, "(prompt pos) ... -> pos ...", "mean", prompt=len(reference))
+        # The mean of what the model does not mask; keys that no query sees stay masked.
+        return rows.nanmean(0).nan_to_num(nan=torch.finfo(rows.dtype).min)
 
     def __str__(self) -> str:
         to = self.to if isinstance(self.to, str) else "vector"

@@ -6,7 +6,6 @@ from typing import Any
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, UnknownHookError
-from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.base import HookedModel
@@ -93,8 +92,10 @@ def flattened(interventions: Iterable[Any]) -> Iterator[Any]:
 def source_of(intervention: Any) -> tuple[str, Any]:
     """Returns the field of an intervention that names another run, and that run (or None)."""
     part = intervention.part if isinstance(intervention, Placed) else intervention
-    name = "reference" if isinstance(part, Ablate) else "source"
-    return name, getattr(part, name, None)
+    name = getattr(part, "reads", "source")
+    source = getattr(part, name, None)
+    # A frozen pattern may be a tensor as well, which needs no run.
+    return name, source if isinstance(source, Recording | Mapping) else None
 
 
 def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> Any:
@@ -102,8 +103,8 @@ def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Pl
         return part.place(model, inputs, places)
     if not hasattr(part, "hooks_for"):
         raise InterventionError(
-            f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Chain, HookAt or a pair "
-            "(name, function)."
+            f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Attend, Chain, HookAt "
+            "or a pair (name, function)."
         )
     if hasattr(part, "check"):
         part.check(model, inputs)

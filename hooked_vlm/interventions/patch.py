@@ -37,6 +37,8 @@ class Patch(_Intervention):
 
         def edit(activation: Any) -> Any:
             here = activation[0]
+            # Rows of keys, at patterns, are as long as the prompt.
+            self._check_features(placed.where, here.shape[-1], taken.shape[-1])
             index = targets.index(self.heads, here.device)
             return with_rows_at(activation, index, taken.to(here.device, here.dtype))
 

@@ -11,9 +11,13 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
+from hooked_vlm.hooks.patch_order import each, joint, listed
 from hooked_vlm.hooks.prompts import OnPrompt
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.rows import placeholder_ids, prompt_shape, rows_of
@@ -43,6 +47,41 @@ def site_of(model: HookedModel, name: SiteName) -> Site:
     return site
 
 
+def by_query(site: Site) -> Site:
+    """Returns a site of scores or patterns as one of queries, each with rows of keys by head.
+
+    Other sites are returned as they are.
+    """
+    outer, *inner = site.axes.split()
+    if inner != ["head", "query", "key"] or outer == "window":
+        return site
+    rows = "batch pos" if outer == "batch" else "image patch"
+    return replace(site, axes=f"{rows} head key")
+
+
+def _turned(site: Site, activation: Any) -> Any:
+    """Returns an activation with the axes of `by_query`, or back in the module's own."""
+    if not is_square(site):
+        return activation
+    if len(sizes := {x.shape[-1] for x in listed(activation)}) > 1:
+        raise InterventionError(
+            f"{site.name} has rows of {' and '.join(map(str, sorted(sizes)))} keys, of images or "
+            "windows of different sizes. Run one image at a time, use Attend(…), which finds "
+            "queries and keys there, or a hook function."
+        )
+    return each(lambda x: x.transpose(-3, -2), activation)
+
+
+def is_square(site: Site) -> bool:
+    """Whether a site has attention's scores or patterns."""
+    return site.part in ("attn_scores", "pattern")
+
+
+def is_visible(scores: Tensor) -> Tensor:
+    """Returns which scores the model's own mask leaves."""
+    return scores > torch.finfo(scores.dtype).min / 2
+
+
 def full_name(model: HookedModel, name: SiteName) -> str:
     """Returns a site's name; raises `UnknownHookError` for neither a name nor a slot's number."""
     if isinstance(name, Integral) and not isinstance(name, bool):
@@ -63,6 +102,8 @@ class Places:
         # By identity; the objects are kept with the answers, so that no other gets their id.
         self._rows: dict[Any, tuple[Any, list[PromptRow]]] = {}
         self._located: dict[Any, tuple[Any, Located]] = {}
+        self.has_warned = False
+        """Whether a warning that is given once was given."""
 
     def rows(
         self, inputs: Mapping[str, Any], *, text: bool = False, images: bool = True
@@ -132,7 +173,7 @@ def recorded_at(placed: Placed, source: "Source") -> Any:
     """Returns what a source has at a site, checked to be of its prompts (or images)."""
     model, site = placed.places.model, placed.where
     run = source if isinstance(source, Recording) else record(model, source, [site.name])
-    values = run.cache[site.name]
+    values = _turned(site, run.cache[site.name])
     require_made_for(site, values, run.inputs, placed.places)
     return values
 
@@ -164,8 +205,18 @@ def guarded(
                 "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "
                 "image at a time."
             )
-        _require(site, activation, inputs, needed)
-        return edit(activation)
+        if is_square(site) and len(hook.rows) > len(needed or hook.rows):
+            raise InterventionError(
+                f"{hook.name} has a pattern for each window of an image, and no row of all keys. "
+                "Use Attend(…), which finds queries and keys in their windows, or a hook function."
+            )
+        shown = _turned(site, activation)
+        _require(site, shown, inputs, needed)
+        edited = _turned(site, edit(shown))
+        if site.part != "attn_scores":
+            return edited
+        # A score of zero is a score like any other: what the model masks stays masked.
+        return joint(lambda old, new: torch.where(is_visible(old), new, old), activation, edited)
 
     one_each = bool(rows) and all(len(row.grids) == 1 for row in rows)
     return OnPrompt(hook_fn, inputs, len(rows) if one_each else None)

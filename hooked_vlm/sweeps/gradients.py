@@ -7,7 +7,7 @@ that a parameter's gradient would need is not kept.
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,7 +133,8 @@ def clean_run(
         logits = model.run_with_hooks(inputs, [*base, *probes.items()], **arguments)
         score = metric(logits)
     _check_score(score, logits, any(probe.values for probe in probes.values()))
-    points = {name: HookPoint(name, model.sites[name].axes, call=0) for name in names}
+    # As the run left them: they tell which positions and patches an activation holds.
+    points = {name: replace(model.hook_dict[name], call=0) for name in names}
     return DifferentiableRun({n: p for n, p in probes.items() if p.values}, score, points)
 
 

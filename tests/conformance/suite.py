@@ -24,6 +24,7 @@ from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
+from hooked_vlm.checks.attend import check_attend
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.lens import check_lens
@@ -51,6 +52,7 @@ LAWS = (
     "chunks",
     "start layer",
     "lens",
+    "attend",
     "sweep",
     "padding",
     "images",
@@ -143,6 +145,7 @@ def _fill(row: Row) -> None:
         "chunks": partial(check_chunks, model),
         "start layer": partial(laws.check_start_layer, model, inputs),
         "lens": partial(check_lens, model, inputs),
+        "attend": partial(check_attend, model, inputs),
         "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),

@@ -78,6 +78,7 @@ def calls(folder: Path) -> list[Call]:
         *_of_grids(w),
         *_of_regions(w),
         *_of_places(w),
+        *_of_attention(w),
         *_of_directions_and_probes(w),
         *_of_scores(w),
         *_of_statistics(),
@@ -352,6 +353,7 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
     by_heads = (HEADS, frozenset(["zero", "int"]))
     run = hv.record(m, w.inputs, [RESID, HEADS])
     ablate = hv.Ablate(RESID)
+    attend = hv.Attend("blocks.0.attn", scale=0.5)
     return [
         call(
             "Ablate",
@@ -387,6 +389,51 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
             directions=(torch.ones(w.d), NOTHING),
             alpha=(1.5, NUMBER),
             mode=("add", NOTHING),
+        ),
+        *(
+            call(
+                f"Attend({kind})",
+                _run(w, hv.Attend),
+                site=("blocks.1.attn", NOTHING),
+                query=(None, OPTIONAL),
+                key=(positions.Positions((0, 1)) if kind != "to" else None, OPTIONAL),
+                heads=heads,
+                **{kind: value},
+            )
+            for kind, value in {
+                "scale": (0.5, NUMBER),
+                "bias": (0.5, NUMBER),
+                "score_scale": (0.5, NUMBER),
+                "to": (hv.record(m, w.inputs, "blocks.1.attn.hook_pattern"), NOTHING),
+            }.items()
+        ),
+        call(
+            "Attend(mask)",
+            _run(w, hv.Attend),
+            site=("blocks.1.attn", NOTHING),
+            query=(hv.LastToken(), NOTHING),
+            key=(w.region, NOTHING),
+            mask=(True, NOTHING),
+        ),
+        call(
+            "Attend.window",
+            attend.window,
+            layer=(1, frozenset(["zero"])),
+            width=(2, COUNT),
+            n_layers=(3, COUNT),
+        ),
+        call("Attend.at_layers", attend.at_layers, layers=([0, 1], NOTHING)),
+        call("Attend.at_site", attend.at_site, site=("blocks.0.attn", INDEX | TEXT)),
+        call(
+            "attention_maps",
+            hv.attention_maps,
+            model=(m, NOTHING),
+            inputs=(w.inputs, NOTHING),
+            query=(hv.LastToken(), OPTIONAL),
+            grid=(w.grid, OPTIONAL),
+            layers=([1], OPTIONAL),
+            max_new_tokens=(0, WHOLE),
+            fwd_hooks=([], frozenset(["tuple", "list"])),
         ),
         call(
             "HookAt", _run(w, hv.HookAt), site=site, fn=(_same, FUNCTION), first_position=(0, WHOLE)
@@ -640,6 +687,26 @@ def _of_places(w: SimpleNamespace) -> list[Call]:
         call("union", lambda place: positions.union(place), place=(hv.LastToken(), NOTHING)),
         call("InImage", positions.InImage, region=(w.region, NOTHING), image=(0, INDEX)),
         call("AnyOf", positions.AnyOf, parts=((hv.LastToken(),), NOTHING)),
+    ]
+
+
+def _of_attention(w: SimpleNamespace) -> list[Call]:
+    pattern = torch.ones(1, 2, 3, 3)
+    return [
+        call(
+            "attention_rollout",
+            hv.attention_rollout,
+            patterns=([pattern], NOTHING),
+            residual=(0.5, NOTHING),
+        ),
+        call(
+            "image_map",
+            hv.image_map,
+            weights=(torch.ones(60), NOTHING),
+            grid=(w.grid, NOTHING),
+            first_key=(0, WHOLE),
+        ),
+        call("patch_map", hv.patch_map, weights=(torch.ones(37), NOTHING), grid=(w.grid, NOTHING)),
     ]
 
 
