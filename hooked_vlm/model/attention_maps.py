@@ -56,9 +56,9 @@ def attention_maps(
     >>> from hooked_vlm import HookedVLM
     >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl", attn_implementation="eager")
     >>> inputs = model.prepare(Image.new("RGB", (96, 64), "red"), "What is this?")
-    >>> maps = attention_maps(model, inputs, max_new_tokens=3, do_sample=False)
+    >>> maps = attention_maps(model, inputs, max_new_tokens=2, do_sample=False)
     >>> dict(maps.sizes)
-    {'layer': 6, 'query': 3, 'head': 4, 'row': 4, 'col': 6}
+    {'layer': 6, 'query': 2, 'head': 4, 'row': 4, 'col': 6}
     >>> maps.mean("head").sel(layer=5).isel(query=0).shape
     (4, 6)
     """
