@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_vlm.anatomy.caches import cached_positions, caches_among, prompts_among
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import File
 from hooked_vlm.errors import DataError, HookError
@@ -198,19 +199,31 @@ def reordered() -> HookError:
     )
 
 
-def require_fed(answer: Tensor, fed: Sequence[tuple[int, Tensor]]) -> None:
-    """Raises `HookError` unless each step was fed, in each row, the answer's token before it.
+class Fed:
+    """The token ids that the passes of a generation were given, each position once."""
 
-    `fed` are the last token ids of each pass, with its step.
-    """
-    n_steps = max((step for step, _ in fed), default=0) + 1
-    tail = answer[:, -n_steps:]
-    for step, ids in fed:
-        if step and not (
-            len(ids) == len(tail) and tail.shape[1] == n_steps and _same(tail[:, step - 1], ids)
-        ):
-            raise reordered()
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, Tensor]] = []
+        self._stop = 0
 
+    def note(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Notes the arguments of a pass; embeddings have no ids."""
+        given = prompts_among(args, kwargs)
+        if given is None:
+            return
+        start = cached_positions(caches_among(args, kwargs))
+        stop, first = start + given.shape[1], max(start, self._stop)
+        if given.ndim == 2 and first < stop:
+            self._parts.append((first, given[:, first - start :].clone()))
+        self._stop = max(stop, self._stop)
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.cpu(), b.cpu())
+    def require(self, answer: Tensor) -> None:
+        """Raises `HookError` unless each row was given what stands in its answer."""
+        # The last token of an answer is never given: the last position is the one before.
+        shift = answer.shape[1] - 1 - self._stop
+        for first, ids in self._parts:
+            begin, end = first + shift, first + shift + ids.shape[1]
+            skipped = max(-begin, 0)  # an answer to embeddings begins after the prompt
+            given = ids[:, skipped:].cpu()
+            if not torch.equal(answer[:, begin + skipped : max(end, 0)].cpu(), given):
+                raise reordered()

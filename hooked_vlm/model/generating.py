@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.anatomy.caches import PROMPTS, prompts_among
+from hooked_vlm.anatomy.caches import PROMPTS
 from hooked_vlm.anatomy.sizes import HookedVLMConfig
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import OptionalDevice
 from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level
 from hooked_vlm.hooks.dispatch import Reader
 from hooked_vlm.hooks.generation import at_each_pass
-from hooked_vlm.hooks.generation_cache import GenerationCache, StepRecorder, reordered, require_fed
+from hooked_vlm.hooks.generation_cache import Fed, GenerationCache, StepRecorder, reordered
 from hooked_vlm.hooks.hook_point import PassCounter
 from hooked_vlm.hooks.names import NamesFilter, select_names
 from hooked_vlm.inputs.prepared import together
@@ -127,25 +127,17 @@ def _recorded(
     shape = prompt_shape(inputs)
     counter = PassCounter(is_generation=True, length=None if shape is None else shape[1])
     reader = Reader(recorder.store)
-    fed: list[tuple[int, Tensor]] = []
-    last: list[Tensor] = []
-
-    def begin(args: tuple, kwargs: dict) -> None:
-        given = prompts_among(args, kwargs)
-        last[:] = [given[:, -1]] if given is not None and given.ndim == 2 else []
-
-    def end(_output: Any) -> None:
-        fed.extend((counter.steps, ids) for ids in last)
+    fed = Fed()
 
     def recorded() -> Any:
         with (
             model._attached_to_sites([(name, reader) for name in names], counter),
-            at_each_pass(model._entries(), begin, end),
+            at_each_pass(model._entries(), fed.note, lambda _: None),
         ):
             output = run()
         answer = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
         if isinstance(answer, Tensor):
-            require_fed(answer, fed)
+            fed.require(answer)
         return output
 
     return recorded

@@ -174,8 +174,8 @@ def test_other_inputs_are_an_error() -> None:
     inputs, other = make_inputs("llava"), make_inputs("llava", seed=3)
     steer = Steer(SITE, at=Generated(), directions=direction(), alpha=2.0)
     with (
-        model.hooks([steer], inputs=inputs),
         pytest.raises(InterventionError, match="other ones"),
+        model.hooks([steer], inputs=inputs),
     ):
         answers(model, other, [])
 
