@@ -53,9 +53,7 @@ def backward_pairs(model: Any, bwd_hooks: Any) -> list[tuple[str, HookFunction]]
 
 
 def require_metric(metric: Any, incl_bwd: bool) -> None:
-    """Raises `HookError` for a metric that is no function, or that nobody would call."""
-    if metric is not None and not callable(metric):
-        raise HookError(f"metric={shown(metric)} was given; expected a function of the output.")
+    """Raises `HookError` for a metric that nobody would call."""
     if metric is not None and not incl_bwd:
         raise HookError("metric=… was given without incl_bwd=True, so nobody would call it.")
 

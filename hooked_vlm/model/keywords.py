@@ -26,7 +26,7 @@ OURS = (
 )
 """Our own arguments of the functions that run a model: what a misspelt one may have meant."""
 ONE_MAPPING = "Give them as one mapping: model(inputs), not model(**inputs)."
-CHECKED_LATER = ("inputs", "names_filter", "stop_at_layer", "fwd_hooks", "metric")
+CHECKED_LATER = ("inputs", "names_filter", "stop_at_layer", "fwd_hooks")
 """Arguments of `run_with_cache` that are checked with the model's names at hand."""
 INSTEAD = {
     "fwd_hooks": "Use run_with_hooks, run_with_cache or generate, which take it.",

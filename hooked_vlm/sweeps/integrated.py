@@ -55,7 +55,7 @@ class Attribution:
         return each(lambda x: x.flatten(2 - isinstance(self.values, list)).sum(-1), self.values)
 
 
-@checked(InterventionError, but=("site", "baseline", "metric"))
+@checked(InterventionError, but=("site", "baseline"))
 def integrated_gradients(
     model: Model,
     inputs: Mapping[str, Any],
@@ -94,7 +94,7 @@ def integrated_gradients(
     return line.attribution([gradient / steps for gradient in total], steps)
 
 
-@checked(InterventionError, but=("site", "baseline", "metric"))
+@checked(InterventionError, but=("site", "baseline"))
 def gradient_attribution(
     model: Model,
     inputs: Mapping[str, Any],
@@ -207,11 +207,6 @@ def one_score(metric: Metric) -> Metric:
             )
         return score
 
-    if not callable(metric):
-        raise InterventionError(
-            f"metric={shown(metric)} was given; expected a function of the logits, such as "
-            "lambda logits: logits[:, -1, id]."
-        )
     return scored
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hooked_vlm.anatomy.source import signature_of
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Count, Model
-from hooked_vlm.errors import GridError, InterventionError
+from hooked_vlm.errors import GridError, HookedVLMError, InterventionError, counted
 from hooked_vlm.hooks.gradients import explained, frozen, require_differentiable
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call, to_images
 from hooked_vlm.hooks.stand_ins import uncached
@@ -39,7 +39,7 @@ class PixelAttribution:
     """In the shape of the model's own tensor of pixels."""
     maps: tuple[Float[Tensor, "_ _"], ...]
     """One for each image (each tile of a tiled one) in the encoder's order, in raster order and
-    summed over channels: by pixel, or by patch where `by_patch`."""
+    summed over channels: by pixel, or by patch where `by_patch`.  Images of padding have none."""
     cells: tuple[Float[Tensor, "_ _"], ...]
     """One for each picture that has a `TokenGrid`, in the order of prompts: sums over its cells."""
     by_patch: bool
@@ -54,7 +54,7 @@ class PixelAttribution:
     """Number of points on the line; 1 for the plain gradient."""
 
 
-@checked(InterventionError, but=("baseline", "metric"))
+@checked(InterventionError, but=("baseline",))
 def pixel_attribution(
     model: Model,
     inputs: Mapping[str, Any],
@@ -99,14 +99,15 @@ def pixel_attribution(
     for point in points:
         total += wide(run.gradient((wide(base) + point * delta).to(pixels.dtype)))
     values = delta * total / len(points)
-    score, base_score = run.score(pixels), run.score(base)
+    score, base_score = run.score(pixels), run.baseline_score(base)
     # 2. Maps of the images, and sums over prompts and cells.
-    maps, by_patch = _maps(model, values, run.layout)
-    sums = torch.stack([m.sum() for m in maps])
-    owner = owners_of(model, inputs, "image patch", len(maps), len(score)).to(score.device)
-    attributed = torch.zeros_like(score).index_add_(0, owner, sums.to(score))
-    cells = _cells(model, inputs, maps, by_patch)
-    gap = score - base_score - attributed
+    by_image = _Images(model, inputs, pixels, run.layout)
+    maps = by_image.maps(values)
+    sums = torch.stack([m.sum() for m in maps]).to(score)
+    owner = by_image.owners(len(score)).to(score.device)
+    gap = score - base_score - torch.zeros_like(score).index_add_(0, owner, sums)
+    cells = tuple(by_image.folded(grid, maps) for grid in by_image.grids)
+    by_patch = by_image.by_patch
     return PixelAttribution(values, maps, cells, by_patch, score, base_score, gap, len(points))
 
 
@@ -129,6 +130,18 @@ class _Run:
     def score(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
             return wide(self._run(pixels))
+
+    def baseline_score(self, pixels: Tensor) -> Tensor:
+        try:
+            return self.score(pixels)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, HookedVLMError):
+                raise
+            raise InterventionError(
+                "The model does not run on the baseline's pixels: "
+                f"{str(error).splitlines()[0][:160]} Some models take a picture of zeros for "
+                "padding. Use baseline='mean' or another picture."
+            ) from error
 
     def gradient(self, pixels: Tensor) -> Tensor:
         model = self.model
@@ -174,52 +187,120 @@ class _Run:
 
 
 def _pixel_baseline(pixels: Tensor, name: str, baseline: Any) -> Tensor:
+    """Returns a baseline in the shape of the pixels; padding images keep their zeros."""
+    real = _is_real(pixels)
     if isinstance(baseline, str) and baseline == "zero":
         return torch.zeros_like(pixels)
     if isinstance(baseline, str) and baseline == "mean":
-        image = pixels.ndim > 3
-        kept = pixels.ndim - 3 if image else pixels.ndim - 1
-        axes = [axis for axis in range(pixels.ndim) if axis != kept]
-        return wide(pixels).mean(axes, keepdim=True).to(pixels.dtype).expand_as(pixels)
-    given = baseline.get(name) if isinstance(baseline, Mapping) else baseline
+        kept = 1 if pixels.ndim > 3 else -1
+        rows = wide(pixels.flatten(0, -4)[real] if pixels.ndim > 3 else pixels.flatten(0, -2))
+        axes = [axis for axis in range(rows.ndim) if axis != kept % rows.ndim]
+        given: Any = rows.mean(axes)
+        given = given[:, None, None] if pixels.ndim > 3 else given
+    else:
+        given = baseline.get(name) if isinstance(baseline, Mapping) else baseline
     if isinstance(given, Tensor) and given.is_floating_point() and given.ndim <= pixels.ndim:
         ends = pixels.shape[pixels.ndim - given.ndim :]
         if all(n in (1, m) for n, m in zip(given.shape, ends, strict=True)):
-            return given.to(pixels.device, pixels.dtype).expand_as(pixels)
+            whole = given.to(pixels.device, pixels.dtype).expand_as(pixels)
+            if bool(real.all()):
+                return whole
+            keep = real.reshape(*pixels.shape[:-3], 1, 1, 1)
+            return torch.where(keep, whole, 0)
     raise InterventionError(
         f"baseline={shown(baseline)} does not fit {name} of shape {tuple(pixels.shape)}. Give "
         "'zero', 'mean', a tensor that broadcasts to it, or inputs with a picture of equal size."
     )
 
 
-def _maps(
-    model: Any, values: Tensor, layout: PackedLayout | None
-) -> tuple[tuple[Tensor, ...], bool]:
-    """Returns a map of each image in raster order, and whether its entries are patches."""
-    if values.ndim > 3:  # images: channels, rows, columns
-        return tuple(values.flatten(0, -4).sum(1)), False
-    if layout is None:  # patches by image, in raster order
-        patches = values if values.ndim == 3 else values[None]
-        return tuple(_one_row(patch.sum(-1)) for patch in patches), True
-    # Packed patches: in raster order by image, then each patch as a picture if its axes are known.
-    rows = values.flatten(0, -2)
-    images = to_images(rows, layout.order("patches", len(rows)))
-    axes = _patch_axes(model, rows.shape[-1])
-    maps = []
-    for image, (frames, height, width) in zip(images, layout.shapes, strict=True):
+def _is_real(pixels: Tensor) -> Tensor:
+    """Returns which images are no padding: processors pad prompts of fewer tiles with zeros."""
+    if pixels.ndim < 5:
+        n_images = pixels.shape[:-3].numel() if pixels.ndim == 4 else 1
+        return torch.ones(n_images, dtype=torch.bool, device=pixels.device)
+    return pixels.flatten(0, -4).flatten(1).any(1)
+
+
+class _Images:
+    """The images in a tensor of pixels, in the encoder's order, and the grids of the pictures."""
+
+    def __init__(
+        self, model: Any, inputs: Mapping[str, Any], pixels: Tensor, layout: PackedLayout | None
+    ) -> None:
+        self.model, self.inputs, self.layout = model, inputs, layout
+        self.shape, self.real = pixels.shape, _is_real(pixels)
+        self.patch_size: int = model.require_vision().patch_size or 1
+        self.axes: tuple[int, ...] | None = None
+        if pixels.ndim < 4 and layout is not None:
+            self.axes = _patch_axes(model, pixels.shape[-1])
+        self.by_patch = pixels.ndim < 4 and self.axes is None
+        try:
+            self.grids = [grid for row in model.grids(inputs) for grid in row]
+        except GridError:
+            self.grids = []
+
+    def maps(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Returns a map of each image in raster order."""
+        if values.ndim > 3:
+            images = values.flatten(0, -4).sum(1)[self.real]
+            if self.layout is None:
+                return tuple(images)
+            side = self.patch_size  # images of different sizes are padded to one
+            sizes = [(rows * side, cols * side) for _, rows, cols in self.layout.shapes]
+            return tuple(m[:h, :w] for m, (h, w) in zip(images, sizes, strict=True))
+        if self.layout is None:  # patches by image, in raster order
+            patches = values if values.ndim == 3 else values[None]
+            return tuple(_squared(patch.sum(-1)) for patch in patches)
+        rows = values.flatten(0, -2)
+        images = to_images(rows, self.layout.order("patches", len(rows)))
+        return tuple(map(self._map_of_patches, images, self.layout.shapes))
+
+    def _map_of_patches(self, image: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Returns the patches of one image, each as a picture if its axes are known."""
+        frames, height, width = shape
         side = round((len(image) / (frames * height * width)) ** 0.5)  # grids of merged patches
         sizes = {"t": frames, "h": height * side, "w": width * side}
         grid = rearrange(image, "(t h w) feature -> t h w feature", **sizes).sum(0)
-        if axes is not None:
-            channels, *time, rows_, cols = axes
-            grid = grid.unflatten(-1, (channels, *time, rows_, cols)).flatten(2, -3).sum(2)
-            maps.append(rearrange(grid, "h w row col -> (h row) (w col)"))
-        else:
-            maps.append(grid.sum(-1))
-    return tuple(maps), axes is None
+        if self.axes is None:
+            return grid.sum(-1)
+        grid = grid.unflatten(-1, self.axes).flatten(2, -3).sum(2)  # over channels and frames
+        return rearrange(grid, "h w row col -> (h row) (w col)")
+
+    def owners(self, batch: int) -> Tensor:
+        """Returns the prompt of each image."""
+        n_images = len(self.layout.shapes) if self.layout else int(self.real.sum())
+        if len(self.shape) > 4 and self.shape[0] == batch:  # by prompt
+            return torch.arange(batch).repeat_interleave(len(self.real) // batch)[self.real.cpu()]
+        return owners_of(self.model, self.inputs, "image patch", n_images, batch)
+
+    def folded(self, grid: TokenGrid, maps: Sequence[Tensor]) -> Tensor:
+        """Returns the sums of maps over the cells of a picture's grid."""
+        tiles = 1 if grid.patches is None else int(grid.patches[..., 0].max()) + 1
+        if grid.image + tiles > len(maps):
+            raise InterventionError(
+                f"The pixels hold {counted(len(maps), 'image')}, and the grid of a picture needs "
+                f"{grid.image + tiles}: this model leaves images out in a way that is not known. "
+                "Attribute to vision_projector.hook_out instead."
+            )
+        if grid.patches is None:
+            image = maps[grid.image]
+            if not self.by_patch:  # without the padding that fills a batch
+                width, height = grid.processed_size
+                image = image[:height, :width]
+            return _pooled(image, grid.rows, grid.cols)
+        # The encoder's rows of each cell, in all tiles of the picture.
+        side = 1 if self.by_patch else self.patch_size
+        by_tile = [
+            _pooled(m, m.shape[0] // side, m.shape[1] // side).flatten()
+            for m in maps[grid.image : grid.image + tiles]
+        ]
+        width = max(map(len, by_tile))
+        every = torch.stack([nn.functional.pad(tile, (0, width - len(tile))) for tile in by_tile])
+        tile, patch = grid.patches.to(every.device).unbind(-1)
+        return every[tile, patch - grid.n_prefix].sum(-1)
 
 
-def _one_row(patches: Tensor) -> Tensor:
+def _squared(patches: Tensor) -> Tensor:
     """Returns patches as a map: a square where their number is one."""
     side = round(len(patches) ** 0.5)
     return patches.reshape(side, side) if side * side == len(patches) else patches[None]
@@ -237,35 +318,6 @@ def _patch_axes(model: Any, n_features: int) -> tuple[int, ...] | None:
     return None
 
 
-def _cells(
-    model: Any, inputs: Mapping[str, Any], maps: Sequence[Tensor], by_patch: bool
-) -> tuple[Tensor, ...]:
-    """Returns the sums of maps over the cells of each picture's grid, where it has one."""
-    try:
-        grids = [grid for row in model.grids(inputs) for grid in row]
-    except GridError:
-        return ()
-    return tuple(_folded(grid, maps, by_patch) for grid in grids)
-
-
-def _folded(grid: TokenGrid, maps: Sequence[Tensor], by_patch: bool) -> Tensor:
-    if grid.patches is None:
-        image = maps[grid.image]
-        if not by_patch:  # without the padding that fills a batch
-            width, height = grid.processed_size
-            image = image[:height, :width]
-        return _pooled(image, grid.rows, grid.cols)
-    # A picture in tiles: the patches of all its tiles, and those of each cell.
-    tiles = int(grid.patches[..., 0].max()) + 1
-    by_tile = [
-        _pooled(maps[grid.image + t], grid.patch_rows, grid.patch_cols).flatten()
-        for t in range(tiles)
-    ]
-    every = torch.stack(by_tile)
-    tile, patch = grid.patches.to(every.device).unbind(-1)
-    return every[tile, patch - grid.n_prefix].sum(-1)
-
-
 def _pooled(image: Tensor, rows: int, cols: int) -> Tensor:
     """Returns the sums of a map over a grid of equal cells."""
     for axis, cells in ((0, rows), (1, cols)):
@@ -273,7 +325,5 @@ def _pooled(image: Tensor, rows: int, cols: int) -> Tensor:
         cell = torch.arange(n, device=image.device) * cells // n
         shape = [*image.shape]
         shape[axis] = cells
-        image = torch.zeros(shape, dtype=image.dtype, device=image.device).index_add_(
-            axis, cell, image
-        )
+        image = image.new_zeros(shape).index_add_(axis, cell, image)
     return image

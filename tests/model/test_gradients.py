@@ -287,7 +287,7 @@ def test_a_site_that_the_metric_does_not_depend_on_gets_zeros_with_a_warning() -
         (lambda x: x[0, -1, 5].item(), "a float"),
         (lambda x: x[0, -1, 5].detach(), "no gradient"),
         (lambda x: (x[0, -1] > 0).float().sum(), "no gradient"),
-        ("logits", "expected a function"),
+        ("logits", "metric="),
     ],
 )
 def test_metrics_that_are_none(metric: Any, said: str) -> None:

@@ -18,6 +18,9 @@ from hooked_vlm.sweeps.integrated import gradient_attribution, integrated_gradie
 from hooked_vlm.sweeps.pixels import pixel_attribution
 
 
+SITE = "blocks.1.hook_resid_pre"
+
+
 def difference(logits: Tensor) -> Tensor:
     return logits[:, -1, 5] - logits[:, -1, 7]
 
@@ -47,7 +50,7 @@ def test_they_are_those_of_plain_torch(family: str) -> None:
         model = suite.build(family)
         inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
     with torch.no_grad():
-        stream = model.run_with_cache(inputs, "blocks.0.hook_resid_post")[1]["resid_post", 0]
+        stream = model.run_with_cache(inputs, SITE)[1][SITE]
     base = stream.mean((0, 1)).expand_as(stream)
     steps, total = 4, torch.zeros_like(stream)
     for step in range(steps):
@@ -55,7 +58,7 @@ def test_they_are_those_of_plain_torch(family: str) -> None:
         total += torch.autograd.grad(of_embeddings(model, inputs, leaf).sum(), leaf)[0] / steps
     with torch.no_grad():
         scores = [of_embeddings(model, inputs, x) for x in (stream, base)]
-    found = integrated_gradients(model, inputs, difference, 1, "mean", steps=steps)
+    found = integrated_gradients(model, inputs, difference, SITE, "mean", steps=steps)
     assert isinstance(found.values, Tensor)
     size = float(((stream - base) * total).abs().max())
     torch.testing.assert_close(found.values, (stream - base) * total, rtol=1e-3, atol=1e-4 * size)
@@ -66,7 +69,7 @@ def test_they_are_those_of_plain_torch(family: str) -> None:
     # The plain gradient, at the end of the line.
     leaf = stream.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(of_embeddings(model, inputs, leaf).sum(), leaf)
-    plain = gradient_attribution(model, inputs, difference, 1, "mean")
+    plain = gradient_attribution(model, inputs, difference, SITE, "mean")
     assert isinstance(plain.values, Tensor) and plain.steps == 1
     torch.testing.assert_close(plain.values, (stream - base) * gradient, rtol=1e-3, atol=1e-4)
 
@@ -144,7 +147,7 @@ def test_the_mean_leaves_padding_out() -> None:
         ({"metric": lambda x: x[:, -1, 5].mean()}, r"shape \(\)"),
         ({"metric": lambda x: x[:, -1, 5:7]}, "one score for each prompt"),
         ({"metric": lambda x: x.argmax(-1)[:, -1].float()}, "without a gradient"),
-        ({"metric": "logits"}, "expected a function"),
+        ({"metric": "logits"}, "metric="),
         ({"site": "vision_encoder.blocks.2.hook_resid_post"}, "cannot be written"),
         ({"steps": 0}, "steps"),
     ],
@@ -214,27 +217,58 @@ def test_a_map_is_in_raster_order(name: str) -> None:
     assert not image.any() and not cells.any()
 
 
+TILED = ("llava_next", "llava_onevision", "internvl", "idefics3", "mistral3", "qwen3_vl")
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", ["llava_next", "pixtral", "qwen3_vl", "mllama", "idefics3"])
+@pytest.mark.parametrize("model_type", TILED)
 def test_tiles_and_packed_images_fold_to_cells(model_type: str) -> None:
     model = suite.build(model_type)
     width, height = suite.image_size(model)
-    inputs = model.prepare([suite.picture(2 * width, height)], "What is this?")
-    found = pixel_attribution(model, inputs, difference, integrated=False)
-    grids = [grid for row in inputs.grids for grid in row]
+    pixels = np.array(suite.picture(2 * width, height))
+    second = suite.picture(width, height, seed=1)
+    texts = ["What is this?", "What?"]
+    inputs = model.prepare([[Image.fromarray(pixels)], [second]], texts)
+    row, col = 1, inputs.grids[0][0].cols - 2
+    x0, y0, x1, y1 = (int(edge) for edge in inputs.grids[0][0].cell_box((row, col)))
+    pixels[y0:y1, x0:x1] = 255 - pixels[y0:y1, x0:x1]
+    other = model.prepare([[Image.fromarray(pixels)], [second]], texts)
+    found = pixel_attribution(model, inputs, difference, integrated=False, baseline=other)
+    grids = [grid for prompt in inputs.grids for grid in prompt]
     assert [tuple(c.shape) for c in found.cells] == [grid.shape for grid in grids]
     total = float(sum(m.sum() for m in found.maps))
-    assert found.values.sum().item() == pytest.approx(total, rel=1e-3, abs=1e-4)
-    if grids and grids[0].overview is None and grids[0].patches is None:
-        folded = float(sum(c.sum() for c in found.cells))
-        assert folded == pytest.approx(total, rel=1e-3, abs=1e-4)
+    assert found.values.sum().item() == pytest.approx(total, rel=1e-3, abs=1e-5)
+    # What differs is in this cell, and in its neighbours where the processor resizes.
+    assert not found.cells[1].any() and found.cells[0][row, col] != 0
+    at = found.cells[0].nonzero()
+    assert bool(((at - torch.tensor([row, col])).abs() <= 1).all())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_of_tiles_without_a_grid_has_maps() -> None:
+    model = suite.build("mllama")
+    width, height = suite.image_size(model)
+    pictures = [[suite.picture(2 * width, height)], [suite.picture(width, height, seed=1)]]
+    inputs = model.prepare(pictures, ["What is this?", "What?"])
+    found = pixel_attribution(model, inputs, difference, baseline="mean", integrated=False)
+    assert len(found.maps) == 3 and not found.cells  # two tiles and one; padding has none
+    by_prompt = found.values.flatten(1).sum(1)
+    gap = found.score - found.baseline_score - by_prompt
+    torch.testing.assert_close(found.gap, gap, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_takes_zeros_for_padding_says_so() -> None:
+    model = suite.build("idefics3")
+    inputs = model.prepare([suite.picture(*suite.image_size(model))], "What?")
+    with pytest.raises(InterventionError, match="does not run on the baseline's pixels"):
+        pixel_attribution(model, inputs, difference, steps=1)
 
 
 def test_pixels_that_are_refused() -> None:
     model, inputs = tiny("llava"), make_inputs("llava", batch=2)
     for change, said in (
         ({"baseline": "grey"}, "does not fit"),
-        ({"metric": lambda x: x[:, 0, 5]}, "does not depend on the pixels"),
         ({"metric": lambda x: x[:, -1, 5].detach()}, "No gradient"),
         ({"metric": lambda x: x[:, -1, 5].mean()}, "one score"),
     ):
