@@ -15,6 +15,7 @@ from PIL import Image
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.attend import check_attend
+from hooked_vlm.checks.backward import check_backward
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.lens import check_lens
@@ -62,6 +63,7 @@ def _findings(
         ("videos", given.check_videos),
         ("4-D mask", given.check_masks),
         ("gradients", given.check_gradients),
+        ("backward", check_backward),
     ):
         yield _safely(law, name, model, inputs)
     yield _safely(check_chunks, "chunks", model)

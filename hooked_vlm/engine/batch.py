@@ -34,7 +34,7 @@ from hooked_vlm.engine.stages import RowPlan, StageEdit, last_kept
 from hooked_vlm.engine.vision import Early
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.stand_ins import encoder_of, replaying
-from hooked_vlm.interventions.attend import PlacedAttend
+from hooked_vlm.interventions.attended import PlacedAttend
 from hooked_vlm.interventions.placing import is_square
 
 

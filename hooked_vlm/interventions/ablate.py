@@ -23,6 +23,7 @@ from hooked_vlm.interventions.placing import (
     recorded_at,
 )
 from hooked_vlm.interventions.recording import Source
+from hooked_vlm.regions.generated import generated_in
 
 
 @checked(InterventionError, only_names=True)
@@ -72,6 +73,11 @@ class Ablate(_Intervention):
                 "mean is written."
             )
         at = self.at if self.reference_at is None else self.reference_at
+        if generated_in(at) or (generated_in(self.at) and self.to == "position_mean"):
+            raise InterventionError(
+                f"{self}: a reference has no generated tokens, so their mean is that of a place of "
+                "its prompt. Use to='mean' with reference_at, such as LastToken() or TextTokens()."
+            )
         reference = places.located(site, inputs_of(self.reference), at)
         sizes = sorted({len(inner) for _, inner in [*located, *reference]})
         if self.to == "position_mean" and len(sizes) != 1:

@@ -2,10 +2,8 @@
 
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,20 +12,15 @@ from torch import Tensor
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Count, is_number, is_whole
 from hooked_vlm.errors import (
-    HookedVLMWarning,
     InterventionError,
     RegionError,
     UnknownHookError,
-    callers_level,
     counted,
 )
-from hooked_vlm.hooks.hook_point import HookPoint
-from hooked_vlm.hooks.patch_order import VisionActivation, listed
-from hooked_vlm.hooks.prompts import OnPrompt
 from hooked_vlm.inputs.tensors import require_usable
+from hooked_vlm.interventions.attended import PlacedAttend
 from hooked_vlm.interventions.base import _Bound, check_heads
 from hooked_vlm.interventions.chain import Chain
-from hooked_vlm.interventions.indexing import Located
 from hooked_vlm.interventions.pairs_of_attention import (
     Pairs,
     attention_site,
@@ -35,9 +28,10 @@ from hooked_vlm.interventions.pairs_of_attention import (
     queries_of,
     reads_encoder,
 )
-from hooked_vlm.interventions.placing import Placed, Places, inputs_of, is_visible
-from hooked_vlm.interventions.recording import Recording, Source, record
+from hooked_vlm.interventions.placing import Places, inputs_of
+from hooked_vlm.interventions.recording import Recording, Source
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.regions.generated import Generated, generated_in
 
 
 ON_SCORES = ("mask", "bias", "score_scale")
@@ -61,7 +55,8 @@ class Attend(_Bound):
     - `to=…`: weights of another run: a `Recording`, inputs, or a tensor `[batch, head, query, key]`
       (freezing).  Where prompts differ, pairs are taken in order, as by `Patch`.
 
-    Keys that the model itself masks stay masked.  In a generation it acts on the prompt's queries.
+    Keys that the model itself masks stay masked.  In a generation it acts on the prompt's queries;
+    `query=Generated()` is those of the answer, and `LastToken() | Generated()` all that predict it.
     In the vision encoder, queries and keys are patches of one image.
 
     Raises `InterventionError` for not exactly one of these, for a module without scores and pattern
@@ -130,7 +125,7 @@ class Attend(_Bound):
 
     def place(
         self, model: HookedModel, inputs: Mapping[str, Any], places: Places | None = None
-    ) -> "PlacedAttend":
+    ) -> PlacedAttend:
         """Returns this bound to a model and inputs, all checks made; nothing runs."""
         places = places or Places(model)
         kind = self._kind()
@@ -144,6 +139,7 @@ class Attend(_Bound):
             self._check_frozen(model)
         else:
             self._check_number(kind)
+        generated = self._generated(kind)
         if isinstance(self.to, Recording | Mapping):
             theirs = inputs_of(self.to)
             found = (
@@ -151,8 +147,19 @@ class Attend(_Bound):
                 keys_of(places, site, theirs, self.key),
             )
             self._check_same_sizes(pairs, found)
-            return PlacedAttend(self, site, inputs, (), places, pairs, found)
-        return PlacedAttend(self, site, inputs, (), places, pairs)
+            return PlacedAttend(self, site, inputs, (), places, pairs=pairs, recorded_at=found)
+        return PlacedAttend(self, site, inputs, (), places, generated, pairs=pairs)
+
+    def _generated(self, kind: str) -> tuple[Generated, ...]:
+        """Returns the generated tokens among the queries."""
+        found = generated_in(self.query)
+        if generated_in(self.key) or (found and kind == "to"):
+            raise InterventionError(
+                f"{self}: generated tokens are queries of scale=, mask=, bias= and score_scale=, "
+                "whose keys are places of the prompt. Use a hook function for others: "
+                "hook.positions and hook.key_positions say where it is."
+            )
+        return found
 
     def _given(self) -> list[str]:
         # By identity: a scale of 0.0 equals False.
@@ -222,160 +229,3 @@ class Attend(_Bound):
         told = f"{value}" if isinstance(value, bool | float | int) else "a recorded pattern"
         query, key = ("all" if at is None else at for at in (self.query, self.key))
         return f"Attend({self.site}, {query} to {key}, {kind}={told})"
-
-
-@dataclass(frozen=True, eq=False)
-class PlacedAttend(Placed):
-    """An `Attend` bound to a model and inputs."""
-
-    pairs: Pairs
-    recorded_at: tuple[Located | None, Located | None] | None = None
-    """Queries and keys in the run whose pattern is written; None for a tensor."""
-
-    @property
-    def first(self) -> int:
-        """The first position, padding counted, that this changes."""
-        return self.pairs.first
-
-    @cached_property
-    def _hook(self) -> Callable[..., Any]:
-        rows = [] if not self.where.by_image else self.places.rows(self.inputs)
-        one_each = bool(rows) and all(len(row.grids) == 1 for row in rows)
-        if self.part.to is not None:
-            _ = self._recorded  # a run of its own, before the one that this acts in
-        return OnPrompt(self.edited, self.inputs, len(rows) if one_each else None)
-
-    def edited(self, activation: VisionActivation, hook: HookPoint, start: int = 0) -> Any:
-        """Returns what an activation is under this intervention.
-
-        `start` is the first position of queries, where not all of a prompt's are shown.
-        """
-        selected = self.pairs.selected(activation, hook, start)
-        frozen = self._frozen(activation, start)
-        values = listed(activation)
-        made = [
-            self._changed(x, where, to, start)
-            for x, where, to in zip(values, selected, frozen, strict=True)
-        ]
-        self._warn_idle(values, selected)
-        return made if isinstance(activation, list) else made[0]
-
-    def _changed(self, x: Tensor, selected: Tensor, frozen: Tensor | None, start: int) -> Tensor:
-        part: Attend = self.part
-        if frozen is not None:
-            return torch.where(selected, frozen, x)
-        if part.scale is not None:
-            return torch.where(selected, x * part.scale, x)
-        visible = is_visible(x)
-        taken = selected & visible
-        if part.bias is not None:
-            return torch.where(taken, x + part.bias, x)
-        if part.score_scale is not None:
-            return torch.where(taken, x * part.score_scale, x)
-        self._require_left(taken, visible, start)
-        return x.masked_fill(taken, torch.finfo(x.dtype).min)
-
-    def _require_left(self, taken: Tensor, visible: Tensor, start: int) -> None:
-        """Raises `InterventionError` for a query all of whose keys are masked."""
-        if taken.is_meta:
-            return
-        emptied = taken.any(-1) & ~(visible & ~taken).any(-1)
-        if bool(emptied.any()):
-            where = emptied.nonzero()[0].tolist()
-            raise InterventionError(
-                f"{self} leaves query {where[-1] + start} of row {where[0]} no key: all those "
-                "that it sees are masked, and a softmax over nothing has no value. Leave a "
-                "key, or use scale=0.0, which takes attention away and gives it to no other key."
-            )
-
-    def _warn_idle(self, values: list[Tensor], selected: list[Tensor]) -> None:
-        """Warns, once for a sweep, where no query sees any of the keys."""
-        if self.places.has_warned or any(x.is_meta for x in values):
-            return
-        is_score = self.where.part == "attn_scores"
-        seen = [
-            ((is_visible(x) if is_score else x != 0) & where).any()
-            for x, where in zip(values, selected, strict=True)
-        ]
-        if any(bool(one) for one in seen):
-            return
-        self.places.has_warned = True
-        warnings.warn(
-            f"{self} changes nothing: no query sees any of its keys there. Keys after a query, "
-            "before a sliding window, in another window or in another image are masked by the "
-            "model itself. Exchange query and key, or choose other layers. (Shown once for a "
-            "sweep.)",
-            HookedVLMWarning,
-            stacklevel=callers_level(),
-        )
-
-    # --- frozen patterns --------------------------------------------------------------------
-
-    def _frozen(self, activation: VisionActivation, start: int) -> list[Any]:
-        """Returns what is written, of each tensor's shape (or None where nothing is recorded)."""
-        values = listed(activation)
-        if self.part.to is None:
-            return [None] * len(values)
-        recorded = listed(self._recorded)
-        if self.recorded_at and not self.where.by_image and self._moves:
-            recorded = [self._aligned(recorded[0], values[0], start)]
-        made = [x[..., start:, :].to(like) for x, like in zip(recorded, values, strict=False)]
-        for x, like in zip(made, values, strict=False):
-            if len(recorded) != len(values) or not _is_pattern_of(x, like):
-                size = [*like.shape[:-2], like.shape[-2] + start, like.shape[-1]]
-                raise InterventionError(
-                    f"{self.part}: a pattern of shape {tuple(recorded[0].shape)} was recorded, and "
-                    f"{self.site} has {tuple(size)}. Give one of the same prompts and images."
-                )
-        return made
-
-    @cached_property
-    def _recorded(self) -> VisionActivation:
-        to = self.part.to
-        if isinstance(to, Tensor):
-            return to
-        run = to if isinstance(to, Recording) else record(self.places.model, to, [self.site])
-        return run.cache[self.site]
-
-    @property
-    def _moves(self) -> bool:
-        """Whether queries or keys are elsewhere in the recorded run than here."""
-        ours = (self.pairs.queries, self.pairs.keys)
-        return any(
-            not torch.equal(here, other[i % len(other)][1])
-            for own, other in zip(ours, self.recorded_at or (), strict=True)
-            if own is not None and other is not None
-            for i, (_, here) in enumerate(own)
-        )
-
-    def _aligned(self, recorded: Tensor, like: Tensor, start: int) -> Tensor:
-        """Returns a recorded pattern with its pairs moved to where they are here."""
-        n_queries, n_keys = like.shape[-2] + start, like.shape[-1]
-        moved = recorded.new_zeros(len(like), recorded.shape[1], n_queries, n_keys)
-        for b in range(len(like)):
-            source = recorded[b % len(recorded)]
-            sizes = ((n_queries, source.shape[-2]), (n_keys, source.shape[-1]))
-            (to_q, from_q), (to_k, from_k) = (
-                self._matched(b, i, *size) for i, size in enumerate(sizes)
-            )
-            moved[b][:, to_q[:, None], to_k] = source[:, from_q[:, None], from_k]
-        return moved
-
-    def _matched(self, b: int, i: int, here: int, there: int) -> tuple[Tensor, Tensor]:
-        """Returns the indices of prompt b's queries (or keys) here and in the recorded run."""
-        own, other = (self.pairs.queries, self.pairs.keys)[i], (self.recorded_at or ())[i]
-        if own is not None and other is not None:
-            return own[b][1], other[b % len(other)][1]
-        if here != there:
-            raise InterventionError(
-                f"{self.part}: all {('queries', 'keys')[i]} are written, {here} here and {there} "
-                "in the recorded run. Give a place that both have, or prompts of one length."
-            )
-        return torch.arange(here), torch.arange(there)
-
-
-def _is_pattern_of(recorded: Tensor, like: Tensor) -> bool:
-    """Whether a pattern has an activation's shape, or is that of one prompt for all."""
-    if recorded.ndim == like.ndim == 4 and len(recorded) == 1:
-        return recorded.shape[1:] == like.shape[1:]
-    return recorded.shape == like.shape

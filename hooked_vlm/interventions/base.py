@@ -20,8 +20,10 @@ from typing import Any
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.sites import Site
+from hooked_vlm.interventions.indexing import all_rows
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName, by_query, site_of
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.regions.generated import generated_in
 
 
 class _Bound:
@@ -58,8 +60,9 @@ class _Intervention(_Bound):
 
     site: SiteName = field(kw_only=False)
     at: Any = None
-    """A Region, LastToken(), Span(…), …; None is every position.  At attention scores and patterns
-    it is where queries are: whole rows are written."""
+    """A Region, LastToken(), Span(…), …; None is every position of the prompt.  `Generated()` is
+    the tokens after it, in a generation.  At attention scores and patterns it is where queries are:
+    whole rows are written."""
     heads: tuple[int, ...] | None = None
     """At sites with a head axis: the heads to act on; None is all of them."""
 
@@ -74,7 +77,8 @@ class _Intervention(_Bound):
         places = places or Places(model)
         site = by_query(site_of(model, self.site))
         check_heads(self.heads, model, site)
-        return Placed(self, site, inputs, self._places(places, site, inputs), places)
+        located = self._places(places, site, inputs)
+        return Placed(self, site, inputs, located, places, generated_in(self.at))
 
     def _places(self, places: Places, site: Site, inputs: Mapping[str, Any]) -> tuple:
         """Returns where to write (and to read), having checked everything else as well."""
@@ -82,6 +86,10 @@ class _Intervention(_Bound):
 
     def _edit(self, placed: Placed) -> Callable[[Any], Any]:
         raise NotImplementedError
+
+    def _generated_at(self, placed: Placed, rows: int, index: tuple[int, ...]) -> tuple:
+        """Returns where to write (and to read) generated tokens of a pass, in all its rows."""
+        return (all_rows(rows, index), *placed.located[1:])
 
     def _check_width(self, model: HookedModel, site: Site, width: int) -> None:
         axis = site.axes.split()[-1].replace("d_vision", "d_model")

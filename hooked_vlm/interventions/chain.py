@@ -6,6 +6,7 @@ from typing import Any
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, UnknownHookError
+from hooked_vlm.hooks.prompts import require_generation
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.base import HookedModel
@@ -100,7 +101,10 @@ def source_of(intervention: Any) -> tuple[str, Any]:
 
 def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> Any:
     if hasattr(part, "place"):
-        return part.place(model, inputs, places)
+        placed = part.place(model, inputs, places)
+        if getattr(placed, "generated", ()):
+            require_generation(placed.hooks_for())
+        return placed
     if not hasattr(part, "hooks_for"):
         raise InterventionError(
             f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Attend, Chain, HookAt "

@@ -131,6 +131,17 @@ class Pairs:
         return 0 if self.queries is None or self.site.by_image else self.queries.first
 
     @cached_property
+    def is_doubtful(self) -> bool:
+        """Whether no pair can be seen, unless image tokens of the prompt see later ones."""
+        if self.queries is None or self.keys is None or self.is_cross:
+            return False
+        if self.site.by_image:
+            return not {i for i, _ in self.queries} & {i for i, _ in self.keys}
+        pairs = zip(self.queries, self.keys, strict=True)
+        found = [(q, k) for (_, q), (_, k) in pairs if len(q) and len(k)]
+        return bool(found) and all(int(q.max()) < int(k.min()) for q, k in found)
+
+    @cached_property
     def _made(self) -> dict[Any, list[Tensor]]:
         return {}
 
@@ -155,12 +166,12 @@ class Pairs:
             else:
                 made = self._in_prompts(shown[0], hook, start)
             self._made[key] = [
-                sent(self._of_heads(each, x.shape[-3]), x.device)
+                sent(self.of_heads(each, x.shape[-3]), x.device)
                 for each, x in zip(made, shown, strict=True)
             ]
         return self._made[key]
 
-    def _of_heads(self, selected: Tensor, n_heads: int) -> Bool[Tensor, "*rows head query key"]:
+    def of_heads(self, selected: Tensor, n_heads: int) -> Bool[Tensor, "*rows head query key"]:
         """Returns `[…, query, key]` with an axis of heads, of size one for all of them."""
         if self.heads is None:
             return selected.unsqueeze(-3)

@@ -8,9 +8,16 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, RegionError, counted
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.base import _Intervention
-from hooked_vlm.interventions.indexing import Located, locate_pairs, rows_at, with_rows_at
+from hooked_vlm.interventions.indexing import (
+    Located,
+    all_rows,
+    locate_pairs,
+    rows_at,
+    with_rows_at,
+)
 from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded_at
 from hooked_vlm.interventions.recording import Source
+from hooked_vlm.regions.generated import Generated, generated_in
 from hooked_vlm.regions.pairs import CellPairs
 
 
@@ -22,6 +29,9 @@ class Patch(_Intervention):
     Prompt b is written from the source's prompt b (or from its only one).  `source_at`
     defaults to `at`; both places must have equally many positions in every prompt, taken
     in order.  With `at` a `CellPairs` (see `swap_pairs`), cells are written pair by pair.
+
+    At generated tokens (`at=Generated()`), `source_at` is one position of the source's prompt,
+    which each of these tokens gets.
 
     Raises `RegionError` for places of unequal size and for a source whose images have
     another grid, `InterventionError` for a source of another batch size.
@@ -63,6 +73,9 @@ class Patch(_Intervention):
                 f"from a source that has {len(sources)}. Give a source of the same batch size, or "
                 "of one."
             )
+        if generated_in(self.at):
+            self._require_one_each(sources)
+            return targets, sources
         for b, ((_, target), (_, source)) in enumerate(zip(targets, sources, strict=True)):
             if len(target) != len(source):
                 raise RegionError(
@@ -70,6 +83,28 @@ class Patch(_Intervention):
                     f"prompt {b}. Give places of equal size; nothing is broadcast."
                 )
         return targets, sources
+
+    def _require_one_each(self, sources: Located) -> None:
+        if not isinstance(self.at, Generated) or generated_in(self.source_at):
+            raise InterventionError(
+                f"{self}: generated tokens are written from a position of a prompt. Give a Patch "
+                "of their own, at=Generated(), with source_at a place such as LastToken()."
+            )
+        for b, (_, source) in enumerate(sources):
+            if len(source) != 1:
+                raise RegionError(
+                    f"{self} would write each generated token from "
+                    f"{counted(len(source), 'position')} in prompt {b}. Give source_at a place of "
+                    "one position, such as LastToken()."
+                )
+
+    def _generated_at(self, placed: Placed, rows: int, index: tuple[int, ...]) -> tuple:
+        # The copies of a prompt that a generation makes follow one another.
+        sources = placed.located[1]
+        copies = rows // len(sources)
+        taken = ((outer, inner.expand(len(index))) for outer, inner in sources)
+        repeated = Located(pair for pair in taken for _ in range(copies))
+        return all_rows(rows, index), repeated
 
     def __str__(self) -> str:
         where = self.at if self.source_at is None else f"{self.at} from {self.source_at}"

@@ -18,7 +18,7 @@ from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.patch_order import each, joint, listed
-from hooked_vlm.hooks.prompts import OnPrompt
+from hooked_vlm.hooks.prompts import OnGenerated, OnPrompt
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.rows import placeholder_ids, prompt_shape, rows_of
 from hooked_vlm.interventions.indexing import (
@@ -30,6 +30,7 @@ from hooked_vlm.interventions.indexing import (
 )
 from hooked_vlm.interventions.recording import Recording, Source, record
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.positions import PromptRow
 
 
@@ -70,6 +71,15 @@ def _turned(site: Site, activation: Any) -> Any:
             "queries and keys there, or a hook function."
         )
     return each(lambda x: x.transpose(-3, -2), activation)
+
+
+def _written(site: Site, activation: Any, edited: Any) -> Any:
+    """Returns an edit of a `_turned` activation in the module's own order of axes."""
+    edited = _turned(site, edited)
+    if site.part != "attn_scores":
+        return edited
+    # A score of zero is a score like any other: what the model masks stays masked.
+    return joint(lambda old, new: torch.where(is_visible(old), new, old), activation, edited)
 
 
 def is_square(site: Site) -> bool:
@@ -139,6 +149,8 @@ class Placed:
     located: tuple[Located, ...]
     """Where it writes, and where its source is read."""
     places: Places
+    generated: tuple[Generated, ...] = ()
+    """The generated tokens among the places where it writes."""
 
     @property
     def site(self) -> str:
@@ -154,8 +166,16 @@ class Placed:
         """Does nothing: everything was checked when the intervention was placed."""
 
     def hooks_for(self, *_: Any) -> list[Edit]:
-        """Returns the hook that carries this out; a source that is not recorded yet is run."""
-        return [(self.site, self._hook)]
+        """Returns the hooks that carry this out; a source that is not recorded yet is run.
+
+        One acts on the prompt, and one on generated tokens.
+        """
+        hooks: list[Edit] = []
+        if not self.generated or any(len(inner) for _, inner in self.located[0]):
+            hooks.append((self.site, self._hook))
+        if self.generated:
+            hooks.append((self.site, self._generated_hook()))
+        return hooks
 
     def reading(self, **sources: Any) -> "Placed":
         """Returns the same with other runs of the same inputs to read from."""
@@ -164,6 +184,36 @@ class Placed:
     @cached_property
     def _hook(self) -> Callable[..., Any]:
         return guarded(self.part._edit(self), self.inputs, self.where, self.places)
+
+    def _generated_hook(self) -> OnGenerated:
+        """Returns a new function, which counts the tokens of one run."""
+        ready = self._recorded()
+        axes = len(self.where.axes.split())
+        made: dict[Any, Callable[[Any], Any]] = {}
+
+        def edit(activation: Any, index: list[int]) -> Any:
+            if activation.ndim != axes:
+                raise InterventionError(
+                    f"{self.site} has shape {tuple(activation.shape)} in this model; an "
+                    f"intervention needs the axes [{self.where.axes}]. Use a hook function."
+                )
+            key = len(activation), tuple(index)
+            if key not in made:
+                made.clear()  # without a key-value cache, each pass has another
+                located = ready.part._generated_at(ready, *key)
+                made[key] = ready.part._edit(replace(ready, located=located))
+            return _written(self.where, activation, made[key](_turned(self.where, activation)))
+
+        return OnGenerated(edit, self.generated, self.inputs, str(self))
+
+    def _recorded(self) -> "Placed":
+        """Returns the same with the run that it reads recorded, so that it runs once."""
+        for name in ("source", "reference"):
+            source = getattr(self.part, name, None)
+            if source is not None and not isinstance(source, Recording):
+                run = record(self.places.model, source, [self.site])
+                return self.reading(**{name: run})
+        return self
 
     def __str__(self) -> str:
         return str(self.part)
@@ -212,11 +262,7 @@ def guarded(
             )
         shown = _turned(site, activation)
         _require(site, shown, inputs, needed)
-        edited = _turned(site, edit(shown))
-        if site.part != "attn_scores":
-            return edited
-        # A score of zero is a score like any other: what the model masks stays masked.
-        return joint(lambda old, new: torch.where(is_visible(old), new, old), activation, edited)
+        return _written(site, activation, edit(shown))
 
     one_each = bool(rows) and all(len(row.grids) == 1 for row in rows)
     return OnPrompt(hook_fn, inputs, len(rows) if one_each else None)

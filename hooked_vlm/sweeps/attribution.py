@@ -82,7 +82,7 @@ def first_order(
                 delta = run.change(name, functions)
                 listed = run.probes[name].listed
                 effects = _by_row(gradients[name], delta, listed).to(change)
-                owners = _owners(model, inputs, model.sites[name].axes, len(effects), len(clean))
+                owners = owners_of(model, inputs, model.sites[name].axes, len(effects), len(clean))
                 change[:, entry].index_add_(0, owners.to(change.device), effects)
     word = (
         f"first-order estimate: 1 forward and {n_backward} backward passes, gradients at "
@@ -187,7 +187,7 @@ def _by_row(
     return products[0].flatten(1).sum(1)
 
 
-def _owners(model: Any, inputs: Mapping[str, Any], axes: str, rows: int, batch: int) -> Tensor:
+def owners_of(model: Any, inputs: Mapping[str, Any], axes: str, rows: int, batch: int) -> Tensor:
     """Returns which prompt each row of a site belongs to: itself, or the one that has the image."""
     if rows == batch and (axes.startswith("batch") or batch == 1 or "input_ids" not in inputs):
         return torch.arange(batch)

@@ -186,6 +186,7 @@ LEGEND = """\
 | videos | a prompt with a video and no image, for models that pack patches: parity, and interventions on positions act |
 | 4-D mask | with a mask `[batch 1 query key]` that says the same, functions and interventions act as with the usual one |
 | gradients | what a function adds at a site gets its gradient from the logits, and asking for it moves none |
+| backward | `run_with_cache(incl_bwd=True)` gives at every writable site the gradient of a zero that a hook function adds there |
 | mixed batch | of a batch in which one prompt has an image and one has none, each row gives what its prompt gives alone, also under an intervention |
 | bf16 | parity, reading and writing in bfloat16 |"""
 

@@ -25,6 +25,7 @@ from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.attend import check_attend
+from hooked_vlm.checks.backward import check_backward
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.lens import check_lens
@@ -61,6 +62,7 @@ LAWS = (
     "videos",
     "4-D mask",
     "gradients",
+    "backward",
     "bf16",
 )
 """The columns of the table, in order."""
@@ -154,6 +156,7 @@ def _fill(row: Row) -> None:
         "videos": partial(given.check_videos, model, inputs),
         "4-D mask": partial(given.check_masks, model, inputs),
         "gradients": partial(given.check_gradients, model, inputs),
+        "backward": partial(check_backward, model, inputs),
         "bf16": partial(check_bf16, model, inputs),
     }
     for name, run in checks.items():

@@ -143,6 +143,10 @@ def _mean_logit(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, -1, 0].mean()
 
 
+def _sum(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, -1, 0].sum()
+
+
 def _same(activation: Any, hook: Any) -> Any:
     return activation
 
@@ -253,7 +257,13 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
         ),
         call("grids", m.grids, inputs=inputs),
         call("model()", m, inputs=inputs),
-        call("run_with_hooks", m.run_with_hooks, inputs=inputs, fwd_hooks=fwd_hooks),
+        call(
+            "run_with_hooks",
+            m.run_with_hooks,
+            inputs=inputs,
+            fwd_hooks=fwd_hooks,
+            bwd_hooks=fwd_hooks,
+        ),
         call(
             "run_with_cache",
             m.run_with_cache,
@@ -263,6 +273,25 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             fwd_hooks=fwd_hooks,
             device=(None, OPTIONAL),
             check_memory=(True, FLAG),
+        ),
+        call(
+            "run_with_cache(incl_bwd)",
+            m.run_with_cache,
+            inputs=inputs,
+            names_filter=(RESID, OPTIONAL | FUNCTION),
+            incl_bwd=(True, NOTHING),
+            metric=(_sum, NOTHING),
+        ),
+        call(
+            "generate_with_cache",
+            m.generate_with_cache,
+            inputs=inputs,
+            names_filter=(RESID, OPTIONAL | FUNCTION),
+            fwd_hooks=fwd_hooks,
+            prefill_only=(True, FLAG),
+            device=(None, OPTIONAL),
+            check_memory=(True, FLAG),
+            max_new_tokens=(1, COUNT | OPTIONAL),
         ),
         call(
             "generate",
@@ -287,6 +316,7 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             fwd_hooks=fwd_hooks,
             inputs=(w.inputs, OPTIONAL | NO_KEYS | {"mapping"}),
             prefill_only=(False, FLAG),
+            bwd_hooks=fwd_hooks,
         ),
         call(
             "record",
@@ -528,6 +558,32 @@ def _of_sweeps(w: SimpleNamespace) -> list[Call]:
             metric=metric,
             sites=([RESID], OPTIONAL),
         ),
+        *(
+            call(
+                name,
+                function,
+                model=model,
+                inputs=inputs,
+                metric=(_last_logit, NOTHING),
+                site=(0, WHOLE),
+                baseline=("zero", NOTHING),
+                **more,
+            )
+            for name, function, more in (
+                ("gradient_attribution", hv.gradient_attribution, {}),
+                ("integrated_gradients", hv.integrated_gradients, {"steps": (1, COUNT)}),
+            )
+        ),
+        call(
+            "pixel_attribution",
+            hv.pixel_attribution,
+            model=model,
+            inputs=inputs,
+            metric=(_last_logit, NOTHING),
+            integrated=(True, FLAG),
+            baseline=("zero", NOTHING),
+            steps=(1, COUNT),
+        ),
         call("final_logits", hv.final_logits, logits=(torch.zeros(1, 2, 5), NOTHING)),
         call("attribution_error", attribution_error.attribution_error, **compared),
         call(
@@ -680,6 +736,7 @@ def _of_places(w: SimpleNamespace) -> list[Call]:
     row = (w.row, NOTHING)
     return [
         call("LastToken.positions", hv.LastToken().positions, where=row),
+        call("Generated", hv.Generated, first=(0, WHOLE), last=(3, WHOLE | OPTIONAL)),
         call("Positions", positions.Positions, indices=((0, -1), frozenset(["ints"]))),
         call("Span", hv.Span, text=("red", TEXT - {"empty"}), occurrence=(0, OPTIONAL | INDEX)),
         call("Span.positions", hv.Span("red", 0).positions, where=row),

@@ -25,6 +25,7 @@ from hooked_vlm.interventions.chain import Chain
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import record
 from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.positions import LastToken, Positions, TextTokens
 from hooked_vlm.regions.region import Region
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
@@ -242,6 +243,48 @@ def test_it_acts_on_the_prompt_of_a_generation(family: str) -> None:
         assert torch.equal(model.generate(inputs, **how), cached)
     copies = model.generate(inputs, fwd_hooks=edits, num_beams=1, num_return_sequences=1, **how)
     assert torch.equal(copies, cached)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_queries_of_generated_tokens(family: str, use_cache: bool, beams: int) -> None:
+    """As a hook function that finds them by itself, with a cache and without one."""
+    model, inputs = tiny(family), make_inputs(family, batch=2)
+    grids = [row[0] for row in model.grids(inputs)]
+    length = inputs["input_ids"].shape[1]
+
+    def by_hand(pattern: Tensor, hook: Any) -> Tensor:
+        pattern = pattern.clone()
+        late = [i for i, position in enumerate(hook.positions) if position >= length - 1]
+        for row in range(len(pattern)):
+            keys = hook.keys_at(grids[row * 2 // len(pattern)].positions)
+            for i in late:
+                pattern[row, 1:, i, keys] = 0.0
+        return pattern
+
+    how = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE]}
+    how |= {"use_cache": use_cache, "num_beams": beams, "output_logits": True}
+    how |= {"return_dict_in_generate": True}
+    sites = [f"blocks.{i}.attn" for i in range(3)]
+    what = {"query": LastToken() | Generated(), "key": grids[0].all(), "heads": (1, 2, 3)}
+    edits = [Attend(site, scale=0.0, **what) for site in sites]
+    found = model.generate(inputs, fwd_hooks=edits, **how)
+    hooks = [(f"{site}.hook_pattern", by_hand) for site in sites]
+    expected = model.generate(inputs, fwd_hooks=hooks, **how)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one, other)
+    plain = model.generate(inputs, **how).logits
+    alone = [Attend(site, scale=0.0, **{**what, "query": Generated()}) for site in sites]
+    late = model.generate(inputs, fwd_hooks=alone, **how).logits
+    torch.testing.assert_close(late[0], plain[0])
+    assert not torch.allclose(late[1], plain[1], atol=1e-3)
+    with pytest.raises(InterventionError, match="generates nothing"):
+        model.run_with_hooks(inputs, edits)
+    for wrong in ({"key": Generated(), "scale": 0.0}, {"query": Generated(), "to": inputs}):
+        with pytest.raises(InterventionError, match="generated tokens are queries"):
+            Attend("blocks.0.attn", **wrong).check(model, inputs)
 
 
 def test_beams_are_copies_of_the_prompt() -> None:
@@ -531,6 +574,18 @@ def test_rows_of_different_lengths_are_refused() -> None:
         tiny("llava").run_with_hooks(make_inputs("llava"), [patch])
 
 
+def test_rows_of_generated_tokens_are_written() -> None:
+    model, inputs = tiny("llava"), make_inputs("llava")
+    site = "blocks.1.attn.hook_pattern"
+    how = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(inputs, fwd_hooks=[Ablate(site, at=Generated())], **how).logits
+    z = Ablate("blocks.1.attn.hook_z", at=Generated())
+    expected = model.generate(inputs, fwd_hooks=[z], **how).logits
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 # --- what is refused ------------------------------------------------------------------------
 
 
@@ -595,7 +650,7 @@ def test_pairs_that_the_model_masks_are_warned_of() -> None:
     clean = model.run_with_hooks(inputs, [("blocks.1.attn.hook_pattern", lambda x, hook: None)])
     for kind in ({"mask": True}, {"scale": 0.0}):
         edit = Attend("blocks.1.attn", query=first, key=last, **kind)
-        with pytest.warns(HookedVLMWarning, match="no query sees any of its keys"):
+        with pytest.warns(HookedVLMWarning, match="its queries come before its keys"):
             assert torch.equal(model.run_with_hooks(inputs, [edit]), clean)
 
 
