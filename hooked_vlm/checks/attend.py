@@ -10,6 +10,7 @@ from hooked_vlm.checks.laws import NONE, Finding, finding, quiet
 from hooked_vlm.errors import GridError, HookedVLMError
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import VISION, site_path
+from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.interventions.attend import Attend
 from hooked_vlm.interventions.pairs_of_attention import reads_encoder
 from hooked_vlm.interventions.recording import record
@@ -21,7 +22,8 @@ def check_attend(model: HookedVLM, inputs: Mapping[str, Any]) -> Finding:
     """Verifies `Attend` in every layer whose pattern can be written.
 
     In self-attention the image is knocked out for the last token (in models without a grid: the
-    first token), in cross-attention all of it, and in the vision encoder the first column.
+    token that it attends to most), in cross-attention all of it, and in the vision encoder the
+    first column.
     """
     names = [
         name.removesuffix(".hook_pattern")
@@ -39,16 +41,24 @@ def check_attend(model: HookedVLM, inputs: Mapping[str, Any]) -> Finding:
     return finding("attend", problems)
 
 
-def _keep(_value: Any, hook: HookPoint) -> None:
-    """Changes nothing."""
-
-
 def _in_tower(
     model: HookedVLM, inputs: Mapping[str, Any], names: list[str], *, is_vision: bool
 ) -> Iterator[str]:
     patterns = [f"{name}.hook_pattern" for name in names]
-    read = model.run_with_hooks(inputs, [(name, _keep) for name in patterns])
-    places = _places(model, inputs, names, is_vision=is_vision)
+    rows: dict[str, int] = {}
+    seen: list[int] = []
+    """The key that the last query attends to most, in the first layer."""
+
+    def count(pattern: VisionActivation, hook: HookPoint) -> None:
+        rows[hook.name] = sum(matrix.shape[-1] for matrix in pattern)
+        if not is_vision and hook.name == patterns[0]:
+            seen.append(int(pattern[0][:, -1].mean(0).argmax()))
+
+    read = model.run_with_hooks(inputs, [(name, count) for name in patterns])
+    # Blocks after a merge of patches have other rows than the grid tells.
+    first = rows.get(patterns[0])
+    whole = [n for n in names if not is_vision or rows.get(f"{n}.hook_pattern") == first]
+    places = {n: {} for n in names} | _places(model, inputs, whole, None if is_vision else seen)
     where = VISION if is_vision else "the language model"
 
     def run(**kind: Any) -> Tensor:
@@ -77,25 +87,31 @@ def _in_tower(
 
 
 def _places(
-    model: HookedVLM, inputs: Mapping[str, Any], names: list[str], *, is_vision: bool
+    model: HookedVLM, inputs: Mapping[str, Any], names: list[str], seen: list[int] | None
 ) -> dict[str, dict[str, Any]]:
-    """Returns the queries and keys that are knocked out, by attention."""
+    """Returns the queries and keys that are knocked out, by attention.
+
+    `seen` are keys for models without a grid; None in the vision encoder.
+    """
     try:
         grids = [grid for row in model.grids(inputs) for grid in row]
     except GridError:
         grids = []
-    if is_vision:
-        own = {"key": grids[0].strip("vertical", 0, 1)} if grids else {}
-        return {n: own if model.sites[f"{n}.hook_pattern"].by_image else {} for n in names}
-    key = grids[0].all() if grids else Positions((0,))
+    if seen is None and not grids:
+        return {}
+    key = grids[0].all() if grids else Positions(tuple(seen or ()))
+    if seen is None:
+        key = grids[0].strip("vertical", 0, 1)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        crosses = reads_encoder(model, model.sites[f"{name}.hook_pattern"])
-        found[name] = {"query": LastToken()} if crosses else {"query": LastToken(), "key": key}
+        site = model.sites[f"{name}.hook_pattern"]
+        what = {} if reads_encoder(model, site) else {"key": key}
+        what |= {} if seen is None else {"query": LastToken()}
         try:
-            Attend(name, scale=0.0, **found[name]).check(model, inputs)
-        except HookedVLMError:  # a decoder whose prompt is not the inputs' own
-            found[name] = {}
+            Attend(name, scale=0.0, **what).check(model, inputs)
+        except HookedVLMError:  # a decoder whose prompt is not the inputs' own, or other rows
+            continue
+        found[name] = what
     return found
 
 
@@ -105,10 +121,12 @@ def _by_hand(
     """Returns a hook function that sets the last query's weights on the keys to zero."""
     if not places:
         return lambda pattern, hook: pattern * 0.0
-    keys = slice(None)
-    if "key" in places:
-        grids = [grid for row in model.grids(inputs) for grid in row] or [None]
-        keys = torch.tensor([0]) if grids[0] is None else grids[0].positions.flatten()
+    key: Any = places.get("key")
+    keys: Any = slice(None)
+    if isinstance(key, Positions):
+        keys = list(key.indices)
+    elif key is not None:
+        keys = key.positions(next(grid for row in model.grids(inputs) for grid in row))
 
     def fn(pattern: Tensor, hook: HookPoint) -> Tensor:
         pattern = pattern.clone()

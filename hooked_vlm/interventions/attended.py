@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.errors import HookedVLMWarning, InterventionError, callers_level
+from hooked_vlm.errors import GridError, HookedVLMWarning, InterventionError, callers_level
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.patch_order import VisionActivation, listed
 from hooked_vlm.hooks.prompts import OnGenerated, OnPrompt
@@ -72,11 +72,19 @@ class PlacedAttend(Placed):
 
     @cached_property
     def _hook(self) -> Callable[..., Any]:
-        rows = [] if not self.where.by_image else self.places.rows(self.inputs)
-        one_each = bool(rows) and all(len(row.grids) == 1 for row in rows)
+        n_images = self._n_images if self.where.by_image else None
         if self.part.to is not None:
             _ = self._recorded  # a run of its own, before the one that this acts in
-        return OnPrompt(self.edited, self.inputs, len(rows) if one_each else None)
+        return OnPrompt(self.edited, self.inputs, n_images)
+
+    @property
+    def _n_images(self) -> int | None:
+        """The number of images, where each prompt has exactly one."""
+        try:
+            rows = self.places.rows(self.inputs)
+        except GridError:  # which places need, and not the whole of a pattern
+            return None
+        return len(rows) if all(len(row.grids) == 1 for row in rows) else None
 
     def edited(self, activation: VisionActivation, hook: HookPoint, start: int = 0) -> Any:
         """Returns what an activation is under this intervention.
