@@ -14,7 +14,9 @@ from PIL import Image
 
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
+from hooked_vlm.checks.attend import check_attend
 from hooked_vlm.checks.attribution import check_attribution
+from hooked_vlm.checks.backward import check_backward
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.lens import check_lens
@@ -58,10 +60,12 @@ def _findings(
         ("start layer", laws.check_start_layer),
         ("lens", check_lens),
         ("attribution", check_attribution),
+        ("attend", check_attend),
         ("own output", given.check_own_output),
         ("videos", given.check_videos),
         ("4-D mask", given.check_masks),
         ("gradients", given.check_gradients),
+        ("backward", check_backward),
     ):
         yield _safely(law, name, model, inputs)
     yield _safely(check_chunks, "chunks", model)

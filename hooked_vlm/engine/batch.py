@@ -34,6 +34,8 @@ from hooked_vlm.engine.stages import RowPlan, StageEdit, last_kept
 from hooked_vlm.engine.vision import Early
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.stand_ins import encoder_of, replaying
+from hooked_vlm.interventions.attended import PlacedAttend
+from hooked_vlm.interventions.placing import is_square
 
 
 @contextmanager
@@ -337,10 +339,16 @@ class Growing:
 
     def _on_suffix(self, step: StageEdit, part: Tensor) -> Tensor:
         """Gives an edit a prompt's whole length; positions before the rows' are not changed."""
-        if not self.start or part.shape[1] == self.length:  # all positions are there
+        point = self.points[step.site]
+        if isinstance(step.part, PlacedAttend):  # it needs no more than it changes
+            return step.part.edited(part, point, self.start)
+        axis = 2 if is_square(step.part.where) else 1
+        missing = self.length - part.shape[axis]
+        if not self.start or not missing:  # all positions are there
             return self._run_edit(step, part)
-        front = part.new_zeros(part.shape[0], self.length - part.shape[1], *part.shape[2:])
-        return self._run_edit(step, torch.cat([front, part], dim=1))[:, front.shape[1] :]
+        front = part.new_zeros(*part.shape[:axis], missing, *part.shape[axis + 1 :])
+        whole = self._run_edit(step, torch.cat([front, part], dim=axis))
+        return whole.narrow(axis, missing, part.shape[axis])
 
     def _inside(self, site: str) -> Callable[..., Any]:
         """Returns a hook function that does what each job does at a site inside a block."""

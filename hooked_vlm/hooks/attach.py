@@ -23,9 +23,16 @@ from hooked_vlm.hooks.attention import Edits, tapped_config
 from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch, is_watched
 from hooked_vlm.hooks.generation import at_each_pass, count_steps
+from hooked_vlm.hooks.gradients import last
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call
-from hooked_vlm.hooks.prompts import OnPrompt, acts_on_prompt, match, refuse_mixed
+from hooked_vlm.hooks.prompts import (
+    OnGenerated,
+    OnPrompt,
+    acts_on_prompt,
+    match,
+    refuse_mixed,
+)
 from hooked_vlm.hooks.sites import Site
 
 
@@ -51,7 +58,9 @@ def attach(
         for name, fn in pairs:
             by_site.setdefault(name, []).append((fn, run))
     packing = CallContext()
-    fired = [SiteDispatch(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
+    fired = [
+        SiteDispatch(sites[n], points[n], last(by_site[n]), packing) for n in sites if n in by_site
+    ]
     # 2. Register hooks that track passes and calls, then those of the sites.
     with ExitStack() as stack:
         stack.enter_context(eager(entries[0]))
@@ -145,7 +154,8 @@ def _reset_counters(fired: Sequence[SiteDispatch], packing: CallContext) -> Call
     """Returns a function that resets the counts of calls and prompts before each pass."""
 
     forget = _reset_calls(fired)
-    made_for = [(fn, run) for item in fired for fn, run in item.fns if isinstance(fn, OnPrompt)]
+    functions = [pair for item in fired for pair in item.fns]
+    made_for = [(fn, run) for fn, run in functions if isinstance(fn, OnPrompt | OnGenerated)]
 
     def restart(args: tuple, kwargs: dict) -> None:
         forget()
@@ -245,7 +255,11 @@ def _attention_edit(item: SiteDispatch) -> Callable[[Any], Any]:
         if is_cached and any(acts_on_prompt(fn, run) for fn, run in item.fns):
             # The key-value cache holds this tensor, and later steps, in which the functions are
             # inactive, read it.  Written in place, the edit lasts.
-            if item.packing.start and any(not acts_on_prompt(fn, run) for fn, run in item.editing):
+            others = [fn for fn, run in item.editing if not acts_on_prompt(fn, run)]
+            if item.packing.start and others:
+                # Generated tokens are none of the prompt's: there the order does not matter.
+                if all(isinstance(fn, OnGenerated) for fn in others):
+                    return changed
                 raise refuse_mixed(item.point.name)
             return raw.copy_(changed)
         return changed
@@ -260,7 +274,7 @@ def _edit_chunks(item: SiteDispatch, chunks: list[Tensor]) -> list[Tensor]:
     # Reorder queries and keys, run the functions, then restore the order.
     layout = item.packing.layout
     assert layout is not None, "a packed encoder ran without its layout having been noted"
-    orders = _chunk_orders(layout, [chunk.shape[-1] for chunk in chunks], chunks[0].device)
+    orders, item.point.rows = _chunk_orders(layout, [c.shape[-1] for c in chunks], chunks[0].device)
     raster = [_reordered(c[0], o) for c, o in zip(chunks, orders, strict=True)]
     by_image = len(chunks) == len(layout.patches.rows) and layout.patches.even
     shown = torch.stack(raster) if by_image else raster
@@ -277,7 +291,19 @@ def _reordered(square: Tensor, order: Tensor) -> Tensor:
     return square.index_select(1, order).gather(2, order.expand(square.shape))
 
 
-def _chunk_orders(layout: PackedLayout, lengths: list[int], device: Any) -> list[Tensor]:
-    """Returns for each chunk of packed rows its rows in raster order."""
-    rank = layout.order("blocks", sum(lengths)).places
-    return [torch.argsort(part).to(device) for part in rank.split(lengths)]
+def _chunk_orders(
+    layout: PackedLayout, lengths: list[int], device: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns for each chunk of packed rows its rows in raster order, and where each is then.
+
+    That is its image and its place in it.
+    """
+    order = layout.order("blocks", sum(lengths))
+    parts = [part.sort() for part in order.places.split(lengths)]
+    places = torch.cat(
+        [
+            torch.stack([torch.full_like(r, i), torch.arange(len(r))], 1)
+            for i, r in enumerate(order.rows)
+        ]
+    )
+    return [part.indices.to(device) for part in parts], [places[part.values] for part in parts]

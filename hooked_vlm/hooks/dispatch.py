@@ -101,7 +101,7 @@ class SiteDispatch:
             if self._is_inactive(fn, run):
                 continue
             self.point.step = max(run.steps, 0)
-            act, n_new = fn, run.n_new if run.prefill_only else 0
+            act, n_new = fn, run.n_new if acts_on_prompt(fn, run) else 0
             if isinstance(fn, OnPrompt):
                 found = match(fn, self.packing, run)
                 act, n_new = fn.on_copies(max(found.n_copies, 1)), found.n_new
@@ -166,23 +166,26 @@ class SiteDispatch:
                 f"A hook function changed {self.point.name}, which cannot be written: "
                 f"{self.point.read_only}."
             )
-        return self._checked(result, value, fn), True
+        return replacement(result, value, fn, self.point), True
 
-    def _checked(self, result: Any, value: VisionActivation, fn: HookFunction) -> VisionActivation:
-        """Returns a function's result; raises `HookError` if it cannot replace the value."""
-        given, expected = _parts(result), _parts(value)
-        ok = isinstance(result, Tensor) == isinstance(value, Tensor) and len(given) == len(expected)
-        ok = ok and all(
-            isinstance(g, Tensor) and (g.shape, g.dtype, g.device) == (e.shape, e.dtype, e.device)
-            for g, e in zip(given, expected, strict=True)
-        )
-        if ok:
-            return given if isinstance(value, list) else result
-        raise HookError(
-            f"The hook function {getattr(fn, '__name__', fn)!r} at {self.point.name} returned "
-            f"{_describe(result)}; expected {_describe(value)} with axes [{self.site.axes}]. "
-            "Return a tensor of the activation's shape, dtype and device, or None to keep it."
-        )
+
+def replacement(
+    result: Any, value: VisionActivation, fn: HookFunction, point: HookPoint
+) -> VisionActivation:
+    """Returns a function's result; raises `HookError` if it cannot replace the value."""
+    given, expected = _parts(result), _parts(value)
+    ok = isinstance(result, Tensor) == isinstance(value, Tensor) and len(given) == len(expected)
+    ok = ok and all(
+        isinstance(g, Tensor) and (g.shape, g.dtype, g.device) == (e.shape, e.dtype, e.device)
+        for g, e in zip(given, expected, strict=True)
+    )
+    if ok:
+        return given if isinstance(value, list) else result
+    raise HookError(
+        f"The hook function {getattr(fn, '__name__', fn)!r} at {point.name} returned "
+        f"{_describe(result)}; expected {_describe(value)} with axes [{point.axes}]. "
+        "Return a tensor of the activation's shape, dtype and device, or None to keep it."
+    )
 
 
 def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:

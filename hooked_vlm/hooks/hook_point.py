@@ -6,7 +6,7 @@ forward pass in progress.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -54,6 +54,10 @@ class HookPoint:
     key_positions: range = range(0)
     """The positions that the axis `key` holds: fewer than all where a layer's attention is to a
     window of them.  A cache of fixed size has unused keys after these."""
+
+    rows: Sequence[Int[Tensor, "row 2"]] = ()
+    """At scores and patterns of an encoder that packs its patches: the image and the place in it
+    of each row of a matrix, for each matrix shown.  That is one for each image, window or frame."""
 
     def keys_at(self, positions: Int[Tensor, "*any"]) -> Int[Tensor, " key"]:
         """Returns where positions of the prompt and its answer are on the axis `key`, ascending.

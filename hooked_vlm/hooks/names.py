@@ -21,6 +21,9 @@ from hooked_vlm.errors import UnknownHookError, counted, did_you_mean
 VISION: Final = "vision_encoder"
 PROJECTOR: Final = "vision_projector"
 
+GRADIENT: Final = "_grad"
+"""What follows the name of a site in the name of its gradient, as in TransformerLens."""
+
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 _RENAMED = (
@@ -72,9 +75,13 @@ def get_act_name(name: Name, layer: int | Name | None = None, layer_type: str | 
     'vision_encoder.blocks.0.attn.hook_pattern'
     >>> get_act_name("out", layer_type="vision_projector")
     'vision_projector.hook_out'
+    >>> get_act_name("q_grad", 3)
+    'blocks.3.attn.hook_q_grad'
     """
     if ("." in name or name.startswith("hook_")) and layer is None and layer_type is None:
         return name
+    if name.endswith(GRADIENT):
+        return get_act_name(name.removesuffix(GRADIENT), layer, layer_type) + GRADIENT
     # "k6" has its layer in the name.
     match = re.match(r"([a-z_]+)(\d+)([a-z]?.*)", name)
     if match and layer is None:
@@ -131,9 +138,11 @@ def resolve_name(name: str, known: Iterable[str], n_layers: Mapping[str, int] | 
     known = list(known)
     if name in (lookup := set(known)):
         return name
-    canonical = name
+    gradient = GRADIENT if name.endswith(GRADIENT) else ""
+    canonical = name.removesuffix(GRADIENT)
     for pattern, replacement in _RENAMED:
         canonical = re.sub(pattern, replacement, canonical)
+    canonical += gradient
     canonical = _from_the_end(canonical, known, n_layers or {})
     if canonical in lookup:
         return canonical

@@ -210,6 +210,16 @@ def each(function: Callable[[Tensor], Tensor], value: VisionActivation) -> Visio
     return [function(v) for v in value] if isinstance(value, list) else function(value)
 
 
+def joint(
+    function: Callable[[Tensor, Tensor], Tensor], one: VisionActivation, other: VisionActivation
+) -> VisionActivation:
+    """Returns a function of two tensors, or of every two of lists by image."""
+    if isinstance(one, list):
+        return [function(*both) for both in zip(one, other, strict=True)]
+    assert isinstance(other, Tensor)
+    return function(one, other)
+
+
 def joined(first: VisionActivation, second: VisionActivation) -> VisionActivation:
     """Returns the images of two calls of one module together: a tensor if their shapes agree."""
     images = [*first, *second]

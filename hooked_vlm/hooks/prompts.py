@@ -4,9 +4,13 @@ An intervention is placed on certain inputs.  It acts where the model runs on th
 each copy of a prompt that a generation makes (for beams, say), and not on the tokens that are
 generated after them.  On any other inputs it raises: its indices would still fit somewhere.
 All of this is read from the pass itself, its arguments and its key-value cache.
+
+An intervention on generated tokens acts on these alone, in every row, wherever a pass computes
+them: one token at a time with a key-value cache, all of them in each pass without.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +18,16 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.anatomy.caches import PROMPTS, caches_among
-from hooked_vlm.errors import HookError, InterventionError, counted
+from hooked_vlm.errors import (
+    HookedVLMWarning,
+    HookError,
+    InterventionError,
+    callers_level,
+    counted,
+)
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
 from hooked_vlm.hooks.patch_order import VisionActivation
+from hooked_vlm.regions.generated import Generated
 
 
 class OnPrompt:
@@ -60,6 +71,60 @@ class OnPrompt:
         return fn
 
 
+class OnGenerated:
+    """A hook function that acts on what is generated after certain inputs, and on nothing else."""
+
+    def __init__(
+        self,
+        function: Callable[[Any, list[int]], Any],
+        places: Sequence[Generated],
+        inputs: Mapping[str, Any],
+        name: str,
+    ) -> None:
+        """`function` takes an activation, and where on its axis of positions to act."""
+        self.function, self.places, self.inputs = function, places, inputs
+        self.acted = False
+        self._end = 0
+        self.__name__ = name
+
+    def __call__(self, activation: VisionActivation, hook: HookPoint) -> Any:
+        held = hook.positions
+        if not held:
+            raise InterventionError(
+                f"{hook.name} runs on other positions than the prompt's, so generated tokens "
+                "cannot be told apart there. Use a hook function, which acts at every step."
+            )
+        if not hook.step:
+            self._end = held.stop
+        index = sorted({i for place in self.places for i in place.index(held, self._end)})
+        if not index:
+            return None
+        self.acted = True
+        return self.function(activation, index)
+
+
+def require_generation(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Raises `InterventionError` for functions on generated tokens, in a run that makes none."""
+    fn = next((fn for _, fn in pairs if isinstance(fn, OnGenerated)), None)
+    if fn is not None:
+        raise InterventionError(
+            f"{fn.__name__} acts on generated tokens, and this run generates nothing. Use "
+            "model.generate(inputs, fwd_hooks=…), or a place of the prompt."
+        )
+
+
+def warn_ungenerated(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Warns about functions on generated tokens where none of these was computed."""
+    idle = [fn for _, fn in pairs if isinstance(fn, OnGenerated) and not fn.acted]
+    if idle:
+        warnings.warn(
+            f"{idle[0].__name__} did not act: no such token was computed. The last token that a "
+            "generation returns is never run, so generate one more than the last to act on.",
+            HookedVLMWarning,
+            stacklevel=callers_level(),
+        )
+
+
 @dataclass(frozen=True)
 class Match:
     """What a pass is to the inputs of an intervention."""
@@ -70,7 +135,7 @@ class Match:
     """Number of tokens after the prompt, where the pass repeats it."""
 
 
-def match(fn: OnPrompt, call: CallContext, run: PassCounter) -> Match:
+def match(fn: OnPrompt | OnGenerated, call: CallContext, run: PassCounter) -> Match:
     """Returns what the call in progress is to the inputs of an intervention; found once a call.
 
     Raises `InterventionError` for a call on other inputs, or on a part of a prompt.
@@ -153,7 +218,7 @@ def _require_same_geometry(inputs: Mapping[str, Any], call: CallContext) -> None
 
 def acts_on_prompt(fn: Any, run: PassCounter) -> bool:
     """Whether a hook function acts on the prompt alone, not on what is generated after it."""
-    return run.prefill_only or isinstance(fn, OnPrompt)
+    return isinstance(fn, OnPrompt) or (run.prefill_only and not isinstance(fn, OnGenerated))
 
 
 def refuse_mixed(name: str) -> HookError:

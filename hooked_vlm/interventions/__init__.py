@@ -4,6 +4,7 @@ Interventions are printable data; use one wherever a hook is taken.
 """
 
 from hooked_vlm.interventions.ablate import Ablate as Ablate
+from hooked_vlm.interventions.attend import Attend as Attend
 from hooked_vlm.interventions.chain import Chain as Chain
 from hooked_vlm.interventions.hook_at import HookAt as HookAt
 from hooked_vlm.interventions.patch import Patch as Patch

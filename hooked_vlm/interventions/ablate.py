@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from einops import reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from hooked_vlm.anatomy.devices import sent
@@ -15,8 +15,15 @@ from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
 from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
-from hooked_vlm.interventions.placing import Placed, Places, inputs_of, recorded_at
+from hooked_vlm.interventions.placing import (
+    Placed,
+    Places,
+    inputs_of,
+    is_visible,
+    recorded_at,
+)
 from hooked_vlm.interventions.recording import Source
+from hooked_vlm.regions.generated import generated_in
 
 
 @checked(InterventionError, only_names=True)
@@ -31,6 +38,7 @@ class Ablate(_Intervention):
     paper's recipe, protocol 2.6) use `Patch` with those runs as sources.
     """
 
+    reads: ClassVar[str] = "reference"
     to: str | Tensor = "zero"
     reference: Source | None = None
     reference_at: Any = None
@@ -65,6 +73,11 @@ class Ablate(_Intervention):
                 "mean is written."
             )
         at = self.at if self.reference_at is None else self.reference_at
+        if generated_in(at) or (generated_in(self.at) and self.to == "position_mean"):
+            raise InterventionError(
+                f"{self}: a reference has no generated tokens, so their mean is that of a place of "
+                "its prompt. Use to='mean' with reference_at, such as LastToken() or TextTokens()."
+            )
         reference = places.located(site, inputs_of(self.reference), at)
         sizes = sorted({len(inner) for _, inner in [*located, *reference]})
         if self.to == "position_mean" and len(sizes) != 1:
@@ -97,9 +110,14 @@ class Ablate(_Intervention):
             return torch.zeros(())
         values = recorded_at(placed, self.reference)
         rows = rows_at(values, reference.index(self.heads, values[0].device))
-        if self.to == "mean":
+        if placed.where.part == "attn_scores":
+            rows = rows.where(is_visible(rows), torch.nan)
+        if self.to == "position_mean":
+            rows = rearrange(rows, "(prompt pos) ... -> prompt pos ...", prompt=len(reference))
+        if placed.where.part != "attn_scores":
             return rows.mean(0)
-        return reduce(rows, "(prompt pos) ... -> pos ...", "mean", prompt=len(reference))
+        # The mean of what the model does not mask; keys that no query sees stay masked.
+        return rows.nanmean(0).nan_to_num(nan=torch.finfo(rows.dtype).min)
 
     def __str__(self) -> str:
         to = self.to if isinstance(self.to, str) else "vector"

@@ -20,24 +20,25 @@ from typing import Any
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName, site_of
+from hooked_vlm.interventions.indexing import all_rows
+from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName, by_query, site_of
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.regions.generated import generated_in
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Intervention:
-    """What all interventions share: a site, a place there, and how they become a hook."""
+class _Bound:
+    """What all interventions have in common: what follows from `place`."""
 
-    site: SiteName = field(kw_only=False)
-    at: Any = None
-    """A Region, LastToken(), Span(…), …; None is every position."""
-    heads: tuple[int, ...] | None = None
-    """At sites with a head axis: the heads to act on; None is all of them."""
+    site: Any
+
+    def place(self, model: HookedModel, inputs: Mapping[str, Any], places: Any = None) -> Placed:
+        """Returns this bound to a model and inputs, all checks made; nothing runs."""
+        raise NotImplementedError
 
     @checked(UnknownHookError)
     def at_site(self, site: SiteName) -> Any:
         """Returns the same intervention at another site."""
-        return replace(self, site=site)
+        return replace(self, site=site)  # type: ignore[type-var]
 
     @checked(InterventionError)
     def check(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
@@ -52,6 +53,19 @@ class _Intervention:
         """
         return self.place(model, inputs).hooks_for()
 
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Intervention(_Bound):
+    """What interventions share that write at one place of a site."""
+
+    site: SiteName = field(kw_only=False)
+    at: Any = None
+    """A Region, LastToken(), Span(…), …; None is every position of the prompt.  `Generated()` is
+    the tokens after it, in a generation.  At attention scores and patterns it is where queries are:
+    whole rows are written."""
+    heads: tuple[int, ...] | None = None
+    """At sites with a head axis: the heads to act on; None is all of them."""
+
     def place(
         self, model: HookedModel, inputs: Mapping[str, Any], places: Places | None = None
     ) -> Placed:
@@ -61,9 +75,10 @@ class _Intervention:
         each place is located once.
         """
         places = places or Places(model)
-        site = site_of(model, self.site)
-        self._check_heads(model, site)
-        return Placed(self, site, inputs, self._places(places, site, inputs), places)
+        site = by_query(site_of(model, self.site))
+        check_heads(self.heads, model, site)
+        located = self._places(places, site, inputs)
+        return Placed(self, site, inputs, located, places, generated_in(self.at))
 
     def _places(self, places: Places, site: Site, inputs: Mapping[str, Any]) -> tuple:
         """Returns where to write (and to read), having checked everything else as well."""
@@ -72,29 +87,9 @@ class _Intervention:
     def _edit(self, placed: Placed) -> Callable[[Any], Any]:
         raise NotImplementedError
 
-    def _check_heads(self, model: HookedModel, site: Site) -> None:
-        if self.heads is None:
-            return
-        if (
-            not isinstance(self.heads, tuple)
-            or not self.heads
-            or not all(map(_is_whole, self.heads))
-        ):
-            raise InterventionError(
-                f"heads={self.heads!r} was given; expected a tuple of one or more whole numbers, "
-                "or None for all heads."
-            )
-        if not site.heads and site.tap != "attention":
-            raise InterventionError(
-                f"{site.name} has axes [{site.axes}]: there are no heads to choose."
-            )
-        tower = site.stack(model.cfg)
-        n_heads = tower.n_key_value_heads if "kv_head" in site.axes else tower.n_heads
-        wrong = [head for head in self.heads if not 0 <= head < n_heads]
-        if wrong:
-            raise InterventionError(
-                f"{site.name} has heads 0 to {n_heads - 1}; {wrong} were given."
-            )
+    def _generated_at(self, placed: Placed, rows: int, index: tuple[int, ...]) -> tuple:
+        """Returns where to write (and to read) generated tokens of a pass, in all its rows."""
+        return (all_rows(rows, index), *placed.located[1:])
 
     def _check_width(self, model: HookedModel, site: Site, width: int) -> None:
         self._check_features(site, self._features(model, site), width)
@@ -111,6 +106,26 @@ class _Intervention:
                 f"{site.name} has {expected} features, and {width} were given: {self}. Take "
                 "vectors from activations of this site."
             )
+
+
+def check_heads(heads: Any, model: HookedModel, site: Site) -> None:
+    """Raises `InterventionError` for heads that a site does not have."""
+    if heads is None:
+        return
+    if not isinstance(heads, tuple) or not heads or not all(map(_is_whole, heads)):
+        raise InterventionError(
+            f"heads={heads!r} was given; expected a tuple of one or more whole numbers, "
+            "or None for all heads."
+        )
+    if not site.heads and site.tap != "attention":
+        raise InterventionError(
+            f"{site.name} has axes [{site.axes}]: there are no heads to choose."
+        )
+    tower = site.stack(model.cfg)
+    n_heads = tower.n_key_value_heads if "kv_head" in site.axes else tower.n_heads
+    wrong = [head for head in heads if not 0 <= head < n_heads]
+    if wrong:
+        raise InterventionError(f"{site.name} has heads 0 to {n_heads - 1}; {wrong} were given.")
 
 
 def _is_whole(head: object) -> bool:

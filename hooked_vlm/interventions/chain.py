@@ -6,7 +6,7 @@ from typing import Any
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, UnknownHookError
-from hooked_vlm.interventions.ablate import Ablate
+from hooked_vlm.hooks.prompts import require_generation
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.base import HookedModel
@@ -93,17 +93,22 @@ def flattened(interventions: Iterable[Any]) -> Iterator[Any]:
 def source_of(intervention: Any) -> tuple[str, Any]:
     """Returns the field of an intervention that names another run, and that run (or None)."""
     part = intervention.part if isinstance(intervention, Placed) else intervention
-    name = "reference" if isinstance(part, Ablate) else "source"
-    return name, getattr(part, name, None)
+    name = getattr(part, "reads", "source")
+    source = getattr(part, name, None)
+    # A frozen pattern may be a tensor as well, which needs no run.
+    return name, source if isinstance(source, Recording | Mapping) else None
 
 
 def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> Any:
     if hasattr(part, "place"):
-        return part.place(model, inputs, places)
+        placed = part.place(model, inputs, places)
+        if getattr(placed, "generated", ()):
+            require_generation(placed.hooks_for())
+        return placed
     if not hasattr(part, "hooks_for"):
         raise InterventionError(
-            f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Chain, HookAt or a pair "
-            "(name, function)."
+            f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Attend, Chain, HookAt "
+            "or a pair (name, function)."
         )
     if hasattr(part, "check"):
         part.check(model, inputs)

@@ -18,6 +18,7 @@ from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.errors import InterventionError, counted
 from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.hooks.sites import Site
+from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.regions.positions import (
@@ -65,7 +66,8 @@ def needs_images(place: Any) -> bool:
     """
     if isinstance(place, AnyOf):
         return any(needs_images(part) for part in place.parts)
-    return not (place is None or isinstance(place, LastToken | Positions | Span | TextTokens))
+    known = LastToken | Positions | Span | TextTokens | Generated
+    return not (place is None or isinstance(place, known))
 
 
 def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
@@ -93,6 +95,12 @@ def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
         for grid, region in _images(place, row, site):
             located += _in_encoder(site, region, grid)
     return located
+
+
+def all_rows(n_rows: int, index: Sequence[int]) -> Located:
+    """Returns the same indices along the second axis in each of the rows of the first."""
+    inner = torch.tensor(list(index))
+    return Located((row, inner) for row in range(n_rows))
 
 
 def rows_needed(site: Site, rows: Sequence[PromptRow]) -> dict[int, int]:

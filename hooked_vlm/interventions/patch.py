@@ -14,7 +14,13 @@ from hooked_vlm.errors import InterventionError, RegionError, counted
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
-from hooked_vlm.interventions.indexing import Located, locate_pairs, rows_at, with_rows_at
+from hooked_vlm.interventions.indexing import (
+    Located,
+    all_rows,
+    locate_pairs,
+    rows_at,
+    with_rows_at,
+)
 from hooked_vlm.interventions.placing import (
     Placed,
     Places,
@@ -25,6 +31,7 @@ from hooked_vlm.interventions.placing import (
 )
 from hooked_vlm.interventions.recording import Source
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.regions.generated import Generated, generated_in
 from hooked_vlm.regions.pairs import CellPairs
 
 
@@ -42,6 +49,9 @@ class Patch(_Intervention):
     (of the last axis) that are written, all others stay.  `subspace` are rows that span the
     directions that are written: the activation keeps what is orthogonal to them, as in interchange
     interventions on a subspace (Geiger et al. 2024); rows need not be orthonormal.
+
+    At generated tokens (`at=Generated()`), `source_at` is one position of the source's prompt,
+    which each of these tokens gets.
 
     Raises `RegionError` for places of unequal size and for a source whose images have
     another grid, `InterventionError` for a source of another batch size, for sites of different
@@ -62,12 +72,12 @@ class Patch(_Intervention):
 
         def edit(activation: Any) -> Any:
             here = activation[0]
+            # Rows of keys, at patterns, are as long as the prompt.
+            self._check_features(placed.where, here.shape[-1], taken.shape[-1])
             index = targets.index(self.heads, here.device)
             new = taken.to(here.device, here.dtype)
-            if self.neurons is not None or basis is not None or self.source_site is not None:
-                old = rows_at(activation, index)
-                self._check_features(placed.where, old.shape[-1], new.shape[-1])
-                new = self._partly(old, new, basis)
+            if self.neurons is not None or basis is not None:
+                new = self._partly(rows_at(activation, index), new, basis)
             return with_rows_at(activation, index, new)
 
         return edit
@@ -141,6 +151,9 @@ class Patch(_Intervention):
                 f"from a source that has {len(sources)}. Give a source of the same batch size, or "
                 "of one."
             )
+        if generated_in(self.at):
+            self._require_one_each(sources)
+            return targets, sources
         for b, ((_, target), (_, source)) in enumerate(zip(targets, sources, strict=True)):
             if len(target) != len(source):
                 raise RegionError(
@@ -148,6 +161,28 @@ class Patch(_Intervention):
                     f"prompt {b}. Give places of equal size; nothing is broadcast."
                 )
         return targets, sources
+
+    def _require_one_each(self, sources: Located) -> None:
+        if not isinstance(self.at, Generated) or generated_in(self.source_at):
+            raise InterventionError(
+                f"{self}: generated tokens are written from a position of a prompt. Give a Patch "
+                "of their own, at=Generated(), with source_at a place such as LastToken()."
+            )
+        for b, (_, source) in enumerate(sources):
+            if len(source) != 1:
+                raise RegionError(
+                    f"{self} would write each generated token from "
+                    f"{counted(len(source), 'position')} in prompt {b}. Give source_at a place of "
+                    "one position, such as LastToken()."
+                )
+
+    def _generated_at(self, placed: Placed, rows: int, index: tuple[int, ...]) -> tuple:
+        # The copies of a prompt that a generation makes follow one another.
+        sources = placed.located[1]
+        copies = rows // len(sources)
+        taken = ((outer, inner.expand(len(index))) for outer, inner in sources)
+        repeated = Located(pair for pair in taken for _ in range(copies))
+        return all_rows(rows, index), repeated
 
     def __str__(self) -> str:
         where = str(self.at) if self.source_at is None else f"{self.at} from {self.source_at}"

@@ -11,10 +11,14 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import resolve_name, slot_name
-from hooked_vlm.hooks.prompts import OnPrompt
+from hooked_vlm.hooks.patch_order import each, joint, listed
+from hooked_vlm.hooks.prompts import OnGenerated, OnPrompt
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.rows import placeholder_ids, prompt_shape, rows_of
 from hooked_vlm.interventions.indexing import (
@@ -26,6 +30,7 @@ from hooked_vlm.interventions.indexing import (
 )
 from hooked_vlm.interventions.recording import Recording, Source, record
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.positions import PromptRow
 
 
@@ -47,7 +52,51 @@ def read_site(model: HookedModel, part: Any) -> Site:
     """Returns the site at which an intervention reads its source: its own, if it names no other."""
     other = getattr(part, "source_site", None)
     name = full_name(model, part.site if other is None else other)
-    return model.sites[resolve_name(name, model.sites)]
+    return by_query(model.sites[resolve_name(name, model.sites)])
+
+
+def by_query(site: Site) -> Site:
+    """Returns a site of scores or patterns as one of queries, each with rows of keys by head.
+
+    Other sites are returned as they are.
+    """
+    outer, *inner = site.axes.split()
+    if inner != ["head", "query", "key"] or outer == "window":
+        return site
+    rows = "batch pos" if outer == "batch" else "image patch"
+    return replace(site, axes=f"{rows} head key")
+
+
+def _turned(site: Site, activation: Any) -> Any:
+    """Returns an activation with the axes of `by_query`, or back in the module's own."""
+    if not is_square(site):
+        return activation
+    if len(sizes := {x.shape[-1] for x in listed(activation)}) > 1:
+        raise InterventionError(
+            f"{site.name} has rows of {' and '.join(map(str, sorted(sizes)))} keys, of images or "
+            "windows of different sizes. Run one image at a time, use Attend(…), which finds "
+            "queries and keys there, or a hook function."
+        )
+    return each(lambda x: x.transpose(-3, -2), activation)
+
+
+def _written(site: Site, activation: Any, edited: Any) -> Any:
+    """Returns an edit of a `_turned` activation in the module's own order of axes."""
+    edited = _turned(site, edited)
+    if site.part != "attn_scores":
+        return edited
+    # A score of zero is a score like any other: what the model masks stays masked.
+    return joint(lambda old, new: torch.where(is_visible(old), new, old), activation, edited)
+
+
+def is_square(site: Site) -> bool:
+    """Whether a site has attention's scores or patterns."""
+    return site.part in ("attn_scores", "pattern")
+
+
+def is_visible(scores: Tensor) -> Tensor:
+    """Returns which scores the model's own mask leaves."""
+    return scores > torch.finfo(scores.dtype).min / 2
 
 
 def full_name(model: HookedModel, name: SiteName) -> str:
@@ -70,6 +119,8 @@ class Places:
         # By identity; the objects are kept with the answers, so that no other gets their id.
         self._rows: dict[Any, tuple[Any, list[PromptRow]]] = {}
         self._located: dict[Any, tuple[Any, Located]] = {}
+        self.has_warned = False
+        """Whether a warning that is given once was given."""
 
     def rows(
         self, inputs: Mapping[str, Any], *, text: bool = False, images: bool = True
@@ -105,6 +156,8 @@ class Placed:
     located: tuple[Located, ...]
     """Where it writes, and where its source is read."""
     places: Places
+    generated: tuple[Generated, ...] = ()
+    """The generated tokens among the places where it writes."""
 
     @property
     def site(self) -> str:
@@ -125,8 +178,16 @@ class Placed:
         """Does nothing: everything was checked when the intervention was placed."""
 
     def hooks_for(self, *_: Any) -> list[Edit]:
-        """Returns the hook that carries this out; a source that is not recorded yet is run."""
-        return [(self.site, self._hook)]
+        """Returns the hooks that carry this out; a source that is not recorded yet is run.
+
+        One acts on the prompt, and one on generated tokens.
+        """
+        hooks: list[Edit] = []
+        if not self.generated or any(len(inner) for _, inner in self.located[0]):
+            hooks.append((self.site, self._hook))
+        if self.generated:
+            hooks.append((self.site, self._generated_hook()))
+        return hooks
 
     def reading(self, **sources: Any) -> "Placed":
         """Returns the same with other runs of the same inputs to read from."""
@@ -135,6 +196,36 @@ class Placed:
     @cached_property
     def _hook(self) -> Callable[..., Any]:
         return guarded(self.part._edit(self), self.inputs, self.where, self.places)
+
+    def _generated_hook(self) -> OnGenerated:
+        """Returns a new function, which counts the tokens of one run."""
+        ready = self._recorded()
+        axes = len(self.where.axes.split())
+        made: dict[Any, Callable[[Any], Any]] = {}
+
+        def edit(activation: Any, index: list[int]) -> Any:
+            if activation.ndim != axes:
+                raise InterventionError(
+                    f"{self.site} has shape {tuple(activation.shape)} in this model; an "
+                    f"intervention needs the axes [{self.where.axes}]. Use a hook function."
+                )
+            key = len(activation), tuple(index)
+            if key not in made:
+                made.clear()  # without a key-value cache, each pass has another
+                located = ready.part._generated_at(ready, *key)
+                made[key] = ready.part._edit(replace(ready, located=located))
+            return _written(self.where, activation, made[key](_turned(self.where, activation)))
+
+        return OnGenerated(edit, self.generated, self.inputs, str(self))
+
+    def _recorded(self) -> "Placed":
+        """Returns the same with the run that it reads recorded, so that it runs once."""
+        for name in ("source", "reference"):
+            source = getattr(self.part, name, None)
+            if source is not None and not isinstance(source, Recording):
+                run = record(self.places.model, source, [self.site])
+                return self.reading(**{name: run})
+        return self
 
     def __str__(self) -> str:
         return str(self.part)
@@ -147,7 +238,7 @@ def recorded_at(placed: Placed, source: "Source", site: Site | None = None) -> A
     """
     model, site = placed.places.model, site or placed.where
     run = source if isinstance(source, Recording) else record(model, source, [site.name])
-    values = run.cache[site.name]
+    values = _turned(site, run.cache[site.name])
     require_made_for(site, values, run.inputs, placed.places)
     return values
 
@@ -179,8 +270,14 @@ def guarded(
                 "cannot tell them apart. Use hook_merged_embed (slot 0) at the same region, or one "
                 "image at a time."
             )
-        _require(site, activation, inputs, needed)
-        return edit(activation)
+        if is_square(site) and len(hook.rows) > len(needed or hook.rows):
+            raise InterventionError(
+                f"{hook.name} has a pattern for each window of an image, and no row of all keys. "
+                "Use Attend(…), which finds queries and keys in their windows, or a hook function."
+            )
+        shown = _turned(site, activation)
+        _require(site, shown, inputs, needed)
+        return _written(site, activation, edit(shown))
 
     one_each = bool(rows) and all(len(row.grids) == 1 for row in rows)
     return OnPrompt(hook_fn, inputs, len(rows) if one_each else None)

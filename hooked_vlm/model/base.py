@@ -20,22 +20,24 @@ from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.arguments.checked import checked, is_listed, shown
-from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level, counted
+from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level
 from hooked_vlm.hooks.attach import attach
-from hooked_vlm.hooks.attention import implementation
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.checkpointing import require_repeatable, warn_unrepeated
 from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
+from hooked_vlm.hooks.gradients import warn_unreached
 from hooked_vlm.hooks.hook_point import ByName, HookPoint, PassCounter, require_hook_function
 from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
+from hooked_vlm.hooks.prompts import require_generation, warn_ungenerated
 from hooked_vlm.hooks.sites import Site, describe_sites
 from hooked_vlm.hooks.turns import lock_of
 from hooked_vlm.inputs.grid_finder import Grids
 from hooked_vlm.inputs.tensors import require_tensors
 from hooked_vlm.model.activation_sizes import Footprint
+from hooked_vlm.model.gradients import backward_pairs, named_probes
 from hooked_vlm.model.instead import ActsLikeAModule
 from hooked_vlm.model.keywords import (
     require_given_once,
@@ -44,7 +46,7 @@ from hooked_vlm.model.keywords import (
     require_read,
 )
 from hooked_vlm.model.memory import require_memory
-from hooked_vlm.model.said import warn_unran
+from hooked_vlm.model.said import say_eager, warn_unran
 
 
 ModelInputs = Mapping[str, Any]
@@ -85,12 +87,11 @@ class HookedModel(ActsLikeAModule, ABC):
         self._vision = vision
         self._open: list[tuple[list[tuple[str, HookFunction]], PassCounter]] = []
         self._attached = ExitStack()
-        self._said_eager = False
+        self.said_eager = False
         self._said_unrepeated = False
         self._footprint: Footprint | None = None
         self._read_entries: set[str] = set()
         self._read_keywords: set[str] = set()
-        self._generates: set[str] = set()
 
     def require_call(self, inputs: Any, given: Iterable[str]) -> None:
         """Raises `HookError` for inputs that are none, and for names that nobody would read."""
@@ -125,28 +126,32 @@ class HookedModel(ActsLikeAModule, ABC):
         """
         return lock_of(self.hf_model)
 
-    @checked(HookError, but=("fwd_hooks",))
+    @checked(HookError, but=("fwd_hooks", "bwd_hooks"))
     @contextmanager
     def hooks(
         self: Wrapped,
         fwd_hooks: Sequence[FwdHook] = (),
         inputs: ModelInputs | None = None,
         prefill_only: bool = False,
+        *,
+        bwd_hooks: Sequence[FwdHook] = (),
     ) -> Iterator[Wrapped]:
         """Attaches hook functions for the duration of a `with` block.
 
         In nested blocks, outer functions run first.  In a generation, functions act at every
-        step, or with `prefill_only` on the prompt alone; interventions always act on the prompt
-        alone.  They need the `inputs` they will act on, and raise on others.  Raises
-        `UnknownHookError` for an unknown name before any function is attached.  All functions are
-        removed at the end, also after an error.  While a block is open, other threads and asyncio
-        tasks cannot run the model.
+        step, or with `prefill_only` on the prompt alone; interventions act on the prompt alone, or
+        on generated tokens (`Generated()`).  They need the `inputs` they will act on, and raise on
+        others.  Raises `UnknownHookError` for an unknown name before any function is attached.  All
+        functions are removed at the end, also after an error.  While a block is open, other threads
+        and asyncio tasks cannot run the model.  For `bwd_hooks`, see `run_with_hooks`.
         """
         if inputs is not None:
             self.require_call(inputs, ())
         counter = PassCounter(prefill_only, length=_prompt_length(inputs))
-        with self._attached_to_sites(self._pairs(fwd_hooks, inputs), counter):
+        pairs = self._pairs(fwd_hooks, inputs) + backward_pairs(self, bwd_hooks)
+        with self._attached_to_sites(pairs, counter):
             yield self
+        warn_ungenerated(pairs)
         if not self._said_unrepeated:
             said = warn_unrepeated(self._chain[0], counter, callers_level())
             self._said_unrepeated = said
@@ -206,7 +211,7 @@ class HookedModel(ActsLikeAModule, ABC):
         counter: PassCounter | None = None,
     ) -> Iterator[PassCounter]:
         """Attaches functions to sites with exact names; see `hooks`."""
-        self._say_eager(pairs)
+        say_eager(self, pairs)
         opened = pairs, counter or PassCounter()
         with self.turn():
             for _, other in self._open:
@@ -229,9 +234,12 @@ class HookedModel(ActsLikeAModule, ABC):
         inputs: ModelInputs,
         prefill_only: bool = False,
         is_generation: bool = False,
+        bwd_hooks: Sequence[FwdHook] = (),
     ) -> Any:
         """Returns the result of `run` under hook functions; warns when a named site never ran."""
-        pairs = self._pairs(fwd_hooks, inputs)
+        pairs = self._pairs(fwd_hooks, inputs) + backward_pairs(self, bwd_hooks)
+        if not is_generation:
+            require_generation(pairs)
         if not pairs:  # nothing is attached, so a compiled model stays compiled
             with self.turn():
                 return run()
@@ -244,6 +252,8 @@ class HookedModel(ActsLikeAModule, ABC):
             output = run()
         require_repeatable(self._chain[0], counter, output)
         warn_unran(named - ran)
+        warn_unreached(output, named_probes(pairs))
+        warn_ungenerated(pairs)
         return output
 
     def _run_cached(
@@ -255,19 +265,23 @@ class HookedModel(ActsLikeAModule, ABC):
         device: str | torch.device | None,
         check_memory: bool,
         stop_at_layer: int | None = None,
+        n_copies: int = 1,
     ) -> tuple[Any, ActivationCache]:
         """Returns the result of `run`, and the cache of the sites that a filter selects.
 
         With `stop_at_layer`, the pass may end before some of these sites; they are not cached.
+        Memory is checked for `n_copies` of the cache.
         """
         # 1. Select the sites, and verify that their cache fits into memory.
         names = select_names(names_filter, self.hook_names)
         if check_memory:
-            warning = require_memory(self.footprint, inputs, names, stop_at_layer, device)
+            given = self.footprint, inputs, names, stop_at_layer, device
+            warning = require_memory(*given, n_copies)
             if warning:
                 warnings.warn(warning, HookedVLMWarning, stacklevel=callers_level())
         # 2. Run with a reader at each site.
         pairs = self._pairs(fwd_hooks, inputs)
+        require_generation(pairs)
         found: dict[str, VisionActivation] = {}
         # A later hook may edit memory in place that an earlier site shares, hence the copy.
         copy = bool(pairs) or bool(self._open)
@@ -297,9 +311,9 @@ class HookedModel(ActsLikeAModule, ABC):
             warn_unran(set(names) - set(found))
         kept = {name: found[name] for name in names if name in found}
         # What is returned is the user's to write to.
-        given = {x.data_ptr() for x in tree_leaves(output) if isinstance(x, Tensor)}
+        own = {x.data_ptr() for x in tree_leaves(output) if isinstance(x, Tensor)}
         kept = {
-            n: each(lambda x: x.clone() if x.data_ptr() in given else x, v) for n, v in kept.items()
+            n: each(lambda x: x.clone() if x.data_ptr() in own else x, v) for n, v in kept.items()
         }
         return output, ActivationCache(kept, self._n_layers)
 
@@ -371,27 +385,6 @@ class HookedModel(ActsLikeAModule, ABC):
             names = [name] if known else select_names(name, self.hook_names)
             pairs += [(site, fn) for site in names]
         return pairs
-
-    def _say_eager(self, pairs: list[tuple[str, Callable]]) -> None:
-        """Warns once per model that layers with hooked scores or patterns run eager attention."""
-        wanted = {
-            self.sites[name].module
-            for name, _ in pairs
-            if self.sites[name].part in ("attn_scores", "pattern")
-        }
-        bases = {implementation(self.hf_model.get_submodule(path)) for path in wanted} - {"eager"}
-        if not bases or self._said_eager:
-            return
-        self._said_eager = True
-        warnings.warn(
-            f"Attention scores or patterns are hooked in {counted(len(wanted), 'layer')}. Eager "
-            f"attention computes them there, in place of {' and '.join(sorted(bases))}; it needs "
-            "memory and can change outputs in the last bits. Exclude these sites with "
-            "names_filter, or load with attn_implementation='eager' so that all runs use it. "
-            "(Shown once per model.)",
-            HookedVLMWarning,
-            stacklevel=callers_level(),
-        )
 
 
 def _prompt_length(inputs: ModelInputs | None) -> int | None:

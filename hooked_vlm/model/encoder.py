@@ -10,6 +10,7 @@ from pixels select the patches to patch, ablate or steer.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from hooked_vlm.inputs.prepare import Images
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.tensors import require_tensors
 from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.model.gradients import Metric, require_metric, run_cached_with_gradients
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
@@ -160,16 +162,22 @@ class HookedVisionEncoder(HookedModel):
 
     __call__ = forward
 
-    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
+    @checked(HookError, but=("inputs", "fwd_hooks", "bwd_hooks"), missing=ONE_MAPPING)
     def run_with_hooks(
-        self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
+        self,
+        inputs: ModelInputs,
+        fwd_hooks: Sequence[FwdHook] = (),
+        bwd_hooks: Sequence[FwdHook] = (),
+        **kwargs: Any,
     ) -> Any:
         """Runs once under hook functions or interventions, and returns the encoder's output.
 
-        Warns when a named site never ran.
+        `bwd_hooks` get, and may replace, gradients (see `HookedVLM.run_with_hooks`).  Warns when a
+        named site never ran.
         """
         self.require_call(inputs, kwargs)
-        return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, inputs)
+        run = partial(self.forward, inputs, **kwargs)
+        return self._run_hooked(run, fwd_hooks, inputs, bwd_hooks=bwd_hooks)
 
     @checked(HookError, but=CHECKED_LATER, missing=ONE_MAPPING)
     def run_with_cache(
@@ -180,6 +188,8 @@ class HookedVisionEncoder(HookedModel):
         fwd_hooks: Sequence[FwdHook] = (),
         device: OptionalDevice = None,
         check_memory: bool = True,
+        incl_bwd: bool = False,
+        metric: Metric | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
         """Runs once and returns `(output, cache)`; cached tensors are detached.
@@ -187,11 +197,13 @@ class HookedVisionEncoder(HookedModel):
         `names_filter` selects sites by name, pattern, a sequence of these, or a function.
         Values are cached after `fwd_hooks` have run, which may edit them.  `device` is where
         cached tensors are moved.  Raises `CacheMemoryError` before the run when the cache does
-        not fit into memory, unless `check_memory=False`.
+        not fit into memory, unless `check_memory=False`.  With `incl_bwd=True` it also has the
+        gradients of one number, `metric(output)` (see `HookedVLM.run_with_cache`).
         """
         self.require_call(inputs, kwargs)
-
-        def run() -> Any:
-            return self.forward(inputs, **kwargs)
-
-        return self._run_cached(run, inputs, names_filter, fwd_hooks, device, check_memory)
+        require_metric(metric, incl_bwd)
+        what = partial(self.forward, inputs, **kwargs), inputs, names_filter, fwd_hooks
+        how: dict[str, Any] = {"device": device, "check_memory": check_memory}
+        if incl_bwd:
+            return run_cached_with_gradients(self, *what, metric, **how)
+        return self._run_cached(*what, **how)

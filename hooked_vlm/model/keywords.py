@@ -22,7 +22,7 @@ from hooked_vlm.inputs.tensors import require_as_long
 
 OURS = (
     *("inputs", "fwd_hooks", "names_filter", "stop_at_layer", "device", "check_memory"),
-    *("prefill_only", "residual", "layer"),
+    *("prefill_only", "residual", "layer", "bwd_hooks", "incl_bwd", "metric"),
 )
 """Our own arguments of the functions that run a model: what a misspelt one may have meant."""
 ONE_MAPPING = "Give them as one mapping: model(inputs), not model(**inputs)."
@@ -30,14 +30,14 @@ CHECKED_LATER = ("inputs", "names_filter", "stop_at_layer", "fwd_hooks")
 """Arguments of `run_with_cache` that are checked with the model's names at hand."""
 INSTEAD = {
     "fwd_hooks": "Use run_with_hooks, run_with_cache or generate, which take it.",
-    "bwd_hooks": "Call activation.register_hook(…) inside a hook function.",
+    "bwd_hooks": "Use run_with_hooks or `with model.hooks(…)`, which take it.",
     "names_filter": "Use run_with_cache, which takes it.",
     "stop_at_layer": "Use run_with_cache, which takes it.",
     "start_at_layer": "Use run_from_layer(inputs, residual, layer).",
     "return_type": "Compute it from the logits that are returned.",
     "loss_per_token": "Compute it from the logits that are returned.",
     "pos_slice": "Slice what was cached: cache[name][:, -1].",
-    "incl_bwd": "Call activation.register_hook(…) inside a hook function.",
+    **dict.fromkeys(("incl_bwd", "metric"), "Use run_with_cache, which takes it."),
     "remove_batch_dim": "Use cache.remove_batch_dim().",
     "return_cache_object": "Use dict(cache).",
     "reset_hooks_end": "Leave it out: hooks are removed at the end of every call.",

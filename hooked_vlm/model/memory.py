@@ -99,20 +99,23 @@ def require_memory(
     names: Sequence[str],
     stop_at_layer: int | None,
     device: str | torch.device | None,
+    n_copies: int = 1,
 ) -> str | None:
     """Raises `CacheMemoryError` for a cache that does not fit into the memory of its device.
+
+    With gradients, each activation is there twice (`n_copies`).
 
     Returns a warning for a cache that takes more than half of the free memory.  Small inputs
     are skipped without an estimate, and small caches without a query of the free memory.
     """
-    if footprint.at_most(inputs) * _LARGEST_NUMBER < _NOT_WORTH_ASKING:
+    if n_copies * footprint.at_most(inputs) * _LARGEST_NUMBER < _NOT_WORTH_ASKING:
         return None
     names = _reached(footprint, names, stop_at_layer)
-    if _total(footprint, inputs, names) < _NOT_WORTH_ASKING:
+    if n_copies * _total(footprint, inputs, names) < _NOT_WORTH_ASKING:
         return None
     warning = None
-    for place, needed in _by_device(footprint, inputs, names, device).items():
-        free = free_bytes(place)
+    for place, once in _by_device(footprint, inputs, names, device).items():
+        free, needed = free_bytes(place), n_copies * once
         if free is None or needed <= free / 2:
             continue
         have = f"{size_text(needed)} and {size_text(free)} are free on {place}"

@@ -10,8 +10,8 @@ pass without hooks is transformers' own.  The wrapper adds a name for each activ
     cache["resid_post", 3], cache["pattern", 0, "vision_encoder"]
 """
 
-import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,47 +26,40 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import OptionalDevice, Processor
 from hooked_vlm.errors import (
     DataError,
-    HookedVLMWarning,
     HookError,
     UnsupportedModelError,
-    callers_level,
     counted,
 )
 from hooked_vlm.hooks.cache import ActivationCache
-from hooked_vlm.hooks.names import NamesFilter, site_path
+from hooked_vlm.hooks.names import NamesFilter
 from hooked_vlm.hooks.sites import list_sites
 from hooked_vlm.hooks.stand_ins import (
-    EMBEDDINGS,
     layer_index,
-    noting,
     returns_tuples,
     run_until,
-    skipping,
-    start_site,
     uncached,
 )
 from hooked_vlm.inputs.given import given_grids
 from hooked_vlm.inputs.grid_finder import GridFinder, Grids
 from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
 from hooked_vlm.inputs.prepared import Inputs, together
-from hooked_vlm.model.base import FwdHook, HookedModel, ModelInputs
+from hooked_vlm.model.base import FwdHook, ModelInputs
+from hooked_vlm.model.from_layer import run_from
+from hooked_vlm.model.generating import Generates
+from hooked_vlm.model.gradients import Metric, require_metric, run_cached_with_gradients
 from hooked_vlm.model.instead import ShowsWeights
 from hooked_vlm.model.keywords import (
     CHECKED_LATER,
     ONE_MAPPING,
     logits_of,
-    require_generates,
-    require_given_once,
-    require_options,
     require_pixels,
     require_processed,
 )
 from hooked_vlm.model.loading import load_pretrained
 from hooked_vlm.model.readout import Readout
-from hooked_vlm.model.said import warn_unran
 
 
-class HookedVLM(ShowsWeights, HookedModel):
+class HookedVLM(ShowsWeights, Generates):
     """A vision-language model whose activations can be read, replaced and steered by name.
 
     >>> from PIL import Image
@@ -236,17 +229,38 @@ class HookedVLM(ShowsWeights, HookedModel):
 
     __call__ = forward
 
-    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
+    @checked(HookError, but=("inputs", "fwd_hooks", "bwd_hooks"), missing=ONE_MAPPING)
     def run_with_hooks(
-        self, inputs: ModelInputs, fwd_hooks: Sequence[FwdHook] = (), **kwargs: Any
+        self,
+        inputs: ModelInputs,
+        fwd_hooks: Sequence[FwdHook] = (),
+        bwd_hooks: Sequence[FwdHook] = (),
+        **kwargs: Any,
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Runs once under hook functions or interventions, and returns the logits.
 
-        Warns when a named site never ran, such as a vision site without an image.
+        `bwd_hooks` are `(name, function)` too: when the user differentiates something computed
+        from the logits, `function(gradient, hook)` gets the gradient of the site's activation (as
+        it is after all forward functions), in its documented shape.  A tensor that it returns
+        takes the gradient's place on the way back; at one site, functions act in this order.
+
+        Warns when a named site never ran, such as a vision site without an image, and about
+        `bwd_hooks` at a site that the logits do not depend on.  Raises `HookError` for `bwd_hooks`
+        where no graph is kept (`torch.no_grad()`) or blocks are checkpointed.
+
+        >>> from PIL import Image
+        >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+        >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
+        >>> show = lambda gradient, hook: print(hook.name, tuple(gradient.shape))
+        >>> site = "blocks.1.attn.hook_z"
+        >>> logits = model.run_with_hooks(inputs, bwd_hooks=[(site, show)])
+        >>> logits[0, -1, 5].backward()
+        blocks.1.attn.hook_z (1, 42, 4, 32)
         """
         self.require_call(inputs, kwargs)
         given = together(inputs, kwargs)
-        return self._run_hooked(lambda: self.forward(inputs, **kwargs), fwd_hooks, given)
+        run = partial(self.forward, inputs, **kwargs)
+        return self._run_hooked(run, fwd_hooks, given, bwd_hooks=bwd_hooks)
 
     @checked(HookError, but=CHECKED_LATER, missing=ONE_MAPPING)
     def run_with_cache(
@@ -258,6 +272,8 @@ class HookedVLM(ShowsWeights, HookedModel):
         fwd_hooks: Sequence[FwdHook] = (),
         device: OptionalDevice = None,
         check_memory: bool = True,
+        incl_bwd: bool = False,
+        metric: Metric | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """Runs once and returns `(logits, cache)`; cached tensors are detached.
@@ -268,11 +284,19 @@ class HookedVLM(ShowsWeights, HookedModel):
         Values are cached after `fwd_hooks` have run, which may edit them.  `device` is where
         cached tensors are moved.
 
+        With `incl_bwd=True` the cache also has the gradients of one number, `metric(logits)`:
+        `cache["resid_post_grad", 3]`.  A site that it does not depend on gets zeros, with a
+        warning.  The logits are then without a graph, and no parameter gets a gradient.
+
         Raises `CacheMemoryError` before the run when the cache does not fit into the free
         memory of its device, unless `check_memory=False`.  Warns when the cache takes more
-        than half of the free memory (see `memory.estimate_cache`).
+        than half of the free memory (see `memory.estimate_cache`).  Raises `HookError` for a
+        metric without a gradient, or of more than one number.
         """
         self.require_call(inputs, kwargs)
+        require_metric(metric, incl_bwd)
+        if incl_bwd:
+            kwargs = {**uncached(self.hf_model), **kwargs}
 
         def run() -> Tensor:
             return self.forward(inputs, **kwargs)
@@ -285,48 +309,15 @@ class HookedVLM(ShowsWeights, HookedModel):
             stop_at_layer = layer_index(stop_at_layer, self.cfg.n_layers, "stop_at_layer")
         runs = run if stop_at_layer is None else run_part
         given = together(inputs, kwargs)
-        output, cache = self._run_cached(
-            runs, given, names_filter, fwd_hooks, device, check_memory, stop_at_layer
-        )
+        what = runs, given, names_filter, fwd_hooks
+        how: dict[str, Any] = {"device": device, "check_memory": check_memory}
+        how["stop_at_layer"] = stop_at_layer
+        if incl_bwd:
+            output, cache = run_cached_with_gradients(self, *what, metric, **how)
+        else:
+            output, cache = self._run_cached(*what, **how)
         cache.readout = Readout(self, inputs, kwargs)
         return output, cache
-
-    @checked(HookError, but=("inputs", "fwd_hooks"), missing=ONE_MAPPING)
-    def generate(
-        self,
-        inputs: ModelInputs,
-        *,
-        fwd_hooks: Sequence[FwdHook] = (),
-        prefill_only: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Generates with transformers' own `generate` under hooks; returns prompt and new ids.
-
-        With `return_dict_in_generate=True` it is transformers' own output, as `generate` gives it.
-
-        Functions run at every step, as in TransformerLens and under `hooks()`; `hook.step` is its
-        number, and `hook.positions` are the positions that it computes.  With `prefill_only` they
-        act on the prompt alone.  Interventions always do, since they name places of the prompt; of
-        several beams or sequences they act on each.  Without a key-value cache every step runs the
-        prompt again, and they act on the prompt's positions in each, so the result is the same.
-        """
-
-        self.require_call(inputs, ())
-        require_given_once(inputs, kwargs)
-        require_options(kwargs)
-        if new := {name: kwargs[name] for name in kwargs.keys() - self._generates}:
-            require_generates(self.hf_model, new)
-            # With a function of the user's as `custom_generate`, any keyword was let through.
-            self._generates |= set() if callable(kwargs.get("custom_generate")) else new.keys()
-        require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
-
-        generate: Any = getattr(self._chain[0], "generate", None) or self.hf_model.generate
-
-        def run() -> Any:
-            return generate(**inputs, **kwargs)
-
-        given = together(inputs, kwargs)
-        return self._run_hooked(run, fwd_hooks, given, prefill_only, is_generation=True)
 
     def block_outputs(self, run: Callable[[], Any]) -> list[int]:
         """Returns the length of each LM block's output tuple (0: no tuple).
@@ -361,32 +352,4 @@ class HookedVLM(ShowsWeights, HookedModel):
         which `residual` replaces.  The vision encoder runs as usual, for models in which later
         blocks read it (cross-attention, DeepStack).
         """
-        # 1. A function that writes the residual stream at `layer`, and those of the user above.
-        blocks = [self.hf_model.get_submodule(b.path) for b in self.anatomy.lm.blocks]
-        layer = layer_index(layer, len(blocks), "layer")
-        kwargs = {**uncached(self.hf_model), **kwargs}
-        tuples = self.block_outputs(lambda: self.forward(inputs, **kwargs))
-        site = start_site(self.sites, layer, len(blocks))
-        start = (site, lambda here, hook: residual.to(here.device, copy=True))
-        pairs = self._pairs(fwd_hooks, together(inputs, kwargs))
-        below = {("lm", i) for i in range(layer)}
-        skipped = {name for name, _ in pairs if site_path(name)[:2] in below}
-        lost: set[str] = set()
-        run = [
-            (name, noting(fn, name, lost) if name in EMBEDDINGS else fn)
-            for name, fn in pairs
-            if name not in skipped
-        ]
-        # 2. Run with the blocks below `layer` replaced, then warn about functions without effect.
-        with self.turn(), skipping(blocks[:layer], tuples[:layer]):
-            logits = self.run_with_hooks(inputs, [start, *run], **kwargs)
-        warn_unran(skipped)
-        if lost:
-            warnings.warn(
-                f"The write to {', '.join(sorted(lost))} has no effect: the run starts "
-                f"from the residual stream that was given for layer {layer}. Write to "
-                f"{site}, or change `residual`.",
-                HookedVLMWarning,
-                stacklevel=callers_level(),
-            )
-        return logits
+        return run_from(self, inputs, residual, layer, fwd_hooks, kwargs)

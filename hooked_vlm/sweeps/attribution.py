@@ -33,7 +33,7 @@ from hooked_vlm.arguments.kinds import Model
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.names import select_names
 from hooked_vlm.interventions.base import site_of
-from hooked_vlm.interventions.chain import Cell
+from hooked_vlm.interventions.chain import Cell, flattened
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording, Source, record
 from hooked_vlm.sweeps.gradients import Metric, clean_run, said, wide
@@ -59,6 +59,7 @@ def first_order(
     Raises `InterventionError` for a metric that has no gradient, for a model in training or with
     hooks open, and for values that were changed in place where the gradient needs them.
     """
+    _refuse_masks(cells)
     edits = [_edits(model, inputs, cell.own) for cell in cells]
     touched = {name for own in edits for name in own}
     run = clean_run(
@@ -81,7 +82,7 @@ def first_order(
                 delta = run.change(name, functions)
                 listed = run.probes[name].listed
                 effects = _by_row(gradients[name], delta, listed).to(change)
-                owners = _owners(model, inputs, model.sites[name].axes, len(effects), len(clean))
+                owners = owners_of(model, inputs, model.sites[name].axes, len(effects), len(clean))
                 change[:, entry].index_add_(0, owners.to(change.device), effects)
     word = (
         f"first-order estimate: 1 forward and {n_backward} backward passes, gradients at "
@@ -155,6 +156,17 @@ def attribution_patch(
     )
 
 
+def _refuse_masks(cells: Sequence[Cell]) -> None:
+    """Raises `InterventionError` for masked scores: there is no small step to minus infinity."""
+    for part in (part for cell in cells for part in flattened(cell.own)):
+        if getattr(getattr(part, "part", part), "mask", False) is True:
+            raise InterventionError(
+                f"{part} masks scores, and a first-order estimate of that is the slope times the "
+                "lowest number there is. Use scale=0.0 for an estimate, or Sweep.run, which is "
+                "exact."
+            )
+
+
 def _edits(model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any]) -> Edits:
     """Returns the hook functions of interventions by site; sources not recorded yet are run."""
     edits: Edits = {}
@@ -175,7 +187,7 @@ def _by_row(
     return products[0].flatten(1).sum(1)
 
 
-def _owners(model: Any, inputs: Mapping[str, Any], axes: str, rows: int, batch: int) -> Tensor:
+def owners_of(model: Any, inputs: Mapping[str, Any], axes: str, rows: int, batch: int) -> Tensor:
     """Returns which prompt each row of a site belongs to: itself, or the one that has the image."""
     if rows == batch and (axes.startswith("batch") or batch == 1 or "input_ids" not in inputs):
         return torch.arange(batch)

@@ -6,36 +6,41 @@ that a parameter's gradient would need is not kept.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_vlm.errors import HookedVLMWarning, InterventionError, callers_level
-from hooked_vlm.hooks.checkpointing import is_checkpointed
+from hooked_vlm.hooks.gradients import (
+    GradientStore,
+    differentiate,
+    explained,
+    frozen,
+    require_differentiable,
+)
 from hooked_vlm.hooks.hook_point import HookPoint
-from hooked_vlm.hooks.patch_order import VisionActivation
+from hooked_vlm.hooks.patch_order import VisionActivation, listed
 from hooked_vlm.hooks.stand_ins import uncached
 
 
 Metric = Callable[[Tensor], Tensor]
 
+_REMEDY = (
+    "A metric must not write into its logits (take logits.clone()), nor a base intervention into "
+    "what it is given; and where an operation has no derivative, use Sweep.run, which is exact."
+)
 
-@dataclass(eq=False)
-class ZeroProbe:
-    """A hook function that keeps a site's activation and adds a zero to it.
 
-    The gradient of the zero is that of the activation, in the layout that hooks see, whatever
-    the model makes of its own tensor after it, and whether or not anything before it has
-    a gradient: so nothing below the first site is differentiated.
-    """
+class SiteProbe(GradientStore):
+    """A probe that keeps a site's activation too, of a module that runs once."""
 
-    values: list[Tensor] = field(default_factory=list)
-    """By image at sites where images differ in size; else one."""
-    zeros: list[Tensor] = field(default_factory=list)
-    listed: bool = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Tensor] = []
+        """By image at sites where images differ in size; else one."""
+        self.listed = False
 
     def __call__(self, activation: VisionActivation, hook: HookPoint) -> VisionActivation:
         if self.values:
@@ -45,23 +50,22 @@ class ZeroProbe:
                 "one image at a time."
             )
         self.listed = isinstance(activation, list)
-        parts = activation if isinstance(activation, list) else [activation]
         # A copy: what the model, or a later hook, does in place must not reach it.
-        self.values = [part.detach().clone() for part in parts]
-        # Expanded, so that the zero takes no memory; its gradient is as large as the activation.
-        self.zeros = [
-            torch.zeros((), dtype=p.dtype, device=p.device, requires_grad=True).expand(p.shape)
-            for p in parts
-        ]
-        moved = [part + zero for part, zero in zip(parts, self.zeros, strict=True)]
-        return moved if self.listed else moved[0]
+        self.values = [part.detach().clone() for part in listed(activation)]
+        return super().__call__(activation, hook)
+
+    def taken(self) -> list[Tensor] | None:
+        """Returns the gradients of the last backward pass, by image if listed, and forgets them."""
+        found = self.gradient()
+        self.by_call.clear()
+        return None if found is None else listed(found)
 
 
 @dataclass(frozen=True, eq=False)
 class DifferentiableRun:
     """A clean run that can be differentiated."""
 
-    probes: Mapping[str, ZeroProbe]
+    probes: Mapping[str, SiteProbe]
     """By site, of those that ran."""
     score: Tensor
     points: Mapping[str, HookPoint]
@@ -71,31 +75,23 @@ class DifferentiableRun:
 
         Sites that the score does not depend on are left out, with a warning.
         """
-        named = [(name, zero) for name, probe in self.probes.items() for zero in probe.zeros]
-        if not named:
+        if not self.probes:
             return
         with torch.enable_grad():
             score = self.score if self.score.ndim > 1 else self.score[:, None]
             entries = score.flatten(1).sum(0).unbind()
         for i, entry in enumerate(entries):
-            with _explained():
-                found = torch.autograd.grad(
-                    entry,
-                    [zero for _, zero in named],
-                    retain_graph=i + 1 < len(entries),
-                    allow_unused=True,
-                )
-            by_site: dict[str, list[Tensor]] = {}
-            lost = []
-            for (name, zero), gradient in zip(named, found, strict=True):
-                if gradient is None:
-                    lost.append(name)
-                by_site.setdefault(name, []).append(
-                    torch.zeros_like(zero) if gradient is None else gradient
-                )
-            if i == 0 and lost:
-                _warn_lost(sorted(set(lost)))
-            yield by_site
+            with explained(InterventionError, _REMEDY):
+                differentiate(entry, self.probes.values(), retain_graph=i + 1 < len(entries))
+            found = {name: probe.taken() for name, probe in self.probes.items()}
+            if i == 0 and (lost := [name for name, gradient in found.items() if gradient is None]):
+                _warn_lost(sorted(lost))
+            yield {
+                name: [torch.zeros_like(v) for v in self.probes[name].values]
+                if gradient is None
+                else gradient
+                for name, gradient in found.items()
+            }
 
     def change(self, name: str, functions: Sequence[Callable[..., Any]]) -> list[Tensor]:
         """Returns what hook functions change in a site's clean activation, by image if listed."""
@@ -126,31 +122,22 @@ def clean_run(
     forward_kwargs: Mapping[str, Any],
 ) -> DifferentiableRun:
     """Runs a model once under `base`, with a probe at every named site."""
-    _refuse_state(model)
-    probes = {name: ZeroProbe() for name in names}
+    require_unhooked(model)
+    require_differentiable(model.hf_model, "attribution", InterventionError)
+    probes = {name: SiteProbe() for name in names}
     arguments = {**uncached(model.hf_model), **forward_kwargs}
-    with model.turn(), torch.enable_grad(), frozen(model.hf_model), _explained():
+    with (
+        model.turn(),
+        torch.enable_grad(),
+        frozen(model.hf_model),
+        explained(InterventionError, _REMEDY),
+    ):
         logits = model.run_with_hooks(inputs, [*base, *probes.items()], **arguments)
         score = metric(logits)
     _check_score(score, logits, any(probe.values for probe in probes.values()))
-    points = {name: HookPoint(name, model.sites[name].axes, call=0) for name in names}
+    # As the run left them: they tell which positions and patches an activation holds.
+    points = {name: replace(model.hook_dict[name], call=0) for name in names}
     return DifferentiableRun({n: p for n, p in probes.items() if p.values}, score, points)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Lets no parameter ask for a gradient for the length of a `with` block.
-
-    What only weights' gradients would need is then not kept by the forward pass.
-    """
-    asked = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -161,7 +148,8 @@ def wide(tensor: Tensor) -> Tensor:
 # --- what is refused ------------------------------------------------------------------------
 
 
-def _refuse_state(model: Any) -> None:
+def require_unhooked(model: Any) -> None:
+    """Raises `InterventionError` for a model under hooks, or in training."""
     if model.is_hooked:
         raise InterventionError(
             "Hooks are open on this model, and an estimate cannot tell their work from the clean "
@@ -172,16 +160,6 @@ def _refuse_state(model: Any) -> None:
         raise InterventionError(
             "The model is in training mode, where dropout makes every run another one. Call "
             "model.hf_model.eval() first."
-        )
-    if is_checkpointed(model.hf_model):
-        raise InterventionError(
-            "Gradient checkpointing is on, and its backward pass would run blocks again without "
-            "the edits. Call model.hf_model.gradient_checkpointing_disable() first."
-        )
-    if torch.is_inference_mode_enabled():
-        raise InterventionError(
-            "Attribution needs gradients, and torch.inference_mode() allows none. Leave it, or use "
-            "torch.no_grad(), inside which this works."
         )
 
 
@@ -204,22 +182,6 @@ def _check_score(score: Any, logits: Tensor, ran: bool) -> None:
         )
     if not score.is_floating_point():
         raise InterventionError(f"The metric returned {said(score)}; expected floating point.")
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turns torch's errors about gradients into ones that say what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if not any(word in text for word in ("inplace", "in-place", "derivative", "Inference")):
-            raise
-        raise InterventionError(
-            f"The score could not be differentiated: {text.splitlines()[0]} A metric must not "
-            "write into its logits (take logits.clone()), nor a base intervention into what it is "
-            "given; and where an operation has no derivative, use Sweep.run, which is exact."
-        ) from error
 
 
 def _warn_lost(names: Sequence[str]) -> None:

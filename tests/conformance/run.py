@@ -179,6 +179,7 @@ LEGEND = """\
 | start layer | running from a layer with its own residual stream gives the full run's logits |
 | lens | the logit lens at the last slot gives the run's logits, and in the middle what `run_from_layer` gives |
 | attribution | what parts, heads and neurons add to a difference of logits sums to it, or an error says why it cannot |
+| attend | knocking out the image for the last token, in scores and in patterns of all layers, equals a hand-written hook and changes the logits; a factor of 1 and the run's own pattern change nothing; in the encoder likewise |
 | sweep | patches from another image at slots, merged embeddings, encoder blocks and after them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes, within 5e-5 of the largest |
 | padding | prompts of different lengths in one batch give what each gives alone |
 | images | two images in a prompt, one image in two prompts, an image in one prompt of two, no image: parity and grids hold in each that the processor and transformers take |
@@ -186,6 +187,7 @@ LEGEND = """\
 | videos | a prompt with a video and no image, for models that pack patches: parity, and interventions on positions act |
 | 4-D mask | with a mask `[batch 1 query key]` that says the same, functions and interventions act as with the usual one |
 | gradients | what a function adds at a site gets its gradient from the logits, and asking for it moves none |
+| backward | `run_with_cache(incl_bwd=True)` gives at every writable site the gradient of a zero that a hook function adds there |
 | mixed batch | of a batch in which one prompt has an image and one has none, each row gives what its prompt gives alone, also under an intervention |
 | bf16 | parity, reading and writing in bfloat16 |"""
 

@@ -24,7 +24,9 @@ from conformance.processors import tiny_processor
 from conformance.tiny import tiny_config, tiny_model
 from hooked_vlm.checks import given, laws
 from hooked_vlm.checks.answers import check_chunks, check_steered
+from hooked_vlm.checks.attend import check_attend
 from hooked_vlm.checks.attribution import check_attribution
+from hooked_vlm.checks.backward import check_backward
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.lens import check_lens
@@ -53,6 +55,7 @@ LAWS = (
     "start layer",
     "lens",
     "attribution",
+    "attend",
     "sweep",
     "padding",
     "images",
@@ -61,6 +64,7 @@ LAWS = (
     "videos",
     "4-D mask",
     "gradients",
+    "backward",
     "bf16",
 )
 """The columns of the table, in order."""
@@ -146,6 +150,7 @@ def _fill(row: Row) -> None:
         "start layer": partial(laws.check_start_layer, model, inputs),
         "lens": partial(check_lens, model, inputs),
         "attribution": partial(check_attribution, model, inputs),
+        "attend": partial(check_attend, model, inputs),
         "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),
@@ -154,6 +159,7 @@ def _fill(row: Row) -> None:
         "videos": partial(given.check_videos, model, inputs),
         "4-D mask": partial(given.check_masks, model, inputs),
         "gradients": partial(given.check_gradients, model, inputs),
+        "backward": partial(check_backward, model, inputs),
         "bf16": partial(check_bf16, model, inputs),
     }
     for name, run in checks.items():

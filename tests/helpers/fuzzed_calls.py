@@ -78,6 +78,7 @@ def calls(folder: Path) -> list[Call]:
         *_of_grids(w),
         *_of_regions(w),
         *_of_places(w),
+        *_of_attention(w),
         *_of_directions_and_probes(w),
         *_of_scores(w),
         *_of_statistics(),
@@ -140,6 +141,10 @@ def _last_logit(logits: torch.Tensor) -> torch.Tensor:
 
 def _mean_logit(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, -1, 0].mean()
+
+
+def _sum(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, -1, 0].sum()
 
 
 def _same(activation: Any, hook: Any) -> Any:
@@ -262,7 +267,13 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
         ),
         call("grids", m.grids, inputs=inputs),
         call("model()", m, inputs=inputs),
-        call("run_with_hooks", m.run_with_hooks, inputs=inputs, fwd_hooks=fwd_hooks),
+        call(
+            "run_with_hooks",
+            m.run_with_hooks,
+            inputs=inputs,
+            fwd_hooks=fwd_hooks,
+            bwd_hooks=fwd_hooks,
+        ),
         call(
             "run_with_cache",
             m.run_with_cache,
@@ -272,6 +283,25 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             fwd_hooks=fwd_hooks,
             device=(None, OPTIONAL),
             check_memory=(True, FLAG),
+        ),
+        call(
+            "run_with_cache(incl_bwd)",
+            m.run_with_cache,
+            inputs=inputs,
+            names_filter=(RESID, OPTIONAL | FUNCTION),
+            incl_bwd=(True, NOTHING),
+            metric=(_sum, NOTHING),
+        ),
+        call(
+            "generate_with_cache",
+            m.generate_with_cache,
+            inputs=inputs,
+            names_filter=(RESID, OPTIONAL | FUNCTION),
+            fwd_hooks=fwd_hooks,
+            prefill_only=(True, FLAG),
+            device=(None, OPTIONAL),
+            check_memory=(True, FLAG),
+            max_new_tokens=(1, COUNT | OPTIONAL),
         ),
         call(
             "generate",
@@ -296,6 +326,7 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             fwd_hooks=fwd_hooks,
             inputs=(w.inputs, OPTIONAL | NO_KEYS | {"mapping"}),
             prefill_only=(False, FLAG),
+            bwd_hooks=fwd_hooks,
         ),
         call(
             "record",
@@ -362,6 +393,7 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
     by_heads = (HEADS, frozenset(["zero", "int"]))
     run = hv.record(m, w.inputs, [RESID, HEADS])
     ablate = hv.Ablate(RESID)
+    attend = hv.Attend("blocks.0.attn", scale=0.5)
     return [
         call(
             "Ablate",
@@ -397,6 +429,51 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
             directions=(torch.ones(w.d), NOTHING),
             alpha=(1.5, NUMBER),
             mode=("add", NOTHING),
+        ),
+        *(
+            call(
+                f"Attend({kind})",
+                _run(w, hv.Attend),
+                site=("blocks.1.attn", NOTHING),
+                query=(None, OPTIONAL),
+                key=(positions.Positions((0, 1)) if kind != "to" else None, OPTIONAL),
+                heads=heads,
+                **{kind: value},
+            )
+            for kind, value in {
+                "scale": (0.5, NUMBER),
+                "bias": (0.5, NUMBER),
+                "score_scale": (0.5, NUMBER),
+                "to": (hv.record(m, w.inputs, "blocks.1.attn.hook_pattern"), NOTHING),
+            }.items()
+        ),
+        call(
+            "Attend(mask)",
+            _run(w, hv.Attend),
+            site=("blocks.1.attn", NOTHING),
+            query=(hv.LastToken(), NOTHING),
+            key=(w.region, NOTHING),
+            mask=(True, NOTHING),
+        ),
+        call(
+            "Attend.window",
+            attend.window,
+            layer=(1, frozenset(["zero"])),
+            width=(2, COUNT),
+            n_layers=(3, COUNT),
+        ),
+        call("Attend.at_layers", attend.at_layers, layers=([0, 1], NOTHING)),
+        call("Attend.at_site", attend.at_site, site=("blocks.0.attn", INDEX | TEXT)),
+        call(
+            "attention_maps",
+            hv.attention_maps,
+            model=(m, NOTHING),
+            inputs=(w.inputs, NOTHING),
+            query=(hv.LastToken(), OPTIONAL),
+            grid=(w.grid, OPTIONAL),
+            layers=([1], OPTIONAL),
+            max_new_tokens=(0, WHOLE),
+            fwd_hooks=([], frozenset(["tuple", "list"])),
         ),
         call(
             "HookAt", _run(w, hv.HookAt), site=site, fn=(_same, FUNCTION), first_position=(0, WHOLE)
@@ -490,6 +567,32 @@ def _of_sweeps(w: SimpleNamespace) -> list[Call]:
             source=(run, NOTHING),
             metric=metric,
             sites=([RESID], OPTIONAL),
+        ),
+        *(
+            call(
+                name,
+                function,
+                model=model,
+                inputs=inputs,
+                metric=(_last_logit, NOTHING),
+                site=(0, WHOLE),
+                baseline=("zero", NOTHING),
+                **more,
+            )
+            for name, function, more in (
+                ("gradient_attribution", hv.gradient_attribution, {}),
+                ("integrated_gradients", hv.integrated_gradients, {"steps": (1, COUNT)}),
+            )
+        ),
+        call(
+            "pixel_attribution",
+            hv.pixel_attribution,
+            model=model,
+            inputs=inputs,
+            metric=(_last_logit, NOTHING),
+            integrated=(True, FLAG),
+            baseline=("zero", NOTHING),
+            steps=(1, COUNT),
         ),
         call("final_logits", hv.final_logits, logits=(torch.zeros(1, 2, 5), NOTHING)),
         call("attribution_error", attribution_error.attribution_error, **compared),
@@ -643,6 +746,7 @@ def _of_places(w: SimpleNamespace) -> list[Call]:
     row = (w.row, NOTHING)
     return [
         call("LastToken.positions", hv.LastToken().positions, where=row),
+        call("Generated", hv.Generated, first=(0, WHOLE), last=(3, WHOLE | OPTIONAL)),
         call("Positions", positions.Positions, indices=((0, -1), frozenset(["ints"]))),
         call("Span", hv.Span, text=("red", TEXT - {"empty"}), occurrence=(0, OPTIONAL | INDEX)),
         call("Span.positions", hv.Span("red", 0).positions, where=row),
@@ -650,6 +754,26 @@ def _of_places(w: SimpleNamespace) -> list[Call]:
         call("union", lambda place: positions.union(place), place=(hv.LastToken(), NOTHING)),
         call("InImage", positions.InImage, region=(w.region, NOTHING), image=(0, INDEX)),
         call("AnyOf", positions.AnyOf, parts=((hv.LastToken(),), NOTHING)),
+    ]
+
+
+def _of_attention(w: SimpleNamespace) -> list[Call]:
+    pattern = torch.ones(1, 2, 3, 3)
+    return [
+        call(
+            "attention_rollout",
+            hv.attention_rollout,
+            patterns=([pattern], NOTHING),
+            residual=(0.5, NOTHING),
+        ),
+        call(
+            "image_map",
+            hv.image_map,
+            weights=(torch.ones(60), NOTHING),
+            grid=(w.grid, NOTHING),
+            first_key=(0, WHOLE),
+        ),
+        call("patch_map", hv.patch_map, weights=(torch.ones(37), NOTHING), grid=(w.grid, NOTHING)),
     ]
 
 

@@ -457,7 +457,8 @@ def test_places_that_do_not_fit_are_refused_before_anything_runs(family: str) ->
     for place in (LastToken(), TextTokens(), Positions((0,))):
         text = Ablate("vision_encoder.blocks.0.hook_resid_pre", at=place)
         refused(family, text, InterventionError, "no part of an image")
-    refused(family, Ablate("blocks.0.attn.hook_pattern"), InterventionError, "no position")
+    if "vision_encoder.hook_pos_embed" in tiny(family).sites:
+        refused(family, Ablate("vision_encoder.hook_pos_embed"), InterventionError, "no position")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
