@@ -175,7 +175,7 @@ class ActivationCache(LogitParts):
         found = [self[name, layer, tower] for layer in layers]
         if any(isinstance(value, list) for value in found):
             raise DataError(
-                f"{name!r} is a list, by image (sizes differ) or by pass of a generation, so its "
+                f"{name!r} is a list by image (sizes differ) or by pass (of a generation), so its "
                 "layers cannot be stacked. Stack the layers of one entry."
             )
         return torch.stack(found)  # type: ignore[arg-type]

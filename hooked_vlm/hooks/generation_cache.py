@@ -51,7 +51,8 @@ class GenerationCache(ActivationCache):
     >>> from hooked_vlm import HookedVLM
     >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
     >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
-    >>> out, cache = model.generate_with_cache(inputs, "blocks.2.hook_resid_post", max_new_tokens=3)
+    >>> options = {"min_new_tokens": 3, "max_new_tokens": 3}
+    >>> out, cache = model.generate_with_cache(inputs, "blocks.2.hook_resid_post", **options)
     >>> inputs.input_ids.shape[1], cache["resid_post", 2].shape
     (42, torch.Size([1, 44, 128]))
     >>> cache.positions(("resid_post", 2))[-2:], cache.steps(("resid_post", 2))[-3:]

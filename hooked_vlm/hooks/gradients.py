@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hooked_vlm.errors import HookedVLMError, HookedVLMWarning, HookError, callers_level, counted
 from hooked_vlm.hooks.checkpointing import has_gradient, is_checkpointed
@@ -196,7 +197,7 @@ def reached(output: Any, probes: Mapping[str, Probe]) -> set[str]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    found = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "items") else output)
+    found = pytree.tree_leaves(dict(output) if hasattr(output, "items") else output)
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 

@@ -220,10 +220,8 @@ def _baseline(
         rows = _rows(inputs, site, values)
         mean = wide(torch.cat(rows)).mean(0)
         return [mean.to(value.dtype).expand_as(value) for value in values]
-    given = baseline
-    if isinstance(given, Mapping):
-        given = record(model, given, [site.name])
-    parts = listed(given.cache[site.name]) if isinstance(given, Recording) else given
+    given: Any = record(model, baseline, [site.name]) if isinstance(baseline, Mapping) else baseline
+    parts: Any = listed(given.cache[site.name]) if isinstance(given, Recording) else given
     parts = [parts] * len(values) if isinstance(parts, Tensor) else parts
     fits = isinstance(parts, list) and len(parts) == len(values)
     if fits and all(_broadcasts(p, v) for p, v in zip(parts, values, strict=True)):

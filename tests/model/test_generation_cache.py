@@ -155,17 +155,18 @@ def test_rows_that_move_are_refused(options: dict[str, Any]) -> None:
 
 def test_rows_are_compared_with_the_answer() -> None:
     model, inputs = tiny("llava"), make_inputs("llava", batch=2)
-    plain = model.hf_model.generate
+    hf_model: Any = model.hf_model
+    plain = hf_model.generate
 
     def swapped(**kwargs: Any) -> Tensor:
         return plain(**kwargs).flip(0)
 
-    model.hf_model.generate = swapped
+    hf_model.generate = swapped
     try:
         with pytest.raises(HookError, match="reorders its rows"):
             model.generate_with_cache(inputs, "*resid_post", **GREEDY)
     finally:
-        del model.hf_model.generate
+        del hf_model.generate
 
 
 def test_memory_is_checked_for_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,8 @@ def test_what_a_cache_of_a_generation_says(tmp_path: Any) -> None:
 
 
 def test_a_wrapped_models_own_configuration_is_read() -> None:
-    model, inputs = HookedVLM(build("llava")), make_inputs("llava")
-    model.hf_model.generation_config.num_beams = 2
+    hf_model, inputs = build("llava"), make_inputs("llava")
+    hf_model.generation_config.num_beams = 2
+    model = HookedVLM(hf_model)
     with pytest.raises(HookError, match="reorders its rows"):
         model.generate_with_cache(inputs, "*resid_post", **GREEDY)

@@ -224,7 +224,8 @@ def test_frozen_parameters_and_a_cut_of_the_logits_have_gradients() -> None:
     _, cached = model.run_with_cache(inputs, site, incl_bwd=True, metric=score)
     model.hf_model.requires_grad_(False)
     hook = [(site, lambda g, hook: seen.append(g))]
-    for kwargs in ({}, {"logits_to_keep": 1}):
+    more: list[dict[str, Any]] = [{}, {"logits_to_keep": 1}]
+    for kwargs in more:
         score(model.run_with_hooks(inputs, bwd_hooks=hook, **kwargs)).backward()
     assert len(seen) == 2
     for gradient in seen:
@@ -332,9 +333,9 @@ def test_runs_that_keep_no_graph_are_refused() -> None:
 
 
 def test_checkpointed_models_are_refused() -> None:
-    model, inputs = HookedVLM(build("llava")), make_inputs("llava")
-    model.hf_model.gradient_checkpointing_enable()
-    model.train()
+    hf_model, inputs = build("llava"), make_inputs("llava")
+    hf_model.gradient_checkpointing_enable()
+    model = HookedVLM(hf_model).train()
     hook: Any = [("blocks.1.hook_resid_post", lambda g, hook: None)]
     with pytest.raises(HookError, match="checkpointing is on"):
         model.run_with_hooks(inputs, bwd_hooks=hook)
@@ -378,7 +379,7 @@ def test_when_the_graph_is_kept() -> None:
         return logits[:, -1, 5]
 
     last.run(model, metric)
-    for has_graph, outputs in (
+    cases: list[tuple[bool, list[Any]]] = [
         (True, [model(inputs), model.run_with_hooks(inputs), streams_of(model, inputs)]),
         (False, [streams.logit_lens(), *kept, *streams.values()]),
         (
@@ -389,7 +390,8 @@ def test_when_the_graph_is_kept() -> None:
         (False, [integrated_gradients(model, inputs, metric, 1, steps=1).values]),
         (False, [integrated_gradients(model, inputs, metric, 1, steps=1).gap]),
         (False, [pixel_attribution(model, inputs, metric, steps=1).values]),
-    ):
+    ]
+    for has_graph, outputs in cases:
         assert all(x.requires_grad == has_graph for x in outputs)
     with torch.no_grad():
         assert not model(inputs).requires_grad
