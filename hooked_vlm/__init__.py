@@ -38,8 +38,11 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.regions.grid import TokenGrid as TokenGrid
     from hooked_vlm.regions.overlay import draw_regions as draw_regions
     from hooked_vlm.regions.pairs import swap_pairs as swap_pairs
+    from hooked_vlm.regions.positions import Answer as Answer
     from hooked_vlm.regions.positions import LastToken as LastToken
+    from hooked_vlm.regions.positions import Positions as Positions
     from hooked_vlm.regions.positions import Span as Span
+    from hooked_vlm.regions.positions import TextTokens as TextTokens
     from hooked_vlm.regions.region import Region as Region
     from hooked_vlm.sweeps.attribution import attribution_patch as attribution_patch
     from hooked_vlm.sweeps.sweep import Sweep as Sweep

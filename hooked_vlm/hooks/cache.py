@@ -23,6 +23,7 @@ from torch import Tensor
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Device, File
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
+from hooked_vlm.hooks.cut import Cuts
 from hooked_vlm.hooks.decomposition import parts_of
 from hooked_vlm.hooks.names import (
     VISION,
@@ -46,7 +47,7 @@ class Reads(Protocol):
     def logits(self, streams: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor: ...
 
 
-class ActivationCache(Mapping[str, Any]):
+class ActivationCache(Cuts, Mapping[str, Any]):
     """A mapping from hook names to the activations of one run.
 
     `model.run_with_cache(inputs)` returns the logits and such a cache.
@@ -95,7 +96,7 @@ class ActivationCache(Mapping[str, Any]):
         raise UnknownHookError(
             f"The cache holds no {name!r}: it has {counted(len(self), 'site')}."
             f"{did_you_mean(get_act_name(name), self._activations)} "
-            "Widen names_filter (or stop_at_layer) to cache more."
+            f"{self.left_out or 'Widen names_filter (or stop_at_layer) to cache more.'}"
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -137,7 +138,9 @@ class ActivationCache(Mapping[str, Any]):
                 f"The cache holds batches of {sorted(sizes)}; only 1 can be removed. Select one "
                 "prompt first: cache.select([0])."
             )
-        return self._with({**self, **{n: v[0] for n, v in by_prompt.items()}})
+        made = self._with({**self, **{n: v[0] for n, v in by_prompt.items()}})
+        made.has_batch_dim = False
+        return made
 
     @checked(DataError)
     def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
@@ -154,7 +157,10 @@ class ActivationCache(Mapping[str, Any]):
                     f"rows={shown(rows)} was given; the cache holds {counted(batch, 'prompt')}: "
                     "give a list of their numbers, from 0 on, or a slice."
                 )
-        return self._with({n: v[index] for n, v in by_prompt.items()})
+        made = self._with({n: v[index] for n, v in by_prompt.items()})
+        batch = min((len(v) for v in by_prompt.values()), default=0)
+        made.prompts = (torch.arange(batch) if self.prompts is None else self.prompts)[index]
+        return made
 
     def _by_prompt(self) -> dict[str, Tensor]:
         """Returns the activations whose first axis is prompts."""
@@ -334,7 +340,8 @@ class ActivationCache(Mapping[str, Any]):
     def _with(self, activations: Mapping[str, VisionActivation]) -> "ActivationCache":
         """Returns a cache of the same run with other activations."""
         made = ActivationCache(activations, self.n_layers)
-        made.readout = self.readout
+        made.readout, made.where, made.prompts = self.readout, self.where, self.prompts
+        made.has_batch_dim, made.left_out = self.has_batch_dim, self.left_out
         return made
 
 

@@ -39,6 +39,7 @@ from hooked_vlm.model.keywords import (
     require_processed,
 )
 from hooked_vlm.model.loading import load_image_model
+from hooked_vlm.model.where import Where
 
 
 class HookedVisionEncoder(HookedModel):
@@ -194,4 +195,6 @@ class HookedVisionEncoder(HookedModel):
         def run() -> Any:
             return self.forward(inputs, **kwargs)
 
-        return self._run_cached(run, inputs, names_filter, fwd_hooks, device, check_memory)
+        output, cache = self._run_cached(run, inputs, names_filter, fwd_hooks, device, check_memory)
+        cache.where = Where(self, inputs)
+        return output, cache

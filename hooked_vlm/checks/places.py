@@ -1,0 +1,48 @@
+"""Verifies that appended tokens are what a generation computes, and caches cut to a place."""
+
+from typing import Any
+
+import torch
+
+from hooked_vlm.checks.answers import NEAR, greedy
+from hooked_vlm.checks.laws import NONE, Finding, finding, quiet
+from hooked_vlm.errors import HookedVLMError
+from hooked_vlm.inputs.prepared import Inputs
+from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.regions.positions import Answer, LastToken
+
+
+def check_append(model: HookedVLM, inputs: Inputs) -> Finding:
+    """Verifies that an answer appended to its prompt has the logits of its generation's steps.
+
+    The steps run with a key-value cache, the appended inputs in one pass.  The cache of that pass,
+    cut to the answer, has the stream of these positions.
+    """
+    with quiet():
+        told: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
+        given: Any = model.generate(inputs, **greedy(model), **told)
+        steps = getattr(given, "logits", None)
+        if steps is None or "input_ids" not in inputs:
+            return Finding("append", NONE, "its generation gives no logits")
+        start = inputs["input_ids"].shape[1]
+        new = given.sequences[:, -len(steps) :]
+        if not torch.allclose(model(inputs)[:, -1], steps[0], **NEAR):
+            return Finding("append", NONE, "its generate changes the prompt")
+        try:
+            longer = model.append(inputs, new)
+        except HookedVLMError as error:
+            return Finding("append", NONE, str(error)[:200])
+        site = "hook_logits"
+        logits, cache = model.run_with_cache(longer, [site])
+        found, expected = logits[:, start - 1 : -1], torch.stack(steps, 1)
+        problems = []
+        if found.shape != expected.shape or not torch.allclose(found, expected, **NEAR):
+            gap = float((found - expected).abs().nan_to_num().max())
+            problems.append(f"logits of an appended answer are off by {gap:.1e}")
+        for place, stop in ((Answer(), len(steps)), (LastToken(), 1)):
+            (position,) = longer.positions(place)
+            if position.tolist() != list(range(start + len(steps) - stop, start + len(steps))):
+                problems.append(f"{place} is at {position.tolist()}")
+            if not torch.equal(cache.at(place)[site], cache[site][:, position]):
+                problems.append(f"the cache at {place} is of other positions")
+    return finding("append", problems)
