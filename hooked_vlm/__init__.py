@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.engine.shared import shared_runs as shared_runs
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
+    from hooked_vlm.features.extract import dataset_means as dataset_means
+    from hooked_vlm.features.extract import extract as extract
+    from hooked_vlm.features.stored import Features as Features
     from hooked_vlm.hooks.cache import ActivationCache as ActivationCache
     from hooked_vlm.hooks.hook_point import HookPoint as HookPoint
     from hooked_vlm.hooks.names import get_act_name as get_act_name

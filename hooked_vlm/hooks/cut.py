@@ -77,6 +77,7 @@ class Cuts:
         torch.Size([1, 1, 128])
         >>> corner = cache.at(inputs.grid.box(0, 0, 32, 32))
         >>> corner["resid_post", 3].shape, corner["resid_post", 0, "vision_encoder"].shape
+        (torch.Size([1, 4, 128]), torch.Size([1, 16, 64]))
         """
         if self.where is None:
             raise DataError(

@@ -155,7 +155,7 @@ class Inputs(Mapping[str, Any]):
         >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
         >>> inputs.positions(LastToken())
         [tensor([41])]
-        >>> inputs.positions(inputs.grid.rectangle((0, 2), (0, 2)))[0].shape
+        >>> inputs.positions(inputs.grid.box(0, 0, 32, 32))[0].shape
         torch.Size([4])
         """
         rows = self._rows(text=needs_text(place), images=needs_images(place))

@@ -42,6 +42,7 @@ class HasTokens:
         >>> inputs = model.prepare(Image.new("RGB", (32, 32)), "What is this?")
         >>> longer = model.append(inputs, "red")
         >>> longer.to_str_tokens()[0][-2:], longer.positions(Answer())
+        (['\n', 'red'], [tensor([22])])
         """
         return append(self, inputs, ids)  # type: ignore[arg-type]
 
