@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import shown
-from hooked_vlm.errors import DataError, HookedVLMError, InterventionError, UnsupportedModelError
+from hooked_vlm.errors import (
+    DataError,
+    HookedVLMError,
+    InterventionError,
+    UnsupportedModelError,
+    did_you_mean,
+)
 from hooked_vlm.features.items import Item
 from hooked_vlm.hooks.located import (
     Located,
@@ -30,6 +36,8 @@ from hooked_vlm.model.vlm import HookedVLM
 
 
 POOLS = ("mean", "none")
+OPTIONS = ("image_column", "text_column", "label_column", "on_error", "progress", "dtype", "pool")
+"""Arguments of `extract` that a keyword for `prepare` may have been meant to be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +158,9 @@ def require_pool(pool: str) -> None:
 def require_task(task: Task) -> None:
     """Raises for a place of text at a vision site, and for options that `prepare` does not take."""
     own = ("system", "chat", "assistant")
+    for name in task.prepare:
+        if near := did_you_mean(name, OPTIONS):
+            raise DataError(f"{name}=… was given, which is no argument of extract.{near}")
     require_processed(task.model.processor, [n for n in task.prepare if n not in own])
     at = task.at
     is_function = callable(at) and not hasattr(at, "positions")
