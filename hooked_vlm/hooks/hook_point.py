@@ -19,6 +19,24 @@ from hooked_vlm.hooks.patch_order import PackedLayout
 from hooked_vlm.hooks.turns import Owner
 
 
+_NO_HOOKS = (
+    "A hook point keeps no hooks: use model.run_with_hooks(inputs, [(hook.name, function)]) or "
+    "`with model.hooks([(hook.name, function)])`."
+)
+INSTEAD = {
+    **dict.fromkeys(("add_hook", "add_perma_hook", "fwd_hooks", "has_hooks"), _NO_HOOKS),
+    **dict.fromkeys(("remove_hooks", "forward"), _NO_HOOKS),
+    "bwd_hooks": "Call activation.register_hook(…) inside a hook function.",
+    "clear_context": "Use hook.ctx.clear().",
+    "pos_dim": "hook.axes names the axes in order: hook.axes.split().index('pos').",
+    **dict.fromkeys(
+        ("hook_conversion", "enable_reshape", "backward_scale"),
+        "Activations have the axes that hook.axes names, and are not converted.",
+    ),
+}
+"""Names of TransformerLens's hook points, and what to do in their place."""
+
+
 @dataclass(eq=False)
 class HookPoint:
     """The site at which a hook function runs, passed to it as `hook`.
@@ -65,6 +83,10 @@ class HookPoint:
         held = self.key_positions
         index = positions.flatten().unique() - held.start
         return index[(index >= 0) & (index < len(held))]
+
+    def __getattr__(self, name: str) -> Any:
+        hint = INSTEAD.get(name, "")
+        raise UnknownNameError(f"A hook point has no attribute {name[:80]!r}. {hint}".strip())
 
     def layer(self) -> int:
         """Returns the number of the site's block; raises `HookError` when it is in no block."""

@@ -63,10 +63,11 @@ from hooked_vlm.model.readout import Readout
 from hooked_vlm.model.returned import ReturnType, returned
 from hooked_vlm.model.said import warn_unran
 from hooked_vlm.model.tokens import HasTokens
+from hooked_vlm.model.views import HasPoints
 from hooked_vlm.model.where import Where
 
 
-class HookedVLM(Prepares, HasTokens, ShowsWeights, HookedModel):
+class HookedVLM(Prepares, HasTokens, HasPoints, ShowsWeights, HookedModel):
     """A vision-language model whose activations can be read, replaced and steered by name.
 
     >>> from PIL import Image
