@@ -17,6 +17,7 @@ from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.lens import check_lens
+from hooked_vlm.checks.on_request import check_on_request
 from hooked_vlm.checks.places import check_append
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.hooks.names import site_path
@@ -58,6 +59,7 @@ def _findings(
         ("start layer", laws.check_start_layer),
         ("lens", check_lens),
         ("append", check_append),
+        ("on request", check_on_request),
         ("own output", given.check_own_output),
         ("videos", given.check_videos),
         ("4-D mask", given.check_masks),

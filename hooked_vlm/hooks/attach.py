@@ -24,6 +24,7 @@ from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch, is_watched
 from hooked_vlm.hooks.generation import at_each_pass, count_steps
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
+from hooked_vlm.hooks.on_request import computed
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call
 from hooked_vlm.hooks.prompts import OnPrompt, acts_on_prompt, match, refuse_mixed
 from hooked_vlm.hooks.sites import Site
@@ -51,7 +52,8 @@ def attach(
         for name, fn in pairs:
             by_site.setdefault(name, []).append((fn, run))
     packing = CallContext()
-    fired = [SiteDispatch(sites[n], points[n], by_site[n], packing) for n in sites if n in by_site]
+    every = (*sites, *getattr(sites, "more", ()))
+    fired = [SiteDispatch(sites[n], points[n], by_site[n], packing) for n in every if n in by_site]
     # 2. Register hooks that track passes and calls, then those of the sites.
     with ExitStack() as stack:
         stack.enter_context(eager(entries[0]))
@@ -194,6 +196,10 @@ def _input_hook(item: SiteDispatch, key: str) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         name = key if kwargs.get(key) is not None else carrier(module, args, kwargs)
         raw = args[0] if name is None else kwargs[name]
+        if item.site.computed:
+            if not item.inactive:
+                item.on_value(computed(item.site, module, raw))
+            return None
         if on_image and isinstance(raw, Tensor) and not raw.is_floating_point():
             return None  # an embedding table called with ids, not with image features
         changed = item.run_on_module_value(raw)

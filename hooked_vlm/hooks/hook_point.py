@@ -8,6 +8,7 @@ forward pass in progress.
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from jaxtyping import Int
@@ -105,10 +106,16 @@ Found = TypeVar("Found")
 class ByName(dict[str, Found]):
     """A model's hook points or sites by name; other spellings that hooks accept are found too.
 
+    `more` are the ones that run only where they are named: found by name, and not listed.
+
     Raises `UnknownNameError`, which is a `KeyError` as well, with the nearest names.
     """
 
+    more: Mapping[str, Any] = MappingProxyType({})
+
     def __missing__(self, name: str) -> Found:
+        if name in self.more:
+            return self.more[name]
         try:
             return self[resolve_name(str(name), self)]
         except UnknownHookError as error:

@@ -78,7 +78,7 @@ def estimate_cache(
     no site.
     """
     footprint = model.footprint
-    names = select_names(names_filter, list(footprint.sites))
+    names = select_names(names_filter, footprint.sites)
     return _estimate(footprint, inputs, _reached(footprint, names, stop_at_layer))
 
 

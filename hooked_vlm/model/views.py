@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hooked_vlm.errors import UnknownNameError, did_you_mean
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import PROJECTOR, VISION
+from hooked_vlm.hooks.sites import Site
 
 
 _WEIGHTS = ("W_", "b_")
@@ -24,7 +25,8 @@ class Points:
 
     def __init__(self, points: Mapping[str, HookPoint], name: str) -> None:
         self._points, self._name = points, name
-        self._below = [n[len(name) + 1 :] for n in points if n.startswith(f"{name}.")]
+        every = (*points, *getattr(points, "more", ()))
+        self._below = [n[len(name) + 1 :] for n in every if n.startswith(f"{name}.")]
 
     def __getitem__(self, index: int | slice) -> Any:
         """Returns one block, or a list of blocks for a slice; raises `UnknownNameError`."""
@@ -65,7 +67,7 @@ class Points:
                 raise AttributeError(name)
             full = f"{self._name}.{name}"
             if any(n == name or n.startswith(f"{name}.") for n in self._below):
-                return self._points[full] if full in self._points else Points(self._points, full)
+                return self._points[full] if name in self._below else Points(self._points, full)
             if name.startswith("hook_") or name in ("q", "k", "v", "o"):
                 return _aliased(self._points, full, self._below)
             if name.startswith(_WEIGHTS):
@@ -95,7 +97,14 @@ def _aliased(points: Mapping[str, HookPoint], full: str, below: list[str]) -> An
 class HasPoints:
     """Gives a wrapped model its hook points by attribute."""
 
+    sites: dict[str, Site]
     hook_dict: dict[str, HookPoint]
+
+    def _add_on_request(self, sites: dict[str, Site]) -> None:
+        """Makes sites known that run only where they are named."""
+        points = [HookPoint(site.name, site.axes, site.read_only) for site in sites.values()]
+        self.sites.more = sites  # type: ignore[attr-defined]
+        self.hook_dict.more = {point.name: point for point in points}  # type: ignore[attr-defined]
 
     @property
     def blocks(self) -> Points:

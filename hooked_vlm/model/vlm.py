@@ -33,6 +33,7 @@ from hooked_vlm.errors import (
 )
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, site_path
+from hooked_vlm.hooks.on_request import on_request_sites
 from hooked_vlm.hooks.sites import list_sites
 from hooked_vlm.hooks.stand_ins import (
     EMBEDDINGS,
@@ -98,6 +99,7 @@ class HookedVLM(Prepares, HasTokens, HasPoints, ShowsWeights, HookedModel):
         self.anatomy: Anatomy = read_anatomy(hf_model)
         sites = list_sites(self.anatomy)
         super().__init__(chain, sites, self.anatomy.vision, self.anatomy.lm.path)
+        self._add_on_request(on_request_sites(hf_model, self.anatomy))
         self.processor = processor
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
         self.cfg: HookedVLMConfig = read_config(

@@ -27,6 +27,7 @@ from hooked_vlm.checks.answers import check_chunks, check_steered
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.lens import check_lens
+from hooked_vlm.checks.on_request import check_on_request
 from hooked_vlm.checks.places import check_append
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.errors import GridError, HookedVLMError, HookError
@@ -53,6 +54,7 @@ LAWS = (
     "start layer",
     "lens",
     "append",
+    "on request",
     "sweep",
     "padding",
     "images",
@@ -146,6 +148,7 @@ def _fill(row: Row) -> None:
         "start layer": partial(laws.check_start_layer, model, inputs),
         "lens": partial(check_lens, model, inputs),
         "append": partial(check_append, model, inputs),
+        "on request": partial(check_on_request, model, inputs),
         "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),
