@@ -34,11 +34,14 @@ def check_append(model: HookedVLM, inputs: Inputs) -> Finding:
             return Finding("append", NONE, str(error)[:200])
         site = "hook_logits"
         logits, cache = model.run_with_cache(longer, [site])
-        found, expected = logits[:, start - 1 : -1], torch.stack(steps, 1)
+        # Some models put their image before the prompt, so positions count from the end.
+        found, expected = logits[:, -len(steps) - 1 : -1], torch.stack(steps, 1)
         problems = []
         if found.shape != expected.shape or not torch.allclose(found, expected, **NEAR):
             gap = float((found - expected).abs().nan_to_num().max())
             problems.append(f"logits of an appended answer are off by {gap:.1e}")
+        if logits.shape[1] != start + len(steps):
+            return finding("append", problems, note="logits have other positions than the prompt")
         for place, stop in ((Answer(), len(steps)), (LastToken(), 1)):
             (position,) = longer.positions(place)
             if position.tolist() != list(range(start + len(steps) - stop, start + len(steps))):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,38 +108,69 @@ def extract(
     remove_leftovers(folder)
     done = {k: header for k in _numbers(folder) if (header := read_header(shard_path(folder, k)))}
     # 2. Batches that are not there, and a comparison of those that are.
+    wanted = _Wanted(folder, batch, done)
     shown_progress = _Progress(progress, total, sum(map(_n_items, done.values())))
-    n_seen = 0
-
-    def wanted(index: int) -> bool:
-        header = done.get(index // batch)
-        return header is None or index % batch in (0, header["n_items"])
-
-    waiting: list[Any] = []
-    for index, given in raw_items(dataset, wanted):
-        number = index // batch
-        n_seen = max(n_seen, index + 1)
-        if number in done:
-            _require_same(folder, done[number], index, batch, given, columns, text)
-            continue
-        waiting.append((index, given))
-        if len(waiting) == batch:
-            write_shard(folder, number, _computed(task, waiting, columns, text, on_error))
-            shown_progress.add(len(waiting))
-            waiting = []
-    if waiting:
-        number = waiting[0][0] // batch
-        write_shard(folder, number, _computed(task, waiting, columns, text, on_error))
-        shown_progress.add(len(waiting))
-    if not n_seen:
-        raise DataError("The data set is empty: it gave no item. Give at least one.")
-    if any(number * batch >= n_seen for number in done):
-        raise DataError(
-            f"'{folder}' holds features of more items than this data set has. Give the same data "
-            "set, or another folder."
-        )
+    new = wanted.new(raw_items(dataset, wanted), columns, text)
+    for part in _batched(new, batch):
+        write_shard(folder, part[0][0] // batch, _computed(task, part, columns, text, on_error))
+        shown_progress.add(len(part))
+    wanted.require_all_seen()
     finish(folder)
     return Features(folder)
+
+
+class _Wanted:
+    """Which items of a data set are read: those of batches not there, and some to compare."""
+
+    def __init__(self, folder: Path, batch: int, done: Mapping[int, dict[str, Any]]) -> None:
+        self._folder, self._batch, self._done = folder, batch, done
+        self._n_seen = 0
+
+    def __call__(self, index: int) -> bool:
+        header = self._done.get(index // self._batch)
+        return header is None or index % self._batch in (0, header["n_items"])
+
+    def new(
+        self, items: Iterator[tuple[int, Any]], columns: Columns, text: str | None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields the items of batches that are not there, comparing the first of the others."""
+        for index, given in items:
+            self._n_seen = index + 1
+            header = self._done.get(index // self._batch)
+            if header is None:
+                yield index, given
+            else:
+                self._require_same(header, index, given, columns, text)
+
+    def _require_same(
+        self, header: dict[str, Any], index: int, given: Any, columns: Columns, text: str | None
+    ) -> None:
+        """Raises `DataError` where the first item of a finished batch is another than before."""
+        if index % self._batch == header["n_items"]:
+            raise DataError(
+                f"'{self._folder}' holds features of {counted(index, 'item')}, and this data set "
+                "has more. Give the same data set, or another folder."
+            )
+        try:
+            digest = read_item(index, given, columns, text).digest()
+        except DataError:
+            digest = ""
+        if digest != header["first"]:
+            raise DataError(
+                f"'{self._folder}' holds features of another data set: its item {index} has "
+                "another picture or text. Give the same data set in the same order, or another "
+                "folder."
+            )
+
+    def require_all_seen(self) -> None:
+        """Raises `DataError` for a data set that is empty, or shorter than what is stored."""
+        if not self._n_seen:
+            raise DataError("The data set is empty: it gave no item. Give at least one.")
+        if any(number * self._batch >= self._n_seen for number in self._done):
+            raise DataError(
+                f"'{self._folder}' holds features of more items than this data set has. Give the "
+                "same data set, or another folder."
+            )
 
 
 @checked(DataError, but=("dataset", "sites", "at"))
@@ -243,32 +274,6 @@ def _note(problems: dict[int, str], index: int, error: Exception, on_error: str)
     if on_error == "raise":
         raise DataError(f"{said} Use on_error='skip' to leave such items out.") from None
     problems[index] = said
-
-
-def _require_same(
-    folder: Path,
-    header: dict[str, Any],
-    index: int,
-    batch: int,
-    given: Any,
-    columns: Columns,
-    text: str | None,
-) -> None:
-    """Raises `DataError` where the first item of a finished batch is another than before."""
-    if index % batch == header["n_items"]:
-        raise DataError(
-            f"'{folder}' holds features of {counted(index, 'item')}, and this data set has more. "
-            "Give the same data set, or another folder."
-        )
-    try:
-        digest = read_item(index, given, columns, text).digest()
-    except DataError:
-        digest = ""
-    if digest != header["first"]:
-        raise DataError(
-            f"'{folder}' holds features of another data set: its item {index} has another picture "
-            "or text. Give the same data set in the same order, or another folder."
-        )
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -10,7 +10,7 @@ from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import DataError, UnknownNameError, counted, did_you_mean
 from hooked_vlm.hooks.located import Located
 from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers
-from hooked_vlm.hooks.patch_order import VisionActivation, listed
+from hooked_vlm.hooks.patch_order import VisionActivation
 
 
 class Locates(Protocol):
@@ -90,8 +90,10 @@ class Cuts:
             is_vision = name.startswith((VISION, PROJECTOR))
             axes = () if is_vision else tuple(value.shape)
             located = self.where.located(name, place, axes if self.has_batch_dim else (1, *axes))
-            if located is not None:
-                kept[name] = (_of_images if is_vision else self._of_prompts)(value, located, place)
+            if located is None or (is_vision and not _fits(value, located)):
+                continue
+            made_of = _of_images if is_vision else self._of_prompts
+            kept[name] = made_of(value, located, place)
         if not kept:
             raise DataError(
                 f"No cached site has a position for {shown(place)}. Cache sites of the language "
@@ -177,9 +179,15 @@ class Cuts:
 
 
 def _of_images(value: VisionActivation, located: Located, _: Any) -> VisionActivation:
-    images = listed(value)
-    parts = [images[image][index.to(images[image].device)] for image, index in located]
+    parts = [value[image][index.to(value[image].device)] for image, index in located]
     return torch.stack(parts) if len({len(part) for part in parts}) == 1 else parts
+
+
+def _fits(value: VisionActivation, located: Located) -> bool:
+    """Whether a place's rows are there: some models merge patches before a site."""
+    return all(
+        image < len(value) and int(index.max()) < len(value[image]) for image, index in located
+    )
 
 
 def sliced(value: Any, axes: str, pos_slice: Any) -> Any:

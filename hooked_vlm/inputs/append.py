@@ -26,9 +26,10 @@ from hooked_vlm.regions.grid import TokenGrid
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 
 
-def append(model: Wrapped, inputs: Inputs, tokens: Any) -> Inputs:
+def append(model: Wrapped, inputs: Mapping[str, Any], tokens: Any) -> Inputs:
     """Returns inputs with tokens appended to each prompt; see `HookedVLM.append`."""
     _require_appendable(model, inputs)
+    assert isinstance(inputs, Inputs)
     ids = inputs[_IDS]
     new = new_ids(inputs.tokenizer, tokens, len(ids))
     if any(token in inputs.placeholders or token < 0 for row in new for token in row):

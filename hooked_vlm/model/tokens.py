@@ -24,7 +24,7 @@ class HasTokens:
     device: torch.device
 
     @checked(DataError, but=("inputs",))
-    def append(self, inputs: Inputs, ids: Any) -> Inputs:
+    def append(self, inputs: Mapping[str, Any], ids: Any) -> Inputs:
         """Returns prepared inputs with tokens appended to each prompt, as if they were generated.
 
         `ids` are token ids (a tensor `[batch, new]` or lists, of any lengths) or texts; one row or
