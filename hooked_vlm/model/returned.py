@@ -40,10 +40,10 @@ def returned(
 
 def next_token_loss(
     hf_model: nn.Module, logits: Float[Tensor, "batch pos d_vocab"], inputs: Mapping[str, Any]
-) -> Float[Tensor, "batch pos-1"]:
+) -> Float[Tensor, "batch next"]:
     """Returns the cross-entropy of each next token; NaN where the next one is an image or padding.
 
-    Entry `[b, i]` is about token i + 1 of prompt b, given those before it.
+    Entry `[b, i]` of the `pos - 1` is about token i + 1 of prompt b, given those before it.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.shape != logits.shape[:2]:
@@ -62,7 +62,7 @@ def next_token_loss(
     return flat.masked_fill(~counts, torch.nan)
 
 
-def _counted(hf_model: nn.Module, inputs: Mapping[str, Any]) -> Bool[Tensor, "batch pos-1"]:
+def _counted(hf_model: nn.Module, inputs: Mapping[str, Any]) -> Bool[Tensor, "batch next"]:
     """Returns which next tokens count: text after a token of the same prompt."""
     rows = rows_of(inputs, None, False, placeholder_ids(hf_model))
     real = torch.stack([row.attention_mask.bool() for row in rows])

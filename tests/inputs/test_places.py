@@ -184,6 +184,7 @@ def test_prepare_takes_the_beginning_of_an_answer(family: str) -> None:
         torch.testing.assert_close(model(begun)[b, -1], model(alone)[0, -1], **NEAR)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_appended_is_refused() -> None:
     model = prepared("llava")
     inputs = both("llava")
