@@ -36,7 +36,10 @@ from hooked_vlm.model.vlm import HookedVLM
 
 
 POOLS = ("mean", "none")
-OPTIONS = ("image_column", "text_column", "label_column", "on_error", "progress", "dtype", "pool")
+OPTIONS = (
+    *("model", "dataset", "sites", "at", "out", "batch", "pool", "dtype", "text", "image_column"),
+    *("text_column", "label_column", "on_error", "progress"),
+)
 """Arguments of `extract` that a keyword for `prepare` may have been meant to be."""
 
 
@@ -159,7 +162,8 @@ def require_task(task: Task) -> None:
     """Raises for a place of text at a vision site, and for options that `prepare` does not take."""
     own = ("system", "chat", "assistant")
     for name in task.prepare:
-        if near := did_you_mean(name, OPTIONS):
+        near = did_you_mean(name, OPTIONS)
+        if near and not name.endswith("_kwargs"):  # those are a processor's
             raise DataError(f"{name}=… was given, which is no argument of extract.{near}")
     require_processed(task.model.processor, [n for n in task.prepare if n not in own])
     at = task.at

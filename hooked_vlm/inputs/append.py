@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -105,8 +106,10 @@ def new_ids(tokenizer: Any, tokens: Any, n_prompts: int) -> list[list[int]]:
 def _rows_of_ids(tokens: Any) -> list[list[int]]:
     given = tokens
     try:
-        if isinstance(tokens, Tensor):
-            tokens = tokens.tolist() if not tokens.is_floating_point() else None
+        if isinstance(tokens, Tensor | np.ndarray):
+            tokens = tokens.tolist()
+        if not isinstance(tokens, list | tuple):
+            raise TypeError
         rows = [[t] if isinstance(t, int) else list(t) for t in tokens]
         if all(isinstance(t, int) for t in tokens):
             rows = [[t for row in rows for t in row]]

@@ -136,7 +136,8 @@ class HasTokens:
 def _as_ids(tokens: Any) -> Tensor:
     try:
         ids = torch.as_tensor(tokens)
-        if not ids.is_floating_point() and ids.dtype != torch.bool and ids.ndim <= 2:
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if whole and ids.ndim <= 2 and not bool((ids < 0).any()):
             return ids
     except (TypeError, ValueError, RuntimeError):
         pass

@@ -210,7 +210,7 @@ class HookedVLM(Prepares, HasTokens, HasPoints, ShowsWeights, HookedModel):
         check_memory: bool = True,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
-        pos_slice: Any = None,
+        pos_slice: int | slice | Sequence[int] | None = None,
         remove_batch_dim: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
