@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.arguments.checked import shown
+from hooked_vlm.arguments.checked import is_listed, shown
 from hooked_vlm.errors import (
     DataError,
     HookedVLMError,
@@ -59,7 +59,11 @@ class Task:
 
 def sites_of(model: HookedVLM, names: Any) -> tuple[Site, ...]:
     """Returns the sites of names, patterns or slots; raises for sites without positions."""
-    given = [names] if isinstance(names, str | int) else list(names)
+    given = [names] if isinstance(names, str | int) else names
+    if not is_listed(given) or not all(isinstance(name, str | int) for name in given):
+        raise DataError(
+            f"sites={shown(names)} was given; expected names, patterns or numbers of slots."
+        )
     full = [full_name(model, name) for name in given]
     if not full:
         raise DataError("No site was given: sites is empty. Give at least one name.")

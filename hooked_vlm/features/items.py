@@ -59,7 +59,10 @@ def length_of(dataset: Any) -> int | None:
             f"dataset={shown(dataset)} was given; expected a sequence or an iterable of (image, "
             "text), (image, text, label) or mappings such as {'image': …, 'text': …}."
         )
-    n = len(dataset) if hasattr(dataset, "__len__") else None
+    try:
+        n = len(dataset) if hasattr(dataset, "__len__") else None
+    except TypeError:
+        raise DataError(f"dataset={shown(dataset)} was given, which has no length.") from None
     if n == 0:
         raise DataError("The data set is empty. Give at least one item.")
     return n

@@ -193,6 +193,11 @@ class Features(Mapping[str, Any]):
 
         Raises `DataError` for items without a label, or with one label only.
         """
+        if probe is not None and not (hasattr(probe, "fit") and hasattr(probe, "predict")):
+            raise DataError(
+                f"probe={shown(probe)} was given; expected a classifier of scikit-learn, or None "
+                "for LinearProbe()."
+            )
         if any(label is None for label in self.labels):
             raise DataError(
                 "Some items have no label. Give items (image, text, label), or label_column='…'."
@@ -230,7 +235,8 @@ class Features(Mapping[str, Any]):
         return resolve_name(str(site), self.sites)
 
     def _with_label(self, label: Any) -> list[bool]:
-        chosen = [own == label for own in self.labels]
+        is_label = isinstance(label, str | int | float | bool | list)
+        chosen = [is_label and own == label for own in self.labels]
         if not any(chosen):
             known = sorted({str(own) for own in self.labels})
             raise DataError(

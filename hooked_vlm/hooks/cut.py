@@ -54,6 +54,7 @@ class Cuts:
     items: Callable[..., Any]
     _with: Callable[..., Any]
 
+    @checked(DataError, but=("place",))
     def at(self, place: Any) -> Any:
         """Returns the cache of one place alone: every site has that place's positions, in order.
 

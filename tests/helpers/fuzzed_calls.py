@@ -669,11 +669,11 @@ def _of_text(w: SimpleNamespace) -> list[Call]:
         call(
             "to_tokens",
             w.rich.to_tokens,
-            text=("red", TEXT | {"texts"}),
+            text=("red", TEXT | {"texts", "array"}),
             prepend_bos=(None, FLAG | OPTIONAL),
         ),
         call("to_string", w.rich.to_string, tokens=([5], ids)),
-        call("to_single_token", w.rich.to_single_token, string=("d", NAMED)),
+        call("to_single_token", w.rich.to_single_token, string=("d", NAMED | {"blank"})),
         call("to_single_str_token", w.rich.to_single_str_token, token=(5, WHOLE)),
     ]
 
@@ -682,8 +682,8 @@ def _of_datasets(w: SimpleNamespace, folder: Path) -> list[Call]:
     common = {
         "model": (w.rich, NOTHING),
         "dataset": ([(w.image, "red", "a")] * 2, NOTHING),
-        "sites": (RESID, WHOLE),
-        "at": (hv.LastToken(), OPTIONAL),
+        "sites": (RESID, WHOLE | {"set"}),
+        "at": (hv.LastToken(), OPTIONAL | FUNCTION),
         "batch": (2, COUNT),
         "text": (None, OPTIONAL | TEXT),
         "image_column": (None, OPTIONAL | TEXT),
