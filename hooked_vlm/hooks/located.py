@@ -65,7 +65,8 @@ def needs_images(place: Any) -> bool:
     A selector of the user's own may read the grids.
     """
     if isinstance(place, AnyOf | list | tuple):
-        return any(needs_images(part) for part in getattr(place, "parts", place))
+        parts = place.parts if isinstance(place, AnyOf) else place
+        return any(map(needs_images, parts))
     known = LastToken | Positions | Span | TextTokens | Answer
     return not (place is None or isinstance(place, known))
 

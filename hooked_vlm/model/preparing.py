@@ -79,7 +79,7 @@ class Prepares:
         require_processed(self.processor, processor_kwargs)
         options = {"system": system, "chat": chat, "processor_kwargs": processor_kwargs}
         made = prepare_inputs(self.grid_finder, images, texts, **options)
-        return made if assistant is None else append(self, made, assistant)
+        return made if assistant is None else append(self, made, assistant)  # type: ignore[arg-type]
 
     @checked(HookError, but=("inputs",))
     def grids(self, inputs: ModelInputs) -> Grids:

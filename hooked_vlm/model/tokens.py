@@ -41,8 +41,8 @@ class HasTokens:
         >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
         >>> inputs = model.prepare(Image.new("RGB", (32, 32)), "What is this?")
         >>> longer = model.append(inputs, "red")
-        >>> longer.to_str_tokens()[0][-2:], longer.positions(Answer())
-        (['\n', 'red'], [tensor([22])])
+        >>> longer.to_str_tokens()[0][-1], longer.positions(Answer())
+        ('red', [tensor([22])])
         """
         return append(self, inputs, ids)  # type: ignore[arg-type]
 
@@ -124,7 +124,7 @@ class HasTokens:
 
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=prepend_bos is None)["input_ids"])
-        bos = getattr(self.tokenizer, "bos_token_id", None)
+        bos: Any = getattr(self.tokenizer, "bos_token_id", None)
         if prepend_bos and bos is None:
             raise DataError(
                 "prepend_bos=True was given, and this tokenizer has no token that begins a text. "

@@ -1,7 +1,7 @@
 """Hook points by attribute, as TransformerLens's users type them: `model.blocks[3].attn.hook_q`."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooked_vlm.errors import UnknownNameError, did_you_mean
 from hooked_vlm.hooks.hook_point import HookPoint
@@ -60,25 +60,22 @@ class Points:
             "model.hf_model; model.anatomy has its path. For a part of a run use run_from_layer."
         )
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("_"):
-                raise AttributeError(name)
-            full = f"{self._name}.{name}"
-            if any(n == name or n.startswith(f"{name}.") for n in self._below):
-                return self._points[full] if name in self._below else Points(self._points, full)
-            if name.startswith("hook_") or name in ("q", "k", "v", "o"):
-                return _aliased(self._points, full, self._below)
-            if name.startswith(_WEIGHTS):
-                raise UnknownNameError(
-                    f"model.{full[:80]}: no weight is converted. model.hf_model has those of "
-                    "transformers, and model.anatomy names its modules."
-                )
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        full = f"{self._name}.{name}"
+        if any(n == name or n.startswith(f"{name}.") for n in self._below):
+            return self._points[full] if name in self._below else Points(self._points, full)
+        if name.startswith("hook_") or name in ("q", "k", "v", "o"):
+            return _aliased(self._points, full, self._below)
+        if name.startswith(_WEIGHTS):
             raise UnknownNameError(
-                f"There is no hook point at or below model.{full[:80]}."
-                f"{did_you_mean(name, dir(self))}"
+                f"model.{full[:80]}: no weight is converted. model.hf_model has those of "
+                "transformers, and model.anatomy names its modules."
             )
+        raise UnknownNameError(
+            f"There is no hook point at or below model.{full[:80]}.{did_you_mean(name, dir(self))}"
+        )
 
 
 def _aliased(points: Mapping[str, HookPoint], full: str, below: list[str]) -> Any:

@@ -314,7 +314,7 @@ def test_hook_points_are_found_by_attribute() -> None:
     assert model.blocks[-1].hook_out is points["blocks.2.hook_resid_post"]
     assert model.blocks[0].attn.q.hook_out is points["blocks.0.attn.hook_q"]
     assert model.blocks[0].hook_mlp_in is points["blocks.0.hook_mlp_in"]
-    assert model.hook_embed is points["hook_embed"]
+    assert getattr(model, "hook_embed") is points["hook_embed"]  # noqa: B009
     assert model.ln_final.hook_normalized is points["ln_final.hook_normalized"]
     assert (
         model.vision_encoder.blocks[2].mlp.hook_post
@@ -459,7 +459,8 @@ def test_sites_on_request_run_only_where_they_are_named(family: str) -> None:
     assert len(by_function) == model.cfg.n_layers
     torch.testing.assert_close(asked["mlp_in", 1], cache["resid_mid", 1])
     # A head's result is its output through its part of the weight.
-    out = model.hf_model.get_submodule(model.anatomy.lm.blocks[1].attn.out)
+    parts: Any = model.anatomy.lm.blocks[1]
+    out = model.hf_model.get_submodule(parts.attn.out)
     z, n_heads = cache["z", 1], model.cfg.n_heads
     for head in range(n_heads):
         only = torch.zeros_like(z)
@@ -468,7 +469,7 @@ def test_sites_on_request_run_only_where_they_are_named(family: str) -> None:
             torch.testing.assert_close(asked["result", 1][:, :, head], out(only.flatten(2)), **NEAR)
     # The norm's own weight, as the family applies it, after x over the scale.
     x = cache["resid_mid", 1]
-    norm = model.hf_model.get_submodule(model.anatomy.lm.blocks[1].ln2)
+    norm: Any = model.hf_model.get_submodule(parts.ln2)
     gain = 1 + norm.weight if family == "gemma-3" else norm.weight
     torch.testing.assert_close(
         x / asked["scale", 1, "ln2"] * gain, cache["normalized", 1, "ln2"], **NEAR
