@@ -73,7 +73,7 @@ class Cuts:
         >>> from hooked_vlm import HookedVLM, LastToken
         >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
         >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
-        >>> _, cache = model.run_with_cache(inputs)
+        >>> _, cache = model.run_with_cache(inputs, "*hook_resid_post")
         >>> cache.at(LastToken())["resid_post", 3].shape
         torch.Size([1, 1, 128])
         >>> corner = cache.at(inputs.grid.box(0, 0, 32, 32))
