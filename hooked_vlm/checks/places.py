@@ -28,6 +28,8 @@ def check_append(model: HookedVLM, inputs: Inputs) -> Finding:
         new = given.sequences[:, -len(steps) :]
         if not torch.allclose(model(inputs)[:, -1], steps[0], **NEAR):
             return Finding("append", NONE, "its generate changes the prompt")
+        if not _is_repeatable(model, inputs, steps):
+            return Finding("append", NONE, "transformers' steps differ from passes of the whole")
         try:
             longer = model.append(inputs, new)
         except HookedVLMError as error:
@@ -43,9 +45,20 @@ def check_append(model: HookedVLM, inputs: Inputs) -> Finding:
         if logits.shape[1] != start + len(steps):
             return finding("append", problems, note="logits have other positions than the prompt")
         for place, stop in ((Answer(), len(steps)), (LastToken(), 1)):
-            (position,) = longer.positions(place)
+            position = longer.positions(place)[0]
             if position.tolist() != list(range(start + len(steps) - stop, start + len(steps))):
                 problems.append(f"{place} is at {position.tolist()}")
             if not torch.equal(cache.at(place)[site], cache[site][:, position]):
                 problems.append(f"the cache at {place} is of other positions")
     return finding("append", problems)
+
+
+def _is_repeatable(model: HookedVLM, inputs: Inputs, steps: Any) -> bool:
+    """Whether transformers gives the same logits without a key-value cache, where it can."""
+    told: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
+    try:
+        plain: Any = model.generate(inputs, use_cache=False, **greedy(model), **told)
+    except Exception:  # noqa: BLE001 - some architectures cannot generate without a cache
+        return True
+    found, expected = torch.stack(plain.logits), torch.stack(steps)
+    return found.shape == expected.shape and torch.allclose(found, expected, **NEAR)

@@ -161,7 +161,7 @@ def _extended(
 ) -> dict[str, Any]:
     """Returns a model's arguments after new tokens, extended by the model's own code."""
     ids, others = made[_IDS], {n: v for n, v in made.items() if n != _IDS}
-    ends_in_image = torch.isin(ids[:, -1], torch.tensor(placeholders, dtype=ids.dtype).to(ids))
+    is_image = torch.isin(ids, torch.tensor(placeholders, dtype=ids.dtype).to(ids))
     update: Any = getattr(model.hf_model, "_update_model_kwargs_for_generation", None)
     if update is None:
         raise UnsupportedModelError(
@@ -172,27 +172,36 @@ def _extended(
     for _ in range(new.shape[1]):
         longer = update(_Nothing(), longer, is_encoder_decoder=False)
     longer = {name: longer[name] for name in others}
-    longer |= _of_positions(ids, new, longer)
+    longer |= _of_positions(ids, new, longer, is_image)
     # By default the kind of the last token is repeated, whatever it is.
     kinds = longer.get("token_type_ids")
     if isinstance(kinds, Tensor) and kinds.shape[1] == ids.shape[1] + new.shape[1]:
         added = kinds[:, ids.shape[1] :]
-        repeats = ends_in_image[:, None] & (added == kinds[:, ids.shape[1] - 1, None])
+        repeats = is_image[:, -1:] & (added == kinds[:, ids.shape[1] - 1, None])
         added[repeats] = 0
     return {_IDS: torch.cat([ids, new], 1), **longer}
 
 
-def _of_positions(ids: Tensor, new: Tensor, longer: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns what has an entry for each position and no part in generation, extended."""
+def _of_positions(
+    ids: Tensor, new: Tensor, longer: Mapping[str, Any], is_image: Tensor
+) -> dict[str, Tensor]:
+    """Returns what has an entry for each position and no part in generation, extended.
+
+    New tokens get what all tokens of text have.
+    """
     found = {}
+    text = ~is_image & longer[_MASK][:, : ids.shape[1]].bool()
     for name, value in longer.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:
             continue
         if name == "labels":
             found[name] = torch.cat([value, new.to(value)], 1)
-        elif "mask" in name:  # of positions that are images
-            found[name] = torch.cat([value, torch.zeros_like(new, dtype=value.dtype)], 1)
-        elif not value.is_floating_point():
+        elif not value.is_floating_point():  # such as a mask of positions that are images
+            of_text = value[text].unique()
+            if len(of_text) == 1:
+                more = torch.full_like(new, int(of_text), dtype=value.dtype)
+                found[name] = torch.cat([value, more], 1)
+                continue
             raise UnsupportedModelError(
                 f"{name} has an entry for each position, and the model's code for generation does "
                 "not say what it is at new tokens. Give the whole text to prepare."
