@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.engine.shared import shared_runs as shared_runs
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
+    from hooked_vlm.features.extract import dataset_means as dataset_means
+    from hooked_vlm.features.extract import extract as extract
+    from hooked_vlm.features.stored import Features as Features
     from hooked_vlm.hooks.cache import ActivationCache as ActivationCache
     from hooked_vlm.hooks.generation_cache import GenerationCache as GenerationCache
     from hooked_vlm.hooks.hook_point import HookPoint as HookPoint
@@ -45,8 +48,11 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.regions.grid import TokenGrid as TokenGrid
     from hooked_vlm.regions.overlay import draw_regions as draw_regions
     from hooked_vlm.regions.pairs import swap_pairs as swap_pairs
+    from hooked_vlm.regions.positions import Answer as Answer
     from hooked_vlm.regions.positions import LastToken as LastToken
+    from hooked_vlm.regions.positions import Positions as Positions
     from hooked_vlm.regions.positions import Span as Span
+    from hooked_vlm.regions.positions import TextTokens as TextTokens
     from hooked_vlm.regions.region import Region as Region
     from hooked_vlm.sweeps.attribution import attribution_patch as attribution_patch
     from hooked_vlm.sweeps.integrated import Attribution as Attribution

@@ -20,7 +20,7 @@ ORDER = (  # from the ground up; packages of one line do not know each other
     "zoo",
     "model",
     "interventions",
-    "engine",
+    "engine features",
     "sweeps",
     "checks experiments",
     "report",

@@ -20,6 +20,8 @@ from hooked_vlm.checks.backward import check_backward
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, Finding
 from hooked_vlm.checks.lens import check_lens
+from hooked_vlm.checks.on_request import check_on_request
+from hooked_vlm.checks.places import check_append
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.hooks.names import site_path
 from hooked_vlm.inputs.prepared import Inputs
@@ -61,6 +63,8 @@ def _findings(
         ("lens", check_lens),
         ("attribution", check_attribution),
         ("attend", check_attend),
+        ("append", check_append),
+        ("on request", check_on_request),
         ("own output", given.check_own_output),
         ("videos", given.check_videos),
         ("4-D mask", given.check_masks),

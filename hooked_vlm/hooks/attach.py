@@ -25,6 +25,7 @@ from hooked_vlm.hooks.dispatch import HookFunction, SiteDispatch, is_watched
 from hooked_vlm.hooks.generation import at_each_pass, count_steps
 from hooked_vlm.hooks.gradients import last
 from hooked_vlm.hooks.hook_point import CallContext, HookPoint, PassCounter
+from hooked_vlm.hooks.on_request import computed
 from hooked_vlm.hooks.patch_order import PackedLayout, layout_of_call
 from hooked_vlm.hooks.prompts import (
     OnGenerated,
@@ -58,8 +59,9 @@ def attach(
         for name, fn in pairs:
             by_site.setdefault(name, []).append((fn, run))
     packing = CallContext()
+    every = (*sites, *getattr(sites, "more", ()))
     fired = [
-        SiteDispatch(sites[n], points[n], last(by_site[n]), packing) for n in sites if n in by_site
+        SiteDispatch(sites[n], points[n], last(by_site[n]), packing) for n in every if n in by_site
     ]
     # 2. Register hooks that track passes and calls, then those of the sites.
     with ExitStack() as stack:
@@ -204,6 +206,10 @@ def _input_hook(item: SiteDispatch, key: str) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         name = key if kwargs.get(key) is not None else carrier(module, args, kwargs)
         raw = args[0] if name is None else kwargs[name]
+        if item.site.computed:
+            if not item.inactive:
+                item.on_value(computed(item.site, module, raw))
+            return None
         if on_image and isinstance(raw, Tensor) and not raw.is_floating_point():
             return None  # an embedding table called with ids, not with image features
         changed = item.run_on_module_value(raw)

@@ -23,6 +23,7 @@ from torch import Tensor
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Device, File
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
+from hooked_vlm.hooks.cut import Cuts
 from hooked_vlm.hooks.logit_parts import LogitParts
 from hooked_vlm.hooks.names import (
     get_act_name,
@@ -39,7 +40,7 @@ _NAMES = "names"
 """The entry of a file's metadata with the names of the sites, in the order of the cache."""
 
 
-class ActivationCache(LogitParts):
+class ActivationCache(Cuts, LogitParts):
     """A mapping from hook names to the activations of one run.
 
     `model.run_with_cache(inputs)` returns the logits and such a cache.
@@ -87,7 +88,7 @@ class ActivationCache(LogitParts):
         raise UnknownHookError(
             f"The cache holds no {name!r}: it has {counted(len(self), 'site')}."
             f"{did_you_mean(get_act_name(name), self._activations)} "
-            "Widen names_filter (or stop_at_layer) to cache more."
+            f"{self.left_out or 'Widen names_filter (or stop_at_layer) to cache more.'}"
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -129,7 +130,9 @@ class ActivationCache(LogitParts):
                 f"The cache holds batches of {sorted(sizes)}; only 1 can be removed. Select one "
                 "prompt first: cache.select([0])."
             )
-        return self._with({**self, **{n: v[0] for n, v in by_prompt.items()}})
+        made = self._with({**self, **{n: v[0] for n, v in by_prompt.items()}})
+        made.has_batch_dim = False
+        return made
 
     @checked(DataError)
     def select(self, rows: slice | Sequence[int]) -> "ActivationCache":
@@ -146,7 +149,10 @@ class ActivationCache(LogitParts):
                     f"rows={shown(rows)} was given; the cache holds {counted(batch, 'prompt')}: "
                     "give a list of their numbers, from 0 on, or a slice."
                 )
-        return self._with({n: v[index] for n, v in by_prompt.items()})
+        made = self._with({n: v[index] for n, v in by_prompt.items()})
+        batch = min((len(v) for v in by_prompt.values()), default=0)
+        made.prompts = (torch.arange(batch) if self.prompts is None else self.prompts)[index]
+        return made
 
     def _by_prompt(self) -> dict[str, Tensor]:
         """Returns the activations whose first axis is prompts."""
@@ -240,5 +246,6 @@ class ActivationCache(LogitParts):
     def _with(self, activations: Mapping[str, VisionActivation]) -> "ActivationCache":
         """Returns a cache of the same run with other activations."""
         made = ActivationCache(activations, self.n_layers)
-        made.readout = self.readout
+        made.readout, made.where, made.prompts = self.readout, self.where, self.prompts
+        made.has_batch_dim, made.left_out = self.has_batch_dim, self.left_out
         return made

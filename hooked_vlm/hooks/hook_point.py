@@ -8,6 +8,7 @@ forward pass in progress.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from jaxtyping import Int
@@ -17,6 +18,24 @@ from hooked_vlm.errors import HookedVLMError, HookError, UnknownHookError, Unkno
 from hooked_vlm.hooks.names import resolve_name, site_path
 from hooked_vlm.hooks.patch_order import PackedLayout
 from hooked_vlm.hooks.turns import Owner
+
+
+_NO_HOOKS = (
+    "A hook point keeps no hooks: use model.run_with_hooks(inputs, [(hook.name, function)]) or "
+    "`with model.hooks([(hook.name, function)])`."
+)
+INSTEAD = {
+    **dict.fromkeys(("add_hook", "add_perma_hook", "fwd_hooks", "has_hooks"), _NO_HOOKS),
+    **dict.fromkeys(("remove_hooks", "forward"), _NO_HOOKS),
+    "bwd_hooks": "Call activation.register_hook(…) inside a hook function.",
+    "clear_context": "Use hook.ctx.clear().",
+    "pos_dim": "hook.axes names the axes in order: hook.axes.split().index('pos').",
+    **dict.fromkeys(
+        ("hook_conversion", "enable_reshape", "backward_scale"),
+        "Activations have the axes that hook.axes names, and are not converted.",
+    ),
+}
+"""Names of TransformerLens's hook points, and what to do in their place."""
 
 
 @dataclass(eq=False)
@@ -70,6 +89,10 @@ class HookPoint:
         index = positions.flatten().unique() - held.start
         return index[(index >= 0) & (index < len(held))]
 
+    def __getattr__(self, name: str) -> Any:
+        hint = INSTEAD.get(name, "")
+        raise UnknownNameError(f"A hook point has no attribute {name[:80]!r}. {hint}".strip())
+
     def layer(self) -> int:
         """Returns the number of the site's block; raises `HookError` when it is in no block."""
         layer = site_path(self.name).layer
@@ -87,10 +110,16 @@ Found = TypeVar("Found")
 class ByName(dict[str, Found]):
     """A model's hook points or sites by name; other spellings that hooks accept are found too.
 
+    `more` are the ones that run only where they are named: found by name, and not listed.
+
     Raises `UnknownNameError`, which is a `KeyError` as well, with the nearest names.
     """
 
+    more: Mapping[str, Any] = MappingProxyType({})
+
     def __missing__(self, name: str) -> Found:
+        if name in self.more:
+            return self.more[name]
         try:
             return self[resolve_name(str(name), self)]
         except UnknownHookError as error:

@@ -9,7 +9,7 @@ matches no site of the model raises `UnknownHookError` with the nearest names.
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Final, Literal, NamedTuple
 
@@ -135,8 +135,9 @@ def resolve_name(name: str, known: Iterable[str], n_layers: Mapping[str, int] | 
     Negative layers count from the end of the known layers.  Where only some layers are known,
     `n_layers` gives the number by stack (`"blocks"`, `"vision_encoder.blocks"`).
     """
+    more = getattr(known, "more", ())
     known = list(known)
-    if name in (lookup := set(known)):
+    if name in (lookup := {*known, *more}):
         return name
     gradient = GRADIENT if name.endswith(GRADIENT) else ""
     canonical = name.removesuffix(GRADIENT)
@@ -241,8 +242,24 @@ def _unknown(name: str, canonical: str, known: list[str]) -> str:
     return f"No hook named {name!r} among this model's {len(known)} sites.{hint}"
 
 
-def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
+class SiteNames(list[str]):
+    """The names of a model's sites; `more` are those that run only where they are named."""
+
+    more: Collection[str] = ()
+
+    @classmethod
+    def of(cls, sites: Collection[str]) -> "SiteNames":
+        """Returns the names of sites, which may have `more` as well."""
+        made = cls(sites)
+        made.more = list(getattr(sites, "more", ()))
+        return made
+
+
+def select_names(names_filter: NamesFilter, known: Collection[str]) -> list[str]:
     """Returns the known names that a filter selects, in the model's order.
+
+    Names that run on request (`known.more`) come after these.  A pattern or a function selects them
+    only where it selects no other.
 
     A filter is None (all names), a name, a pattern with `*`, a sequence of names and patterns,
     or a function of the name.  Raises `UnknownHookError` when a name, a pattern or the whole
@@ -250,14 +267,16 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
     """
     if names_filter is None:
         return list(known)
+    more = list(getattr(known, "more", ()))
     if callable(names_filter):
         chosen = {name for name in known if names_filter(name)}
+        chosen = chosen or {name for name in more if names_filter(name)}
         if not chosen:
             raise UnknownHookError(
                 f"The names_filter selects none of this model's {len(known)} sites. "
                 "See model.hook_dict for their names."
             )
-        return [name for name in known if name in chosen]
+        return [name for name in (*known, *more) if name in chosen]
     patterns = [names_filter] if isinstance(names_filter, str) else names_filter
     if not is_listed(patterns) or not all(isinstance(p, str) for p in patterns):
         raise UnknownHookError(
@@ -269,7 +288,7 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
         if "*" not in pattern:
             chosen.add(resolve_name(pattern, known))
             continue
-        found = fnmatch.filter(known, pattern)
+        found = fnmatch.filter(known, pattern) or fnmatch.filter(more, pattern)
         if not found:
             raise UnknownHookError(
                 f"The pattern {pattern!r} matches none of this model's {len(known)} sites."
@@ -280,4 +299,4 @@ def select_names(names_filter: NamesFilter, known: Sequence[str]) -> list[str]:
         raise UnknownHookError(
             "The names_filter is empty: it names no site. Give at least one name, or None for all."
         )
-    return [name for name in known if name in chosen]
+    return [name for name in (*known, *more) if name in chosen]

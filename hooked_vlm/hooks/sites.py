@@ -64,6 +64,8 @@ class Site:
     """Whether the output is a convolution's, with the grid as its last axes."""
     read_only: str = ""
     """Why the site cannot be written; empty when it can."""
+    computed: str = ""
+    """What is computed from the module's input (see `on_request`); empty: the input itself."""
 
     @property
     def by_image(self) -> bool:

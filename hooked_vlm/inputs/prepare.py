@@ -28,6 +28,7 @@ from hooked_vlm.inputs.grid_finder import GridFinder
 from hooked_vlm.inputs.pixel_routing import Wrapped
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.inputs.processor import model_inputs, placeholder, placeholders, refusals
+from hooked_vlm.inputs.rows import placeholder_ids
 from hooked_vlm.regions.grid import TokenGrid, warn_if_resized
 
 
@@ -82,7 +83,8 @@ def prepare_inputs(
             warnings.warn(no_grid, HookedVLMWarning, stacklevel=callers_level())
         warn_if_resized(grid for row in grids for grid in row)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return Inputs(made, grids, prompts, tokenizer, no_grid)
+    known = placeholder_ids(finder.model.hf_model)
+    return Inputs(made, grids, prompts, tokenizer, no_grid, known)
 
 
 def processed(
@@ -109,8 +111,8 @@ def processed(
         options.setdefault("padding", True)
         options.setdefault("padding_side", "left")
     made = model_inputs(model, prompts, by_prompt, options)
-    made |= _positions(model.hf_model, made, _is_rotary(model))
-    _say_padded(model, made)
+    made |= padded_positions(model, made)
+    say_padded(model, made)
     return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
 
 
@@ -229,7 +231,7 @@ def _loaded(image: Image.Image) -> Image.Image:
         ) from None
 
 
-def _say_padded(model: Wrapped, made: Mapping[str, Any]) -> None:
+def say_padded(model: Wrapped, made: Mapping[str, Any]) -> None:
     """Warns when padding changes results because positions count from the padding's start."""
     mask = made.get("attention_mask" if "input_ids" in made else "decoder_attention_mask")
     if mask is None or bool(mask.all()) or _is_rotary(model):
@@ -257,12 +259,13 @@ def _is_rotary(model: Wrapped) -> bool:
     return attention is None or attention.rotary
 
 
-def _positions(hf_model: nn.Module, made: Mapping[str, Any], rotary: bool) -> dict[str, Tensor]:
+def padded_positions(model: Wrapped, made: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns position ids that count from each prompt's first token, where padding needs them.
 
     By default transformers counts positions from the start of the padding.  Its M-RoPE models
     and models with a table of positions count from the mask, so they need no position ids.
     """
+    hf_model, rotary = model.hf_model, _is_rotary(model)
     mask = made.get("attention_mask") if "input_ids" in made else None  # else a mask of patches
     base = getattr(hf_model, "base_model", hf_model)
     if mask is None or bool(mask.all()) or not rotary or hasattr(base, "get_rope_index"):

@@ -11,8 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import first_of
-from hooked_vlm.errors import GridError, NoGridError, counted
-from hooked_vlm.inputs.prepare import Inputs
+from hooked_vlm.errors import GridError, InterventionError, NoGridError, counted
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.positions import PromptRow, token_mask, token_pieces
 
@@ -56,6 +55,7 @@ def rows_of(
     mask = token_mask(mask, length).expand(n_rows, -1)  # one row may serve all
     ids, mask, visual = (_on_host(x) for x in (ids, mask, visual))
     tokenizer = getattr(inputs, "tokenizer", None) if text else None
+    answers = getattr(inputs, "answers", ()) or (0,) * n_rows
     return [
         PromptRow(
             ids[b] if ids is not None else None,
@@ -63,6 +63,7 @@ def rows_of(
             token_pieces(tokenizer, ids[b]) if tokenizer and ids is not None else None,
             tuple(grids[b]) if grids is not None else (),
             visual[b] if visual is not None else None,
+            answers[b],
         )
         for b in range(n_rows)
     ]
@@ -79,6 +80,26 @@ def prompt_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
             if (given := inputs.get(name)) is not None:
                 return given.shape[0], given.shape[1]
     return None
+
+
+def require_prompt_of_blocks(hf_model: nn.Module, site: str, inputs: Mapping[str, Any]) -> None:
+    """Raises `InterventionError` where an encoder reads the prompt and the blocks another one.
+
+    The two may have one length, so a comparison of shapes does not find it.
+    """
+    read = next((n for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None), None)
+    decoders = (f"decoder_{name}" for name in ("input_ids", "inputs_embeds"))
+    given = next((n for n in decoders if inputs.get(n) is not None), None)
+    config = getattr(hf_model, "config", None)
+    if read and (given or getattr(config, "is_encoder_decoder", False)):
+        length = counted(inputs[read].shape[1], "position")
+        other = given or "decoder_input_ids"
+        of = f"the {inputs[given].shape[1]} of {given}" if given else f"those of {other}"
+        raise InterventionError(
+            f"Places are found in {read} ({length}), which the model's encoder reads; {site} "
+            f"runs on {of}. Use a hook function there: fwd_hooks=[({site!r}, fn)]; its "
+            f"activation has the positions of {other}."
+        )
 
 
 def placeholder_ids(hf_model: nn.Module) -> tuple[int, ...]:
@@ -101,7 +122,7 @@ def known_grids(model: Any, inputs: Mapping[str, Any]) -> list[TokenGrid]:
 
 def known_rows(model: Any, inputs: Mapping[str, Any]) -> list[Sequence[TokenGrid]]:
     """Returns the grids of `known_grids` by prompt."""
-    bare = hasattr(model, "grid_finder") and not isinstance(inputs, Inputs)
+    bare = hasattr(model, "grid_finder") and not hasattr(inputs, "no_grid")  # no `Inputs`
     try:
         return list(model.grid_finder.by_rule(inputs) if bare else model.grids(inputs))
     except GridError:

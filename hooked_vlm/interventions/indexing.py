@@ -1,100 +1,24 @@
-"""Where a place of a prompt or a region of an image lies in one site's activation.
+"""Paired cells of two images as indices into one site's activation (see `hooks.located`)."""
 
-The same region means positions in the language model, patches in the vision encoder and
-tokens after the projector.  `locate` turns it into indices for the site at hand: pairs
-of an index along the site's first axis (prompt or image) and indices along its second;
-`rows_at` and `with_rows_at` read and write there.
-"""
-
-from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.errors import InterventionError, counted
-from hooked_vlm.hooks.patch_order import VisionActivation
+from hooked_vlm.hooks.located import Located as Located
+from hooked_vlm.hooks.located import index_of as index_of
+from hooked_vlm.hooks.located import locate as locate
+from hooked_vlm.hooks.located import needs_images as needs_images
+from hooked_vlm.hooks.located import needs_text as needs_text
+from hooked_vlm.hooks.located import no_positions, prefix_gone
+from hooked_vlm.hooks.located import rows_at as rows_at
+from hooked_vlm.hooks.located import with_rows_at as with_rows_at
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import CellPairs
-from hooked_vlm.regions.positions import (
-    AnyOf,
-    InImage,
-    LastToken,
-    Positions,
-    PromptRow,
-    Span,
-    TextTokens,
-    TokenSelector,
-)
-from hooked_vlm.regions.region import Region
-
-
-class Located(list[tuple[int, Tensor]]):
-    """Where something is: an index along a site's first axis, and indices along its second."""
-
-    @cached_property
-    def first(self) -> int:
-        """The lowest index along the second axis; 0 where nothing was located."""
-        return min((int(inner.min()) for _, inner in self if len(inner)), default=0)
-
-    @cached_property
-    def _indices(self) -> dict[Any, tuple[Tensor, ...]]:
-        return {}
-
-    def index(self, heads: tuple[int, ...] | None, device: torch.device) -> tuple[Tensor, ...]:
-        """Returns `index_of` these, made once for each device."""
-        key = heads, device
-        if key not in self._indices:
-            self._indices[key] = index_of(self, heads, device)
-        return self._indices[key]
-
-
-def needs_text(place: Any) -> bool:
-    """Whether a place can only be found in prompts whose tokens' text is known."""
-    return isinstance(place, Span) or any(needs_text(part) for part in getattr(place, "parts", ()))
-
-
-def needs_images(place: Any) -> bool:
-    """Whether a place can only be found in prompts whose images have a grid.
-
-    A selector of the user's own may read the grids.
-    """
-    if isinstance(place, AnyOf):
-        return any(needs_images(part) for part in place.parts)
-    known = LastToken | Positions | Span | TextTokens | Generated
-    return not (place is None or isinstance(place, known))
-
-
-def locate(site: Site, place: Any, rows: Sequence[PromptRow]) -> Located:
-    """Returns the indices of a place at a site, prompt by prompt (or image by image).
-
-    No place (None) is every token of a prompt, and every cell of its images.
-
-    Raises `InterventionError` for a site without such an axis, and for a place that is no
-    part of an image at a site of the vision encoder or projector.
-    """
-    if isinstance(place, CellPairs) or not (place is None or isinstance(place, TokenSelector)):
-        raise InterventionError(
-            f"at={repr(place)[:80]} is no place here. Give a Region, LastToken(), "
-            "Positions((0, -1)), Span('text'), TextTokens(), or None for all positions. (Paired "
-            "cells are for Patch(at=…) alone.)"
-        )
-    if site.by_position:
-        return Located(
-            (b, row.real if place is None else place.positions(row)) for b, row in enumerate(rows)
-        )
-    if not site.by_patch and not site.by_token:
-        raise _no_positions(site)
-    located = Located()
-    for row in rows:
-        for grid, region in _images(place, row, site):
-            located += _in_encoder(site, region, grid)
-    return located
+from hooked_vlm.regions.positions import PromptRow
 
 
 def all_rows(n_rows: int, index: Sequence[int]) -> Located:
@@ -138,54 +62,6 @@ def locate_pairs(
     return targets, Located((o, s) for (_, o), (_, s) in zip(outer, found, strict=True))
 
 
-def index_of(
-    located: Sequence[tuple[int, Tensor]], heads: Sequence[int] | None, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Returns located positions as one index into an activation: row by row, all or some heads.
-
-    Raises `InterventionError` where nothing was located.
-    """
-    if not located:
-        raise InterventionError(
-            "These inputs have no image whose tokens are known to form a grid, so there is no "
-            "place to intervene at in the vision encoder or projector. Use a hook function: "
-            "fwd_hooks=[(name, fn)]."
-        )
-    outer = sent(torch.cat([torch.full_like(inner, o) for o, inner in located]), device)
-    inner = sent(torch.cat([inner for _, inner in located]), device)
-    if heads is None:
-        return outer, inner
-    return outer[:, None], inner[:, None], sent(torch.tensor(heads), device)[None]
-
-
-def rows_at(value: VisionActivation, index: tuple[Tensor, ...]) -> Tensor:
-    """Returns a copy of the rows at an index of an activation, listed by image or not."""
-    if not isinstance(value, list):
-        return value[index]
-    return torch.stack([value[image][inner] for image, inner in _by_image(index)])
-
-
-def with_rows_at(
-    value: VisionActivation, index: tuple[Tensor, ...], rows: Tensor
-) -> VisionActivation:
-    """Returns a copy of an activation with the rows at an index replaced."""
-    if not isinstance(value, list):
-        changed = value.clone()
-        changed[index] = rows
-        return changed
-    copies = [tensor.clone() for tensor in value]
-    for (image, inner), row in zip(_by_image(index), rows, strict=True):
-        copies[image][inner] = row
-    return copies
-
-
-def _by_image(index: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yields (image, index into that image) row by row, for images that are listed."""
-    outer, inner, *heads = index
-    for image, row in zip(outer.flatten().tolist(), inner.flatten(), strict=True):
-        yield image, (row, *(h[0] for h in heads))
-
-
 def _pair_indices(
     site: Site, pairs: CellPairs, target: TokenGrid, source: TokenGrid
 ) -> tuple[Int[Tensor, " index"], Int[Tensor, " index"]]:
@@ -196,10 +72,10 @@ def _pair_indices(
         written, taken = pairs.tokens()
         return target.projected_tokens()[written], source.projected_tokens()[taken]
     if not site.by_patch:
-        raise _no_positions(site)
+        raise no_positions(site)
     _refuse_tiles(site, target, source)
     written, taken = pairs.patches(target, source)
-    return written - _prefix_gone(site, target), taken - _prefix_gone(site, source)
+    return written - prefix_gone(site, target), taken - prefix_gone(site, source)
 
 
 def _refuse_tiles(site: Site, *grids: TokenGrid) -> None:
@@ -220,55 +96,3 @@ def _only_grid(row: PromptRow) -> TokenGrid:
             "places of one image each: at=region.of_image(0), source_at=other.of_image(0)."
         )
     return row.grids[0]  # type: ignore[return-value]
-
-
-def _no_positions(site: Site) -> InterventionError:
-    return InterventionError(
-        f"{site.name} has axes [{site.axes}], with no position to intervene at. Use a hook "
-        "function there: fwd_hooks=[(name, fn)]."
-    )
-
-
-@cache
-def _everything(shape: tuple[int, int]) -> Region:
-    """Returns all cells of a grid; each pass asks for them several times."""
-    return Region.everything(shape)
-
-
-def _images(place: Any, row: PromptRow, site: Site) -> list[tuple[TokenGrid, Region]]:
-    if place is None:
-        return [(grid, _everything(grid.shape)) for grid in row.grids]  # type: ignore[misc]
-    if isinstance(place, AnyOf):
-        return [found for part in place.parts for found in _images(part, row, site)]
-    if isinstance(place, InImage):
-        place.positions(row)  # checks the image's number and the region's shape
-        return [(row.grids[place.image], place.region)]  # type: ignore[list-item]
-    if not isinstance(place, Region):
-        raise InterventionError(
-            f"{place} is no part of an image, and {site.name} has axes [{site.axes}]. Give a "
-            "Region there, such as grid.box(…) or grid.all()."
-        )
-    place.positions(row)
-    return [(row.grids[0], place)]  # type: ignore[list-item]
-
-
-def _in_encoder(site: Site, region: Region, grid: TokenGrid) -> list[tuple[int, Tensor]]:
-    """Returns a region's rows at a vision or projector site, tile by tile."""
-    rows = grid.projected if site.by_token else grid.patches
-    if rows is None:
-        index = region.tokens if site.by_token else region.patches(grid) - _prefix_gone(site, grid)
-        return [(grid.image, index)]
-    region.positions(grid)  # checks that the region fits
-    row, col = torch.tensor(region.cells).T
-    tile, index = rows[row, col].flatten(0, 1).unbind(-1)
-    shift = 0 if site.by_token else _prefix_gone(site, grid)
-    return [
-        (grid.image + int(t), index[tile == t].sort().values - shift)
-        for t in tile.unique().tolist()
-    ]
-
-
-def _prefix_gone(site: Site, grid: TokenGrid) -> int:
-    """How many leading encoder tokens are not there: the patch embedding has them not yet, and
-    the projector no longer."""
-    return grid.n_prefix if site.conv or "d_features" in site.axes else 0

@@ -20,7 +20,12 @@ from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.patch_order import each, joint, listed
 from hooked_vlm.hooks.prompts import OnGenerated, OnPrompt
 from hooked_vlm.hooks.sites import Site
-from hooked_vlm.inputs.rows import placeholder_ids, prompt_shape, rows_of
+from hooked_vlm.inputs.rows import (
+    placeholder_ids,
+    prompt_shape,
+    require_prompt_of_blocks,
+    rows_of,
+)
 from hooked_vlm.interventions.indexing import (
     Located,
     locate,
@@ -139,7 +144,7 @@ class Places:
         key = id(inputs), id(at), None if site.by_position else site.name
         if key not in self._located:
             if site.by_position:
-                _require_prompt_of_blocks(self.model, site, inputs)
+                require_prompt_of_blocks(self.model.hf_model, site.name, inputs)
             images = not site.by_position or needs_images(at)
             found = locate(site, at, self.rows(inputs, text=needs_text(at), images=images))
             self._located[key] = (inputs, at), found
@@ -338,23 +343,3 @@ def _require_prompts(site: Site, activation: Any, inputs: Mapping[str, Any]) -> 
 
 def _prompts(shape: tuple[int, ...]) -> str:
     return f"{counted(shape[0], 'prompt')} of {counted(shape[1], 'position')}"
-
-
-def _require_prompt_of_blocks(model: HookedModel, site: Site, inputs: Mapping[str, Any]) -> None:
-    """Raises `InterventionError` where an encoder reads the prompt and the blocks another one.
-
-    The two may have one length, so a comparison of shapes does not find it.
-    """
-    read = next((n for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None), None)
-    decoders = (f"decoder_{name}" for name in ("input_ids", "inputs_embeds"))
-    given = next((n for n in decoders if inputs.get(n) is not None), None)
-    config = getattr(model.hf_model, "config", None)
-    if read and (given or getattr(config, "is_encoder_decoder", False)):
-        length = counted(inputs[read].shape[1], "position")
-        other = given or "decoder_input_ids"
-        of = f"the {inputs[given].shape[1]} of {given}" if given else f"those of {other}"
-        raise InterventionError(
-            f"Places are found in {read} ({length}), which the model's encoder reads; {site.name} "
-            f"runs on {of}. Use a hook function there: fwd_hooks=[({site.name!r}, fn)]; its "
-            f"activation has the positions of {other}."
-        )

@@ -67,16 +67,17 @@ class Footprint:
     ) -> None:
         self.hf_model, self.sites, self.cfg, self.vision = hf_model, sites, cfg, vision
         self.full_layers = _full_layers(hf_model, vision)
+        every = {**sites, **getattr(sites, "more", {})}
         self.widths = {
             name: Width(
                 self._per(s) if (numbers := self._numbers(s)) else "unknown",
                 numbers,
                 site_path(name).is_vision,
             )
-            for name, s in sites.items()
+            for name, s in every.items()
         }
         self._summed: tuple[list[str], dict[Rows, tuple[int, int]]] = ([], {})
-        self._bound = self.summed(list(sites))
+        self._bound = self.summed(list(every))
 
     def summed(self, names: Sequence[str]) -> dict[Rows, tuple[int, int]]:
         """Returns the sums of the sites' widths, by kind of row.
@@ -143,6 +144,8 @@ class Footprint:
             return self._heads(site) or tower.n_heads
         if axes[-1] == "d_features":
             return 1
+        if site.computed:
+            return site.heads * self.cfg.d_model if site.heads else 1
         found = self._linear(site)
         if found:
             return found

@@ -28,7 +28,7 @@ from hooked_vlm.hooks.compiled import eager
 from hooked_vlm.hooks.dispatch import HookFunction, Reader
 from hooked_vlm.hooks.gradients import warn_unreached
 from hooked_vlm.hooks.hook_point import ByName, HookPoint, PassCounter, require_hook_function
-from hooked_vlm.hooks.names import VISION, NamesFilter, count_layers, select_names
+from hooked_vlm.hooks.names import VISION, NamesFilter, SiteNames, count_layers, select_names
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.prompts import require_generation, warn_ungenerated
@@ -109,7 +109,7 @@ class HookedModel(ActsLikeAModule, ABC):
     @property
     def hook_names(self) -> list[str]:
         """The names of all sites, in the order of a forward pass."""
-        return list(self.sites)
+        return SiteNames.of(self.sites)
 
     @property
     def footprint(self) -> Footprint:

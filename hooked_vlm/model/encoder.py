@@ -41,6 +41,7 @@ from hooked_vlm.model.keywords import (
     require_processed,
 )
 from hooked_vlm.model.loading import load_image_model
+from hooked_vlm.model.where import Where
 
 
 class HookedVisionEncoder(HookedModel):
@@ -205,5 +206,8 @@ class HookedVisionEncoder(HookedModel):
         what = partial(self.forward, inputs, **kwargs), inputs, names_filter, fwd_hooks
         how: dict[str, Any] = {"device": device, "check_memory": check_memory}
         if incl_bwd:
-            return run_cached_with_gradients(self, *what, metric, **how)
-        return self._run_cached(*what, **how)
+            output, cache = run_cached_with_gradients(self, *what, metric, **how)
+        else:
+            output, cache = self._run_cached(*what, **how)
+        cache.where = Where(self, inputs)
+        return output, cache

@@ -136,6 +136,8 @@ def _detached(output: Any) -> Any:
     """Returns an output whose graph the backward pass has used up, without that graph."""
     if isinstance(output, Tensor):
         return output.detach()
+    if isinstance(output, tuple):  # logits and loss
+        return tuple(map(_detached, output))
     for name, value in list(output.items()) if hasattr(output, "items") else ():
         if isinstance(value, Tensor):
             output[name] = value.detach()

@@ -27,37 +27,114 @@ _WEIGHTS = (
     "No weight is converted: model.hf_model has those of transformers, and model.anatomy names "
     "its modules."
 )
+_FLAGS = (
+    "Nothing is switched on: attn.hook_result, hook_attn_in and hook_mlp_in run where they are "
+    "named."
+)
+_TEXT_ONLY = "There is nothing like it for models that take images."
+_COMPOSITION = "Compute it from the weights in model.hf_model: W_Q @ W_K.T and W_V @ W_O of a head."
 INSTEAD = {
     **dict.fromkeys(("add_hook", "add_perma_hook", "check_and_add_hook"), _HOOKS),
-    **dict.fromkeys(("reset_hooks", "remove_all_hook_fns", "clear_contexts"), _NO_HOOKS),
+    **dict.fromkeys(
+        ("reset_hooks", "remove_all_hook_fns", "clear_contexts", "clear_hook_registry"), _NO_HOOKS
+    ),
+    **dict.fromkeys(("check_hooks_to_add", "list_hooks", "context_level"), _NO_HOOKS),
     **dict.fromkeys(("add_caching_hooks", "cache_all", "cache_some", "get_caching_hooks"), _CACHE),
+    "is_caching": _CACHE,
     "hook_points": "Use model.hook_dict, from names to hook points.",
     "mod_dict": "Use model.hook_dict, from names to hook points.",
+    "get_hook_point": "Use model.hook_dict[name].",
+    "hook_aliases": "All accepted spellings are found: model.hook_dict[name].",
+    "block_hooks": "Use model.blocks[i], or a pattern: 'blocks.3.*'.",
+    "block_submodules": "Use model.blocks[i], or model.hf_model.get_submodule(path).",
+    "blocks_with": "Use [b for b in model.blocks if hasattr(b, name)].",
     "to_tokens": "Use model.prepare(images, texts), or model.tokenizer(text).",
     "to_string": "Use model.tokenizer.decode(ids).",
     "to_str_tokens": "Use model.tokenizer.convert_ids_to_tokens(ids).",
     "to_single_token": "Use model.tokenizer.encode(text, add_special_tokens=False).",
     "to_single_str_token": "Use model.tokenizer.decode([id]).",
-    "get_token_position": "Use the place Span('text') wherever a position is expected.",
+    "get_token_position": "Use inputs.positions(Span('text')), or the place itself as at=….",
     "tokens_to_residual_directions": "Use model.W_U[:, ids].",
-    "unembed": "Use model.hf_model.get_submodule(model.anatomy.unembed).",
-    "embed": "Use model.hf_model.get_submodule(model.anatomy.embed).",
+    "input_to_embed": "Use the site hook_embed, or hook_merged_embed with the images in it.",
+    "prepare_multimodal_inputs": "Use model.prepare(images, texts).",
+    "set_tokenizer": "Give the processor to HookedVLM(hf_model, processor).",
+    "to_sentence_pair_tokens": _TEXT_ONLY,
+    "predict_next_sentence": _TEXT_ONLY,
+    "encoder_output": "Use the site vision_encoder.hook_out.",
+    "unembed": "Use model.hf_model.get_submodule(model.anatomy.unembed), and the site hook_logits.",
+    "embed": "Use model.hf_model.get_submodule(model.anatomy.embed), and the site hook_embed.",
+    "hook_pos_embed": "There is no site of it: hook_resid_pre of block 0 has positions in it.",
+    "hook_tokens": "Tokens are inputs['input_ids'], and no site.",
+    "name": "Use model.cfg.model_name.",
+    "apply_causal_mask": "Masks are the wrapped model's: site attn.hook_attn_scores has them in.",
+    "load_sample_training_dataset": _TEXT_ONLY,
+    "pos_embed": "Language models with a table of positions keep it in model.hf_model.",
     "ln_final": "Use model.hf_model.get_submodule(model.anatomy.lm.final_norm).",
-    "blocks": "model.anatomy.lm.blocks has the path of each block in model.hf_model.",
+    "blocks": "Use model.vision_encoder.blocks[i].",
     "forward_with_hooks": _HOOKS,
-    "loss_fn": "Compute it from the logits that model(inputs) returns.",
-    "set_use_attn_result": "Sites of single heads: blocks.*.attn.hook_z.",
-    "from_pretrained_no_processing": "Use from_pretrained: no weight is processed.",
+    "loss_fn": "Use model(inputs, return_type='loss').",
+    **dict.fromkeys(
+        (
+            *("set_use_attn_result", "set_use_attn_in", "set_use_hook_mlp_in"),
+            *("set_use_split_qkv_input", "set_ungroup_grouped_query_attention"),
+            "set_use_attn_fn",
+        ),
+        _FLAGS,
+    ),
+    **dict.fromkeys(
+        ("from_pretrained_no_processing", "boot_transformers", "setup", "init_weights"),
+        "Use from_pretrained, or HookedVLM(hf_model, processor): no weight is processed.",
+    ),
+    "hf_generate": "Use model.generate, which is transformers' own, with hooks.",
+    "generate_stream": "Use model.generate(inputs, streamer=…), transformers' own.",
+    "diffusion_generate": _TEXT_ONLY,
+    "sample_datapoint": _TEXT_ONLY,
+    "original_model": "Use model.hf_model.",
+    "adapter": "Use model.anatomy, which names the modules of model.hf_model.",
+    "real_components": "Use model.anatomy, which names the modules of model.hf_model.",
+    "layer_types": "Use model.anatomy.lm.blocks.",
     "training": "Use model.hf_model.training.",
     "dtype": "Use model.cfg.dtype.",
+    **{
+        name: f"Use model.hf_model.{name}."
+        for name in (
+            *("parameters", "named_parameters", "state_dict", "load_state_dict", "modules"),
+            *("named_modules", "zero_grad", "requires_grad_", "children", "buffers"),
+        )
+    },
+    **dict.fromkeys(("tl_parameters", "tl_named_parameters", "get_params"), _WEIGHTS),
+    **dict.fromkeys(("stack_params_for", "composition_layer_indices"), _WEIGHTS),
+    "n_params_total": "Use sum(p.numel() for p in model.hf_model.parameters()).",
+    "close": "Nothing is kept open: leave it out.",
     **dict.fromkeys(("half", "bfloat16", "float", "double"), "Use model.to(dtype)."),
     **dict.fromkeys(("cuda", "cpu", "mps"), "Use model.to(device)."),
     **{
         f"{kind}_{name}": _WEIGHTS
         for kind in "Wb"
-        for name in ("Q", "K", "V", "O", "in", "out", "gate", "pos", "U", "E")
+        for name in ("Q", "K", "V", "O", "in", "out", "gate", "pos", "U", "E", "E_pos")
     },
-    **dict.fromkeys(("QK", "OV", "process_weights_", "fold_layer_norm", "fold_ln"), _WEIGHTS),
+    "b_U": "This unembedding has no bias: logits are the normalised residual @ model.W_U.",
+    **dict.fromkeys(
+        (
+            *("QK", "OV", "QK_for_attn_layers", "OV_for_attn_layers", "all_composition_scores"),
+            *("composition_scores", "accumulated_bias"),
+        ),
+        _COMPOSITION,
+    ),
+    **dict.fromkeys(
+        ("all_head_labels", "attn_head_labels"),
+        "Use [f'L{l}H{h}' for l in range(cfg.n_layers) for h in range(cfg.n_heads)].",
+    ),
+    **dict.fromkeys(
+        (
+            *("process_weights_", "process_weights", "fold_layer_norm", "fold_ln"),
+            *("center_writing_weights", "center_unembed", "fold_value_biases"),
+            *("refactor_factored_attn_matrices", "enable_compatibility_mode", "compatibility_mode"),
+            "load_and_process_state_dict",
+        ),
+        _WEIGHTS,
+    ),
+    "move_model_modules_to_device": "Use model.to(device).",
 }
 """Names of TransformerLens's models, and what to do in their place."""
 
@@ -103,6 +180,8 @@ class ActsLikeAModule:
     if not TYPE_CHECKING:  # a type checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> Any:
+            if name.startswith("hook_") and name in (points := vars(self).get("hook_dict", {})):
+                return points[name]
             raise _unknown(self, name)
 
 
@@ -121,6 +200,14 @@ class ShowsWeights:
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The embedding matrix: the wrapped model's weight, before any scaling."""
         return weight_of(self.hf_model, self.anatomy.embed)
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias; raises `UnknownNameError` for a model that has none."""
+        bias = getattr(self.hf_model.get_submodule(self.anatomy.unembed), "bias", None)
+        if not isinstance(bias, Tensor):
+            raise UnknownNameError(INSTEAD["b_U"])
+        return bias
 
 
 def _unknown(model: Any, name: str) -> UnknownNameError:

@@ -167,7 +167,7 @@ def require_processed(processor: Any, given: Iterable[str]) -> None:
             )
 
 
-_OF_PREPARE = ("images", "texts", "system", "chat")
+_OF_PREPARE = ("images", "texts", "system", "chat", "assistant")
 _OURS_TO_GIVE = {"text", "images", "return_tensors", "self", "args", "kwargs"}
 """What `prepare` itself gives a processor."""
 

@@ -78,7 +78,7 @@ def estimate_cache(
     no site.
     """
     footprint = model.footprint
-    names = select_names(names_filter, list(footprint.sites))
+    names = select_names(names_filter, footprint.sites)
     return _estimate(footprint, inputs, _reached(footprint, names, stop_at_layer))
 
 
@@ -90,6 +90,8 @@ def _reached(footprint: Footprint, names: Sequence[str], layer: int | None) -> S
     layer = layer + n_layers if layer < 0 else layer
     last = "ln_final.hook_in" if layer >= n_layers else f"blocks.{layer}.hook_resid_pre"
     beyond = set(known[known.index(last) + 1 :]) if last in known else set()
+    layers = {name: site_path(name).layer for name in names if name not in known}
+    beyond |= {n for n, inside in layers.items() if inside is None or inside >= layer}
     return [name for name in names if name not in beyond]
 
 

@@ -11,7 +11,6 @@ pass without hooks is transformers' own.  The wrapper adds a name for each activ
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +19,18 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.devices import execution_device
 from hooked_vlm.anatomy.model import Anatomy, read_anatomy
-from hooked_vlm.anatomy.sizes import HookedVLMConfig, VisionConfig, read_config
+from hooked_vlm.anatomy.sizes import HookedVLMConfig, read_config
 from hooked_vlm.anatomy.wrappers import chain_of
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import OptionalDevice, Processor
 from hooked_vlm.errors import (
-    DataError,
     HookError,
     UnsupportedModelError,
     counted,
 )
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter
+from hooked_vlm.hooks.on_request import on_request_sites
 from hooked_vlm.hooks.sites import list_sites
 from hooked_vlm.hooks.stand_ins import (
     layer_index,
@@ -39,10 +38,8 @@ from hooked_vlm.hooks.stand_ins import (
     run_until,
     uncached,
 )
-from hooked_vlm.inputs.given import given_grids
-from hooked_vlm.inputs.grid_finder import GridFinder, Grids
-from hooked_vlm.inputs.prepare import Images, Texts, prepare_inputs
-from hooked_vlm.inputs.prepared import Inputs, together
+from hooked_vlm.inputs.grid_finder import GridFinder
+from hooked_vlm.inputs.prepared import together
 from hooked_vlm.model.base import FwdHook, ModelInputs
 from hooked_vlm.model.from_layer import run_from
 from hooked_vlm.model.generating import Generates
@@ -53,13 +50,17 @@ from hooked_vlm.model.keywords import (
     ONE_MAPPING,
     logits_of,
     require_pixels,
-    require_processed,
 )
 from hooked_vlm.model.loading import load_pretrained
+from hooked_vlm.model.preparing import Prepares
 from hooked_vlm.model.readout import Readout
+from hooked_vlm.model.returned import ReturnType, returned
+from hooked_vlm.model.tokens import HasTokens
+from hooked_vlm.model.views import HasPoints
+from hooked_vlm.model.where import Where
 
 
-class HookedVLM(ShowsWeights, Generates):
+class HookedVLM(Prepares, HasTokens, HasPoints, ShowsWeights, Generates):
     """A vision-language model whose activations can be read, replaced and steered by name.
 
     >>> from PIL import Image
@@ -90,6 +91,7 @@ class HookedVLM(ShowsWeights, Generates):
         self.anatomy: Anatomy = read_anatomy(hf_model)
         sites = list_sites(self.anatomy)
         super().__init__(chain, sites, self.anatomy.vision, self.anatomy.lm.path)
+        self._add_on_request(on_request_sites(hf_model, self.anatomy))
         self.processor = processor
         name = name or getattr(getattr(hf_model, "config", None), "_name_or_path", "")
         self.cfg: HookedVLMConfig = read_config(
@@ -128,28 +130,9 @@ class HookedVLM(ShowsWeights, Generates):
         """The device on which the text embedding computes; inputs belong there."""
         return execution_device(self.hf_model.get_submodule(self.anatomy.embed)) or self.cfg.device
 
-    @property
-    def tokenizer(self) -> Any:
-        """The processor's tokenizer; raises `UnsupportedModelError` when there is no processor."""
-        if self.processor is None:
-            raise UnsupportedModelError(
-                "This HookedVLM was made without a processor, so it has no tokenizer. Pass one: "
-                "HookedVLM(hf_model, processor)."
-            )
-        return getattr(self.processor, "tokenizer", self.processor)
-
     def _reread(self) -> None:
         self.cfg = read_config(self.hf_model, self.anatomy, self.cfg.model_name)
         self._footprint = None
-
-    def require_vision(self) -> VisionConfig:
-        """Returns the vision encoder's sizes; raises `UnsupportedModelError` if there is none."""
-        if self.cfg.vision is None:
-            raise UnsupportedModelError(
-                f"{self.cfg.model_name} has no vision encoder, so it takes no images and has no "
-                "vision_encoder or vision_projector sites. Load a vision-language model."
-            )
-        return self.cfg.vision
 
     def __repr__(self) -> str:
         vision = f", vision {counted(self.cfg.vision.n_layers, 'layer')}" if self.cfg.vision else ""
@@ -158,66 +141,22 @@ class HookedVLM(ShowsWeights, Generates):
             f"{counted(len(self.sites), 'site')})"
         )
 
-    # --- inputs ---------------------------------------------------------------------------
-
-    @checked(DataError)
-    def prepare(
-        self,
-        images: Images = None,
-        texts: Texts = "",
-        *,
-        system: str | None = None,
-        chat: bool | None = None,
-        **processor_kwargs: Any,
-    ) -> Inputs:
-        """Converts images and prompts to model inputs, with a `TokenGrid` for every image.
-
-        For one prompt, give an image (or a list of images) and a string.  For a batch, give a
-        list of strings and a list with each prompt's image or list of images.  Images are
-        PIL, numpy `[height, width, 3]` or tensors `[3, height, width]`, with values in
-        0..255 (integers) or 0..1 (floats).  The chat template is used unless
-        `chat=False` or the processor has none; images come before the text.  Prompts
-        of different lengths are padded on the left, and positions count from each prompt's
-        first token, so padding changes no result.
-
-        Warns when the processor resizes an image, because this changes the size of cells.
-        """
-        if self.processor is None:
-            raise UnsupportedModelError(
-                "This HookedVLM was made without a processor, so it cannot prepare images and "
-                "texts. Pass one, HookedVLM(hf_model, processor), or give forward() the tensors "
-                "that the wrapped model takes."
-            )
-        if images is not None:
-            self.require_vision()
-        require_processed(self.processor, processor_kwargs)
-        return prepare_inputs(
-            self.grid_finder,
-            images,
-            texts,
-            system=system,
-            chat=chat,
-            processor_kwargs=processor_kwargs,
-        )
-
-    @checked(HookError, but=("inputs",))
-    def grids(self, inputs: ModelInputs) -> Grids:
-        """Returns the `TokenGrid`s of the inputs, a tuple for each prompt.
-
-        For inputs that `prepare` did not make, pixels are those of the processed images.  The
-        rule that gives their grids is compared with a measurement, once for each layout.
-
-        Raises `GridError` when these inputs determine no grid, and `NoGridError` where the model
-        does not follow the rule: `prepare` then measures the grids, if there are any.
-        """
-        self.require_call(inputs, ())
-        return inputs.grids if isinstance(inputs, Inputs) else given_grids(self.grid_finder, inputs)
-
     # --- running --------------------------------------------------------------------------
 
     @checked(HookError, but=("inputs",), missing=ONE_MAPPING)
-    def forward(self, inputs: ModelInputs, **kwargs: Any) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(
+        self,
+        inputs: ModelInputs,
+        *,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Runs the wrapped model with the keyword arguments and returns its logits.
+
+        `return_type="loss"` is the mean cross-entropy of the next token over the tokens of text
+        (image tokens are not predicted), `"both"` is `(logits, loss)`, and None returns nothing.
+        `loss_per_token` gives it as `[batch, pos - 1]`, NaN where the next token is no text.
 
         Raises `HookError` for a keyword that the wrapped model does not read, and for a prompt
         that holds image tokens without its pixels.
@@ -225,7 +164,10 @@ class HookedVLM(ShowsWeights, Generates):
         self.require_call(inputs, kwargs)
         require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
         with self.turn():
-            return logits_of(self._chain[0](**inputs, **kwargs))
+            logits = logits_of(self._chain[0](**inputs, **kwargs))
+        return returned(
+            self.hf_model, logits, together(inputs, kwargs), return_type, loss_per_token
+        )
 
     __call__ = forward
 
@@ -235,14 +177,18 @@ class HookedVLM(ShowsWeights, Generates):
         inputs: ModelInputs,
         fwd_hooks: Sequence[FwdHook] = (),
         bwd_hooks: Sequence[FwdHook] = (),
+        *,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
         **kwargs: Any,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Any:
         """Runs once under hook functions or interventions, and returns the logits.
 
         `bwd_hooks` are `(name, function)` too: when the user differentiates something computed
         from the logits, `function(gradient, hook)` gets the gradient of the site's activation (as
         it is after all forward functions), in its documented shape.  A tensor that it returns
         takes the gradient's place on the way back; at one site, functions act in this order.
+        `return_type` and `loss_per_token` are those of `forward`.
 
         Warns when a named site never ran, such as a vision site without an image, and about
         `bwd_hooks` at a site that the logits do not depend on.  Raises `HookError` for `bwd_hooks`
@@ -258,8 +204,8 @@ class HookedVLM(ShowsWeights, Generates):
         blocks.1.attn.hook_z (1, 42, 4, 32)
         """
         self.require_call(inputs, kwargs)
-        given = together(inputs, kwargs)
-        run = partial(self.forward, inputs, **kwargs)
+        given, kind = together(inputs, kwargs), (return_type, loss_per_token)
+        run = self._running(inputs, kwargs, *kind)
         return self._run_hooked(run, fwd_hooks, given, bwd_hooks=bwd_hooks)
 
     @checked(HookError, but=CHECKED_LATER, missing=ONE_MAPPING)
@@ -274,15 +220,21 @@ class HookedVLM(ShowsWeights, Generates):
         check_memory: bool = True,
         incl_bwd: bool = False,
         metric: Metric | None = None,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        pos_slice: int | slice | Sequence[int] | None = None,
+        remove_batch_dim: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, ActivationCache]:
+    ) -> tuple[Any, ActivationCache]:
         """Runs once and returns `(logits, cache)`; cached tensors are detached.
 
         `names_filter` selects sites by name, pattern (`"blocks.*.hook_resid_post"`), a
         sequence of these, or a function.  With `stop_at_layer=l` the pass ends before LM
         block l, and the residual stream there is returned in place of logits.
         Values are cached after `fwd_hooks` have run, which may edit them.  `device` is where
-        cached tensors are moved.
+        cached tensors are moved.  With `pos_slice` (a number, a slice or a list) the cache has
+        these positions of the prompt alone, cut after the run; with `remove_batch_dim` it has no
+        batch axis.  `return_type` and `loss_per_token` are those of `forward`.
 
         With `incl_bwd=True` the cache also has the gradients of one number, `metric(logits)`:
         `cache["resid_post_grad", 3]`.  A site that it does not depend on gets zeros, with a
@@ -298,8 +250,7 @@ class HookedVLM(ShowsWeights, Generates):
         if incl_bwd:
             kwargs = {**uncached(self.hf_model), **kwargs}
 
-        def run() -> Tensor:
-            return self.forward(inputs, **kwargs)
+        run = self._running(inputs, kwargs, return_type, loss_per_token)
 
         def run_part() -> Tensor:
             assert stop_at_layer is not None
@@ -316,8 +267,14 @@ class HookedVLM(ShowsWeights, Generates):
             output, cache = run_cached_with_gradients(self, *what, metric, **how)
         else:
             output, cache = self._run_cached(*what, **how)
-        cache.readout = Readout(self, inputs, kwargs)
-        return output, cache
+        cache.readout, cache.where = Readout(self, inputs, kwargs), Where(self, given)
+        return output, cache.shaped(self.sites, pos_slice, remove_batch_dim)
+
+    def _running(
+        self, inputs: ModelInputs, kwargs: Any, return_type: str | None, loss_per_token: bool
+    ) -> Callable[[], Any]:
+        how: dict[str, Any] = {"return_type": return_type, "loss_per_token": loss_per_token}
+        return lambda: self.forward(inputs, **how, **kwargs)
 
     def block_outputs(self, run: Callable[[], Any]) -> list[int]:
         """Returns the length of each LM block's output tuple (0: no tuple).

@@ -4,8 +4,8 @@ Any object with a method `positions(row)` selects where an intervention acts.  `
 `PromptRow`, one prompt of a prepared batch.  The method returns positions in that row,
 ascending and including padding, so they index an activation `[batch, pos, d_model]`.
 This module has the places that are not cells of an image: the last token, explicit
-positions, the tokens of a piece of text, all text, and the two that combine others, `AnyOf`
-and `InImage`.  A `Region` of image cells (see `region`) has the same method.
+positions, the tokens of a piece of text, all text, the answer, and the two that combine
+others, `AnyOf` and `InImage`.  A `Region` of image cells (see `region`) has the same method.
 
 A place does not depend on padding: `LastToken` is the prompt's last token with padding on
 either side, and explicit positions count from the unpadded prompt.
@@ -65,6 +65,8 @@ class PromptRow:
     """The token grids of this prompt's images, in the order of the prompt."""
     visual: Bool[Tensor, " pos"] | None = None
     """Which positions stand for a part of an image or video; None: only the grids tell."""
+    n_answer: int = 0
+    """Number of tokens at the prompt's end that were given as the beginning of its answer."""
 
     @property
     def real(self) -> Int[Tensor, " real"]:
@@ -241,6 +243,29 @@ class TextTokens(_Joinable):
 
     def __str__(self) -> str:
         return "text"
+
+
+@dataclass(frozen=True)
+class Answer(_Joinable):
+    """The tokens of the answer that a prompt was given: `prepare(assistant=…)` or `append`.
+
+    >>> row = PromptRow(torch.arange(4), torch.ones(4, dtype=torch.long), n_answer=2)
+    >>> Answer().positions(row)
+    tensor([2, 3])
+    """
+
+    @checked(RegionError)
+    def positions(self, where: PromptRow) -> Int[Tensor, " pos"]:
+        """Returns the positions, ascending; raises `RegionError` for a prompt without an answer."""
+        if not where.n_answer:
+            raise RegionError(
+                "This prompt was given no answer. Use prepare(…, assistant='…') or "
+                "model.append(inputs, ids), or Positions((…)) for tokens of the prompt."
+            )
+        return _real_of(where)[-where.n_answer :]
+
+    def __str__(self) -> str:
+        return "answer"
 
 
 @checked(RegionError)

@@ -180,6 +180,8 @@ LEGEND = """\
 | lens | the logit lens at the last slot gives the run's logits, and in the middle what `run_from_layer` gives |
 | attribution | what parts, heads and neurons add to a difference of logits sums to it, or an error says why it cannot |
 | attend | knocking out the image for the last token, in scores and in patterns of all layers, equals a hand-written hook and changes the logits; a factor of 1 and the run's own pattern change nothing; in the encoder likewise |
+| append | an answer appended to its prompt has the logits of the steps of its generation, and a cache cut to it their activations |
+| on request | heads' results sum to the output of attention's last map, scales are what norms divide by, and writes to the input of a part reach that part alone |
 | sweep | patches from another image at slots, merged embeddings, encoder blocks and after them: the growing batch, or what is taken in its place, gives the logits of plain hooked passes, within 5e-5 of the largest |
 | padding | prompts of different lengths in one batch give what each gives alone |
 | images | two images in a prompt, one image in two prompts, an image in one prompt of two, no image: parity and grids hold in each that the processor and transformers take |

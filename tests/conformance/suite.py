@@ -30,6 +30,8 @@ from hooked_vlm.checks.backward import check_backward
 from hooked_vlm.checks.decomposition import check_decomposition
 from hooked_vlm.checks.laws import NO, NONE, YES, Finding
 from hooked_vlm.checks.lens import check_lens
+from hooked_vlm.checks.on_request import check_on_request
+from hooked_vlm.checks.places import check_append
 from hooked_vlm.checks.sweep import check_sweep
 from hooked_vlm.errors import GridError, HookedVLMError, HookError
 from hooked_vlm.inputs.pixel_routing import measure_routes, pixel_name
@@ -56,6 +58,8 @@ LAWS = (
     "lens",
     "attribution",
     "attend",
+    "append",
+    "on request",
     "sweep",
     "padding",
     "images",
@@ -151,6 +155,8 @@ def _fill(row: Row) -> None:
         "lens": partial(check_lens, model, inputs),
         "attribution": partial(check_attribution, model, inputs),
         "attend": partial(check_attend, model, inputs),
+        "append": partial(check_append, model, inputs),
+        "on request": partial(check_on_request, model, inputs),
         "sweep": partial(_sweep, model, inputs, size),
         "padding": partial(check_padding, model, size),
         "images": partial(check_images, model, size),

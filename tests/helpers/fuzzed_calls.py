@@ -79,6 +79,8 @@ def calls(folder: Path) -> list[Call]:
         *_of_regions(w),
         *_of_places(w),
         *_of_attention(w),
+        *_of_text(w),
+        *_of_datasets(w, folder),
         *_of_directions_and_probes(w),
         *_of_scores(w),
         *_of_statistics(),
@@ -264,9 +266,16 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             texts=("red", TEXT),
             system=(None, OPTIONAL | TEXT),
             chat=(False, FLAG | OPTIONAL),
+            assistant=(None, OPTIONAL | TEXT - {"empty"}),
         ),
         call("grids", m.grids, inputs=inputs),
-        call("model()", m, inputs=inputs),
+        call(
+            "model()",
+            m,
+            inputs=inputs,
+            return_type=("loss", OPTIONAL),
+            loss_per_token=(False, FLAG),
+        ),
         call(
             "run_with_hooks",
             m.run_with_hooks,
@@ -283,6 +292,8 @@ def _of_models(w: SimpleNamespace) -> list[Call]:
             fwd_hooks=fwd_hooks,
             device=(None, OPTIONAL),
             check_memory=(True, FLAG),
+            pos_slice=(None, OPTIONAL | INDEX | {"ints"}),
+            remove_batch_dim=(False, FLAG),
         ),
         call(
             "run_with_cache(incl_bwd)",
@@ -774,6 +785,74 @@ def _of_attention(w: SimpleNamespace) -> list[Call]:
             first_key=(0, WHOLE),
         ),
         call("patch_map", hv.patch_map, weights=(torch.ones(37), NOTHING), grid=(w.grid, NOTHING)),
+    ]
+
+
+def _of_text(w: SimpleNamespace) -> list[Call]:
+    ids = frozenset(["int", "zero", "ints", "integers", "no tensor"])
+    return [
+        call("inputs.positions", w.prepared.positions, place=(hv.LastToken(), OPTIONAL)),
+        call("inputs.to_str_tokens", w.prepared.to_str_tokens),
+        call("cache.at", w.cache.at, place=(hv.LastToken(), OPTIONAL)),
+        call(
+            "append",
+            w.rich.append,
+            inputs=(w.prepared, NOTHING),
+            ids=("red", TEXT - {"empty"} | {"ints"}),
+        ),
+        call(
+            "to_tokens",
+            w.rich.to_tokens,
+            text=("red", TEXT | {"texts", "array"}),
+            prepend_bos=(None, FLAG | OPTIONAL),
+        ),
+        call("to_string", w.rich.to_string, tokens=([5], ids)),
+        call("to_single_token", w.rich.to_single_token, string=("d", NAMED | {"blank"})),
+        call("to_single_str_token", w.rich.to_single_str_token, token=(5, WHOLE)),
+    ]
+
+
+def _of_datasets(w: SimpleNamespace, folder: Path) -> list[Call]:
+    common = {
+        "model": (w.rich, NOTHING),
+        "dataset": ([(w.image, "red", "a")] * 2, NOTHING),
+        "sites": (RESID, WHOLE | {"set"}),
+        "at": (hv.LastToken(), OPTIONAL | FUNCTION),
+        "batch": (2, COUNT),
+        "text": (None, OPTIONAL | TEXT),
+        "image_column": (None, OPTIONAL | TEXT),
+        "text_column": (None, OPTIONAL | TEXT),
+        "on_error": ("raise", NOTHING),
+        "progress": (False, FLAG | FUNCTION | OPTIONAL),
+    }
+    out = folder / "features"
+    made = hv.extract(w.rich, [(w.image, "red", c) for c in "abab"], RESID, out=folder / "made",
+                      at=hv.LastToken(), pool="mean", progress=False)  # fmt: skip
+    site = (RESID, NOTHING)
+    return [
+        call(
+            "extract",
+            hv.extract,
+            **common,
+            out=(out, frozenset(["text", "blank"])),
+            pool=("mean", NOTHING),
+            dtype=(None, OPTIONAL),
+            label_column=(None, OPTIONAL | TEXT),
+        ),
+        call("dataset_means", hv.dataset_means, **common),
+        call(
+            "Features", hv.Features, folder=(out.with_name("made"), NOTHING), partial=(False, FLAG)
+        ),
+        call("features[]", lambda site: made[site], site=(RESID, WHOLE)),
+        call("features.pca", made.pca, site=site, n_components=(1, NOTHING)),
+        call("features.probe", made.probe, site=site, probe=(None, OPTIONAL), seed=(0, WHOLE)),
+        call(
+            "features.difference_of_means",
+            made.difference_of_means,
+            site=site,
+            label=("a", NOTHING),
+            other=("b", OPTIONAL),
+        ),
     ]
 
 

@@ -27,7 +27,7 @@ def shipped() -> HookedVLM:
         (lambda m, i: m.generate(i, bwd_hooks=[HOOK]), "Use run_with_hooks"),
         (lambda m, i: m(i, incl_bwd=True), "Use run_with_cache"),
         (lambda m, i: m(i, fwd_hooks=[HOOK]), "Use run_with_hooks"),
-        (lambda m, i: m(i, return_type="loss"), "Compute it from the logits"),
+        (lambda m, i: m(i, return_type="los"), "expected logits, loss, both or None"),
         (lambda m, i: m(i, stop_at_layer=2), "Use run_with_cache"),
         (lambda m, i: m.generate(i, fwd_hook=[HOOK]), "Did you mean 'fwd_hooks'"),
         (lambda m, i: m.generate(i, max_new_token=3), "Did you mean 'max_new_tokens'"),
@@ -51,9 +51,7 @@ def test_a1_a3_keywords_that_nobody_reads(family: str, call: Any, said: str) -> 
     ("option", "said"),
     [
         ({"name_filter": "hook_embed"}, "Did you mean 'names_filter'"),
-        ({"pos_slice": -1}, "Slice what was cached"),
         ({"bwd_hooks": [HOOK]}, "Use run_with_hooks"),
-        ({"remove_batch_dim": True}, "cache.remove_batch_dim"),
         ({"return_cache_object": False}, "dict"),
     ],
 )

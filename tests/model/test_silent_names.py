@@ -30,8 +30,7 @@ def inputs_of(model: HookedVLM) -> Inputs:
 @pytest.mark.parametrize("name", sorted(INSTEAD))
 def test_f_a_name_of_transformer_lens_says_what_to_use(name: str) -> None:
     model = tiny("llava")
-    if name in ("W_U", "W_E"):
-        assert isinstance(getattr(model, name), torch.Tensor)
+    if hasattr(type(model), name):  # works here; the entry is for `HookedVisionEncoder`
         return
     assert not hasattr(model, name)
     with pytest.raises(AttributeError) as caught:
@@ -42,8 +41,8 @@ def test_f_a_name_of_transformer_lens_says_what_to_use(name: str) -> None:
 
 def test_f_other_names_point_to_the_wrapped_model_or_to_the_nearest_name() -> None:
     model = tiny("llava")
-    with pytest.raises(UnknownNameError, match=r"use model\.hf_model\.named_parameters"):
-        getattr(model, "named_parameters")  # noqa: B009
+    with pytest.raises(UnknownNameError, match=r"use model\.hf_model\.get_output_embeddings"):
+        getattr(model, "get_output_embeddings")  # noqa: B009
     with pytest.raises(UnknownNameError, match="Did you mean 'run_with_cache'"):
         getattr(model, "run_with_cahce")  # noqa: B009
     assert getattr(model, "nothing_of_the_kind", 3) == 3
