@@ -172,6 +172,8 @@ class Placed:
     @property
     def read(self) -> str:
         """The name of the site at which a source is read."""
+        if getattr(self.part, "source_site", None) is None:
+            return self.site
         return read_site(self.places.model, self.part).name
 
     @property
