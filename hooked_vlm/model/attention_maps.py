@@ -19,7 +19,7 @@ from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.positions import LastToken, TokenSelector
 
 
-@checked(InterventionError, but=("inputs", "fwd_hooks"))
+@checked(InterventionError, but=("inputs",))
 def attention_maps(
     model: Model,
     inputs: Any,
