@@ -655,6 +655,31 @@ def test_pairs_that_the_model_masks_are_warned_of() -> None:
             assert torch.equal(model.run_with_hooks(inputs, [edit]), clean)
 
 
+@pytest.mark.parametrize("kind", [{"score_scale": 0.0}, {"bias": 1e30}, {"scale": 5.0}])
+def test_what_the_model_masks_stays_masked(kind: dict[str, Any]) -> None:
+    """A score of the lowest number, times zero, would be a score like any other."""
+    model, inputs = tiny("llava"), make_inputs("llava")
+    site = "blocks.1.attn.hook_pattern"
+    edit = Attend("blocks.1.attn", key=model.grids(inputs)[0][0].all(), **kind)
+    found = model.run_with_cache(inputs, site, fwd_hooks=[edit])[1][site]
+    assert not found.triu(1).any() and found.isfinite().all()
+
+
+def test_it_is_the_same_in_half_precision() -> None:
+    model, inputs = HookedVLM(build("llava", dtype=torch.bfloat16)), make_inputs("llava")
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    name, site = "blocks.1.attn", "blocks.1.attn.hook_pattern"
+    key = model.grids(inputs)[0][0].all()
+    clean = parts_of(model, inputs, name)
+    found = parts_of(model, inputs, name, [Attend(name, query=LastToken(), key=key, mask=True)])
+    pairs = torch.zeros_like(clean[site], dtype=torch.bool)
+    pairs[:, :, -1] = inputs["input_ids"] == IMAGE
+    expected = changed("mask", clean[f"{name}.hook_attn_scores"].float(), pairs)
+    assert found[site].dtype == torch.bfloat16
+    torch.testing.assert_close(found[site].float(), expected, atol=2e-2, rtol=2e-2)
+    assert not found[site][pairs].any()
+
+
 def test_it_does_not_run_on_other_inputs() -> None:
     model, inputs = tiny("llava"), make_inputs("llava")
     edit = Attend("blocks.1.attn", key=Positions((0,)), scale=0.0)
