@@ -12,7 +12,7 @@ from hooked_vlm.errors import DataError, GridError
 from hooked_vlm.regions.grid import TokenGrid
 
 
-@checked(DataError, but=("grid",))
+@checked(DataError)
 def image_map(
     weights: Float[Tensor, "*any key"], grid: TokenGrid, first_key: Whole = 0
 ) -> Float[Tensor, "*any row col"]:
@@ -34,10 +34,6 @@ def image_map(
     >>> image_map(last, inputs.grid).shape
     torch.Size([4, 4, 6])
     """
-    if not isinstance(grid, TokenGrid):
-        raise DataError(
-            f"grid was given as a {type(grid).__name__}; expected a TokenGrid, such as inputs.grid."
-        )
     index = grid.positions.to(weights.device) - first_key
     if int(index.max()) >= weights.shape[-1]:
         raise GridError(
@@ -49,7 +45,7 @@ def image_map(
     return torch.where(index >= 0, found, 0)
 
 
-@checked(DataError, but=("grid",))
+@checked(DataError)
 def patch_map(
     weights: Float[Tensor, "*any patch"], grid: TokenGrid
 ) -> Float[Tensor, "*any patch_row patch_col"]:

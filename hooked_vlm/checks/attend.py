@@ -105,7 +105,7 @@ def _places(
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         site = model.sites[f"{name}.hook_pattern"]
-        what = {} if reads_encoder(model, site) else {"key": key}
+        what: dict[str, Any] = {} if reads_encoder(model, site) else {"key": key}
         what |= {} if seen is None else {"query": LastToken()}
         try:
             Attend(name, scale=0.0, **what).check(model, inputs)

@@ -13,12 +13,13 @@ from hooked_vlm.arguments.kinds import Model, Whole
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.dispatch import Reader
 from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.patch_order import VisionActivation
 from hooked_vlm.inputs.rows import placeholder_ids, rows_of
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.positions import LastToken, TokenSelector
 
 
-@checked(InterventionError, but=("inputs", "fwd_hooks"))
+@checked(InterventionError, but=("inputs",))
 def attention_maps(
     model: Model,
     inputs: Any,
@@ -124,7 +125,8 @@ class _Reading:
         self.length = 0
         self.found: dict[str, dict[int, Tensor]] = {}
 
-    def read(self, pattern: Tensor, hook: HookPoint) -> None:
+    def read(self, pattern: VisionActivation, hook: HookPoint) -> None:
+        assert isinstance(pattern, Tensor), "only encoders list their patterns"
         if len(pattern) != self.batch:
             raise InterventionError(
                 f"{hook.name} has {counted(len(pattern), 'row')} for "

@@ -462,9 +462,9 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
             "Attend(mask)",
             _run(w, hv.Attend),
             site=("blocks.1.attn", NOTHING),
-            query=(hv.LastToken(), NOTHING),
+            query=(hv.LastToken(), OPTIONAL),
             key=(w.region, NOTHING),
-            mask=(True, NOTHING),
+            mask=(True, FLAG),
         ),
         call(
             "Attend.window",
@@ -473,7 +473,7 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
             width=(2, COUNT),
             n_layers=(3, COUNT),
         ),
-        call("Attend.at_layers", attend.at_layers, layers=([0, 1], NOTHING)),
+        call("Attend.at_layers", attend.at_layers, layers=([0, 1], frozenset(["ints"]))),
         call("Attend.at_site", attend.at_site, site=("blocks.0.attn", INDEX | TEXT)),
         call(
             "attention_maps",
@@ -484,7 +484,7 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
             grid=(w.grid, OPTIONAL),
             layers=([1], OPTIONAL),
             max_new_tokens=(0, WHOLE),
-            fwd_hooks=([], frozenset(["tuple", "list"])),
+            fwd_hooks=([], NO_ITEMS),
         ),
         call(
             "HookAt", _run(w, hv.HookAt), site=site, fn=(_same, FUNCTION), first_position=(0, WHOLE)

@@ -132,7 +132,8 @@ def _mrope(model: HookedVLM, inputs: Any) -> Tensor:
     def note(module: Any, args: Any, kwargs: Any) -> None:
         found.append(kwargs["position_ids"].clone())
 
-    handle = model.hf_model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    lm = model.hf_model.get_submodule("model.language_model")
+    handle = lm.register_forward_pre_hook(note, with_kwargs=True)
     model(inputs)
     handle.remove()
     return found[0]
@@ -353,8 +354,6 @@ def test_patches_without_weight_are_values_of_zero(case: str, request: Any) -> N
         what = {"key": region, "scale": 0.0, "heads": (0, 2)}
         found = model.run_with_hooks(inputs, [Attend(name, **what)])
         expected = model.run_with_hooks(inputs, [Ablate(f"{name}.hook_v", at=region, heads=(0, 2))])
-        if region is None and model.anatomy.vision.n_prefix:
-            continue
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         pattern = model.run_with_cache(inputs, f"{name}.hook_pattern")[1][f"{name}.hook_pattern"]
         n_windows.add(len(pattern))
@@ -514,7 +513,8 @@ def test_patches_at_patterns_and_scores(family: str, tower: str, part: str) -> N
     other = make_inputs(family, batch=2, seed=5)
     site = f"{tower}blocks.1.attn.hook_{part}"
     n = 6 if family == "llava" else 3
-    at = Region.column_band((n, n), 1, 2) if tower else Positions((-3, -1))
+    column = Region.column_band((n, n), 1, 2)
+    at = column if tower else Positions((-3, -1))
     read = model.run_with_hooks(inputs, [(site, lambda x, hook: None)])
     own, foreign = record(model, inputs, [site]), record(model, other, [site])
     assert torch.equal(model.run_with_hooks(inputs, [Patch(site, at=at, source=own)]), read)
@@ -522,7 +522,7 @@ def test_patches_at_patterns_and_scores(family: str, tower: str, part: str) -> N
     found = model.run_with_cache(inputs, [site], fwd_hooks=[patch])[1][site]
     rows = [-3, -1]
     if tower:
-        rows = at.patches(model.grids(inputs)[0][0]).tolist()
+        rows = column.patches(model.grids(inputs)[0][0]).tolist()
     expected = own.cache[site].clone()
     for head in (0, 3):
         expected[:, head, rows] = foreign.cache[site][:, head, rows]
@@ -648,10 +648,36 @@ def test_pairs_that_the_model_masks_are_warned_of() -> None:
     model, inputs = tiny("llava"), make_inputs("llava")
     first, last = Positions((0,)), LastToken()
     clean = model.run_with_hooks(inputs, [("blocks.1.attn.hook_pattern", lambda x, hook: None)])
-    for kind in ({"mask": True}, {"scale": 0.0}):
+    kinds: list[dict[str, Any]] = [{"mask": True}, {"scale": 0.0}]
+    for kind in kinds:
         edit = Attend("blocks.1.attn", query=first, key=last, **kind)
         with pytest.warns(HookedVLMWarning, match="its queries come before its keys"):
             assert torch.equal(model.run_with_hooks(inputs, [edit]), clean)
+
+
+@pytest.mark.parametrize("kind", [{"score_scale": 0.0}, {"bias": 1e30}, {"scale": 5.0}])
+def test_what_the_model_masks_stays_masked(kind: dict[str, Any]) -> None:
+    """A score of the lowest number, times zero, would be a score like any other."""
+    model, inputs = tiny("llava"), make_inputs("llava")
+    site = "blocks.1.attn.hook_pattern"
+    edit = Attend("blocks.1.attn", key=model.grids(inputs)[0][0].all(), **kind)
+    found = model.run_with_cache(inputs, site, fwd_hooks=[edit])[1][site]
+    assert not found.triu(1).any() and found.isfinite().all()
+
+
+def test_it_is_the_same_in_half_precision() -> None:
+    model, inputs = HookedVLM(build("llava", dtype=torch.bfloat16)), make_inputs("llava")
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    name, site = "blocks.1.attn", "blocks.1.attn.hook_pattern"
+    key = model.grids(inputs)[0][0].all()
+    clean = parts_of(model, inputs, name)
+    found = parts_of(model, inputs, name, [Attend(name, query=LastToken(), key=key, mask=True)])
+    pairs = torch.zeros_like(clean[site], dtype=torch.bool)
+    pairs[:, :, -1] = inputs["input_ids"] == IMAGE
+    expected = changed("mask", clean[f"{name}.hook_attn_scores"].float(), pairs)
+    assert found[site].dtype == torch.bfloat16
+    torch.testing.assert_close(found[site].float(), expected, atol=2e-2, rtol=2e-2)
+    assert not found[site][pairs].any()
 
 
 def test_it_does_not_run_on_other_inputs() -> None:
