@@ -155,6 +155,13 @@ class StepRecorder:
 
     def _store_positions(self, value: VisionActivation, hook: HookPoint, axis: int) -> None:
         held, keys = hook.positions, hook.key_positions
+        n_axes = len(self.sites[hook.name].axes.split())
+        if isinstance(value, Tensor) and value.ndim != n_axes:
+            raise HookError(
+                f"{hook.name} has shape {tuple(value.shape)} in this model, and a cache of a "
+                f"generation needs the axes [{self.sites[hook.name].axes}]: the model keeps "
+                "several streams there. Leave it out of names_filter."
+            )
         if not held or isinstance(value, list):
             raise HookError(
                 f"{hook.name} runs on other positions than the prompt's, so those of a generation "

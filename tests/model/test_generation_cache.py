@@ -118,6 +118,19 @@ def test_more_architectures(model_type: str) -> None:
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_sites_whose_positions_are_not_known_are_refused() -> None:
+    for model_type, site, said in (
+        ("gemma3n", "blocks.*.hook_resid_post", "several streams"),
+        ("t5gemma2", "blocks.*.hook_v", "other positions than the prompt's"),
+    ):
+        model = suite.build(model_type)
+        inputs = model.prepare([suite.picture(*suite.image_size(model))], "What?")
+        with pytest.raises(HookError, match=said):
+            model.generate_with_cache(inputs, site, max_new_tokens=3)
+        assert not model.is_hooked
+
+
 def test_hooks_of_the_generation_are_in_the_cache() -> None:
     model, inputs = tiny("llava"), make_inputs("llava")
     site = "blocks.1.hook_resid_post"
