@@ -165,7 +165,7 @@ def require_pool(pool: str) -> None:
 def require_task(task: Task) -> None:
     """Raises for a place of text at a vision site, and for options that `prepare` does not take."""
     own = ("system", "chat", "assistant")
-    for name in task.prepare:
+    for name in task.prepare.keys() - own:
         near = did_you_mean(name, OPTIONS)
         if near and not name.endswith("_kwargs"):  # those are a processor's
             raise DataError(f"{name}=… was given, which is no argument of extract.{near}")

@@ -28,9 +28,7 @@ def returned(
     return_type: str | None,
     loss_per_token: bool,
 ) -> Any:
-    """Returns logits, the loss, `(logits, loss)`, or None."""
-    if return_type == "logits":
-        return logits
+    """Returns the loss, `(logits, loss)`, or None."""
     if return_type is None:
         return None
     loss = next_token_loss(hf_model, logits, inputs)

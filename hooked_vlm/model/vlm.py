@@ -165,9 +165,10 @@ class HookedVLM(Prepares, HasTokens, HasPoints, ShowsWeights, Generates):
         require_pixels({**inputs, **kwargs}, self.cfg.image_token_id)
         with self.turn():
             logits = logits_of(self._chain[0](**inputs, **kwargs))
-        return returned(
-            self.hf_model, logits, together(inputs, kwargs), return_type, loss_per_token
-        )
+        if return_type == "logits":
+            return logits
+        given = together(inputs, kwargs)
+        return returned(self.hf_model, logits, given, return_type, loss_per_token)
 
     __call__ = forward
 

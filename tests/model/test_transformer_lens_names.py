@@ -12,7 +12,7 @@ from torch.nn import functional
 from conformance import suite
 from helpers.prepared_models import prepared
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
-from hooked_vlm import ActivationCache
+from hooked_vlm import Ablate, ActivationCache, LastToken, Sweep
 from hooked_vlm.checks.on_request import check_on_request
 from hooked_vlm.errors import DataError, HookError, UnknownHookError, UnknownNameError
 from hooked_vlm.hooks import cut, hook_point
@@ -493,3 +493,18 @@ def test_a_write_to_the_input_of_a_part_is_a_torch_hook_on_its_norm(family: str)
         finally:
             handle.remove()
         torch.testing.assert_close(edited, plain)
+
+
+@pytest.mark.parametrize("engine", ["growing", "restart", "plain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sweeps_edit_the_input_of_a_part(family: str, engine: str) -> None:
+    model, inputs = tiny(family), make_inputs(family, batch=2)
+    leaves = ("hook_attn_in", "hook_mlp_in")
+    sites = [f"blocks.{layer}.{leaf}" for layer in (0, 1, 2) for leaf in leaves]
+    last = LastToken()
+    sweep = Sweep(inputs, {"site": sites}, lambda site: Ablate(site, at=last))
+    scores = sweep.run(model, lambda logits: logits[:, -1].amax(-1), engine=engine)
+    for site in sites:
+        plain = model.run_with_hooks(inputs, [Ablate(site, at=last)])[:, -1].amax(-1)
+        found = torch.as_tensor(scores.sel(site=site).values).float()
+        torch.testing.assert_close(found, plain, **NEAR)
