@@ -217,7 +217,6 @@ def test_places_that_are_none() -> None:
         (Patch(SITE, at=Generated(), source=source, source_at=Positions((0, 1))), "one position"),
         (Ablate(SITE, at=Generated(), to="mean", reference=source), "reference_at"),
         (Ablate("vision_projector.hook_out", at=Generated()), "no part of an image"),
-        (Ablate("blocks.1.attn.hook_pattern", at=Generated()), "no position"),
     ):
         with pytest.raises(HookedVLMError, match=said):
             answers(model, inputs, [intervention])
