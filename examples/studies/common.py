@@ -23,7 +23,7 @@ DIRECTIONS = ("left", "right", "above", "below")
 class Study:
     """A shipped model (or another one), the layout of its pictures, and a folder for the figure."""
 
-    def __init__(self, doc: str) -> None:
+    def __init__(self, doc: str | None) -> None:
         parser = argparse.ArgumentParser(
             description=doc, formatter_class=argparse.RawTextHelpFormatter
         )
@@ -40,7 +40,7 @@ class Study:
 
     def questions(self, n: int, directions: tuple[str, ...] = ("left",), seed: int = 42) -> list:
         """Returns n questions for each direction, about three squares of different colours."""
-        drawn = sample_tuples(list(COLORS), k=3, per_direction=n, seed=seed)
+        drawn: Any = sample_tuples(list(COLORS), k=3, per_direction=n, seed=seed)
         return [Question(names, d) for d in directions for names in drawn[d]]
 
     def prepare(self, questions: list, noise: float = 0.0) -> Any:
@@ -48,7 +48,7 @@ class Study:
         pictures = [draw(q.entities, q.axis, self.geometry) for q in questions]
         if noise:
             seeded = np.random.default_rng(0)
-            drawn = [seeded.integers(0, 256, np.shape(p), np.uint8) for p in pictures]
+            drawn = [seeded.integers(0, 256, (*p.size, 3), np.uint8) for p in pictures]
             grounds = [Image.fromarray(pixels) for pixels in drawn]
             pictures = [Image.blend(p, g, noise) for p, g in zip(pictures, grounds, strict=True)]
         texts = [prompt(q) for q in questions]
@@ -56,7 +56,7 @@ class Study:
 
     def accuracy(self, logits: torch.Tensor, targets: list[str]) -> float:
         """Returns the share of prompts whose most probable next token is the target."""
-        return accuracy(logits[:, -1], self.model.tokenizer, targets)
+        return float(accuracy(logits[:, -1], self.model.tokenizer, targets))
 
     def figure(self, columns: int = 1) -> tuple[Figure, Any]:
         """Returns a figure with so many axes side by side."""

@@ -50,7 +50,7 @@ sweep = Sweep(
     {"basis": list(bases), "k": list(SIZES)},
     make=lambda basis, k: Patch(SLOT, at=swapped, source=mirrored, subspace=bases[basis][:k]),
 )
-scores = sweep.run(model, flipped, dims=("pair",)).mean("pair")
+scores = sweep.run(model, flipped, dims=("pair",), logits_to_keep=1).mean("pair")
 whole = flipped(model.run_with_hooks(inputs, [Patch(SLOT, at=swapped, source=mirrored)])).mean()
 print(f"slot {SLOT}; probability of the other colour after a whole swap: {whole:.2f}")
 print("after a swap in k directions only")

@@ -38,7 +38,10 @@ noise = noise * delta.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=Tr
 vectors = {"difference of means": delta, "random": noise}
 
 inputs = study.prepare(test)
-names = {"left colour": [q.entities[0] for q in test], "right colour": [q.entities[2] for q in test]}
+names = {
+    "left colour": [q.entities[0] for q in test],
+    "right colour": [q.entities[2] for q in test],
+}
 
 
 def answers(logits: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ well as fine-tuned methods.
 
 import numpy as np
 from common import DIRECTIONS, Study
-from scipy.ndimage import label
+from scipy import ndimage
 
 from hooked_vlm import LastToken, attention_maps
 from hooked_vlm.stimuli.pairs import target_place
@@ -28,12 +28,14 @@ model, geometry = study.model, study.geometry
 def maps_of(questions: list) -> np.ndarray:
     """Returns attention of last tokens: [question, head of any layer, row, col]."""
     found = [attention_maps(model, study.prepare([q]), LastToken()) for q in questions]
-    return np.stack([m.isel(query=0).stack(any=("layer", "head")).transpose("any", ...) for m in found])
+    return np.stack(
+        [m.isel(query=0).stack(any=("layer", "head")).transpose("any", ...) for m in found]
+    )
 
 
 def spatial_entropy(weights: np.ndarray) -> float:
     """Entropy of the attention's connected pieces above the mean: low where it is in one place."""
-    pieces, n = label(weights > weights.mean())
+    pieces, n = ndimage.label(weights > weights.mean())  # type: ignore[misc]
     mass = np.array([weights[pieces == i].sum() for i in range(1, n + 1)])
     share = mass / mass.sum()
     return float(-(share * np.log(share)).sum())
@@ -65,10 +67,16 @@ def hits(heads: np.ndarray) -> dict[str, float]:
 
 draw = np.random.default_rng(0)
 others = [hits(draw.choice(maps.shape[1], HEADS, replace=False)) for _ in range(50)]
-result = {"chosen": hits(chosen), "random": {k: float(np.mean([o[k] for o in others])) for k in others[0]}}
+result = {
+    "chosen": hits(chosen),
+    "random": {k: float(np.mean([o[k] for o in others])) for k in others[0]},
+}
 area = len(geometry.object_region("horizontal", 0)) / (geometry.shape[0] * geometry.shape[1])
 for heads, found in result.items():
-    print(f"brightest cell of {heads} heads on:", ", ".join(f"{k} object {v:.2f}" for k, v in found.items()))
+    print(
+        f"brightest cell of {heads} heads on:",
+        ", ".join(f"{k} object {v:.2f}" for k, v in found.items()),
+    )
 print(f"by chance: {area:.2f} on one object")
 
 figure, (left, ax) = study.figure(2)

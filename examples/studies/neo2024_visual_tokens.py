@@ -7,11 +7,12 @@
 2. Ablation of tokens at the language model's input: the cells of the asked object, the same with a
    border of one cell, and as many random cells.  The mean over all cells is written.
 
-In LLaVA-1.5, late layers decode many object tokens to fitting words, and ablating an object's tokens
-with a border costs over 70 % of identifications.
+In LLaVA-1.5, late layers decode many object tokens to fitting words, and ablating an object's
+tokens with a border costs over 70 % of identifications.
 """
 
 import numpy as np
+import torch
 from common import Study
 
 from hooked_vlm import Ablate, Region
@@ -32,7 +33,7 @@ for place in range(3):
     for b, question in enumerate(questions):
         name = question.entities[place]
         ids = [model.tokenizer.encode(s, add_special_tokens=False)[0] for s in (name, f" {name}")]
-        right = sum(words[:, b] == i for i in set(ids)) > 0
+        right = torch.isin(words[:, b], torch.tensor(ids))
         by_slot += right.float().mean(-1).numpy() / (3 * len(questions))
 print("object cells read as their colour, by slot:", by_slot.round(2).tolist())
 
@@ -49,12 +50,14 @@ def random_cells(n: int) -> Region:
 
 
 kinds = {"object": [target], "object and border": [border]}
-kinds |= {f"{len(r)} random cells": [random_cells(len(r)) for _ in range(5)] for r in (target, border)}
+kinds |= {
+    f"{len(r)} random cells": [random_cells(len(r)) for _ in range(5)] for r in (target, border)
+}
 mean = cache["resid_pre", 0][:, inputs.grids[0][0].positions.flatten()].mean((0, 1))
-right = {"nothing": study.accuracy(model(inputs), targets).item()}
+right = {"nothing": study.accuracy(model(inputs), targets)}
 for kind, regions in kinds.items():
     runs = [model.run_with_hooks(inputs, [Ablate(0, at=r, to=mean)]) for r in regions]
-    right[kind] = float(np.mean([study.accuracy(x, targets).item() for x in runs]))
+    right[kind] = float(np.mean([study.accuracy(x, targets) for x in runs]))
 for kind, share in right.items():
     print(f"accuracy without {kind:<18}: {share:.2f}")
 

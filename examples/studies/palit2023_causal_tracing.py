@@ -31,7 +31,11 @@ def probability(logits: torch.Tensor) -> torch.Tensor:
 
 site = "vision_projector.hook_out"
 _, cache = model.run_with_cache(inputs, site)
-noise = 3 * cache[site].std() * torch.randn(cache[site].shape, generator=torch.Generator().manual_seed(0))
+noise = (
+    3
+    * cache[site].std()
+    * torch.randn(cache[site].shape, generator=torch.Generator().manual_seed(0))
+)
 corrupt = HookAt(site, lambda x, hook: x + noise.to(x))
 
 objects = geometry.object_region("horizontal", 0)
@@ -47,7 +51,7 @@ sweep = Sweep(
     make=lambda group, slot: Patch(slot, at=groups[group], source=inputs),
     base=[corrupt],
 )
-restored = sweep.run(model, probability, dims=("pair",)).mean("pair")
+restored = sweep.run(model, probability, dims=("pair",), logits_to_keep=1).mean("pair")
 clean = probability(model(inputs)).mean().item()
 corrupted = probability(model.run_with_hooks(inputs, [corrupt])).mean().item()
 print(f"probability of the right answer: clean {clean:.2f}, corrupted {corrupted:.2f}")

@@ -12,9 +12,9 @@ layers from there to the last token.
 """
 
 import torch
-from common import DIRECTIONS, Study
+from common import Study
 
-from hooked_vlm import Attend, LastToken, Span, Sweep, final_logits
+from hooked_vlm import Attend, Chain, LastToken, Span, Sweep, final_logits
 from hooked_vlm.analysis.scoring import target_probability
 
 
@@ -37,14 +37,14 @@ def probability(logits: torch.Tensor) -> torch.Tensor:
     return target_probability(final_logits(logits), model.tokenizer, targets)
 
 
-def knockout(flow: str, layer: int) -> Attend:
+def knockout(flow: str, layer: int) -> Chain:
     query, key = flows[flow]
     one = Attend("blocks.0.attn", query=query, key=key, mask=True)
     return one.window(layer, 3, n_layers)
 
 
 sweep = Sweep(inputs, {"flow": list(flows), "layer": range(n_layers)}, make=knockout)
-scores = sweep.run(model, probability, dims=("pair",))
+scores = sweep.run(model, probability, dims=("pair",), logits_to_keep=1)
 plain = probability(model(inputs)).numpy()
 change = ((scores - plain) / plain).mean("pair") * 100
 print("change of the right answer's probability in %, by the middle of the window")

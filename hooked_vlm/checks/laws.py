@@ -342,7 +342,8 @@ def check_generate(model: HookedVLM, inputs: Inputs, steps: int = 4) -> Finding:
 def check_start_layer(model: HookedVLM, inputs: Inputs) -> Finding:
     """Verifies that a run from a layer with its own residual stream gives the full logits."""
     with quiet():
-        base = model(inputs, **uncached(model.hf_model))
+        options: dict[str, Any] = uncached(model.hf_model)
+        base = model(inputs, **options)
         layer = model.cfg.n_layers - 1
         residual, _ = model.run_with_cache(inputs, "hook_embed", stop_at_layer=layer)
         found = model.run_from_layer(inputs, residual, layer)

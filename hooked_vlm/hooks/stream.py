@@ -42,7 +42,7 @@ class Reads(Protocol):
     def token_id(self, text: str) -> int: ...
 
 
-class ResidualStream(Mapping[str, Any]):
+class ResidualStream(Mapping[Any, Any]):
     """The part of a cache that reads residual streams."""
 
     n_layers: dict[str, int]

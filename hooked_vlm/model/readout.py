@@ -87,7 +87,7 @@ class Readout:
         block: Block | None = lm.blocks[layer] if layer < len(lm.blocks) else None
         path = lm.final_norm if block is None else block.ln2 if mlp_input else block.ln1
         found = self._linear(path) if path and not (block and block.post_norm) else None
-        if found is None:
+        if path is None or found is None:
             where = "after the last block" if block is None else f"in block {layer}"
             raise UnsupportedModelError(
                 f"The norm {where} ({path}) is not linear at a fixed scale, or reads no residual "
@@ -130,9 +130,10 @@ class Readout:
         """
         anatomy = self.model.anatomy
         block: Block = (anatomy.vision if tower else anatomy.lm).blocks[layer]
-        heads = kind == "heads"
-        part, out = (block.attn, block.attn_out) if heads else (block.mlp, block.mlp_out)
-        path = None if part is None else part.out if heads else part.down
+        if kind == "heads":
+            path, out = block.attn and block.attn.out, block.attn_out
+        else:
+            path, out = block.mlp and block.mlp.down, block.mlp_out
         if path is None or out is None:
             return None
         module = self.model.hf_model.get_submodule(path)
@@ -143,9 +144,8 @@ class Readout:
                 return module(x)
 
         # The module whose output is added may be a norm behind the map.
-        behind = out if not path.startswith(f"{out}.") and out != path else None
-        norm = self._linear(behind) if behind else None
-        return Summands(apply, norm, None if norm is None else lambda x: self.normed(behind, x))
+        norm = None if f"{path}.".startswith(f"{out}.") else self._linear(out)
+        return Summands(apply, norm, None if norm is None else lambda x: self.normed(out, x))
 
     @torch.no_grad()
     def directions(

@@ -62,7 +62,8 @@ def test_inputs_of_each_layer_and_a_scaled_stream_are_in_the_parts() -> None:
         inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
         for scale in (1.0, 0.5):
             for block in model.anatomy.lm.blocks:
-                model.hf_model.get_submodule(block.path).layer_scalar.fill_(scale)
+                layer: Any = model.hf_model.get_submodule(block.path)
+                layer.layer_scalar.fill_(scale)
             found = model.run_with_cache(inputs, "*blocks.*.hook_*")[1]
             parts, labels = found.decompose_resid(return_labels=True)
             assert "0_per_layer_out" in labels

@@ -142,7 +142,7 @@ def test_logits_that_are_capped_are_said_to_be() -> None:
         inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
         logits, cached = model.run_with_cache(inputs, "*hook_*[edts]")
         assert not torch.allclose(logits, cached["hook_logits"])
-        stack = cached.decompose_resid(pos_slice=-1)
+        stack: Any = cached.decompose_resid(pos_slice=-1)
     for _ in range(2):  # each time, also when the cap is known
         with pytest.warns(HookedVLMWarning, match="caps its logits"):
             attrs = cached.logit_attrs(stack, 3, pos_slice=-1).sum(0)
@@ -201,6 +201,6 @@ def test_several_streams_are_refused() -> None:
         model = suite.build("gemma3n")
         inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
         cached = model.run_with_cache(inputs)[1]
-        streams = cached.accumulated_resid()
+        streams: Any = cached.accumulated_resid()
         with pytest.raises((DataError, UnsupportedModelError)):
             cached.logit_attrs(streams, 3)

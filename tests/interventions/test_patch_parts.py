@@ -118,7 +118,7 @@ def test_patchscopes_writes_one_prompt_from_another() -> None:
 
 def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
     model, inputs = tiny("llava"), make_inputs("llava")
-    for change, said in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"neurons": (48,)}, "expected different numbers from 0 to 47"),
         ({"neurons": (1, 1)}, "expected different numbers"),
         ({"neurons": ()}, "expected different numbers"),
@@ -126,7 +126,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
         ({"subspace": torch.full((1, 48), float("nan"))}, "expected finite rows"),
         ({"subspace": torch.ones(1, 48), "neurons": (1,)}, "give one of them"),
         ({"source_site": "blocks.1.mlp.hook_post"}, "writes 48 features .* from 96"),
-    ):
+    ]
+    for change, said in wrong:
         with pytest.raises(InterventionError, match=said):
             Patch(MID, at=LastToken(), source=inputs, **change).check(model, inputs)
     with pytest.raises(UnknownHookError, match="blocks"):

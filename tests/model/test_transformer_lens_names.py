@@ -452,7 +452,8 @@ def test_sites_on_request_run_only_where_they_are_named(family: str) -> None:
     _, cache = model.run_with_cache(inputs, not_scores)
     assert not set(names) & set(cache)
     _, asked = model.run_with_cache(inputs, names)
-    assert list(asked) == sorted(names, key=lambda n: list(model.sites.more).index(n))
+    sites: Any = model.sites
+    assert list(asked) == sorted(names, key=list(sites.more).index)
     _, by_pattern = model.run_with_cache(inputs, "*hook_result")
     assert len(by_pattern) == model.cfg.n_layers
     _, by_function = model.run_with_cache(inputs, lambda name: name.endswith("hook_mlp_in"))

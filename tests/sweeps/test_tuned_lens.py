@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="belongs to another model"):
         TunedLens(torch.zeros(2, 48, 48), torch.zeros(2, 48)).logits(cache)
     with pytest.raises(DataError, match=r"expected \[slot, 1, 45, 48\]"):
-        cache.read_streams(cache.accumulated_resid()[:, :, :3])
+        cache.read_streams(torch.zeros(4, 1, 3, 48))
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"not a file of TunedLens\.save"):
         TunedLens.load(tmp_path / "other")
