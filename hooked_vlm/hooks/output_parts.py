@@ -16,8 +16,6 @@ from hooked_vlm.errors import DataError
 from hooked_vlm.hooks.linear_norm import LinearNorm
 
 
-_ROUNDINGS = 256
-"""Allowed difference of a sum in units of the dtype's precision times the largest piece's size."""
 _ENOUGH = 8
 """Positions from which on one factor for each feature is determined beyond doubt."""
 
@@ -64,7 +62,7 @@ class Summands:
         whole, scale = self.apply(values).double(), None
         if whole.shape != added.shape:
             raise _no_sum(name, f"heads or neurons have shape {tuple(whole.shape)}", added)
-        if self.norm is not None and self.normed is not None and not _alike(whole, added):
+        if self.norm is not None and self.normed is not None:
             scale = self.norm.scale(whole, self.normed(whole.float()))
             whole = self.norm.through(whole, scale) + self.norm.bias
         factor = _factor(whole, added)
@@ -111,8 +109,16 @@ def _factor(whole: Tensor, added: Tensor) -> Tensor | None:
 def _alike(found: Tensor, added: Tensor) -> bool:
     """Whether a sum is what was added, within the rounding of the dtype of what was added."""
     size = torch.maximum(found.abs(), added.abs()).amax(-1, keepdim=True)
-    allowed = _ROUNDINGS * torch.finfo(added.dtype).eps * size
-    return bool(((found - added).abs() <= allowed).all())
+    return bool(((found - added).abs() <= rounding(added.dtype) * size).all())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Returns by how much sums of a dtype may differ, as a share of the largest value of a row.
+
+    >>> rounding(torch.float32), rounding(torch.bfloat16)
+    (2e-05, 0.03125)
+    """
+    return max(2e-5, 4 * torch.finfo(dtype).eps)
 
 
 def _no_sum(name: str, what: str, added: Tensor) -> DataError:

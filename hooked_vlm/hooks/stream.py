@@ -17,7 +17,7 @@ from hooked_vlm.errors import DataError, UnknownHookError
 from hooked_vlm.hooks.decomposition import added_by, parts_of
 from hooked_vlm.hooks.linear_norm import LinearNorm
 from hooked_vlm.hooks.names import VISION, count_layers, tower_of
-from hooked_vlm.hooks.output_parts import Summands
+from hooked_vlm.hooks.output_parts import Summands, rounding
 
 
 PosSlice = int | slice | Sequence[int] | None
@@ -313,7 +313,7 @@ class ResidualStream(Mapping[Any, Any]):
         if key not in self:
             return
         cached = at_positions(one_tensor(self[key]), pos_slice)
-        allowed = 64 * torch.finfo(cached.dtype).eps * float(cached.abs().max())
+        allowed = rounding(cached.dtype) * float(cached.abs().max())
         if cached.shape != normed.shape or not bool(((cached - normed).abs() <= allowed).all()):
             raise DataError(
                 f"The norm of layer {layer} gave something else in the run than it gives for the "

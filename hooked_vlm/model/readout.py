@@ -202,12 +202,13 @@ class Readout:
         whole = stream[None] if stream.ndim == 3 else stream[None, None]
         given = self.logits(whole, lambda x: x[:, :, -1:])[0].double().flatten(0, -2)
         given = given[:, : plain.shape[-1]]
-        allowed = max(1e-4, 16 * torch.finfo(head.weight.dtype).eps) * float(given.abs().max())
+        allowed = max(1e-4, 2 * torch.finfo(head.weight.dtype).eps)
+        most = allowed * float(given.abs().max())
         factor = float((given * plain).sum() / (plain * plain).sum())
-        if float((factor * plain - given).abs().max()) <= allowed:
-            return (1.0 if abs(factor - 1) < 1e-4 else factor), False
+        if float((factor * plain - given).abs().max()) <= most:
+            return (1.0 if abs(factor - 1) < allowed else factor), False
         order = plain.argsort(-1)
-        if bool((given.gather(-1, order).diff(dim=-1) >= -allowed).all()):
+        if bool((given.gather(-1, order).diff(dim=-1) >= -most).all()):
             return 1.0, True
         raise UnsupportedModelError(
             "The model's logits are not its unembedding's output for the final norm of its stream, "

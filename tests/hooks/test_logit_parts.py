@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conformance import suite
-from helpers.tiny_models import FAMILIES, make_inputs, tiny
+from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm.checks.attribution import check_attribution
 from hooked_vlm.errors import (
     DataError,
@@ -18,6 +18,7 @@ from hooked_vlm.errors import (
     UnsupportedModelError,
 )
 from hooked_vlm.hooks.linear_norm import LinearNorm
+from hooked_vlm.model.vlm import HookedVLM
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attention scores or patterns")
@@ -102,6 +103,23 @@ def test_neurons_are_columns_of_the_output_map(family: str) -> None:
         norm = block.post_feedforward_layernorm
         raw = raw * gain_of(norm, family) / rms(post @ weight.T)[:, -1:]
     torch.testing.assert_close(found, raw.transpose(0, 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_follows_the_same_norms(family: str) -> None:
+    """A norm behind attention must not be taken for rounding."""
+    wide = ran(family)[-1]
+    model = HookedVLM(build(family)).to(torch.bfloat16)
+    logits, cached = model.run_with_cache(make_inputs(family, 2))
+    for kind in ("decompose_resid", "stack_head_results"):
+        exact, found = (getattr(c, kind)(pos_slice=-1) for c in (wide, cached))
+        size = float(exact.abs().max())
+        assert float((found - exact).abs().max()) <= 0.05 * size, kind
+    heads = cached.stack_head_results(incl_remainder=True, pos_slice=-1)
+    assert heads.dtype == torch.float32
+    attrs = cached.logit_attrs(heads, TOKENS, pos_slice=-1).sum(0)
+    wanted = torch.stack([logits[b, -1, TOKENS[b]] for b in (0, 1)]).float()
+    assert float((attrs - wanted).detach().abs().max()) <= 0.03 * float(logits.detach().abs().max())
 
 
 def test_a_stack_is_normed_before_a_block() -> None:
