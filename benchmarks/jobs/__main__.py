@@ -11,7 +11,6 @@ in an environment of their own:
 
 import argparse
 import json
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from benchmarks.jobs.page import NAMES, page
 from benchmarks.jobs.tools import judgements
 from benchmarks.jobs.world import MODELS
 from benchmarks.throughput import rivals
-from hooked_vlm.errors import HookedVLMWarning
 
 
 TOOLS = ("ours", "transformer-lens", "nnsight")
@@ -70,7 +68,6 @@ def measured(tools: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Prints the page, and writes it where asked."""
     given = parsed()
-    warnings.filterwarnings("ignore", category=HookedVLMWarning)  # of one picture's size
     found = measured(given.tools)
     print(page(found))
     if given.write:

@@ -36,8 +36,8 @@ in the layers that have one.
 
 **Lines** are those of a function's body as the formatter writes them (100 columns), without blank \
 lines and comments. Not counted, for any tool: imports, loading the model, preparing inputs, and \
-finding the positions of the image and of a box in it, which all tools are given. TransformerLens \
-and nnsight have no way to find these positions; `inputs.positions(place)` is one line here.
+the positions of visual tokens and of a box of the image, which all tools are given. For a box, \
+TransformerLens and nnsight have no function; here it is `inputs.grid.box(…)`.
 
 **Values** are compared with those of `plain.py`. The number is the largest difference divided by \
 the largest value; at most {TOLERANCE:g} is right. A wrong value is given with its difference and \
@@ -52,10 +52,11 @@ have the norm's factor at the run's own scale in them.
 - **By part.** `enable_compatibility_mode` folds the gain of the final norm into the unembedding, \
 and changes the bridge's weights. Without it, `logit_attrs` of TransformerLens leaves the gain \
 out; `direct_logit_attribution` raises an error.
-- **Analyses by hand.** nnsight has no logit lens, attribution, gradient methods or steering. Its \
-functions are torch inside traces, and know the names of modules, that Gemma has norms behind \
-attention and MLP, and that outputs of attention are tuples. They hold for these two \
-architectures. The functions of hooked_vlm and of TransformerLens name no modules.
+- **Analyses by hand.** nnsight has traces and gradients in them, but no functions for the logit \
+lens, attribution of logits, integrated gradients or maps. Its functions here are torch inside \
+traces. They name modules, and depend on what is behind attention and MLP in Gemma and on tuples \
+that modules return, so they are correct for these two architectures. The functions of hooked_vlm \
+and of TransformerLens name no modules.
 - **Sweeps.** The functions of TransformerLens and nnsight run the model once for each layer. Here \
 all layers run in one batch ([Throughput](throughput.md)).
 - **Features.** The loops of the other columns have no resumption, no check of the model and the \
@@ -63,9 +64,9 @@ items, and no handling of items that cannot be read ([Features of data sets](../
 - **Generations.** TransformerLens's `generate(return_cache=True)` raises an error for images. The \
 functions for torch, TransformerLens and nnsight collect what hooks see, and number it from 0: \
 this is correct for one prompt without beams, with a key-value cache.
-- **Edits.** Where an edit is one assignment to a tensor, a trace or a hook is as short as an \
-intervention. What `Patch`, `Ablate` and `Attend` add is not in this table: they compare sizes, \
-grids and names before the model runs.
+- **Edits.** An edit in a hook or a trace is one assignment; the other lines record the source and \
+attach the hook. `Patch`, `Ablate` and `Attend` compare sizes, grids and names before the model \
+runs; the assignments do not.
 """
 
 
@@ -112,7 +113,7 @@ def table(found: dict[str, Any]) -> str:
     for tool, models in shown.items():
         head += [f"{NAMES[tool]}: lines", *models]
         rule += ["---:", *["---"] * len(models)]
-    rows = [head, rule]
+    rows = []
     for job, title in JOBS.items():
         row = [title, str(lines["plain"][job])]
         for tool, models in shown.items():
@@ -122,7 +123,8 @@ def table(found: dict[str, Any]) -> str:
     total = ["all", str(sum(lines["plain"].values()))]
     for tool, models in shown.items():
         total += [str(sum(lines[tool].values())), *[""] * len(models)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [*rows, total])
+    start = f"| {' | '.join(head)} |\n|{'|'.join(rule)}|\n"
+    return start + "".join(f"| {' | '.join(row)} |\n" for row in [*rows, total])
 
 
 def cell(verdicts: list[dict[str, Any]]) -> str:
@@ -141,14 +143,16 @@ def cell(verdicts: list[dict[str, Any]]) -> str:
 
 
 def shorter(found: dict[str, Any]) -> list[str]:
-    """Returns a sentence for each tool that needs fewer lines than ours in some jobs."""
+    """Returns sentences on where others need no more lines than ours; none where they do."""
     sentences, lines = [], found["lines"]
-    for tool in ("plain", *found["tools"]):
-        jobs = [job for job in JOBS if lines[tool][job] < lines["ours"][job]]
-        named = [
-            f"{JOBS[job]} ({lines[tool][job]} against {lines['ours'][job]})".replace(", ", " ")
-            for job in jobs
-        ]
-        if named:
-            sentences.append(f"{NAMES[tool]} is shorter than hooked_vlm in: {'; '.join(named)}.")
-    return [" ".join(sentences) + "\n"] if sentences else []
+    for words, holds in (("fewer lines than", int.__lt__), ("as many lines as", int.__eq__)):
+        for tool in ("plain", *(t for t in found["tools"] if t != "ours")):
+            named = [
+                f"{title.replace(',', '')} ({lines[tool][job]} and {lines['ours'][job]})"
+                for job, title in JOBS.items()
+                if holds(lines[tool][job], lines["ours"][job])
+            ]
+            if named:
+                start = f"{NAMES[tool]} needs {words} hooked_vlm in {len(named)} of the jobs"
+                sentences.append(f"{start}: {', '.join(named)}.\n")
+    return sentences

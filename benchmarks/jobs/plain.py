@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from benchmarks.jobs.world import World
 
@@ -26,8 +25,8 @@ def patch_last_token(w: World) -> Any:
     block = w.model.model.language_model.layers[w.layer]
     there = w.model(**w.other, output_hidden_states=True).hidden_states[w.layer + 1]
 
-    def write(module: Any, args: Any, out: Any) -> Any:
-        return torch.cat([out[:, :-1], there[:, -1:]], dim=1)
+    def write(module: Any, args: Any, out: Any) -> None:
+        out[:, -1] = there[:, -1]
 
     handle = block.register_forward_hook(write)
     logits = w.model(**w.inputs).logits
@@ -40,8 +39,8 @@ def sweep_last_token(w: World) -> Any:
     found = []
     for layer, block in enumerate(w.model.model.language_model.layers):
 
-        def write(module: Any, args: Any, layer: int = layer) -> Any:
-            return (torch.cat([args[0][:, :-1], there[layer][:, -1:]], dim=1), *args[1:])
+        def write(module: Any, args: Any, layer: int = layer) -> None:
+            args[0][:, -1] = there[layer][:, -1]
 
         handle = block.register_forward_pre_hook(write)
         found.append(w.model(**w.inputs).logits[:, -1, w.token])
@@ -53,10 +52,8 @@ def patch_box(w: World) -> Any:
     block = w.model.model.language_model.layers[w.layer]
     there = w.model(**w.other, output_hidden_states=True).hidden_states[w.layer + 1]
 
-    def write(module: Any, args: Any, out: Any) -> Any:
-        changed = out.clone()
-        changed[:, w.box] = there[:, w.box]
-        return changed
+    def write(module: Any, args: Any, out: Any) -> None:
+        out[:, w.box] = there[:, w.box]
 
     handle = block.register_forward_hook(write)
     logits = w.model(**w.inputs).logits
@@ -67,10 +64,8 @@ def patch_box(w: World) -> Any:
 def ablate_head(w: World) -> Any:
     attention = w.model.model.language_model.layers[w.layer].self_attn
 
-    def write(module: Any, args: Any) -> Any:
-        heads = args[0].unflatten(-1, (-1, attention.head_dim)).clone()
-        heads[:, :, w.head] = 0
-        return heads.flatten(-2)
+    def write(module: Any, args: Any) -> None:
+        args[0].unflatten(-1, (-1, attention.head_dim))[:, :, w.head] = 0
 
     handle = attention.o_proj.register_forward_pre_hook(write)
     logits = w.model(**w.inputs).logits
@@ -216,9 +211,8 @@ def generation_activations(w: World) -> Any:
 
 
 def loss(w: World) -> Any:
-    logits, next_ids = w.model(**w.inputs).logits[:, :-1], w.inputs["input_ids"][:, 1:]
-    text = next_ids != w.image_token
-    return functional.cross_entropy(logits[text], next_ids[text])
+    labels = w.ids.masked_fill(w.ids == w.image_token, -100)
+    return w.model(**w.inputs, labels=labels).loss
 
 
 def features(w: World) -> Any:

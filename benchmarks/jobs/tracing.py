@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from nnsight import save  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from benchmarks.jobs.world import World
 
@@ -167,11 +166,10 @@ def generation_activations(w: World) -> Any:
 
 
 def loss(w: World) -> Any:
-    with w.model.trace(**w.inputs):
-        logits = w.model.output.logits[:, :-1].save()
-    next_ids = w.ids[:, 1:]
-    text = next_ids != w.image_token
-    return functional.cross_entropy(logits[text], next_ids[text])
+    labels = w.ids.masked_fill(w.ids == w.image_token, -100)
+    with w.model.trace(**w.inputs, labels=labels):
+        found = w.model.output.loss.save()
+    return found  # noqa: RET504 - not inside a trace
 
 
 def features(w: World) -> Any:
