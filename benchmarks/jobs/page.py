@@ -22,7 +22,7 @@ are right. Each job is one function of the same name in each file of `benchmarks
 (torch and transformers alone), `ours.py`, `lens.py` (TransformerLens) and `tracing.py` (nnsight).
 
 ```sh
-{COMMAND}                                                 # hooked_vlm beside plain torch
+{COMMAND:<61}  # hooked_vlm beside plain torch
 python -m benchmarks.throughput.environment --at .venv-rivals  # once, for the other tools
 .venv-rivals/bin/{{command}}
 ```
@@ -35,9 +35,10 @@ not show. Gemma's sliding window is {WINDOW} tokens, so that a part of the image
 in the layers that have one.
 
 **Lines** are those of a function's body as the formatter writes them (100 columns), without blank \
-lines and comments. Not counted, for any tool: imports, loading the model, preparing inputs, and \
-the positions of visual tokens and of a box of the image, which all tools are given. For a box, \
-TransformerLens and nnsight have no function; here it is `inputs.grid.box(…)`.
+lines and comments. Not counted, for any tool: imports, loading the model, preparing inputs (as a \
+mapping, and for TransformerLens split into ids and the rest), and the positions of visual tokens \
+and of a box of the image, which all tools are given. TransformerLens and nnsight have no function \
+for a box; here it is `inputs.grid.box(…)`.
 
 **Values** are compared with those of `plain.py`. The number is the largest difference divided by \
 the largest value; at most {TOLERANCE:g} is right. A wrong value is given with its difference and \
@@ -47,8 +48,9 @@ BOTTOM = """
 ## Notes
 
 - **By head.** Behind the attention of Gemma 3 is a norm. TransformerLens's heads are what the \
-output projection gives, before this norm, and do not sum to `attn_out`. The other two columns \
-have the norm's factor at the run's own scale in them.
+output projection gives: they sum to the norm's input, and not to `attn_out`. Its cache has the \
+norm's input and output, from which users can compute the factor. The other columns have this \
+factor, at the run's own scale.
 - **By part.** `enable_compatibility_mode` folds the gain of the final norm into the unembedding, \
 and changes the bridge's weights. Without it, `logit_attrs` of TransformerLens leaves the gain \
 out; `direct_logit_attribution` raises an error.

@@ -87,12 +87,13 @@ def build(name: str) -> HookedVLM:
     Its gains are near 1, where an error in them would not show.
     """
     shipped = HookedVLM.from_pretrained(name)
-    config = copy.deepcopy(shipped.hf_model.config)
+    original: Any = shipped.hf_model
+    config = copy.deepcopy(original.config)
     text = config.get_text_config()
     if getattr(text, "sliding_window", None):
         text.sliding_window = WINDOW
-    hf_model: Any = type(shipped.hf_model)._from_config(config, attn_implementation="eager")
-    hf_model.load_state_dict(shipped.hf_model.state_dict())
+    hf_model: Any = type(original)._from_config(config, attn_implementation="eager")
+    hf_model.load_state_dict(original.state_dict())
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in hf_model.named_parameters():
