@@ -41,6 +41,9 @@ def test_a_job_that_does_nothing_would_be_seen(made: World, right: Any) -> None:
         assert jobs.verdict((logits,), right[job])["kind"] == "wrong", job
     plain = right["sweep_last_token"][0]
     assert jobs.verdict((logits[:, made.token].expand_as(plain),), (plain,))["kind"] == "wrong"
+    how = {**made.greedy, "output_logits": True, "return_dict_in_generate": True}
+    unsteered = torch.cat(made.model.generate(made.inputs, **how).logits)
+    assert jobs.verdict((unsteered,), right["steer_generated"])["kind"] == "wrong"
     states, positions = right["generation_activations"]
     assert len(states) == len(positions) == made.ids.shape[1] + 3
     assert not torch.equal(right["features"][0][0], right["features"][0][1])
