@@ -36,15 +36,18 @@ class MissingRivalError(Exception):
     """A tool is not installed in this Python; says how to get one where it is."""
 
 
-def require(name: str) -> Rival:
-    """Returns a tool's row; raises `MissingRivalError` where its package is not installed."""
+def require(name: str, run: str = "benchmarks.throughput --rivals") -> Rival:
+    """Returns a tool's row; raises `MissingRivalError` where its package is not installed.
+
+    `run` is the module to run where it is, up to the tool's name.
+    """
     rival = RIVALS[name]
     if importlib.util.find_spec(rival.package) is None:
         raise MissingRivalError(
             f"The rival {name!r} needs the package {rival.distribution!r}, which is not installed "
             f"in this Python. Make an environment that has it, and run there:\n"
             f"    {COMMAND}\n"
-            f"    .venv-rivals/bin/python -m benchmarks.throughput --rivals {name}"
+            f"    .venv-rivals/bin/python -m {run} {name}"
         )
     return rival
 

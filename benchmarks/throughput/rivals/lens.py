@@ -99,17 +99,20 @@ class TransformerLens:
         return len(here) // (4 * rows * cols)
 
 
-def bridged(hf_model: Any) -> Any:
+def bridged(hf_model: Any, tokenizer: Any = None) -> Any:
     """Returns a bridge that has moved into a model; raises `Cannot` where it does not take it.
 
-    It is booted from a folder, without a hub.
+    It is booted from a folder, without a hub.  Without a tokenizer it gets one of three words.
     """
     hf_model.config.architectures = [type(hf_model).__name__]
     with tempfile.TemporaryDirectory() as folder, mock.patch(INSTALLS, return_value=False):
         hf_model.config.save_pretrained(folder)
         try:
             return TransformerBridge.boot_transformers(
-                folder, hf_model=hf_model, device=str(hf_model.device), tokenizer=_words(folder)
+                folder,
+                hf_model=hf_model,
+                device=str(hf_model.device),
+                tokenizer=tokenizer or _words(folder),
             )
         except (ValueError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
             why = " ".join(str(error).split()).split(". ")[0].split(" library")[0]
