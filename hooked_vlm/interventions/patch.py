@@ -26,7 +26,7 @@ from hooked_vlm.interventions.placing import (
     Places,
     SiteName,
     inputs_of,
-    read_site,
+    source_site_of,
     recorded_at,
 )
 from hooked_vlm.interventions.recording import Source
@@ -66,7 +66,7 @@ class Patch(_Intervention):
 
     def _edit(self, placed: Placed) -> Callable[[Any], Any]:
         targets, sources = placed.located
-        values = recorded_at(placed, self.source, read_site(placed.places.model, placed.part))
+        values = recorded_at(placed, self.source)
         taken = rows_at(values, sources.index(self.heads, values[0].device))
         basis = None if self.subspace is None else orthonormalise(self.subspace, center=False)
 
@@ -132,7 +132,10 @@ class Patch(_Intervention):
     def _places(
         self, places: Places, site: Site, inputs: Mapping[str, Any]
     ) -> tuple[Located, Located]:
-        source_inputs, source_site = inputs_of(self.source), read_site(places.model, self)
+        source_inputs, source_site = (
+            inputs_of(self.source),
+            source_site_of(places.model, self, site),
+        )
         self._check_parts(places.model, site, source_site)
         if isinstance(self.at, CellPairs):
             rows, others = places.rows(inputs), places.rows(source_inputs)
