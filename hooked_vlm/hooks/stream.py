@@ -14,14 +14,13 @@ from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import DataError, UnknownHookError
+from hooked_vlm.hooks.cut import PosSlice, at_positions
 from hooked_vlm.hooks.decomposition import added_by, parts_of
 from hooked_vlm.hooks.linear_norm import LinearNorm
 from hooked_vlm.hooks.names import VISION, count_layers, tower_of
 from hooked_vlm.hooks.output_parts import Summands
 
 
-PosSlice = int | slice | Sequence[int] | None
-"""Which positions: one (whose axis goes), a slice, or a list; None is all."""
 Mode = Literal["all", "attn", "mlp"]
 
 
@@ -376,24 +375,3 @@ def _chosen(neurons: int | slice | Sequence[int] | None, n: int) -> list[int]:
             f"neuron_slice={shown(neurons)} was given; a layer has neurons 0 to {n - 1}."
         )
     return [i % n for i in listed]
-
-
-def at_positions(x: Tensor, pos_slice: PosSlice, axis: int | None = None) -> Tensor:
-    """Returns some positions of a stream; raises `DataError` for others than there are.
-
-    Positions are the axis before the last, if no other is given; a single one's axis goes.
-    """
-    if pos_slice is None:
-        return x
-    axis = x.ndim - 2 if axis is None else axis
-    index = [slice(None)] * axis
-    if isinstance(pos_slice, slice):
-        return x[(*index, pos_slice)]
-    listed = [pos_slice] if isinstance(pos_slice, int) else list(pos_slice)
-    length = x.shape[axis]
-    if not listed or any(not -length <= i < length for i in listed):
-        raise DataError(
-            f"pos_slice={shown(pos_slice)} was given; the prompts have {length} positions: give "
-            f"some of 0 to {length - 1}, or negative ones from the end."
-        )
-    return x[(*index, pos_slice if isinstance(pos_slice, int) else listed)]
