@@ -26,8 +26,8 @@ from hooked_vlm.interventions.placing import (
     Places,
     SiteName,
     inputs_of,
-    source_site_of,
     recorded_at,
+    source_site_of,
 )
 from hooked_vlm.interventions.recording import Source
 from hooked_vlm.model.base import HookedModel
@@ -132,10 +132,8 @@ class Patch(_Intervention):
     def _places(
         self, places: Places, site: Site, inputs: Mapping[str, Any]
     ) -> tuple[Located, Located]:
-        source_inputs, source_site = (
-            inputs_of(self.source),
-            source_site_of(places.model, self, site),
-        )
+        source_inputs = inputs_of(self.source)
+        source_site = source_site_of(places.model, self, site)
         self._check_parts(places.model, site, source_site)
         if isinstance(self.at, CellPairs):
             rows, others = places.rows(inputs), places.rows(source_inputs)

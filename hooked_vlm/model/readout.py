@@ -24,7 +24,6 @@ from hooked_vlm.errors import (
     HookedVLMWarning,
     UnsupportedModelError,
     callers_level,
-    counted,
 )
 from hooked_vlm.hooks.linear_norm import LinearNorm
 from hooked_vlm.hooks.output_parts import Summands
@@ -216,13 +215,7 @@ class Readout:
 
     def token_id(self, text: str) -> int:
         """Returns the id of a text of one token; raises `DataError` for any other."""
-        ids = self.model.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise DataError(
-                f"{text[:80]!r} is {counted(len(ids), 'token')}; expected a text of one. Give the "
-                "id, and mind a space before the word."
-            )
-        return ids[0]
+        return self.model.to_single_token(text)
 
     def _after_blocks(self, stream: Tensor) -> Tensor:
         """Returns the logits of a pass whose last block returns `stream`; the others do nothing."""
