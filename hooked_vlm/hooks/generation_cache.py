@@ -226,7 +226,7 @@ class Fed:
         self._stop = max(stop, self._stop)
 
     def require(self, answer: Tensor) -> None:
-        """Raises `HookError` unless each row was given what stands in its answer."""
+        """Raises `HookError` unless each row was given the ids of its answer."""
         # The last token of an answer is never given: the last position is the one before.
         shift = answer.shape[1] - 1 - self._stop
         for first, ids in self._parts:

@@ -63,8 +63,8 @@ class ResidualStream(Mapping[Any, Any]):
 
         Slot l is the input of block l (`"3_pre"`), with `incl_mid` followed by the stream between
         its attention and MLP (`"3_mid"`).  With `layer=-1` (or None) all blocks are there, and
-        behind them the output of the last one (`"final_post"`): slot l is then slot l of the
-        paper.  Where `resid_pre` of a block was not cached, `resid_post` of the block below stands
+        after them the output of the last one (`"final_post"`): slot l is then slot l of the
+        paper.  Where `resid_pre` of a block was not cached, `resid_post` of the block below is
         there (`"2_post"`); they differ where a model adds something in between (DeepStack).
 
         `pos_slice` selects positions; the axis of a single one (`-1`) goes, as in TransformerLens.
@@ -142,7 +142,7 @@ class ResidualStream(Mapping[Any, Any]):
         """Returns what each attention head below `layer` adds: `[head, batch, pos, d_model]`.
 
         Heads are labelled `L0H0`, `L0H1`, …, in TransformerLens's order.  A head's result is its
-        value vectors through the output projection, and through what a model has behind it: a norm
+        value vectors through the output projection, and through what a model has after it: a norm
         at the run's own scale (Gemma), a factor.  The sum over the heads of a layer, with the
         bias, which belongs to no head, is verified to be what attention adds.  Heads of a
         cross-attention beside self-attention are not among them.  With `incl_remainder` the last
@@ -201,7 +201,7 @@ class ResidualStream(Mapping[Any, Any]):
         multiplied by its gain.  Its bias belongs to no part (see `logit_bias`).
 
         `pos_slice` are the positions that the stack was made for.
-        Raises `DataError` where the shapes do not fit the run, or a hook wrote behind the norm.
+        Raises `DataError` where the shapes do not fit the run, or a hook wrote after the norm.
         """
         n_layers = self._n_layers(None)
         return self._with_ln(
@@ -260,7 +260,7 @@ class ResidualStream(Mapping[Any, Any]):
         values = one_tensor(self["z" if kind == "heads" else "post", block, tower])
         name = f"{tower + '.' if tower else ''}blocks.{block}.hook_{part}"
         flat = values.flatten(-2) if kind == "heads" else values
-        behind = summands.behind(flat, added, name)
+        to_stream = summands.to_stream(flat, added, name)
 
         def at(x: Tensor) -> Tensor:
             return at_positions(x, pos_slice)
@@ -273,7 +273,7 @@ class ResidualStream(Mapping[Any, Any]):
             pieces = summands.of_neurons(at(values), chosen)
         dtype = torch.promote_types(added.dtype, torch.float32)
         labels = [f"L{block}{'H' if kind == 'heads' else 'N'}{i}" for i in chosen]
-        return behind.through(pieces, at).to(dtype), labels
+        return to_stream.through(pieces, at).to(dtype), labels
 
     def _with_ln(
         self,

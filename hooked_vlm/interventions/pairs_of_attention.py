@@ -116,7 +116,7 @@ def _by_row(site: Site, at: Any) -> Site:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Queries and keys of one attention on some inputs; None stands for all."""
+    """Queries and keys of one attention on some inputs; None is all."""
 
     site: Site
     inputs: Mapping[str, Any]

@@ -1,4 +1,5 @@
-"""What a cache reads of the model whose run it holds: final norm, head, and maps behind parts.
+"""What a cache reads of the model whose run it holds: final norm, head, and the maps that
+end its parts.
 
 A logit lens reads streams from inside a model as if they were the last one.  Models differ in what
 they do then: a norm of their own kind, a scale of the logits, a soft cap.  So the streams go
@@ -142,7 +143,7 @@ class Readout:
             with self.model.without_hooks():
                 return module(x)
 
-        # The module whose output is added may be a norm behind the map.
+        # The module whose output is added may be a norm after the map.
         norm = None if f"{path}.".startswith(f"{out}.") else self._linear(out)
         return Summands(apply, norm, None if norm is None else lambda x: self.normed(out, x))
 

@@ -43,7 +43,7 @@ class PixelAttribution:
     cells: tuple[Float[Tensor, "_ _"], ...]
     """One for each picture that has a `TokenGrid`, in the order of prompts: sums over its cells."""
     by_patch: bool
-    """Whether maps have an entry for each patch: where pixels stand in one is not known."""
+    """Whether maps have an entry for each patch: where pixels are in one is not known."""
     score: Float[Tensor, " batch"]
     """The metric of the run."""
     baseline_score: Float[Tensor, " batch"]
