@@ -19,7 +19,7 @@ from hooked_vlm.engine.clean_run import Clean
 from hooked_vlm.engine.fingerprints import remember
 from hooked_vlm.engine.kernels import patched_rows, way_for
 from hooked_vlm.engine.stages import RowPlan
-from hooked_vlm.interventions.indexing import Located
+from hooked_vlm.hooks.located import Located
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.placing import Placed, recorded_at, require_made_for
 from hooked_vlm.interventions.recording import Recording

@@ -11,16 +11,11 @@ from torch import Tensor
 from hooked_vlm.analysis.directions import orthonormalise
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, RegionError, counted
+from hooked_vlm.hooks.located import Located, rows_at, with_rows_at
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
-from hooked_vlm.interventions.indexing import (
-    Located,
-    all_rows,
-    locate_pairs,
-    rows_at,
-    with_rows_at,
-)
+from hooked_vlm.interventions.indexing import all_rows, locate_pairs
 from hooked_vlm.interventions.placing import (
     Placed,
     Places,

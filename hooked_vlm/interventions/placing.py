@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.located import Located, locate, needs_images, needs_text
 from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.patch_order import each, joint, listed
 from hooked_vlm.hooks.prompts import OnGenerated, OnPrompt
@@ -26,13 +27,7 @@ from hooked_vlm.inputs.rows import (
     require_prompt_of_blocks,
     rows_of,
 )
-from hooked_vlm.interventions.indexing import (
-    Located,
-    locate,
-    needs_images,
-    needs_text,
-    rows_needed,
-)
+from hooked_vlm.interventions.indexing import rows_needed
 from hooked_vlm.interventions.recording import Recording, Source, record
 from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.generated import Generated
