@@ -89,8 +89,9 @@ class Cuts:
         """
         if self.where is None:
             raise DataError(
-                "This cache does not know the prompts of its run: it is from a file, was made by "
-                "hand, or is cut to a place already. Run model.run_with_cache(inputs), and use "
+                "This cache does not know the prompts of its run: it is from a file, of a "
+                "generation, was made by hand, or is cut to a place already. Run "
+                "model.run_with_cache(inputs) (an answer is appended by model.append), and use "
                 "cache.at(place) on that."
             )
         kept: dict[str, VisionActivation] = {}

@@ -347,9 +347,10 @@ class ResidualStream(Mapping[Any, Any]):
     def _reads(self) -> Reads:
         if self.readout is None:
             raise DataError(
-                "This cache has no model to read weights of: it is from a file, or was made by "
-                "hand. Run model.run_with_cache(inputs); for a single stream, "
-                "model.run_from_layer(inputs, stream, n_layers) gives the lens."
+                "This cache has no model to read weights of: it is from a file, of a generation, "
+                "or was made by hand. Run model.run_with_cache(inputs) (an answer is appended by "
+                "model.append); for a single stream, model.run_from_layer(inputs, stream, "
+                "n_layers) gives the lens."
             )
         return self.readout
 
