@@ -4,7 +4,7 @@
 
 Prakash et al. find a "lookback" mechanism: first the last token holds an address (which entity),
 later the entity itself.  Both are found by interchange in subspaces.  Here the last token of a
-clean prompt takes that of another prompt, about other colours in which the answer stands at the
+clean prompt takes that of another prompt, about other colours in which the answer is at the
 other place.  If the address was taken, the answer is the *clean* picture's colour at that place; if
 the entity was, it is the other prompt's answer.  Only the span of the first k right singular
 vectors of last tokens is taken.

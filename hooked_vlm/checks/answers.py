@@ -81,8 +81,9 @@ def _edits(model: HookedVLM, inputs: Mapping[str, Any]) -> Iterator[tuple[str, A
 
 
 def greedy(model: HookedVLM) -> dict[str, Any]:
-    """Returns the options of a short generation without chance and without image tokens."""
+    """Returns the options of a short generation without chance and image tokens, with logits."""
     options: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     if model.anatomy.image_token_id is not None:  # a generated one would need an image
         options["suppress_tokens"] = [model.anatomy.image_token_id]
     return options
@@ -90,8 +91,7 @@ def greedy(model: HookedVLM) -> dict[str, Any]:
 
 def _answer(model: HookedVLM, inputs: Mapping[str, Any], hooks: Any = (), **options: Any) -> Any:
     """Returns the logits of each new token, or its id where generation gives no logits."""
-    told = {"output_logits": True, "return_dict_in_generate": True}
-    found: Any = model.generate(inputs, fwd_hooks=hooks, **greedy(model), **told, **options)
+    found: Any = model.generate(inputs, fwd_hooks=hooks, **greedy(model), **options)
     logits = getattr(found, "logits", None)
     return found if logits is None else torch.stack(logits)
 

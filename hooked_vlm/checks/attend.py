@@ -55,7 +55,7 @@ def _in_tower(
             seen.append(int(pattern[0][:, -1].mean(0).argmax()))
 
     read = model.run_with_hooks(inputs, [(name, count) for name in patterns])
-    # Blocks after a merge of patches have other rows than the grid tells.
+    # Blocks after a merge of patches have other rows than those of the grid.
     first = rows.get(patterns[0])
     whole = [n for n in names if not is_vision or rows.get(f"{n}.hook_pattern") == first]
     places = {n: {} for n in names} | _places(model, inputs, whole, None if is_vision else seen)

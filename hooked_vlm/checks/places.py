@@ -19,8 +19,7 @@ def check_append(model: HookedVLM, inputs: Inputs) -> Finding:
     cut to the answer, has the stream of these positions.
     """
     with quiet():
-        told: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
-        given: Any = model.generate(inputs, **greedy(model), **told)
+        given: Any = model.generate(inputs, **greedy(model))
         steps = getattr(given, "logits", None)
         if steps is None or "input_ids" not in inputs:
             return Finding("append", NONE, "its generation gives no logits")
@@ -55,9 +54,8 @@ def check_append(model: HookedVLM, inputs: Inputs) -> Finding:
 
 def _is_repeatable(model: HookedVLM, inputs: Inputs, steps: Any) -> bool:
     """Whether transformers gives the same logits without a key-value cache, where it can."""
-    told: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
     try:
-        plain: Any = model.generate(inputs, use_cache=False, **greedy(model), **told)
+        plain: Any = model.generate(inputs, use_cache=False, **greedy(model))
     except Exception:  # noqa: BLE001 - some architectures cannot generate without a cache
         return True
     found, expected = torch.stack(plain.logits), torch.stack(steps)

@@ -19,9 +19,9 @@ from hooked_vlm.engine.clean_run import Clean
 from hooked_vlm.engine.fingerprints import remember
 from hooked_vlm.engine.kernels import patched_rows, way_for
 from hooked_vlm.engine.stages import RowPlan
-from hooked_vlm.interventions.indexing import Located
+from hooked_vlm.hooks.located import Located
 from hooked_vlm.interventions.patch import Patch
-from hooked_vlm.interventions.placing import Placed, read_site, recorded_at, require_made_for
+from hooked_vlm.interventions.placing import Placed, recorded_at, require_made_for
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.interventions.steer import Steer
 
@@ -146,9 +146,7 @@ def _write(clean: Clean, job: RowPlan) -> Write | None:
         found = Write(placed.located[0], steer=part)
     elif type(part) is Patch and isinstance(part.source, Recording):
         targets, sources = placed.located
-        found = Write(
-            targets, recorded_at(placed, part.source, read_site(placed.places.model, part)), sources
-        )
+        found = Write(targets, recorded_at(placed, part.source), sources)
     else:
         return None
     here = clean.residuals[job.stage]

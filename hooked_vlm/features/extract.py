@@ -68,7 +68,7 @@ def extract(
     Other keywords go to `prepare`.
 
     Every batch is one safetensors file, written under a temporary name first.  The same call on
-    the same folder goes on where it was interrupted, at the cost of one batch.  `progress` prints a
+    the same folder resumes an interrupted one, at the cost of one batch.  `progress` prints a
     line with the time left every ten seconds, or calls `progress(done, total)`.
 
     Raises `DataError` for an empty data set, a folder of another model, other sites, places,

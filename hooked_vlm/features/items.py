@@ -51,7 +51,7 @@ class Item:
 
 
 def length_of(dataset: Any) -> int | None:
-    """Returns the number of items where the data set tells it; raises `DataError` for none."""
+    """Returns the number of items where the data set has a length; raises `DataError` for none."""
     if isinstance(dataset, str | bytes | Mapping) or not (
         is_listed(dataset) or hasattr(dataset, "__getitem__")
     ):

@@ -70,7 +70,7 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
             f"'{folder}' holds features with another {name}: {str(found.get(name))[:70]}, not "
             f"{str(manifest[name])[:70]}"
             + (f" (and another {', '.join(other[1:4])})" if other[1:] else "")
-            + ". Give another folder, or the same arguments to go on."
+            + ". Give another folder, or the same arguments to resume."
         )
 
 
@@ -123,7 +123,7 @@ def write_shard(folder: Path, number: int, shard: Shard) -> None:
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"'{path}' cannot be written: {str(error)[:150]}. Earlier batches are kept; run the "
-            "same call again to go on."
+            "same call again to resume."
         ) from None
     finally:
         part.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ def require_complete(folder: Path) -> list[Path]:
     except (OSError, ValueError, KeyError):
         raise DataError(
             f"'{folder}' is not complete: it holds {counted(len(paths), 'batch', 'batches')}. Run "
-            "extract again with the same arguments to go on, or read it with partial=True."
+            "extract again with the same arguments to resume, or read it with partial=True."
         ) from None
     if expected != len(paths):
         raise DataError(

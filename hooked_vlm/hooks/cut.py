@@ -24,9 +24,16 @@ class Locates(Protocol):
         ...
 
 
+PosSlice = int | slice | Sequence[int] | None
+"""Which positions: one (whose axis goes), a slice, or a list; None is all."""
+
 INSTEAD = {
     "model": "A cache holds no model: keep the one that made it.",
     "toggle_autodiff": "Use torch.set_grad_enabled(mode), or `with torch.no_grad():`.",
+    "compute_head_results": (
+        "Name the sites, run_with_cache(inputs, '*attn.hook_result'), or use stack_head_results."
+    ),
+    "get_neuron_results": "Use stack_neuron_results, which takes neuron_slice and pos_slice.",
     "get_full_resid_decomposition": (
         "Use decompose_resid for layers, stack_head_results for heads and stack_neuron_results "
         "for neurons."
@@ -82,8 +89,9 @@ class Cuts:
         """
         if self.where is None:
             raise DataError(
-                "This cache does not know the prompts of its run: it is from a file, was made by "
-                "hand, or is cut to a place already. Run model.run_with_cache(inputs), and use "
+                "This cache does not know the prompts of its run: it is from a file, of a "
+                "generation, was made by hand, or is cut to a place already. Run "
+                "model.run_with_cache(inputs) (an answer is appended by model.append), and use "
                 "cache.at(place) on that."
             )
         kept: dict[str, VisionActivation] = {}
@@ -200,15 +208,27 @@ def sliced(value: Any, axes: str, pos_slice: Any) -> Any:
     dim = 1 if names[:2] == ["batch", "pos"] else names.index("query") if "query" in names else 0
     if not dim or names[0] != "batch" or not isinstance(value, Tensor):
         return value
-    index: Any = [pos_slice] if isinstance(pos_slice, int) else pos_slice
-    if isinstance(index, slice):
-        return value[(slice(None),) * dim + (index,)]
-    length = value.shape[dim]
-    index = [int(i) for i in index]
-    if not index or any(not -length <= i < length for i in index):
+    found = at_positions(value, pos_slice, dim)
+    found = found.unsqueeze(dim) if isinstance(pos_slice, int) else found
+    return found.clone()  # a view would keep the whole activation in memory
+
+
+def at_positions(x: Tensor, pos_slice: PosSlice, axis: int | None = None) -> Tensor:
+    """Returns some positions of a tensor; raises `DataError` for others than there are.
+
+    Positions are the axis before the last, if no other is given; a single one's axis goes.
+    """
+    if pos_slice is None:
+        return x
+    before = (slice(None),) * (x.ndim - 2 if axis is None else axis)
+    if isinstance(pos_slice, slice):
+        return x[(*before, pos_slice)]
+    listed = [int(i) for i in ([pos_slice] if isinstance(pos_slice, int) else pos_slice)]
+    length = x.shape[len(before)]
+    if not listed or any(not -length <= i < length for i in listed):
         raise DataError(
             f"pos_slice={shown(pos_slice)} was given; the prompts have "
             f"{counted(length, 'position')}: give some of 0 to {length - 1}, or negative ones from "
             "the end."
         )
-    return value[(slice(None),) * dim + (torch.tensor(index, device=value.device) % length,)]
+    return x[(*before, pos_slice if isinstance(pos_slice, int) else listed)]

@@ -101,9 +101,9 @@ class GenerationCache(ActivationCache):
 
         Vision sites keep their image axis.
         """
-        made = super().remove_batch_dim()
+        made: Any = super().remove_batch_dim()
         by_pass = {name: [x[0] for x in self[name]] for name in self._listed()}
-        return self._with({**made, **by_pass})
+        return made._with({**made, **by_pass})
 
     @checked(DataError)
     def select(self, rows: slice | Sequence[int]) -> "GenerationCache":
@@ -126,7 +126,9 @@ class GenerationCache(ActivationCache):
 
     def _with(self, activations: Mapping[str, VisionActivation]) -> "GenerationCache":
         kept = {name: made for name, made in self._passes.items() if name in activations}
-        return GenerationCache(activations, self.n_layers, kept)
+        made = GenerationCache(activations, self.n_layers, kept)
+        made.has_batch_dim = self.has_batch_dim
+        return made
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
@@ -226,7 +228,7 @@ class Fed:
         self._stop = max(stop, self._stop)
 
     def require(self, answer: Tensor) -> None:
-        """Raises `HookError` unless each row was given what stands in its answer."""
+        """Raises `HookError` unless each row was given the ids of its answer."""
         # The last token of an answer is never given: the last position is the one before.
         shift = answer.shape[1] - 1 - self._stop
         for first, ids in self._parts:

@@ -99,7 +99,7 @@ class GradientStore(Probe):
         self.by_call[hook.call] = each(torch.detach, gradient)
 
     def gradient(self) -> VisionActivation | None:
-        """Returns the gradient of all calls together; None where no backward pass came by."""
+        """Returns the gradient of all calls together; None before a backward pass."""
         found: VisionActivation | None = None
         for call in sorted(self.by_call):
             value = self.by_call[call]
@@ -120,7 +120,7 @@ def differentiate(score: Tensor, probes: Iterable[Probe], retain_graph: bool = F
 def last(fns: Sequence[tuple[HookFunction, Any]]) -> list[tuple[HookFunction, Any]]:
     """Returns the functions of a site with probes after all others: what they see flows on.
 
-    A backward pass comes by in reverse order, so probes are turned: outer ones act first.
+    A backward pass runs in reverse order, so probes are turned: outer ones act first.
     """
     probes = [pair for pair in fns if isinstance(pair[0], Probe)]
     return [pair for pair in fns if not isinstance(pair[0], Probe)] + probes[::-1]

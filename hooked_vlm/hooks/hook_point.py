@@ -27,7 +27,7 @@ _NO_HOOKS = (
 INSTEAD = {
     **dict.fromkeys(("add_hook", "add_perma_hook", "fwd_hooks", "has_hooks"), _NO_HOOKS),
     **dict.fromkeys(("remove_hooks", "forward"), _NO_HOOKS),
-    "bwd_hooks": "Call activation.register_hook(…) inside a hook function.",
+    "bwd_hooks": "Use model.run_with_hooks(inputs, bwd_hooks=[(hook.name, function)]).",
     "clear_context": "Use hook.ctx.clear().",
     "pos_dim": "hook.axes names the axes in order: hook.axes.split().index('pos').",
     **dict.fromkeys(

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError
-from hooked_vlm.hooks.stream import PosSlice, ResidualStream, at_positions, one_tensor
+from hooked_vlm.hooks.cut import PosSlice, at_positions
+from hooked_vlm.hooks.stream import ResidualStream, one_tensor
 
 
 Tokens = str | int | Int[Tensor, "*prompts"]

@@ -135,6 +135,8 @@ def resolve_name(name: str, known: Iterable[str], n_layers: Mapping[str, int] | 
     Negative layers count from the end of the known layers.  Where only some layers are known,
     `n_layers` gives the number by stack (`"blocks"`, `"vision_encoder.blocks"`).
     """
+    if isinstance(known, Mapping) and name in known:  # sweeps ask for every cell
+        return name
     more = getattr(known, "more", ())
     known = list(known)
     if name in (lookup := {*known, *more}):

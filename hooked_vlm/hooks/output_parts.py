@@ -1,4 +1,4 @@
-"""What single heads and neurons add to a residual stream, through all that comes behind them.
+"""What single heads and neurons add to a residual stream, up to the stream.
 
 The output of attention is a sum over heads, that of an MLP a sum over neurons.  Before it reaches
 the stream a model may normalise it (Gemma), or scale it.  Each piece is followed through that at
@@ -22,7 +22,7 @@ _ENOUGH = 8
 
 @dataclass(frozen=True, eq=False)
 class Summands:
-    """How a part's output is summed: a linear map, and the norm behind it, if there is one."""
+    """How a part's output is summed: a linear map, and the norm after it, if there is one."""
 
     apply: Callable[[Tensor], Tensor]
     """The map, from all heads' (or neurons') values to the part's output."""
@@ -52,9 +52,9 @@ class Summands:
         """Returns what the map gives for zeros."""
         return self.apply(torch.zeros_like(values))
 
-    def behind(
+    def to_stream(
         self, values: Float[Tensor, "*pos values"], added: Float[Tensor, "*pos d_model"], name: str
-    ) -> "Behind":
+    ) -> "ToStream":
         """Returns what lies between the map's output and the stream in a run.
 
         Raises `DataError` where no norm at a fixed scale and no factor lead from one to the other.
@@ -67,12 +67,12 @@ class Summands:
             whole = self.norm.through(whole, scale) + self.norm.bias
         factor = _factor(whole, added)
         if factor is None:
-            raise _no_sum(name, "what comes behind is no norm or factor", added)
-        return Behind(self.norm, scale, factor)
+            raise _no_sum(name, "what comes after is no norm or factor", added)
+        return ToStream(self.norm, scale, factor)
 
 
 @dataclass(frozen=True, eq=False)
-class Behind:
+class ToStream:
     """What lies between a part's output and the stream: a norm at a fixed scale, and a factor."""
 
     norm: LinearNorm | None

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import DataError, UnknownHookError
+from hooked_vlm.hooks.cut import PosSlice, at_positions
 from hooked_vlm.hooks.decomposition import added_by, parts_of
 from hooked_vlm.hooks.linear_norm import LinearNorm
 from hooked_vlm.hooks.names import VISION, count_layers, tower_of
 from hooked_vlm.hooks.output_parts import Summands, rounding
 
 
-PosSlice = int | slice | Sequence[int] | None
-"""Which positions: one (whose axis goes), a slice, or a list; None is all."""
 Mode = Literal["all", "attn", "mlp"]
 
 
@@ -64,8 +63,8 @@ class ResidualStream(Mapping[Any, Any]):
 
         Slot l is the input of block l (`"3_pre"`), with `incl_mid` followed by the stream between
         its attention and MLP (`"3_mid"`).  With `layer=-1` (or None) all blocks are there, and
-        behind them the output of the last one (`"final_post"`): slot l is then slot l of the
-        paper.  Where `resid_pre` of a block was not cached, `resid_post` of the block below stands
+        after them the output of the last one (`"final_post"`): slot l is then slot l of the
+        paper.  Where `resid_pre` of a block was not cached, `resid_post` of the block below is
         there (`"2_post"`); they differ where a model adds something in between (DeepStack).
 
         `pos_slice` selects positions; the axis of a single one (`-1`) goes, as in TransformerLens.
@@ -143,7 +142,7 @@ class ResidualStream(Mapping[Any, Any]):
         """Returns what each attention head below `layer` adds: `[head, batch, pos, d_model]`.
 
         Heads are labelled `L0H0`, `L0H1`, …, in TransformerLens's order.  A head's result is its
-        value vectors through the output projection, and through what a model has behind it: a norm
+        value vectors through the output projection, and through what a model has after it: a norm
         at the run's own scale (Gemma), a factor.  The sum over the heads of a layer, with the
         bias, which belongs to no head, is verified to be what attention adds.  Heads of a
         cross-attention beside self-attention are not among them.  With `incl_remainder` the last
@@ -202,7 +201,7 @@ class ResidualStream(Mapping[Any, Any]):
         multiplied by its gain.  Its bias belongs to no part (see `logit_bias`).
 
         `pos_slice` are the positions that the stack was made for.
-        Raises `DataError` where the shapes do not fit the run, or a hook wrote behind the norm.
+        Raises `DataError` where the shapes do not fit the run, or a hook wrote after the norm.
         """
         n_layers = self._n_layers(None)
         return self._with_ln(
@@ -261,7 +260,7 @@ class ResidualStream(Mapping[Any, Any]):
         values = one_tensor(self["z" if kind == "heads" else "post", block, tower])
         name = f"{tower + '.' if tower else ''}blocks.{block}.hook_{part}"
         flat = values.flatten(-2) if kind == "heads" else values
-        behind = summands.behind(flat, added, name)
+        to_stream = summands.to_stream(flat, added, name)
 
         def at(x: Tensor) -> Tensor:
             return at_positions(x, pos_slice)
@@ -274,7 +273,7 @@ class ResidualStream(Mapping[Any, Any]):
             pieces = summands.of_neurons(at(values), chosen)
         dtype = torch.promote_types(added.dtype, torch.float32)
         labels = [f"L{block}{'H' if kind == 'heads' else 'N'}{i}" for i in chosen]
-        return behind.through(pieces, at).to(dtype), labels
+        return to_stream.through(pieces, at).to(dtype), labels
 
     def _with_ln(
         self,
@@ -348,9 +347,10 @@ class ResidualStream(Mapping[Any, Any]):
     def _reads(self) -> Reads:
         if self.readout is None:
             raise DataError(
-                "This cache has no model to read weights of: it is from a file, or was made by "
-                "hand. Run model.run_with_cache(inputs); for a single stream, "
-                "model.run_from_layer(inputs, stream, n_layers) gives the lens."
+                "This cache has no model to read weights of: it is from a file, of a generation, "
+                "or was made by hand. Run model.run_with_cache(inputs) (an answer is appended by "
+                "model.append); for a single stream, model.run_from_layer(inputs, stream, "
+                "n_layers) gives the lens."
             )
         return self.readout
 
@@ -376,24 +376,3 @@ def _chosen(neurons: int | slice | Sequence[int] | None, n: int) -> list[int]:
             f"neuron_slice={shown(neurons)} was given; a layer has neurons 0 to {n - 1}."
         )
     return [i % n for i in listed]
-
-
-def at_positions(x: Tensor, pos_slice: PosSlice, axis: int | None = None) -> Tensor:
-    """Returns some positions of a stream; raises `DataError` for others than there are.
-
-    Positions are the axis before the last, if no other is given; a single one's axis goes.
-    """
-    if pos_slice is None:
-        return x
-    axis = x.ndim - 2 if axis is None else axis
-    index = [slice(None)] * axis
-    if isinstance(pos_slice, slice):
-        return x[(*index, pos_slice)]
-    listed = [pos_slice] if isinstance(pos_slice, int) else list(pos_slice)
-    length = x.shape[axis]
-    if not listed or any(not -length <= i < length for i in listed):
-        raise DataError(
-            f"pos_slice={shown(pos_slice)} was given; the prompts have {length} positions: give "
-            f"some of 0 to {length - 1}, or negative ones from the end."
-        )
-    return x[(*index, pos_slice if isinstance(pos_slice, int) else listed)]

@@ -11,10 +11,10 @@ from torch import Tensor
 from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, RegionError, did_you_mean
+from hooked_vlm.hooks.located import Located, rows_at, with_rows_at
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
-from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
 from hooked_vlm.interventions.placing import (
     Placed,
     Places,

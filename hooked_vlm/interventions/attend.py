@@ -226,6 +226,6 @@ class Attend(_Bound):
     def __str__(self) -> str:
         kind = next(iter(self._given()), "nothing")
         value = getattr(self, kind, None)
-        told = f"{value}" if isinstance(value, bool | float | int) else "a recorded pattern"
+        what = f"{value}" if isinstance(value, bool | float | int) else "a recorded pattern"
         query, key = ("all" if at is None else at for at in (self.query, self.key))
-        return f"Attend({self.site}, {query} to {key}, {kind}={told})"
+        return f"Attend({self.site}, {query} to {key}, {kind}={what})"

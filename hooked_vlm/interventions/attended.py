@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hooked_vlm.errors import GridError, HookedVLMWarning, InterventionError, callers_level
 from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.located import Located
 from hooked_vlm.hooks.patch_order import VisionActivation, listed
 from hooked_vlm.hooks.prompts import OnGenerated, OnPrompt
 from hooked_vlm.inputs.rows import prompt_shape
-from hooked_vlm.interventions.indexing import Located
 from hooked_vlm.interventions.pairs_of_attention import Pairs
 from hooked_vlm.interventions.placing import Edit, Placed, is_visible
 from hooked_vlm.interventions.recording import Recording, record

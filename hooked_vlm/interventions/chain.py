@@ -47,7 +47,7 @@ class Chain:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One combination of a sweep's axes: where it stands, and what is done there."""
+    """One combination of a sweep's axes: where it is, and what is done there."""
 
     coords: tuple[Any, ...]
     interventions: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""Paired cells of two images as indices into one site's activation (see `hooks.located`)."""
+"""Indices into one site's activation: paired cells of two images, and the same in every row."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InterventionError, counted
-from hooked_vlm.hooks.located import Located as Located
-from hooked_vlm.hooks.located import index_of as index_of
-from hooked_vlm.hooks.located import locate as locate
-from hooked_vlm.hooks.located import needs_images as needs_images
-from hooked_vlm.hooks.located import needs_text as needs_text
-from hooked_vlm.hooks.located import no_positions, prefix_gone
-from hooked_vlm.hooks.located import rows_at as rows_at
-from hooked_vlm.hooks.located import with_rows_at as with_rows_at
+from hooked_vlm.hooks.located import Located, locate, no_positions, prefix_gone
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.pairs import CellPairs

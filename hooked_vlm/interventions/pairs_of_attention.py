@@ -19,11 +19,11 @@ from hooked_vlm.anatomy.devices import sent
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.attention import AttentionPart
 from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.located import Located, locate, needs_images, needs_text
 from hooked_vlm.hooks.names import resolve_name
 from hooked_vlm.hooks.patch_order import VisionActivation, listed
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.rows import prompt_shape
-from hooked_vlm.interventions.indexing import Located, locate, needs_images, needs_text
 from hooked_vlm.interventions.placing import Places
 from hooked_vlm.model.base import HookedModel
 
@@ -116,7 +116,7 @@ def _by_row(site: Site, at: Any) -> Site:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Queries and keys of one attention on some inputs; None stands for all."""
+    """Queries and keys of one attention on some inputs; None is all."""
 
     site: Site
     inputs: Mapping[str, Any]

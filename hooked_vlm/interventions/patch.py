@@ -11,23 +11,18 @@ from torch import Tensor
 from hooked_vlm.analysis.directions import orthonormalise
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, RegionError, counted
+from hooked_vlm.hooks.located import Located, rows_at, with_rows_at
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
-from hooked_vlm.interventions.indexing import (
-    Located,
-    all_rows,
-    locate_pairs,
-    rows_at,
-    with_rows_at,
-)
+from hooked_vlm.interventions.indexing import all_rows, locate_pairs
 from hooked_vlm.interventions.placing import (
     Placed,
     Places,
     SiteName,
     inputs_of,
-    read_site,
     recorded_at,
+    source_site_of,
 )
 from hooked_vlm.interventions.recording import Source
 from hooked_vlm.model.base import HookedModel
@@ -66,7 +61,7 @@ class Patch(_Intervention):
 
     def _edit(self, placed: Placed) -> Callable[[Any], Any]:
         targets, sources = placed.located
-        values = recorded_at(placed, self.source, read_site(placed.places.model, placed.part))
+        values = recorded_at(placed, self.source)
         taken = rows_at(values, sources.index(self.heads, values[0].device))
         basis = None if self.subspace is None else orthonormalise(self.subspace, center=False)
 
@@ -132,7 +127,8 @@ class Patch(_Intervention):
     def _places(
         self, places: Places, site: Site, inputs: Mapping[str, Any]
     ) -> tuple[Located, Located]:
-        source_inputs, source_site = inputs_of(self.source), read_site(places.model, self)
+        source_inputs = inputs_of(self.source)
+        source_site = source_site_of(places.model, self, site)
         self._check_parts(places.model, site, source_site)
         if isinstance(self.at, CellPairs):
             rows, others = places.rows(inputs), places.rows(source_inputs)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.hook_point import HookPoint
+from hooked_vlm.hooks.located import Located, locate, needs_images, needs_text
 from hooked_vlm.hooks.names import resolve_name, slot_name
 from hooked_vlm.hooks.patch_order import each, joint, listed
 from hooked_vlm.hooks.prompts import OnGenerated, OnPrompt
@@ -26,13 +27,7 @@ from hooked_vlm.inputs.rows import (
     require_prompt_of_blocks,
     rows_of,
 )
-from hooked_vlm.interventions.indexing import (
-    Located,
-    locate,
-    needs_images,
-    needs_text,
-    rows_needed,
-)
+from hooked_vlm.interventions.indexing import rows_needed
 from hooked_vlm.interventions.recording import Recording, Source, record
 from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.generated import Generated
@@ -53,11 +48,12 @@ def site_of(model: HookedModel, name: SiteName) -> Site:
     return site
 
 
-def read_site(model: HookedModel, part: Any) -> Site:
+def source_site_of(model: HookedModel, part: Any, own: Site) -> Site:
     """Returns the site at which an intervention reads its source: its own, if it names no other."""
     other = getattr(part, "source_site", None)
-    name = full_name(model, part.site if other is None else other)
-    return by_query(model.sites[resolve_name(name, model.sites)])
+    if other is None:
+        return own
+    return by_query(model.sites[resolve_name(full_name(model, other), model.sites)])
 
 
 def by_query(site: Site) -> Site:
@@ -170,11 +166,14 @@ class Placed:
         return self.where.name
 
     @property
+    def read_where(self) -> Site:
+        """The site at which a source is read."""
+        return source_site_of(self.places.model, self.part, self.where)
+
+    @property
     def read(self) -> str:
         """The name of the site at which a source is read."""
-        if getattr(self.part, "source_site", None) is None:
-            return self.site
-        return read_site(self.places.model, self.part).name
+        return self.read_where.name
 
     @property
     def first(self) -> int:
@@ -227,23 +226,19 @@ class Placed:
 
     def _recorded(self) -> "Placed":
         """Returns the same with the run that it reads recorded, so that it runs once."""
-        for name in ("source", "reference"):
-            source = getattr(self.part, name, None)
-            if source is not None and not isinstance(source, Recording):
-                run = record(self.places.model, source, [self.site])
-                return self.reading(**{name: run})
-        return self
+        name = getattr(self.part, "reads", "source")
+        source = getattr(self.part, name, None)
+        if source is None or isinstance(source, Recording):
+            return self
+        return self.reading(**{name: record(self.places.model, source, [self.read])})
 
     def __str__(self) -> str:
         return str(self.part)
 
 
-def recorded_at(placed: Placed, source: "Source", site: Site | None = None) -> Any:
-    """Returns what a source has at a site, checked to be of its prompts (or images).
-
-    Without a site it is the one that is written to.
-    """
-    model, site = placed.places.model, site or placed.where
+def recorded_at(placed: Placed, source: "Source") -> Any:
+    """Returns what a source has at the site that is read, of its own prompts (or images)."""
+    model, site = placed.places.model, placed.read_where
     run = source if isinstance(source, Recording) else record(model, source, [site.name])
     values = _turned(site, run.cache[site.name])
     require_made_for(site, values, run.inputs, placed.places)

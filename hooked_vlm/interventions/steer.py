@@ -12,10 +12,10 @@ from hooked_vlm.analysis.directions import added, with_scaled_projections
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import is_number
 from hooked_vlm.errors import InterventionError, did_you_mean
+from hooked_vlm.hooks.located import Located, rows_at, with_rows_at
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.tensors import require_usable
 from hooked_vlm.interventions.base import _Intervention
-from hooked_vlm.interventions.indexing import Located, rows_at, with_rows_at
 from hooked_vlm.interventions.placing import Placed, Places
 from hooked_vlm.model.base import HookedModel
 

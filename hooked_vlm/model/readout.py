@@ -1,4 +1,5 @@
-"""What a cache reads of the model whose run it holds: final norm, head, and maps behind parts.
+"""What a cache reads of the model whose run it holds: final norm, head, and the maps that
+end its parts.
 
 A logit lens reads streams from inside a model as if they were the last one.  Models differ in what
 they do then: a norm of their own kind, a scale of the logits, a soft cap.  So the streams go
@@ -24,7 +25,6 @@ from hooked_vlm.errors import (
     HookedVLMWarning,
     UnsupportedModelError,
     callers_level,
-    counted,
 )
 from hooked_vlm.hooks.linear_norm import LinearNorm
 from hooked_vlm.hooks.output_parts import Summands
@@ -143,7 +143,7 @@ class Readout:
             with self.model.without_hooks():
                 return module(x)
 
-        # The module whose output is added may be a norm behind the map.
+        # The module whose output is added may be a norm after the map.
         norm = None if f"{path}.".startswith(f"{out}.") else self._linear(out)
         return Summands(apply, norm, None if norm is None else lambda x: self.normed(out, x))
 
@@ -217,13 +217,7 @@ class Readout:
 
     def token_id(self, text: str) -> int:
         """Returns the id of a text of one token; raises `DataError` for any other."""
-        ids = self.model.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise DataError(
-                f"{text[:80]!r} is {counted(len(ids), 'token')}; expected a text of one. Give the "
-                "id, and mind a space before the word."
-            )
-        return ids[0]
+        return self.model.to_single_token(text)
 
     def _after_blocks(self, stream: Tensor) -> Tensor:
         """Returns the logits of a pass whose last block returns `stream`; the others do nothing."""

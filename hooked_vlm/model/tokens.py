@@ -110,10 +110,10 @@ class HasTokens:
         """Returns the id of a text that is one token; raises `DataError` for any other."""
         ids = self._ids(string, False)
         if len(ids) != 1:
+            pieces = self.tokenizer.convert_ids_to_tokens(ids[:8])
             raise DataError(
-                f"{string!r} is {counted(len(ids), 'token')} of this model, not one: "
-                f"{self.tokenizer.convert_ids_to_tokens(ids)[:8]}. Spaces count: give ' red' for a "
-                "word inside a text."
+                f"{shown(string)} is {counted(len(ids), 'token')} of this model, not one: "
+                f"{shown(pieces)}. Spaces count: give ' red' for a word inside a text."
             )
         return ids[0]
 

@@ -4,7 +4,6 @@ Nothing before the first probe is differentiated, no parameter gets a gradient, 
 that a parameter's gradient would need is not kept.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.errors import HookedVLMWarning, InterventionError, callers_level
+from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.gradients import (
     GradientStore,
     differentiate,
     explained,
     frozen,
     require_differentiable,
+    warn_lost,
 )
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.patch_order import VisionActivation, listed
@@ -84,8 +84,9 @@ class DifferentiableRun:
             with explained(InterventionError, _REMEDY):
                 differentiate(entry, self.probes.values(), retain_graph=i + 1 < len(entries))
             found = {name: probe.taken() for name, probe in self.probes.items()}
-            if i == 0 and (lost := [name for name, gradient in found.items() if gradient is None]):
-                _warn_lost(sorted(lost))
+            if i == 0:
+                lost = [name for name, gradient in found.items() if gradient is None]
+                warn_lost(lost, "edits there count as without effect (use Sweep.run there)")
             yield {
                 name: [torch.zeros_like(v) for v in self.probes[name].values]
                 if gradient is None
@@ -182,17 +183,6 @@ def _check_score(score: Any, logits: Tensor, ran: bool) -> None:
         )
     if not score.is_floating_point():
         raise InterventionError(f"The metric returned {said(score)}; expected floating point.")
-
-
-def _warn_lost(names: Sequence[str]) -> None:
-    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-    warnings.warn(
-        f"The score does not depend on {len(names)} of the edited sites as far as gradients tell, "
-        f"so edits there count as without effect: {shown}. That is right for layers that nothing "
-        "reads; where a model passes no gradient on (quantised layers), use Sweep.run.",
-        HookedVLMWarning,
-        stacklevel=callers_level(),
-    )
 
 
 def said(value: Any) -> str:

@@ -224,7 +224,7 @@ def _baseline(
     parts: Any = listed(given.cache[site.name]) if isinstance(given, Recording) else given
     parts = [parts] * len(values) if isinstance(parts, Tensor) else parts
     fits = isinstance(parts, list) and len(parts) == len(values)
-    if fits and all(_broadcasts(p, v) for p, v in zip(parts, values, strict=True)):
+    if fits and all(broadcasts(p, v) for p, v in zip(parts, values, strict=True)):
         return [p.to(v.device, v.dtype).expand_as(v) for p, v in zip(parts, values, strict=True)]
     shapes = ", ".join(str(tuple(value.shape)) for value in values[:3])
     raise InterventionError(
@@ -233,7 +233,8 @@ def _baseline(
     )
 
 
-def _broadcasts(part: Any, value: Tensor) -> bool:
+def broadcasts(part: Any, value: Tensor) -> bool:
+    """Whether a baseline is a tensor that can be expanded to an activation, or to pixels."""
     if not isinstance(part, Tensor) or part.ndim > value.ndim or not part.is_floating_point():
         return False
     ends = value.shape[value.ndim - part.ndim :]

@@ -25,7 +25,7 @@ from hooked_vlm.inputs.pixel_routing import pixel_name
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.sweeps.attribution import owners_of
 from hooked_vlm.sweeps.gradients import Metric, require_unhooked, wide
-from hooked_vlm.sweeps.integrated import one_score
+from hooked_vlm.sweeps.integrated import broadcasts, one_score
 
 
 _REMEDY = "A metric must not write into its logits: take logits.clone()."
@@ -43,7 +43,7 @@ class PixelAttribution:
     cells: tuple[Float[Tensor, "_ _"], ...]
     """One for each picture that has a `TokenGrid`, in the order of prompts: sums over its cells."""
     by_patch: bool
-    """Whether maps have an entry for each patch: where pixels stand in one is not known."""
+    """Whether maps have an entry for each patch: where pixels are in one is not known."""
     score: Float[Tensor, " batch"]
     """The metric of the run."""
     baseline_score: Float[Tensor, " batch"]
@@ -199,14 +199,12 @@ def _pixel_baseline(pixels: Tensor, name: str, baseline: Any) -> Tensor:
         given = given[:, None, None] if pixels.ndim > 3 else given
     else:
         given = baseline.get(name) if isinstance(baseline, Mapping) else baseline
-    if isinstance(given, Tensor) and given.is_floating_point() and given.ndim <= pixels.ndim:
-        ends = pixels.shape[pixels.ndim - given.ndim :]
-        if all(n in (1, m) for n, m in zip(given.shape, ends, strict=True)):
-            whole = given.to(pixels.device, pixels.dtype).expand_as(pixels)
-            if bool(real.all()):
-                return whole
-            keep = real.reshape(*pixels.shape[:-3], 1, 1, 1)
-            return torch.where(keep, whole, 0)
+    if broadcasts(given, pixels):
+        whole = given.to(pixels.device, pixels.dtype).expand_as(pixels)
+        if bool(real.all()):
+            return whole
+        keep = real.reshape(*pixels.shape[:-3], 1, 1, 1)
+        return torch.where(keep, whole, 0)
     raise InterventionError(
         f"baseline={shown(baseline)} does not fit {name} of shape {tuple(pixels.shape)}. Give "
         "'zero', 'mean', a tensor that broadcasts to it, or inputs with a picture of equal size."

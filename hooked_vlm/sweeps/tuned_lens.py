@@ -22,7 +22,7 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count, File
 from hooked_vlm.errors import DataError
 from hooked_vlm.hooks.cache import ActivationCache
-from hooked_vlm.hooks.stream import PosSlice
+from hooked_vlm.hooks.cut import PosSlice
 from hooked_vlm.inputs.rows import rows_of
 from hooked_vlm.model.readout import Readout
 from hooked_vlm.model.vlm import HookedVLM

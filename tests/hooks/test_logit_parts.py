@@ -71,7 +71,7 @@ def test_attributions_are_the_formula_and_sum_to_the_logits(family: str, pos: An
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_heads_go_through_the_output_map_and_the_norm_behind_it(family: str) -> None:
+def test_heads_go_through_the_output_map_and_the_norm_after_it(family: str) -> None:
     model, _, cached = ran(family)
     heads, labels = cached.stack_head_results(return_labels=True)
     assert labels == [f"L{i}H{h}" for i in range(3) for h in range(4)]
@@ -80,7 +80,7 @@ def test_heads_go_through_the_output_map_and_the_norm_behind_it(family: str) -> 
         weight = block.self_attn.o_proj.weight.detach()
         z = cached["z", layer]
         raw = torch.einsum("bphd,ohd->hbpo", z, weight.unflatten(1, (4, -1)))
-        if family == "gemma-3":  # a norm behind attention, at the run's own scale
+        if family == "gemma-3":  # a norm after attention, at the run's own scale
             norm = block.post_attention_layernorm
             raw = raw * gain_of(norm, family) / rms(raw.sum(0))
         torch.testing.assert_close(heads[4 * layer : 4 * layer + 4], raw, atol=1e-5, rtol=1e-4)

@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.errors import InterventionError, RegionError
+from hooked_vlm.hooks.located import index_of, locate, needs_text, rows_at, with_rows_at
 from hooked_vlm.inputs.rows import rows_of
-from hooked_vlm.interventions.indexing import (
-    index_of,
-    locate,
-    locate_pairs,
-    needs_text,
-    rows_at,
-    with_rows_at,
-)
+from hooked_vlm.interventions.indexing import locate_pairs
 from hooked_vlm.regions.pairs import swap_pairs
 from hooked_vlm.regions.positions import LastToken, Span, union
 from hooked_vlm.regions.region import Region

@@ -10,6 +10,7 @@ from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import record
+from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.positions import LastToken, Positions
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -114,6 +115,16 @@ def test_patchscopes_writes_one_prompt_from_another() -> None:
 
     plain = model.run_with_hooks(inputs, [("hook_merged_embed", hook)])
     torch.testing.assert_close(edited, plain)
+
+
+def test_generated_tokens_are_written_from_another_site() -> None:
+    model = tiny("llava")
+    inputs, source = make_inputs("llava", 1, seed=3), make_inputs("llava", 1, seed=4)
+    given: dict[str, Any] = {"at": Generated(), "source_at": LastToken(), "source_site": LATE}
+    patches = [Patch(0, source=run, **given) for run in (source, record(model, source, LATE))]
+    options: dict[str, Any] = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
+    lazy, recorded = (model.generate(inputs, fwd_hooks=[p], **options) for p in patches)
+    assert torch.equal(lazy, recorded)
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs() -> None:

@@ -80,7 +80,7 @@ def test_left_padding_and_places() -> None:
     assert (found["query"] != expected["query"]).all()
 
 
-def test_maps_are_read_behind_interventions() -> None:
+def test_maps_are_read_after_interventions() -> None:
     model, inputs = tiny("llava"), make_inputs("llava")
     key = model.grids(inputs)[0][0].all()
     cut = Attend("blocks.1.attn", query=LastToken(), key=key, scale=0.0)

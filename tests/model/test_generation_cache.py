@@ -91,7 +91,10 @@ def test_several_sequences_have_a_row_each() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
     one = cache.select([4])
     assert isinstance(one, GenerationCache)
-    assert one.remove_batch_dim()["resid_post", 0].shape == value.shape[1:]
+    bare = one.remove_batch_dim()
+    assert bare["resid_post", 0].shape == value.shape[1:]
+    assert one.has_batch_dim
+    assert not bare.has_batch_dim
     assert one.positions(("resid_post", 0)).equal(cache.positions(("resid_post", 0)))
 
 

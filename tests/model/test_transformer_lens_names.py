@@ -210,10 +210,6 @@ POINT = [
     "pos_dim",
     "remove_hooks",
 ]
-LATER = {  # added by another part of this work
-    *("apply_ln_to_stack", "compute_head_results", "get_neuron_results", "logit_attrs"),
-    *("stack_head_results", "stack_neuron_results"),
-}
 STREAM = "blocks.*.hook_resid_post"
 NEAR: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -236,7 +232,7 @@ def test_a_name_of_a_model_works_or_says_what_to_use(name: str) -> None:
     works_or_says(prepared("llava"), name, instead.INSTEAD)
 
 
-@pytest.mark.parametrize("name", sorted(set(CACHE) - LATER))
+@pytest.mark.parametrize("name", CACHE)
 def test_a_name_of_a_cache_works_or_says_what_to_use(name: str) -> None:
     cache = ActivationCache({"blocks.0.hook_resid_post": torch.zeros(1, 2, 3)})
     works_or_says(cache, name, cut.INSTEAD)
