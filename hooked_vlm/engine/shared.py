@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hooked_vlm.anatomy.weights import Weights
 from hooked_vlm.anatomy.wrappers import modules_of
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Count, Model
@@ -26,7 +27,6 @@ from hooked_vlm.engine.fingerprints import arithmetic, content_of, ways_of_atten
 from hooked_vlm.engine.folded_run import Folding, is_separate, run_folded
 from hooked_vlm.engine.image_cache import encoding_once
 from hooked_vlm.engine.stages import IN_FRONT, stage_of
-from hooked_vlm.engine.weights import Weights
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.interventions.recording import Recording, record

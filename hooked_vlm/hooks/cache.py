@@ -150,6 +150,7 @@ class ActivationCache(Cuts, LogitParts):
                     "give a list of their numbers, from 0 on, or a slice."
                 )
         made = self._with({n: v[index] for n, v in by_prompt.items()})
+        made.readout = self.readout and self.readout.of_rows(index)
         batch = min((len(v) for v in by_prompt.values()), default=0)
         made.prompts = (torch.arange(batch) if self.prompts is None else self.prompts)[index]
         return made

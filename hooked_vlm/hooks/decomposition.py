@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, UnknownHookError
 
 
 Named = list[tuple[str, Tensor]]
@@ -51,10 +51,29 @@ def parts_of(cache: Mapping[Any, Any], tower: str | None, layer: int, end: bool)
     return parts
 
 
-def added_by(cache: Mapping[Any, Any], layer: int, name: str, tower: str | None) -> Tensor:
-    """Returns what a part of a block adds to the stream: its output, times its factor if any."""
-    added = dict(_of_block(cache, layer, tower)[0]) if (name, layer, tower) in cache else {}
-    return added.get(f"{layer}_{name}", _stream(cache, name, layer, tower))
+def added_by(
+    cache: Mapping[Any, Any], layer: int, name: str | None, tower: str | None
+) -> tuple[Tensor | None, float]:
+    """Returns what a part of a block adds to the stream, and what the block multiplies that by.
+
+    A part adds its output, times its factor if any; without a name there is no part.  Raises
+    `UnknownHookError` where the cache holds too little to know the factors.
+    """
+    needed = ["resid_pre", "resid_post", *([] if name is None else [name])]
+    missing = [each for each in needed if (each, layer, tower) not in cache]
+    try:
+        parts, factor = ([], 1.0) if missing else _of_block(cache, layer, tower)
+    except DataError:
+        missing = [each for each in OUTPUTS if (each, layer, tower) not in cache]
+        if "mlp_out" not in missing and "attn_out" not in missing:
+            raise
+    if missing:
+        raise UnknownHookError(
+            f"The cache holds no {', '.join(missing)} of block {layer}, and without them it is not "
+            "known by what the model multiplies a part, or the stream. Cache the streams and the "
+            "outputs of all parts: 'blocks.*resid*', 'blocks.*_out'."
+        )
+    return dict(parts).get(f"{layer}_{name}"), factor
 
 
 def _stream(cache: Mapping[Any, Any], name: str, layer: int, tower: str | None) -> Tensor:

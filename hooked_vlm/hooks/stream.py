@@ -38,6 +38,8 @@ class Reads(Protocol):
 
     def directions(self, tokens: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def of_rows(self, rows: Any) -> "Reads": ...
+
     def token_id(self, text: str) -> int: ...
 
 
@@ -148,8 +150,9 @@ class ResidualStream(Mapping[Any, Any]):
         cross-attention beside self-attention are not among them.  With `incl_remainder` the last
         row, `remainder`, is all else in the stream before block `layer` (at -1 after the last).
 
-        Needs `attn.hook_z` and `hook_attn_out` of these layers, and the model of the run.
-        Raises `DataError` where the heads do not sum to attention's output.
+        Needs `attn.hook_z`, the streams and the outputs of all parts of these layers, and the model
+        of the run.  Raises `DataError` where the heads do not sum to attention's output, and
+        `UnknownHookError` for a cache that holds too little.
         """
         return self._pieces(
             "heads", layer, None, return_labels, incl_remainder, pos_slice, apply_ln, tower
@@ -172,7 +175,8 @@ class ResidualStream(Mapping[Any, Any]):
         As `stack_head_results`, with labels `L0N0`, …; `neuron_slice` selects neurons of each
         layer, since all of them take `d_mlp` times the memory of a stream.
 
-        Needs `mlp.hook_post` and `hook_mlp_out` of these layers, and the model of the run.
+        Needs `mlp.hook_post`, the streams and the outputs of all parts of these layers, and the
+        model of the run.
         """
         return self._pieces(
             "neurons",
@@ -223,12 +227,17 @@ class ResidualStream(Mapping[Any, Any]):
     ) -> Tensor | tuple[Tensor, list[str]]:
         n_layers, reads = self._n_layers(tower), self._reads()
         stop = self._layer(layer, n_layers)
-        found, labels = [], []
+        found: list[Tensor] = []
+        labels: list[str] = []
+        part = "attn_out" if kind == "heads" else "mlp_out"
         for block in range(stop):
-            summands = reads.summands(kind, block, tower)
-            if summands is None:  # tokens are mixed by other means there
+            summands = reads.summands(kind, block, tower)  # None: tokens are mixed by other means
+            added, factor = added_by(self, block, summands and part, tower)
+            if factor != 1:  # of the whole stream, with all that was added below
+                found = [factor * pieces for pieces in found]
+            if summands is None or added is None:
                 continue
-            made = self._pieces_of(kind, summands, block, neurons, pos_slice, tower)
+            made = self._pieces_of(kind, summands, added, block, neurons, pos_slice, tower)
             found.append(made[0])
             labels += made[1]
         if not found:
@@ -249,15 +258,15 @@ class ResidualStream(Mapping[Any, Any]):
         self,
         kind: str,
         summands: Summands,
+        added: Tensor,
         block: int,
         neurons: int | slice | Sequence[int] | None,
         pos_slice: PosSlice,
         tower: str | None,
     ) -> tuple[Tensor, list[str]]:
         """Returns what the heads or neurons of a block add, with labels."""
-        part = "attn_out" if kind == "heads" else "mlp_out"
-        added = added_by(self, block, part, tower)
         values = one_tensor(self["z" if kind == "heads" else "post", block, tower])
+        part = "attn_out" if kind == "heads" else "mlp_out"
         name = f"{tower + '.' if tower else ''}blocks.{block}.hook_{part}"
         flat = values.flatten(-2) if kind == "heads" else values
         to_stream = summands.to_stream(flat, added, name)

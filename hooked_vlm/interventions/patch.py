@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.directions import orthonormalise
 from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.kinds import is_whole
 from hooked_vlm.errors import InterventionError, RegionError, counted
 from hooked_vlm.hooks.located import Located, rows_at, with_rows_at
 from hooked_vlm.hooks.sites import Site
@@ -99,6 +100,12 @@ class Patch(_Intervention):
                 f"{self} writes {width} features at {site.name} from {other} at "
                 f"{source_site.name}. Give a source_site of the same width."
             )
+        if self.source_site is not None and _heads(model, site) != _heads(model, source_site):
+            raise InterventionError(
+                f"{self} writes {site.name} with {_said_heads(model, site)} from "
+                f"{source_site.name} with {_said_heads(model, source_site)}. Give a source_site "
+                "with as many heads; nothing is broadcast."
+            )
         if self.neurons is not None and self.subspace is not None:
             raise InterventionError(
                 "Patch was given neurons and a subspace; give one of them. Neurons span a "
@@ -118,7 +125,9 @@ class Patch(_Intervention):
 
     def _check_neurons(self, width: int) -> None:
         chosen = self.neurons
-        if not chosen or len(set(chosen)) < len(chosen) or any(not 0 <= n < width for n in chosen):
+        whole = isinstance(chosen, tuple | list) and all(map(is_whole, chosen))
+        in_range = whole and all(0 <= n < width for n in chosen)  # type: ignore[union-attr]
+        if not chosen or not in_range or len(set(chosen)) < len(chosen):
             raise InterventionError(
                 f"{self} was given neurons={shown(chosen)}; expected different numbers from 0 to "
                 f"{width - 1}."
@@ -190,3 +199,15 @@ class Patch(_Intervention):
         if self.subspace is not None:
             parts.append(f"a subspace of {counted(len(self.subspace), 'direction')}")
         return f"Patch({', '.join(parts)})"
+
+
+def _heads(model: HookedModel, site: Site) -> int:
+    """Returns the number of heads of a site's activation; 0 where it has none."""
+    axes = site.axes.split()
+    if "kv_head" in axes:
+        return site.stack(model.cfg).n_key_value_heads
+    return site.stack(model.cfg).n_heads if "head" in axes else 0
+
+
+def _said_heads(model: HookedModel, site: Site) -> str:
+    return counted(_heads(model, site), "head")

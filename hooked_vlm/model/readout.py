@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import Block
+from hooked_vlm.anatomy.weights import Weights
 from hooked_vlm.errors import (
     DataError,
     HookedVLMWarning,
@@ -32,6 +33,24 @@ from hooked_vlm.hooks.stand_ins import skipping, standing_in
 from hooked_vlm.model.instead import weight_of
 
 
+_OF_LOGITS = frozenset({"logits_to_keep", "labels"})
+
+
+def _weights_of(model: Any) -> Weights:
+    """Returns a watch over the weights that caches read: it is made once for a model."""
+    if getattr(model, "_read_weights", None) is None:
+        lm = model.anatomy.lm
+        paths = [lm.final_norm, model.anatomy.unembed]
+        for block in lm.blocks:
+            outs = (block.attn and block.attn.out, block.mlp and block.mlp.down)
+            paths += [*outs, block.attn_out, block.mlp_out]
+        modules = {path: model.hf_model.get_submodule(path) for path in paths if path}
+        # Attention and MLPs that end in no norm are there whole: their own map is enough.
+        small = [m for m in modules.values() if not any(True for _ in m.children())]
+        model._read_weights = Weights(nn.ModuleList(small))
+    return model._read_weights
+
+
 class Readout:
     """The final norm and the head of a model, as they act in runs on some inputs.
 
@@ -40,8 +59,15 @@ class Readout:
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
         self._model = weakref.ref(model)
+        self._given = {**inputs, **kwargs}
+        # What changes which logits there are, or compares them, is left out.
         self.inputs = inputs
-        self.kwargs = {name: x for name, x in kwargs.items() if name != "logits_to_keep"}
+        if _OF_LOGITS & set(inputs):
+            self.inputs = {name: x for name, x in inputs.items() if name not in _OF_LOGITS}
+        self.kwargs = {name: x for name, x in kwargs.items() if name not in _OF_LOGITS}
+        self._weights = _weights_of(model)
+        self._state = self._weights.state()
+        self._last: Tensor | None = None
         self._norms: dict[str, LinearNorm | None] = {}
         self._factor: float | None = None
         self._caps = False
@@ -57,6 +83,30 @@ class Readout:
             )
         return model
 
+    def keep_last(self, logits: Any) -> None:
+        """Keeps the last position's logits of the run, if these are the run's logits.
+
+        Hooks of the run may have changed them after the last block.
+        """
+        kept = {**self._given, "logits_to_keep": self._given.get("logits_to_keep", 0)}
+        is_last = isinstance(kept["logits_to_keep"], int)
+        if isinstance(logits, Tensor) and logits.ndim == 3 and is_last:
+            self._last = logits[:, -1:].detach().clone()
+
+    def of_rows(self, rows: slice | Tensor) -> "Readout":
+        """Returns the same for some prompts of the run."""
+        made = copy.copy(self)
+        made._last = None if self._last is None else self._last[rows]
+        return made
+
+    def _require_same_weights(self) -> None:
+        """Raises `DataError` where the weights that are read are no longer those of the run."""
+        if self._weights.state() != self._state:
+            raise DataError(
+                "The model's weights were changed after this cache's run, so its final norm, head "
+                "and output maps are not those of the run. Run model.run_with_cache again."
+            )
+
     @torch.no_grad()
     def logits(
         self, streams: Float[Tensor, "slot ..."], at: Callable[[Tensor], Tensor]
@@ -67,6 +117,7 @@ class Readout:
         of a larger batch, with the selected positions alone.  Where a model brings in something
         else of the run there, or has several streams, each slot takes a pass with all positions.
         """
+        self._require_same_weights()
         if streams.ndim == 4:
             chosen = at(streams)
             rows = rearrange(chosen, "slot batch pos d -> (slot batch) pos d")
@@ -83,6 +134,7 @@ class Readout:
 
         Raises `UnsupportedModelError` where there is none, or another function.
         """
+        self._require_same_weights()
         lm = self.model.anatomy.lm
         block: Block | None = lm.blocks[layer] if layer < len(lm.blocks) else None
         path = lm.final_norm if block is None else block.ln2 if mlp_input else block.ln1
@@ -128,6 +180,7 @@ class Readout:
 
         None where the block has no such part that one linear map ends.
         """
+        self._require_same_weights()
         anatomy = self.model.anatomy
         block: Block = (anatomy.vision if tower else anatomy.lm).blocks[layer]
         if kind == "heads":
@@ -199,8 +252,11 @@ class Readout:
         head = self.model.hf_model.get_submodule(self.model.anatomy.unembed)
         with self.model.without_hooks():
             plain = head(self.normed(path, last).to(head.weight.dtype)).double().flatten(0, -2)
-        whole = stream[None] if stream.ndim == 3 else stream[None, None]
-        given = self.logits(whole, lambda x: x[:, :, -1:])[0].double().flatten(0, -2)
+        given = self._last
+        if given is None or len(given) != len(plain):
+            whole = stream[None] if stream.ndim == 3 else stream[None, None]
+            given = self.logits(whole, lambda x: x[:, :, -1:])[0]
+        given = given.double().flatten(0, -2)
         given = given[:, : plain.shape[-1]]
         allowed = max(1e-4, 2 * torch.finfo(head.weight.dtype).eps)
         most = allowed * float(given.abs().max())

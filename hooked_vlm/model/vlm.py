@@ -268,7 +268,10 @@ class HookedVLM(Prepares, HasTokens, HasPoints, ShowsWeights, Generates):
             output, cache = run_cached_with_gradients(self, *what, metric, **how)
         else:
             output, cache = self._run_cached(*what, **how)
-        cache.readout, cache.where = Readout(self, inputs, kwargs), Where(self, given)
+        readout = Readout(self, inputs, kwargs)
+        if stop_at_layer is None:
+            readout.keep_last(output)
+        cache.readout, cache.where = readout, Where(self, given)
         return output, cache.shaped(self.sites, pos_slice, remove_batch_dim)
 
     def _running(

@@ -12,11 +12,11 @@ from torch import nn
 
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
 from hooked_vlm import HookedVLM, LastToken, Patch, Sweep, shared_runs
+from hooked_vlm.anatomy.weights import Weights
 from hooked_vlm.engine import fingerprints, growing
 from hooked_vlm.engine.fingerprints import content_of
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.engine.shared import RunStore, open_runs
-from hooked_vlm.engine.weights import Weights
 
 
 def sweep_of(family: str, at: Any = None, *, seed: int = 1, site: str | None = None) -> Sweep:

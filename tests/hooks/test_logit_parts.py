@@ -167,6 +167,24 @@ def test_logits_that_are_capped_are_said_to_be() -> None:
     torch.testing.assert_close(attrs, cached["hook_logits"][:, -1, 3], atol=1e-5, rtol=1e-4)
 
 
+def test_a_cap_is_not_taken_for_rounding_in_half_precision() -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = suite.build("muse_glimmer").to(torch.bfloat16)
+        inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
+        inputs = {n: x.bfloat16() if x.is_floating_point() else x for n, x in inputs.items()}
+        head: Any = model.hf_model.get_submodule(model.anatomy.unembed)
+        raw = model.run_with_cache(inputs, "*hook_logits")[1]["hook_logits"]
+        head.weight.mul_(20 / raw.abs().max())
+        logits, cached = model.run_with_cache(inputs, "*hook_*[edts]")
+        raw = cached["hook_logits"][:, -1]
+        assert float((logits[:, -1] - raw).abs().max()) / 20 > 0.02
+        stack = cached.decompose_resid(pos_slice=-1)
+    with pytest.warns(HookedVLMWarning, match="caps its logits"):
+        attrs = cached.logit_attrs(stack, int(raw.abs().argmax()), pos_slice=-1).sum(0)
+    assert float((attrs - raw.flatten()[raw.abs().argmax()]).abs()) <= 0.03 * 20
+
+
 def test_a_norm_with_bias_is_measured() -> None:
     norm = torch.nn.LayerNorm(16)
     torch.nn.init.normal_(norm.weight)
@@ -211,6 +229,76 @@ def test_what_does_not_fit_is_refused() -> None:
     _, edited = model.run_with_cache(make_inputs("llava", 2), fwd_hooks=edit)
     with pytest.raises(DataError, match="a hook wrote there"):
         edited.logit_attrs(edited.decompose_resid(), 3)
+
+
+@pytest.mark.parametrize("model_type", ["granite4_vision", "gemma4"])
+def test_heads_are_what_is_added_whatever_else_is_cached(model_type: str) -> None:
+    """Factors of parts, and of the whole stream in later blocks, are in heads and neurons."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = suite.build(model_type)
+        for block in model.anatomy.lm.blocks:
+            layer: Any = model.hf_model.get_submodule(block.path)
+            if hasattr(layer, "layer_scalar"):
+                layer.layer_scalar.fill_(0.5)
+        inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
+        names = ["blocks.*resid*", "blocks.*_out", "blocks.*.hook_z", "blocks.*.hook_post"]
+        cached = model.run_with_cache(inputs, names)[1]
+        parts, labels = cached.decompose_resid(return_labels=True)
+        for kind in ("attn", "mlp"):
+            stack = cached.stack_head_results if kind == "attn" else cached.stack_neuron_results
+            pieces, found = stack(return_labels=True)
+            for block in range(model.cfg.n_layers):
+                own = [
+                    i
+                    for i, label in enumerate(found)
+                    if label.startswith(f"L{block}{'H' if kind == 'attn' else 'N'}")
+                ]
+                added = parts[labels.index(f"{block}_{kind}_out")]
+                torch.testing.assert_close(pieces[own].sum(0), added, atol=1e-5, rtol=1e-3)
+        few = model.run_with_cache(inputs, ["*hook_z", "blocks.*.hook_attn_out"])[1]
+        with pytest.raises(UnknownHookError, match="holds no resid_pre, resid_post of block 0"):
+            few.stack_head_results()
+        some = model.run_with_cache(inputs, ["*hook_z", "blocks.*.hook_attn_out", "*resid*"])[1]
+        with pytest.raises(UnknownHookError, match="holds no .*mlp_out"):
+            some.stack_head_results()
+
+
+def test_weights_and_hooks_after_the_stream_are_noticed() -> None:
+    model: Any = HookedVLM(build("llava"))
+    inputs = make_inputs("llava", 2)
+    with torch.no_grad():
+        doubled = [("hook_logits", lambda x, hook: 2 * x)]
+        logits, cached = model.run_with_cache(inputs, fwd_hooks=doubled)
+        stack = cached.decompose_resid(pos_slice=-1)
+        attrs = cached.logit_attrs(stack, TOKENS, pos_slice=-1).sum(0)
+        torch.testing.assert_close(attrs[1], logits[1, -1, TOKENS[1]], atol=1e-5, rtol=1e-4)
+        one = cached.select([1])
+        again = one.logit_attrs(one.decompose_resid(pos_slice=-1), int(TOKENS[1]), pos_slice=-1)
+        torch.testing.assert_close(again.sum(0)[0], attrs[1])
+        noise = torch.randn(logits.shape[-1])
+        edit = [("hook_logits", lambda x, hook: x + noise)]
+        _, edited = model.run_with_cache(inputs, fwd_hooks=edit)
+        with pytest.raises(UnsupportedModelError, match="times a number"):
+            edited.logit_attrs(stack, 3, pos_slice=-1)
+        model.hf_model.get_submodule(model.anatomy.unembed).weight.mul_(2)
+        for read in (
+            cached.logit_lens,
+            lambda: cached.logit_attrs(stack, 3, pos_slice=-1),
+            cached.stack_head_results,
+        ):
+            with pytest.raises(DataError, match="weights were changed after"):
+                read()
+
+
+def test_what_changes_which_logits_there_are_is_not_in_the_lens() -> None:
+    model, inputs = tiny("llava"), make_inputs("llava", 2)
+    with torch.no_grad():
+        whole = model.run_with_cache(inputs, "blocks.*resid*")[1].logit_lens()
+        labels = {**inputs, "logits_to_keep": 1}
+        cached = model.run_with_cache(labels, "blocks.*resid*")[1]
+        torch.testing.assert_close(cached.logit_lens(), whole)
+        torch.testing.assert_close(cached.logit_lens([0, -1]), whole[:, :, [0, -1]])
 
 
 def test_several_streams_are_refused() -> None:

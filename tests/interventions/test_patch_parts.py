@@ -141,5 +141,14 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
     for change, said in wrong:
         with pytest.raises(InterventionError, match=said):
             Patch(MID, at=LastToken(), source=inputs, **change).check(model, inputs)
+    for neurons in ((1.5,), ("a",), 3):
+        patch = Patch(MID, at=LastToken(), source=inputs)
+        object.__setattr__(patch, "neurons", neurons)  # as without beartype
+        with pytest.raises(InterventionError, match="neurons"):
+            patch.check(model, inputs)
+    for site, other in (("hook_q", "hook_k"), ("hook_z", "hook_v")):  # 4 and 2 heads
+        patch = Patch(f"blocks.1.attn.{site}", source=inputs, source_site=f"blocks.1.attn.{other}")
+        with pytest.raises(InterventionError, match=r"with 4 heads from .* with 2 heads"):
+            patch.check(model, inputs)
     with pytest.raises(UnknownHookError, match="blocks"):
         Patch(MID, source=inputs, source_site="blocks.9.hook_resid_pre").check(model, inputs)
