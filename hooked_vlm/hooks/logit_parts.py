@@ -42,7 +42,7 @@ class LogitParts(ResidualStream):
         >>> from hooked_vlm import HookedVLM
         >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl")
         >>> inputs = model.prepare(Image.new("RGB", (96, 96)), "What is this?")
-        >>> logits, cache = model.run_with_cache(inputs)
+        >>> logits, cache = model.run_with_cache(inputs, ["blocks.*resid*", "blocks.*_out"])
         >>> parts, labels = cache.decompose_resid(pos_slice=-1, return_labels=True)
         >>> attrs = cache.logit_attrs(parts, tokens=7, pos_slice=-1)
         >>> torch.testing.assert_close(attrs.sum(0), logits[:, -1, 7])

@@ -175,14 +175,14 @@ def test_a_cap_is_not_taken_for_rounding_in_half_precision() -> None:
         inputs = {n: x.bfloat16() if x.is_floating_point() else x for n, x in inputs.items()}
         head: Any = model.hf_model.get_submodule(model.anatomy.unembed)
         raw = model.run_with_cache(inputs, "*hook_logits")[1]["hook_logits"]
-        head.weight.mul_(20 / raw.abs().max())
+        head.weight.mul_(100 / raw.abs().max())
         logits, cached = model.run_with_cache(inputs, "*hook_*[edts]")
         raw = cached["hook_logits"][:, -1]
-        assert float((logits[:, -1] - raw).abs().max()) / 20 > 0.02
+        assert float(logits.abs().max()) < 20.5
         stack = cached.decompose_resid(pos_slice=-1)
     with pytest.warns(HookedVLMWarning, match="caps its logits"):
         attrs = cached.logit_attrs(stack, int(raw.abs().argmax()), pos_slice=-1).sum(0)
-    assert float((attrs - raw.flatten()[raw.abs().argmax()]).abs()) <= 0.03 * 20
+    assert float((attrs - raw.flatten()[raw.abs().argmax()]).abs()) <= 0.03 * 100
 
 
 def test_a_norm_with_bias_is_measured() -> None:
@@ -260,7 +260,7 @@ def test_heads_are_what_is_added_whatever_else_is_cached(model_type: str) -> Non
         with pytest.raises(UnknownHookError, match="holds no resid_pre, resid_post of block 0"):
             few.stack_head_results()
         some = model.run_with_cache(inputs, ["*hook_z", "blocks.*.hook_attn_out", "*resid*"])[1]
-        with pytest.raises(UnknownHookError, match="holds no .*mlp_out"):
+        with pytest.raises(UnknownHookError, match=r"holds no .*mlp_out"):
             some.stack_head_results()
 
 
