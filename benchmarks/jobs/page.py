@@ -47,7 +47,7 @@ the largest value.
 BOTTOM = """
 ## Notes
 
-- **By head.** Behind the attention of Gemma 3 is a norm. TransformerLens's heads are what the \
+- **By head.** Gemma 3 has a norm after attention. TransformerLens's heads are what the \
 output projection gives: they sum to the norm's input, and not to `attn_out`. Its cache has the \
 norm's input and output, from which users can compute the factor. The other columns have this \
 factor, at the run's own scale.
@@ -56,7 +56,7 @@ and changes the bridge's weights. Without it, `logit_attrs` of TransformerLens l
 out; `direct_logit_attribution` raises an error.
 - **Analyses by hand.** nnsight has traces and gradients in them, but no functions for the logit \
 lens, attribution of logits, integrated gradients or maps. Its functions here are torch inside \
-traces. They name modules, and depend on what is behind attention and MLP in Gemma and on tuples \
+traces. They name modules, and depend on what comes after attention and MLP in Gemma and on tuples \
 that modules return, so they are correct for these two architectures. The functions of hooked_vlm \
 and of TransformerLens name no modules.
 - **Sweeps.** The functions of TransformerLens and nnsight run the model once for each layer. Here \
