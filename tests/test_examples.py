@@ -44,7 +44,7 @@ def test_every_example_says_how_to_run_it() -> None:
 
 
 STUDIES = [p for p in sorted((EXAMPLES[0].parent / "studies").glob("*.py")) if p.stem != "common"]
-QUICK_STUDIES = {"palit2023_causal_tracing", "zhang2025_information_flow"}
+QUICK_STUDIES = {"zhang2025_information_flow"}
 
 
 @pytest.mark.parametrize(

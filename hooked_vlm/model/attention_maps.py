@@ -35,8 +35,8 @@ def attention_maps(
 
     `query` is a place in the prompt (`LastToken()`, `Span("red")`, a `Region`, …).  The map of each
     of its tokens has the weights after the softmax on the image's cells, in raster order: `row` and
-    `col` are cells of `grid` (default: the image of the first prompt; `inputs.grids[b][i]` is that
-    of another prompt or image, `grid.overview` the thumbnail of an image in tiles).  A map sums to
+    `col` are cells of `grid` (default: the only image there is; `inputs.grids[b][i]` is image i of
+    prompt b, `grid.overview` the thumbnail of an image in tiles).  A map sums to
     the query's attention on the image.  The coordinate `query` is the position in the prompt,
     padding counted, and `layer` the block's number.
 
@@ -50,8 +50,8 @@ def attention_maps(
     so this takes little memory.  `maps.mean("head")` is the mean over heads.  Interventions in
     `fwd_hooks` act before their patterns are read.
 
-    Raises `InterventionError` for a layer without a pattern, for beams, and for inputs whose image
-    has no grid.
+    Raises `InterventionError` for a layer without a pattern, for beams, for inputs whose image has
+    no grid, and for inputs of several images without `grid`.
 
     >>> from PIL import Image
     >>> from hooked_vlm import HookedVLM
@@ -84,7 +84,13 @@ def attention_maps(
 
 
 def _grid_of(model: Any, inputs: Any) -> TokenGrid:
-    grid = next((grid for row in model.grids(inputs) for grid in row), None)
+    grids = [grid for row in model.grids(inputs) for grid in row]
+    if len(grids) > 1:
+        raise InterventionError(
+            f"These inputs have {len(grids)} images, and a map is of one. Give "
+            "grid=inputs.grids[b][i], image i of prompt b."
+        )
+    grid = grids[0] if grids else None
     if grid is None:
         raise InterventionError(
             "These inputs have no image whose tokens form a grid, so there is no map of it. "

@@ -100,3 +100,8 @@ def test_what_cannot_be_shown() -> None:
     for given, options, error, message in cases:
         with pytest.raises(error, match=message):
             attention_maps(model, given, **options)
+
+
+def test_of_several_images_one_is_named() -> None:
+    with pytest.raises(InterventionError, match="have 2 images, and a map is of one"):
+        attention_maps(tiny("llava"), make_inputs("llava", batch=2))
