@@ -74,6 +74,9 @@ class LogitParts(ResidualStream):
         slice, or a list.  All positions of all slots may take much memory: their number times the
         size of the vocabulary.
 
+        Warns where those of the last slot are not the run's logits at the last position: a hook of
+        the run acted after the last block.
+
         Needs `resid_pre` of block 0 and `resid_post` of every block, and the model of the run.
         Raises `UnknownHookError` for a stream that was not cached, and `DataError` for a cache
         without its model (from a file) or a position that is not there.  Source: nostalgebraist
@@ -89,7 +92,11 @@ class LogitParts(ResidualStream):
         """
         streams = self.accumulated_resid()
         assert isinstance(streams, Tensor)
-        return self.read_streams(streams, pos_slice)
+        read = self.read_streams(streams, pos_slice)
+        if pos_slice is None or pos_slice == -1:
+            last = read[-1] if pos_slice == -1 else read[-1][..., -1, :]
+            self._reads().compare_last(last)
+        return read
 
     @checked(DataError)
     def read_streams(

@@ -28,7 +28,7 @@ from hooked_vlm.errors import (
     callers_level,
 )
 from hooked_vlm.hooks.linear_norm import LinearNorm
-from hooked_vlm.hooks.output_parts import Summands
+from hooked_vlm.hooks.output_parts import Summands, rounding
 from hooked_vlm.hooks.stand_ins import skipping, standing_in
 from hooked_vlm.model.instead import weight_of
 
@@ -92,6 +92,20 @@ class Readout:
         is_last = isinstance(kept["logits_to_keep"], int)
         if isinstance(logits, Tensor) and logits.ndim == 3 and is_last:
             self._last = logits[:, -1:].detach().clone()
+
+    def compare_last(self, logits: Float[Tensor, "*batch d_vocab"]) -> None:
+        """Warns where these are not the run's logits at the last position."""
+        if self._last is None or self._last[:, 0].shape != logits.view(-1, logits.shape[-1]).shape:
+            return
+        kept = self._last[:, 0].to(logits)
+        off = float((logits.view_as(kept) - kept).abs().max())
+        if off > rounding(self._last.dtype) * float(kept.abs().max()):
+            warnings.warn(
+                f"The last slot of the lens is off the run's logits by {off:.2g}: a hook of the run "
+                "acted after the last block, or the model's own forward did something else then.",
+                HookedVLMWarning,
+                stacklevel=callers_level(),
+            )
 
     def of_rows(self, rows: slice | Tensor) -> "Readout":
         """Returns the same for some prompts of the run."""

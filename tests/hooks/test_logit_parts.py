@@ -270,6 +270,8 @@ def test_weights_and_hooks_after_the_stream_are_noticed() -> None:
     with torch.no_grad():
         doubled = [("hook_logits", lambda x, hook: 2 * x)]
         logits, cached = model.run_with_cache(inputs, fwd_hooks=doubled)
+        with pytest.warns(HookedVLMWarning, match="off the run's logits"):
+            cached.logit_lens(-1)
         stack = cached.decompose_resid(pos_slice=-1)
         attrs = cached.logit_attrs(stack, TOKENS, pos_slice=-1).sum(0)
         torch.testing.assert_close(attrs[1], logits[1, -1, TOKENS[1]], atol=1e-5, rtol=1e-4)
