@@ -5,6 +5,7 @@ mappings, which Hugging Face data sets are.  Images may be paths.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,23 @@ class Item:
     """The item as the data set has it."""
 
     def digest(self) -> str:
-        """Returns a digest of the pictures and the text."""
-        made = hashlib.blake2b(self.text.encode(), digest_size=16)
+        """Returns a digest of the pictures, the text and the label."""
+        made = hashlib.blake2b(digest_size=16)
+        made.update(json.dumps([self.text, plain_label(self.label)]).encode())
         for image in self.images:
             made.update(f"{image.size}".encode() + image.tobytes())
         return made.hexdigest()
+
+
+def plain_label(label: Any) -> Any:
+    """Returns a label as JSON has it."""
+    if hasattr(label, "tolist"):
+        label = label.tolist()
+    if label is None or isinstance(label, str | int | float | bool):
+        return label
+    if isinstance(label, list | tuple):
+        return [plain_label(part) for part in label]
+    return str(label)
 
 
 def length_of(dataset: Any) -> int | None:

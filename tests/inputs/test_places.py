@@ -170,7 +170,7 @@ def test_padding_of_a_generation_is_no_answer(family: str, pads_with_end: bool) 
             alone = model.append(model.prepare(images[b], ("left or right", "yes")[b]), [answer])
             expected = model(alone)[0, alone.positions(Answer())[0]]
             torch.testing.assert_close(logits[b, places[b]], expected, **NEAR)
-    with pytest.raises(DataError, match="prompt 1: its row .* is padding alone"):
+    with pytest.raises(DataError, match=r"prompt 1: its row .* is padding alone"):
         model.append(inputs, torch.tensor([[105], [pad]]))
     as_they_are = model.append(inputs, [[105, pad], [106, end]])
     assert as_they_are.answers == (2, 2)
