@@ -23,7 +23,15 @@ from hooked_vlm.features.batches import (
 )
 from hooked_vlm.features.described import described
 from hooked_vlm.features.identity import model_digest, processor_digest
-from hooked_vlm.features.items import Columns, Item, length_of, raw_items, read_item
+from hooked_vlm.features.items import (
+    Columns,
+    Item,
+    length_of,
+    raw_items,
+    read_item,
+    text_and_label,
+    told,
+)
 from hooked_vlm.features.shards import (
     FORMAT,
     Shard,
@@ -74,8 +82,9 @@ def extract(
     Raises `DataError` for an empty data set, under open `model.hooks(…)`, and for an item that
     cannot be read, prepared, or is not finite: the message has its number.  With `on_error="skip"`,
     such items are left out and listed in `Features.problems`.  Raises it for a folder of another
-    model, processor, sites, place, options or items (the first of each batch is compared, with its
-    label), and where a function for the place reads values that cannot be compared.
+    model, processor, sites, place, options or items (of a batch, the first picture is compared, and
+    texts and labels of all items of a list), and where a function for the place reads values that
+    cannot be compared.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -146,17 +155,28 @@ class _Wanted:
     def _require_same(
         self, header: dict[str, Any], index: int, given: Any, columns: Columns, text: str | None
     ) -> None:
-        """Raises `DataError` where the first item of a finished batch is another than before."""
+        """Raises `DataError` where an item of a finished batch is another than before.
+
+        The first one is compared with its pictures, others that are at hand by text and label.
+        """
         if index % self._batch == header["n_items"]:
             raise DataError(
                 f"'{self._folder}' holds features of {counted(index, 'item')}, and this data set "
                 "has more. Give the same data set, or another folder."
             )
+        before = header["first"]
         try:
-            digest = read_item(index, given, columns, text).digest()
+            if index % self._batch == 0:
+                found = read_item(index, given, columns, text).digest()
+            elif index in header["indices"]:
+                kept = header["indices"].index(index)
+                before = told(header["texts"][kept], header["labels"][kept])
+                found = told(*text_and_label(given, columns, text))
+            else:  # it was left out
+                return
         except DataError:
-            digest = ""
-        if digest != header["first"]:
+            found = ""
+        if found != before:
             raise DataError(
                 f"'{self._folder}' holds features of another data set: its item {index} has "
                 "another picture, text or label. Give the same data set in the same order, or "

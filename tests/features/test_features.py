@@ -209,6 +209,9 @@ def test_features_of_other_settings_are_refused(tmp_path: Path) -> None:
     extract(model, data, SITE, **given)
     with pytest.raises(DataError, match="another picture, text or label"):
         extract(model, [(image, text, "c") for image, text, _ in data], SITE, **given)
+    for changed in ((data[3][0], data[3][1], "c"), (data[3][0], "left", data[3][2])):
+        with pytest.raises(DataError, match="item 3 has another picture, text or label"):
+            extract(model, [*data[:3], changed], SITE, **given)
     images = model.processor.image_processor
     for name, value in (("image_mean", [0.1, 0.2, 0.3]), ("do_normalize", False)):
         before = getattr(images, name)
