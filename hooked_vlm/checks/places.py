@@ -30,7 +30,7 @@ def check_append(model: HookedVLM, inputs: Inputs) -> Finding:
         if not _is_repeatable(model, inputs, steps):
             return Finding("append", NONE, "transformers' steps differ from passes of the whole")
         try:
-            longer = model.append(inputs, new)
+            longer = model.append(inputs, new.tolist())  # a tensor would be cut at padding tokens
         except HookedVLMError as error:
             return Finding("append", NONE, str(error)[:200])
         site = "hook_logits"

@@ -163,7 +163,12 @@ def require_pool(pool: str) -> None:
 
 
 def require_task(task: Task) -> None:
-    """Raises for a place of text at a vision site, and for options that `prepare` does not take."""
+    """Raises under open hooks, for a place of text at a vision site, and for unknown options."""
+    if task.model.is_hooked:
+        raise DataError(
+            "Hooks are open on this model, and its features would be those of hooked runs, which "
+            "nothing in them says. Leave the `with model.hooks(…)` block."
+        )
     own = ("system", "chat", "assistant")
     for name in task.prepare.keys() - own:
         near = did_you_mean(name, OPTIONS)

@@ -1,6 +1,5 @@
 """Features of a data set, written to disk batch by batch, or summed without being kept."""
 
-import hashlib
 import json
 import sys
 import time
@@ -22,8 +21,17 @@ from hooked_vlm.features.batches import (
     require_task,
     sites_of,
 )
-from hooked_vlm.features.identity import model_digest
-from hooked_vlm.features.items import Columns, Item, length_of, raw_items, read_item
+from hooked_vlm.features.described import described
+from hooked_vlm.features.identity import model_digest, processor_digest
+from hooked_vlm.features.items import (
+    Columns,
+    Item,
+    length_of,
+    raw_items,
+    read_item,
+    text_and_label,
+    told,
+)
 from hooked_vlm.features.shards import (
     FORMAT,
     Shard,
@@ -71,10 +79,12 @@ def extract(
     the same folder resumes an interrupted one, at the cost of one batch.  `progress` prints a
     line with the time left every ten seconds, or calls `progress(done, total)`.
 
-    Raises `DataError` for an empty data set, a folder of another model, other sites, places,
-    options or items, and for an item that cannot be read, prepared, or is not finite: the message
-    has its number.  With `on_error="skip"`, such items are left out and listed in
-    `Features.problems`.
+    Raises `DataError` for an empty data set, under open `model.hooks(…)`, and for an item that
+    cannot be read, prepared, or is not finite: the message has its number.  With `on_error="skip"`,
+    such items are left out and listed in `Features.problems`.  Raises it for a folder of another
+    model, processor, sites, place, options or items (of a batch, the first picture is compared, and
+    texts and labels of all items of a list), and where a function for the place reads values that
+    cannot be compared.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -104,7 +114,7 @@ def extract(
     columns = Columns(image_column, text_column, label_column)
     # 1. The folder: a new one, or one of the same task.
     folder = Path(out)
-    open_folder(folder, _manifest(task, batch, text, columns, total))
+    open_folder(folder, _manifest(task, folder, batch, text, columns, total))
     remove_leftovers(folder)
     done = {k: header for k in _numbers(folder) if (header := read_header(shard_path(folder, k)))}
     # 2. Batches that are not there, and a comparison of those that are.
@@ -145,21 +155,32 @@ class _Wanted:
     def _require_same(
         self, header: dict[str, Any], index: int, given: Any, columns: Columns, text: str | None
     ) -> None:
-        """Raises `DataError` where the first item of a finished batch is another than before."""
+        """Raises `DataError` where an item of a finished batch is another than before.
+
+        The first one is compared with its pictures, others that are at hand by text and label.
+        """
         if index % self._batch == header["n_items"]:
             raise DataError(
                 f"'{self._folder}' holds features of {counted(index, 'item')}, and this data set "
                 "has more. Give the same data set, or another folder."
             )
+        before = header["first"]
         try:
-            digest = read_item(index, given, columns, text).digest()
+            if index % self._batch == 0:
+                found = read_item(index, given, columns, text).digest()
+            elif index in header["indices"]:
+                kept = header["indices"].index(index)
+                before = told(header["texts"][kept], header["labels"][kept])
+                found = told(*text_and_label(given, columns, text))
+            else:  # it was left out
+                return
         except DataError:
-            digest = ""
-        if digest != header["first"]:
+            found = ""
+        if found != before:
             raise DataError(
                 f"'{self._folder}' holds features of another data set: its item {index} has "
-                "another picture or text. Give the same data set in the same order, or another "
-                "folder."
+                "another picture, text or label. Give the same data set in the same order, or "
+                "another folder."
             )
 
     def require_all_seen(self) -> None:
@@ -191,7 +212,7 @@ def dataset_means(
     """Returns the mean activation of each site over all positions of a place in a data set.
 
     Nothing is kept: sums are in float64.  Arguments are those of `extract`.  A mean is what
-    `Ablate(site, at=…, to=means[site])` writes.
+    `Ablate(site, at=…, to=means[site])` writes.  Raises `DataError` as `extract` does.
 
     >>> from PIL import Image
     >>> from hooked_vlm import Ablate, HookedVLM, LastToken, dataset_means
@@ -285,16 +306,18 @@ def _n_items(header: dict[str, Any]) -> int:
 
 
 def _manifest(
-    task: Task, batch: int, text: str | None, columns: Columns, total: int | None
+    task: Task, folder: Path, batch: int, text: str | None, columns: Columns, total: int | None
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "hooked_vlm": version("hooked-vlm"),
         "model": task.model.cfg.model_name,
         "weights": model_digest(task.model.hf_model),
+        "training": task.model.hf_model.training,
+        "processor": processor_digest(task.model.processor),
         "sites": [site.name for site in task.sites],
         "n_layers": task.model.cfg.n_layers,
-        "at": _about(task.at),
+        "at": _about(task, folder),
         "pool": task.pool,
         "dtype": str(task.dtype),
         "batch": batch,
@@ -305,20 +328,24 @@ def _manifest(
     }
 
 
-def _about(at: Any) -> str:
-    """Returns what a place is, in words that no other place has."""
-    if isinstance(at, list | tuple) or hasattr(at, "parts"):
-        return f"[{', '.join(map(_about, getattr(at, 'parts', at)))}]"
-    if hasattr(at, "region"):
-        return f"{at} {_about(at.region)}"
-    if hasattr(at, "cells"):
-        return f"{at!r} {at.shape} {sorted(at.cells)}"
-    code = getattr(at, "__code__", None)
-    if code is None:
-        return repr(at)
-    plain = [c for c in code.co_consts if isinstance(c, str | int | float | bool | None)]
-    made = hashlib.blake2b(code.co_code + repr(plain).encode(), digest_size=8)
-    return f"{at.__qualname__} {made.hexdigest()}"
+def _about(task: Task, folder: Path) -> str:
+    """Returns what a place is, as no other place is.
+
+    Raises `DataError` where that cannot be said, and the folder holds features to compare with.
+    """
+    model = task.model
+    known = {"model": model, "hf_model": model.hf_model, "processor": model.processor}
+    known["tokenizer"] = model.tokenizer
+    try:
+        return described(task.at, {id(value): name for name, value in known.items()})
+    except DataError as error:
+        if any(folder.glob("shard-*.safetensors")):
+            raise DataError(
+                f"'{folder}' holds features, perhaps of another place: {error}. Give another "
+                "folder, or a function that reads only numbers, texts, tensors and places. "
+                "Features(folder) reads what is there."
+            ) from None
+        return f"not comparable: {error}"
 
 
 class _Progress:

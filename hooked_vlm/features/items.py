@@ -5,6 +5,7 @@ mappings, which Hugging Face data sets are.  Images may be paths.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,22 @@ class Item:
     """The item as the data set has it."""
 
     def digest(self) -> str:
-        """Returns a digest of the pictures and the text."""
-        made = hashlib.blake2b(self.text.encode(), digest_size=16)
+        """Returns a digest of the pictures, the text and the label."""
+        made = hashlib.blake2b(told(self.text, self.label).encode(), digest_size=16)
         for image in self.images:
             made.update(f"{image.size}".encode() + image.tobytes())
         return made.hexdigest()
+
+
+def plain_label(label: Any) -> Any:
+    """Returns a label as JSON has it."""
+    if hasattr(label, "tolist"):
+        label = label.tolist()
+    if label is None or isinstance(label, str | int | float | bool):
+        return label
+    if isinstance(label, list | tuple):
+        return [plain_label(part) for part in label]
+    return str(label)
 
 
 def length_of(dataset: Any) -> int | None:
@@ -69,19 +81,30 @@ def length_of(dataset: Any) -> int | None:
 
 
 def raw_items(dataset: Any, wanted: Any) -> Iterator[tuple[int, Any]]:
-    """Yields the number and the item of those that `wanted(number)` asks for, in order.
+    """Yields the number and the item of all that are at hand, in order.
 
-    Of a sequence, no other item is read.
+    Of a sequence that reads its items from elsewhere, these are those that `wanted(number)` asks
+    for.
     """
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    is_at_hand = type(dataset) in (list, tuple) or not hasattr(dataset, "__len__")
+    if hasattr(dataset, "__getitem__") and not is_at_hand:
         for index in range(len(dataset)):
             if wanted(index):
                 yield index, dataset[index]
         return
     iterable: Iterable[Any] = dataset
-    for index, given in enumerate(iterable):
-        if wanted(index):
-            yield index, given
+    yield from enumerate(iterable)
+
+
+def text_and_label(given: Any, columns: Columns, text: str | None) -> tuple[Any, Any]:
+    """Returns an item's text and label, without a look at its pictures; raises `DataError`."""
+    _, own, label = _parts(given, columns, text is not None)
+    return own if text is None else text, label
+
+
+def told(text: str, label: Any) -> str:
+    """Returns a text and a label in words that no others have (a NaN is not equal to itself)."""
+    return json.dumps([text, plain_label(label)], default=str)
 
 
 def read_item(index: int, given: Any, columns: Columns, text: str | None) -> Item:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.errors import DataError, counted
+from hooked_vlm.features.items import plain_label
 
 
 FORMAT = 1
@@ -107,7 +108,7 @@ def write_shard(folder: Path, number: int, shard: Shard) -> None:
             tensors[f"{name}{LENGTHS}"] = torch.tensor([len(x) for x in rows])
     about = {
         "indices": shard.indices,
-        "labels": [_plain(label) for label in shard.labels],
+        "labels": [plain_label(label) for label in shard.labels],
         "texts": shard.texts,
         "problems": shard.problems,
         "first": shard.first,
@@ -127,17 +128,6 @@ def write_shard(folder: Path, number: int, shard: Shard) -> None:
         ) from None
     finally:
         part.unlink(missing_ok=True)
-
-
-def _plain(label: Any) -> Any:
-    """Returns a label as JSON has it."""
-    if hasattr(label, "tolist"):
-        label = label.tolist()
-    if label is None or isinstance(label, str | int | float | bool):
-        return label
-    if isinstance(label, list | tuple):
-        return [_plain(part) for part in label]
-    return str(label)
 
 
 def read_header(path: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ def append(model: Wrapped, inputs: Mapping[str, Any], tokens: Any) -> Inputs:
     _require_appendable(model, inputs)
     assert isinstance(inputs, Inputs)
     ids = inputs[_IDS]
-    new = new_ids(inputs.tokenizer, tokens, len(ids))
+    new = new_ids(inputs.tokenizer, _without_padding(model, inputs, tokens), len(ids))
     if any(token in inputs.placeholders or token < 0 for row in new for token in row):
         raise DataError(
             f"append was given {shown(tokens)}, which holds a token that stands for an image (or "
@@ -121,6 +121,51 @@ def _rows_of_ids(tokens: Any) -> list[list[int]]:
         f"append was given {shown(given)}; expected a text, a list with a text for each prompt, or "
         "token ids: a list of lists, or a tensor [batch, pos]."
     )
+
+
+def _without_padding(model: Wrapped, inputs: Inputs, tokens: Any) -> Any:
+    """Returns the rows of a tensor of ids without the padding that a generation ends them with.
+
+    A row of a batch that ends before the others is filled with a padding token, which is an end
+    token itself in many models; so of end tokens at the end of a row, the first is kept.  Lists
+    have no padding, and are returned as they are.
+    """
+    if not isinstance(tokens, Tensor | np.ndarray) or tokens.ndim not in (1, 2):
+        return tokens
+    pads, ends = _filling_ids(model, inputs)
+    given = tokens.tolist()
+    rows = given if tokens.ndim == 2 else [given]
+    cut = [_cut(row, pads, ends) for row in rows]
+    if len(rows) == 1 and not cut[0]:
+        return rows  # one row needs no padding: this token was chosen
+    if empty := [b for b, row in enumerate(cut) if not row and rows[b]]:
+        raise DataError(
+            f"There is no token to append to prompt {empty[0]}: its row {shown(rows[empty[0]])} is "
+            "padding alone. Give a list of ids for each prompt, which is appended as it is."
+        )
+    return cut
+
+
+def _cut(row: list[int], pads: set[int], ends: set[int]) -> list[int]:
+    stop = len(row)
+    while stop and row[stop - 1] in pads - ends:
+        stop -= 1
+    while stop > 1 and row[stop - 1] in ends and row[stop - 2] in ends:
+        stop -= 1
+    return row[:stop]
+
+
+def _filling_ids(model: Wrapped, inputs: Inputs) -> tuple[set[int], set[int]]:
+    """Returns the ids that fill the rows of a generation, and those that end them."""
+    owners = inputs.tokenizer, getattr(model.hf_model, "generation_config", None)
+    found: list[set[int]] = []
+    for name in ("pad_token_id", "eos_token_id"):
+        ids: set[int] = set()
+        for owner in owners:
+            told = getattr(owner, name, None)
+            ids.update(i for i in (told if isinstance(told, list) else [told]) if i is not None)
+        found.append(ids)
+    return found[0], found[1]
 
 
 def _require_appendable(model: Wrapped, inputs: Mapping[str, Any]) -> None:

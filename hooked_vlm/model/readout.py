@@ -101,8 +101,8 @@ class Readout:
         off = float((logits.view_as(kept) - kept).abs().max())
         if off > rounding(self._last.dtype) * float(kept.abs().max()):
             warnings.warn(
-                f"The last slot of the lens is off the run's logits by {off:.2g}: a hook of the run "
-                "acted after the last block, or the model's own forward did something else then.",
+                f"The last slot of the lens is off the run's logits by {off:.2g}: a hook of the "
+                "run acted after the last block, or the model did something else then.",
                 HookedVLMWarning,
                 stacklevel=callers_level(),
             )

@@ -32,6 +32,10 @@ class HasTokens:
         kinds of tokens, positions and padding are those of a generation, so the logits of the new
         positions equal those of its steps.  `Answer()` is the place of these tokens.
 
+        A tensor is cut as generations pad it: padding tokens at the end of a row are no answer,
+        and of several end tokens there the first is kept (so where the padding token is an end
+        token, one of them).  Lists are appended as they are.
+
         Raises `DataError` for inputs that `prepare` did not make, for no token, a token of an
         image, and another number of rows than prompts; `UnsupportedModelError` for a model whose
         encoder reads the prompt.

@@ -18,6 +18,7 @@ from helpers.forward_counter import count_forwards
 from helpers.prepared_models import prepared
 from hooked_vlm import Ablate, Features, LastToken, Region, Span, dataset_means, extract, record
 from hooked_vlm.errors import DataError, HookedVLMError, InterventionError, UnknownHookError
+from hooked_vlm.features.identity import model_digest
 from hooked_vlm.features.items import Columns, read_item
 from hooked_vlm.features.shards import read_header, remove_leftovers
 from hooked_vlm.features.sums import Sums
@@ -185,7 +186,7 @@ def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
         parameter.copy_(before)
     with pytest.raises(DataError, match="another n_items"):
         extract(model, items(5), SITE, **given)
-    with pytest.raises(DataError, match="item 2 has another picture or text"):
+    with pytest.raises(DataError, match="item 2 has another picture, text or label"):
         extract(model, [*data[:2], data[3], data[2]], SITE, **given)
     with pytest.raises(DataError, match="features of 3 items, and this data set has more"):
         extract(model, iter(data[:3]), SITE, **{**given, "out": tmp_path / "i"})
@@ -200,6 +201,40 @@ def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "a.txt").write_text("a")
     with pytest.raises(DataError, match="is not empty, and holds no features"):
         extract(model, data, SITE, **{**given, "out": tmp_path / "other"})
+
+
+def test_features_of_other_settings_are_refused(tmp_path: Path) -> None:
+    model, data, out = prepared("llava"), items(4), tmp_path / "f"
+    given: dict[str, Any] = {"at": LastToken(), "out": out, "batch": 2, **QUIET}
+    extract(model, data, SITE, **given)
+    with pytest.raises(DataError, match="another picture, text or label"):
+        extract(model, [(image, text, "c") for image, text, _ in data], SITE, **given)
+    for changed in ((data[3][0], data[3][1], "c"), (data[3][0], "left", data[3][2])):
+        with pytest.raises(DataError, match="item 3 has another picture, text or label"):
+            extract(model, [*data[:3], changed], SITE, **given)
+    images = model.processor.image_processor
+    for name, value in (("image_mean", [0.1, 0.2, 0.3]), ("do_normalize", False)):
+        before = getattr(images, name)
+        setattr(images, name, value)
+        try:
+            with pytest.raises(DataError, match="another processor"):
+                extract(model, data, SITE, **given)
+        finally:
+            setattr(images, name, before)
+    block = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
+    block.register_buffer("scale", torch.ones(1))
+    try:
+        with pytest.raises(DataError, match="another weights"):
+            extract(model, data, SITE, **given)
+        block.active_adapters, block.disable_adapters = ["a"], False
+        before = model_digest(model.hf_model)
+        block.disable_adapters = True
+        assert model_digest(model.hf_model) != before
+    finally:
+        del block.scale
+        vars(block).pop("active_adapters", None)
+        vars(block).pop("disable_adapters", None)
+    extract(model, data, SITE, **given)
 
 
 def test_bad_items_are_named_by_their_number(tmp_path: Path) -> None:
@@ -252,9 +287,25 @@ def test_an_item_of_a_batch_that_cannot_run_is_found(tmp_path: Path) -> None:
 def test_activations_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     model = prepared("llava")
     said = r"Item 0: the activations of .* are NaN or infinite"
-    infinite = ("blocks.0.hook_mlp_out", lambda x, hook: x / 0)
-    with model.hooks([infinite]), pytest.raises(DataError, match=said):
-        extract(model, items(2), SITE, at=LastToken(), out=tmp_path / "f", **QUIET)
+    parameter = next(model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path).parameters())
+    with torch.no_grad():
+        before = parameter.clone()
+        parameter.fill_(torch.inf)
+        with pytest.raises(DataError, match=said):
+            extract(model, items(2), SITE, at=LastToken(), out=tmp_path / "f", **QUIET)
+        parameter.copy_(before)
+
+
+def test_open_hooks_are_refused(tmp_path: Path) -> None:
+    """Their work would be in the folder, and a later call outside would go on with it."""
+    model, out = prepared("llava"), tmp_path / "f"
+    with model.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x * 0)]):
+        with pytest.raises(DataError, match=r"Leave the `with model\.hooks"):
+            extract(model, items(2), SITE, at=LastToken(), out=out, **QUIET)
+        with pytest.raises(DataError, match=r"Leave the `with model\.hooks"):
+            dataset_means(model, items(2), [SITE], at=LastToken(), **QUIET)
+    assert not out.exists()
+    extract(model, items(2), SITE, at=LastToken(), out=out, **QUIET)
 
 
 class Rows:

@@ -145,6 +145,38 @@ def test_appended_tokens_have_the_logits_of_a_generation(model_type: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pads_with_end", [False, True])
+def test_padding_of_a_generation_is_no_answer(family: str, pads_with_end: bool) -> None:
+    model, inputs = prepared(family), both(family)
+    end, pad = model.tokenizer.eos_token_id, model.tokenizer.pad_token_id
+    fill = end if pads_with_end else pad
+    assert end != pad
+    for rows, answers in (
+        ([[105, end, fill, fill], [106, 107, 108, end]], [[105, end], [106, 107, 108, end]]),
+        (
+            [[106, 107, 108, 105], [105, end, 107, end]],
+            [[106, 107, 108, 105], [105, end, 107, end]],
+        ),
+        ([[105, pad, pad, pad], [106, 107, 108, 105]], [[105], [106, 107, 108, 105]]),
+    ):
+        longer = model.append(inputs, torch.tensor(rows))
+        assert longer.answers == tuple(map(len, answers))
+        logits, places = model(longer), longer.positions(Answer())
+        images = picture(0), picture(1)
+        for b, answer in enumerate(answers):
+            assert longer.input_ids[b][places[b]].tolist() == answer
+            assert longer.attention_mask[b].sum() == inputs.attention_mask[b].sum() + len(answer)
+            alone = model.append(model.prepare(images[b], ("left or right", "yes")[b]), [answer])
+            expected = model(alone)[0, alone.positions(Answer())[0]]
+            torch.testing.assert_close(logits[b, places[b]], expected, **NEAR)
+    with pytest.raises(DataError, match=r"prompt 1: its row .* is padding alone"):
+        model.append(inputs, torch.tensor([[105], [pad]]))
+    as_they_are = model.append(inputs, [[105, pad], [106, end]])
+    assert as_they_are.answers == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", ["idefics", "paligemma", "gemma3n", "molmo2"])
 def test_the_law_of_appended_answers_holds(model_type: str) -> None:
     model = suite.build(model_type)
