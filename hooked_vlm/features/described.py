@@ -80,9 +80,9 @@ def _parts_of_object(value: Any, known: dict[int, str]) -> Iterator[str]:
         yield f"{value.mode} {value.size} {_digest(value.tobytes())}"
     elif kind in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
         yield from _all(value, known)
-    elif kind in (set, frozenset):  # in no order of their own
+    elif isinstance(value, set | frozenset):  # in no order of their own
         yield from sorted("\n".join(_parts(x, dict(known))) for x in value)
-    elif kind is dict:
+    elif isinstance(value, dict):
         yield from _all([x for pair in value.items() for x in pair], known)
     elif isinstance(value, re.Pattern):
         yield from _all([value.pattern, value.flags], known)

@@ -115,7 +115,7 @@ def test_half_precision_follows_the_same_norms(family: str) -> None:
         exact, found = (getattr(c, kind)(pos_slice=-1) for c in (wide, cached))
         size = float(exact.abs().max())
         assert float((found - exact).abs().max()) <= 0.05 * size, kind
-    heads = cached.stack_head_results(incl_remainder=True, pos_slice=-1)
+    heads: Any = cached.stack_head_results(incl_remainder=True, pos_slice=-1)
     assert heads.dtype == torch.float32
     attrs = cached.logit_attrs(heads, TOKENS, pos_slice=-1).sum(0)
     wanted = torch.stack([logits[b, -1, TOKENS[b]] for b in (0, 1)]).float()
@@ -179,7 +179,7 @@ def test_a_cap_is_not_taken_for_rounding_in_half_precision() -> None:
         logits, cached = model.run_with_cache(inputs, "*hook_*[edts]")
         raw = cached["hook_logits"][:, -1]
         assert float(logits.abs().max()) < 20.5
-        stack = cached.decompose_resid(pos_slice=-1)
+        stack: Any = cached.decompose_resid(pos_slice=-1)
     with pytest.warns(HookedVLMWarning, match="caps its logits"):
         attrs = cached.logit_attrs(stack, int(raw.abs().argmax()), pos_slice=-1).sum(0)
     assert float((attrs - raw.flatten()[raw.abs().argmax()]).abs()) <= 0.03 * 100
@@ -244,16 +244,15 @@ def test_heads_are_what_is_added_whatever_else_is_cached(model_type: str) -> Non
         inputs = model.prepare([suite.picture(*suite.image_size(model))], "What is this?")
         names = ["blocks.*resid*", "blocks.*_out", "blocks.*.hook_z", "blocks.*.hook_post"]
         cached = model.run_with_cache(inputs, names)[1]
+        parts: Any
+        pieces: Any
         parts, labels = cached.decompose_resid(return_labels=True)
         for kind in ("attn", "mlp"):
             stack = cached.stack_head_results if kind == "attn" else cached.stack_neuron_results
             pieces, found = stack(return_labels=True)
+            letter = "H" if kind == "attn" else "N"
             for block in range(model.cfg.n_layers):
-                own = [
-                    i
-                    for i, label in enumerate(found)
-                    if label.startswith(f"L{block}{'H' if kind == 'attn' else 'N'}")
-                ]
+                own = [i for i, x in enumerate(found) if str(x).startswith(f"L{block}{letter}")]
                 added = parts[labels.index(f"{block}_{kind}_out")]
                 torch.testing.assert_close(pieces[own].sum(0), added, atol=1e-5, rtol=1e-3)
         few = model.run_with_cache(inputs, ["*hook_z", "blocks.*.hook_attn_out"])[1]
