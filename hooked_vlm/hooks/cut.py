@@ -9,7 +9,7 @@ from torch import Tensor
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import DataError, UnknownNameError, counted, did_you_mean
 from hooked_vlm.hooks.located import Located
-from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers
+from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers, without_gradient
 from hooked_vlm.hooks.patch_order import VisionActivation
 
 
@@ -130,7 +130,8 @@ class Cuts:
         """
         made: Any = self
         if pos_slice is not None:
-            made = self._with({n: sliced(v, sites[n].axes, pos_slice) for n, v in self.items()})
+            axes = {name: sites[without_gradient(name)].axes for name in self.cache_dict}
+            made = self._with({n: sliced(v, axes[n], pos_slice) for n, v in self.items()})
             made.where = None
             made.left_out = "pos_slice=… has cut this cache."
         return made.remove_batch_dim() if remove_batch_dim else made

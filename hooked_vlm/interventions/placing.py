@@ -230,7 +230,7 @@ class Placed:
         for name in ("source", "reference"):
             source = getattr(self.part, name, None)
             if source is not None and not isinstance(source, Recording):
-                run = record(self.places.model, source, [self.site])
+                run = record(self.places.model, source, [self.read])
                 return self.reading(**{name: run})
         return self
 

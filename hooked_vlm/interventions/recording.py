@@ -13,6 +13,7 @@ from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, last_block
 from hooked_vlm.hooks.stand_ins import encoder_of, ending_encoded, uncached
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.model.gradients import without_probes
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -34,7 +35,8 @@ def record(model: HookedModel, inputs: Mapping[str, Any], names: NamesFilter) ->
     """Runs a model on some inputs and returns the named activations with those inputs.
 
     The pass ends after the last block of the language model that is named, or after the vision
-    encoder where all sites are in its blocks, and keeps no key-value cache.
+    encoder where all sites are in its blocks, and keeps no key-value cache.  Functions of open
+    `model.hooks` blocks act on it as on any run, but `bwd_hooks` do not: it keeps no graph.
     """
     options: dict[str, Any] = {}
     ending: AbstractContextManager[None] = nullcontext()
@@ -46,7 +48,7 @@ def record(model: HookedModel, inputs: Mapping[str, Any], names: NamesFilter) ->
         options |= uncached(model.hf_model)
         if options.get("stop_at_layer") == 0 and _is_in_encoder(names):
             ending = ending_encoded(encoder_of(model), inputs)
-    with torch.no_grad(), ending:
+    with torch.no_grad(), without_probes(model), ending:
         return Recording(inputs, model.run_with_cache(inputs, names, **options)[1])
 
 
