@@ -51,6 +51,7 @@ class Cuts:
     left_out: str = ""
     """Why a cache that was cut to a place does not have some sites."""
 
+    _no_run: str
     items: Callable[..., Any]
     _with: Callable[..., Any]
 
@@ -66,8 +67,8 @@ class Cuts:
         sites for a place of the text, are left out: asking for one says so.
 
         Raises `DataError` where prompts have different numbers of positions (`select` one first),
-        and for a cache without its run: from a file, by hand, or cut to a place already; errors of
-        places are those of `Inputs.positions`.
+        and for a cache without its run: from a file, by hand, of a generation, or cut already;
+        errors of places are those of `Inputs.positions`.
 
         >>> from PIL import Image
         >>> from hooked_vlm import HookedVLM, LastToken
@@ -81,10 +82,12 @@ class Cuts:
         (torch.Size([1, 4, 128]), torch.Size([1, 16, 64]))
         """
         if self.where is None:
+            why = self._no_run
+            if self.left_out:
+                why = "it is cut to a place already. Keep that of model.run_with_cache(inputs)"
             raise DataError(
-                "This cache does not know the prompts of its run: it is from a file, was made by "
-                "hand, or is cut to a place already. Run model.run_with_cache(inputs), and use "
-                "cache.at(place) on that."
+                f"This cache does not know the prompts of its run: {why}, and use cache.at(place) "
+                "on that."
             )
         kept: dict[str, VisionActivation] = {}
         for name, value in self.items():

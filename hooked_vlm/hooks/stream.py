@@ -48,6 +48,8 @@ class ResidualStream(Mapping[Any, Any]):
     n_layers: dict[str, int]
     readout: Reads | None = None
     """The weights of the model of the run; None for a cache that no run of a model made."""
+    _no_run = "it is from a file, or was made by hand. Run model.run_with_cache(inputs)"
+    """Why a cache has no run to ask, and what to do."""
 
     @checked(DataError)
     def accumulated_resid(
@@ -348,8 +350,7 @@ class ResidualStream(Mapping[Any, Any]):
     def _reads(self) -> Reads:
         if self.readout is None:
             raise DataError(
-                "This cache has no model to read weights of: it is from a file, or was made by "
-                "hand. Run model.run_with_cache(inputs); for a single stream, "
+                f"This cache has no model to read weights of: {self._no_run}; for a single stream, "
                 "model.run_from_layer(inputs, stream, n_layers) gives the lens."
             )
         return self.readout

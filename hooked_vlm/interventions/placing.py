@@ -33,7 +33,7 @@ from hooked_vlm.interventions.indexing import (
     needs_text,
     rows_needed,
 )
-from hooked_vlm.interventions.recording import Recording, Source, record
+from hooked_vlm.interventions.recording import Recording, Source, record, require_stream
 from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.positions import PromptRow
@@ -245,6 +245,7 @@ def recorded_at(placed: Placed, source: "Source", site: Site | None = None) -> A
     """
     model, site = placed.places.model, site or placed.where
     run = source if isinstance(source, Recording) else record(model, source, [site.name])
+    require_stream(run.cache, site.name)
     values = _turned(site, run.cache[site.name])
     require_made_for(site, values, run.inputs, placed.places)
     return values
