@@ -260,6 +260,7 @@ def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
     if noisy.fold is None:
         return False
     plain, clean = pass_under(put), model(asked(inputs), **arguments)[:, -folding.kept :]
+    # None of these positions is padding: prompts are not folded then (`Fold.find`).
     off, moved = apart(found, plain), apart(clean, plain)
     bound = bound_for(model, inputs, arguments, plain.dtype, off)
     return off <= bound and moved >= min(APART * bound, 0.2)

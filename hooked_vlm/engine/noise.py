@@ -17,6 +17,7 @@ from torch import Tensor
 from hooked_vlm.engine.attempts import GrowthError, attempt
 from hooked_vlm.engine.clean_run import asked
 from hooked_vlm.engine.fingerprints import arithmetic, remember, ways_of_attending
+from hooked_vlm.engine.stages import prompt_mask
 from hooked_vlm.hooks.hook_point import HookPoint
 
 
@@ -74,13 +75,15 @@ def _measured(
 ) -> float | None:
     """Returns the larger of the two differences; None where neither can be had."""
     given, arguments = asked(inputs), {**arguments}
+    compared = partial(at_tokens, inputs=inputs, arguments=arguments)
 
     def rounded() -> float:
         edited = model.run_with_hooks(given, [(FIRST, _one_rounding(model, dtype))], **arguments)
-        return apart(edited, plain)
+        return apart(compared(edited), compared(plain))
 
     def doubled() -> float:
-        return apart(model(_twice(given), **arguments)[: len(plain)], plain)
+        twice = model(_twice(given), **arguments)[: len(plain)]
+        return apart(compared(twice), compared(plain))
 
     found = []
     try:
@@ -101,6 +104,25 @@ def apart(found: Tensor, expected: Tensor) -> float:
     counts = expected > torch.finfo(expected.dtype).min / 2
     largest = float(expected[counts].abs().max()) if counts.any() else 0.0
     return float((found - expected)[counts].abs().max()) / largest if largest else inf
+
+
+def at_tokens(logits: Tensor, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Tensor:
+    """Returns logits `[batch, pos, d_vocab]` without those at padding: `[token, d_vocab]`.
+
+    They are returned as they are where nothing says which positions are padding.  What a model
+    gives at padding means nothing, and depends on how many keys a pass has: in eager attention a
+    position that sees none attends to all alike.
+    """
+    mask = prompt_mask(inputs)
+    if mask is None or mask.ndim != 2:
+        return logits
+    # As models of transformers cut their stream: a number of last positions, or an index.
+    keep = arguments.get("logits_to_keep", 0)
+    index = slice(-keep, None) if isinstance(keep, int) else torch.as_tensor(keep).to(mask.device)
+    is_token = mask[:, index] != 0
+    if is_token.shape != logits.shape[:2]:
+        return logits
+    return logits[is_token.to(logits.device)]
 
 
 def _one_rounding(model: Any, dtype: torch.dtype) -> Any:

@@ -31,7 +31,7 @@ from hooked_vlm.engine.fingerprints import (
     ways_of_attending,
 )
 from hooked_vlm.engine.folding import Layout
-from hooked_vlm.engine.noise import apart, bound_for
+from hooked_vlm.engine.noise import apart, at_tokens, bound_for
 from hooked_vlm.engine.stages import MERGED, RowPlan, ids_of, job_of, prompt_mask
 from hooked_vlm.hooks.hook_point import HookPoint
 from hooked_vlm.hooks.names import site_path
@@ -161,9 +161,9 @@ def verify(
 ) -> float:
     """Carries noise at a site through a growing pass and through a plain one.
 
-    Returns how far the logits are apart, as a share of the largest.  Raises `GrowthError` where
-    that is more than rounding explains (`bound_for`), and where noise does not move the logits:
-    then their agreement would say nothing.  `beside` goes through the same pass.
+    Returns how far the logits at tokens are apart, as a share of the largest.  Raises `GrowthError`
+    where that is more than rounding explains (`bound_for`), and where noise does not move the
+    logits: then their agreement would say nothing.  `beside` goes through the same pass.
     """
     noise = HookAt(site, noise_from(start, layout), start if site.startswith("blocks.") else 0)
     placed = noise.place(model, clean.inputs)
@@ -174,7 +174,10 @@ def verify(
     plain = model.run_with_hooks(asked(clean.inputs), cell.interventions, **clean.arguments)
     jobs = [control] if beside is None else sorted([control, beside], key=lambda job: job.stage)
     found = grow(jobs)[jobs.index(control)]
-    off, moved = apart(found, plain), apart(clean.logits, plain)
+    found, plain, unmoved = (
+        at_tokens(logits, clean.inputs, clean.arguments) for logits in (found, plain, clean.logits)
+    )
+    off, moved = apart(found, plain), apart(unmoved, plain)
     bound = bound_for(model, clean.inputs, clean.arguments, plain.dtype, off)
     where = "" if site.startswith("blocks.") else f" under noise at {site}"
     if not off <= bound:

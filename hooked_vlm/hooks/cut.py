@@ -9,7 +9,7 @@ from torch import Tensor
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import DataError, UnknownNameError, counted, did_you_mean
 from hooked_vlm.hooks.located import Located
-from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers
+from hooked_vlm.hooks.names import PROJECTOR, VISION, count_layers, without_gradient
 from hooked_vlm.hooks.patch_order import VisionActivation
 
 
@@ -58,6 +58,7 @@ class Cuts:
     left_out: str = ""
     """Why a cache that was cut to a place does not have some sites."""
 
+    _no_run: str
     items: Callable[..., Any]
     _with: Callable[..., Any]
 
@@ -73,8 +74,8 @@ class Cuts:
         sites for a place of the text, are left out: asking for one says so.
 
         Raises `DataError` where prompts have different numbers of positions (`select` one first),
-        and for a cache without its run: from a file, by hand, or cut to a place already; errors of
-        places are those of `Inputs.positions`.
+        and for a cache without its run: from a file, by hand, of a generation, or cut already;
+        errors of places are those of `Inputs.positions`.
 
         >>> from PIL import Image
         >>> from hooked_vlm import HookedVLM, LastToken
@@ -88,11 +89,12 @@ class Cuts:
         (torch.Size([1, 4, 128]), torch.Size([1, 16, 64]))
         """
         if self.where is None:
+            why = self._no_run
+            if self.left_out:
+                why = "it is cut to a place already. Keep that of model.run_with_cache(inputs)"
             raise DataError(
-                "This cache does not know the prompts of its run: it is from a file, of a "
-                "generation, was made by hand, or is cut to a place already. Run "
-                "model.run_with_cache(inputs) (an answer is appended by model.append), and use "
-                "cache.at(place) on that."
+                f"This cache does not know the prompts of its run: {why}, and use cache.at(place) "
+                "on that."
             )
         kept: dict[str, VisionActivation] = {}
         for name, value in self.items():
@@ -138,7 +140,8 @@ class Cuts:
         """
         made: Any = self
         if pos_slice is not None:
-            made = self._with({n: sliced(v, sites[n].axes, pos_slice) for n, v in self.items()})
+            axes = {name: sites[without_gradient(name)].axes for name in self.cache_dict}
+            made = self._with({n: sliced(v, axes[n], pos_slice) for n, v in self.items()})
             made.where = None
             made.left_out = "pos_slice=… has cut this cache."
         return made.remove_batch_dim() if remove_batch_dim else made

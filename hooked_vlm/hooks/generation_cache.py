@@ -59,6 +59,11 @@ class GenerationCache(ActivationCache):
     (tensor([42, 43]), tensor([0, 1, 2]))
     """
 
+    _no_run = (
+        "it is the cache of a generation. Run the answer again, "
+        "model.run_with_cache(model.append(inputs, ids)) with the new tokens' ids"
+    )
+
     @checked(DataError)
     def __init__(
         self,

@@ -101,6 +101,15 @@ def get_act_name(name: Name, layer: int | Name | None = None, layer_type: str | 
     return f"{prefix}{block}{inner + '.' if inner else ''}hook_{name}"
 
 
+def without_gradient(name: str) -> str:
+    """Returns the site whose activation or gradient has this name in a cache.
+
+    >>> without_gradient("hook_embed_grad"), without_gradient("hook_embed")
+    ('hook_embed', 'hook_embed')
+    """
+    return name.removesuffix(GRADIENT)
+
+
 def tower_of(name: str | None) -> str:
     """Returns the prefix of a tower (None: the language model, `""`), or `UnknownHookError`."""
     if name is not None and name not in _TOWERS:

@@ -51,6 +51,8 @@ class ResidualStream(Mapping[Any, Any]):
     n_layers: dict[str, int]
     readout: Reads | None = None
     """The weights of the model of the run; None for a cache that no run of a model made."""
+    _no_run = "it is from a file, or was made by hand. Run model.run_with_cache(inputs)"
+    """Why a cache has no run to ask, and what to do."""
 
     @checked(DataError)
     def accumulated_resid(
@@ -358,10 +360,8 @@ class ResidualStream(Mapping[Any, Any]):
     def _reads(self) -> Reads:
         if self.readout is None:
             raise DataError(
-                "This cache has no model to read weights of: it is from a file, of a generation, "
-                "or was made by hand. Run model.run_with_cache(inputs) (an answer is appended by "
-                "model.append); for a single stream, model.run_from_layer(inputs, stream, "
-                "n_layers) gives the lens."
+                f"This cache has no model to read weights of: {self._no_run}; for a single stream, "
+                "model.run_from_layer(inputs, stream, n_layers) gives the lens."
             )
         return self.readout
 

@@ -121,6 +121,12 @@ class Patch(_Intervention):
                     f"Patch(subspace=…) has shape {tuple(self.subspace.shape)}; expected finite "
                     "rows [direction, d] that span the directions to write."
                 )
+            if not bool(self.subspace.any()):
+                raise InterventionError(
+                    f"Patch(subspace=…) has {counted(len(self.subspace), 'row')}, all zero: they "
+                    "span no direction, so nothing would be written. Give at least one row that "
+                    "is not zero."
+                )
             self._check_width(model, site, self.subspace.shape[-1])
 
     def _check_neurons(self, width: int) -> None:

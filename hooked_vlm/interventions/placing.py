@@ -28,7 +28,7 @@ from hooked_vlm.inputs.rows import (
     rows_of,
 )
 from hooked_vlm.interventions.indexing import rows_needed
-from hooked_vlm.interventions.recording import Recording, Source, record
+from hooked_vlm.interventions.recording import Recording, Source, record, require_stream
 from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.positions import PromptRow
@@ -240,6 +240,7 @@ def recorded_at(placed: Placed, source: "Source") -> Any:
     """Returns what a source has at the site that is read, of its own prompts (or images)."""
     model, site = placed.places.model, placed.read_where
     run = source if isinstance(source, Recording) else record(model, source, [site.name])
+    require_stream(run.cache, site.name)
     values = _turned(site, run.cache[site.name])
     require_made_for(site, values, run.inputs, placed.places)
     return values

@@ -10,9 +10,10 @@ import torch
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.cache import ActivationCache
-from hooked_vlm.hooks.names import NamesFilter, last_block
+from hooked_vlm.hooks.names import NamesFilter, last_block, site_path
 from hooked_vlm.hooks.stand_ins import encoder_of, ending_encoded, uncached
 from hooked_vlm.model.base import HookedModel
+from hooked_vlm.model.gradients import without_probes
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -34,7 +35,8 @@ def record(model: HookedModel, inputs: Mapping[str, Any], names: NamesFilter) ->
     """Runs a model on some inputs and returns the named activations with those inputs.
 
     The pass ends after the last block of the language model that is named, or after the vision
-    encoder where all sites are in its blocks, and keeps no key-value cache.
+    encoder where all sites are in its blocks, and keeps no key-value cache.  Functions of open
+    `model.hooks` blocks act on it as on any run, but `bwd_hooks` do not: it keeps no graph.
     """
     options: dict[str, Any] = {}
     ending: AbstractContextManager[None] = nullcontext()
@@ -46,8 +48,35 @@ def record(model: HookedModel, inputs: Mapping[str, Any], names: NamesFilter) ->
         options |= uncached(model.hf_model)
         if options.get("stop_at_layer") == 0 and _is_in_encoder(names):
             ending = ending_encoded(encoder_of(model), inputs)
-    with torch.no_grad(), ending:
+    with torch.no_grad(), without_probes(model), ending:
         return Recording(inputs, model.run_with_cache(inputs, names, **options)[1])
+
+
+def require_stream(cache: ActivationCache, name: str) -> None:
+    """Raises `InterventionError` for a stream that a cache has only on the other side of a block.
+
+    The stream after a block is the one before the next, but not where a model adds something
+    between them (DeepStack), which a cache cannot tell: so neither stands for the other.
+    """
+    other = _beside(name)
+    if other is not None and other in cache and name not in cache:
+        raise InterventionError(
+            f"The source has '{other}', and '{name}' is read. They are one stream in most models, "
+            "but not where features are added between blocks (DeepStack). Record the one that is "
+            f"read: record(model, inputs, '{name}'); or read the other: Patch(…, "
+            f"source_site='{other}')."
+        )
+
+
+def _beside(name: str) -> str | None:
+    """Returns the site of the same stream on the other side of the gap between two blocks."""
+    path = site_path(name)
+    if path.layer is None or path.leaf not in ("hook_resid_pre", "hook_resid_post"):
+        return None
+    stack = name.rsplit("blocks.", 1)[0]
+    if path.leaf == "hook_resid_post":
+        return f"{stack}blocks.{path.layer + 1}.hook_resid_pre"
+    return f"{stack}blocks.{path.layer - 1}.hook_resid_post" if path.layer else None
 
 
 def _is_in_encoder(names: NamesFilter) -> bool:

@@ -1,6 +1,7 @@
 """Gradients of runs: functions that act in their backward pass, and caches that hold gradients."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,34 @@ def backward_pairs(model: Any, bwd_hooks: Any) -> list[tuple[str, HookFunction]]
         if reason := model.sites[name].read_only:
             raise HookError(f"There is no gradient at {name}: {reason}. Take a site that is read.")
     return list(pairs)
+
+
+@contextmanager
+def without_probes(model: Any) -> Iterator[None]:
+    """Detaches what sees gradients for the length of a `with` block, for a run without a graph.
+
+    An intervention makes such a run of its source while the run that reads it is being set up.
+    All other functions of open blocks stay.
+    """
+    with model.turn():
+        opened = model._open[:]
+        rest = [(_without_probes(pairs), counter) for pairs, counter in opened]
+        if all(
+            len(pairs) == len(other) for (pairs, _), (other, _) in zip(opened, rest, strict=True)
+        ):
+            yield
+            return
+        model._open[:] = [(pairs, counter) for pairs, counter in rest if pairs]
+        try:
+            model._reattach()
+            yield
+        finally:
+            model._open[:] = opened
+            model._reattach()
+
+
+def _without_probes(pairs: Iterable[tuple[str, HookFunction]]) -> list[tuple[str, HookFunction]]:
+    return [(name, fn) for name, fn in pairs if not isinstance(fn, Probe)]
 
 
 def require_metric(metric: Any, incl_bwd: bool) -> None:

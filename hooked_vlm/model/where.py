@@ -6,6 +6,7 @@ from typing import Any
 
 from hooked_vlm.errors import UnsupportedModelError
 from hooked_vlm.hooks.located import Located, locate, needs_images, needs_text
+from hooked_vlm.hooks.names import without_gradient
 from hooked_vlm.inputs.rows import placeholder_ids, prompt_shape, require_prompt_of_blocks, rows_of
 from hooked_vlm.regions.positions import AnyOf, InImage
 from hooked_vlm.regions.region import Region
@@ -30,6 +31,7 @@ class Where:
                 "The model of this cache's run is gone, and with it where its images are. Keep the "
                 "model as long as its caches are read."
             )
+        name = without_gradient(name)  # a gradient has the axes of its activation
         site = model.sites[name]
         if not site.by_position and not (_is_in_image(place) and (site.by_patch or site.by_token)):
             return None

@@ -113,7 +113,8 @@ class Sweep:
         """Returns the metric at every cell, with dimensions `(*axes, *dims)`.
 
         `dims` names the axes of what the metric returns, batch first; `coords` labels them.
-        Forward keyword arguments (such as `logits_to_keep=1`) go to the wrapped model.
+        Forward keyword arguments (such as `logits_to_keep=1`) go to the wrapped model.  Logits at
+        padding mean nothing: engines may differ there, and a metric must not read them.
 
         `engine` is the fastest way that may be taken: `"growing"`, all cells as one batch that
         grows from block to block; a control with noise in it, once for each kind of pass, must be a

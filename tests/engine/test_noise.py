@@ -17,7 +17,7 @@ from hooked_vlm.engine.arguments import Fit
 from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.batch import Growing
 from hooked_vlm.engine.growing import run_growing
-from hooked_vlm.engine.noise import apart, bound_for, limits
+from hooked_vlm.engine.noise import apart, at_tokens, bound_for, limits
 from hooked_vlm.engine.proofs import forget
 from hooked_vlm.errors import HookedVLMWarning
 from hooked_vlm.interventions.patch import Patch
@@ -142,3 +142,14 @@ def test_a_model_whose_logits_are_nan_gives_nan(engine: str) -> None:
         warnings.simplefilter("ignore", HookedVLMWarning)  # a slower engine runs
         found = sweep.run(model, lambda x: x[:, -1, 0], engine=engine, logits_to_keep=1)
     assert found.isnull().all()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, [0, 2], torch.tensor([1, -1])])
+def test_tokens_of_logits_by_what_is_kept(keep: Any) -> None:
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    inputs = {"input_ids": mask, "attention_mask": mask}
+    index = slice(-keep, None) if isinstance(keep, int) else torch.as_tensor(keep)
+    logits = torch.arange(8.0).reshape(2, 4, 1)[:, index]
+    found = at_tokens(logits, inputs, {"logits_to_keep": keep})
+    assert torch.equal(found, logits[mask[:, index] == 1])
+    assert at_tokens(logits, {"input_ids": mask}, {}) is logits

@@ -9,10 +9,11 @@ import torch
 
 from helpers.growing_sweeps import sweep_of
 from helpers.tiny_models import FAMILIES, build, make_inputs, tiny
-from hooked_vlm import Ablate, HookedVLM, Patch, Sweep
+from hooked_vlm import Ablate, HookedVLM, LastToken, Patch, Sweep
 from hooked_vlm.engine import proofs
 from hooked_vlm.engine.arguments import Fit
 from hooked_vlm.engine.attempts import GrowthError
+from hooked_vlm.engine.batch import Growing
 from hooked_vlm.engine.growing import run_growing
 from hooked_vlm.engine.proofs import ENCODER, forget
 from hooked_vlm.engine.stages import RowPlan
@@ -170,3 +171,53 @@ def test_torch_hooks_of_others_are_another_model() -> None:
     handle.remove()
     again = sweep.run(model, lambda x: x[:, -1], dims=("batch", "token"))
     assert (again == before).all()
+
+
+def _padded(family: str, seed: int) -> dict[str, torch.Tensor]:
+    inputs = make_inputs(family, 2, seed=seed, text=30)
+    inputs["attention_mask"][0, :2] = 0
+    return inputs
+
+
+def _logits_where(inputs: dict, sweep: Sweep, model: HookedVLM, engine: str) -> Any:
+    """Returns the logits of real positions of every cell, and the engine that made them."""
+    real = inputs["attention_mask"].bool()
+    score = sweep.run(model, lambda x: x[real], dims=("token", "word"), engine=engine)
+    return torch.from_numpy(score.values), score.attrs["engine"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_at_padding_are_not_compared(family: str) -> None:
+    """In eager attention a position that sees no key attends to all alike, however many."""
+    model, inputs, source = tiny(family, "eager"), _padded(family, 1), _padded(family, 2)
+    sweep = Sweep(inputs, {"slot": [0, 1, 2]}, lambda slot: Patch(slot, source=source))
+    forget(model)
+    last = Sweep(inputs, {"slot": [0, 1, 2]}, lambda slot: Ablate(slot, at=LastToken()))
+    for made in (sweep, last):
+        found, engine = _logits_where(inputs, made, model, "growing")
+        plain, _ = _logits_where(inputs, made, model, "plain")
+        assert engine.startswith("growing"), engine
+        assert (found - plain).abs().max() <= 5e-6 * plain.abs().max()
+
+
+@pytest.mark.parametrize(("position", "is_found"), [(0, False), (2, True), (-1, True)])
+def test_a_difference_at_a_token_is_found(
+    position: int, is_found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny("llava", "eager"), _padded("llava", 1)
+    sweep = Sweep(inputs, {"slot": [1, 2]}, lambda slot: Ablate(slot, at=LastToken()))
+    true = Growing.run
+
+    def wrong(self: Growing) -> torch.Tensor:
+        logits = true(self).clone()
+        logits[:, 0, position] += 0.01 * logits.abs().max()
+        return logits
+
+    forget(model)
+    monkeypatch.setattr(Growing, "run", wrong)
+    if is_found:
+        with pytest.raises(GrowthError, match="the control's logits are off by"):
+            run_growing(model, inputs, sweep.recorded(model), lambda x: x)
+    else:
+        run_growing(model, inputs, sweep.recorded(model), lambda x: x)
+    forget(model)

@@ -9,6 +9,7 @@ from torch import Tensor
 from helpers.tiny_models import FAMILIES, make_inputs, tiny
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.interventions.patch import Patch
+from hooked_vlm.interventions.placing import site_of
 from hooked_vlm.interventions.recording import record
 from hooked_vlm.regions.generated import Generated
 from hooked_vlm.regions.positions import LastToken, Positions
@@ -135,6 +136,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
         ({"neurons": ()}, "expected different numbers"),
         ({"subspace": torch.ones(2, 47)}, "has 48 features, and 47 were given"),
         ({"subspace": torch.full((1, 48), float("nan"))}, "expected finite rows"),
+        ({"subspace": torch.zeros(2, 48)}, "2 rows, all zero: they span no direction"),
         ({"subspace": torch.ones(1, 48), "neurons": (1,)}, "give one of them"),
         ({"source_site": "blocks.1.mlp.hook_post"}, "writes 48 features .* from 96"),
     ]
@@ -152,3 +154,25 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
             patch.check(model, inputs)
     with pytest.raises(UnknownHookError, match="blocks"):
         Patch(MID, source=inputs, source_site="blocks.9.hook_resid_pre").check(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("held", "read"),
+    [
+        (LATE, 2),  # a slot is the stream after a block
+        ("blocks.1.hook_resid_post", LATE),
+        ("vision_encoder.blocks.1.hook_resid_pre", "vision_encoder.blocks.0.hook_resid_post"),
+    ],
+)
+def test_a_stream_recorded_by_its_other_name_is_named(held: str, read: Any) -> None:
+    model, inputs = tiny("qwen2-vl"), make_inputs("qwen2-vl")
+    recorded = record(model, inputs, held)
+    with pytest.raises(InterventionError, match="They are one stream in most models") as caught:
+        model.run_with_hooks(inputs, [Patch(read, source=recorded)])
+    said = str(caught.value)
+    assert held in said and site_of(model, read).name in said and len(said) <= 400
+    clean = model(inputs)  # as the error says; here the two are the same stream
+    edited = model.run_with_hooks(inputs, [Patch(read, source=recorded, source_site=held)])
+    torch.testing.assert_close(edited, clean)
+    with pytest.raises(UnknownHookError, match="The cache holds no"):
+        model.run_with_hooks(inputs, [Patch("blocks.0.hook_resid_pre", source=recorded)])

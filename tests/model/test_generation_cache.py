@@ -217,3 +217,18 @@ def test_a_wrapped_models_own_configuration_is_read() -> None:
     model = HookedVLM(hf_model)
     with pytest.raises(HookError, match="reorders its rows"):
         model.generate_with_cache(inputs, "*resid_post", **GREEDY)
+
+
+def test_what_a_cache_of_a_generation_has_not_says_what_to_do() -> None:
+    model, inputs = tiny("llava", "eager"), make_inputs("llava")
+    _, cache = model.generate_with_cache(inputs, **GREEDY)
+    parts = torch.zeros(1, *cache["resid_post", 0].shape)
+    for asked in (
+        lambda made: made.logit_lens(),
+        lambda made: made.logit_attrs(parts, 7),
+        lambda made: made.stack_head_results(),
+        lambda made: made.at(LastToken()),
+    ):
+        for made in (cache, cache.select([0])):
+            with pytest.raises(DataError, match=r"it is the cache of a generation\. Run .*append"):
+                asked(made)
