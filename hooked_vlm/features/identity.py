@@ -49,7 +49,7 @@ def processor_digest(processor: Any) -> str:
     tokenizer = getattr(processor, "tokenizer", None)
     told: list[Any] = [_own_settings(processor)]
     for name in ("image_processor", "video_processor"):
-        part = getattr(processor, name, None)
+        part: Any = getattr(processor, name, None)
         told.append(part.to_dict() if hasattr(part, "to_dict") else _own_settings(part))
     if tokenizer is not None:
         names = ("chat_template", "special_tokens_map", "add_bos_token", "add_eos_token")

@@ -221,7 +221,7 @@ def test_features_of_other_settings_are_refused(tmp_path: Path) -> None:
                 extract(model, data, SITE, **given)
         finally:
             setattr(images, name, before)
-    block = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
+    block: Any = model.hf_model.get_submodule(model.anatomy.lm.blocks[0].path)
     block.register_buffer("scale", torch.ones(1))
     try:
         with pytest.raises(DataError, match="another weights"):
