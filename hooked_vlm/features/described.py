@@ -86,7 +86,7 @@ def _parts_of_object(value: Any, known: dict[int, str]) -> Iterator[str]:
 def _parts_of_collection(value: Any, known: dict[int, str]) -> Iterator[str]:
     """Yields what a collection holds; subclasses may hold more, so they are none."""
     kind = type(value)
-    if kind in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+    if kind in (list, tuple) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
         yield from _all(value, known)
     elif kind in (set, frozenset):  # in no order of their own
         yield from sorted("\n".join(_parts(x, dict(known))) for x in value)
