@@ -70,7 +70,6 @@ def _parts(value: Any, known: dict[int, str]) -> Iterator[str]:
 
 
 def _parts_of_object(value: Any, known: dict[int, str]) -> Iterator[str]:
-    kind = type(value)
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}"
         yield _digest(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -78,14 +77,21 @@ def _parts_of_object(value: Any, known: dict[int, str]) -> Iterator[str]:
         yield f"{value.dtype} {value.shape} {_digest(value.tobytes())}"
     elif isinstance(value, Image.Image):
         yield f"{value.mode} {value.size} {_digest(value.tobytes())}"
-    elif kind in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+    elif isinstance(value, re.Pattern):
+        yield from _all([value.pattern, value.flags], known)
+    else:
+        yield from _parts_of_collection(value, known)
+
+
+def _parts_of_collection(value: Any, known: dict[int, str]) -> Iterator[str]:
+    """Yields what a collection holds; subclasses may hold more, so they are none."""
+    kind = type(value)
+    if kind in (list, tuple) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
         yield from _all(value, known)
     elif isinstance(value, set | frozenset):  # in no order of their own
         yield from sorted("\n".join(_parts(x, dict(known))) for x in value)
     elif isinstance(value, dict):
         yield from _all([x for pair in value.items() for x in pair], known)
-    elif isinstance(value, re.Pattern):
-        yield from _all([value.pattern, value.flags], known)
     else:
         yield from _parts_of_code(value, known)
 

@@ -49,9 +49,8 @@ def processor_digest(processor: Any) -> str:
     tokenizer = getattr(processor, "tokenizer", None)
     told: list[Any] = [_own_settings(processor)]
     for name in ("image_processor", "video_processor"):
-        part = getattr(processor, name, None)
-        settings: Any = getattr(part, "to_dict", None)
-        told.append(settings() if settings is not None else _own_settings(part))
+        part: Any = getattr(processor, name, None)
+        told.append(part.to_dict() if hasattr(part, "to_dict") else _own_settings(part))
     if tokenizer is not None:
         names = ("chat_template", "special_tokens_map", "add_bos_token", "add_eos_token")
         told.append([len(tokenizer), *(getattr(tokenizer, name, None) for name in names)])

@@ -1,6 +1,10 @@
 """Descriptions of places: two that select different tokens have different ones."""
 
+import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -111,6 +115,26 @@ def test_functions_that_call_each_other_are_described() -> None:
         return TextTokens() if n == 0 else even(n - 1)
 
     assert described(even, {}) == described(even, {}) != described(odd, {})
+
+
+def test_another_process_has_the_same_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_places.py").write_text(
+        "import re\n"
+        "WORDS = {'left', 'right', 'above', 'below'}\n"
+        "def place(item, grids, *, pattern=re.compile('a')):\n"
+        "    return [w for w in WORDS if w in {'left', 'right', 'above'}]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import own_places\nfrom hooked_vlm.features.described import described\n"
+    code += "print(described(own_places.place, {}))"
+    here = described(importlib.import_module("own_places").place, {})
+    # Sets have another order there, and the code is read from a compiled file.
+    told = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    there = subprocess.run(command, env=told, capture_output=True, check=True, text=True).stdout
+    assert there.strip() == here
 
 
 def test_a_folder_of_another_function_is_refused(tmp_path: Path) -> None:

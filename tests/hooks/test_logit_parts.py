@@ -253,9 +253,8 @@ def test_heads_are_what_is_added_whatever_else_is_cached(model_type: str) -> Non
             letter = "H" if kind == "attn" else "N"
             for block in range(model.cfg.n_layers):
                 own = [i for i, x in enumerate(found) if str(x).startswith(f"L{block}{letter}")]
-                added = parts[labels.index(f"{block}_{kind}_out")]
-                total = torch.as_tensor(pieces[own]).sum(0)
-                torch.testing.assert_close(total, added, atol=1e-5, rtol=1e-3)
+                added = parts[list(labels).index(f"{block}_{kind}_out")]
+                torch.testing.assert_close(pieces[own].sum(0), added, atol=1e-5, rtol=1e-3)
         few = model.run_with_cache(inputs, ["*hook_z", "blocks.*.hook_attn_out"])[1]
         with pytest.raises(UnknownHookError, match="holds no resid_pre, resid_post of block 0"):
             few.stack_head_results()
