@@ -6,6 +6,8 @@ may mean something else there.  A tuned lens translates it first, by a map of it
 """
 
 import json
+import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +135,8 @@ class TunedLens:
     @checked(DataError)
     def save(self, path: File) -> None:
         """Writes the lens to a safetensors file, as a whole or not at all."""
-        part = Path(f"{path}.part")
+        # A name of its own for each writer, so that two of them cannot mix their bytes.
+        part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
         about = {"divergence": json.dumps(dict(self.divergence))}
         try:
             save_file({"weights": self.weights.cpu(), "biases": self.biases.cpu()}, part, about)
@@ -143,6 +146,8 @@ class TunedLens:
                 f"The lens cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
                 "file in a folder that is there."
             ) from None
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     @checked(DataError)

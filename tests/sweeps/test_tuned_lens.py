@@ -58,6 +58,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         TunedLens(torch.zeros(2, 48, 48), torch.zeros(2, 48)).logits(cache)
     with pytest.raises(DataError, match=r"expected \[slot, 1, 45, 48\]"):
         cache.read_streams(torch.zeros(4, 1, 3, 48))
+    with pytest.raises(DataError, match="cannot be written"):
+        TunedLens(torch.zeros(2, 4, 4), torch.zeros(2, 4)).save(tmp_path / "none" / "lens")
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"not a file of TunedLens\.save"):
         TunedLens.load(tmp_path / "other")
