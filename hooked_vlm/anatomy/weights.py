@@ -37,6 +37,10 @@ class Weights:
         some of its values."""
         self._n_seen = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy keeps: what is known of tensors is not of the copy's."""
+        return {**vars(self), "_known": {}}
+
     def state(self) -> Hashable:
         """Returns what changes whenever a weight or a buffer is replaced or written to."""
         tensors = list(_tensors_of(self.whole))
