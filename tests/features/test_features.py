@@ -136,6 +136,7 @@ def test_an_interruption_costs_one_batch(tmp_path: Path) -> None:
     assert torch.equal(again[SITE], whole[SITE])
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_whole_batches(tmp_path: Path) -> None:
     """A process that is killed while it writes leaves no file under a batch's name."""
     code = (

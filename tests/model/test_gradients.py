@@ -95,7 +95,16 @@ def _like(pattern: str, name: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE, "qwen2_5_vl", "gemma3n", "llama4"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *FAMILIES,
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in (*MORE, "qwen2_5_vl", "gemma3n", "llama4")
+        ),
+    ],
+)
 def test_the_law_holds(family: str) -> None:
     found = check_backward(*prepared(family))
     assert found.verdict == "yes", found.note
