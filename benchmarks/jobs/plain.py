@@ -104,9 +104,9 @@ def logits_by_part(w: World) -> Any:
         language.norm.register_forward_hook(note_norm),
     ]
     for block in language.layers:
-        behind = hasattr(block, "post_feedforward_layernorm")  # what is added comes from a norm
-        attention = block.post_attention_layernorm if behind else block.self_attn
-        mlp = block.post_feedforward_layernorm if behind else block.mlp
+        normed = hasattr(block, "post_feedforward_layernorm")  # what is added comes from a norm
+        attention = block.post_attention_layernorm if normed else block.self_attn
+        mlp = block.post_feedforward_layernorm if normed else block.mlp
         handles += [part.register_forward_hook(note) for part in (attention, mlp)]
     w.model(**w.inputs)
     for handle in handles:

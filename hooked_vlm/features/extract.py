@@ -331,7 +331,7 @@ def _manifest(
 def _about(task: Task, folder: Path) -> str:
     """Returns what a place is, as no other place is.
 
-    Raises `DataError` where that cannot be said, and the folder holds features to compare with.
+    Raises `DataError` where that cannot be said, and the folder has features already.
     """
     model = task.model
     known = {"model": model, "hf_model": model.hf_model, "processor": model.processor}

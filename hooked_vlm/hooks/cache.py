@@ -8,22 +8,19 @@ Vision sites of images of different sizes are lists by image.
 """
 
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.kinds import Device, File
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.cut import Cuts
+from hooked_vlm.hooks.files import write_tensors
 from hooked_vlm.hooks.logit_parts import LogitParts
 from hooked_vlm.hooks.names import (
     get_act_name,
@@ -198,22 +195,9 @@ class ActivationCache(Cuts, LogitParts):
             for i, tensor in enumerate(listed(value)):
                 key = f"{name}#{i}" if isinstance(value, list) else name
                 tensors[key] = tensor.detach().cpu().contiguous().clone()
-        # A name of its own for each writer, so that two of them cannot mix their bytes.
-        part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
-        try:
-            about = {_NAMES: json.dumps(list(self))}  # safetensors sorts by dtype and name
-            about |= {n: str(layers) for n, layers in self.n_layers.items()}
-            save_file(tensors, part, about)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())  # on the disk before it gets its name
-            part.replace(path)
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"The cache cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
-                "file in a folder that is there."
-            ) from None
-        finally:
-            part.unlink(missing_ok=True)
+        about = {_NAMES: json.dumps(list(self))}  # safetensors sorts by dtype and name
+        about |= {n: str(layers) for n, layers in self.n_layers.items()}
+        write_tensors(tensors, path, about, "cache")
 
     @classmethod
     @checked(DataError)

@@ -57,7 +57,7 @@ def added_by(
     """Returns what a part of a block adds to the stream, and what the block multiplies that by.
 
     A part adds its output, times its factor if any; without a name there is no part.  Raises
-    `UnknownHookError` where the cache holds too little to know the factors.
+    `UnknownHookError` where the cache lacks what gives the factors.
     """
     needed = ["resid_pre", "resid_post", *([] if name is None else [name])]
     missing = [each for each in needed if (each, layer, tower) not in cache]

@@ -36,7 +36,7 @@ from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, flattened
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.interventions.recording import Recording, Source, record
-from hooked_vlm.sweeps.gradients import Metric, clean_run, said, wide
+from hooked_vlm.sweeps.gradients import Metric, clean_run, one_score, wide
 
 
 Edits = dict[str, list[Callable[..., Any]]]
@@ -127,15 +127,7 @@ def attribution_patch(
         source = record(model, source, list(dict.fromkeys(names)))
     edits = {n: _edits(model, inputs, [Patch(n, source=source)])[n] for n in names}
 
-    def scored(logits: Tensor) -> Tensor:
-        score = metric(logits)
-        if not isinstance(score, Tensor) or score.ndim != 1:
-            raise InterventionError(
-                f"The metric returned {said(score)}; effects by position need one score for "
-                "each prompt, [batch]. For several use Sweep(…).attribution(…, dims=…)."
-            )
-        return score
-
+    scored = one_score(metric, "For several use Sweep(…).attribution(…, dims=…).")
     run = clean_run(model, inputs, list(edits), (), scored, forward_kwargs)
     gradients = next(run.gradients(), {})
     effects = {}

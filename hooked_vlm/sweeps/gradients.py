@@ -190,3 +190,18 @@ def said(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"shape {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     return f"a {type(value).__name__}"
+
+
+def one_score(metric: Metric, instead: str = "Give one function for each score.") -> Metric:
+    """Returns a metric that raises `InterventionError` unless it gives one score by prompt."""
+
+    def scored(logits: Tensor) -> Tensor:
+        score = metric(logits)
+        if not isinstance(score, Tensor) or score.ndim != 1:
+            raise InterventionError(
+                f"The metric returned {said(score)}; effects and attributions need one score for "
+                f"each prompt, [batch], without an average over prompts. {instead}"
+            )
+        return score
+
+    return scored

@@ -26,7 +26,7 @@ from hooked_vlm.inputs.rows import rows_of
 from hooked_vlm.interventions.placing import SiteName, site_of
 from hooked_vlm.interventions.recording import Recording, record
 from hooked_vlm.sweeps.attribution import owners_of
-from hooked_vlm.sweeps.gradients import DifferentiableRun, Metric, clean_run, said, wide
+from hooked_vlm.sweeps.gradients import DifferentiableRun, Metric, clean_run, one_score, wide
 
 
 Baseline = Any
@@ -193,21 +193,6 @@ def _line(
         return owners_of(model, inputs, where.axes, rows, batch)
 
     return _Line(run, where, clean, base, owner)
-
-
-def one_score(metric: Metric) -> Metric:
-    """Returns a metric that raises `InterventionError` unless it gives one score by prompt."""
-
-    def scored(logits: Tensor) -> Tensor:
-        score = metric(logits)
-        if not isinstance(score, Tensor) or score.ndim != 1:
-            raise InterventionError(
-                f"The metric returned {said(score)}; attributions need one score for each prompt, "
-                "[batch]. Do not average over prompts, and give one function for each score."
-            )
-        return score
-
-    return scored
 
 
 def _baseline(

@@ -24,8 +24,8 @@ from hooked_vlm.hooks.stand_ins import uncached
 from hooked_vlm.inputs.pixel_routing import pixel_name
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.sweeps.attribution import owners_of
-from hooked_vlm.sweeps.gradients import Metric, require_unhooked, wide
-from hooked_vlm.sweeps.integrated import broadcasts, one_score
+from hooked_vlm.sweeps.gradients import Metric, one_score, require_unhooked, wide
+from hooked_vlm.sweeps.integrated import broadcasts
 
 
 _REMEDY = "A metric must not write into its logits: take logits.clone()."

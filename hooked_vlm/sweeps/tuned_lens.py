@@ -6,18 +6,14 @@ may mean something else there.  A tuned lens translates it first, by a map of it
 """
 
 import json
-import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked
@@ -25,6 +21,7 @@ from hooked_vlm.arguments.kinds import Count, File
 from hooked_vlm.errors import DataError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.cut import PosSlice
+from hooked_vlm.hooks.files import write_tensors
 from hooked_vlm.inputs.rows import rows_of
 from hooked_vlm.model.readout import Readout
 from hooked_vlm.model.vlm import HookedVLM
@@ -135,19 +132,9 @@ class TunedLens:
     @checked(DataError)
     def save(self, path: File) -> None:
         """Writes the lens to a safetensors file, as a whole or not at all."""
-        # A name of its own for each writer, so that two of them cannot mix their bytes.
-        part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
         about = {"divergence": json.dumps(dict(self.divergence))}
-        try:
-            save_file({"weights": self.weights.cpu(), "biases": self.biases.cpu()}, part, about)
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"The lens cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
-                "file in a folder that is there."
-            ) from None
-        finally:
-            part.unlink(missing_ok=True)
+        tensors = {"weights": self.weights.cpu(), "biases": self.biases.cpu()}
+        write_tensors(tensors, path, about, "lens")
 
     @classmethod
     @checked(DataError)

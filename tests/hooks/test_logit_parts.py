@@ -107,7 +107,7 @@ def test_neurons_are_columns_of_the_output_map(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_follows_the_same_norms(family: str) -> None:
-    """A norm behind attention must not be taken for rounding."""
+    """A norm after attention must not be taken for rounding."""
     wide = ran(family)[-1]
     model = HookedVLM(build(family)).to(torch.bfloat16)
     logits, cached = model.run_with_cache(make_inputs(family, 2))

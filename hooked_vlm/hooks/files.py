@@ -1,0 +1,35 @@
+"""Files of tensors that are written as a whole or not at all."""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooked_vlm.errors import DataError
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str | Path, about: Mapping[str, str], what: str
+) -> None:
+    """Writes a safetensors file under a temporary name, and renames it.
+
+    Raises `DataError` for a path that cannot be written to; `what` is what the file holds.
+    """
+    # A name of its own for each writer, so that two of them cannot mix their bytes.
+    part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        save_file(dict(tensors), part, dict(about))
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it gets its name
+        part.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"The {what} cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
+            "file in a folder that is there."
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
