@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Study:
         self.model: Any = HookedVLM.from_pretrained(given.model, attn_implementation="eager")
         vision = self.model.require_vision()
         self.geometry = geometry_for(12, vision.patch_size * max(vision.merge, 2))
-        self.out = given.out
+        self.out, self._started = given.out, time.perf_counter()
         self.name = Path(inspect.stack()[1].filename).stem
 
     def questions(self, n: int, directions: tuple[str, ...] = ("left",), seed: int = 42) -> list:
@@ -68,4 +69,4 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"{self.name}.png"
         figure.savefig(path, dpi=150)
-        print("figure:", path)
+        print(f"figure: {path} ({time.perf_counter() - self._started:.0f} s)")
