@@ -37,18 +37,19 @@ _OF_LOGITS = frozenset({"logits_to_keep", "labels"})
 
 
 def _weights_of(model: Any) -> Weights:
-    """Returns a watch over the weights that caches read: it is made once for a model."""
-    if getattr(model, "_read_weights", None) is None:
-        lm = model.anatomy.lm
-        paths = [lm.final_norm, model.anatomy.unembed]
-        for block in lm.blocks:
-            outs = (block.attn and block.attn.out, block.mlp and block.mlp.down)
-            paths += [*outs, block.attn_out, block.mlp_out]
-        modules = {path: model.hf_model.get_submodule(path) for path in paths if path}
-        # Attention and MLPs that end in no norm are there whole: their own map is enough.
-        small = [m for m in modules.values() if not any(True for _ in m.children())]
-        model._read_weights = Weights(nn.ModuleList(small))
-    return model._read_weights
+    """Returns a watch over the weights that caches read: one for a model and its modules."""
+    lm = model.anatomy.lm
+    paths = [lm.final_norm, model.anatomy.unembed]
+    for block in lm.blocks:
+        outs = (block.attn and block.attn.out, block.mlp and block.mlp.down)
+        paths += [*outs, block.attn_out, block.mlp_out]
+    modules = [model.hf_model.get_submodule(path) for path in dict.fromkeys(paths) if path]
+    # Attention and MLPs that end in no norm are there whole: their own map is enough.
+    small = [m for m in modules if not m._modules]
+    watch = getattr(model, "_read_weights", None)
+    if watch is None or list(watch.whole) != small:  # a module was replaced
+        watch = model._read_weights = Weights(nn.ModuleList(small))
+    return watch
 
 
 class Readout:
@@ -115,7 +116,8 @@ class Readout:
 
     def _require_same_weights(self) -> None:
         """Raises `DataError` where the weights that are read are no longer those of the run."""
-        if self._weights.state() != self._state:
+        model = self.model
+        if _weights_of(model) is not self._weights or self._weights.state() != self._state:
             raise DataError(
                 "The model's weights were changed after this cache's run, so its final norm, head "
                 "and output maps are not those of the run. Run model.run_with_cache again."

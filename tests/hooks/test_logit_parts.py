@@ -282,7 +282,12 @@ def test_weights_and_hooks_after_the_stream_are_noticed() -> None:
         _, edited = model.run_with_cache(inputs, fwd_hooks=edit)
         with pytest.raises(UnsupportedModelError, match="times a number"):
             edited.logit_attrs(stack, 3, pos_slice=-1)
-        model.hf_model.get_submodule(model.anatomy.unembed).weight.mul_(2)
+        head = model.hf_model.get_submodule(model.anatomy.unembed)
+        model.hf_model.set_submodule(model.anatomy.unembed, torch.nn.Linear(48, 300, bias=False))
+        with pytest.raises(DataError, match="weights were changed after"):
+            cached.logit_lens()
+        model.hf_model.set_submodule(model.anatomy.unembed, head)
+        head.weight.mul_(2)
         for read in (
             cached.logit_lens,
             lambda: cached.logit_attrs(stack, 3, pos_slice=-1),
