@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.muon import Muon
+
 
 EVERY = 50
 """Steps between rows of the log."""
@@ -53,7 +55,7 @@ def muon_and_adam(
     rest = [p for _, p in named if id(p) not in chosen]
     made: list[tuple[torch.optim.Optimizer, float]] = []
     if matrices:
-        muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
+        muon = Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
         made.append((muon, muon_lr))
     if rest:
         adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=weight_decay)

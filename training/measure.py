@@ -259,11 +259,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipe", choices=list(RECIPES), action="append")
+    parser.add_argument("--seed", type=int, choices=SEEDS, action="append")
     arguments = parser.parse_args()
-    for name in RECIPES:
-        for folder in sorted(arguments.out.glob(f"{name}-[0-9]")):
-            if (folder / "training.json").exists():
-                measure(folder)
+    for name, seed in product(arguments.recipe or RECIPES, arguments.seed or SEEDS):
+        if (arguments.out / f"{name}-{seed}" / "training.json").exists():
+            measure(arguments.out / f"{name}-{seed}")
     found = table(arguments.out)
     print(found.to_string(index=False))  # noqa: T201
     try:

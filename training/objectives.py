@@ -1,10 +1,9 @@
-"""How an encoder is trained by itself: captions, matching captions, or masked patches.
+"""How an encoder is trained by itself: on captions, or on matching captions.
 
 | objective | what is learned | as in |
 |---|---|---|
 | `captions` | a small language model writes the caption from the visual tokens | CapPa (2023) |
 | `contrastive` | the mean patch and the mean word of a caption match, in a batch | CLIP (2021) |
-| `patches` | pixels of hidden patches, from the visible ones | SimMIM (2022) |
 
 Only the encoder's blocks are kept.  The projector and whatever else an objective needs are thrown
 away; the models that use the encoder get fresh ones.
@@ -16,21 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.batches import Encoder, normalised, packed_patches
-from training.build import MERGE, PATCH
+from training.build import PATCH
 from training.captions import MOST_THINGS, Crowd, crowd
 from training.recipes import Objective
 
 
 WIDTH = 128
 TEXT_BLOCKS = 2
-HIDDEN = 0.6
-"""Share of visual tokens whose patches are hidden, as SimMIM hides squares of several patches."""
 TEMPERATURE = 0.07
 
 
@@ -131,34 +128,7 @@ class Contrastive(nn.Module):
         return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
-class Patches(nn.Module):
-    """Pixels of hidden visual tokens are predicted from the others.
-
-    Hidden patches are replaced by one learned patch of pixels.
-    """
-
-    def __init__(self, model: Any, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder, self.visual = encoder, model.model.visual
-        width, pixels = self.visual.config.embed_dim, 3 * PATCH * PATCH
-        self.hidden = nn.Parameter(torch.zeros(pixels))
-        self.norm, self.pixels = nn.LayerNorm(width), nn.Linear(width, pixels)
-
-    def loss(self, shown: Shown) -> Tensor:
-        pixels, grid = _pixels(shown.scenes)
-        tokens = len(pixels) // MERGE**2
-        is_hidden = torch.rand(tokens, generator=shown.generator) < HIDDEN
-        hidden = repeat(is_hidden, "n -> (n m)", m=MERGE**2)
-        # A picture is given as two equal frames; one is enough to predict.
-        target = rearrange(pixels, "n (c t p) -> n c t p", c=3, t=2)[:, :, 0].flatten(1)
-        blank = repeat(self.hidden, "(c p) -> (c t p)", c=3, t=2)
-        seen = torch.where(hidden[:, None], blank, pixels)
-        patches = self.visual(seen, grid_thw=grid).last_hidden_state
-        return F.mse_loss(self.pixels(self.norm(patches[hidden])), target[hidden])
-
-
-TASKS: dict[Objective, type[Captions] | type[Contrastive] | type[Patches]] = {
+TASKS: dict[Objective, type[Captions] | type[Contrastive]] = {
     "captions": Captions,
     "contrastive": Contrastive,
-    "patches": Patches,
 }

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 
-Objective = Literal["captions", "contrastive", "patches"]
-OBJECTIVES: tuple[Objective, ...] = ("captions", "contrastive", "patches")
+Objective = Literal["captions", "contrastive"]
+OBJECTIVES: tuple[Objective, ...] = ("captions", "contrastive")
 N_TOKENS = 6
 """Visual tokens on a side of a study's picture."""
 SEEDS = (0, 1)
@@ -73,12 +73,6 @@ RECIPES: dict[str, Recipe] = {
         ),
         replace(
             _CAPTIONS,
-            name="patches",
-            varies="encoder trained on masked patches, then frozen",
-            encoder=EncoderTraining("patches"),
-        ),
-        replace(
-            _CAPTIONS,
             name="captions-tuned",
             varies="encoder tuned at a tenth of the rate",
             encoder_rate=0.1,
@@ -93,18 +87,6 @@ RECIPES: dict[str, Recipe] = {
             _CAPTIONS,
             name="captions-without-order",
             varies="image tokens without order in half of the batches",
-            without_order=0.5,
-        ),
-        replace(
-            _END_TO_END,
-            name="end-to-end-dropout",
-            varies="end to end; cells of objects dropped in half of the batches",
-            object_dropout=0.5,
-        ),
-        replace(
-            _END_TO_END,
-            name="end-to-end-without-order",
-            varies="end to end; image tokens without order in half of the batches",
             without_order=0.5,
         ),
         replace(_CAPTIONS, name="captions-deep", varies="12 blocks", blocks=12),

@@ -138,7 +138,16 @@ def test_a_stack_is_normed_before_a_block() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "model_type",
-    ["qwen3_vl", "mllama", "gemma4", "granite4_vision", "cohere2_vision", "llava", "blip-2"],
+    [
+        "qwen3_vl",
+        "mllama",
+        "gemma4",
+        "granite4_vision",
+        "cohere2_vision",
+        "llava",
+        "blip-2",
+        "inkling_mm_model",  # a convolution over tokens ends attention, where others have a norm
+    ],
 )
 def test_the_law_holds_with_deepstack_caps_factors_and_biases(model_type: str) -> None:
     model = suite.build(model_type)

@@ -101,13 +101,17 @@ def rows(**recipes: list[tuple[float, int, float]]) -> pd.DataFrame:
 
 def test_the_rule_chooses_by_claims_then_by_strips_among_accurate_recipes() -> None:
     good = {"captions": [(0.95, 2, 0.0), (0.95, 2, 0.1)]}
-    assert measure.chosen(rows(**good, patches=[(0.8, 3, -0.5), (0.95, 2, -0.5)])) == "patches"
-    assert measure.chosen(rows(**good, patches=[(0.95, 1, 0.4), (0.99, 3, 0.4)])) == "patches"
-    assert measure.chosen(rows(**good, patches=[(0.74, 5, 1.0), (1.0, 5, 1.0)])) == "captions"
-    unmeasured = [(0.95, 4, float("nan"))]
-    assert measure.chosen(rows(**good, patches=unmeasured * 2)) == "patches"
-    with pytest.raises(CannotRunError, match="Not measured with every seed: patches"):
-        measure.chosen(rows(**good, patches=unmeasured))
+
+    def chosen(*other: tuple[float, int, float]) -> str:
+        return measure.chosen(rows(**good, contrastive=list(other)))
+
+    assert chosen((0.8, 3, -0.5), (0.95, 2, -0.5)) == "contrastive"
+    assert chosen((0.95, 1, 0.4), (0.99, 3, 0.4)) == "contrastive"
+    assert chosen((0.74, 5, 1.0), (1.0, 5, 1.0)) == "captions"
+    unmeasured = (0.95, 4, float("nan"))
+    assert chosen(unmeasured, unmeasured) == "contrastive"
+    with pytest.raises(CannotRunError, match="Not measured with every seed: contrastive"):
+        chosen(unmeasured)
     with pytest.raises(CannotRunError, match=r"0\.75 in every seed"):
         measure.chosen(rows(**{name: [(0.5, 5, 1.0)] * 2 for name in RECIPES}))
 
