@@ -25,7 +25,7 @@ class EncoderTraining:
     """How an encoder is trained by itself."""
 
     objective: Objective
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 32
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
@@ -51,6 +51,8 @@ class Recipe:
     """Blocks of the language model."""
     mixed: bool = False
     """Whether shapes and cut-outs are asked about beside squares."""
+    turns: int = 2
+    """Questions about one picture, in one conversation."""
     steps: int = 1200
     batch: int = 32
     muon_lr: float = 0.01
@@ -69,7 +71,7 @@ RECIPES: dict[str, Recipe] = {
             _CAPTIONS,
             name="contrastive",
             varies="encoder trained to match captions, then frozen",
-            encoder=EncoderTraining("contrastive", steps=750, batch=64),
+            encoder=EncoderTraining("contrastive", steps=500, batch=64),
         ),
         replace(
             _CAPTIONS,

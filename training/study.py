@@ -44,7 +44,7 @@ from training.train import answer_loss, first_answers, save_all
 LAYOUT = "tiny-qwen2-vl"
 GEOMETRY = geometry_for(N_TOKENS, PATCH * MERGE)
 VISION = {"depth": 6, "embed_dim": 96}
-VERSION = 1
+VERSION = 2
 """Raised when pictures, objectives or losses change: runs of another version are not continued."""
 FIRST_WEIGHT = 5.0
 """As in `train`: weight of a conversation's first answer, which the picture alone decides."""
@@ -206,7 +206,7 @@ def drawn_batch(
         ]
         turns = [conversation(rng, scene) for scene in plain]
     images = np.stack([scene.render(canvas) for scene in scenes])
-    return scenes, encoder.batch(turns, images)
+    return scenes, encoder.batch([each[: recipe.turns] for each in turns], images)
 
 
 def dropped_cells(
