@@ -46,7 +46,7 @@ conformance: $(VENV)/.installed-test ## every architecture of transformers again
 
 docs: $(VENV)/.installed ## the documentation's site, into ./site
 	$(PIP) -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --clean --strict
 
 clean: ## remove the environments and everything that was made
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest demo site .pytest_cache .ruff_cache .hypothesis

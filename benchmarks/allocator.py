@@ -175,7 +175,7 @@ def main() -> None:
         ours.run(task)  # its controls are made
         found = compared(lambda: ours.run(task))
     print(f"{given.size}, {given.sweep}, pairs: {given.pairs}; {ours.note}")
-    print("| | peak live, MB | sizes above 1 MiB | reserved, MB | requests |")
+    print("| run | peak live, MB | sizes above 1 MiB | reserved, MB | requests |")
     print("|---|---:|---:|---:|---:|")
     for name, asked in found.items():
         live, reserved = (round(n / 1e6) for n in (asked.peak_live, asked.reserved))

@@ -219,7 +219,7 @@ def time_passes(model: HookedVLM, batch: int, repeats: int) -> str:
         f"blocks of width {model.cfg.d_model}, batch {batch} x {tensors['input_ids'].shape[1]} "
         f"tokens, {repeats} repeats",
         "",
-        "| | ms | 20–80 % | ratio | 20–80 % | ratio by the clock |",
+        "| run | ms | 20–80 % | ratio | 20–80 % | ratio by the clock |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     clock = int(model.device.type != "cpu" or torch.get_num_threads() > 1)
@@ -305,7 +305,7 @@ def _resident() -> int:
 
 def print_construction() -> None:
     print(
-        "| | parameters | blocks | sites | built on `meta` | wrapped, first time | again "
+        "| model | parameters | blocks | sites | built on `meta` | wrapped, first time | again "
         "| ratio, first | again |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
@@ -313,7 +313,9 @@ def print_construction() -> None:
         # A process of its own, so that no source of a module has been read before.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             print(pool.submit(construction, name).result(), flush=True)
-    print("\n| | weights | moved | sites | Python objects | for a site | resident, each of 10 |")
+    print(
+        "\n| model | weights | moved | sites | Python objects | for a site | resident, each of 10 |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in LAYERS:
         print(memory(name), flush=True)

@@ -82,7 +82,7 @@ def numbers(found: dict[str, Result]) -> Iterable[str]:
     tiles = {model: key_numbers([result]) for model, result in found.items()}
     labels = list(dict.fromkeys(tile.label for some in tiles.values() for tile in some))
     if labels:
-        rows = [["", *tiles], ["---", *["---:"] * len(tiles)]]
+        rows = [["quantity", *tiles], ["---", *["---:"] * len(tiles)]]
         for label in labels:
             values = [
                 next((tile.value for tile in some if tile.label == label), "–")

@@ -262,8 +262,9 @@ def _check_score(score: Any, dims: Sequence[str], coords: Mapping[str, Sequence[
         )
     if score.ndim != len(dims):
         raise InterventionError(
-            f"The metric returned {score.ndim} axes, of shape {tuple(score.shape)}, and "
-            f"dims={tuple(dims)} names {len(dims)}."
+            f"The metric returned {score.ndim} axes, of shape {tuple(score.shape)}; dims="
+            f"{tuple(dims)} names {len(dims)}. Return one score for each prompt, batch first, "
+            "without a mean over prompts; or name all axes in dims."
         )
     for name, size in zip(dims, score.shape, strict=True):
         if name in coords and len(coords[name]) != size:
