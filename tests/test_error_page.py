@@ -35,7 +35,7 @@ CAUSES: dict[str, Callable[[], Any]] = {
         Image.new("RGB", (300, 200)), "What is this?"
     ),
     "No hook named": lambda: run(("blocks.9.hook_resid_post", lambda a, hook: a)),
-    "has no attribute": lambda: model("tiny-qwen2-vl").to_toknes,
+    "has no attribute": lambda: model("tiny-qwen2-vl").to_toknes,  # type: ignore[attr-defined]
     "is empty or reaches outside the image": lambda: inputs().grid.box(0, 0, 500, 20),
     "is on a grid of": lambda: run(Ablate(2, at=inputs(96).grid.all())),
     "nothing is broadcast": lambda: run(

@@ -34,6 +34,7 @@ from torch import Tensor
 from hooked_vlm.analysis.directions import Direction
 from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
 from hooked_vlm.arguments.checked import checked, require, shown
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.arguments.kinds import (
     Count,
     NotNegative,
@@ -185,8 +186,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
 
 @checked(DataError)
-@dataclass(frozen=True, eq=False)
-class Examples:
+@dataclass(frozen=True, eq=False, repr=False)
+class Examples(OneLine):
     """Probe examples, with the image and the object of each."""
 
     X: Float[Tensor, "example d"]

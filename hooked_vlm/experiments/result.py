@@ -7,11 +7,15 @@ agree.
 """
 
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 from PIL import Image
+
+from hooked_vlm.arguments.displayed import html_block
+from hooked_vlm.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class About:
     """The paper's section, table or figure."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Result(About):
     """One experiment on one model."""
 
@@ -47,6 +51,15 @@ class Result(About):
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """How the numbers were computed, and what to know before using them."""
+
+    def __repr__(self) -> str:
+        numbers, arrays = counted(len(self.table), "number"), counted(len(self.arrays), "array")
+        return f"Result({self.key!r}, {numbers}, {arrays})"
+
+    def _repr_html_(self) -> str:
+        verdict = "".join(f"<p>{escape(line)}</p>" for line in self.verdict.splitlines())
+        numbers = self.table.to_html(index=False, max_rows=20, na_rep="", float_format="%.3g")
+        return html_block(f"{self.id}: {self.title}", verdict, numbers)
 
     @property
     def key(self) -> str:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.displayed import brief, html_block, html_table
 from hooked_vlm.arguments.kinds import Device, File
 from hooked_vlm.errors import DataError, UnknownHookError, counted, did_you_mean
 from hooked_vlm.hooks.cut import Cuts
@@ -103,6 +104,17 @@ class ActivationCache(Cuts, LogitParts):
 
     def __repr__(self) -> str:
         return f"ActivationCache({counted(len(self), 'site')}, {self.nbytes / 2**20:.1f} MiB)"
+
+    def _repr_html_(self) -> str:
+        # One row for sites that differ only in the layer and have equal shapes.
+        layers: dict[tuple[str, str], list[str]] = {}
+        for name, value in self.items():
+            layer = site_path(name).layer
+            folded = name if layer is None else name.replace(f".{layer}.", ".{l}.", 1)
+            numbers = layers.setdefault((folded, brief(value)), [])
+            numbers += [] if layer is None else [str(layer)]
+        rows = [(name, shape, ", ".join(own)) for (name, shape), own in layers.items()]
+        return html_block(repr(self), html_table(("site", "activation", "l"), rows))
 
     @property
     def nbytes(self) -> int:

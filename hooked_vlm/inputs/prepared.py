@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooked_vlm.anatomy.caches import is_cache
 from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.displayed import brief, html_block, html_folded, html_table
 from hooked_vlm.arguments.kinds import device_and_dtype
 from hooked_vlm.errors import (
     DataError,
@@ -23,6 +24,10 @@ from hooked_vlm.hooks.located import needs_images, needs_text, place_of_each
 from hooked_vlm.inputs.rows import rows_of
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.positions import PromptRow
+
+
+_SHOWN = 4
+"""Prompts, and images of each, that a notebook shows."""
 
 
 class Inputs(Mapping[str, Any]):
@@ -94,6 +99,14 @@ class Inputs(Mapping[str, Any]):
     def __repr__(self) -> str:
         shapes = {n: tuple(v.shape) for n, v in self.items() if isinstance(v, Tensor)}
         return f"Inputs({shapes}, {counted(sum(map(len, self.grids)), 'image')})"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, brief(value)) for name, value in self.items()]
+        texts = [
+            html_folded(f"prompt {number}", text) for number, text in enumerate(self.texts[:_SHOWN])
+        ]
+        drawn = [grid._repr_html_() for row in self.grids[:_SHOWN] for grid in row[:_SHOWN]]
+        return html_block(repr(self), html_table(("name", "tensor"), rows), *texts, *drawn)
 
     @property
     def grid(self) -> TokenGrid:

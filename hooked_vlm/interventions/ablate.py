@@ -27,7 +27,7 @@ from hooked_vlm.regions.generated import generated_in
 
 
 @checked(InterventionError, only_names=True)
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Ablate(_Intervention):
     """Removes what is at a place: zero it, or write means of other runs there.
 

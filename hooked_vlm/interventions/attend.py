@@ -39,7 +39,7 @@ KINDS = ("scale", *ON_SCORES, "to")
 
 
 @checked(InterventionError, only_names=True)
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Attend(_Bound):
     """Changes how queries attend to keys in one attention module, such as `"blocks.2.attn"`.
 

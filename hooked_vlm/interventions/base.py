@@ -18,6 +18,7 @@ from numbers import Integral
 from typing import Any
 
 from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.indexing import all_rows
@@ -26,7 +27,7 @@ from hooked_vlm.model.base import HookedModel
 from hooked_vlm.regions.generated import generated_in
 
 
-class _Bound:
+class _Bound(OneLine):
     """What all interventions have in common: what follows from `place`."""
 
     site: Any
@@ -54,7 +55,7 @@ class _Bound:
         return self.place(model, inputs).hooks_for()
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class _Intervention(_Bound):
     """What interventions share that write at one place of a site."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.prompts import require_generation
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
@@ -12,8 +13,8 @@ from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.base import HookedModel
 
 
-@dataclass(frozen=True, eq=False)
-class Chain:
+@dataclass(frozen=True, eq=False, repr=False)
+class Chain(OneLine):
     """Several interventions, carried out in order (at one site: one after the other)."""
 
     parts: tuple[Any, ...]

@@ -32,7 +32,7 @@ from hooked_vlm.regions.pairs import CellPairs
 
 
 @checked(InterventionError, only_names=True)
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Patch(_Intervention):
     """Writes activations of another run: at `at`, those that the source has at `source_at`.
 

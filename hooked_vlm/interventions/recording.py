@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.cache import ActivationCache
 from hooked_vlm.hooks.names import NamesFilter, last_block, site_path
@@ -18,8 +19,8 @@ from hooked_vlm.model.vlm import HookedVLM
 
 
 @checked(InterventionError)
-@dataclass(frozen=True, eq=False)
-class Recording:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recording(OneLine):
     """One run's activations, with the inputs that say where in them everything is."""
 
     inputs: Mapping[str, Any]

@@ -21,7 +21,7 @@ from hooked_vlm.model.base import HookedModel
 
 
 @checked(InterventionError, only_names=True)
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Steer(_Intervention):
     """Moves activations along directions (paper, section 5.4; protocol 2.6, E7).
 

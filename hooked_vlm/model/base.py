@@ -20,6 +20,7 @@ from hooked_vlm.anatomy.caches import prompts_among
 from hooked_vlm.anatomy.sizes import EncoderConfig, HookedVLMConfig
 from hooked_vlm.anatomy.vision import Vision
 from hooked_vlm.arguments.checked import checked, is_listed, shown
+from hooked_vlm.arguments.displayed import html_block, html_folded
 from hooked_vlm.errors import HookedVLMWarning, HookError, callers_level
 from hooked_vlm.hooks.attach import attach
 from hooked_vlm.hooks.cache import ActivationCache
@@ -182,6 +183,9 @@ class HookedModel(ActsLikeAModule, ABC):
             finally:
                 self._open[:0] = hidden
                 self._reattach()
+
+    def _repr_html_(self) -> str:
+        return html_block(repr(self), html_folded("sites", self.describe()))
 
     def describe(self) -> str:
         """Returns the sites as a tree with their shapes, with all layers in one entry."""

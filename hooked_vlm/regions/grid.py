@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.displayed import html_block, html_cells
 from hooked_vlm.arguments.kinds import Count, Finite, Whole
 from hooked_vlm.errors import (
     GridError,
@@ -316,18 +317,21 @@ class TokenGrid:
         return int(found[0, 0]), int(found[0, 1])
 
     def describe(self) -> str:
-        """Returns one line, such as "12x12 visual tokens of 28x28 px, 24x24 patches, image
-        336x336"; cell sizes are in pixels of the given image."""
-        width, height = self.cell_size
+        """Returns the sizes in one line, those of cells in pixels of the given image."""
+        (width, height), (w, h) = self.cell_size, self.image_size
         resized = f", seen as {_px(self.processed_size)}" if self.is_resized else ""
         return (
             f"{self.rows}x{self.cols} visual tokens of {width:.4g}x{height:.4g} px, "
-            f"{self.patch_rows}x{self.patch_cols} patches, "
-            f"image {self.image_size[0]}x{self.image_size[1]}{resized}"
+            f"{self.patch_rows}x{self.patch_cols} patches, image {w}x{h}{resized}"
         )
 
-    def __str__(self) -> str:
-        return self.describe()
+    __str__ = describe
+
+    def __repr__(self) -> str:
+        return f"TokenGrid({self.describe()}, from position {int(self.positions.min())})"
+
+    def _repr_html_(self) -> str:
+        return html_block(repr(self), html_cells(np.zeros(self.shape, bool), self.image_size))
 
     @property
     def edges(self) -> tuple[Float[np.ndarray, " edges_x"], Float[np.ndarray, " edges_y"]]:

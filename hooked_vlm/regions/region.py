@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, is_sequence, shown
+from hooked_vlm.arguments.displayed import html_block, html_cells
 from hooked_vlm.errors import GridError, RegionError, counted
 from hooked_vlm.regions.positions import ImageCells, InImage, PromptRow, TokenSelector, union
 
@@ -291,6 +292,9 @@ class Region:
 
     def __str__(self) -> str:
         return f"{self.name} ({self._extent()})"
+
+    def _repr_html_(self) -> str:
+        return html_block(repr(self), html_cells(self.mask))
 
     def _extent(self) -> str:
         count = f"{len(self)} of {self.shape[0]}x{self.shape[1]} cells"

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.arguments.kinds import Count, Model
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.patch_order import VisionActivation, each, listed
@@ -33,8 +34,8 @@ Baseline = Any
 """`"zero"`, `"mean"`, a tensor, a `Recording`, or the inputs of a run to be recorded."""
 
 
-@dataclass(frozen=True, eq=False)
-class Attribution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(OneLine):
     """What each entry of an activation adds to a score, over what its baseline gives."""
 
     values: VisionActivation

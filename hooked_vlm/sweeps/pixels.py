@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.source import signature_of
 from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.arguments.kinds import Count, Model
 from hooked_vlm.errors import GridError, HookedVLMError, InterventionError, counted
 from hooked_vlm.hooks.gradients import explained, frozen, require_differentiable
@@ -31,8 +32,8 @@ from hooked_vlm.sweeps.integrated import broadcasts
 _REMEDY = "A metric must not write into its logits: take logits.clone()."
 
 
-@dataclass(frozen=True, eq=False)
-class PixelAttribution:
+@dataclass(frozen=True, eq=False, repr=False)
+class PixelAttribution(OneLine):
     """What each pixel adds to a score, over what the baseline's pixels give."""
 
     values: Tensor

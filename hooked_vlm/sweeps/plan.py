@@ -208,6 +208,9 @@ class CheckedCells(Sequence[Cell]):
     def __len__(self) -> int:
         return len(self.cells)
 
+    def __repr__(self) -> str:
+        return f"CheckedCells({counted(len(self), 'cell')} for {self.model.cfg.model_name!r})"
+
     def __iter__(self) -> Iterator[Cell]:
         return iter(self.cells)
 

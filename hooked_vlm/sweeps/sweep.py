@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.arguments.kinds import Count, Model, Name
 from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.engine.run import check_engine, run_cells
@@ -44,8 +45,8 @@ OnProgress = Callable[[int, int], None]
 
 
 @checked(InterventionError, but=("inputs", "axes", "make"))
-@dataclass(frozen=True, eq=False)
-class Sweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(OneLine):
     """Interventions over named axes, all on the same inputs.
 
     `make` is called with one value of every axis, by name, and returns an intervention, a

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.arguments.kinds import Count, File
 from hooked_vlm.errors import DataError
 from hooked_vlm.hooks.cache import ActivationCache
@@ -33,8 +34,8 @@ _STREAMS = ("*blocks.0.hook_resid_pre", "blocks.*.hook_resid_pre", "blocks.*.hoo
 
 
 @checked(DataError)
-@dataclass(frozen=True, eq=False)
-class TunedLens:
+@dataclass(frozen=True, eq=False, repr=False)
+class TunedLens(OneLine):
     """An affine map for each slot below the last: `stream + stream @ weights.T + biases`.
 
     >>> from PIL import Image
