@@ -245,7 +245,7 @@ def main() -> None:
                 print(summary[-1], flush=True)
     by_slot = pd.DataFrame(rows)
     n = by_slot["slot"].nunique()
-    head = f"| model | sweep | metric | | {' | '.join(f'slot {i}' for i in range(n))} |"
+    head = f"| model | sweep | metric | quantity | {' | '.join(f'slot {i}' for i in range(n))} |"
     print("\n".join(["", *summary, "", head, f"|---|---|---|---|{'---:|' * n}", *slots]))
     print(json.dumps(machine()))
     if given.json:
