@@ -1,6 +1,6 @@
 """Measures the models of the study, and puts recipes and claims of the paper in one table.
 
-    python -m training.measure --out study
+    python -m training.measure --out training/runs
 
 Each model's experiments are run once: their tables and verdicts go to `OUT/<model>/measured/`.
 What counts as shown is stated in docs/experiments/what-makes-strips.md, which was written before

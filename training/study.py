@@ -1,7 +1,7 @@
 """Trains the models of the study, recipe by recipe, and goes on where it was ended.
 
-    python -m training.study --out study                     # all recipes, both seeds
-    python -m training.study --out study --recipe captions --seed 0
+    python -m training.study --out training/runs                     # all recipes, both seeds
+    python -m training.study --out training/runs --recipe captions --seed 0
 
 An encoder that several recipes use is trained once for a seed.  `OUT/encoders/` has the encoders,
 `OUT/<recipe>-<seed>/` the models with their processors, logs and `training.json`, which says how
