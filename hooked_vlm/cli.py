@@ -254,20 +254,10 @@ def check(
 
 @app.command("list", cls=_Command)
 def list_() -> None:
-    """List the suites, the experiments and the shipped models."""
-    from hooked_vlm import zoo
-    from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES
+    """List suites, experiments, shipped models, and what other packages add."""
+    from hooked_vlm.report.listing import listing
 
-    print("suites")
-    for name, members in SUITES.items():
-        print(f"  {name:<18} {', '.join(members)}")
-    print("experiments")
-    for name, experiment in EXPERIMENTS.items():
-        print(f"  {experiment.id:<3} {name:<22} paper, {experiment.section}: {experiment.title}")
-        print(f"      {experiment.claim}")
-    print("shipped models")
-    for name in zoo.available():
-        print(f"  {name}")
+    print(listing())
 
 
 def main() -> None:

@@ -129,6 +129,9 @@ def _steps(
     for part in flattened(interventions):
         if not hasattr(part, "first"):
             return None
+        site = model.sites[part.site]
+        if site.own and not (site.by_image or (site.by_position and site_path(site.name).layer)):
+            return None  # of another module, nothing says when it runs
         stage, between = stage_of(part.site, model.cfg.n_layers, merged_first=merged_first)
         is_vision = site_path(part.site).is_vision
         first = find_first() if is_vision else part.first

@@ -46,6 +46,7 @@ from hooked_vlm.model.keywords import (
     require_read,
 )
 from hooked_vlm.model.memory import require_memory
+from hooked_vlm.model.own_sites import TakesSites
 from hooked_vlm.model.said import say_eager, warn_unran
 
 
@@ -58,7 +59,7 @@ FwdHook = Any
 Wrapped = TypeVar("Wrapped", bound="HookedModel")
 
 
-class HookedModel(ActsLikeAModule, ABC):
+class HookedModel(TakesSites, ActsLikeAModule, ABC):
     """A model whose activations can be read and replaced by name; abstract."""
 
     cfg: HookedVLMConfig | EncoderConfig
