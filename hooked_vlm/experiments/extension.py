@@ -53,8 +53,7 @@ def parts_of(name: str, source: Any, ids: Iterable[str]) -> Parts:
         raise DataError(f"ABOUT.{(wrong or ['id'])[0]} is no text. Give texts to all its fields")
     if about.id.lower() in {known.lower() for known in ids}:
         raise DataError(f"the id {about.id!r} is taken by hooked_vlm itself. Use another id")
-    is_config = isinstance(config, type) and issubclass(config, Config) and is_dataclass(config)
-    if not is_config or config.__dataclass_params__.kw_only is False:  # type: ignore[attr-defined]
+    if not (isinstance(config, type) and issubclass(config, Config) and is_dataclass(config)):
         raise DataError(
             f"Config is {shown(config)}; expected a @dataclass(frozen=True, kw_only=True) that "
             "inherits from hooked_vlm.experiments.options.Config"

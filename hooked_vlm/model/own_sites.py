@@ -52,7 +52,7 @@ class TakesSites:
         >>> inputs = model.prepare(Image.new("RGB", (96, 64)), "What is this?")
         >>> logits, cache = model.run_with_cache(inputs, "blocks.2.mlp.hook_act")
         >>> cache["blocks.2.mlp.hook_act"].shape
-        torch.Size([1, 42, 384])
+        torch.Size([1, 42, 256])
         """
         site = own_site(self, name, module, where, axes)
         with self.turn():

@@ -42,7 +42,9 @@ class OwnSetting:
         made = called(f"The setting {self.name!r}", self.origin, self.make, **given)
         what = f"The setting {self.name!r} of {self.origin} returned"
         if not isinstance(made, StimulusSet):
-            raise DataError(f"{what} {shown(made)}; expected a StimulusSet of hooked_vlm.stimuli.")
+            raise DataError(
+                f"{what} {shown(made)}; expected a StimulusSet of hooked_vlm.stimuli.settings."
+            )
         if made.name != self.name:
             raise DataError(f"{what} a StimulusSet named {made.name!r}; expected {self.name!r}.")
         return made
