@@ -31,9 +31,16 @@ def hooks_of(intervention: Any, model: Any, inputs: Mapping[str, Any]) -> list[t
         )
     n_layers = model.cfg.n_layers
     return [
-        (slot_name(int(site), n_layers) if is_whole(site) else site, _on_prompt(intervention, fn, inputs))
+        (
+            slot_name(int(site), n_layers) if is_whole(site) else site,
+            _on_prompt(intervention, fn, inputs),
+        )
         for site, fn in pairs
     ]
+
+
+def _named(site: Any, model: Any) -> Any:
+    return slot_name(int(site), model.cfg.n_layers) if is_whole(site) else site
 
 
 def _is_pair(item: Any) -> bool:

@@ -126,4 +126,3 @@ def check_heads(heads: Any, model: HookedModel, site: Site) -> None:
     wrong = [head for head in heads if not 0 <= head < n_heads]
     if wrong:
         raise InterventionError(f"{site.name} has heads 0 to {n_heads - 1}; {wrong} were given.")
-
