@@ -9,7 +9,10 @@ the prediction; with so few pairs they are a large part.
 
 import argparse
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
+from functools import wraps
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +21,7 @@ from hooked_vlm import HookedVLM, shared_runs
 from hooked_vlm.errors import CannotRunError, HookedVLMWarning
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.options import Config, specialise
+from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.report.planned import plan_run
 
 
@@ -26,16 +30,36 @@ FEW = {"items": "2", "images": "16", "alphas": "0,4", "controls": "1", "random_c
 SMALL = {"settings": "squares,shapes", "ks": "2", "gaps": "0", "by": "none"}
 
 
-def counted(model: HookedVLM, name: str, config: Config, options: dict[str, str]) -> float:
-    """Returns the operations of the model in a run of an experiment."""
+def counted(model: HookedVLM, name: str, config: Config, options: Mapping[str, str]) -> float:
+    """Returns the operations of the model, and of nothing else, in a run of an experiment."""
     experiment = registry.select(name)
     own = specialise(experiment.config, config, options, experiment.config().setting)
-    root = type(model.hf_model).__name__
-    with warnings.catch_warnings(), FlopCounterMode(display=False, depth=1) as counter:
+    total, forward = 0, model.hf_model.forward
+
+    @wraps(forward)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal total
+        with FlopCounterMode(display=False) as counter:
+            found = forward(*args, **kwargs)
+        total += counter.get_total_flops()
+        return found
+
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", HookedVLMWarning)
-        with shared_runs(model):
-            experiment.run(model, own, lambda done, total: None)
-    return float(sum(counter.get_flop_counts().get(root, {}).values()))
+        for setting in own.used_settings or ("squares",):  # grids are measured by gradients
+            bound = Setting.of(model, Config(setting=setting))
+            bound.inputs(bound.stimuli.items()[:2])
+        model.hf_model.forward = counting
+        try:
+            with shared_runs(model):
+                experiment.run(model, own, _nothing)
+        finally:
+            del model.hf_model.forward
+    return float(total)
+
+
+def _nothing(_done: int, _total: int) -> None:
+    """Reports no progress."""
 
 
 def main() -> None:

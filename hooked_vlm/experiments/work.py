@@ -48,12 +48,13 @@ class Work:
     n: int
     cells: int = 1
     """Of a sweep: kinds of regions, or strengths."""
-    is_unit: bool = True
-    """Whether its batches are parts; the selection of pairs comes before them."""
+    groups: int = 0
+    """Axes or directions, whose batches are apart: each batch is a part.  0: no parts, such as the
+    choice of pairs, which comes before them."""
 
     def batches(self, size: int) -> int:
-        """Returns the number of its batches."""
-        return ceil(self.n / size)
+        """Returns the number of its parts."""
+        return self.groups * ceil(self.n / max(self.groups, 1) / size)
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,21 @@ def _drawn(stimuli: StimulusSet, make: Any, k: int, config: Config) -> tuple[int
 def _behaviour(config: Config, _: Depth) -> list[Work]:
     stimuli = stimuli_of(config)
     n = _items(stimuli) * len(stimuli.directions)
-    return [Work("pass", n), Work("picture", _pictures(stimuli), is_unit=False)]
+    return [Work("pass", n, groups=1), Work("picture", _pictures(stimuli))]
 
 
 def _final_token(config: Config, _: Depth) -> list[Work]:
-    pairs, questions, pictures = _drawn(stimuli_of(config), final_token_pair, 5, config)
-    return [*_chosen(questions, pictures), Work("final token", pairs)]
+    stimuli = stimuli_of(config)
+    pairs, questions, pictures = _drawn(stimuli, final_token_pair, 5, config)
+    sweeps = Work("final token", pairs, groups=len(stimuli.axes))
+    return [*_chosen(questions, pictures), sweeps]
 
 
 def _chosen(questions: int, pictures: int) -> list[Work]:
     """Returns the work of choosing pairs."""
     return [
-        Work("pass", questions, is_unit=False),
-        Work("picture", pictures, is_unit=False),
+        Work("pass", questions),
+        Work("picture", pictures),
     ]
 
 
@@ -119,12 +122,17 @@ def _probes(config: Config, _: Depth) -> list[Work]:
     stimuli = stimuli_of(config)
     held_out = ceil(_pictures(stimuli) / 4)  # a quarter, shown with one object too
     alone = len(stimuli.names) * len(stimuli.axes)
-    return [Work("picture", _pictures(stimuli)), Work("picture", min(held_out, alone))]
+    axes = len(stimuli.axes)
+    return [
+        Work("picture", _pictures(stimuli), groups=axes),
+        Work("picture", min(held_out, alone), groups=axes),
+    ]
 
 
 def _swaps_of(stimuli: StimulusSet, config: Config, depth: Depth) -> list[Work]:
     pairs, questions, pictures = _drawn(stimuli, swap_pair, 3, config)
-    return [*_chosen(questions, pictures), Work("regions", pairs, depth.region_kinds)]
+    sweeps = Work("regions", pairs, depth.region_kinds, len(stimuli.axes))
+    return [*_chosen(questions, pictures), sweeps]
 
 
 def _strip_swap(config: Config, depth: Depth) -> list[Work]:
@@ -146,10 +154,10 @@ def _ablation(config: Any, _: Depth) -> list[Work]:
     names, directions = len(stimuli.names), len(stimuli.directions)
     n = _sampled(stimuli, config.items) * directions
     return [
-        Work("pass", names * min(REFERENCES, names - 1) * directions, is_unit=False),
-        Work("picture", min(n, _pictures(stimuli)), is_unit=False),
-        Work("picture", _references(stimuli, places=3), is_unit=False),
-        Work("first slot", n, len(REMOVALS) - 2),  # two change nothing
+        Work("pass", names * min(REFERENCES, names - 1) * directions),
+        Work("picture", min(n, _pictures(stimuli))),
+        Work("picture", _references(stimuli, places=3)),
+        Work("first slot", n, len(REMOVALS) - 2, directions),  # two change nothing
     ]
 
 
@@ -158,9 +166,9 @@ def _swap_under_ablation(config: Config, depth: Depth) -> list[Work]:
     pairs, questions, pictures = _drawn(stimuli, swap_pair, 3, config)
     return [
         *_chosen(questions, pictures),
-        Work("picture", _references(stimuli), is_unit=False),
-        Work("pass", pairs, is_unit=False),  # the sources
-        Work("regions, order removed", pairs, depth.region_kinds),
+        Work("picture", _references(stimuli)),
+        Work("pass", pairs),  # the sources
+        Work("regions, order removed", pairs, depth.region_kinds, len(stimuli.axes)),
     ]
 
 
@@ -171,10 +179,10 @@ def _amplification(config: Any, _: Depth) -> list[Work]:
     n, alphas = left * len(stimuli.directions), len(config.alphas) - 1
     kinds = len(FORMULAS) * (SEEDS + config.controls)
     return [
-        Work("picture", half * len(stimuli.axes), is_unit=False),
-        Work("picture", left * len(stimuli.axes), is_unit=False),
-        Work("pass", n, is_unit=False),
-        Work("first slot", n, kinds * alphas),
+        Work("picture", half * len(stimuli.axes)),
+        Work("picture", left * len(stimuli.axes)),
+        Work("pass", n),
+        Work("first slot", n, kinds * alphas, len(stimuli.axes)),
     ]
 
 
@@ -186,8 +194,8 @@ def _transfer(config: Any, _: Depth) -> list[Work]:
         left = min(config.items or half, _items(own) - half)
         n = left * len(own.directions)
         found += [
-            Work("picture", (half + left) * len(own.axes), is_unit=False),
-            *[Work("first slot", n, len(config.alphas) - 1)] * len(config.settings),
+            Work("picture", (half + left) * len(own.axes)),
+            *[Work("first slot", n, len(config.alphas) - 1, len(own.axes))] * len(config.settings),
         ]
     return found
 
@@ -199,7 +207,7 @@ def _at(config: Config, setting: str) -> Config:
 
 
 def _grids(config: Any, _: Depth) -> list[Work]:
-    return [Work("picture", config.images) for _k in config.ks]
+    return [Work("picture", config.images, groups=1) for _k in config.ks]
 
 
 def _photographs(config: Config, depth: Depth) -> list[Work]:
@@ -210,8 +218,8 @@ def _photographs(config: Config, depth: Depth) -> list[Work]:
 def _composites(config: Config, depth: Depth) -> list[Work]:
     stimuli = replace(stimuli_of(config), directions=("left", "right"))
     own = [
-        Work("picture", _pictures(stimuli)),
-        Work("picture", len(stimuli.names)),
+        Work("picture", _pictures(stimuli), groups=1),
+        Work("picture", len(stimuli.names), groups=1),
         *_swaps_of(stimuli, config, depth),
     ]
     return own * len(VARIANTS)
@@ -223,9 +231,9 @@ def _encoder_depth(config: Any, _: Depth) -> list[Work]:
     images = _sampled(stimuli, config.images) * len(stimuli.axes)
     return [
         *_chosen(questions, pictures),
-        Work("picture", images),
-        Work("picture", LOOKED_AT * len(stimuli.axes), is_unit=False),
-        Work("encoder sites", pairs, len(SWAPS)),
+        Work("picture", images, groups=len(stimuli.axes)),
+        Work("picture", LOOKED_AT * len(stimuli.axes)),
+        Work("encoder sites", pairs, len(SWAPS), len(stimuli.directions)),
     ]
 
 
@@ -233,9 +241,9 @@ def _redundancy(config: Any, _: Depth) -> list[Work]:
     stimuli = stimuli_of(config)
     n = _sampled(stimuli, config.items) * len(stimuli.directions)
     return [
-        Work("picture", min(n, _pictures(stimuli)), is_unit=False),
-        Work("picture", _references(stimuli), is_unit=False),
-        *[Work("pass", n)] * 4,
+        Work("picture", min(n, _pictures(stimuli))),
+        Work("picture", _references(stimuli)),
+        *[Work("pass", n, groups=len(stimuli.directions))] * 4,
     ]
 
 
@@ -244,8 +252,9 @@ def _absolute(config: Any, _: Depth) -> list[Work]:
     images = _sampled(stimuli, config.images)
     held_out, axes = ceil(images / 2), len(stimuli.axes)
     alone = 5 * len(stimuli.names)  # of three objects at two edges, about five are out of place
-    found = [Work("picture", images * axes)]
-    return found + [Work("picture", (3 * held_out + alone) * axes) for _gap in config.gaps]
+    shown = 3 * held_out + alone
+    found = [Work("picture", images * axes, groups=axes)]
+    return found + [Work("picture", shown * axes, groups=axes) for _gap in config.gaps]
 
 
 def _why_strips(config: Any, depth: Depth) -> list[Work]:
@@ -253,7 +262,8 @@ def _why_strips(config: Any, depth: Depth) -> list[Work]:
     images, axes = _sampled(stimuli, config.images), len(stimuli.axes)
     layers = 1 + (depth.encoder_layers if config.by != "none" else 0)
     cuts = len(CUTS) * (1 + config.random_cuts) * layers
-    return [Work("picture", images * axes), *[Work("picture", ceil(images / 2) * axes)] * cuts]
+    cut = Work("picture", ceil(images / 2) * axes, groups=axes)
+    return [Work("picture", images * axes, groups=axes), *[cut] * cuts]
 
 
 _COUNTS: dict[str, Count] = {
@@ -277,4 +287,4 @@ _COUNTS: dict[str, Count] = {
 
 def totals(work: Iterable[Work], size: int) -> int:
     """Returns the number of parts: batches that can be computed apart."""
-    return sum(each.batches(size) for each in work if each.is_unit)
+    return sum(each.batches(size) for each in work)

@@ -80,7 +80,7 @@ class RunPlan:
     @property
     def operations(self) -> float:
         """Operations of all steps."""
-        return sum(step.operations for step in self.steps)
+        return float(sum(step.operations for step in self.steps))
 
     @property
     def memory(self) -> int:
