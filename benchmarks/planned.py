@@ -72,7 +72,9 @@ def main() -> None:
     names = given.experiments or list(
         dict.fromkeys(member.split(":")[0] for member in registry.SUITES["reproduce"])
     )
-    model = HookedVLM.from_pretrained(given.model, dtype=torch.float32)
+    # torch counts no operations of fused attention on the CPU.
+    how = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = HookedVLM.from_pretrained(given.model, **how)
     config = Config(pairs=given.pairs)
     print("| experiment | predicted, GFLOP | counted, GFLOP | predicted / counted |")
     print("|---|---:|---:|---:|")

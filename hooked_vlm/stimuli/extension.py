@@ -64,9 +64,13 @@ def setting_of(name: str, make: Any, origin: Origin) -> OwnSetting:
     """Returns a function as a setting; raises `DataError` for one with other arguments."""
     if not callable(make):
         raise DataError(f"{shown(make)} is no function that returns a StimulusSet")
-    parameters = inspect.signature(make).parameters.values()
+    try:
+        parameters = inspect.signature(make).parameters.values()
+    except (TypeError, ValueError):  # a built-in function without a signature
+        raise DataError(f"{shown(make)} has no signature; give a function") from None
     for parameter in parameters:
-        optional = parameter.default is not parameter.empty
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        optional = variadic or parameter.default is not parameter.empty
         if parameter.name not in OPTIONS and not optional:
             raise DataError(
                 f"its function takes {parameter.name!r}; it may take {', '.join(OPTIONS)} by name"

@@ -17,7 +17,7 @@ from hooked_vlm.report.planned import RunPlan, plan_run
 def test_a_prediction_is_what_torch_counts() -> None:
     config = Config(pairs=2)
     plan = plan_run("final-token", "tiny-qwen2-vl", config=config)
-    model = HookedVLM.from_pretrained("tiny-qwen2-vl")
+    model = HookedVLM.from_pretrained("tiny-qwen2-vl", attn_implementation="eager")
     counted(model, "final-token", config, {})  # controls run once for a model
     found = counted(model, "final-token", config, {})
     assert plan.operations == pytest.approx(found, rel=0.2)
