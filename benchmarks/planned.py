@@ -40,9 +40,10 @@ def counted(model: HookedVLM, name: str, config: Config, options: Mapping[str, s
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal total
         with FlopCounterMode(display=False) as counter:
-            found = forward(*args, **kwargs)
-        total += counter.get_total_flops()
-        return found
+            try:
+                return forward(*args, **kwargs)
+            finally:  # a pass that ends after the encoder does so by an exception
+                total += counter.get_total_flops()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HookedVLMWarning)

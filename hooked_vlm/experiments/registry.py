@@ -41,7 +41,7 @@ from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.extensions.found import Extensions
 from hooked_vlm.extensions.origin import Origin
 from hooked_vlm.stimuli.datasets import whatsup
-from hooked_vlm.stimuli.settings import INSET, SETTINGS, own_setting, require_known
+from hooked_vlm.stimuli.settings import INSET, SETTINGS, added_setting, require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +253,6 @@ def origins(experiment: str, settings: Iterable[str]) -> dict[str, Origin]:
     own = None if experiment in EXPERIMENTS else EXTENSIONS.get(experiment)
     found = {} if own is None else {f"experiment {experiment}": own.origin}
     for name in settings:
-        if (setting := own_setting(name)) is not None:
+        if (setting := added_setting(name)) is not None:
             found[f"setting {name}"] = setting.origin
     return found

@@ -19,7 +19,7 @@ OPTIONS = (*FOLDERS, "other_words")
 
 
 @dataclass(frozen=True)
-class OwnSetting:
+class AddedSetting:
     """A setting of another distribution."""
 
     name: str
@@ -60,7 +60,7 @@ class OwnSetting:
         return found
 
 
-def setting_of(name: str, make: Any, origin: Origin) -> OwnSetting:
+def setting_of(name: str, make: Any, origin: Origin) -> AddedSetting:
     """Returns a function as a setting; raises `DataError` for one with other arguments."""
     if not callable(make):
         raise DataError(f"{shown(make)} is no function that returns a StimulusSet")
@@ -76,4 +76,4 @@ def setting_of(name: str, make: Any, origin: Origin) -> OwnSetting:
                 f"its function takes {parameter.name!r}; it may take {', '.join(OPTIONS)} by name"
             )
     reads = tuple(p.name for p in parameters if p.name in OPTIONS)
-    return OwnSetting(name, make, reads, origin)
+    return AddedSetting(name, make, reads, origin)

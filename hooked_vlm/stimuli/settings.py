@@ -16,7 +16,7 @@ from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.extensions.found import Extensions
 from hooked_vlm.stimuli import objects, photographs, shapes, squares
 from hooked_vlm.stimuli.datasets import whatsup
-from hooked_vlm.stimuli.extension import OwnSetting, setting_of
+from hooked_vlm.stimuli.extension import AddedSetting, setting_of
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.sets import Draw
@@ -42,7 +42,7 @@ def stimulus_set(
     Raises `DataError` for an unknown name or an unusable folder.
     """
     require_known(name)
-    if (own := own_setting(name)) is not None:
+    if (own := added_setting(name)) is not None:
         return own.stimuli(
             cutouts=cutouts, backgrounds=backgrounds, data=data, other_words=other_words
         )
@@ -93,7 +93,7 @@ def files_of(
     Raises `DataError` as `stimulus_set` does.
     """
     require_known(name)
-    if (own := own_setting(name)) is not None:
+    if (own := added_setting(name)) is not None:
         return own.files(cutouts=cutouts, backgrounds=backgrounds, data=data)
     if name in whatsup.SETTINGS:
         folder = _folder(name, data)
@@ -135,7 +135,7 @@ def register_setting(name: str, make: Callable[..., StimulusSet], *, replace: bo
     EXTENSIONS.register(name, make, replace=replace)
 
 
-def own_setting(name: str) -> OwnSetting | None:
+def added_setting(name: str) -> AddedSetting | None:
     """Returns the setting of another distribution; None for this package's settings.
 
     Raises `DataError` for one that cannot be used.
