@@ -45,7 +45,7 @@ def command(environment: dict[str, str], *words: str) -> subprocess.CompletedPro
 
 def test_it_is_listed_and_runs(environment: dict[str, str], tmp_path: Path) -> None:
     listed = command(environment, "list").stdout
-    assert "D1  dimmed                 hooked-vlm-dimmed 0.1.0, this package: How much" in listed
+    assert "P1  dimmed                 hooked-vlm-dimmed 0.1.0, this package: How much" in listed
     assert "three-squares              hooked-vlm-dimmed 0.1.0" in listed
     assert "experiment 'halting' of broken 2.0 cannot be used" in listed
 
@@ -58,7 +58,7 @@ def test_it_is_listed_and_runs(environment: dict[str, str], tmp_path: Path) -> N
     assert table["value"].iloc[1] == 1 and set(table["n"]) == {12}
     page = (tmp_path / "report.html").read_text()
     assert "accuracy without image tokens" in page and "The claim (this package)" in page
-    assert (tmp_path / "figures/D1-three-squares-factors.png").exists()
+    assert (tmp_path / "figures/P1-three-squares-factors.png").exists()
     record = json.loads((tmp_path / "provenance.json").read_text())
     uses = ["experiment dimmed", "setting three-squares"]
     assert list(record["extensions"]) == [f"{use} of hooked-vlm-dimmed" for use in uses]

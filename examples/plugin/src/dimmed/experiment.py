@@ -21,7 +21,7 @@ from hooked_vlm.report.figures import Drawing
 
 
 ABOUT = About(
-    id="D1",
+    id="P1",
     name="dimmed",
     section="this package",
     title="How much of the image tokens does the answer need?",
