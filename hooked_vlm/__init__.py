@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.engine.shared import shared_runs as shared_runs
     from hooked_vlm.errors import HookedVLMError as HookedVLMError
     from hooked_vlm.errors import HookedVLMWarning as HookedVLMWarning
+    from hooked_vlm.experiments.registry import register_experiment as register_experiment
     from hooked_vlm.features.extract import dataset_means as dataset_means
     from hooked_vlm.features.extract import extract as extract
     from hooked_vlm.features.stored import Features as Features
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.interventions.chain import Chain as Chain
     from hooked_vlm.interventions.hook_at import HookAt as HookAt
     from hooked_vlm.interventions.patch import Patch as Patch
+    from hooked_vlm.interventions.protocol import Intervention as Intervention
+    from hooked_vlm.interventions.protocol import place_index as place_index
     from hooked_vlm.interventions.recording import Recording as Recording
     from hooked_vlm.interventions.recording import record as record
     from hooked_vlm.interventions.steer import Steer as Steer
@@ -54,6 +57,7 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.regions.positions import Span as Span
     from hooked_vlm.regions.positions import TextTokens as TextTokens
     from hooked_vlm.regions.region import Region as Region
+    from hooked_vlm.stimuli.settings import register_setting as register_setting
     from hooked_vlm.sweeps.attribution import attribution_patch as attribution_patch
     from hooked_vlm.sweeps.integrated import Attribution as Attribution
     from hooked_vlm.sweeps.integrated import gradient_attribution as gradient_attribution

@@ -1,4 +1,4 @@
-"""The command line: `hooked-vlm run`, `demo`, `reproduce`, `sites`, `check` and `list`.
+"""The command line: `hooked-vlm run`, `demo`, `reproduce`, `plan`, `sites`, `check`, `list`.
 
 Only this file prints results and exits.  It converts arguments to a `Job`, shows the job's
 progress, and prints every `HookedVLMError` as one line with exit status 2.  torch and
@@ -6,7 +6,6 @@ transformers take seconds to import, so each command imports them only when it r
 `--help` answers at once.
 """
 
-import errno
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from typer.core import TyperCommand
 
 from hooked_vlm.errors import DataError, HookedVLMError
 from hooked_vlm.report.children import run_commands
+from hooked_vlm.report.lacking import lacking
 from hooked_vlm.report.progress import Listener, quiet
 
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 FAILED, USER_ERROR, SIGNALLED = 1, 2, 128  # a signal's number is added to the last
 INTERRUPTED = SIGNALLED + signal.SIGINT
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="hooked-vlm",
@@ -252,22 +251,35 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(cls=_Command)
+def plan(
+    experiment: Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")],
+    model: Model,
+    setting: Setting = None,
+    pairs: Pairs = 50,
+    batch_size: BatchSize = 16,
+    options: Options = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    card: Annotated[str, typer.Option(help="Such as H200, A100-80GB or L4.")] = "H200",
+    workers: Annotated[int, typer.Option(min=1, help="Cards that share the parts.")] = 1,
+    utilisation: Annotated[float, typer.Option(help="Assumed share of the card's rate.")] = 0.3,
+) -> None:
+    """Predict parts, operations, memory and hours of a run. Reads no weights; nothing runs."""
+    from hooked_vlm.experiments.options import Config, from_words
+    from hooked_vlm.report.planned import plan_run
+
+    config, own = Config(pairs=pairs, batch_size=batch_size), from_words(options or [])
+    how = {"dtype": dtype, "card": card, "workers": workers, "utilisation": utilisation}
+    with quiet():
+        print(plan_run(experiment, model, config=config, setting=setting, options=own, **how))
+
+
 @app.command("list", cls=_Command)
 def list_() -> None:
-    """List the suites, the experiments and the shipped models."""
-    from hooked_vlm import zoo
-    from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES
+    """List suites, experiments, shipped models, and what other packages add."""
+    from hooked_vlm.report.listing import listing
 
-    print("suites")
-    for name, members in SUITES.items():
-        print(f"  {name:<18} {', '.join(members)}")
-    print("experiments")
-    for name, experiment in EXPERIMENTS.items():
-        print(f"  {experiment.id:<3} {name:<22} paper, {experiment.section}: {experiment.title}")
-        print(f"      {experiment.claim}")
-    print("shipped models")
-    for name in zoo.available():
-        print(f"  {name}")
+    print(listing())
 
 
 def main() -> None:
@@ -281,25 +293,11 @@ def main() -> None:
         print(f"hooked-vlm: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except (OSError, MemoryError, RuntimeError) as error:
-        lacking = _lacking(error)
-        if lacking is None:
+        missing = lacking(error)
+        if missing is None:
             raise
-        print(f"hooked-vlm: {lacking[0]}. {lacking[1]}.", file=sys.stderr)
+        print(f"hooked-vlm: {missing[0]}. {missing[1]}.", file=sys.stderr)
         sys.exit(FAILED)
-
-
-def _lacking(error: Exception) -> tuple[str, str] | None:
-    """Returns what the machine lacks and the remedy, or None for another error."""
-    text = str(error).lower()
-    memory = "out of memory" in text or "can't allocate memory" in text
-    if isinstance(error, MemoryError) or memory:
-        return "Out of memory", "Give a smaller --batch-size, or --dtype bfloat16"
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return "The disk is full", "Free space on it"
-    if isinstance(error, OSError) and error.filename is not None:
-        what = f"'{str(error.filename)[-200:]}' cannot be read or written: {error.strerror}"
-        return what, "Correct the folder or its permissions"
-    return None
 
 
 def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> None:
@@ -379,13 +377,13 @@ def _run(job: "Job") -> "Report":
         )
         sys.exit(INTERRUPTED)
     except (OSError, MemoryError, RuntimeError) as error:
-        lacking = _lacking(error)
-        if lacking is None:
+        missing = lacking(error)
+        if missing is None:
             raise
         print(
-            f"hooked-vlm: {lacking[0]}, after {listener.finished} of {listener.of or 'the'} "
+            f"hooked-vlm: {missing[0]}, after {listener.finished} of {listener.of or 'the'} "
             f"experiments on {job.model}; their results are kept in {job.out / runner.RESULTS}. "
-            f"{lacking[1]}, and run the command again to resume.",
+            f"{missing[1]}, and run the command again to resume.",
             file=sys.stderr,
         )
         sys.exit(FAILED)

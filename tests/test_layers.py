@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "hooked_vlm"
 ORDER = (  # from the ground up; packages of one line do not know each other
     "errors",
     "arguments",
+    "extensions",
     "anatomy regions",
     "hooks analysis",
     "inputs stimuli",

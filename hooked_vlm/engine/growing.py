@@ -321,8 +321,9 @@ def _jobs(
     if len(jobs) != len(found):
         missing = counted(len(found) - len(jobs), "cell")
         raise GrowthError(
-            f"rows cannot carry what {missing} would change (interventions of a class of the "
-            "user's, or a base that acts after a cell's own)"
+            f"rows cannot carry what {missing} would change (interventions of the user's own "
+            "that may act anywhere, sites of theirs outside blocks, or a base that acts after a "
+            "cell's own)"
         )
     return jobs
 

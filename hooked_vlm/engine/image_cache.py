@@ -96,12 +96,7 @@ class _StandIn:
         self.own = encoder.forward
         self.inside = [module for module in encoder.modules() if module is not encoder]
         self.forwards = [vars(module).get("forward") for module in self.inside]
-        path = model.anatomy.vision.path
-        self.sites = {
-            name
-            for name, site in model.sites.items()
-            if site.module == path or site.module.startswith(f"{path}.")
-        }
+        self.path = model.anatomy.vision.path
 
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Returns what the encoder returns for a call, or would within rounding."""
@@ -121,9 +116,12 @@ class _StandIn:
         return (
             self.model.hf_model.training
             or (torch.is_grad_enabled() and self._is_differentiated(args, kwargs))
-            or bool(self.sites & self.model.hooked_sites)
+            or any(map(self._is_inside, self.model.hooked_sites))
             or not self._is_bare()
         )
+
+    def _is_inside(self, site: str) -> bool:
+        return f"{self.model.sites[site].module}.".startswith(f"{self.path}.")
 
     def _is_differentiated(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         given = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))

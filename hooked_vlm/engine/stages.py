@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_vlm.hooks.names import site_path
+from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.rows import known_grids
 from hooked_vlm.interventions.chain import Cell, flattened
 
@@ -79,10 +80,11 @@ def job_of(
 ) -> RowPlan | None:
     """Returns a cell as a job, or None where it changes something that rows cannot carry.
 
-    That is: interventions of the user's own kind, and what all cells begin with where it acts
-    after the first of the cell's own.  `merged_first` says that the merged embeddings are what the
-    first block takes, and nothing is done to them on the way.  `first_image` returns the first
-    token of any image, where many cells ask for it.
+    That is: interventions of the user's own kind that may act anywhere, sites of theirs outside
+    blocks, and what all cells begin with where it acts after the first of the cell's own.
+    `merged_first` says that the merged embeddings are what the first block takes, and nothing is
+    done to them on the way.  `first_image` returns the first token of any image, where many cells
+    ask for it.
     """
     base, own = (
         _steps(model, inputs, part, merged_first, first_image) for part in (cell.base, cell.own)
@@ -129,11 +131,19 @@ def _steps(
     for part in flattened(interventions):
         if not hasattr(part, "first"):
             return None
+        if not _is_placed(model.sites[part.site]):
+            return None
         stage, between = stage_of(part.site, model.cfg.n_layers, merged_first=merged_first)
         is_vision = site_path(part.site).is_vision
         first = find_first() if is_vision else part.first
         steps.append(StageEdit(part, part.site, stage, between, first))
     return steps
+
+
+def _is_placed(site: Site) -> bool:
+    """Whether a site's name says when it runs; that of a user's site may not."""
+    in_block = site.by_position and site_path(site.name).layer is not None
+    return not site.own or site.by_image or in_block
 
 
 def first_image_token(model: Any, inputs: Mapping[str, Any]) -> int:

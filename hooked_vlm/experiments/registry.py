@@ -1,14 +1,15 @@
 """The experiments by name, and the suites that group them.
 
-The command line, the reports and the tests find experiments only here.  An experiment is a
-function of a model, a configuration and a progress callback; the other fields are text for
-readers.
+The command line, the reports and the tests find experiments only here, those of other
+distributions too (`register_experiment`).  An experiment is a function of a model, a
+configuration and a progress callback; the other fields are text for readers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments.dual_mechanisms import (
     amplification,
@@ -19,6 +20,7 @@ from hooked_vlm.experiments.dual_mechanisms import (
     strip_swap,
     swap_under_ablation,
 )
+from hooked_vlm.experiments.extension import Draw, Headlines, parts_of
 from hooked_vlm.experiments.further import (
     absolute_or_relative,
     alpha_transfer,
@@ -36,8 +38,10 @@ from hooked_vlm.experiments.notes import with_notes
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
 from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.extensions.found import Extensions
+from hooked_vlm.extensions.origin import Origin
 from hooked_vlm.stimuli.datasets import whatsup
-from hooked_vlm.stimuli.settings import INSET, SETTINGS, require_known
+from hooked_vlm.stimuli.settings import INSET, SETTINGS, added_setting, require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,12 @@ class Experiment(About):
     """`run(model, config, on_progress)`, with a `HookedVLM` as its model."""
     config: type[Config]
     """The configuration of `run`; its defaults are the paper's."""
+    draw: Draw | None = None
+    """The function that makes its figures, of an experiment of another distribution."""
+    headlines: Headlines = ()
+    """Its numbers at the top of a report, of an experiment of another distribution."""
+    origin: Origin | None = None
+    """Where its code comes from; None: this package."""
 
 
 MODULES = (
@@ -163,15 +173,86 @@ def steps(name: str, setting: str | None = None) -> list[Step]:
 
 
 def select(name: str) -> Experiment:
-    """Returns the experiment with a name or id.
+    """Returns the experiment with a name or id; those of other distributions have a name alone.
 
-    Raises `DataError` with the nearest names for an unknown name.
+    Raises `DataError` with the nearest names for an unknown name, and for an experiment of another
+    distribution that cannot be used.
     """
     for experiment in EXPERIMENTS.values():
         if name in (experiment.name, experiment.id, experiment.id.lower()):
             return experiment
-    known = [*SUITES, *EXPERIMENTS]
+    if (own := EXTENSIONS.get(name)) is not None:
+        return own
+    known = [*SUITES, *EXPERIMENTS, *EXTENSIONS.names()]
     raise DataError(
         f"There is no experiment {name!r}.{did_you_mean(name, known)} "
         f"Use one of: {', '.join(known)}."
     )
+
+
+@checked(DataError)
+def register_experiment(experiment: Any, *, replace: bool = False) -> None:
+    """Adds an experiment for the rest of this process.
+
+    `experiment` is a module, or another object, with the names of this package's own experiments:
+    `ABOUT` (an `About`), `run(model, config, on_progress) -> Result`, and if it has options,
+    `Config`.  It may have `draw(result)`, which yields figures (`report.figures.Drawing`), and
+    `HEADLINES`, numbers at the top of a report.
+
+    A distribution makes an experiment known for good, and to the command line, by an entry point
+    `name = "module"` in the group `hooked_vlm.experiments`.
+
+    Raises `DataError` for a name or an id that is taken (a name of another distribution's may be
+    taken with `replace`), and for an object without these names.
+
+    >>> import pandas as pd
+    >>> from hooked_vlm.experiments.result import About, Result
+    >>> class Blank:
+    ...     ABOUT = About(id="X0", name="blank", title="?", claim="None.", section="none")
+    ...
+    ...     def run(model, config, on_progress):
+    ...         table = pd.DataFrame([{"quantity": "pairs", "value": config.pairs}])
+    ...         return Result(**vars(Blank.ABOUT), table=table, verdict="Nothing was measured.")
+    >>> register_experiment(Blank)
+    >>> select("blank").run(None, select("blank").config(pairs=3), print).table["value"].item()
+    3
+    """
+    name = getattr(getattr(experiment, "ABOUT", None), "name", None)
+    if name is None:
+        raise DataError(
+            "An experiment has no ABOUT with a name. Give a module (or another object) with "
+            "ABOUT = About(…) and run(model, config, on_progress)."
+        )
+    EXTENSIONS.register(name, experiment, replace=replace)
+
+
+def _of_another(name: str, source: Any, origin: Origin) -> Experiment:
+    """Returns an experiment of another distribution; see `parts_of`."""
+    parts = parts_of(name, source, [known.id for known in EXPERIMENTS.values()])
+    return Experiment(
+        **vars(parts.about),
+        run=with_notes(parts.run),
+        config=parts.config,
+        draw=parts.draw,
+        headlines=parts.headlines,
+        origin=origin,
+    )
+
+
+EXTENSIONS = Extensions(
+    "hooked_vlm.experiments",
+    "experiment",
+    _of_another,
+    taken=lambda: (*SUITES, *EXPERIMENTS, *(known.id.lower() for known in EXPERIMENTS.values())),
+)
+"""The experiments of other distributions."""
+
+
+def origins(experiment: str, settings: Iterable[str]) -> dict[str, Origin]:
+    """Returns where code of other distributions comes from that an experiment runs, by its use."""
+    own = None if experiment in EXPERIMENTS else EXTENSIONS.get(experiment)
+    found = {} if own is None else {f"experiment {experiment}": own.origin}
+    for name in settings:
+        if (setting := added_setting(name)) is not None:
+            found[f"setting {name}"] = setting.origin
+    return found

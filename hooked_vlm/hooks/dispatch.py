@@ -73,6 +73,8 @@ class SiteDispatch:
         """Returns the replacement of the module's value `raw`, or None when nothing changed."""
         if self.inactive:
             return None
+        if self.site.own:
+            require_axes(self.site, raw, self.packing)
         if isinstance(raw, list):  # already split by image
             even = len({tensor.shape for tensor in raw}) == 1
             stacked = torch.stack(raw) if even else raw
@@ -96,6 +98,11 @@ class SiteDispatch:
         """Returns the value after all functions, and whether any function changed it."""
         any_changed = False
         self.point.call += 1
+        if self.site.own and self.point.call and not self.site.by_image:
+            raise HookError(
+                f"{self.point.name} runs more than once in a pass, so that one activation cannot "
+                "stand for it. Add a site at a module that runs once."
+            )
         self._note_positions(value)
         for fn, run in self.fns:
             if self._is_inactive(fn, run):
@@ -194,6 +201,27 @@ def _unfolded(raw: Tensor, site: Site, n_rows: int) -> Tensor:
     if raw.ndim != n_axes - 1 or site.tap == "attention" or not n_rows or len(raw) % n_rows:
         return raw
     return raw.unflatten(0, (n_rows, -1))
+
+
+def require_axes(site: Site, raw: Any, call: CallContext) -> None:
+    """Raises `HookError` for a module's value that does not have the axes of a user's site.
+
+    Rows of prompts may be folded into one axis, if each has the positions of the prompt.
+    """
+    parts, n_axes = _parts(raw), len(site.axes.split())
+    is_listed = isinstance(raw, list)
+    wrong = not all(isinstance(x, Tensor) and x.is_floating_point() for x in parts)
+    if not wrong and not site.order:
+        missing = n_axes - is_listed - parts[0].ndim
+        prompt = None if call.prompt is None else call.prompt.shape[:2].numel()
+        folded = missing == 1 and (site.by_image or (site.by_position and len(raw) == prompt))
+        grid = site.by_image and missing < 0
+        wrong = bool(missing) and not folded and not grid
+    if wrong:
+        raise HookError(
+            f"{site.name} is {_describe(raw)} in this model, and was added with the axes "
+            f"[{site.axes}]. Give add_site(…, axes=…) its axes, or another module."
+        )
 
 
 def is_watched(value: VisionActivation) -> bool:

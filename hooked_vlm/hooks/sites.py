@@ -66,6 +66,8 @@ class Site:
     """Why the site cannot be written; empty when it can."""
     computed: str = ""
     """What is computed from the module's input (see `on_request`); empty: the input itself."""
+    own: bool = False
+    """Whether the user added it (see `own_sites`)."""
 
     @property
     def by_image(self) -> bool:

@@ -14,11 +14,11 @@ intervention to a model and inputs (see `placing`): names, sizes, grids, shapes.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.displayed import OneLine
+from hooked_vlm.arguments.kinds import is_whole
 from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.interventions.indexing import all_rows
@@ -113,7 +113,7 @@ def check_heads(heads: Any, model: HookedModel, site: Site) -> None:
     """Raises `InterventionError` for heads that a site does not have."""
     if heads is None:
         return
-    if not isinstance(heads, tuple) or not heads or not all(map(_is_whole, heads)):
+    if not isinstance(heads, tuple) or not heads or not all(map(is_whole, heads)):
         raise InterventionError(
             f"heads={heads!r} was given; expected a tuple of one or more whole numbers, "
             "or None for all heads."
@@ -127,7 +127,3 @@ def check_heads(heads: Any, model: HookedModel, site: Site) -> None:
     wrong = [head for head in heads if not 0 <= head < n_heads]
     if wrong:
         raise InterventionError(f"{site.name} has heads 0 to {n_heads - 1}; {wrong} were given.")
-
-
-def _is_whole(head: object) -> bool:
-    return isinstance(head, Integral) and not isinstance(head, bool)

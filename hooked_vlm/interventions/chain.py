@@ -6,8 +6,12 @@ from typing import Any
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.arguments.displayed import OneLine
+from hooked_vlm.arguments.kinds import is_whole
 from hooked_vlm.errors import InterventionError, UnknownHookError
+from hooked_vlm.hooks.names import select_names
+from hooked_vlm.hooks.of_interventions import hooks_of
 from hooked_vlm.hooks.prompts import require_generation
+from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.base import HookedModel
@@ -31,15 +35,22 @@ class Chain(OneLine):
     def check(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
         """Raises what is wrong with any part; runs nothing."""
         for part in self.parts:
-            part.check(model, inputs)
+            if hasattr(part, "check"):
+                part.check(model, inputs)
 
     def hooks_for(self, model: HookedModel, inputs: Mapping[str, Any]) -> list[Edit]:
         """Returns the hooks of all parts, in order."""
-        return [hook for part in self.parts for hook in part.hooks_for(model, inputs)]
+        return [hook for part in self.parts for hook in hooks_of(part, model, inputs)]
 
     @checked(UnknownHookError)
     def at_site(self, site: SiteName) -> "Chain":
         """Returns the same interventions, all at another site."""
+        for part in self.parts:
+            if not hasattr(part, "at_site"):
+                raise UnknownHookError(
+                    f"{shown(part)} cannot be moved to another site: its class has no "
+                    "at_site(site). Write the method, or make the Chain anew."
+                )
         return Chain(*(part.at_site(site) for part in self.parts))
 
     def __str__(self) -> str:
@@ -71,7 +82,7 @@ class Cell:
         Raises what is wrong with any of them; nothing runs.
         """
         base, own = (
-            tuple(_placed(part, model, inputs, places) for part in flattened(these))
+            tuple(x for part in flattened(these) for x in _placed(part, model, inputs, places))
             for these in (self.base, self.own)
         )
         return Cell(self.coords, (*base, *own), len(base))
@@ -100,20 +111,34 @@ def source_of(intervention: Any) -> tuple[str, Any]:
     return name, source if isinstance(source, Recording | Mapping) else None
 
 
-def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> Any:
+def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> list[Any]:
+    """Returns an intervention checked and located; one of the user's own may be several hooks."""
     if hasattr(part, "place"):
         placed = part.place(model, inputs, places)
         if getattr(placed, "generated", ()):
             require_generation(placed.hooks_for())
-        return placed
+        return [placed]
     if not hasattr(part, "hooks_for"):
         raise InterventionError(
-            f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Attend, Chain, HookAt "
-            "or a pair (name, function)."
+            f"{shown(part)} is no intervention: give Patch, Ablate, Steer, Attend, Chain, HookAt, "
+            "a pair (name, function), or an object with hooks_for(model, inputs)."
         )
     if hasattr(part, "check"):
         part.check(model, inputs)
-    return part  # an intervention of the user's own: it runs by hooks
+    first = getattr(part, "first_position", None)
+    hooks = hooks_of(part, model, inputs)  # verifies what it returns
+    if first is None:
+        return [part]  # it may act anywhere: it runs by hooks
+    if not is_whole(first):
+        raise InterventionError(
+            f"{type(part).__name__}.first_position is {shown(first)}; expected a whole number, or "
+            "None where it is not known."
+        )
+    return [
+        HookAt(site, fn, int(first)).place(model, inputs)
+        for names, fn in hooks
+        for site in select_names(names, model.hook_names)
+    ]
 
 
 def _reading(intervention: Any, recorded: Mapping[int, Recording]) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from hooked_vlm.arguments.checked import checked, shown
 from hooked_vlm.errors import InterventionError, UnknownHookError, counted
@@ -29,6 +29,7 @@ class HookAt:
     site: SiteName
     fn: Callable[..., Any]
     first_position: int = 0
+    each_step: ClassVar[bool] = True
 
     @checked(UnknownHookError)
     def at_site(self, site: SiteName) -> "HookAt":
@@ -75,6 +76,7 @@ class PlacedHook:
     part: HookAt
     where: Site
     first: int
+    each_step: ClassVar[bool] = True
 
     @property
     def site(self) -> str:

@@ -30,6 +30,7 @@ from hooked_vlm.hooks.dispatch import HookFunction, Reader
 from hooked_vlm.hooks.gradients import warn_unreached
 from hooked_vlm.hooks.hook_point import ByName, HookPoint, PassCounter, require_hook_function
 from hooked_vlm.hooks.names import VISION, NamesFilter, SiteNames, count_layers, select_names
+from hooked_vlm.hooks.of_interventions import hooks_of
 from hooked_vlm.hooks.patch_order import VisionActivation as VisionActivation
 from hooked_vlm.hooks.patch_order import each, joined
 from hooked_vlm.hooks.prompts import require_generation, warn_ungenerated
@@ -47,6 +48,7 @@ from hooked_vlm.model.keywords import (
     require_read,
 )
 from hooked_vlm.model.memory import require_memory
+from hooked_vlm.model.own_sites import TakesSites
 from hooked_vlm.model.said import say_eager, warn_unran
 
 
@@ -59,7 +61,7 @@ FwdHook = Any
 Wrapped = TypeVar("Wrapped", bound="HookedModel")
 
 
-class HookedModel(ActsLikeAModule, ABC):
+class HookedModel(TakesSites, ActsLikeAModule, ABC):
     """A model whose activations can be read and replaced by name; abstract."""
 
     cfg: HookedVLMConfig | EncoderConfig
@@ -363,7 +365,7 @@ class HookedModel(ActsLikeAModule, ABC):
                         f"{item} needs the inputs it acts on, and none were given. Use "
                         "hooks(…, inputs=inputs)."
                     )
-                pairs += self._resolved(item.hooks_for(self, inputs))
+                pairs += self._resolved(hooks_of(item, self, inputs))
             elif isinstance(item, tuple) and len(item) == 2 and callable(item[1]):
                 pairs += self._resolved([item])
             else:

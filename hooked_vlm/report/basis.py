@@ -19,6 +19,7 @@ from torch import nn
 from hooked_vlm.anatomy.devices import compute_dtype
 from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.experiments.options import Config
+from hooked_vlm.experiments.registry import origins
 from hooked_vlm.model.loading import local_folder
 from hooked_vlm.report.files import sha256_of
 from hooked_vlm.report.provenance import PACKAGES, attention_of, parameter_hash, version_of
@@ -64,12 +65,16 @@ def run_key(experiment: str, config: Config, basis: Basis) -> str:
     """Returns the hash of everything that an experiment's numbers and sentences depend on.
 
     Of a user's folder the content counts and not the path.  Unreleased versions of this package
-    can share a number and differ in source, so the source counts too.
+    can share a number and differ in source, so the source counts too, as does that of the
+    distributions whose experiment or setting is used.
 
     Raises `DataError` for a folder or a picture that cannot be read.
     """
     chosen = {name: value for name, value in asdict(config).items() if name not in _FOLDERS}
-    everything = [FORMAT, experiment, chosen, data_files(config), asdict(basis), source_sha256()]
+    own = origins(experiment, (config.setting, *config.used_settings))
+    others = {use: asdict(origin) for use, origin in own.items()}
+    data = data_files(config)
+    everything = [FORMAT, experiment, chosen, data, asdict(basis), source_sha256(), others]
     text = json.dumps(everything, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

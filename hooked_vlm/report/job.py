@@ -197,6 +197,13 @@ def run(job: Job, listener: Listener) -> Report:
         seed=job.config.seed,
         seconds=seconds,
         reused=reused,
+        extensions={
+            use: origin
+            for step in steps
+            for use, origin in registry.origins(
+                step.experiment.name, (step.setting, *own(job, step).used_settings)
+            ).items()
+        },
     )
     page = write_report(results, provenance, job.out)
     return Report(results=results, provenance=provenance, page=page)

@@ -19,9 +19,10 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
+from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.targets import targets
-from hooked_vlm.report.figures import HEADLINES, Drawing, drawings
+from hooked_vlm.report.figures import Drawing, drawings, headlines
 from hooked_vlm.report.files import write_file
 from hooked_vlm.report.look import to_png
 from hooked_vlm.report.provenance import Provenance
@@ -118,7 +119,7 @@ def key_numbers(results: Sequence[Result]) -> list[Tile]:
     tiles = []
     first = {result.id: result for result in reversed(results)}
     for result in reversed(first.values()):
-        for where, label in () if result.table.empty else HEADLINES.get(result.id, ()):
+        for where, label in () if result.table.empty else headlines(result):
             rows = result.table
             for column, wanted in where.items():
                 rows = rows[rows[column].isna() if wanted is None else rows[column] == wanted]
@@ -146,6 +147,7 @@ def _section(result: Result, out: Path) -> dict[str, Any]:
         figures.append(_shown(drawing, png))
     return {
         "result": result,
+        "is_of_paper": result.name in EXPERIMENTS,
         "figures": figures,
         "stimuli": _stimuli(result),
         "targets": targets(result.id, result.setting),

@@ -26,6 +26,7 @@ from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype, execution_device
 from hooked_vlm.errors import DataError
+from hooked_vlm.extensions.origin import Origin
 
 
 PACKAGES = (
@@ -80,6 +81,9 @@ class Provenance:
     """Highest resident memory of the process since its start, not only during this run."""
     peak_cuda_memory_mib: float | None
     """Highest allocation over all CUDA devices during the run; `None` without CUDA."""
+    extensions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Experiments and settings of other distributions, as `"experiment my-own of PACKAGE"`: the
+    version of the distribution, and a hash of its source."""
 
     @property
     def title(self) -> str:
@@ -138,6 +142,7 @@ def describe_run(
     seconds: Mapping[str, float] | None = None,
     reused: Sequence[str] = (),
     model_files: Mapping[str, str] | None = None,
+    extensions: Mapping[str, Origin] | None = None,
 ) -> Provenance:
     """Returns the record of one run of `experiment` on `model`; `name` is the user's name for it.
 
@@ -169,6 +174,10 @@ def describe_run(
         reused=list(reused),
         peak_memory_mib=round(_peak_resident_mib(), 1),
         peak_cuda_memory_mib=None if watch.peak_cuda_mib is None else round(watch.peak_cuda_mib, 1),
+        extensions={
+            f"{use} of {origin.distribution or origin.module}": origin.record
+            for use, origin in (extensions or {}).items()
+        },
     )
 
 

@@ -1,6 +1,7 @@
 """The settings by name: Squares, Shapes, Objects, each on white or on photographs; What'sUp.
 
-A setting defines the stimuli; every experiment runs on any of them.
+A setting defines the stimuli; every experiment runs on any of them.  Settings of other
+distributions are found here too (`register_setting`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from PIL import Image
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.extensions.found import Extensions
 from hooked_vlm.stimuli import objects, photographs, shapes, squares
 from hooked_vlm.stimuli.datasets import whatsup
+from hooked_vlm.stimuli.extension import AddedSetting, setting_of
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.sets import Draw
@@ -39,6 +42,10 @@ def stimulus_set(
     Raises `DataError` for an unknown name or an unusable folder.
     """
     require_known(name)
+    if (own := added_setting(name)) is not None:
+        return own.stimuli(
+            cutouts=cutouts, backgrounds=backgrounds, data=data, other_words=other_words
+        )
     if name in whatsup.SETTINGS:
         return whatsup.composite_set(
             whatsup.load(_folder(name, data)), name.removeprefix("whatsup-")
@@ -66,7 +73,7 @@ def stimulus_set(
 
 def require_known(name: str, known: Sequence[str] = ()) -> None:
     """Raises `DataError` unless `name` is among `known` settings (default: all settings)."""
-    known = known or (*SETTINGS, *whatsup.SETTINGS)
+    known = known or (*SETTINGS, *whatsup.SETTINGS, *EXTENSIONS.names())
     if not isinstance(name, str) or name not in known:
         raise DataError(
             f"There is no setting {name!r} here.{did_you_mean(name, known)} Use one of: "
@@ -86,6 +93,8 @@ def files_of(
     Raises `DataError` as `stimulus_set` does.
     """
     require_known(name)
+    if (own := added_setting(name)) is not None:
+        return own.files(cutouts=cutouts, backgrounds=backgrounds, data=data)
     if name in whatsup.SETTINGS:
         folder = _folder(name, data)
         items = whatsup.load(folder).items
@@ -97,6 +106,41 @@ def files_of(
     if name.endswith("-photos") and backgrounds is not None:
         found |= {f"backgrounds/{path.name}": path for path in photographs.files_in(backgrounds)}
     return found
+
+
+@checked(DataError)
+def register_setting(name: str, make: Callable[..., StimulusSet], *, replace: bool = False) -> None:
+    """Adds a setting under a name, for the rest of this process.
+
+    `make` returns its `StimulusSet`.  It is called with those of the keyword arguments `cutouts`,
+    `backgrounds`, `data` (folders, or None) and `other_words` that its signature names.  All files
+    of a folder that it names count as data of a result.
+
+    A distribution makes a setting known for good by an entry point `name = "module:make"` in the
+    group `hooked_vlm.settings`.
+
+    Raises `DataError` for a name that is taken (unless `replace`, and it is none of this
+    package's), and for a function with other arguments.
+
+    >>> from dataclasses import replace
+    >>> register_setting(
+    ...     "two-colours",
+    ...     lambda: replace(
+    ...         stimulus_set("squares"), name="two-colours", names=("red", "green", "blue")
+    ...     ),
+    ... )
+    >>> len(stimulus_set("two-colours").items())
+    24
+    """
+    EXTENSIONS.register(name, make, replace=replace)
+
+
+def added_setting(name: str) -> AddedSetting | None:
+    """Returns the setting of another distribution; None for this package's settings.
+
+    Raises `DataError` for one that cannot be used.
+    """
+    return None if name in (*SETTINGS, *whatsup.SETTINGS) else EXTENSIONS.get(name)
 
 
 def _folder(name: str, data: Path | None) -> Path:
@@ -141,3 +185,7 @@ INSET = "shapes-inset"
 """Shapes at 0.9 of the published size, as in the training of the shipped models."""
 SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE), INSET)
 """The settings that need only data of the package."""
+EXTENSIONS = Extensions(
+    "hooked_vlm.settings", "setting", setting_of, taken=lambda: (*SETTINGS, *whatsup.SETTINGS)
+)
+"""The settings of other distributions."""

@@ -32,6 +32,7 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.arguments.kinds import Model
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.names import select_names
+from hooked_vlm.hooks.of_interventions import hooks_of
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, flattened
 from hooked_vlm.interventions.patch import Patch
@@ -163,7 +164,7 @@ def _edits(model: Any, inputs: Mapping[str, Any], interventions: Sequence[Any]) 
     """Returns the hook functions of interventions by site; sources not recorded yet are run."""
     edits: Edits = {}
     for intervention in interventions:
-        for given, function in intervention.hooks_for(model, inputs):
+        for given, function in hooks_of(intervention, model, inputs):
             for name in select_names(given, model.hook_names):
                 edits.setdefault(name, []).append(function)
     return edits

@@ -494,6 +494,14 @@ def _of_interventions(w: SimpleNamespace) -> list[Call]:
             lambda part: m.run_with_hooks(w.inputs, [hv.Chain(part)]),
             part=(ablate, NOTHING),
         ),
+        call(
+            "place_index",
+            hv.place_index,
+            model=(m, NOTHING),
+            inputs=(w.inputs, NOTHING),
+            site=site,
+            at=at,
+        ),
         call("Ablate.check", ablate.check, model=(m, NOTHING), inputs=(w.inputs, NOTHING)),
         call("Ablate.hooks_for", ablate.hooks_for, model=(m, NOTHING), inputs=(w.inputs, NOTHING)),
         call("Ablate.at_site", ablate.at_site, site=(0, frozenset([*INDEX, *TEXT]))),
@@ -1177,6 +1185,13 @@ def _of_stimuli() -> list[Call]:
             backgrounds=folder,
             data=folder,
             other_words=(False, FLAG),
+        ),
+        call(
+            "register_setting",
+            settings.register_setting,
+            name=("fuzzed", TEXT),
+            make=(lambda: squares_set, FUNCTION),
+            replace=(True, FLAG),
         ),
         call("set.items", squares_set.items, directions=(("left",), OPTIONAL | {"list", "tuple"})),
         call(

@@ -23,6 +23,7 @@ from hooked_vlm.experiments.further import (
     photographs,
 )
 from hooked_vlm.experiments.options import Config
+from hooked_vlm.extensions.origin import Origin
 from hooked_vlm.report import basis as module
 from hooked_vlm.report.basis import Basis, model_files, run_key
 from hooked_vlm.report.provenance import attention_of, parameter_hash
@@ -62,6 +63,16 @@ def test_g2_experiment_options_and_source_count(monkeypatch: pytest.MonkeyPatch)
     assert run_key("e", kind(), BASIS) in keys
     monkeypatch.setattr(module, "source_sha256", lambda: "other code of the same version")
     assert run_key("e", kind(), BASIS) not in keys
+
+
+def test_g2_the_source_of_other_distributions_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for sha256 in ("1", "2"):
+        found = {"experiment e": Origin("dist", "1.0", "dist.module", sha256)}
+        monkeypatch.setattr(module, "origins", lambda *_, found=found: found)
+        keys.add(run_key("e", Config(), BASIS))
+    monkeypatch.setattr(module, "origins", lambda *_: {})
+    assert len(keys | {run_key("e", Config(), BASIS)}) == 3
 
 
 def changed_json(path: Path) -> None:

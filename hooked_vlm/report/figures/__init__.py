@@ -1,9 +1,16 @@
 """Maps experiments to figures: the rows and arrays of each figure, its file name and caption.
 
 Experiments do not depend on figures, and the charts do not depend on experiments.  The tables
-here connect both.  A caption explains its figure without the paper.
+here connect both.  A caption explains its figure without the paper.  Experiments of other
+distributions bring the function that draws them along.
 """
 
+import warnings
+from collections.abc import Mapping
+
+from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
+from hooked_vlm.experiments import registry
+from hooked_vlm.experiments.registry import Experiment
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report.figures import (
     ablation,
@@ -24,6 +31,47 @@ HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.H
 
 
 def drawings(result: Result) -> list[Drawing]:
-    """Returns the figures of a result, in reading order; an empty list without an entry."""
-    draw = DRAW.get(result.id)
-    return [] if draw is None or result.table.empty else list(draw(result))
+    """Returns the figures of a result, in reading order; an empty list without an entry.
+
+    Figures that the code of another distribution cannot draw are left out, with a warning.
+    """
+    if result.table.empty:
+        return []
+    own = _of_another(result)
+    if own is None:
+        draw = DRAW.get(result.id)
+        return [] if draw is None else list(draw(result))
+    if own.draw is None:
+        return []
+    try:
+        return [_drawing(found) for found in own.draw(result)]
+    except Exception as error:  # noqa: BLE001 - of the other distribution's code
+        warnings.warn(
+            f"The figures of {own.name!r} of {own.origin} are left out: its draw(result) raised "
+            f"{type(error).__name__}: {str(error)[:160]}.",
+            HookedVLMWarning,
+            stacklevel=callers_level(),
+        )
+        return []
+
+
+def headlines(result: Result) -> tuple[tuple[Mapping[str, str | None], str], ...]:
+    """Returns which key numbers of a result are at the top of a report, with their labels."""
+    own = _of_another(result)
+    return HEADLINES.get(result.id, ()) if own is None else own.headlines
+
+
+def _of_another(result: Result) -> Experiment | None:
+    """Returns the experiment of a result, if another distribution has it."""
+    if result.name in registry.EXPERIMENTS:
+        return None
+    try:
+        return registry.EXTENSIONS.get(result.name)
+    except DataError:  # no longer usable: its numbers are still here
+        return None
+
+
+def _drawing(found: object) -> Drawing:
+    if not isinstance(found, Drawing):
+        raise TypeError(f"expected Drawing(name, figure, caption), not a {type(found).__name__}")
+    return found

@@ -1,0 +1,1 @@
+"""Experiments and settings of other distributions: found by entry points, or registered."""
