@@ -169,10 +169,8 @@ def reproduce(
     executor: ExecutorName = None,
 ) -> None:
     """Run every experiment on every setting, in float32. Run it again to resume."""
-    from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config, from_words
-    from hooked_vlm.report import job as runner
-    from hooked_vlm.report.job import Job
+    from hooked_vlm.report.reproduce import jobs as jobs_of
 
     config = Config(
         pairs=pairs,
@@ -182,19 +180,15 @@ def reproduce(
         backgrounds=backgrounds,
         data=data,
     )
-    made = [
-        Job(
-            "reproduce",
-            name,
-            out / runner.folder_name(name),
-            config=config,
-            options=from_words(options or []),
-            device=device,
-            dtype=dtype,
-            fresh=fresh,
-        )
-        for name in dict.fromkeys(model or zoo.available())
-    ]
+    made = jobs_of(
+        out,
+        model or (),
+        config=config,
+        options=from_words(options or []),
+        device=device,
+        dtype=dtype,
+        fresh=fresh,
+    )
     if jobs == AUTO and executor is None:
         executor = "processes"
     if part is not None or executor is not None:

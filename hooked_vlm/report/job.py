@@ -89,6 +89,17 @@ class Listener(Protocol):
     def end(self, seconds: float, reused: bool) -> None: ...
 
 
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, step: Step, place: int, of: int) -> None: ...
+    def step(self, done: int, total: int) -> None: ...
+    def end(self, seconds: float, reused: bool) -> None: ...
+
+
+SILENT = Silent()
+
+
 def check(job: Job) -> list[Step]:
     """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model."""
     steps = registry.steps(job.experiment, job.setting)
@@ -202,7 +213,11 @@ class Work:
 
 
 def run(
-    job: Job, listener: Listener, *, executor: Executor | None = None, tasks: int | None = None
+    job: Job,
+    listener: Listener = SILENT,
+    *,
+    executor: Executor | None = None,
+    tasks: int | None = None,
 ) -> Report:
     """Runs a job, writes its report and returns it.
 

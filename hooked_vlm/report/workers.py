@@ -11,6 +11,7 @@ A worker whose key differs from the task's has another version, another model or
 device: it refuses the task.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, as_completed
@@ -137,6 +138,8 @@ _MODELS: dict[tuple[str, str, str], tuple[HookedVLM, Basis]] = {}
 """The model of this process: one, because a card may hold no second."""
 _LOOPS: dict[tuple[str, str], Loop] = {}
 """The loop that was reached last, with what its units need."""
+_LOCK = threading.Lock()
+"""A process computes one task at a time, whatever number of threads its executor has."""
 
 
 def compute(task: Task) -> dict[str, bytes]:
@@ -145,6 +148,11 @@ def compute(task: Task) -> dict[str, bytes]:
     Raises `DataError` where this process would compute other bits than the process that made the
     task: another version of a package, other weights, another kind of device.
     """
+    with _LOCK:
+        return _computed(task)
+
+
+def _computed(task: Task) -> dict[str, bytes]:
     torch.set_num_threads(task.threads)
     model, basis = _model_of(task)
     own = everything(task.experiment, task.config, basis)
