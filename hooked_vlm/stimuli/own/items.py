@@ -72,8 +72,8 @@ class OwnItem:
 
     @property
     def axis(self) -> str:
-        """Its group of questions, which the built-in settings have by axis."""
-        return self.direction
+        """One for all: whatever is asked about it, a picture is one observation."""
+        return "picture"
 
     @property
     def entities(self) -> tuple[str, ...]:
