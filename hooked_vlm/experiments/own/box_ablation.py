@@ -23,7 +23,7 @@ from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OwnSetting
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.tables import format_interval, format_slots, score_rows, select
+from hooked_vlm.experiments.tables import format_interval, format_slots, rate_rows, score_rows, select
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.ablate import Ablate
@@ -195,14 +195,18 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
         apart = np.asarray(fall.sel(kind=ANYWHERE) - control)
         about["kind"] = f"{ANYWHERE} - {AS_MANY}"
         rows += claim_rows(apart, {"slot": axes["slot"]}, units, seed, **about)
+    right = together.sel(kind="none", quantity="correct", slot=0).values
+    units = [str(picture) for picture in together["pair"].values]
+    rows += rate_rows(right, units, direction="all", kind="none", quantity="accuracy")
     table = pd.DataFrame(rows)
-    table["site"] = [slot_name(int(slot), n_layers) for slot in table["slot"]]
+    slots = table["slot"]
+    table["site"] = [None if pd.isna(slot) else slot_name(int(slot), n_layers) for slot in slots]
     return adjusted(table, table["quantity"] == FALL, ["direction"])
 
 
 def _verdict(table: pd.DataFrame) -> str:
     every = select(table, direction="all")
-    clean = select(every, kind="none", quantity="correct", slot=0).iloc[0]
+    clean = select(every, quantity="accuracy").iloc[0]
     parts = [f"Accuracy without ablation {format_interval(clean)}"]
     falls = select(every, quantity=FALL)
     for kind in dict.fromkeys(falls["kind"]):

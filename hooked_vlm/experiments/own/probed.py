@@ -68,12 +68,17 @@ class Labelled:
     """Whether the label is the name of a token's box."""
 
     def shuffle(self, examples: Examples, *, seed: int) -> Examples:
-        """Returns examples with shuffled labels: among pictures, or boxes of one picture."""
+        """Returns examples with shuffled labels: among the boxes of each picture, or pictures.
+
+        Labels of pictures stay in their part, so that both parts keep as many of each.
+        """
         if self.by_box:
             return shuffled_labels(examples, seed=seed)
         images, first, member = np.unique(examples.images, return_index=True, return_inverse=True)
-        dealt = np.random.default_rng(seed).permutation(examples.y[first])
-        assert len(images) == len(dealt)
+        dealt, rng = examples.y[first].copy(), np.random.default_rng(seed)
+        for part in (self.train, self.test):
+            own = np.isin(images, part)
+            dealt[own] = rng.permutation(dealt[own])
         return replace(examples, y=dealt[member])
 
 

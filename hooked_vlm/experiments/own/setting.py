@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.scoring import answer_ids, normalise, target_probability
 from hooked_vlm.errors import CannotRunError, counted
+from hooked_vlm.experiments.loop import once
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting, system_of
 from hooked_vlm.inputs.prepared import Inputs
@@ -126,20 +127,13 @@ class OwnSetting(Setting):
         A pair is kept where the model answers both pictures correctly; a direction with fewer than
         two is left out.  Raises `CannotRunError` when none is left.
         """
-        made = {d: [] for d in self.directions}
-        for item in self.data.items:
-            made[item.direction].append(OwnPair(item, item.on_counterfactual()))
-        kept: dict[str, list[OwnPair]] = {}
-        for direction, pairs in made.items():
-            found: list[OwnPair] = []
-            for batch in self.batches(pairs):
-                if len(found) >= config.pairs:
-                    break
-                right = self.is_right([q for pair in batch for q in pair.questions])
-                both = zip(right[::2], right[1::2], strict=True)
-                found += [p for p, (a, b) in zip(batch, both, strict=True) if a and b]
-            if len(found) >= FEWEST_PAIRS:
-                kept[direction] = found[: config.pairs]
+        chosen = once("pairs", lambda: self._right_on_both(config.pairs))
+        by_id = {item.id: item for item in self.data.items}
+        kept = {
+            direction: [OwnPair(by_id[i], by_id[i].on_counterfactual()) for i in own]
+            for direction, own in chosen.items()
+            if len(own) >= FEWEST_PAIRS
+        }
         if not kept:
             raise CannotRunError(
                 f"In no direction does the model answer two of {counted(len(self.data), 'row')} "
@@ -147,6 +141,21 @@ class OwnSetting(Setting):
                 "intervene on. Run the behaviour experiment to see the model's accuracy."
             )
         return kept
+
+    def _right_on_both(self, at_most: int) -> dict[str, list[str]]:
+        """Returns the ids of the first items of each direction that are answered correctly."""
+        chosen: dict[str, list[str]] = {}
+        for direction in self.directions:
+            kept: list[str] = []
+            for batch in self.batches(self.stimuli.items([direction])):
+                if len(kept) >= at_most:
+                    break
+                asked = [q for item in batch for q in (item, item.on_counterfactual())]
+                right = self.is_right(asked)
+                both = zip(batch, right[::2], right[1::2], strict=True)
+                kept += [item.id for item, here, there in both if here and there]
+            chosen[direction] = kept[:at_most]
+        return chosen
 
     def probabilities(
         self, logits: Float[Tensor, "pair d_vocab"], answers: Sequence[Sequence[str]]

@@ -189,7 +189,7 @@ def _stages(table: pd.DataFrame) -> str:
     peak = swapped.sort_values("value").iloc[-1]
     parts = [
         f"Answer by slot: {'; '.join(spans)}",
-        f"the counterfactual's answer is highest at slot {peak['slot']}, {format_interval(peak)}",
+        f"the counterfactual's answer is highest at slot {int(peak['slot'])}, {format_interval(peak)}",
     ]
     return " ".join(map(sentence, parts))
 
@@ -203,10 +203,16 @@ def _flips(table: pd.DataFrame) -> str:
         said = []
         for kind in (k for k in here if " - " not in k):
             judged = judge(here[kind], least=0.0)
-            verb = "flip" if judged.above else "do not flip" if judged.below else "undecided:"
-            said.append(f"{kind} {verb} ({format_interval(here[kind])})")
+            outcome = "yes" if judged.above else "no" if judged.below else "undecided"
+            said.append(f"{kind} {outcome}, {format_interval(here[kind])}")
         apart = judge(here[f"{ANYWHERE} - {AS_MANY}"])
-        more = {1: "more than", -1: "less than"}.get(apart.sign, f"{apart.outcome}: other than")
+        more = {1: "more than", -1: "less than"}.get(
+            apart.sign,
+            "no more than" if apart.outcome == "not found" else "undecided whether more than",
+        )
         where = "all questions" if direction == "all" else direction
-        parts.append(f"{where}: {'; '.join(said)}; boxes {more} {AS_MANY} ({apart.reason})")
+        parts.append(
+            f"{where}: does the answer flip? {'; '.join(said)}. Boxes {more} {AS_MANY}: "
+            f"{apart.reason}"
+        )
     return "\n".join(map(sentence, parts))
