@@ -23,7 +23,13 @@ from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OwnSetting
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.tables import format_interval, format_slots, rate_rows, score_rows, select
+from hooked_vlm.experiments.tables import (
+    format_interval,
+    format_slots,
+    rate_rows,
+    score_rows,
+    select,
+)
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.ablate import Ablate

@@ -15,9 +15,9 @@ class Need:
     def missing(self, data: OwnData) -> str:
         """Returns what is missing in words; an empty text where nothing is.
 
-        >>> data = OwnData.read([{"image": "x.png", "question": "Q", "answer": "a"}] * 0 or [
-        ...     {"image": __import__("PIL.Image").Image.new("RGB", (8, 8)), "question": "Q ",
-        ...      "answer": "red"}])
+        >>> from PIL import Image
+        >>> row = {"image": Image.new("RGB", (8, 8)), "question": "Its color is ", "answer": "red"}
+        >>> data = OwnData.read([row])
         >>> Need(("counterfactual",)).missing(data)
         '`counterfactual` in every row; 1 of 1 row has none'
         """
@@ -39,22 +39,22 @@ class Needs:
     beyond: str = ""
     """What it needs and no table has, in words; empty: nothing."""
 
-    def missing(self, data: OwnData) -> str:
-        """Returns what is missing in words, on one line."""
+    def check_possible(self, id_: str) -> None:
+        """Raises `CannotRunError` for an experiment that no table has the data for."""
         if self.beyond:
-            return f"{self.beyond}, for which own data have no column"
-        return ", and ".join(filter(None, (need.missing(data) for need in self.each)))
+            raise CannotRunError(
+                f"{id_} needs {self.beyond}, for which own data have no column. Use one of the "
+                "built-in settings."
+            )
 
     def check(self, id_: str, data: OwnData) -> None:
         """Raises `CannotRunError`, in one line, for data that lack what the experiment needs."""
-        missing = self.missing(data)
+        self.check_possible(id_)
+        missing = ", and ".join(filter(None, (need.missing(data) for need in self.each)))
         if missing:
-            remedy = (
-                "Use one of the built-in settings"
-                if self.beyond
-                else "Complete the table (docs/guide/own-data.md)"
+            raise CannotRunError(
+                f"{id_} needs {missing}. Complete the table (docs/guide/own-data.md)."
             )
-            raise CannotRunError(f"{id_} needs {missing}. {remedy}.")
 
 
 PAIRS = (Need(("counterfactual",)), Need(("counterfactual_answer",)))
@@ -63,4 +63,5 @@ LABELS = (Need(("label", "boxes")),)
 SINGLE = Needs(
     beyond="single-object pictures: each picture of three objects again with one of them alone"
 )
+LISTED = Needs(beyond="the list of a published data set (docs/reference/data.md)")
 DRAWN = Needs(beyond="pictures that it draws itself, of objects at given places")

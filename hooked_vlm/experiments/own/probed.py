@@ -5,10 +5,8 @@ mean token of the picture).  Without this column, it is the name of the box that
 boxes named left, middle and right, the paper's ordering probe.
 """
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.analysis.directions import stack
 from hooked_vlm.analysis.probes import (
     Examples,
     LinearProbe,
@@ -24,7 +23,6 @@ from hooked_vlm.analysis.probes import (
     shuffled_labels,
     split_by_image,
 )
-from hooked_vlm.analysis.directions import stack
 from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments.batches import left_out
@@ -178,9 +176,7 @@ def run_amplified(setting: OwnSetting, config: Any, on_progress: OnProgress) -> 
     )
 
 
-def labelled(
-    setting: OwnSetting, seed: int, test_size: float, on_progress: OnProgress
-) -> Labelled:
+def labelled(setting: OwnSetting, seed: int, test_size: float, on_progress: OnProgress) -> Labelled:
     """Returns the examples of a probe, one picture once.
 
     Raises `CannotRunError` for one label alone, for two labels of one picture, and where one of the
@@ -291,11 +287,16 @@ def _what(by_box: bool) -> str:
 def _verdict(table: pd.DataFrame, names: str) -> str:
     parts = []
     control = select(table, quantity="shuffled").iloc[0]
-    for quantity, probe in (("accuracy", "a probe fitted as in the paper"), ("converged", "one fitted to convergence")):
+    for quantity, probe in (
+        ("accuracy", "a probe fitted as in the paper"),
+        ("converged", "one fitted to convergence"),
+    ):
         judged = judge(select(table, quantity=f"{quantity}, claim").iloc[0])
         said = {1: "reads the label", -1: "reads it worse than its control"}.get(
             judged.sign,
-            "does not read the label" if judged.outcome == "not found" else "undecided whether it reads the label",
+            "does not read the label"
+            if judged.outcome == "not found"
+            else "undecided whether it reads the label",
         )
         parts.append(f"{probe} {said} ({judged.reason})")
     parts.append(f"control on shuffled labels {format_interval(control)}; labels: {names}")

@@ -136,7 +136,7 @@ class OwnData:
         raise DataProblemsError(
             f"{len(long)} of {counted(len(self.items), 'item')} have an answer that is several "
             "tokens for this model; expected one token, at the start of a text and after a space. "
-            "Use other words, or --leave-out-long-answers.",
+            "Use other words, or --set leave-out-long-answers=true.",
             [
                 f"{item.where}: id {item.id[:40]!r}: {', '.join(map(repr, long[item.id]))[:120]}"
                 for item in self.items
