@@ -1,7 +1,7 @@
-"""Runs an experiment's items in batches, direction by direction, and reports progress."""
+"""Sweeps over the pairs of an experiment, and items whose scores are not numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,40 +10,14 @@ from torch import Tensor
 
 from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments.answers import without_numbers
+from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
-Score = TypeVar("Score")
 LEFT_OUT = "Left out"
-
-
-def over_batches(
-    setting: Setting,
-    items: Mapping[str, Sequence[Any]],
-    score: Callable[[str, list[Any], OnProgress], Score],
-    on_progress: OnProgress,
-    steps: int = 1,
-) -> dict[str, list[Score]]:
-    """Returns `score(direction, batch, on_progress)` of every batch, by direction.
-
-    A batch counts as `steps` steps of the progress; `score` may report steps of its own batch.
-    """
-    batches = [(d, batch) for d, own in items.items() for batch in setting.batches(own)]
-    total = steps * len(batches)
-    on_progress(0, total)
-    scores: dict[str, list[Score]] = {direction: [] for direction in items}
-    for i, (direction, batch) in enumerate(batches):
-        before = i * steps
-
-        def told(done: int, _: int, before: int = before) -> None:
-            on_progress(before + done, total)
-
-        scores[direction].append(score(direction, batch, told))
-        told(steps, steps)
-    return scores
 
 
 def sweep_pairs(
@@ -84,7 +58,9 @@ def sweep_pairs(
         asked.setdefault(AXIS_OF[direction], []).extend(numbered)
     for own in asked.values():
         own.sort(key=lambda item: [question.entities for question in item[2].questions])
-    scores = over_batches(setting, asked, score, on_progress, steps=cells)
+    scores = over_batches(
+        "sweep", asked, setting.batch_size, score, on_progress, steps=cells, last=True
+    )
     found: dict[str, xr.DataArray] = {}
     for axis, parts in scores.items():
         whole = xr.concat(parts, dim="pair")

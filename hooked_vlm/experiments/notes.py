@@ -1,37 +1,38 @@
 """Notes on a result that do not depend on the experiment: names left out, precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import torch
 
+from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import for_tokenizer, stimuli_of
+from hooked_vlm.experiments.setting import for_tokenizer
+from hooked_vlm.stimuli.sets import StimulusSet
 
 
-Run = Callable[[Any, Any, OnProgress], Result]
+RunOn = Callable[..., Result]
+"""`run_on(model, data, config, on_progress)`."""
 
 
-def with_notes(run: Run) -> Run:
-    """Returns an experiment's `run` that adds `notes_of` to its result."""
+def with_notes(run_on: RunOn) -> RunOn:
+    """Returns an experiment's `run_on` that adds `notes_of` to its result."""
 
-    @wraps(run)
-    def noted(model: Any, config: Config, on_progress: OnProgress) -> Result:
-        found = run(model, config, on_progress)
-        return replace(found, notes=(*found.notes, *notes_of(model, config)))
+    @wraps(run_on)
+    def noted(model: Any, data: Any, config: Config, on_progress: OnProgress = silent) -> Result:
+        found = run_on(model, data, config, on_progress)
+        return replace(found, notes=(*found.notes, *notes_of(model, data, config)))
 
     return noted
 
 
-def notes_of(model: Any, config: Config) -> tuple[str, ...]:
+def notes_of(model: Any, data: Any, config: Config) -> tuple[str, ...]:
     """Returns what distinguishes this model's run from the paper's, in sentences."""
-    found = []
-    for setting in config.used_settings:
-        stimuli = stimuli_of(replace(config, setting=setting))
-        found.append(for_tokenizer(stimuli, model.tokenizer)[1])
+    sets = data.values() if isinstance(data, Mapping) else [data]
+    found = [for_tokenizer(one, model.tokenizer)[1] for one in sets if isinstance(one, StimulusSet)]
     if config.in_float32:
         found.append(_precision(model.cfg.dtype))
     return tuple(note for note in found if note)

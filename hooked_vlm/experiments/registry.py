@@ -36,6 +36,7 @@ from hooked_vlm.experiments.notes import with_notes
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
 from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import of_config
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.settings import INSET, SETTINGS, require_known
 
@@ -46,6 +47,9 @@ class Experiment(About):
 
     run: Callable[[Any, Any, OnProgress], Result]
     """`run(model, config, on_progress)`, with a `HookedVLM` as its model."""
+    run_on: Callable[..., Result] | None = None
+    """`run_on(model, data, config, on_progress)`, on given data: most experiments take a
+    `StimulusSet`, those of several settings a dict of them by name, R1 and R2 their list."""
     config: type[Config]
     """The configuration of `run`; its defaults are the paper's."""
 
@@ -87,11 +91,17 @@ PAPER = tuple(
 TASKS = ("squares", "shapes", "objects")
 ON_TASKS = (*PAPER, redundancy.ABOUT.name)
 """The experiments that a reproduction runs on each of the tasks."""
+
+
+def experiment_of(module: Any) -> Experiment:
+    """Returns the experiment of a module, whose data is `data_of(config)` or its setting."""
+    run_on = with_notes(module.run_on)
+    run = of_config(run_on, getattr(module, "data_of", None))
+    return Experiment(**vars(module.ABOUT), run=run, run_on=run_on, config=module.Config)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
-    module.ABOUT.name: Experiment(
-        **vars(module.ABOUT), run=with_notes(module.run), config=module.Config
-    )
-    for module in MODULES
+    module.ABOUT.name: experiment_of(module) for module in MODULES
 }
 SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),

@@ -6,7 +6,7 @@ tokens where separators stand between the rows of tokens (Pixtral), else 12x12 (
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from hooked_vlm.analysis.scoring import (
 )
 from hooked_vlm.errors import CannotRunError, HookedVLMWarning
 from hooked_vlm.experiments.answers import answers_of
-from hooked_vlm.experiments.options import Config
+from hooked_vlm.experiments.loop import once, silent
+from hooked_vlm.experiments.options import Config, OnProgress
+from hooked_vlm.experiments.result import Result
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY, Layout
@@ -135,13 +137,16 @@ class Setting:
                 f"{len(self.names)} that this model's tokenizer keeps as one token: "
                 f"{', '.join(self.names)}. Use another setting."
             )
-        tuples = sample_tuples(
-            self.names,
-            drawn_names,
-            per_direction=config.pairs,
-            seed=config.seed,
-            accept_batch=lambda d, drawn: accept(d, [middle(names) for names in drawn]),
-            directions=self.directions,
+        tuples = once(
+            "pairs",
+            lambda: sample_tuples(
+                self.names,
+                drawn_names,
+                per_direction=config.pairs,
+                seed=config.seed,
+                accept_batch=lambda d, drawn: accept(d, [middle(names) for names in drawn]),
+                directions=self.directions,
+            ),
         )
         pairs = {
             d: [make(d, middle(names)) for names in found]
@@ -163,6 +168,20 @@ class Setting:
         every = candidate_probability(logits, self.model.tokenizer, list(self.names))
         columns = torch.tensor([[self.names.index(a) for a in row] for row in answers])
         return every.gather(-1, columns.to(every.device))
+
+
+def of_config(
+    run_on: Callable[..., Result], data_of: Callable[[Any], Any] | None = None
+) -> Callable[[Any, Any, OnProgress], Result]:
+    """Returns `run(model, config, on_progress)`: `run_on` with the data that a configuration names.
+
+    `data_of(config)` returns the data; by default it is `stimuli_of`.
+    """
+
+    def run(model: Any, config: Config, on_progress: OnProgress = silent) -> Result:
+        return run_on(model, (data_of or stimuli_of)(config), config, on_progress)
+
+    return run
 
 
 def stimuli_of(config: Config) -> StimulusSet:

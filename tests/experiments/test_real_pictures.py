@@ -434,7 +434,7 @@ def test_amplification_on_photographs_with_boxes(
     monkeypatch.setattr(coco_amplification, "observed", all_right)
     told: list[tuple[int, int]] = []
     result = coco_amplification.run(model, config, lambda *step: told.append(step))
-    assert told[-1] == (22, 22)
+    assert told[-1] == (200, 200)
     table = result.table
     assert set(table["kind"].dropna()) == {*amplification.FORMULAS, *amplification.CONTROLS}
     unchanged = table[(table["alpha"] == 0) & (table["quantity"] == "net")]

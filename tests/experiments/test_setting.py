@@ -126,11 +126,14 @@ def test_b1_names_that_pixtral_splits_are_replaced_or_left_out_with_a_note() -> 
     objects = Setting(pixtral(), stimulus_set("objects"), 4)
     assert "bomb" not in objects.names and len(objects.names) == 7
     assert len(objects.stimuli.items()) == 840
-    (note,) = notes_of(pixtral(), Config(setting="objects"))
+    (note,) = notes_of(pixtral(), stimulus_set("objects"), Config())
     assert "bomb is left out" in note and "840 of 1344 items remain" in note
-    (note,) = notes_of(pixtral(), Config(setting="shapes"))
+    (note,) = notes_of(pixtral(), stimulus_set("shapes"), Config())
     assert "brown is replaced by orange" in note and "480 of 480" in note
-    assert notes_of(HookedVLM.from_pretrained("tiny-qwen2-vl"), Config()) == ()
+    assert (
+        notes_of(HookedVLM.from_pretrained("tiny-qwen2-vl"), stimulus_set("squares"), Config())
+        == ()
+    )
 
 
 def test_b1_too_few_names_for_a_pair_are_a_reason_not_to_run() -> None:
@@ -152,17 +155,17 @@ def test_b1_composites_are_drawn_with_the_replaced_names() -> None:
 
 
 def test_b7_e5_and_e6_say_in_which_precision_they_ran() -> None:
-    whole = prepared("qwen2-vl")
+    whole, squares = prepared("qwen2-vl"), stimulus_set("squares")
     half = HookedVLM(copy.deepcopy(whole.hf_model).bfloat16(), whole.processor)
     for name in ("ordering-ablation", "swap-under-ablation"):
         config = EXPERIMENTS[name].config()
-        assert notes_of(whole, config) == (
+        assert notes_of(whole, squares, config) == (
             "Computed in float32; the paper computes this in float32.",
         )
-        (note,) = notes_of(half, config)
+        (note,) = notes_of(half, squares, config)
         assert note.startswith("Computed in bfloat16, unlike in the paper")
         assert "--dtype float32" in note
-    assert notes_of(half, EXPERIMENTS["strip-swap"].config()) == ()
+    assert notes_of(half, squares, EXPERIMENTS["strip-swap"].config()) == ()
 
 
 def test_b7_notes_follow_those_of_the_experiment() -> None:
@@ -171,7 +174,7 @@ def test_b7_notes_follow_those_of_the_experiment() -> None:
         return Result(**words, table=pd.DataFrame(), notes=("its own",))
 
     config = EXPERIMENTS["ordering-ablation"].config()
-    found = with_notes(run)(prepared("qwen2-vl"), config, lambda *_: None)
+    found = with_notes(run)(prepared("qwen2-vl"), None, config, lambda *_: None)
     assert found.notes[0] == "its own" and "float32" in found.notes[1]
 
 

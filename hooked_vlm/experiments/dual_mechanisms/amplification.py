@@ -38,15 +38,17 @@ from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
 )
 from hooked_vlm.experiments.dual_mechanisms.order_reading import probe_regions, whole_pictures
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, projected
+from hooked_vlm.experiments.loop import once, over_batches, scope, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.interventions.steer import Steer
 from hooked_vlm.regions.region import Region
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -98,21 +100,29 @@ class Config(Strengths):
     items: int = 24
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Asks a sample of the setting's questions at every strength of every kind of direction."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     plans = {axis: Plan.of(setting, axis, config, SEEDS) for axis in setting.axes}
-    batches = [(plan, batch) for plan in plans.values() for batch in setting.batches(plan.asked)]
-    on_progress(0, len(batches))
-    found, asked, kinds = [], [], []
-    for done, (plan, batch) in enumerate(batches, start=1):
+    asked = [question for plan in plans.values() for question in plan.asked]
+
+    def score(axis: str, batch: list[Question], _: OnProgress) -> dict[str, Any]:
+        plan = plans[axis]
         each = [outcomes(setting, plan, batch, config)]
         for other in plan.by_other_probes():
             each.append(outcomes(setting, other, batch, config, FORMULAS))
-        found.append(each)
-        kinds.append(_named(setting, batch))
-        asked += batch
-        on_progress(done, len(batches))
+        return {"right": each, "named": _named(setting, batch)}
+
+    by_axis = over_batches(
+        "outcomes",
+        {axis: plan.asked for axis, plan in plans.items()},
+        config.batch_size,
+        score,
+        on_progress,
+        last=True,
+    )
+    scores = [one for own in by_axis.values() for one in own]
+    found, kinds = ([one[what] for one in scores] for what in ("right", "named"))
     by_probe = [joined([each[probe] for each in found]) for probe in range(SEEDS)]
     whole = answered_throughout(by_probe)
     asked = [asked[i] for i in np.flatnonzero(whole)]
@@ -156,6 +166,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+run = of_config(run_on)
+
+
 def stand_in(setting: str) -> tuple[str, ...]:
     """Returns a note on the stimuli, unless they are the paper's."""
     if setting in whatsup.SETTINGS:
@@ -190,7 +203,8 @@ class Plan:
         seen = [Question(triple, directions[0]) for triple in triples[:half]]
         left = triples[half:][: config.items or None]
         asked = [Question(triple, d) for d in directions for triple in left]
-        (fitted, *others), tokens = fit_directions(setting, seen, config.seed, n_probes)
+        with scope(axis):
+            (fitted, *others), tokens = fit_directions(setting, seen, config.seed, n_probes)
         wrong = len(seen) - len(tokens)
         seeds = range(config.seed, config.seed + config.controls)
         rows, cols = setting.geometry.shape
@@ -264,15 +278,27 @@ def fit_directions(
 
     Pictures whose tokens are not numbers are left out.  Raises `CannotRunError` where all are.
     """
-    features = torch.cat([projected(setting, batch) for batch in setting.batches(questions)])
+    axis = questions[0].axis
+    parts = over_batches(
+        "features of the probe",
+        {axis: questions},
+        setting.batch_size,
+        lambda _, batch, __: projected(setting, batch),
+    )
+    features = torch.cat(parts[axis])
     features = features[torch.from_numpy(whole_pictures(features))]
     if not len(features):
         raise none_left("picture")
-    axis = questions[0].axis
     examples = object_examples(features, probe_regions(setting.geometry, axis))
-    seeds = range(seed, seed + n_probes)
-    probes = [LinearProbe(seed=own).fit(examples.X, examples.y) for own in seeds]
-    return [stack(class_directions(probe)) for probe in probes], features
+
+    def fit() -> list[Tensor]:
+        probes = [
+            LinearProbe(seed=own).fit(examples.X, examples.y)
+            for own in range(seed, seed + n_probes)
+        ]
+        return [stack(class_directions(probe)) for probe in probes]
+
+    return once("directions", fit), features
 
 
 def outcomes(

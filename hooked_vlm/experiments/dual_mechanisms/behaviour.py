@@ -1,5 +1,7 @@
 """E1, behaviour: accuracy of the model on the setting's questions (paper, Table 1)."""
 
+from itertools import chain
+
 import numpy as np
 import pandas as pd
 
@@ -7,10 +9,12 @@ from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments.answers import picture_of
 from hooked_vlm.experiments.batches import left_out, none_left
+from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import format_interval, rate_rows
+from hooked_vlm.stimuli.sets import StimulusSet
 
 
 ABOUT = About(
@@ -25,24 +29,27 @@ ABOUT = About(
 )
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Asks all items of the setting and counts correct top-1 answers, by direction."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     questions = setting.stimuli.items()
-    on_progress(0, len(questions))
+    answers = over_batches(
+        "answers",
+        {"all": questions},
+        config.batch_size,
+        lambda _, batch, __: setting.answers(batch),
+        on_progress,
+        last=True,
+    )
     right: dict[str, list[bool]] = {direction: [] for direction in setting.directions}
     pictures: dict[str, list[str]] = {direction: [] for direction in setting.directions}
     wrong = dict.fromkeys(setting.directions, 0)
-    done = 0
-    for batch in setting.batches(questions):
-        for question, answer in zip(batch, setting.answers(batch), strict=True):
-            if answer is None:
-                wrong[question.direction] += 1
-                continue
-            right[question.direction].append(answer == normalise(question.target))
-            pictures[question.direction].append(picture_of(question))
-        done += len(batch)
-        on_progress(done, len(questions))
+    for question, answer in zip(questions, chain(*answers["all"]), strict=True):
+        if answer is None:
+            wrong[question.direction] += 1
+            continue
+        right[question.direction].append(answer == normalise(question.target))
+        pictures[question.direction].append(picture_of(question))
     right = {direction: own for direction, own in right.items() if own}
     if not right:
         raise none_left("question")
@@ -68,6 +75,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "questions about one picture are one observation.",
         ),
     )
+
+
+run = of_config(run_on)
 
 
 def _verdict(table: pd.DataFrame) -> str:

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
+from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import format_interval, format_slots, score_rows, select
 from hooked_vlm.experiments.verdicts import LEAST, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.stimuli.pairs import FinalTokenPair, final_token_pair
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.sweeps.sweep import Sweep
 
 
@@ -48,9 +50,9 @@ LOG_ODDS = ("log odds, ordering", "log odds, attribute")
 QUANTITIES = (*ANSWERS, *AGREEMENTS, *LOG_ODDS)
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Patches the final token at every slot, in up to `config.pairs` pairs per direction."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     pairs = setting.pairs(final_token_pair, 5, config)
     slots = range(model.cfg.n_layers + 1)
     by_direction = sweep_pairs(
@@ -89,6 +91,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "other slots are undecided.",
         ),
     )
+
+
+run = of_config(run_on)
 
 
 def scored(

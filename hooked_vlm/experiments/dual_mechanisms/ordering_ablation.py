@@ -9,6 +9,7 @@ an order itself, from the positions of tokens in the prompt, accuracy stays abov
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,11 +33,12 @@ from hooked_vlm.experiments.answers import (
     named,
     picture_of,
 )
-from hooked_vlm.experiments.batches import items_of_numbers, over_batches, scored_numbers
+from hooked_vlm.experiments.batches import items_of_numbers, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, references
+from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import (
     difference_rows,
     format_interval,
@@ -47,6 +49,7 @@ from hooked_vlm.experiments.tables import (
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -78,12 +81,19 @@ class Config(common.Config):
     items: int = 120
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Asks the setting's questions intact and under each way of removing the order."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
     names = {axis: named_alone(setting, axis) for axis in setting.axes}
-    scores = over_batches(setting, asked, lambda _, batch, __: _scores(setting, batch), on_progress)
+    scores = over_batches(
+        "scores",
+        asked,
+        config.batch_size,
+        lambda _, batch, __: _scores(setting, batch),
+        on_progress,
+        last=True,
+    )
     by_direction = {d: np.concatenate(parts, axis=1) for d, parts in scores.items()}
     by_direction, asked, left_out = items_of_numbers(by_direction, asked)
     table = _table(by_direction, asked, names, config.seed)
@@ -117,6 +127,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+run = of_config(run_on)
+
+
 def sampled(setting: Setting, direction: str, n: int, seed: int) -> list[Question]:
     """Returns `n` questions of a direction, a seeded sample in their order; all of them for 0."""
     questions = setting.stimuli.items((direction,))
@@ -141,7 +154,8 @@ def named_alone(setting: Setting, axis: str) -> set[str]:
         for direction in directions
         if i < REFERENCES
     ]
-    for batch in setting.batches(asked):
+
+    def named_in(_: str, batch: list[Any], __: Any) -> list[str | None]:
         questions = [question for _, question in batch]
         pictures = [
             stimuli.scene((None, name, None), axis, layout, stimuli.ground_of(question))
@@ -149,9 +163,11 @@ def named_alone(setting: Setting, axis: str) -> set[str]:
         ]
         with torch.no_grad():
             logits = setting.model(setting.inputs_of(pictures, questions), logits_to_keep=1)
-        answers = answers_of(final_logits(logits), setting.model.tokenizer)
-        for (name, _), answer in zip(batch, answers, strict=True):
-            right[name].append(answer == normalise(name))
+        return answers_of(final_logits(logits), setting.model.tokenizer)
+
+    answers = over_batches(f"named alone, {axis}", {axis: asked}, setting.batch_size, named_in)
+    for (name, _), answer in zip(asked, chain(*answers[axis]), strict=True):
+        right[name].append(answer == normalise(name))
     return {name for name, found in right.items() if 2 * sum(found) > len(found)}
 
 

@@ -25,9 +25,10 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     read_order,
     strips,
 )
+from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import interval_rows, select
 from hooked_vlm.experiments.verdicts import (
     ALPHA,
@@ -42,6 +43,7 @@ from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.sets import StimulusSet
 
 
 ABOUT = About(
@@ -65,27 +67,21 @@ SHUFFLES = 20
 """Number of controls on shuffled labels; so the smallest p-value of a permutation is 1/21."""
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Fits a probe and its control for each axis, and applies both to held-out pictures."""
-    return run_on(Setting.of(model, config), config, on_progress)
-
-
-def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
-    """Runs the experiment on a given setting."""
-    total = sum(len(list(setting.batches(_questions(setting, axis)))) for axis in setting.axes)
+    # 1. The features of all pictures, and the probes.
+    setting = Setting(model, data, config.batch_size)
+    features = _features(setting, on_progress)
+    fitted = {
+        axis: read_order(setting.geometry, axis, torch.cat(own), config.seed, SEEDS, SHUFFLES)
+        for axis, own in features.items()
+    }
+    # 2. What the probes read on the same pictures with fewer objects.
+    scenes = _scenes(setting, {axis: found["fitted"] for axis, found in fitted.items()})
     rows, means, shares, cells, maps, pictures = [], [], [], [], {}, {}
     missing: list[str] = []
-    done = 0
-    for axis in setting.axes:
-        features = []
-        for batch in setting.batches(_questions(setting, axis)):
-            features.append(projected(setting, batch))
-            done += 1
-            on_progress(done, total)
-        found = read_order(
-            setting.geometry, axis, torch.cat(features), config.seed, SEEDS, SHUFFLES
-        )
-        own, without = _claims(setting, axis, found, config.seed)
+    for axis, found in fitted.items():
+        own, without = _claims(setting, axis, found, scenes, config.seed)
         rows += found["rows"] + own
         missing += found["left_out"] + without
         means.append(found["maps"].mean(0))
@@ -150,6 +146,20 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+run = of_config(run_on)
+
+
+def _features(setting: Setting, on_progress: OnProgress) -> dict[str, list[torch.Tensor]]:
+    """Returns the projector's output for all pictures of each axis, in batches."""
+    return over_batches(
+        "features",
+        {axis: _questions(setting, axis) for axis in setting.axes},
+        setting.batch_size,
+        lambda _, batch, __: projected(setting, batch),
+        on_progress,
+    )
+
+
 def _questions(setting: Setting, axis: str) -> list[Question]:
     return setting.stimuli.items(("left",) if axis == "horizontal" else ("above",))
 
@@ -193,8 +203,37 @@ def _object_cells(setting: Setting, axis: str) -> np.ndarray:
     return np.stack([setting.geometry.object_region(axis, place).mask for place in range(3)])
 
 
+def _scenes(
+    setting: Setting, fitted: Mapping[str, Fitted]
+) -> dict[str, Float[torch.Tensor, "image row col d_model"]]:
+    """Returns the held-out pictures of each axis with one object and with none, projected.
+
+    Their names are those of the axis and of what is shown: `"horizontal, empty"`.
+    """
+    if setting.stimuli.middle is not None:  # What'sUp cannot show one object alone
+        return {}
+    asked = {axis: _questions(setting, axis) for axis in fitted}
+    shown = {
+        f"{axis}, {name}": [(asked[axis][i], kind) for i in own.test]
+        for axis, own in fitted.items()
+        for name, kind in (("one object", _middle_alone), ("empty", _nothing))
+    }
+    found = over_batches(
+        "scenes",
+        shown,
+        setting.batch_size,
+        lambda _, batch, __: projected_scenes(setting, [q for q, _ in batch], batch[0][1]),
+        last=True,
+    )
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
 def _claims(
-    setting: Setting, axis: str, found: Mapping[str, Any], seed: int
+    setting: Setting,
+    axis: str,
+    found: Mapping[str, Any],
+    scenes: Mapping[str, torch.Tensor],
+    seed: int,
 ) -> tuple[list[dict], list[str]]:
     """Returns the rows that the verdict is about, and those of the controls for the background.
 
@@ -206,11 +245,9 @@ def _claims(
     halves = float((sizes.sum() - sizes.min()) / sizes.sum())
     given = _own_strip(fitted, found["grids"], strip, background)  # [seed, image, token]
     shares = {"three": given.mean(-1)}
-    if setting.stimuli.middle is None:  # What'sUp cannot show one object alone
-        asked = _questions(setting, axis)
-        asked = [asked[i] for i in fitted.test]
-        for name, shown in (("one object", _middle_alone), ("empty", _nothing)):
-            grids = projected_scenes(setting, asked, shown)
+    for name in ("one object", "empty"):
+        if f"{axis}, {name}" in scenes:
+            grids = scenes[f"{axis}, {name}"]
             shares[name] = _own_strip(fitted, grids, strip, background).mean(-1)
     read = {
         "accuracy, claim": fitted.accuracies,

@@ -21,9 +21,10 @@ from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.analysis.statistics import Interval, simultaneous
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
+from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import (
     format_interval,
     format_names,
@@ -47,6 +48,7 @@ from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.sweeps.sweep import Sweep
 
 
@@ -74,14 +76,9 @@ AT_SLOT = "swapped, at an early slot"
 """Quantity: the same at each of these slots, for a kind that flips the answer at some alone."""
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Swaps each kind of region at every slot, in up to `config.pairs` pairs per direction."""
-    return run_on(Setting.of(model, config), config, on_progress)
-
-
-def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
-    """Runs the experiment on a given setting."""
-    model = setting.model
+    setting = Setting(model, data, config.batch_size)
     regions = SwapRegions.of(setting.geometry, setting.axes)
     pairs = setting.pairs(swap_pair, 3, config)
     slots = list(range(model.cfg.n_layers + 1))
@@ -130,6 +127,9 @@ def run_on(setting: Setting, config: Config, on_progress: OnProgress) -> Result:
             *regions.notes,
         ),
     )
+
+
+run = of_config(run_on)
 
 
 def scored(

@@ -27,9 +27,10 @@ from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
     scored,
 )
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
+from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import (
     format_interval,
     format_names,
@@ -44,6 +45,7 @@ from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.regions.pairs import CellPairs
 from hooked_vlm.stimuli.pairs import Question, SwapPair, right_on_both, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -72,9 +74,9 @@ class Config(common.Config):
     in_float32 = True
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Swaps regions at every slot under the removal, in pairs answered correctly under it."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     accept = right_on_both(swap_pair, lambda questions: right_when_removed(setting, questions))
     try:
         pairs = setting.pairs_accepted(swap_pair, 3, config, accept)
@@ -104,6 +106,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
         {f"pairs_{d}": values for d, values in by_direction.items()},
         regions.notes,
     )
+
+
+run = of_config(run_on)
 
 
 def right_when_removed(setting: Setting, questions: Sequence[Question]) -> list[bool]:

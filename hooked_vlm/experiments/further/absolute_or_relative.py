@@ -7,9 +7,8 @@ edge the last object lies in the middle strip.  The answer can depend on how clo
 several gaps are measured, and each has its own outcome.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -53,13 +52,15 @@ from hooked_vlm.experiments.further.gap_verdicts import (
     verdict,
 )
 from hooked_vlm.experiments.further.held_out_halves import Halves
+from hooked_vlm.experiments.loop import over, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import format_names, interval_rows
 from hooked_vlm.experiments.verdicts import claim_rows, claims_over_probes
 from hooked_vlm.stimuli.geometry import Layout, Shifted
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import SETTINGS
 
 
@@ -93,27 +94,30 @@ class Config(common.Config):
     probe: str = "paper"
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Fits E3's probe to usual pictures, and applies it to objects close together.
 
     Raises `DataError` where no gap shows anything.
     """
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     layouts = _at_gaps(setting.geometry, config.gaps)
-    steps = sum(
-        1 + sum(len(own) + _n_alone(own, axis) for own in layouts.values()) for axis in setting.axes
-    )
-    done, rows, readings, pictures = 0, [], [], {}
+    # 1. The probes of each axis, fitted to one half of its pictures.
+    halves = {axis: Halves.of(setting, axis, config.images, config.seed) for axis in setting.axes}
+    probes = {axis: own.fitted.read_by(config.probe) for axis, own in halves.items()}
+
+    # 2. What they read on the other half, in each layout.
+    def score(unit: Shown, _: OnProgress) -> Read:
+        grids = projected_scenes(setting, halves[unit.axis].asked, unit.entities, unit.layout)
+        return places_read(probes[unit.axis][0], grids)
+
+    shown = {str(one): one for axis in setting.axes for one in _shown(axis, layouts)}
+    read = over("readings", shown, score, on_progress, last=True)
+    # 3. The table.
+    rows, readings, pictures = [], [], {}
     missing: list[str] = []
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, steps)
-
-    on_progress(0, steps)
     for axis in setting.axes:
-        found = _read_axis(setting, axis, layouts, config, step)
+        _, accuracies = probes[axis]
+        found = _read_axis(setting, axis, layouts, halves[axis], accuracies, read, config.seed)
         rows += [{**row, "axis": axis} for row in found["rows"]]
         readings.append(found["readings"])
         missing += found["left_out"]
@@ -155,6 +159,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+run = of_config(run_on)
+
+
 def _at_gaps(geometry: Layout, gaps: Sequence[int]) -> dict[int, dict[str, Shifted]]:
     """Returns the layouts of each gap at which objects at an edge show something.
 
@@ -185,27 +192,58 @@ def _counted_objects(layouts: Mapping[int, Mapping[str, Layout]]) -> str:
     return "; ".join(at_gaps)
 
 
-def _n_alone(layouts: Mapping[str, Layout], axis: str) -> int:
-    return sum(len(moved(layouts[edge], axis)) for edge in EDGES)
+@dataclass(frozen=True)
+class Shown:
+    """The pictures of an axis in one layout."""
+
+    axis: str
+    gap: int
+    place: str
+    """Where the objects stand: an edge, or `"centre"`."""
+    layout: Layout
+    alone: int | None = None
+    """The only object that is shown; None: all three."""
+
+    def entities(self, question: Question) -> tuple[str | None, ...]:
+        """Returns what is shown of a question's entities, by place."""
+        return tuple(
+            name if self.alone in (None, i) else None for i, name in enumerate(question.entities)
+        )
+
+    def __str__(self) -> str:
+        return _shown_name(self.axis, self.gap, self.place, self.alone)
+
+
+def _shown_name(axis: str, gap: int, place: str, alone: int | None = None) -> str:
+    which = "" if alone is None else f", {alone} alone"
+    return f"{axis}, gap {gap}, {place}{which}"
+
+
+def _shown(axis: str, layouts: Mapping[int, Mapping[str, Layout]]) -> list[Shown]:
+    """Returns all kinds of pictures of an axis."""
+    found = []
+    for gap, own in layouts.items():
+        found += [Shown(axis, gap, place, layout) for place, layout in own.items()]
+        for edge in EDGES:
+            each = moved(own[edge], axis)
+            found += [Shown(axis, gap, edge, own[edge], one.place) for one in each]
+    return found
 
 
 def _read_axis(
     setting: Setting,
     axis: str,
     layouts: Mapping[int, Mapping[str, Layout]],
-    config: Config,
-    step: Callable[[], None],
+    halves: Halves,
+    accuracies: np.ndarray,
+    read: Mapping[str, Read],
+    seed: int,
 ) -> dict[str, Any]:
     """Returns an axis's rows, readings `[gap, edge, image, reading]` and pictures."""
-    halves = Halves.of(setting, axis, config.images, config.seed)
-    step()
-    probes, accuracies = halves.fitted.read_by(config.probe)
-    rows = [*halves.rows, *_accuracy_claim(accuracies, config.seed)]
+    rows = [*halves.rows, *_accuracy_claim(accuracies, seed)]
     readings, pictures, missing = [], {}, [*halves.left_out]
     for gap, own in layouts.items():
-        found, by_edge, whole = _read_gap(
-            setting, axis, own, halves.asked, probes, config.seed, step
-        )
+        found, by_edge, whole = _read_gap(axis, gap, own, read, seed)
         rows += [{**row, "gap": gap} for row in found]
         missing += left_out(int((~whole).sum()), "picture", f"{axis}, {apart(gap)}", "tokens")
         every = np.full((len(EDGES), len(whole), len(READINGS)), np.nan)
@@ -230,29 +268,17 @@ def _read_axis(
 
 
 def _read_gap(
-    setting: Setting,
-    axis: str,
-    layouts: Mapping[str, Layout],
-    asked: Sequence[Question],
-    probes: Sequence[Any],
-    seed: int,
-    step: Callable[[], None],
+    axis: str, gap: int, layouts: Mapping[str, Layout], every_read: Mapping[str, Read], seed: int
 ) -> tuple[list[dict], np.ndarray, np.ndarray]:
     """Returns the rows of one gap, its shares `[edge, probe, image, reading]`, and their images.
 
     Images any of whose pictures has tokens that are not numbers are left out.
     """
-
-    def read_in(layout: Layout, shown: Callable[[Question], Any]) -> Read:
-        grids = projected_scenes(setting, asked, shown, layout)
-        step()
-        return places_read(probes, grids)
-
-    # 1. Read all pictures.
-    read = {name: read_in(layout, _all_three) for name, layout in layouts.items()}
+    # 1. The pictures that are whole.
+    read = {place: every_read[_shown_name(axis, gap, place)] for place in layouts}
     objects = {edge: moved(layouts[edge], axis) for edge in EDGES}
     alone = {
-        edge: [read_in(layouts[edge], partial(_only, one.place)) for one in objects[edge]]
+        edge: [every_read[_shown_name(axis, gap, edge, one.place)] for one in objects[edge]]
         for edge in EDGES
     }
     every = [*read.values(), *(seen for each in alone.values() for seen in each)]
@@ -272,14 +298,6 @@ def _read_gap(
     rows += _share_rows(alone_by_edge, seed, shown="alone")
     control = agreeing(read["centre"][:, whole], layouts["centre"], axis)
     return [*rows, *_claims(by_edge, alone_by_edge, control, seed)], by_edge, whole
-
-
-def _all_three(question: Question) -> tuple[str, ...]:
-    return question.entities
-
-
-def _only(place: int, question: Question) -> tuple[str | None, ...]:
-    return tuple(name if i == place else None for i, name in enumerate(question.entities))
 
 
 # --- rows -----------------------------------------------------------------------------------

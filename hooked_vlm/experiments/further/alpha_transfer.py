@@ -6,8 +6,9 @@ The change is compared with that on the diagonal, where alpha is chosen on held-
 the target itself (as in E7).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.dual_mechanisms import amplification
 from hooked_vlm.experiments.dual_mechanisms.amplification import Plan, outcomes
 from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import LEAST, held_out_change
+from hooked_vlm.experiments.loop import over_batches, scope, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config, stimuli_of
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.sets import StimulusSet
 
 
 ABOUT = About(
@@ -59,35 +62,48 @@ class Config(amplification.Config):
         return self.settings
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def data_of(config: Config) -> dict[str, StimulusSet]:
+    """Returns the stimuli of each setting."""
+    return {name: stimuli_of(replace(config, setting=name)) for name in config.settings}
+
+
+def run_on(
+    model, data: Mapping[str, StimulusSet], config: Config, on_progress: OnProgress = silent
+) -> Result:
     """Uses every setting's directions on every setting's questions, at every strength."""
-    bound = {name: Setting.of(model, replace(config, setting=name)) for name in config.settings}
-    axes = bound[config.settings[0]].axes
-    plans = {
-        (name, axis): Plan.of(setting, axis, config)
-        for name, setting in bound.items()
-        for axis in axes
+    bound = {name: Setting(model, stimuli, config.batch_size) for name, stimuli in data.items()}
+    axes = next(iter(bound.values())).axes
+    plans = {}
+    for name, setting in bound.items():
+        with scope(name):
+            plans |= {(name, axis): Plan.of(setting, axis, config) for axis in axes}
+    crossed = {
+        f"{source} on {target}, {axis}": (source, target, axis)
+        for source, target, axis in product(bound, bound, axes)
     }
-    total = len(config.settings) ** 2 * len(axes)
-    on_progress(0, total)
-    right: dict[tuple[str, str], np.ndarray] = {}
-    asked: dict[str, list[Question]] = {}
-    done = 0
-    for source in config.settings:
-        for target, setting in bound.items():
-            parts, questions = [], []
-            for axis in axes:
-                # The source's directions, the target's questions.
-                plan = replace(
-                    plans[target, axis], directions=plans[source, axis].directions, controls={}
-                )
-                for batch in setting.batches(plan.asked):
-                    parts.append(outcomes(setting, plan, batch, config, (FORMULA,))[FORMULA][0])
-                    questions += batch
-                done += 1
-                on_progress(done, total)
-            right[source, target] = np.concatenate(parts, axis=1)
-            asked[target] = questions
+
+    def score(name: str, batch: list[Question], _: OnProgress) -> np.ndarray:
+        source, target, axis = crossed[name]
+        # The source's directions, the target's questions.
+        directions = plans[source, axis].directions
+        plan = replace(plans[target, axis], directions=directions, controls={})
+        return outcomes(bound[target], plan, batch, config, (FORMULA,))[FORMULA][0]
+
+    scores = over_batches(
+        "outcomes",
+        {name: plans[target, axis].asked for name, (_, target, axis) in crossed.items()},
+        config.batch_size,
+        score,
+        on_progress,
+        last=True,
+    )
+    right = {
+        (source, target): np.concatenate(
+            [part for axis in axes for part in scores[f"{source} on {target}, {axis}"]], axis=1
+        )
+        for source, target in product(bound, bound)
+    }
+    asked = {name: [q for axis in axes for q in plans[name, axis].asked] for name in bound}
     right, asked, missing = _numbers_only(right, asked)
     missing = [said for plan in plans.values() for said in plan.left_out] + missing
     table = _table(right, asked, config)
@@ -108,6 +124,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Transfer between models: run this on each and compare the column alpha.",
         ),
     )
+
+
+run = of_config(run_on, data_of)
 
 
 def _numbers_only(

@@ -11,8 +11,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -50,8 +51,10 @@ from hooked_vlm.experiments.further.coco_spatial import (
     style_of,
     usable_items,
 )
+from hooked_vlm.experiments.loop import once, over, part_of, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import of_config
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.hooks.names import PROJECTOR
 from hooked_vlm.inputs.prepared import Inputs
@@ -137,19 +140,23 @@ class Told:
     """Whether its tokens and its logits are all numbers."""
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def data_of(config: Config) -> tuple[Spatial, Boxed]:
+    """Returns the list and its items with boxes; raises `DataError` without `config.data`."""
+    return usable_boxes(config.data, config.name, config.boxes)
+
+
+def run_on(
+    model, data: tuple[Spatial, Boxed], config: Config, on_progress: OnProgress = silent
+) -> Result:
     """Fits probes on correctly answered items, then asks every item at every strength."""
-    listed, found = usable_boxes(config.data, config.name, config.boxes)
+    listed, found = data
     style = style_of(model, config.style)
     problems = [*listed.problems, *found.problems]
-    total, done = 2 * len(found.items), 0
-    on_progress(0, total)
-    told: dict[BoxedItem, Told] = {}
-    for group in by_size(found.items, config.batch_size):
-        told |= dict(zip(group, observed(model, group, style), strict=True))
-        done += len(group)
-        on_progress(done, total)
-    asked, items, rows, left_out = [], [], [], []
+    # 1. The answers and tokens of every item, without intervention.
+    told = _told(model, found.items, style, config.batch_size, part_of(on_progress, 0, 2))
+    # 2. A probe of each axis, and the items that are asked with its directions.
+    asked: dict[str, tuple[list[BoxedItem], Any]] = {}
+    rows, left_out = [], []
     for axis in ("horizontal", "vertical"):
         own = [i for i in found.items if i.item.axis == axis and told[i].has_numbers]
         right = [item for item in own if told[item].right and item.is_as_captioned]
@@ -161,21 +168,17 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             continue
         probe, interval = fitted([told[item] for item in right], config.seed)
         rows += interval_rows(interval, {}, axis=axis, quantity="probe, held out")
-        w = stack(class_directions(probe))
+        w = once(f"directions, {axis}", lambda probe=probe: stack(class_directions(probe)))
         tokens = torch.cat([told[item].tokens for item in right])
         controls = matched_controls(w, tokens, range(config.seed, config.seed + config.controls))
-        for group in by_size(own, config.batch_size):
-            inputs = inputs_of(model, group, style)
-            made = conditions(w, controls, Region.everything(inputs.grids[0][0].shape), config)
-            targets = [item.item.side for item in group for _ in range(2)]
-            verdicts = answered(model, inputs, targets, made)
-            asked.append(verdicts)
-            items += group
-            done += len(group)
-            on_progress(done, total)
+        for i, group in enumerate(by_size(own, config.batch_size)):
+            asked[f"{axis} {i}"] = group, partial(conditions, w, controls)
     if not asked:
         raise CannotRunError(f"No probe could be fitted: {' '.join(left_out)}")
-    listings_, whole = by_listing(joined(asked))
+    verdicts = _outcomes(model, asked, style, config, part_of(on_progress, 1, 2))
+    items = [item for group, _ in asked.values() for item in group]
+    # 3. The table.
+    listings_, whole = by_listing(joined(list(verdicts.values())))
     n_left = sum(not one.has_numbers for one in told.values()) + int((~whole).sum())
     left_out += without(n_left, "item")
     items = [items[i] for i in np.flatnonzero(whole)]
@@ -215,6 +218,46 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             f"{len(problems)}. {'; '.join(problems[:5])}".strip(),
         ),
     )
+
+
+run = of_config(run_on, data_of)
+
+
+def _told(
+    model, items: Sequence[BoxedItem], style: str, at_most: int, on_progress: OnProgress
+) -> dict[BoxedItem, Told]:
+    """Returns what each item gives without intervention."""
+    groups = by_size(items, at_most)
+    seen = over(
+        "observed",
+        {str(i): group for i, group in enumerate(groups)},
+        lambda group, _: [vars(one) for one in observed(model, group, style)],
+        on_progress,
+    )
+    return {
+        item: Told(**one)
+        for group, each in zip(groups, seen.values(), strict=True)
+        for item, one in zip(group, each, strict=True)
+    }
+
+
+def _outcomes(
+    model,
+    asked: Mapping[str, tuple[list[BoxedItem], Any]],
+    style: str,
+    config: Config,
+    on_progress: OnProgress,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns what `answered` does for each group of items, at its own conditions."""
+
+    def score(unit: tuple[list[BoxedItem], Any], _: OnProgress) -> dict[str, np.ndarray]:
+        group, conditions_at = unit
+        inputs = inputs_of(model, group, style)
+        made = conditions_at(Region.everything(inputs.grids[0][0].shape), config)
+        targets = [item.item.side for item in group for _ in range(2)]
+        return answered(model, inputs, targets, made)
+
+    return over("outcomes", asked, score, on_progress, last=True)
 
 
 def by_listing(

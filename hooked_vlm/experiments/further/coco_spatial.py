@@ -20,8 +20,10 @@ from hooked_vlm.errors import DataError, counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import answers_of
 from hooked_vlm.experiments.batches import left_out, none_left
+from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import of_config
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.stimuli.datasets.coco import Spatial, SpatialItem, listing_of, load
 from hooked_vlm.stimuli.pictures import open_picture
@@ -92,16 +94,24 @@ def listed_files(data: Path | None, name: str) -> dict[str, Path]:
     return {"data": listing_of(folder, name), **pictures}
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
-    """Asks every item in both orders of its options; raises `DataError` without `config.data`."""
-    _, found = usable_items(config.data, config.name)
+def data_of(config: Config) -> Spatial:
+    """Returns the list; raises `DataError` without `config.data`."""
+    return usable_items(config.data, config.name)[1]
+
+
+def run_on(model, data: Spatial, config: Config, on_progress: OnProgress = silent) -> Result:
+    """Asks every item in both orders of its options."""
+    found = data
     style = style_of(model, config.style)
-    on_progress(0, len(found.items))
-    answers: list[list[str | None]] = []
-    for start in range(0, len(found.items), config.batch_size):
-        batch = found.items[start : start + config.batch_size]
-        answers += _answers(model, batch, style)
-        on_progress(min(start + config.batch_size, len(found.items)), len(found.items))
+    parts = over_batches(
+        "answers",
+        {"all": found.items},
+        config.batch_size,
+        lambda _, batch, __: _answers(model, batch, style),
+        on_progress,
+        last=True,
+    )
+    answers = [said for part in parts["all"] for said in part]
     whole = [i for i, said in enumerate(answers) if None not in said]
     if not whole:
         raise none_left("item")
@@ -121,6 +131,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             f"Unusable entries: {len(found.problems)}. {problems}".strip(),
         ),
     )
+
+
+run = of_config(run_on, data_of)
 
 
 def style_of(model: Any, style: str) -> str:

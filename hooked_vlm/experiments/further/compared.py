@@ -8,7 +8,6 @@ import pandas as pd
 import xarray as xr
 
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
-from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge
@@ -18,15 +17,6 @@ DIFFERENCE = "paired difference"
 """The quantity of comparing rows: the other kind of picture minus the first kind.
 
 E4's "difference" is another quantity: strips minus objects on one kind of picture."""
-
-
-def part_of(on_progress: OnProgress, index: int, of: int) -> OnProgress:
-    """Returns the progress callback of one of several parts, each counted as 100 steps."""
-
-    def told(done: int, total: int) -> None:
-        on_progress(100 * index + round(100 * done / max(total, 1)), 100 * of)
-
-    return told
 
 
 def rows_between(first: Mapping[str, Result], other: Mapping[str, Result], seed: int) -> list[dict]:

@@ -15,6 +15,7 @@ photographs of two objects.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from hooked_vlm.experiments.batches import left_out, said_left_out
 from hooked_vlm.experiments.dual_mechanisms import order_reading, ordering_probes, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
 from hooked_vlm.experiments.further import compared
+from hooked_vlm.experiments.loop import independent, over_batches, part_of, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting, for_tokenizer, stimuli_of
+from hooked_vlm.experiments.setting import Setting, for_tokenizer, of_config
 from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.experiments.verdicts import judge
 from hooked_vlm.stimuli import photographs
@@ -65,9 +67,9 @@ class Config(common.Config):
     pairs: int = 16
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Runs the ordering probes and the strip swap on every way to join pictures."""
-    plain, _ = for_tokenizer(stimuli_of(config), model.tokenizer)
+    plain, _ = for_tokenizer(data, model.tokenizer)
     real = config.setting in whatsup.SETTINGS
     variants = VARIANTS[1:] if real else VARIANTS
     total = len(variants) * 2 + real
@@ -75,26 +77,32 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     tables, images, missing = [], {}, []
     results: dict[str, dict[str, Result]] = {variant: {} for variant in variants}
     done = 0
-    for variant in variants:
-        setting = Setting(model, composites(plain, variant, config.data), config.batch_size)
-        images[variant] = setting.picture(setting.stimuli.items()[0])
-        for experiment in (ordering_probes, strip_swap):
-            told = compared.part_of(on_progress, done, total)
+    with independent() as parts:
+        for variant, experiment in product(variants, (ordering_probes, strip_swap)):
+            own = composites(plain, variant, config.data)
+            setting = Setting(model, own, config.batch_size)
+            images[variant] = setting.picture(setting.stimuli.items()[0])
+            name, told = experiment.ABOUT.name, part_of(on_progress, done, total)
             done += 1
-            try:
-                found = experiment.run_on(setting, replace(config, setting="squares"), told)
-            except CannotRunError as error:  # no pair is answered correctly there
-                missing.append(f"{variant}: {error}")
-                continue
-            results[variant][experiment.ABOUT.name] = found
-            missing += [f"{variant}: {said}" for said in said_left_out(found.verdict)]
-            tables.append(found.table.assign(variant=variant, part=experiment.ABOUT.name))
-    if real:
-        setting = Setting(model, composites(plain, variants[0], config.data), config.batch_size)
-        rows, images[UNCUT], said = _uncut(setting, whatsup.load(_folder(config)), config.seed)
-        missing += said
-        tables.append(pd.DataFrame(rows).assign(variant=UNCUT, part=ordering_probes.ABOUT.name))
-        on_progress(100 * total, 100 * total)
+            with parts.part(f"{variant}, {name}"):
+                try:
+                    found = experiment.run_on(model, own, replace(config, setting="squares"), told)
+                except CannotRunError as error:  # no pair is answered correctly there
+                    missing.append(f"{variant}: {error}")
+                    continue
+                results[variant][name] = found
+                missing += [f"{variant}: {said}" for said in said_left_out(found.verdict)]
+                tables.append(found.table.assign(variant=variant, part=name))
+        if real:
+            own = composites(plain, variants[0], config.data)
+            setting = Setting(model, own, config.batch_size)
+            with parts.part(UNCUT):
+                own = whatsup.load(_folder(config))
+                rows, images[UNCUT], said = _uncut(setting, own, config.seed)
+                missing += said
+                name = ordering_probes.ABOUT.name
+                tables.append(pd.DataFrame(rows).assign(variant=UNCUT, part=name))
+            on_progress(100 * total, 100 * total)
     first, *others = results
     for variant in others:
         rows = compared.rows_between(results[first], results[variant], config.seed)
@@ -127,6 +135,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "on What'sUp's own photographs, and the probes on its uncut ones too.",
         ),
     )
+
+
+run = of_config(run_on)
 
 
 def composites(plain: StimulusSet, variant: str, data: Path | None = None) -> StimulusSet:
@@ -223,12 +234,16 @@ def _uncut(
         for name, place in shown
     ]
     question = setting.stimuli.items(("left",))[0]
-    features = torch.cat(
-        [
-            ordering_probes.projected_pictures(setting, batch, [question] * len(batch))
-            for batch in setting.batches(pictures)
-        ]
+    parts = over_batches(
+        "features",
+        {"uncut": range(len(pictures))},
+        setting.batch_size,
+        lambda _, batch, __: ordering_probes.projected_pictures(
+            setting, [pictures[i] for i in batch], [question] * len(batch)
+        ),
+        last=True,
     )
+    features = torch.cat(parts["uncut"])
     rows = order_reading.read_some(
         geometry, "horizontal", features, [(place, 1) for _, place in shown], seed
     )

@@ -1,12 +1,14 @@
 """The attention of the background to objects in the vision encoder: a part of Q5."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import interval_rows
 from hooked_vlm.hooks.names import VISION
@@ -26,18 +28,21 @@ def attention_rows(
         if name.startswith(f"{VISION}.blocks.") and name.endswith("attn.hook_pattern")
     ]
     names = names[: setting.model.anatomy.vision.last_read + 1]
-    shares: dict[str, list[np.ndarray | None]] = {name: [] for name in names}
-    for question in questions:
+
+    def score(_: str, batch: list[Question], __: Any) -> dict[str, np.ndarray | None]:
         with torch.no_grad():
-            _, cache = setting.model.run_with_cache(
-                setting.inputs([question]), names, stop_at_layer=0
-            )
+            _, cache = setting.model.run_with_cache(setting.inputs(batch), names, stop_at_layer=0)
+        found = {}
         for name in names:
             pattern = cache[name]
             whole = pattern[0] if isinstance(pattern, list) else pattern
             prefix = setting.model.anatomy.vision.n_prefix  # class tokens and registers
             whole = whole.flatten(0, -3).mean(0)[prefix:, prefix:]
-            shares[name].append(attention_shares(setting, axis, whole))
+            found[name] = attention_shares(setting, axis, whole)
+        return found
+
+    by_question = over_batches("attention", {axis: questions}, 1, score, last=True)[axis]
+    shares = {name: [found[name] for found in by_question] for name in names}
     rows = []
     wrong = {i for name in names for i, share in enumerate(shares[name]) if _is_nan(share)}
     for layer, name in enumerate(names, start=1):

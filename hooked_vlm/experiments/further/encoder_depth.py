@@ -33,9 +33,10 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import HALF, name_of, pictures_of
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.further.encoder_attention import attention_rows
+from hooked_vlm.experiments.loop import independent, over, over_batches, part_of, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import (
     LEAST,
@@ -51,6 +52,7 @@ from hooked_vlm.hooks.names import PROJECTOR, VISION
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.stimuli.pairs import Question, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -80,42 +82,42 @@ class Config(common.Config):
     images: int = 120
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Runs probes, swaps and attention measurements at every depth of the vision encoder."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     sites = depths(model)
     pairs = setting.pairs(swap_pair, 3, config)
-    batches = [(d, batch) for d, found in pairs.items() for batch in setting.batches(found)]
     pairs_of = {d: [name_of(pair) for pair in found] for d, found in pairs.items()}
-    total = len(setting.axes) * len(sites) + len(batches) * len(sites) * len(KINDS)
-    on_progress(0, total)
-    done, rows, maps = 0, [], []
+    rows, maps, scores = [], [], {}
     missing: list[str] = []
-    for axis in setting.axes:
-        features = _features(setting, axis, sites, config)
-        wrong = _without_numbers(features)
-        missing += left_out(wrong, "picture", axis, "tokens")
-        read = []
-        for layer, site in enumerate(sites):
-            found = read_order(setting.geometry, axis, features[site], config.seed, SEEDS)
-            read.append(_read(setting, axis, found))
-            rows += [{**row, "layer": layer, "site": site} for row in found["rows"]]
-            maps.append(found["maps"].mean(0))
-            done += 1
-            on_progress(done, total)
-        rows += reading_claims(read, _halves(setting, axis), config.seed, axis=axis)
-        shown = _questions(setting, axis, LOOKED_AT, config.seed)
-        found, wrong = attention_rows(setting, axis, shown, config.seed)
-        rows += found
-        missing += left_out(wrong, "picture", f"{axis}, attention")
-    scores: dict[str, list[xr.DataArray]] = {direction: [] for direction in pairs}
-    for direction, batch in batches:
-        scores[direction].append(_swaps(setting, batch, sites))
-        done += len(sites) * len(KINDS)
-        on_progress(done, total)
+    n = len(setting.axes) + 1
+    with independent() as parts:
+        for index, axis in enumerate(setting.axes):
+            told = part_of(on_progress, index, n)
+            with parts.part(f"probes, {axis}"):
+                read, wrong = _read_at(setting, axis, sites, config, told)
+                rows += [row for found in read for row in found["rows"]]
+                maps += [found["map"] for found in read]
+                missing += left_out(wrong, "picture", axis, "tokens")
+                shares = [found["read"] for found in read]
+                rows += reading_claims(shares, _halves(setting, axis), config.seed, axis=axis)
+            with parts.part(f"attention, {axis}"):
+                shown = _questions(setting, axis, LOOKED_AT, config.seed)
+                found, wrong = attention_rows(setting, axis, shown, config.seed)
+                rows += found
+                missing += left_out(wrong, "picture", f"{axis}, attention")
+        with parts.part("swaps"):
+            scores = over_batches(
+                "swaps",
+                pairs,
+                config.batch_size,
+                lambda _, batch, __: _swaps(setting, batch, sites),
+                part_of(on_progress, n - 1, n),
+                last=True,
+            )
     joined = {
-        direction: xr.concat(parts, dim="pair").assign_coords(pair=pairs_of[direction])
-        for direction, parts in scores.items()
+        direction: xr.concat(found, dim="pair").assign_coords(pair=pairs_of[direction])
+        for direction, found in scores.items()
     }
     swapped, without = numbers_only(joined)
     for direction, own in swapped.items():
@@ -178,25 +180,55 @@ def depths(model) -> list[str]:
     return [*sites, f"{PROJECTOR}.hook_out"]
 
 
+run = of_config(run_on)
+
+
+def _read_at(
+    setting: Setting, axis: str, sites: Sequence[str], config: Config, on_progress: OnProgress
+) -> tuple[list[dict[str, Any]], int]:
+    """Returns what probes read at each site: rows, shares of `READ`, and the mean map.
+
+    Then the number of pictures whose tokens are not numbers at some site.
+    """
+    features = _features(setting, axis, sites, config)
+    wrong = _without_numbers(features)
+
+    def read(unit: tuple[int, str], _: OnProgress) -> dict[str, Any]:
+        layer, site = unit
+        found = read_order(setting.geometry, axis, features[site], config.seed, SEEDS)
+        return {
+            "rows": [{**row, "layer": layer, "site": site} for row in found["rows"]],
+            "read": _read(setting, axis, found),
+            "map": found["maps"].mean(0),
+        }
+
+    units = {site: (layer, site) for layer, site in enumerate(sites)}
+    return list(over("probes", units, read, on_progress, last=True).values()), wrong
+
+
 def _features(
     setting: Setting, axis: str, sites: Sequence[str], config: Config
 ) -> dict[str, Tensor]:
     """Returns `[image, token, d]` at every site; the patches of a token are averaged."""
     questions = _questions(setting, axis, config.images, config.seed)
-    found: dict[str, list[Tensor]] = {site: [] for site in sites}
     side = setting.geometry.shape[0]
-    for batch in setting.batches(questions):
+
+    def score(_: str, batch: list[Question], __: Any) -> dict[str, Tensor]:
         inputs = setting.inputs(batch)
         with torch.no_grad():
             _, cache = setting.model.run_with_cache(inputs, list(sites), stop_at_layer=0)
+        found = {}
         for site in sites:
             values = cache[site].float().cpu()
             if site.startswith(PROJECTOR):
                 values = in_raster(values, inputs)
             else:
                 values = values[:, setting.model.anatomy.vision.n_prefix :]
-            found[site].append(pooled(values, side))
-    return {site: torch.cat(parts) for site, parts in found.items()}
+            found[site] = pooled(values, side)
+        return found
+
+    parts = over_batches("features", {axis: questions}, setting.batch_size, score)[axis]
+    return {site: torch.cat([part[site] for part in parts]) for site in sites}
 
 
 def _without_numbers(features: Mapping[str, Tensor]) -> int:

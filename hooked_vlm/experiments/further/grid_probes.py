@@ -18,6 +18,7 @@ from PIL import Image
 
 from hooked_vlm.analysis.probes import object_examples
 from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.batches import left_out
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
@@ -26,9 +27,10 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     whole_pictures,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, in_raster
+from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import system_of, token_grid
+from hooked_vlm.experiments.setting import of_config, system_of, token_grid
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import adjusted, agreement, claims_over_probes, judge
 from hooked_vlm.hooks.names import PROJECTOR
@@ -65,23 +67,37 @@ class Config(common.Config):
         return ()
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def data_of(config: Config) -> None:
+    """Returns nothing: the pictures of grids are drawn for the model's grid of tokens."""
+
+
+def run_on(model, data: object, config: Config, on_progress: OnProgress = silent) -> Result:
     """Fits a probe of columns and one of rows for each k, and applies both to the background."""
+    if data is not None:
+        raise DataError(
+            f"{ABOUT.name} was given {type(data).__name__} as its data; it draws pictures of its "
+            "own. Give None."
+        )
     model.require_vision()
     n_tokens, token_px = token_grid(model)
-    total = len(config.ks) * config.images
-    on_progress(0, total)
+    layouts = {f"{k}x{k}": GridLayout(k, n_tokens, token_px) for k in dict.fromkeys(config.ks)}
+    images = {}
+    for name, layout in layouts.items():
+        rng = random.Random(f"{config.seed}/{layout.k}")
+        images[name] = [draw(random_cells(layout.k, rng), layout) for _ in range(config.images)]
+    features = over_batches(
+        "features",
+        {name: range(config.images) for name in layouts},
+        config.batch_size,
+        lambda name, batch, _: _projected(model, [images[name][i] for i in batch]),
+        on_progress,
+        last=True,
+    )
     rows, maps, objects, cells, pictures, left = [], [], [], [], {}, []
-    for number, k in enumerate(config.ks):
-        layout = GridLayout(k, n_tokens, token_px)
-        rng = random.Random(f"{config.seed}/{k}")
-        images = [draw(random_cells(k, rng), layout) for _ in range(config.images)]
-        features = []
-        for start in range(0, len(images), config.batch_size):
-            features.append(_projected(model, images[start : start + config.batch_size]))
-            on_progress(number * config.images + min(start + config.batch_size, len(images)), total)
-        pictures[f"{k}x{k}"] = images[0]
-        tokens = torch.cat(features)
+    for name, layout in layouts.items():
+        k = layout.k
+        pictures[name] = images[name][0]
+        tokens = torch.cat(features[name])
         wrong = int((~whole_pictures(tokens)).sum())
         left += left_out(wrong, "picture", f"{k}x{k}", "tokens")
         for label in LABELS:
@@ -119,6 +135,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "Shapes and colours are drawn for each cell on its own, so that neither tells a place.",
         ),
     )
+
+
+run = of_config(run_on, data_of)
 
 
 def _projected(model, images: list[Image.Image]) -> torch.Tensor:

@@ -4,7 +4,9 @@ The same layouts on white and on photographs: what ordering probes read from the
 from the background (E3), and whose tokens flip the answer when they are swapped (E4).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -14,10 +16,13 @@ from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.batches import said_left_out
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.further import compared
+from hooked_vlm.experiments.loop import independent, part_of, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import of_config, stimuli_of
 from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.experiments.verdicts import judge
+from hooked_vlm.stimuli.sets import StimulusSet
 
 
 ABOUT = About(
@@ -49,30 +54,40 @@ class Config(common.Config):
         return tuple(self.setting + ending for ending in GROUNDS.values())
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def data_of(config: Config) -> dict[str, StimulusSet]:
+    """Returns the stimuli on each ground."""
+    return {
+        ground: stimuli_of(replace(config, setting=config.setting + ending))
+        for ground, ending in GROUNDS.items()
+    }
+
+
+def run_on(
+    model, data: Mapping[str, StimulusSet], config: Config, on_progress: OnProgress = silent
+) -> Result:
     """Runs the ordering probes and the strip swap on white and on photographs."""
     plain = config.setting
-    parts = [
-        (ground, experiment, replace(config, setting=plain + ending))
-        for ground, ending in GROUNDS.items()
-        for experiment in (ordering_probes, strip_swap)
-    ]
-    on_progress(0, 100 * len(parts))
+    each = list(product(GROUNDS.items(), (ordering_probes, strip_swap)))
+    on_progress(0, 100 * len(each))
     tables, arrays, images, missing = [], {}, {}, []
     results: dict[str, dict[str, Result]] = {ground: {} for ground in GROUNDS}
-    for index, (ground, experiment, own) in enumerate(parts):
-        try:
-            found = experiment.run(model, own, compared.part_of(on_progress, index, len(parts)))
-        except CannotRunError as error:  # no pair is answered correctly there
-            missing.append(f"{experiment.ABOUT.title} on {ground}: {error}")
-            continue
-        results[ground][experiment.ABOUT.name] = found
-        missing += [f"On {ground}: {said}" for said in said_left_out(found.verdict)]
-        tables.append(found.table.assign(ground=ground, part=experiment.ABOUT.name))
-        if experiment is ordering_probes:
-            arrays[f"mean_maps_{ground}"] = found.arrays["mean_maps"]
-            arrays[f"object_cells_{ground}"] = found.arrays["object_cells"]
-            images |= {f"{name} ({ground})": picture for name, picture in found.images.items()}
+    with independent() as parts:
+        for index, ((ground, ending), experiment) in enumerate(each):
+            name, own = experiment.ABOUT.name, replace(config, setting=plain + ending)
+            told = part_of(on_progress, index, len(each))
+            with parts.part(f"{ground}, {name}"):
+                try:
+                    found = experiment.run_on(model, data[ground], own, told)
+                except CannotRunError as error:  # no pair is answered correctly there
+                    missing.append(f"{experiment.ABOUT.title} on {ground}: {error}")
+                    continue
+                results[ground][name] = found
+                missing += [f"On {ground}: {said}" for said in said_left_out(found.verdict)]
+                tables.append(found.table.assign(ground=ground, part=name))
+                if experiment is ordering_probes:
+                    arrays[f"mean_maps_{ground}"] = found.arrays["mean_maps"]
+                    arrays[f"object_cells_{ground}"] = found.arrays["object_cells"]
+                    images |= {f"{n} ({ground})": shown for n, shown in found.images.items()}
     rows = compared.rows_between(results["white"], results["photographs"], config.seed)
     tables.append(pd.DataFrame(rows).assign(ground=BOTH))
     table = compared.over_sentences(pd.concat(tables, ignore_index=True))
@@ -94,6 +109,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "See E3 and E4 for how each number is computed.",
         ),
     )
+
+
+run = of_config(run_on, data_of)
 
 
 def _probes(table: pd.DataFrame) -> str:

@@ -24,17 +24,19 @@ from hooked_vlm.analysis.statistics import Interval, bootstrap, sign_flip_test
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import KINDS, RIGHT, named, picture_of
-from hooked_vlm.experiments.batches import items_of_numbers, over_batches, scored_numbers
+from hooked_vlm.experiments.batches import items_of_numbers, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import PLACES, references, removed
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
+from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import format_interval, interval_rows, rate_rows, select
 from hooked_vlm.experiments.verdicts import ALPHA, adjusted, claim_rows, judge, sentence
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import SETTINGS
 from hooked_vlm.sweeps.sweep import final_logits
 
@@ -77,12 +79,17 @@ class Config(common.Config):
     cut: Literal["objects", "all"] = "objects"
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Asks the same questions with and without each signal, and estimates their interaction."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     asked = {d: sampled(setting, d, config.items, config.seed) for d in setting.directions}
     scores = over_batches(
-        setting, asked, lambda _, batch, __: _scores(setting, batch, config.cut), on_progress
+        "scores",
+        asked,
+        config.batch_size,
+        lambda _, batch, __: _scores(setting, batch, config.cut),
+        on_progress,
+        last=True,
     )
     by_direction = {d: np.concatenate(s, axis=1) for d, s in scores.items()}
     by_direction, asked, left_out = items_of_numbers(by_direction, asked)
@@ -109,6 +116,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
             "an interaction below zero is undecided: confidence has a ceiling too.",
         ),
     )
+
+
+run = of_config(run_on)
 
 
 def between_objects(setting: Setting, inputs: Inputs, axis: str) -> Bool[Tensor, "batch 1 pos pos"]:

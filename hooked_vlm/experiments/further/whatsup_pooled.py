@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -23,9 +24,10 @@ from hooked_vlm.experiments.batches import left_out, none_left, numbers_only, sc
 from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.further.whatsup_probe import AXIS, Settings, probe_rows
+from hooked_vlm.experiments.loop import independent, once, over, over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting
+from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting, of_config, stimuli_of
 from hooked_vlm.experiments.tables import format_interval, interval_rows, score_rows, select
 from hooked_vlm.experiments.verdicts import not_tested
 from hooked_vlm.interventions.patch import Patch
@@ -38,6 +40,7 @@ from hooked_vlm.stimuli.pairs import (
     sample_draws,
     swap_pair,
 )
+from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
@@ -71,23 +74,34 @@ class Config(common.Config):
         return whatsup.SETTINGS
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def data_of(config: Config) -> dict[str, StimulusSet]:
+    """Returns the stimuli around each reference."""
+    return {
+        reference: stimuli_of(replace(config, setting=f"whatsup-{reference}"))
+        for reference in whatsup.REFERENCES
+    }
+
+
+def run_on(
+    model, data: Mapping[str, StimulusSet], config: Config, on_progress: OnProgress = silent
+) -> Result:
     """Computes accuracy, probe, final-token interchange and swaps over all references."""
     on_progress(0, 4)
     if difference := _count_difference(config):
         warnings.warn(difference, HookedVLMWarning, stacklevel=2)
-    settings = {
-        reference: Setting.of(model, replace(config, setting=f"whatsup-{reference}"))
-        for reference in whatsup.REFERENCES
+    settings = {name: Setting(model, own, config.batch_size) for name, own in data.items()}
+    steps = {
+        "behaviour": lambda: _accuracy(settings),
+        "probes": lambda: probe_rows(settings, config.tuples, config.probe_seed, config.seed),
+        "final-token": lambda: _interchange(settings, config),
+        "strip-swap": lambda: _swaps(settings, config),
     }
-    parts = [_accuracy(settings)]
-    on_progress(1, 4)
-    parts.append(probe_rows(settings, config.tuples, config.probe_seed, config.seed))
-    on_progress(2, 4)
-    parts.append(_interchange(settings, config))
-    on_progress(3, 4)
-    parts.append(_swaps(settings, config))
-    on_progress(4, 4)
+    parts = []
+    with independent() as each:
+        for done, (name, step) in enumerate(steps.items(), start=1):
+            with each.part(name):
+                parts.append(step())
+            on_progress(done, len(steps))
     table = pd.DataFrame([row for rows, _ in parts for row in rows])
     missing = [said for _, sentences in parts for said in sentences]
     first = next(iter(settings.values()))
@@ -116,6 +130,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+run = of_config(run_on, data_of)
+
+
 def _count_difference(config: Config) -> str:
     return whatsup.count_difference(whatsup.load(config.data)) if config.data else ""
 
@@ -127,13 +144,23 @@ def _accuracy(settings: Settings) -> tuple[list[dict], list[str]]:
     """
     found: dict[tuple[str, str], list[bool]] = {}
     missing: list[str] = []
-    for reference, setting in settings.items():
-        for direction in setting.directions:
-            questions = setting.stimuli.items((direction,))
-            both = list(zip(setting.answers(questions), questions, strict=True))
-            right = [said == normalise(q.target) for said, q in both if said is not None]
-            found[reference, direction] = right
-            missing += left_out(len(both) - len(right), "question", f"{reference}, {direction}")
+    asked = {
+        f"{reference}, {direction}": (reference, direction, setting.stimuli.items((direction,)))
+        for reference, setting in settings.items()
+        for direction in setting.directions
+    }
+    answers = over_batches(
+        "answers",
+        {name: questions for name, (_, _, questions) in asked.items()},
+        next(iter(settings.values())).batch_size,
+        lambda name, batch, _: settings[asked[name][0]].answers(batch),
+        last=True,
+    )
+    for name, (reference, direction, questions) in asked.items():
+        both = list(zip(chain(*answers[name]), questions, strict=True))
+        right = [said == normalise(q.target) for said, q in both if said is not None]
+        found[reference, direction] = right
+        missing += left_out(len(both) - len(right), "question", name)
     rows = []
     for reference in (*settings, "all"):
         for direction in ("left", "right", "all"):
@@ -185,12 +212,15 @@ def drawn_pairs(settings: Settings, make: Any, k: int, config: Config) -> dict[s
         return [verdicts[question] for question in questions]
 
     directions = next(iter(settings.values())).directions
-    found = sample_draws(
-        draw,
-        right_on_both(make, is_right),
-        config.pairs,
-        config.seed,
-        directions=directions,
+    found = once(
+        "pairs",
+        lambda: sample_draws(
+            draw,
+            right_on_both(make, is_right),
+            config.pairs,
+            config.seed,
+            directions=directions,
+        ),
     )
     pairs = {
         d: [make(d, names) for names in tuples]
@@ -288,32 +318,39 @@ def _scores(
     places: Any,
 ) -> dict[str, xr.DataArray]:
     """Returns the scores of patches by direction, each `[pair, kind, slot, quantity]`."""
-    scores = {}
-    for direction, own in pairs.items():
-        found = []
-        for setting, batch in _grouped(settings, own):
-            at = places(batch[0].clean.reference)
-            source = setting.inputs([pair.counterfactual for pair in batch])
-            sweep = Sweep(
-                setting.inputs([pair.clean for pair in batch]),
-                {"kind": list(at), "slot": list(range(setting.model.cfg.n_layers + 1))},
-                make=lambda kind, slot, at=at, source=source: Patch(
-                    slot, at=at[kind], source=source
-                ),
-            )
-            found.append(
-                sweep.run(
-                    setting.model,
-                    lambda logits, s=setting, b=batch: scored_numbers(
-                        lambda rows: scored(s, rows, b), final_logits(logits)
-                    ),
-                    dims=("pair", "quantity"),
-                    coords={"quantity": quantities},
-                    logits_to_keep=1,
-                )
-            )
-        scores[direction] = xr.concat(found, dim="pair")
-    return scores
+
+    def score(unit: tuple[str, Setting, list[Any]], told: OnProgress) -> xr.DataArray:
+        _, setting, batch = unit
+        at = places(batch[0].clean.reference)
+        source = setting.inputs([pair.counterfactual for pair in batch])
+        sweep = Sweep(
+            setting.inputs([pair.clean for pair in batch]),
+            {"kind": list(at), "slot": list(range(setting.model.cfg.n_layers + 1))},
+            make=lambda kind, slot: Patch(slot, at=at[kind], source=source),
+        )
+        return sweep.run(
+            setting.model,
+            lambda logits: scored_numbers(
+                lambda rows: scored(setting, rows, batch), final_logits(logits)
+            ),
+            dims=("pair", "quantity"),
+            coords={"quantity": quantities},
+            on_progress=told,
+            logits_to_keep=1,
+        )
+
+    units = {
+        f"{direction} {i}": (direction, setting, batch)
+        for direction, own in pairs.items()
+        for i, (setting, batch) in enumerate(_grouped(settings, own))
+    }
+    found = over("sweep", units, score, last=True)
+    return {
+        direction: xr.concat(
+            [found[n] for n, unit in units.items() if unit[0] == direction], "pair"
+        )
+        for direction in pairs
+    }
 
 
 def _verdict(table: pd.DataFrame) -> str:

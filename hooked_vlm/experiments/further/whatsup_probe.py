@@ -20,6 +20,7 @@ from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.dual_mechanisms.order_reading import whole_pictures
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import projected
+from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.tables import interval_rows
 from hooked_vlm.regions.region import Region
@@ -48,13 +49,21 @@ def probe_rows(
     """
     # 1. Examples of each reference at its own boxes; images are numbered in the drawn order.
     asked = drawn_tuples(settings, n, probe_seed)
+    numbered = {
+        name: [i for i, question in enumerate(asked) if question.reference == name]
+        for name in settings
+    }
+    batches = over_batches(
+        "features",
+        {name: [asked[i] for i in own] for name, own in numbered.items() if own},
+        next(iter(settings.values())).batch_size,
+        lambda name, batch, _: projected(settings[name], batch),
+        last=True,
+    )
     parts, features = [], {}
-    for reference, setting in settings.items():
-        own = [i for i, question in enumerate(asked) if question.reference == reference]
-        if not own:
-            continue
-        batches = setting.batches([asked[i] for i in own])
-        tokens = torch.cat([projected(setting, batch) for batch in batches])
+    for reference, found in batches.items():
+        setting, own = settings[reference], numbered[reference]
+        tokens = torch.cat(found)
         features |= {i: tokens[at] for at, i in enumerate(own)}
         whole = whole_pictures(tokens)
         found = object_examples(tokens, _boxes(setting.geometry))

@@ -49,12 +49,14 @@ from hooked_vlm.experiments.further.encoder_cuts import (
     whole_attention,
 )
 from hooked_vlm.experiments.further.held_out_halves import Halves
+from hooked_vlm.experiments.loop import over, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import interval_rows
 from hooked_vlm.experiments.verdicts import claims_over_probes
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.sets import StimulusSet
 
 
 ABOUT = About(
@@ -87,31 +89,41 @@ class Config(common.Config):
     probe: str = "paper"
 
 
-def run(model, config: Config, on_progress: OnProgress) -> Result:
+def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Cuts attention between classes of patches, and reads the code with E3's probe."""
-    setting = Setting.of(model, config)
+    setting = Setting(model, data, config.batch_size)
     encoder = whole_attention(setting)
     layers = _layers(len(encoder.sites), config.by)
-    steps = sum(
-        1 + len(layers) * _n_steps(setting, axis, encoder, config.random_cuts)
+    # 1. The probes of each axis, fitted to one half of its uncut pictures.
+    halves = {axis: Halves.of(setting, axis, config.images, config.seed) for axis in setting.axes}
+    readers = {axis: own.fitted.read_by(config.probe)[0] for axis, own in halves.items()}
+
+    # 2. What they read on the other half, with each cut.
+    def score(unit: tuple[str, str, int, int, Any], _: OnProgress) -> np.ndarray:
+        axis, cut, c, i, chosen = unit
+        sites = [encoder.sites[layer] for layer in chosen]
+        rng = np.random.default_rng([config.seed, c, i])
+        read = partial(_read, setting, axis, readers[axis])
+        return _cut(setting, axis, encoder, cut, sites, halves[axis].asked, read, rng, config)
+
+    units = {
+        f"{axis}, {cut}, {named(layer)}": (axis, cut, c, i, chosen)
         for axis in setting.axes
-    )
-    done = 0
+        for c, cut in enumerate(CUTS)
+        for i, (layer, chosen) in enumerate(layers.items())
+    }
+    found = over("cuts", units, score, on_progress, last=True)
+    # 3. The table.
     rows, shares = [], []
     missing: list[str] = []
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, steps)
-
-    on_progress(0, steps)
     for axis in setting.axes:
-        found = _shares_of(setting, axis, encoder, layers, config, step)
-        made = _rows(found["shares"], list(layers), config.seed)
-        rows += [{**row, "axis": axis} for row in [*found["rows"], *made]]
-        shares.append(found["shares"])
-        missing += found["left_out"]
+        intact = _read(setting, axis, readers[axis], halves[axis].usual)
+        own = {unit[2:4]: found[name] for name, unit in units.items() if unit[0] == axis}
+        kept, said = _shares_of(axis, halves[axis], layers, intact, own)
+        made = _rows(kept, list(layers), config.seed)
+        rows += [{**row, "axis": axis} for row in [*halves[axis].rows, *made]]
+        shares.append(kept)
+        missing += said
     table = over_sentences(pd.DataFrame(rows))
     return Result(
         **vars(ABOUT),
@@ -146,6 +158,9 @@ def run(model, config: Config, on_progress: OnProgress) -> Result:
     )
 
 
+run = of_config(run_on)
+
+
 # --- shares ---------------------------------------------------------------------------------
 
 
@@ -157,57 +172,58 @@ def _layers(n: int, by: str) -> dict[int, range]:
     return every | {layer: range(layer if by == "layer" else 0, layer + 1) for layer in range(n)}
 
 
-def _n_steps(setting: Setting, axis: str, encoder: Encoder, n_random: int) -> int:
-    """Returns the number of cuts of an axis, random ones included."""
-    layout = setting.geometry
-    made = [cut_pairs(layout, axis, cut, encoder.prefix, encoder.side) for cut in CUTS]
-    return sum(1 + n_random * _has_random(pairs) for pairs in made)
-
-
 def _has_random(pairs: np.ndarray) -> bool:
     return random_pairs(pairs, np.random.default_rng(0)) is not None
 
 
-def _shares_of(
+def _cut(
     setting: Setting,
     axis: str,
     encoder: Encoder,
-    layers: Mapping[int, range],
+    cut: str,
+    sites: Sequence[str],
+    asked: Sequence[Question],
+    read: Callable[[Tensor], np.ndarray],
+    rng: np.random.Generator,
     config: Config,
-    step: Callable[[], None],
-) -> dict[str, Any]:
-    """Returns an axis's probe rows, and shares.
+) -> Float[np.ndarray, "condition probe image 2"]:
+    """Returns what probes read with a cut at some sites, and with random cuts (else NaN)."""
+    pairs = cut_pairs(setting.geometry, axis, cut, encoder.prefix, encoder.side)
+    own = read(_features(setting, asked, sites, lambda: pairs))
+    values = np.full((2, *own.shape), np.nan)
+    values[0] = own
+    if _has_random(pairs):
 
-    These are `[cut, layer, condition, probe, image, quantity]`.
+        def draw() -> np.ndarray:
+            found = random_pairs(pairs, rng)
+            assert found is not None  # as `_has_random` found
+            return found
+
+        drawn = [read(_features(setting, asked, sites, draw)) for _ in range(config.random_cuts)]
+        values[1] = np.mean(drawn, axis=0)
+    return values
+
+
+def _shares_of(
+    axis: str,
+    halves: Halves,
+    layers: Mapping[int, range],
+    intact: np.ndarray,
+    cuts: Mapping[tuple[int, int], np.ndarray],
+) -> tuple[xr.DataArray, list[str]]:
+    """Returns an axis's shares `[cut, layer, condition, probe, image, quantity]`.
+
+    Then sentences on pictures that are left out.
     """
-    halves = Halves.of(setting, axis, config.images, config.seed)
-    fitted, rows, asked = halves.fitted, halves.rows, halves.asked
-    step()
-    probes, _ = fitted.read_by(config.probe)
-    intact = _read(setting, axis, probes, halves.usual)
     values = np.full((len(CUTS), len(layers), 3, *intact.shape), np.nan)
     values[:, :, 0] = intact
-    for c, cut in enumerate(CUTS):
-        pairs = cut_pairs(setting.geometry, axis, cut, encoder.prefix, encoder.side)
-        repeats = config.random_cuts if _has_random(pairs) else 0
-        for i, chosen in enumerate(layers.values()):
-            sites = [encoder.sites[layer] for layer in chosen]
-
-            def read(pairs_of: Callable[[], Any], sites: list[str] = sites) -> np.ndarray:
-                features = _features(setting, asked, sites, pairs_of)
-                step()
-                return _read(setting, axis, probes, features)
-
-            values[c, i, 1] = read(lambda pairs=pairs: pairs)
-            rng = np.random.default_rng([config.seed, c, i])
-            drawn = [read(partial(random_pairs, pairs, rng)) for _ in range(repeats)]
-            if drawn:
-                values[c, i, 2] = np.mean(drawn, axis=0)
+    for (c, i), own in cuts.items():
+        values[c, i, 1:] = own
     coords = {
         "kind": list(CUTS),
         "layer": list(layers),
         "condition": [INTACT, CUT, RANDOM],
-        "image": fitted.test,
+        "image": halves.fitted.test,
         "quantity": list(QUANTITIES),
     }
     dims = ("kind", "layer", "condition", "probe", "image", "quantity")
@@ -220,7 +236,7 @@ def _shares_of(
         raise none_left("picture")
     missing = left_out(int((~whole).sum()), "picture", f"{axis}, cut", "tokens")
     kept = shares.isel(image=np.flatnonzero(whole))
-    return {"rows": rows, "shares": kept, "left_out": [*halves.left_out, *missing]}
+    return kept, [*halves.left_out, *missing]
 
 
 def _features(
