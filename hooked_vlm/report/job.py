@@ -38,6 +38,7 @@ from hooked_vlm.report.files import remove_leftovers, writable_folder
 from hooked_vlm.report.page import FIGURES, PAGE, write_report
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
 from hooked_vlm.report.results import load_result, save_result
+from hooked_vlm.stimuli.settings import OWN, is_own
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -85,7 +86,7 @@ class Listener(Protocol):
 
 def check(job: Job) -> list[Step]:
     """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model."""
-    steps = registry.steps(job.experiment, job.setting)
+    steps = steps_of(job)
     if not is_filled(job.model):
         raise DataError("--model is empty. Give a shipped model, a local folder or a hub name.")
     if not isinstance(job.out, Path):
@@ -97,6 +98,7 @@ def check(job: Job) -> list[Step]:
     read: list[Path] = []
     for step in steps:
         config = own(job, step)
+        registry.check_own(step.experiment, config)
         config.check()
         data_files(config)  # opens every picture
         read += config.files().values()
@@ -112,6 +114,14 @@ def check(job: Job) -> list[Step]:
     device_of(job.device)
     writable_folder(job.out)
     return steps
+
+
+def steps_of(job: Job) -> list[Step]:
+    """Returns the steps of a job; a folder with a table of own data selects the setting own."""
+    setting = job.setting
+    if setting is None and registry.takes_own(job.experiment) and is_own(job.config.data):
+        setting = OWN
+    return registry.steps(job.experiment, setting)
 
 
 def folder_name(model: str) -> str:

@@ -22,7 +22,7 @@ from hooked_vlm.errors import DataError
 LISTS = (".json", ".jsonl", ".csv", ".tsv", ".arrow")
 """The endings of a user's files that are no pictures."""
 # The exceptions with which PIL refuses the content of a file.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -48,7 +48,7 @@ def open_picture(path: Path, mode: str = "RGB") -> Image.Image:
             f"'{path}' has more than {most:,} pixels, the most that PIL opens. Give a smaller "
             "picture."
         ) from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(
             f"'{path}' cannot be read as a picture: {str(error)[:120]}. Replace the file or remove "
             "it."
@@ -71,7 +71,7 @@ def size_of(source: Path, whole: bool = True) -> tuple[int, int]:
                 return opened.size
     except Image.DecompressionBombError:
         raise DataError("has more pixels than PIL opens; give a smaller picture") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot be read as a picture: {said[:120]}") from None
 

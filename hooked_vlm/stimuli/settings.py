@@ -4,7 +4,7 @@ A setting defines the stimuli; every experiment runs on any of them.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli import objects, photographs, shapes, squares
 from hooked_vlm.stimuli.datasets import whatsup
+from hooked_vlm.stimuli.own.data import OwnData
+from hooked_vlm.stimuli.own.tables import table_in
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.sets import Draw
@@ -39,6 +41,10 @@ def stimulus_set(
     Raises `DataError` for an unknown name or an unusable folder.
     """
     require_known(name)
+    if name == OWN:
+        raise DataError(
+            "The setting 'own' is not drawn: OwnData.read(FOLDER) returns your own pictures."
+        )
     if name in whatsup.SETTINGS:
         return whatsup.composite_set(
             whatsup.load(_folder(name, data)), name.removeprefix("whatsup-")
@@ -66,7 +72,7 @@ def stimulus_set(
 
 def require_known(name: str, known: Sequence[str] = ()) -> None:
     """Raises `DataError` unless `name` is among `known` settings (default: all settings)."""
-    known = known or (*SETTINGS, *whatsup.SETTINGS)
+    known = known or (*SETTINGS, *whatsup.SETTINGS, OWN)
     if not isinstance(name, str) or name not in known:
         raise DataError(
             f"There is no setting {name!r} here.{did_you_mean(name, known)} Use one of: "
@@ -86,6 +92,8 @@ def files_of(
     Raises `DataError` as `stimulus_set` does.
     """
     require_known(name)
+    if name == OWN:
+        return own_data(data).files()
     if name in whatsup.SETTINGS:
         folder = _folder(name, data)
         items = whatsup.load(folder).items
@@ -97,6 +105,36 @@ def files_of(
     if name.endswith("-photos") and backgrounds is not None:
         found |= {f"backgrounds/{path.name}": path for path in photographs.files_in(backgrounds)}
     return found
+
+
+def own_data(data: Path | None) -> OwnData:
+    """Returns a user's own data from the folder that has them, read once as long as it is the same.
+
+    Raises `DataError` without a folder, and `DataProblemsError` for data with problems.
+    """
+    if data is None:
+        raise DataError(
+            "The setting 'own' needs your data: give data=FOLDER (--data FOLDER) with items.csv or "
+            "items.jsonl. docs/guide/own-data.md describes them."
+        )
+    status = table_in(data).stat()
+    return _read_once(data, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_once(data: Path, _size: int, _modified_ns: int) -> OwnData:
+    return OwnData.read(data)
+
+
+def is_own(data: Path | None) -> bool:
+    """Returns whether a folder has a user's own data, by its table."""
+    if data is None or not data.is_dir():
+        return False
+    try:
+        table_in(data)
+    except DataError:
+        return False
+    return True
 
 
 def _folder(name: str, data: Path | None) -> Path:
@@ -137,6 +175,8 @@ _MAKE: dict[str, Callable[[Path | None], Any]] = {
     "shapes": lambda _: (tuple(shapes.SHAPE_OF), shapes.draw, shapes.prompt),
     "objects": _objects,
 }
+OWN = "own"
+"""A user's own pictures and questions, from a folder with a table."""
 INSET = "shapes-inset"
 """Shapes at 0.9 of the published size, as in the training of the shipped models."""
 SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE), INSET)

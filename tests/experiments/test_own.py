@@ -1,7 +1,6 @@
 """Experiments on a user's own data: made-up pictures, a shipped model, known answers."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from typing import Any
@@ -20,7 +19,6 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.own import OwnData
-from hooked_vlm.stimuli.own import data as own_data
 
 
 BOXES = {"left": (16, 80, 48, 112), "middle": (80, 80, 112, 112), "right": (144, 80, 176, 112)}
@@ -253,10 +251,9 @@ def test_built_in_data_have_no_boxes() -> None:
     with pytest.raises(DataError, match="box-ablation runs on your own data"):
         EXPERIMENTS["box-ablation"].run_on(  # pyright: ignore[reportOptionalCall]
             model(),
-            replace(OwnData.read(list(rows(1)))).items,
+            list(rows(1)),
             EXPERIMENTS["box-ablation"].config(),
         )
-    assert own_data.DECODED > 0
 
 
 @pytest.mark.slow

@@ -174,8 +174,8 @@ def fit_with_controls(
     """Returns probes and their controls, and rows of held-out accuracies.
 
     `test_size` is the share of images that are held out; `parts` are the images to fit to and to
-    hold out, if they are given.  The controls are fitted and scored on labels that `shuffle` returns,
-    by default shuffled within images; `converged` is a logistic regression on the same examples.
+    hold out, if they are given.  The controls are fitted and scored on the labels of `shuffle`, by
+    default shuffled within images; `converged` is a logistic regression on the same examples.
     Images without examples are in neither part.  Raises `CannotRunError` where a part has none.
     """
     # Split all images first, so that one that is left out moves no other to another part.

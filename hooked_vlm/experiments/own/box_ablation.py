@@ -140,7 +140,7 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
     )
 
 
-def run_on(model: Any, data: Any, config: Config, on_progress: OnProgress) -> Result:
+def run_on(_model: Any, data: Any, _config: Config, _on_progress: OnProgress) -> Result:
     """Raises `CannotRunError`: the built-in settings have no boxes.
 
     On own data, the experiment is `run_own`.

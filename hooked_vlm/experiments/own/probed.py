@@ -166,11 +166,10 @@ def run_amplified(setting: OwnSetting, config: Any, on_progress: OnProgress) -> 
         config={"items": len(pictures), "seed": config.seed, "controls": config.controls},
         notes=(
             f"{_what(found.by_box)} Directions are the class weights of a probe of "
-            f"{', '.join(found.names)}, fitted to {counted(len(found.train), 'picture')}; questions "
-            "are about the others. They are amplified at slot 0, in all image tokens.",
-            "See the guide's page on own data for the formulas, and E7 on built-in settings for "
-            "the controls: random directions of the same norms or energy. P-values are adjusted "
-            "(Holm) over formulas; a picture counts once.",
+            f"{', '.join(found.names)}, fitted to {counted(len(found.train), 'picture')}; the "
+            "questions are about the others. They are amplified at slot 0, in all image tokens.",
+            "Formulas and random directions are those of E7 on the built-in settings. P-values are "
+            "adjusted (Holm) over formulas; a picture counts once.",
             *setting.notes,
         ),
     )

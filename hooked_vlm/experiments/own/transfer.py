@@ -189,7 +189,8 @@ def _stages(table: pd.DataFrame) -> str:
     peak = swapped.sort_values("value").iloc[-1]
     parts = [
         f"Answer by slot: {'; '.join(spans)}",
-        f"the counterfactual's answer is highest at slot {int(peak['slot'])}, {format_interval(peak)}",
+        f"the counterfactual's answer is highest at slot {int(peak['slot'])}, "
+        f"{format_interval(peak)}",
     ]
     return " ".join(map(sentence, parts))
 

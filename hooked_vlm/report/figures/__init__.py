@@ -10,20 +10,22 @@ from hooked_vlm.report.figures import (
     backgrounds,
     core,
     open_questions,
+    own,
     real_pictures,
     steering,
 )
 from hooked_vlm.report.figures.drawing import Drawing as Drawing
 from hooked_vlm.report.figures.drawing import Draws, Headlines
+from hooked_vlm.stimuli.settings import OWN
 
 
 TOPICS = (core, ablation, steering, backgrounds, open_questions, real_pictures)
-DRAW: Draws = {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
+DRAW: Draws = own.DRAW | {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
 HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.HEADLINES.items()}
 """The key numbers of each result, for the top of a report."""
 
 
 def drawings(result: Result) -> list[Drawing]:
     """Returns the figures of a result, in reading order; an empty list without an entry."""
-    draw = DRAW.get(result.id)
+    draw = (own.DRAW if result.setting == OWN else DRAW).get(result.id)
     return [] if draw is None or result.table.empty else list(draw(result))

@@ -15,7 +15,7 @@ from hooked_vlm.errors import DataError, DataProblemsError, counted
 from hooked_vlm.stimuli.own.items import OwnItem, Picture
 from hooked_vlm.stimuli.own.reading import RowReader, Size, normalise, unknown_columns
 from hooked_vlm.stimuli.own.tables import Table, read_table, table_in
-from hooked_vlm.stimuli.pictures import size_of
+from hooked_vlm.stimuli.pictures import UNREADABLE, size_of
 
 
 DECODED = 2000
@@ -189,7 +189,7 @@ def _size(picture: Picture, whole: bool) -> Size:
         try:
             found = picture.source if hasattr(picture.source, "size") else picture.source()
             return found.size
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except UNREADABLE as error:
             raise DataError(f"cannot be read as a picture: {str(error)[:120]}") from None
     if not picture.source.is_file():
         raise DataError("is missing" if not picture.source.exists() else "is no file")

@@ -1,5 +1,6 @@
 """From the values of one row to an `OwnItem`, or to its problems in words."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from hooked_vlm.analysis import scoring
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.own.items import EVERY, Box, OwnItem, Picture
-from hooked_vlm.stimuli.pictures import is_inside
+from hooked_vlm.stimuli.pictures import UNREADABLE, is_inside
 
 
 NEEDED = ("image", "question", "answer")
@@ -123,7 +124,7 @@ class RowReader:
         if isinstance(value, Picture):
             return value
         if isinstance(value, Image.Image):
-            return Picture(f"picture {id(value)}", value)
+            return self._in_memory(value)
         if isinstance(value, str) and value.strip():
             if value not in self.known:
                 self.known[value] = self._file(value.strip())
@@ -131,6 +132,13 @@ class RowReader:
         if isinstance(value, Path):
             return Picture(str(value), value)
         raise DataError(f"is {shown(value)}; expected the path of a picture, or a picture")
+
+    def _in_memory(self, picture: Image.Image) -> Picture:
+        try:
+            content = f"{picture.mode} {picture.size}".encode() + picture.tobytes()
+        except UNREADABLE as error:
+            raise DataError(f"cannot be read as a picture: {str(error)[:120]}") from None
+        return Picture(hashlib.blake2b(content, digest_size=16).hexdigest(), picture)
 
     def _file(self, name: str) -> Picture:
         path = Path(name)
