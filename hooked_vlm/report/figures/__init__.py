@@ -20,7 +20,7 @@ from hooked_vlm.stimuli.settings import OWN
 
 
 TOPICS = (core, ablation, steering, backgrounds, open_questions, real_pictures)
-DRAW: Draws = own.DRAW | {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
+DRAW: Draws = {name: draw for topic in (own, *TOPICS) for name, draw in topic.DRAW.items()}
 HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.HEADLINES.items()}
 """The key numbers of each result, for the top of a report."""
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from hooked_vlm.analysis.scoring import is_single_token
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.errors import DataError, DataProblemsError, counted
@@ -187,8 +189,8 @@ def _sizes(n: int) -> Callable[[Picture], Size]:
 def _size(picture: Picture, whole: bool) -> Size:
     if not isinstance(picture.source, Path):
         try:
-            found = picture.source if hasattr(picture.source, "size") else picture.source()
-            return found.size
+            source = picture.source
+            return source.size if isinstance(source, Image.Image) else source().size
         except UNREADABLE as error:
             raise DataError(f"cannot be read as a picture: {str(error)[:120]}") from None
     if not picture.source.is_file():

@@ -195,7 +195,7 @@ def _from_disk(folder: Path) -> Any:
             f"'{folder}' is a saved data set, which the package datasets reads. Install it: pip "
             "install 'hooked-vlm[datasets]'."
         ) from None
-    return datasets.load_from_disk(str(folder))
+    return datasets.load_from_disk(str(folder))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_dataset(dataset: Any, name: str) -> Table:
