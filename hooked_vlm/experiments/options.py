@@ -174,9 +174,10 @@ def check_options(kinds: list[type[Config]], options: Mapping[str, str]) -> None
                 f"Use {_flag(name)}."
             )
         if name not in known:
+            own = [one for one in known if one not in OF_OWN_DATA]
             raise DataError(
                 f"There is no option {name!r} here.{did_you_mean(name, known)} "
-                + (f"Use one of: {', '.join(known)}." if known else "The experiment has none.")
+                + (f"Use one of: {', '.join(own)}." if own else "The experiment has none.")
             )
 
 

@@ -235,6 +235,19 @@ def test_a_data_set_keeps_its_pictures(folder: Path, monkeypatch: pytest.MonkeyP
         OwnData.read(FewRows([*rows[:4], {**rows[4], "image": {"bytes": b"no", "path": None}}]))
 
 
+def test_a_saved_data_set(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list([{**GOOD, "image": str(folder / "a.png")}])
+    saved = saved.cast_column("image", datasets.Image()).rename_column("question", "prompt")
+    assert len(OwnData.read(saved, columns={"question": "prompt"})) == 1
+    saved.rename_column("prompt", "question").save_to_disk(folder / "saved")
+    data = OwnData.read(folder / "saved")
+    assert data.items[0].image.open().size == (96, 96)
+    assert "data/state.json" in data.files()
+    with pytest.raises(DataError, match="data set of several parts was given \\(train\\)"):
+        OwnData.read(datasets.DatasetDict({"train": saved}))
+
+
 def test_a_picture_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[str, bool]] = []
 

@@ -16,7 +16,7 @@ from hooked_vlm.arguments.checked import shown
 from hooked_vlm.errors import DataError, DataProblemsError, counted
 from hooked_vlm.stimuli.own.items import OwnItem, Picture
 from hooked_vlm.stimuli.own.reading import RowReader, Size, normalise, unknown_columns
-from hooked_vlm.stimuli.own.tables import Table, read_table, table_in
+from hooked_vlm.stimuli.own.tables import Table, read_table
 from hooked_vlm.stimuli.pictures import UNREADABLE, size_of
 
 
@@ -38,7 +38,8 @@ class OwnData:
     items: tuple[OwnItem, ...]
     name: str = "own data"
     """What it was read from: `"items.csv"`."""
-    folder: Path | None = None
+    path: Path | None = None
+    """The table's file, or the folder of a saved data set; None: data in memory."""
     left_out: tuple[str, ...] = field(default=())
     """The ids of items that were left out at the user's wish."""
 
@@ -77,7 +78,7 @@ class OwnData:
         if not problems and not items:
             problems = ["no row: the table has a header at most"]
         _refuse(table, problems)
-        return cls(tuple(items), table.name, table.folder)
+        return cls(tuple(items), table.name, table.path)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -104,17 +105,20 @@ class OwnData:
         return sum(bool(getattr(item, column)) for item in self.items)
 
     def files(self) -> dict[str, Path]:
-        """Returns the files of the data by a name that is free of folders; none without a folder.
+        """Returns the files of the data by a name that is free of folders; none of data in memory.
 
-        Raises `DataError` as `read` does.
+        >>> OwnData(()).files()
+        {}
         """
-        if self.folder is None:
+        if self.path is None:
             return {}
-        found = {"data": table_in(self.folder / self.name)}
+        if self.path.is_dir():
+            return {f"data/{file.name}": file for file in self.path.iterdir() if file.is_file()}
+        found = {"data": self.path}
         for item in self.items:
             for picture in (item.image, item.counterfactual, *item.masks.values()):
                 if picture is not None and isinstance(picture.source, Path):
-                    name = picture.source.relative_to(self.folder).as_posix()
+                    name = picture.source.relative_to(self.path.parent).as_posix()
                     found[f"data/{name}"] = picture.source
         return found
 

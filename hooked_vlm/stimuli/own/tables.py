@@ -38,6 +38,8 @@ class Table:
     columns: Sequence[str]
     rows: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    path: Path | None = None
+    """The file, or the folder of a saved data set."""
 
 
 def read_table(source: Any) -> Table:
@@ -52,8 +54,11 @@ def read_table(source: Any) -> Table:
     if isinstance(source, Path):
         found = table_in(source)
         if found.is_dir():
-            return _of_dataset(_from_disk(found), str(found))
-        return _of_csv(found) if found.suffix.lower() != ".jsonl" else _of_lines(found)
+            table = _of_dataset(_from_disk(found), found.name)
+        else:
+            table = _of_csv(found) if found.suffix.lower() != ".jsonl" else _of_lines(found)
+        table.path = found
+        return table
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas table
         source = source.to_dict("records")
     if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
