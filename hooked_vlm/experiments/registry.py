@@ -158,7 +158,7 @@ def on_own_too(
             model, data, config.batch_size, leave_out=config.leave_out_long_answers
         )
         found = (run_own or run_on)(setting, config, on_progress)
-        return replace(found, setting=OWN)
+        return replace(found, setting=OWN, notes=(*found.notes, *setting.notes))
 
     return run
 

@@ -118,11 +118,11 @@ def own_data(data: Path | None) -> OwnData:
             "items.jsonl. docs/guide/own-data.md describes them."
         )
     status = table_in(data).stat()
-    return _read_once(data, status.st_size, status.st_mtime_ns)
+    return _read_once(data, data.resolve(), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _read_once(data: Path, _size: int, _modified_ns: int) -> OwnData:
+def _read_once(data: Path, _whole: Path, _size: int, _modified_ns: int) -> OwnData:
     return OwnData.read(data)
 
 

@@ -135,7 +135,6 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
             "the paired difference of two losses, with p-values of the bounded mean test over "
             "pictures, adjusted by Holm over kinds and slots. All questions count, also those "
             "that the model answers wrongly.",
-            *setting.notes,
         ),
     )
 
@@ -220,10 +219,7 @@ def _verdict(table: pd.DataFrame) -> str:
         found = [int(row["slot"]) for _, row in rows.iterrows() if judge(row).above]
         most = rows.sort_values("value").iloc[-1]
         size = f"largest at slot {int(most['slot'])}: {format_interval(most)}"
-        what = "lower the answer's probability" if " - " not in kind else "cost more"
-        parts.append(
-            f"{kind}: {what} at {format_slots(found)} ({size})"
-            if found
-            else f"{kind}: no clear fall at any slot ({size})"
-        )
+        what = "a fall of the answer's probability" if " - " not in kind else "a larger fall"
+        where = format_slots(found) if found else "no slot, or undecided"
+        parts.append(f"{kind}: {what} at {where} ({size})")
     return "\n".join(map(sentence, parts))

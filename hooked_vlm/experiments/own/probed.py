@@ -116,7 +116,6 @@ def run_probes(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Res
             "logistic regression on the same tokens, 'shuffled' the mean accuracy of "
             f"{SHUFFLES} probes fitted to and tested on shuffled labels. A picture counts once, by "
             "the share of its tokens. The verdict compares with the control's mean.",
-            *setting.notes,
         ),
     )
 
@@ -170,7 +169,6 @@ def run_amplified(setting: OwnSetting, config: Any, on_progress: OnProgress) -> 
             "questions are about the others. They are amplified at slot 0, in all image tokens.",
             "Formulas and random directions are those of E7 on the built-in settings. P-values are "
             "adjusted (Holm) over formulas; a picture counts once.",
-            *setting.notes,
         ),
     )
 

@@ -46,6 +46,11 @@ class OwnPair:
         return self.counterfactual.answer
 
     @property
+    def pictures(self) -> str:
+        """The two pictures; a pair and its reverse are one observation."""
+        return " | ".join(sorted(q.image.key for q in self.questions))
+
+    @property
     def questions(self) -> tuple[OwnItem, OwnItem]:
         """The questions that a model must answer correctly for the pair to be kept."""
         return self.clean, self.counterfactual

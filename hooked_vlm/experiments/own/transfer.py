@@ -52,7 +52,6 @@ def run_final_token(setting: OwnSetting, config: Config, on_progress: OnProgress
             "keeps the clean answer or transfers the counterfactual's. The paper's third answer, "
             "of the ordering alone, needs the opposite question and is not asked.",
             *_NOTES,
-            *setting.notes,
         ),
     )
 
@@ -90,7 +89,6 @@ def run_regions(setting: OwnSetting, config: Config, on_progress: OnProgress) ->
             "the interval of its mean lies above 0.5; boxes differ from as many other cells where "
             "the interval of the paired difference excludes zero. P-values are adjusted by Holm.",
             *_NOTES,
-            *setting.notes,
         ),
     )
 
@@ -99,8 +97,8 @@ _NOTES = (
     "'swapped' is the mean probability of the counterfactual's answer, 'clean' that of the "
     "picture's own, 'agreement' the share of pairs with the counterfactual's as top answer, 'log "
     "odds' its log odds against the clean one. Pairs count only if the model answers both pictures "
-    "correctly. Intervals of curves are 95 % bootstrap intervals over pairs; claims count a "
-    "picture once, whatever the number of its questions.",
+    "correctly. Intervals of curves are 95 % bootstrap intervals over pairs; claims count two "
+    "pictures once, whatever the number of their questions, and a pair as its reverse.",
 )
 
 
@@ -136,7 +134,7 @@ def _swept(
         cells=len(slots) * len(kinds),
     )
     named = {
-        d: values.assign_coords(pair=[pair.clean.image.key for pair in pairs[d]])
+        d: values.assign_coords(pair=[pair.pictures for pair in pairs[d]])
         for d, values in found.items()
     }
     return numbers_only(named)
