@@ -37,7 +37,7 @@ Setting = Annotated[
     str | None,
     typer.Option(
         help="Stimuli: squares, shapes, objects, or one of them with -photos. Default: the "
-        "experiment's own."
+        "experiment's own; your own pictures where --data has them."
     ),
 ]
 Cutouts = Annotated[
@@ -46,7 +46,9 @@ Cutouts = Annotated[
 Backgrounds = Annotated[
     Path | None, typer.Option(help="Folder with your own photographs for the -photos settings.")
 ]
-Data = Annotated[Path | None, typer.Option(help="The folder of What'sUp or COCO-spatial.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Your own pictures and items.csv; or What'sUp, COCO-spatial.")
+]
 OtherWords = Annotated[bool, typer.Option("--other-words", help="Ask in a second phrasing.")]
 Options = Annotated[
     list[str] | None,

@@ -15,6 +15,10 @@ MOST = 400
 """Characters of a message."""
 
 
+LISTED = 20
+"""Problems that one message lists; it counts the others."""
+
+
 def _shortened(text: object) -> object:
     """Returns a message without its middle, where what a user gave has made it too long."""
     if not isinstance(text, str) or len(text) <= MOST:
@@ -76,6 +80,34 @@ class InterventionError(HookedVLMError):
 
 class DataError(HookedVLMError):
     """Stimuli or files that are missing or malformed."""
+
+
+class DataProblemsError(DataError):
+    """Data with problems: the message lists all of them, one a line, the first 20 in full.
+
+    >>> print(DataProblemsError("2 problems in 'items.csv'.", ["row 1: no image", "row 2: no id"]))
+    2 problems in 'items.csv'.
+      row 1: no image
+      row 2: no id
+    """
+
+    def __init__(self, summary: str, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        """Every problem, also those that the message only counts."""
+        lines = [f"  {_shortened(problem)}" for problem in self.problems[:LISTED]]
+        if len(self.problems) > LISTED:
+            lines.append(f"  and {len(self.problems) - LISTED} more")
+        ValueError.__init__(self, "\n".join([str(_shortened(summary)), *lines]))
+
+    def __reduce__(self) -> tuple:
+        """Returns how to make the error again, in another process."""
+        return _again, (str(self), self.problems)
+
+
+def _again(message: str, problems: tuple[str, ...]) -> DataProblemsError:
+    found = DataProblemsError("", problems)
+    found.args = (message,)
+    return found
 
 
 class CannotRunError(DataError):

@@ -107,6 +107,7 @@ def test_run_writes_a_report(
         "backgrounds": None,
         "data": None,
         "other_words": False,
+        "leave_out_long_answers": False,
         "device": runner.device_of("auto"),
         "dtype": "auto",
     }

@@ -52,6 +52,6 @@ def _kind(answer: str, question: Question) -> list[bool]:
     return [*known, not any(known)]
 
 
-def picture_of(question: Question) -> str:
+def picture_of(question: Any) -> str:
     """Returns the picture of a question: two questions about one picture are one observation."""
     return f"{question.axis}: {', '.join(question.entities)}"

@@ -55,7 +55,8 @@ def sweep_pairs(
     asked: dict[str, list[tuple[str, int, Any]]] = {}
     for direction, own in pairs.items():
         numbered = [(direction, i, pair) for i, pair in enumerate(own)]
-        asked.setdefault(AXIS_OF[direction], []).extend(numbered)
+        axis = own[0].questions[0].axis if own else AXIS_OF[direction]
+        asked.setdefault(axis, []).extend(numbered)
     for own in asked.values():
         own.sort(key=lambda item: [question.entities for question in item[2].questions])
     scores = over_batches(

@@ -9,7 +9,13 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_filled
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.stimuli.settings import files_of, require_known, stimulus_set
+from hooked_vlm.stimuli.settings import (
+    OWN,
+    files_of,
+    own_data,
+    require_known,
+    stimulus_set,
+)
 
 
 OnProgress = Callable[[int, int], None]
@@ -51,9 +57,11 @@ class Config:
     backgrounds: Path | None = None
     """A folder of photographs to use instead of the shipped ones."""
     data: Path | None = None
-    """The folder of What'sUp or COCO-spatial, for the settings that need it."""
+    """The folder of What'sUp or COCO-spatial, for the settings that need it; of own data."""
     other_words: bool = False
     """Whether to ask in a second phrasing instead of the paper's."""
+    leave_out_long_answers: bool = False
+    """Of own data, whether to leave out items with answers of several tokens; else an error."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -110,6 +118,9 @@ class Config:
     def check(self) -> None:
         """Raises `DataError` for a setting or a folder that the experiment cannot use."""
         require_known(self.setting, self.settings_allowed)
+        if self.setting == OWN:
+            own_data(self.data)
+            return
         for setting in self.used_settings:
             stimulus_set(
                 setting, cutouts=self.cutouts, backgrounds=self.backgrounds, data=self.data
@@ -121,7 +132,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}" if name in COMMON else f"Option {name}"
 
 
-COMMON = tuple(field.name for field in fields(Config))
+OF_OWN_DATA = ("leave_out_long_answers",)
+"""The fields that only matter for own data: options, and no arguments of the command line."""
+COMMON = tuple(field.name for field in fields(Config) if field.name not in OF_OWN_DATA)
 """The fields of every experiment: each is an argument of the command line."""
 
 
@@ -161,9 +174,10 @@ def check_options(kinds: list[type[Config]], options: Mapping[str, str]) -> None
                 f"Use {_flag(name)}."
             )
         if name not in known:
+            own = [one for one in known if one not in OF_OWN_DATA]
             raise DataError(
                 f"There is no option {name!r} here.{did_you_mean(name, known)} "
-                + (f"Use one of: {', '.join(known)}." if known else "The experiment has none.")
+                + (f"Use one of: {', '.join(own)}." if own else "The experiment has none.")
             )
 
 

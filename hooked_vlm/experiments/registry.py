@@ -6,7 +6,8 @@ configuration and a progress callback; the other fields are text for readers.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 from hooked_vlm.arguments.checked import checked
@@ -34,15 +35,39 @@ from hooked_vlm.experiments.further import (
     whatsup_pooled,
     why_strips,
 )
+from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.notes import with_notes
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
+from hooked_vlm.experiments.own import box_ablation, probed, transfer
+from hooked_vlm.experiments.own.needs import (
+    BOXES,
+    DRAWN,
+    LABELS,
+    LISTED,
+    PAIRS,
+    SINGLE,
+    Needs,
+)
+from hooked_vlm.experiments.own.setting import OwnSetting
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import of_config
+from hooked_vlm.experiments.setting import of_config, stimuli_of
 from hooked_vlm.extensions.found import Extensions
 from hooked_vlm.extensions.origin import Origin
 from hooked_vlm.stimuli.datasets import whatsup
-from hooked_vlm.stimuli.settings import INSET, SETTINGS, added_setting, require_known
+from hooked_vlm.stimuli.own import OwnData
+from hooked_vlm.stimuli.settings import (
+    INSET,
+    OWN,
+    SETTINGS,
+    added_setting,
+    own_data,
+    require_known,
+)
+
+
+RunOwn = Callable[[OwnSetting, Any, OnProgress], Result]
+"""`run_own(setting, config, on_progress)`, on a user's own data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +87,8 @@ class Experiment(About):
     """Its numbers at the top of a report, of an experiment of another distribution."""
     origin: Origin | None = None
     """Where its code comes from; None: this package."""
+    needs: Needs = DRAWN
+    """What it needs of a user's own data, with which `run_on` takes an `OwnData`."""
 
 
 MODULES = (
@@ -83,9 +110,10 @@ MODULES = (
     coco_spatial,
     coco_amplification,
     whatsup_pooled,
+    box_ablation,
 )
-NEED_DATA = (coco_spatial, coco_amplification, whatsup_pooled)
-"""Experiments that need a user's copy of What'sUp or COCO-spatial."""
+NEED_DATA = (coco_spatial, coco_amplification, whatsup_pooled, box_ablation)
+"""Experiments that need a user's copy of What'sUp or COCO-spatial, or a user's own data."""
 PAPER = tuple(
     name
     for name in (
@@ -103,11 +131,59 @@ ON_TASKS = (*PAPER, redundancy.ABOUT.name)
 """The experiments that a reproduction runs on each of the tasks."""
 
 
+OWN_RUNS: dict[str, tuple[Needs, RunOwn]] = {
+    behaviour.ABOUT.name: (Needs(), behaviour.run_in),
+    final_token.ABOUT.name: (Needs(PAIRS), transfer.run_final_token),
+    ordering_probes.ABOUT.name: (Needs(LABELS), probed.run_probes),
+    strip_swap.ABOUT.name: (Needs((*PAIRS, *BOXES)), transfer.run_regions),
+    amplification.ABOUT.name: (Needs(LABELS), probed.run_amplified),
+    box_ablation.ABOUT.name: (Needs(BOXES), box_ablation.run_own),
+}
+"""By name: what an experiment needs of own data, and how it runs on them."""
+NEED_SINGLE = (ordering_ablation, swap_under_ablation, redundancy)
+"""Experiments that remove order by pictures of single objects."""
+
+
 def experiment_of(module: Any) -> Experiment:
     """Returns the experiment of a module, whose data is `data_of(config)` or its setting."""
-    run_on = with_notes(module.run_on)
-    run = of_config(run_on, getattr(module, "data_of", None))
-    return Experiment(**vars(module.ABOUT), run=run, run_on=run_on, config=module.Config)
+    about, data_of = module.ABOUT, getattr(module, "data_of", None)
+    else_ = SINGLE if module in NEED_SINGLE else LISTED if module in NEED_DATA else DRAWN
+    needs, run_own = OWN_RUNS.get(about.name, (else_, None))
+    run_on = on_own_too(about.id, needs, run_own, with_notes(module.run_on))
+
+    def data_for(config: Any) -> Any:
+        return own_data(config.data) if config.setting == OWN else (data_of or stimuli_of)(config)
+
+    run = of_config(run_on, data_for)
+    return Experiment(**vars(about), run=run, run_on=run_on, config=module.Config, needs=needs)
+
+
+def on_own_too(
+    id_: str, needs: Needs, run_own: RunOwn | None, run_on: Callable[..., Result]
+) -> Callable[..., Result]:
+    """Returns `run_on`, which takes an `OwnData` as well where the experiment runs on one.
+
+    It raises `CannotRunError`, in one line, for data that lack what the experiment needs.
+    """
+
+    @wraps(run_on)
+    def run(model: Any, data: Any, config: Any, on_progress: OnProgress = silent) -> Result:
+        if not isinstance(data, OwnData):
+            return run_on(model, data, config, on_progress)
+        needs.check(id_, data)
+        setting = OwnSetting(
+            model, data, config.batch_size, leave_out=config.leave_out_long_answers
+        )
+        found = (run_own or run_on)(setting, config, on_progress)
+        return replace(found, setting=OWN, notes=(*found.notes, *setting.notes))
+
+    return run
+
+
+def check_own(experiment: Experiment, config: Config) -> None:
+    """Raises `DataError` for own data with problems, or without what an experiment needs."""
+    if config.setting == OWN:
+        experiment.needs.check(experiment.id, own_data(config.data))
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -176,10 +252,22 @@ def steps(name: str, setting: str | None = None) -> list[Step]:
         experiment = select(experiment_name)
         allowed = experiment.config.settings_allowed
         if setting is not None and name not in SUITES:
+            if setting == OWN:
+                experiment.needs.check_possible(experiment.id)
             require_known(setting, allowed)
         chosen = None if allowed and setting not in allowed else setting
         found.append(Step(experiment, fixed or chosen or experiment.config().setting))
     return found
+
+
+def takes_own(name: str) -> bool:
+    """Returns whether a folder of own data is meant for an experiment, or for a suite.
+
+    It is not for suites of fixed settings, and not where the data are a list of another form.
+    """
+    if name in SUITES:
+        return not any(":" in member for member in SUITES[name])
+    return select(name).needs is not LISTED
 
 
 def select(name: str) -> Experiment:

@@ -8,7 +8,7 @@ tokens where separators stand between the rows of tokens (Pixtral), else 12x12 (
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -29,12 +29,15 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY, Layout
+from hooked_vlm.stimuli.own.items import OwnItem
 from hooked_vlm.stimuli.pairs import BatchFilter, Question, right_on_both, sample_tuples
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
 from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.stimuli.settings import stimulus_set
 
 
+Asked: TypeAlias = Question | OwnItem
+"""A question about a picture, built-in or of own data."""
 FEWEST_PAIRS = 2
 PAPER_TOKENS = PAPER_GEOMETRY["qwen2-vl"].n_tokens
 """Visual tokens a side where the encoder takes any size (the paper's Qwen2-VL canvas)."""
@@ -76,15 +79,15 @@ class Setting:
         """The axes of the directions."""
         return self.stimuli.axes
 
-    def picture(self, question: Question) -> Image.Image:
+    def picture(self, question: Any) -> Image.Image:
         """Returns the picture a question is about."""
         return self.stimuli.picture(question, self.geometry)
 
-    def inputs(self, questions: Sequence[Question]) -> Inputs:
+    def inputs(self, questions: Sequence[Asked]) -> Inputs:
         """Returns the model's inputs for some questions, in the paper's prompt."""
         return self.inputs_of([self.picture(q) for q in questions], questions)
 
-    def inputs_of(self, pictures: Sequence[Image.Image], questions: Sequence[Question]) -> Inputs:
+    def inputs_of(self, pictures: Sequence[Image.Image], questions: Sequence[Any]) -> Inputs:
         """Returns the model's inputs for questions with other pictures than their own."""
         return self.model.prepare(
             list(pictures),
@@ -97,7 +100,7 @@ class Setting:
         for start in range(0, len(items), self.batch_size):
             yield list(items[start : start + self.batch_size])
 
-    def logits(self, questions: Sequence[Question]) -> Float[Tensor, "question d_vocab"]:
+    def logits(self, questions: Sequence[Asked]) -> Float[Tensor, "question d_vocab"]:
         """Returns the final position's logits of each question."""
         with torch.no_grad():
             parts = [
@@ -106,11 +109,11 @@ class Setting:
             ]
         return torch.cat(parts)
 
-    def answers(self, questions: Sequence[Question]) -> list[str | None]:
+    def answers(self, questions: Sequence[Asked]) -> list[str | None]:
         """Returns the model's top answer to each question; None where logits are not numbers."""
         return answers_of(self.logits(questions), self.model.tokenizer)
 
-    def is_right(self, questions: Sequence[Question]) -> list[bool]:
+    def is_right(self, questions: Sequence[Asked]) -> list[bool]:
         """Returns whether the model's top answer to each question is correct."""
         answers = self.answers(questions)
         return [answer == normalise(q.target) for answer, q in zip(answers, questions, strict=True)]

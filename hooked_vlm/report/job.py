@@ -44,6 +44,7 @@ from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
 from hooked_vlm.report.results import load_result, save_result
 from hooked_vlm.report.workers import Executor, Task, offered
+from hooked_vlm.stimuli.settings import OWN, is_own
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -102,7 +103,7 @@ SILENT = Silent()
 
 def check(job: Job) -> list[Step]:
     """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model."""
-    steps = registry.steps(job.experiment, job.setting)
+    steps = steps_of(job)
     if not is_filled(job.model):
         raise DataError("--model is empty. Give a shipped model, a local folder or a hub name.")
     if not isinstance(job.out, Path):
@@ -114,6 +115,7 @@ def check(job: Job) -> list[Step]:
     read: list[Path] = []
     for step in steps:
         config = own(job, step)
+        registry.check_own(step.experiment, config)
         config.check()
         data_files(config)  # opens every picture
         read += config.files().values()
@@ -129,6 +131,14 @@ def check(job: Job) -> list[Step]:
     device_of(job.device)
     writable_folder(job.out)
     return steps
+
+
+def steps_of(job: Job) -> list[Step]:
+    """Returns the steps of a job; a folder with a table of own data selects the setting own."""
+    setting = job.setting
+    if setting is None and registry.takes_own(job.experiment) and is_own(job.config.data):
+        setting = OWN
+    return registry.steps(job.experiment, setting)
 
 
 def folder_name(model: str) -> str:

@@ -19,8 +19,10 @@ from PIL import Image
 from hooked_vlm.errors import DataError
 
 
+LISTS = (".json", ".jsonl", ".csv", ".tsv", ".arrow")
+"""The endings of a user's files that are no pictures."""
 # The exceptions with which PIL refuses the content of a file.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -46,11 +48,32 @@ def open_picture(path: Path, mode: str = "RGB") -> Image.Image:
             f"'{path}' has more than {most:,} pixels, the most that PIL opens. Give a smaller "
             "picture."
         ) from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(
             f"'{path}' cannot be read as a picture: {str(error)[:120]}. Replace the file or remove "
             "it."
         ) from None
+
+
+def size_of(source: Path, whole: bool = True) -> tuple[int, int]:
+    """Returns the size of a picture, (width, height), and keeps no pixel.
+
+    `whole` decodes the picture to find damage after its header.  Raises `DataError`, without a
+    name, for what cannot be read.
+    """
+    _require_no_pipe(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as opened:
+                if whole:
+                    opened.load()
+                return opened.size
+    except Image.DecompressionBombError:
+        raise DataError("has more pixels than PIL opens; give a smaller picture") from None
+    except UNREADABLE as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"cannot be read as a picture: {said[:120]}") from None
 
 
 def _require_no_pipe(path: Path) -> None:
@@ -80,7 +103,7 @@ def _checked(path: Path, _size: int, _modified_ns: int) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
-    if path.suffix.lower() != ".json":
+    if path.suffix.lower() not in LISTS:
         open_picture(path)
     return digest
 

@@ -5,7 +5,7 @@ distributions are found here too (`register_setting`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from hooked_vlm.extensions.found import Extensions
 from hooked_vlm.stimuli import objects, photographs, shapes, squares
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.extension import AddedSetting, setting_of
+from hooked_vlm.stimuli.own.data import OwnData
+from hooked_vlm.stimuli.own.tables import table_in
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.sets import Draw
@@ -46,6 +48,10 @@ def stimulus_set(
         return own.stimuli(
             cutouts=cutouts, backgrounds=backgrounds, data=data, other_words=other_words
         )
+    if name == OWN:
+        raise DataError(
+            "The setting 'own' is not drawn: OwnData.read(FOLDER) returns your own pictures."
+        )
     if name in whatsup.SETTINGS:
         return whatsup.composite_set(
             whatsup.load(_folder(name, data)), name.removeprefix("whatsup-")
@@ -73,7 +79,7 @@ def stimulus_set(
 
 def require_known(name: str, known: Sequence[str] = ()) -> None:
     """Raises `DataError` unless `name` is among `known` settings (default: all settings)."""
-    known = known or (*SETTINGS, *whatsup.SETTINGS, *EXTENSIONS.names())
+    known = known or (*_built_in(), *EXTENSIONS.names())
     if not isinstance(name, str) or name not in known:
         raise DataError(
             f"There is no setting {name!r} here.{did_you_mean(name, known)} Use one of: "
@@ -95,6 +101,8 @@ def files_of(
     require_known(name)
     if (own := added_setting(name)) is not None:
         return own.files(cutouts=cutouts, backgrounds=backgrounds, data=data)
+    if name == OWN:
+        return own_data(data).files()
     if name in whatsup.SETTINGS:
         folder = _folder(name, data)
         items = whatsup.load(folder).items
@@ -135,12 +143,46 @@ def register_setting(name: str, make: Callable[..., StimulusSet], *, replace: bo
     EXTENSIONS.register(name, make, replace=replace)
 
 
+def _built_in() -> tuple[str, ...]:
+    return (*SETTINGS, *whatsup.SETTINGS, OWN)
+
+
 def added_setting(name: str) -> AddedSetting | None:
     """Returns the setting of another distribution; None for this package's settings.
 
     Raises `DataError` for one that cannot be used.
     """
-    return None if name in (*SETTINGS, *whatsup.SETTINGS) else EXTENSIONS.get(name)
+    return None if name in _built_in() else EXTENSIONS.get(name)
+
+
+def own_data(data: Path | None) -> OwnData:
+    """Returns a user's own data from the folder that has them, read once as long as it is the same.
+
+    Raises `DataError` without a folder, and `DataProblemsError` for data with problems.
+    """
+    if data is None:
+        raise DataError(
+            "The setting 'own' needs your data: give data=FOLDER (--data FOLDER) with items.csv or "
+            "items.jsonl. docs/guide/own-data.md describes them."
+        )
+    status = table_in(data).stat()
+    return _read_once(data, data.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_once(data: Path, _whole: Path, _size: int, _modified_ns: int) -> OwnData:
+    return OwnData.read(data)
+
+
+def is_own(data: Path | None) -> bool:
+    """Returns whether a folder has a user's own data, by its table."""
+    if data is None or not data.is_dir():
+        return False
+    try:
+        table_in(data)
+    except DataError:
+        return False
+    return True
 
 
 def _folder(name: str, data: Path | None) -> Path:
@@ -181,11 +223,11 @@ _MAKE: dict[str, Callable[[Path | None], Any]] = {
     "shapes": lambda _: (tuple(shapes.SHAPE_OF), shapes.draw, shapes.prompt),
     "objects": _objects,
 }
+OWN = "own"
+"""A user's own pictures and questions, from a folder with a table."""
 INSET = "shapes-inset"
 """Shapes at 0.9 of the published size, as in the training of the shipped models."""
 SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE), INSET)
 """The settings that need only data of the package."""
-EXTENSIONS = Extensions(
-    "hooked_vlm.settings", "setting", setting_of, taken=lambda: (*SETTINGS, *whatsup.SETTINGS)
-)
+EXTENSIONS = Extensions("hooked_vlm.settings", "setting", setting_of, taken=_built_in)
 """The settings of other distributions."""

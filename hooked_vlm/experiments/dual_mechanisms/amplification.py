@@ -233,10 +233,13 @@ Condition = tuple[str, int, float]
 def conditions(
     w: Float[Tensor, "class d_model"],
     controls: Mapping[str, Float[Tensor, "seed class d_model"]],
-    region: Region,
+    region: Any,
     config: Strengths,
 ) -> dict[Condition, Steer]:
-    """Returns every formula at every strength, and every control at its own strengths."""
+    """Returns every formula at every strength, and every control at its own strengths.
+
+    `region` is a place, or a list with one for each prompt.
+    """
     real = {
         "written, first": (w[0], "add"),
         "written, last": (w[-1], "add"),

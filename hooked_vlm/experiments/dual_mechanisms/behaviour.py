@@ -1,6 +1,7 @@
 """E1, behaviour: accuracy of the model on the setting's questions (paper, Table 1)."""
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,11 @@ ABOUT = About(
 
 def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Asks all items of the setting and counts correct top-1 answers, by direction."""
-    setting = Setting(model, data, config.batch_size)
+    return run_in(Setting(model, data, config.batch_size), config, on_progress)
+
+
+def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
+    """Runs the experiment in a setting, of built-in or of own pictures."""
     questions = setting.stimuli.items()
     answers = over_batches(
         "answers",
@@ -69,10 +74,11 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
         verdict="\n".join([_verdict(table), *missing]),
         config={"items": len(questions), "geometry": repr(setting.geometry)},
         notes=(
-            "All ordered triples of the setting's names in each direction, in the paper's layout. "
-            "An answer is correct when the most probable next token, lower-cased and stripped of "
-            "all but letters and digits, is the target. Intervals are Wilson's over pictures: two "
-            "questions about one picture are one observation.",
+            "All questions of the setting: of a built-in one, all ordered triples of its names in "
+            "each direction, in the paper's layout. An answer is correct when the most probable "
+            "next token, lower-cased and stripped of all but letters and digits, is the target. "
+            "Intervals are Wilson's over pictures: two questions about one picture are one "
+            "observation.",
         ),
     )
 
@@ -84,6 +90,8 @@ def _verdict(table: pd.DataFrame) -> str:
     every = table[table["direction"] == "all"].iloc[0]
     by = table[table["direction"] != "all"]
     worst = by.sort_values("value").iloc[0]
+    if len(by) == 1:
+        return f"Accuracy {format_interval(every)} ({counted(every['n'], 'picture')})."
     alike = by["value"].nunique() == 1
     return f"Accuracy {format_interval(every)} ({counted(every['n'], 'picture')}); " + (
         f"equal in all directions ({format_interval(worst)} each)."

@@ -5,7 +5,7 @@ of the pictures, and applied to every token of the others.  Its controls are fit
 shuffled within pictures; `converged` is a logistic regression on the same tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ RIGID = 1e-4
 """The standard deviation, as a part of the largest, below which a feature has no weight."""
 UNREAD = -1
 """The place of tokens in pictures whose tokens are not numbers."""
+Shuffle = Callable[..., Examples]
+"""`shuffle(examples, seed=…)` returns the examples with other labels."""
 SHOWN = 3
 """Number of held-out pictures whose single maps are kept."""
 
@@ -166,15 +168,18 @@ def fit_with_controls(
     n_seeds: int = 1,
     n_shuffles: int = 1,
     test_size: float = 0.25,
+    parts: tuple[np.ndarray, np.ndarray] | None = None,
+    shuffle: Shuffle = shuffled_labels,
 ) -> tuple[Fitted, list[dict]]:
     """Returns probes and their controls, and rows of held-out accuracies.
 
-    `test_size` is the share of images that are held out.  The controls are fitted and scored on
-    labels shuffled within images; `converged` is a logistic regression on the same examples.
+    `test_size` is the share of images that are held out; `parts` are the images to fit to and to
+    hold out, if they are given.  The controls are fitted and scored on the labels of `shuffle`, by
+    default shuffled within images; `converged` is a logistic regression on the same examples.
     Images without examples are in neither part.  Raises `CannotRunError` where a part has none.
     """
     # Split all images first, so that one that is left out moves no other to another part.
-    parts = split_by_image(n_images, test_size=test_size, seed=seed)
+    parts = parts or split_by_image(n_images, test_size=test_size, seed=seed)
     train, test = (part[np.isin(part, examples.images)] for part in parts)
     if not len(train) or not len(test):
         raise none_left("picture")
@@ -183,7 +188,7 @@ def fit_with_controls(
     right = np.stack([held_out_shares(probe, held) for probe in probes])
     controls, chance = [], []
     for i in range(n_shuffles):
-        shuffled = shuffled_labels(examples, seed=seed + i)
+        shuffled = shuffle(examples, seed=seed + i)
         own = shuffled.of_images(train)
         controls.append(LinearProbe(seed=seed + i).fit(own.X, own.y))
         chance.append(held_out_shares(controls[-1], shuffled.of_images(test)))

@@ -133,9 +133,12 @@ run = of_config(run_on)
 
 
 def scored(
-    setting: Setting, logits: Float[Tensor, "pair d_vocab"], pairs: Sequence[SwapPair]
+    setting: Setting, logits: Float[Tensor, "pair d_vocab"], pairs: Sequence[Any]
 ) -> Float[Tensor, "pair quantity"]:
-    """Returns each pair's `QUANTITIES` from the final position's logits."""
+    """Returns each pair's `QUANTITIES` from the final position's logits.
+
+    A pair is a `SwapPair`, or another with a `clean_answer` and a `swapped_answer`.
+    """
     swapped, clean = [p.swapped_answer for p in pairs], [p.clean_answer for p in pairs]
     both = setting.probabilities(logits, list(zip(swapped, clean, strict=True)))
     tokenizer = setting.model.tokenizer

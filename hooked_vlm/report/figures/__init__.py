@@ -17,15 +17,17 @@ from hooked_vlm.report.figures import (
     backgrounds,
     core,
     open_questions,
+    own,
     real_pictures,
     steering,
 )
 from hooked_vlm.report.figures.drawing import Drawing as Drawing
 from hooked_vlm.report.figures.drawing import Draws, Headlines
+from hooked_vlm.stimuli.settings import OWN
 
 
 TOPICS = (core, ablation, steering, backgrounds, open_questions, real_pictures)
-DRAW: Draws = {name: draw for topic in TOPICS for name, draw in topic.DRAW.items()}
+DRAW: Draws = {name: draw for topic in (own, *TOPICS) for name, draw in topic.DRAW.items()}
 HEADLINES: Headlines = {name: rows for topic in TOPICS for name, rows in topic.HEADLINES.items()}
 """The key numbers of each result, for the top of a report."""
 
@@ -37,17 +39,17 @@ def drawings(result: Result) -> list[Drawing]:
     """
     if result.table.empty:
         return []
-    own = _of_another(result)
-    if own is None:
-        draw = DRAW.get(result.id)
+    other = _of_another(result)
+    if other is None:
+        draw = (own.DRAW if result.setting == OWN else DRAW).get(result.id)
         return [] if draw is None else list(draw(result))
-    if own.draw is None:
+    if other.draw is None:
         return []
     try:
-        return [_drawing(found) for found in own.draw(result)]
+        return [_drawing(found) for found in other.draw(result)]
     except Exception as error:  # noqa: BLE001 - of the other distribution's code
         warnings.warn(
-            f"The figures of {own.name!r} of {own.origin} are left out: its draw(result) raised "
+            f"The figures of {other.name!r} of {other.origin} are left out: its draw(result) raised "
             f"{type(error).__name__}: {str(error)[:160]}.",
             HookedVLMWarning,
             stacklevel=callers_level(),
@@ -57,8 +59,8 @@ def drawings(result: Result) -> list[Drawing]:
 
 def headlines(result: Result) -> tuple[tuple[Mapping[str, str | None], str], ...]:
     """Returns which key numbers of a result are at the top of a report, with their labels."""
-    own = _of_another(result)
-    return HEADLINES.get(result.id, ()) if own is None else own.headlines
+    other = _of_another(result)
+    return HEADLINES.get(result.id, ()) if other is None else other.headlines
 
 
 def _of_another(result: Result) -> Experiment | None:
