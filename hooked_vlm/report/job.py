@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -39,6 +39,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.basis import Basis, data_files, everything, key_of, run_key
 from hooked_vlm.report.files import remove_leftovers, writable_folder
+from hooked_vlm.report.listener import SILENT, Listener
 from hooked_vlm.report.page import FIGURES, PAGE, write_report
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
@@ -79,26 +80,6 @@ class Report:
     results: Sequence[Result]
     provenance: Provenance
     page: Path
-
-
-@runtime_checkable
-class Listener(Protocol):
-    """Receives the progress of a job."""
-
-    def begin(self, step: Step, place: int, of: int) -> None: ...
-    def step(self, done: int, total: int) -> None: ...
-    def end(self, seconds: float, reused: bool) -> None: ...
-
-
-class Silent:
-    """Shows nothing."""
-
-    def begin(self, step: Step, place: int, of: int) -> None: ...
-    def step(self, done: int, total: int) -> None: ...
-    def end(self, seconds: float, reused: bool) -> None: ...
-
-
-SILENT = Silent()
 
 
 def check(job: Job) -> list[Step]:

@@ -11,7 +11,8 @@ from hooked_vlm.errors import CannotRunError, DataError, RegionError, ScoringErr
 from hooked_vlm.experiments.loop import UnfinishedError
 from hooked_vlm.experiments.options import FOLDERS, Config
 from hooked_vlm.report.files import write_file
-from hooked_vlm.report.job import RESULTS, Job, Listener, Loaded, check, computed
+from hooked_vlm.report.job import RESULTS, Job, Loaded, check, computed
+from hooked_vlm.report.listener import Listener
 from hooked_vlm.report.parts import PARTS, Share
 from hooked_vlm.report.results import load_result
 

@@ -49,7 +49,7 @@ def drawings(result: Result) -> list[Drawing]:
         return [_drawing(found) for found in other.draw(result)]
     except Exception as error:  # noqa: BLE001 - of the other distribution's code
         warnings.warn(
-            f"The figures of {other.name!r} of {other.origin} are left out: its draw(result) raised "
+            f"The figures of {other.name!r} of {other.origin} are left out: draw(result) raised "
             f"{type(error).__name__}: {str(error)[:160]}.",
             HookedVLMWarning,
             stacklevel=callers_level(),
