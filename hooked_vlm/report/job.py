@@ -160,7 +160,8 @@ class Loaded:
 
     job: Job
     steps: Sequence[Step]
-    model: HookedVLM
+    model: Any
+    """A `HookedVLM`."""
     basis: Basis
     device: str
 
