@@ -36,7 +36,7 @@ from hooked_vlm.experiments.further import (
     why_strips,
 )
 from hooked_vlm.experiments.loop import silent
-from hooked_vlm.experiments.notes import with_notes
+from hooked_vlm.experiments.notes import notes_of, with_notes
 from hooked_vlm.experiments.options import Config as Config
 from hooked_vlm.experiments.options import OnProgress as OnProgress
 from hooked_vlm.experiments.own import box_ablation, probed, transfer
@@ -327,9 +327,17 @@ def register_experiment(experiment: Any, *, replace: bool = False) -> None:
 def _of_another(name: str, source: Any, origin: Origin) -> Experiment:
     """Returns an experiment of another distribution; see `parts_of`."""
     parts = parts_of(name, source, [known.id for known in EXPERIMENTS.values()])
+
+    @wraps(parts.run)
+    def run(model: Any, config: Any, on_progress: OnProgress = silent) -> Result:
+        found = parts.run(model, config, on_progress)
+        # Stimuli tell which names the model's tokenizer leaves out.
+        data = None if model is None or config.setting == OWN else stimuli_of(config)
+        return replace(found, notes=(*found.notes, *notes_of(model, data, config)))
+
     return Experiment(
         **vars(parts.about),
-        run=with_notes(parts.run),
+        run=run,
         config=parts.config,
         draw=parts.draw,
         headlines=parts.headlines,

@@ -52,10 +52,10 @@ def engine_of(text: str, folder: Path) -> Iterator[Engine]:
 def _imported(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ImportError as error:
         raise MissingExtraError(
-            f"--executor {extra} needs the package {module.partition('.')[0]}, which is not "
-            f"installed. Install it: pip install 'hooked-vlm[{extra}]'."
+            f"--executor {extra} needs the package {module}, which cannot be imported "
+            f"({str(error)[:120]}). Install it: pip install 'hooked-vlm[{extra}]'."
         ) from None
 
 

@@ -151,7 +151,8 @@ class Loaded:
 
     job: Job
     steps: Sequence[Step]
-    model: HookedVLM
+    model: Any
+    """A `HookedVLM`."""
     basis: Basis
     device: str
 

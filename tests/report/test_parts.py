@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 import xarray as xr
 
-from hooked_vlm.errors import DataError, HookedVLMWarning
+from hooked_vlm.errors import DataError, HookedVLMError, HookedVLMWarning, MissingExtraError
 from hooked_vlm.experiments.loop import (
     Loop,
     UnfinishedError,
@@ -29,8 +30,16 @@ from hooked_vlm.experiments.loop import (
     over_batches,
     working_by,
 )
+from hooked_vlm.experiments.options import Config
+from hooked_vlm.report import job as job_runner
+from hooked_vlm.report import workers
+from hooked_vlm.report.engines import engine_of
+from hooked_vlm.report.job import SILENT, Job
+from hooked_vlm.report.merge import merge
 from hooked_vlm.report.parts import Parts, Share, file_of
+from hooked_vlm.report.shares import run_share
 from hooked_vlm.report.values import packed, unpacked
+from hooked_vlm.report.workers import Task
 
 
 VALUES: dict[str, Any] = {
@@ -239,3 +248,80 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_tables(tmp_path: Pa
     assert process.returncode == 0 and seen > 1
     assert files(out) == files(tmp_path / "whole")
     assert not (out / "parts").exists()
+
+
+def test_e4_in_processes_and_merged_has_the_bits_of_one_process(tmp_path: Path) -> None:
+    config = Config(pairs=2, batch_size=2)
+    job = Job("strip-swap", "tiny-qwen2-vl", tmp_path / "whole", config=config)
+    job_runner.run(job)
+    by_pool = replace(job, out=tmp_path / "pool")
+    with engine_of("processes:1", tmp_path) as engine:
+        job_runner.run(by_pool, executor=engine.executor)
+    assert files(by_pool.out) == files(job.out)
+    # In parts, and by a worker that must compute what came before.
+    cut = replace(job, out=tmp_path / "parts")
+    left = [len(run_share(cut, SILENT, Share(i, 3)).missing) for i in range(3)]
+    assert left[0] > left[1] > left[2] == 0
+    (unit,) = (cut.out / "parts").glob("*/sweep-vertical-0-*")
+    kept = unit.read_bytes()
+    unit.unlink()
+    with pytest.raises(DataError, match=r"1 unit of work missing .*: sweep: vertical 0\. Run the"):
+        merge(cut.out, SILENT)
+    unit.write_bytes(kept)
+    other = replace(cut, config=Config(pairs=3))
+    with pytest.raises(DataError, match="has parts of another job"):
+        run_share(other, SILENT, Share(0, 2))
+    about = unit.parent / "about.json"
+    changed = about.read_text().replace('"device": "cpu"', '"device": "cuda"')
+    about.write_text(changed.replace('"torch": "', '"torch": "9'))
+    with pytest.raises(DataError, match=r"were computed differently: torch 9.* --allow-mixed"):
+        merge(cut.out, SILENT)
+    merge(cut.out, SILENT, allow_mixed=True)
+    assert files(cut.out) == files(job.out)
+
+
+def test_a_worker_with_another_version_refuses() -> None:
+    config = Config(pairs=2)
+    task = Task(
+        model="tiny-qwen2-vl",
+        dtype="auto",
+        device="cpu",
+        experiment="strip-swap",
+        config=config,
+        depends_on={"source": "another"},
+        folder=Path("nowhere"),
+    )
+    with pytest.raises(DataError, match=r"A worker refuses units of strip-swap: .*source another"):
+        workers.compute(task)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("threads", "expected one of 'processes'"),
+        ("processes:0", "expected a number from 1"),
+        ("slurm:x", "expected NAME=VALUE|needs the package submitit"),
+        ("dask://127.0.0.1:1", "no Dask scheduler at|needs the package distributed"),
+    ],
+)
+def test_executors_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(HookedVLMError, match=said), engine_of(text, tmp_path):
+        pass
+
+
+def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = r"--executor ray needs the package ray.*pip install 'hooked-vlm\[ray\]'"
+    with pytest.raises(MissingExtraError, match=said), engine_of("ray://", tmp_path):
+        pass
+
+
+def test_dask_gives_the_same(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    job = Job("final-token", "tiny-qwen2-vl", tmp_path / "whole", config=Config(pairs=2))
+    job_runner.run(job)
+    cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
+    with cluster, engine_of(f"dask:{cluster.scheduler_address[4:]}", tmp_path) as engine:
+        by_dask = replace(job, out=tmp_path / "dask")
+        job_runner.run(by_dask, executor=engine.executor)
+    assert files(by_dask.out) == files(job.out)
