@@ -1,4 +1,4 @@
-"""The command line: `hooked-vlm run`, `demo`, `reproduce`, `sites`, `check` and `list`.
+"""The command line: `hooked-vlm run`, `demo`, `reproduce`, `merge`, `sites`, `check` and `list`.
 
 Only this file prints results and exits.  It converts arguments to a `Job`, shows the job's
 progress, and prints every `HookedVLMError` as one line with exit status 2.  torch and
@@ -6,21 +6,41 @@ transformers take seconds to import, so each command imports them only when it r
 `--help` answers at once.
 """
 
-import errno
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 
-from hooked_vlm.errors import DataError, HookedVLMError
-from hooked_vlm.report.children import run_commands
+from hooked_vlm.cli_options import (
+    AUTO,
+    Backgrounds,
+    BatchSize,
+    Command,
+    Cutouts,
+    Data,
+    Device,
+    Dtype,
+    ExecutorName,
+    Fresh,
+    Jobs,
+    Model,
+    Options,
+    OtherWords,
+    Out,
+    Pairs,
+    Part,
+    Seed,
+    Setting,
+)
+from hooked_vlm.errors import DataError, HookedVLMError, counted
+from hooked_vlm.report.children import run_commands, words_of
+from hooked_vlm.report.files import lacking
 from hooked_vlm.report.progress import Listener, quiet
 
 
@@ -29,7 +49,6 @@ if TYPE_CHECKING:
 
 FAILED, USER_ERROR, SIGNALLED = 1, 2, 128  # a signal's number is added to the last
 INTERRUPTED = SIGNALLED + signal.SIGINT
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="hooked-vlm",
@@ -40,65 +59,7 @@ app = typer.Typer(
 )
 
 
-class _Command(TyperCommand):
-    """A command that refuses an empty text: as a path it would be the current folder."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given, _, order = self.make_parser(ctx).parse_args(list(args))
-        for parameter in order:
-            value = given.get(parameter.name or "")
-            for text in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(text, str) and not text.strip():
-                    name = parameter.opts[0] if parameter.opts[0][0] == "-" else parameter.name
-                    raise DataError(
-                        f"{name} was given {text[:20]!r}, an empty text. Give it a value, or leave "
-                        "it out where it has a default."
-                    )
-        return super().parse_args(ctx, args)
-
-
-Model = Annotated[
-    str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
-]
-Out = Annotated[Path, typer.Option(help="Folder for the report; created if missing.")]
-Pairs = Annotated[int, typer.Option(help="Image pairs per direction.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
-BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
-Setting = Annotated[
-    str | None,
-    typer.Option(
-        help="Stimuli: squares, shapes, objects, or one of them with -photos. Default: the "
-        "experiment's own; your own pictures where --data has them."
-    ),
-]
-Cutouts = Annotated[
-    Path | None, typer.Option(help="Folder with your own cut-outs of objects, <name>.png.")
-]
-Backgrounds = Annotated[
-    Path | None, typer.Option(help="Folder with your own photographs for the -photos settings.")
-]
-Data = Annotated[
-    Path | None, typer.Option(help="Your own pictures and items.csv; or What'sUp, COCO-spatial.")
-]
-OtherWords = Annotated[bool, typer.Option("--other-words", help="Ask in a second phrasing.")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Option of an experiment, NAME=VALUE; may be repeated."),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")]
-Jobs = Annotated[
-    int,
-    typer.Option(
-        min=0, help="Models to run at the same time. 0: all, if each has a CPU core; else one."
-    ),
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Ignore results of an earlier run and compute them again.")
-]
-
-
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def run(
     experiment: Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")],
     model: Model,
@@ -115,6 +76,8 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     fresh: Fresh = False,
+    part: Part = None,
+    executor: ExecutorName = None,
 ) -> None:
     """Run an experiment or a suite on a model and write its report."""
     from hooked_vlm.experiments.options import Config, from_words
@@ -139,11 +102,29 @@ def run(
         dtype=dtype,
         fresh=fresh,
     )
-    report = _run(job)
-    print(f"report: {report.page}")
+    _one_after_the_other([job], part, executor)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
+def merge(
+    out: Annotated[Path, typer.Argument(help="The --out of the runs with --part.")],
+    device: Device = "auto",
+    allow_mixed: Annotated[
+        bool,
+        typer.Option("--allow-mixed", help="Merge parts of other versions or devices too."),
+    ] = False,
+) -> None:
+    """Write the report of parts that `run … --part I/N` computed."""
+    from hooked_vlm.report import merge as merging
+
+    for folder in merging.folders_with_parts(out):
+        listener = Listener(Console(stderr=True), folder.name)
+        with quiet(), listener:
+            made = merging.merge(folder, listener, device=device, allow_mixed=allow_mixed)
+        print(f"report: {made.page}")
+
+
+@app.command(cls=Command)
 def demo(
     out: Out = Path("demo"),
     pairs: Pairs = 50,
@@ -166,7 +147,7 @@ def demo(
     _side_by_side(made, out, "The dual mechanisms of spatial reasoning, on two small models", jobs)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def reproduce(
     out: Out,
     model: Annotated[
@@ -184,12 +165,12 @@ def reproduce(
     dtype: Dtype = "float32",
     fresh: Fresh = False,
     jobs: Jobs = 0,
+    part: Part = None,
+    executor: ExecutorName = None,
 ) -> None:
     """Run every experiment on every setting, in float32. Run it again to resume."""
-    from hooked_vlm import zoo
     from hooked_vlm.experiments.options import Config, from_words
-    from hooked_vlm.report import job as runner
-    from hooked_vlm.report.job import Job
+    from hooked_vlm.report.reproduce import jobs as jobs_of
 
     config = Config(
         pairs=pairs,
@@ -199,23 +180,24 @@ def reproduce(
         backgrounds=backgrounds,
         data=data,
     )
-    made = [
-        Job(
-            "reproduce",
-            name,
-            out / runner.folder_name(name),
-            config=config,
-            options=from_words(options or []),
-            device=device,
-            dtype=dtype,
-            fresh=fresh,
-        )
-        for name in dict.fromkeys(model or zoo.available())
-    ]
+    made = jobs_of(
+        out,
+        model or (),
+        config=config,
+        options=from_words(options or []),
+        device=device,
+        dtype=dtype,
+        fresh=fresh,
+    )
+    if jobs == AUTO and executor is None:
+        executor = "processes"
+    if part is not None or executor is not None:
+        _one_after_the_other(made, part, executor)
+        return
     _side_by_side(made, out, "The dual mechanisms of spatial reasoning, and what is open", jobs)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def sites(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
 ) -> None:
@@ -226,7 +208,7 @@ def sites(
         print(HookedVLM.from_pretrained(model).describe())
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def check(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
     every_layer: Annotated[
@@ -254,7 +236,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("list", cls=_Command)
+@app.command("list", cls=Command)
 def list_() -> None:
     """List the suites, the experiments and the shipped models."""
     from hooked_vlm import zoo
@@ -283,25 +265,11 @@ def main() -> None:
         print(f"hooked-vlm: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except (OSError, MemoryError, RuntimeError) as error:
-        lacking = _lacking(error)
-        if lacking is None:
+        missing = lacking(error)
+        if missing is None:
             raise
-        print(f"hooked-vlm: {lacking[0]}. {lacking[1]}.", file=sys.stderr)
+        print(f"hooked-vlm: {missing[0]}. {missing[1]}.", file=sys.stderr)
         sys.exit(FAILED)
-
-
-def _lacking(error: Exception) -> tuple[str, str] | None:
-    """Returns what the machine lacks and the remedy, or None for another error."""
-    text = str(error).lower()
-    memory = "out of memory" in text or "can't allocate memory" in text
-    if isinstance(error, MemoryError) or memory:
-        return "Out of memory", "Give a smaller --batch-size, or --dtype bfloat16"
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return "The disk is full", "Free space on it"
-    if isinstance(error, OSError) and error.filename is not None:
-        what = f"'{str(error.filename)[-200:]}' cannot be read or written: {error.strerror}"
-        return what, "Correct the folder or its permissions"
-    return None
 
 
 def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> None:
@@ -311,7 +279,7 @@ def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int) -> No
 
     for job in made:  # check all jobs before the first one runs
         runner.check(job)
-    if not jobs:
+    if jobs in (0, AUTO):
         apart = runner.device_of(made[0].device) == "cpu" and (os.cpu_count() or 1) >= len(made)
         jobs = len(made) if apart else 1
     if jobs > 1 and len(made) > 1:
@@ -330,7 +298,7 @@ def _run_apart(made: Sequence["Job"], jobs: int) -> None:
     """Runs each job in its own process, with an equal share of the CPU's cores."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    commands = [[sys.executable, "-m", "hooked_vlm.cli", *_words(job)] for job in made]
+    commands = [[sys.executable, "-m", "hooked_vlm.cli", *words_of(job)] for job in made]
     ended = run_commands(commands, jobs, environment)
     if ended.signal is not None:
         print(
@@ -348,46 +316,66 @@ def _run_apart(made: Sequence["Job"], jobs: int) -> None:
         sys.exit(USER_ERROR if {*failed.values()} == {USER_ERROR} else FAILED)
 
 
-def _words(job: "Job") -> list[str]:
-    """Returns the command line that runs a job."""
-    words = ["run", job.experiment, "--model", job.model, "--out", str(job.out)]
-    words += ["--device", job.device, "--dtype", job.dtype, *(["--fresh"] * job.fresh)]
-    words += ["--setting", job.setting] if job.setting else []
-    defaults = type(job.config)()
-    for field in fields(job.config):
-        value = getattr(job.config, field.name)
-        if field.name != "setting" and value != getattr(defaults, field.name):
-            words += [f"--{field.name.replace('_', '-')}"]
-            words += [] if value is True else [str(value)]
-    for name, value in job.options.items():
-        words += ["--set", f"{name}={value}"]
-    return words
+def _one_after_the_other(made: Sequence["Job"], part: str | None, executor: str | None) -> None:
+    """Runs jobs whole, a share of each, or each with the processes of an executor."""
+    from hooked_vlm.report import engines, shares
+    from hooked_vlm.report import job as runner
+    from hooked_vlm.report.parts import Share
+
+    if part is not None and executor is not None:
+        raise DataError("--part and --executor were both given; expected one of them.")
+    for job in made[1:]:  # check all jobs before the first one runs
+        runner.check(job)
+    if part is not None:
+        share = Share.read(part)
+        for job in made:
+            listener = Listener(Console(stderr=True), f"{job.model}, part {part}")
+            with _said_when_ended(job, listener):
+                done = shares.run_share(job, listener, share)
+            print(
+                f"part {part} of {job.model}: {counted(done.computed, 'unit')} computed, "
+                f"{done.read} read, {len(done.missing)} left to other parts. When all parts are "
+                f"done: hooked-vlm merge {job.out}"
+            )
+        return
+    for job in made:
+        if executor is None:
+            print(f"report: {_run(job).page}")
+            continue
+        with engines.engine_of(executor, job.out) as engine:
+            print(f"report: {_run(job, engine.executor, engine.tasks).page}")
 
 
-def _run(job: "Job") -> "Report":
+def _run(job: "Job", executor: Any = None, tasks: int | None = None) -> "Report":
     from hooked_vlm.report import job as runner
 
     runner.check(job)
     listener = Listener(Console(stderr=True), job.model)
+    with _said_when_ended(job, listener):
+        return runner.run(job, listener, executor=executor, tasks=tasks)
+
+
+@contextlib.contextmanager
+def _said_when_ended(job: "Job", listener: Listener) -> Iterator[None]:
+    """Shows a job's progress; prints what is kept of it when it is interrupted."""
+    kept = f"experiments on {job.model}; results and finished units are kept in {job.out}"
     try:
         with quiet(), listener:
-            return runner.run(job, listener)
+            yield
     except KeyboardInterrupt:
         print(
-            f"hooked-vlm: interrupted after {listener.finished} of {listener.of or 'the'} "
-            f"experiments on {job.model}; their results are in {job.out / runner.RESULTS}. "
+            f"hooked-vlm: interrupted after {listener.finished} of {listener.of or 'the'} {kept}. "
             "Run the same command again to resume.",
             file=sys.stderr,
         )
         sys.exit(INTERRUPTED)
     except (OSError, MemoryError, RuntimeError) as error:
-        lacking = _lacking(error)
-        if lacking is None:
+        missing = lacking(error)
+        if missing is None:
             raise
         print(
-            f"hooked-vlm: {lacking[0]}, after {listener.finished} of {listener.of or 'the'} "
-            f"experiments on {job.model}; their results are kept in {job.out / runner.RESULTS}. "
-            f"{lacking[1]}, and run the command again to resume.",
+            f"hooked-vlm: {missing[0]}, after {listener.finished} of {listener.of or 'the'} "
+            f"{kept}. {missing[1]}, and run the command again to resume.",
             file=sys.stderr,
         )
         sys.exit(FAILED)

@@ -26,6 +26,7 @@ from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.registry import Experiment, Step
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.report import children
 from hooked_vlm.report import job as runner
 
 
@@ -268,7 +269,7 @@ def test_a_process_of_its_own_is_told_the_whole_job(
         return types.SimpleNamespace(page="")
 
     monkeypatch.setattr(cli, "_run", note)
-    assert hooked_vlm(monkeypatch, *cli._words(job)) == 0
+    assert hooked_vlm(monkeypatch, *children.words_of(job)) == 0
     assert ran == [job]
 
 

@@ -50,6 +50,8 @@ class Loop:
     """What a unit counts in the progress."""
     last: bool
     """Whether no later loop of the experiment needs these units."""
+    part: str = ""
+    """The beginning of its name that is that of an independent part; empty: it is in none."""
 
 
 @runtime_checkable
@@ -94,6 +96,8 @@ def following(
 
 _WAY: ContextVar[Way | None] = ContextVar("way", default=None)
 _SCOPE: ContextVar[tuple[str, ...]] = ContextVar("scope", default=())
+_PART: ContextVar[tuple[str, ...]] = ContextVar("part", default=())
+"""The scope of the innermost independent part."""
 
 
 @contextmanager
@@ -135,7 +139,8 @@ def over(
     {'one': 1, 'two': 4}
     """
     whole = "/".join((*_SCOPE.get(), name))
-    loop = Loop(name=whole, units=units, score=score, steps=steps, last=last)
+    part = "/".join(_PART.get())
+    loop = Loop(name=whole, units=units, score=score, steps=steps, last=last, part=part)
     return (_WAY.get() or InTurn()).values(loop, on_progress)
 
 
@@ -190,7 +195,11 @@ class Independent:
         """Runs a part under its name; one that is unfinished does not keep others from running."""
         try:
             with scope(name):
-                yield
+                token = _PART.set(_SCOPE.get())
+                try:
+                    yield
+                finally:
+                    _PART.reset(token)
         except UnfinishedError as error:
             self.missing += error.missing
 

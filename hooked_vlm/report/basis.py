@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,10 +69,29 @@ def run_key(experiment: str, config: Config, basis: Basis) -> str:
 
     Raises `DataError` for a folder or a picture that cannot be read.
     """
+    return key_of(everything(experiment, config, basis))
+
+
+def everything(experiment: str, config: Config, basis: Basis) -> dict[str, Any]:
+    """Returns what an experiment's numbers depend on, as JSON: `run_key` is its hash.
+
+    Raises `DataError` as `run_key` does.
+    """
     chosen = {name: value for name, value in asdict(config).items() if name not in _FOLDERS}
-    everything = [FORMAT, experiment, chosen, data_files(config), asdict(basis), source_sha256()]
-    text = json.dumps(everything, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    found = {
+        "format": FORMAT,
+        "experiment": experiment,
+        "options": chosen,
+        "data": data_files(config),
+        "basis": asdict(basis),
+        "source": source_sha256(),
+    }
+    return json.loads(json.dumps(found, default=str))
+
+
+def key_of(found: Mapping[str, Any]) -> str:
+    """Returns the hash of what `everything` returned."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def data_files(config: Config) -> dict[str, str]:

@@ -13,7 +13,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 _SIGNALS = tuple(
@@ -62,6 +63,22 @@ def run_commands(
         finally:
             _end(running.values(), received)
     return Ended(statuses, received[0] if received else None)
+
+
+def words_of(job: Any) -> list[str]:
+    """Returns the command line that runs a `job.Job`."""
+    words = ["run", job.experiment, "--model", job.model, "--out", str(job.out)]
+    words += ["--device", job.device, "--dtype", job.dtype, *(["--fresh"] * job.fresh)]
+    words += ["--setting", job.setting] if job.setting else []
+    defaults = type(job.config)()
+    for field in fields(job.config):
+        value = getattr(job.config, field.name)
+        if field.name != "setting" and value != getattr(defaults, field.name):
+            words += [f"--{field.name.replace('_', '-')}"]
+            words += [] if value is True else [str(value)]
+    for name, value in job.options.items():
+        words += ["--set", f"{name}={value}"]
+    return words
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ _LEFTOVER = re.compile(r"\.(.+)\.([\w-]+)\.(\d+)\.[0-9a-f]{16}\.(new|old)")
 _ANOTHER_HOST_S = 24 * 3600
 """Age in seconds from which a temporary file of another host counts as a leftover."""
 _ATTEMPTS = 100
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def writable_folder(path: Path) -> Path:
@@ -193,3 +194,17 @@ def _is_alive(process: int) -> bool:
 
 def _host() -> str:
     return re.sub(r"[^\w-]", "-", platform.node())[:40] or "host"
+
+
+def lacking(error: Exception) -> tuple[str, str] | None:
+    """Returns what the machine lacks and the remedy, or None for another error."""
+    text = str(error).lower()
+    memory = "out of memory" in text or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or memory:
+        return "Out of memory", "Give a smaller --batch-size, or --dtype bfloat16"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return "The disk is full", "Free space on it"
+    if isinstance(error, OSError) and error.filename is not None:
+        what = f"'{str(error.filename)[-200:]}' cannot be read or written: {error.strerror}"
+        return what, "Correct the folder or its permissions"
+    return None

@@ -2,16 +2,18 @@
 
 The order of steps matters.  Errors in the arguments (an unknown experiment, a folder without
 write permission, a missing device) are raised before the model is loaded, because loading is
-slow.  The model is loaded before the first experiment.  Each finished experiment is written to
-disk before the next one starts, so an interruption loses at most one experiment.
+slow.  The model is loaded before the first experiment.  Each unit of work (a batch of one
+direction) is written to disk before the next one starts, and so is each finished experiment, so an
+interruption loses at most one unit (see `parts`).
 """
 
 import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,19 +28,23 @@ from hooked_vlm.errors import (
     DataError,
     RegionError,
     ScoringError,
+    counted,
     did_you_mean,
 )
 from hooked_vlm.experiments import registry
+from hooked_vlm.experiments.loop import UnfinishedError, working_by
 from hooked_vlm.experiments.options import FOLDERS, Config, check_options, specialise
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.report.basis import Basis, data_files, run_key
+from hooked_vlm.report.basis import Basis, data_files, everything, key_of, run_key
 from hooked_vlm.report.files import remove_leftovers, writable_folder
 from hooked_vlm.report.page import FIGURES, PAGE, write_report
+from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
 from hooked_vlm.report.results import load_result, save_result
 from hooked_vlm.stimuli.settings import OWN, is_own
+from hooked_vlm.report.workers import Executor, Task, offered
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -82,6 +88,17 @@ class Listener(Protocol):
     def begin(self, step: Step, place: int, of: int) -> None: ...
     def step(self, done: int, total: int) -> None: ...
     def end(self, seconds: float, reused: bool) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, step: Step, place: int, of: int) -> None: ...
+    def step(self, done: int, total: int) -> None: ...
+    def end(self, seconds: float, reused: bool) -> None: ...
+
+
+SILENT = Silent()
 
 
 def check(job: Job) -> list[Step]:
@@ -147,34 +164,106 @@ def own(job: Job, step: Step) -> Config:
     return specialise(step.experiment.config, job.config, job.options, step.setting)
 
 
-def run(job: Job, listener: Listener) -> Report:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Loaded:
+    """A job whose model is loaded."""
+
+    job: Job
+    steps: Sequence[Step]
+    model: Any
+    """A `HookedVLM`."""
+    basis: Basis
+    device: str
+
+    @classmethod
+    def of(cls, job: Job) -> "Loaded":
+        """Loads a job's model, after `check` has verified the arguments."""
+        steps = check(job)
+        device = device_of(job.device)
+        model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
+        basis = Basis.of(model.hf_model, job.model, device)
+        for written in (job.out, job.out / RESULTS, job.out / FIGURES):
+            remove_leftovers(written)
+        return cls(job=job, steps=steps, model=model, basis=basis, device=device)
+
+    def work(
+        self,
+        step: Step,
+        *,
+        share: Share | None = None,
+        executor: Executor | None = None,
+        tasks: int | None = None,
+    ) -> "Work":
+        """Returns what computes a step's units: in this process, its share, or by an executor."""
+        config = own(self.job, step)
+        about = everything(step.experiment.name, config, self.basis)
+        folder = folder_of(self.job.out, step.key, key_of(about))
+        offer = None
+        if executor is not None:
+            task = Task(
+                model=self.job.model,
+                dtype=self.job.dtype,
+                device=torch.device(self.device).type,
+                experiment=step.experiment.name,
+                config=config,
+                depends_on=about,
+                folder=folder.resolve(),
+            )
+            offer = partial(offered, executor, task, tasks)
+        return Work(key_of(about), Parts([folder], share=share, offer=offer), about)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """How a step's units are come by, and the key of its result."""
+
+    key: str
+    parts: Parts
+    about: Mapping[str, Any]
+    """See `basis.everything`."""
+
+
+def run(
+    job: Job,
+    listener: Listener = SILENT,
+    *,
+    executor: Executor | None = None,
+    tasks: int | None = None,
+) -> Report:
     """Runs a job, writes its report and returns it.
 
+    `executor` has the units of work computed by other processes: any of `concurrent.futures`,
+    or another with `submit` (see `workers`).  Each task is one unit, or as many as divide those of
+    a loop among `tasks`, for executors whose tasks start slowly.
+
     Raises `HookedVLMError` for wrong arguments before the model is loaded.  After a later
-    error, or a `KeyboardInterrupt`, finished experiments remain in `job.out/results`, and the
-    same job reads them from there.
+    error, or a `KeyboardInterrupt`, finished experiments remain in `job.out/results` and finished
+    units in `job.out/parts`, and the same job reads them from there.
     """
-    # 1. Verify the arguments, then load the model.
-    steps = check(job)
-    device = device_of(job.device)
-    model = HookedVLM.from_pretrained(job.model, dtype=dtype_of(job.dtype), device=device)
-    basis = Basis.of(model.hf_model, job.model, device)
-    how = {"device": device, "dtype": job.dtype}
-    folder = job.out / RESULTS
-    for written in (job.out, folder, job.out / FIGURES):
-        remove_leftovers(written)
-    results, seconds, reused, errors = [], {}, [], []
-    # 2. Run each step, or read its result from an earlier run with the same key.
-    with Stopwatch() as watch, shared_runs(model):
+    loaded = Loaded.of(job)
+    return finish(loaded, listener, partial(loaded.work, executor=executor, tasks=tasks))
+
+
+def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) -> Report:
+    """Runs a loaded job's steps, or reads their results, and writes the report.
+
+    Raises `DataError` where units are missing that `work_of` does not compute.
+    """
+    job, steps, folder = loaded.job, loaded.steps, loaded.job.out / RESULTS
+    results, seconds, reused, errors, missing = [], {}, [], [], []
+    # 1. Run each step, or read its result from an earlier run with the same key.
+    with Stopwatch() as watch, shared_runs(loaded.model):
         for place, step in enumerate(steps, start=1):
             listener.begin(step, place, len(steps))
-            config = own(job, step)
-            key = run_key(step.experiment.name, config, basis)
-            saved = None if job.fresh else load_result(folder, step.key, key)
+            work = work_of(step)
+            saved = None if job.fresh else load_result(folder, step.key, work.key)
             if saved is None:
                 start = time.perf_counter()
                 try:
-                    found = step.experiment.run(model, config, listener.step)
+                    found = computed(loaded, step, work, listener)
+                except UnfinishedError as error:
+                    missing += [f"{step.name}: {unit}" for unit in error.missing]
+                    continue
                 except (CannotRunError, RegionError, ScoringError) as error:
                     # In a suite, the other experiments may still run on this model.  A mistake
                     # of the user's is not among these errors, so it is never stored.
@@ -184,32 +273,47 @@ def run(job: Job, listener: Listener) -> Report:
                     errors.append(error)
                 result = replace(found, setting=step.setting)
                 took = time.perf_counter() - start
-                save_result(result, folder, key, seconds=took)
+                save_result(result, folder, work.key, seconds=took)
+                work.parts.remove()
             else:
                 result, took = saved.result, saved.seconds
                 reused.append(step.name)
             results.append(result)
             seconds[step.name] = took
             listener.end(took, saved is not None)
+    if missing:
+        raise DataError(
+            f"{counted(len(missing), 'unit')} of work missing in '{job.out / PARTS}': "
+            f"{'; '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. Run the other parts, or "
+            "one of them again."
+        )
     if len(errors) == len(steps):
         raise errors[0]
-    # 3. Write the record and the report.
+    # 2. Write the record and the report.
     # The setting is the user's; None: each experiment's own.
-    config = {**asdict(job.config), **job.options, **how, "setting": job.setting}
+    how = {"device": loaded.device, "dtype": job.dtype, "setting": job.setting}
     provenance = describe_run(
-        model.hf_model,
+        loaded.model.hf_model,
         job.model,
         watch,
-        model_sha256=basis.model_sha256,
-        model_files=basis.model_files,
+        model_sha256=loaded.basis.model_sha256,
+        model_files=loaded.basis.model_files,
         experiment=job.experiment,
-        config=config,
+        config={**asdict(job.config), **job.options, **how},
         seed=job.config.seed,
         seconds=seconds,
         reused=reused,
     )
     page = write_report(results, provenance, job.out)
     return Report(results=results, provenance=provenance, page=page)
+
+
+def computed(loaded: Loaded, step: Step, work: Work, listener: Listener) -> Result:
+    """Returns the result of a step, whose units are computed or read."""
+    if not work.parts.read_only:
+        opened(work.parts.folders[0], work.about, anew=loaded.job.fresh)
+    with working_by(work.parts):
+        return step.experiment.run(loaded.model, own(loaded.job, step), listener.step)
 
 
 def _not_run(step: Step, error: Exception) -> Result:

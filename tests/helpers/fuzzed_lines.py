@@ -20,6 +20,8 @@ MOST = 400
 NAME = st.text("xyz_-.", min_size=1, max_size=6).map(lambda text: f"q{text}")
 NUMBER = st.sampled_from(["", "x", "-1", "1.5", "nan", "1e3", "0x10", "9" * 30, "none", "1 2"])
 JOBS = st.sampled_from(["", "x", "-1", "1.5", "nan"])
+PART = st.sampled_from(["", "1", "1/1", "-1/2", "a/b", "0/0", "0.5/2"])
+EXECUTOR = st.sampled_from(["", "dask", "processes:0", "processes:x", "slurm:x", "threads"]) | NAME
 DEVICE = st.sampled_from(["", "gpu", "meta", "cpu:x", "cuda:99", "CPU ", "0"]) | NAME
 DTYPE = st.sampled_from(["", "f32", "int8", "auto,", "Float32"]) | NAME
 SETTING = st.sampled_from(["", "shaps", "squares-", "whatsup-chair", "SQUARES"]) | NAME
@@ -38,6 +40,8 @@ LINES: dict[str, dict[str, st.SearchStrategy[str]]] = {
         "EXPERIMENT": EXPERIMENT,
         "--model": MODEL,
         "--setting": SETTING,
+        "--part": PART,
+        "--executor": EXECUTOR,
         "--set": OPTION,
         "--dtype": DTYPE,
         "--out": FILE,
@@ -47,6 +51,8 @@ LINES: dict[str, dict[str, st.SearchStrategy[str]]] = {
         **_COMMON,
         **_FOLDERS,
         "--jobs": JOBS,
+        "--part": PART,
+        "--executor": EXECUTOR,
         "--model": MODEL,
         "--dtype": DTYPE,
         "--set": OPTION,
@@ -54,10 +60,11 @@ LINES: dict[str, dict[str, st.SearchStrategy[str]]] = {
     },
     "sites {MODEL}": {"MODEL": MODEL},
     "check {MODEL}": {"MODEL": MODEL, "--device": DEVICE, "--dtype": DTYPE},
+    "merge {PARTS}": {"PARTS": FOLDER, "--device": DEVICE},
     "list": {},
 }
 """Commands, and their options with bad values; words in braces are arguments without a name."""
-GOOD = {"EXPERIMENT": "behaviour", "MODEL": "tiny-gemma-3"}
+GOOD = {"PARTS": "empty", "EXPERIMENT": "behaviour", "MODEL": "tiny-gemma-3"}
 
 
 def lines() -> st.SearchStrategy[tuple[str, str, list[str]]]:

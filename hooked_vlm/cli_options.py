@@ -1,0 +1,94 @@
+"""The options of the command line that several commands have."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from hooked_vlm.errors import DataError
+
+
+class Command(TyperCommand):
+    """A command that refuses an empty text: as a path it would be the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        for parameter in order:
+            value = given.get(parameter.name or "")
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and not text.strip():
+                    name = parameter.opts[0] if parameter.opts[0][0] == "-" else parameter.name
+                    raise DataError(
+                        f"{name} was given {text[:20]!r}, an empty text. Give it a value, or leave "
+                        "it out where it has a default."
+                    )
+        return super().parse_args(ctx, args)
+
+
+Model = Annotated[
+    str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for the report; created if missing.")]
+Pairs = Annotated[int, typer.Option(help="Image pairs per direction.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
+Setting = Annotated[
+    str | None,
+    typer.Option(
+        help="Stimuli: squares, shapes, objects, or one of them with -photos. Default: the "
+        "experiment's own; your own pictures where --data has them."
+    ),
+]
+Cutouts = Annotated[
+    Path | None, typer.Option(help="Folder with your own cut-outs of objects, <name>.png.")
+]
+Backgrounds = Annotated[
+    Path | None, typer.Option(help="Folder with your own photographs for the -photos settings.")
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Your own pictures and items.csv; or What'sUp, COCO-spatial.")
+]
+OtherWords = Annotated[bool, typer.Option("--other-words", help="Ask in a second phrasing.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Option of an experiment, NAME=VALUE; may be repeated."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")]
+AUTO = -1
+
+
+def number_of_jobs(given: str | int) -> int:
+    """Returns the number of `--jobs`; `AUTO` for "auto"."""
+    if given in ("auto", AUTO):
+        return AUTO
+    if not str(given).isdecimal():
+        raise typer.BadParameter(f"{str(given)[:20]!r} is no number from 0, and not auto")
+    return int(given)
+
+
+Jobs = Annotated[
+    int,
+    typer.Option(
+        parser=number_of_jobs,
+        metavar="N|auto",
+        help="Models to run at the same time. 0: all, if each has a CPU core; else one. auto: one "
+        "model at a time, its work spread over the visible cards.",
+    ),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Compute the share I of N alone (I/N, I from 0); then run `merge`."),
+]
+ExecutorName = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        help="Have other processes compute: processes, dask://HOST:PORT, ray://HOST:PORT, "
+        "slurm:partition=NAME.",
+    ),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Ignore results of an earlier run and compute them again.")
+]
