@@ -43,8 +43,8 @@ from hooked_vlm.report.page import FIGURES, PAGE, write_report
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
 from hooked_vlm.report.results import load_result, save_result
-from hooked_vlm.stimuli.settings import OWN, is_own
 from hooked_vlm.report.workers import Executor, Task, offered
+from hooked_vlm.stimuli.settings import OWN, is_own
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
