@@ -145,7 +145,8 @@ class RowReader:
         if self.folder is not None:
             if not is_inside(name):
                 raise DataError(f"{shown(name)} leads out of the table's folder")
-            path = self.folder / path
+            # Known by its place in the data, wherever these are.
+            return Picture(path.as_posix(), self.folder / path)
         return Picture(str(path), path)
 
 
