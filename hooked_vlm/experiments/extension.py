@@ -62,7 +62,8 @@ def parts_of(name: str, source: Any, ids: Iterable[str]) -> Parts:
         config()
     except TypeError:
         raise DataError("a field of Config has no default. Give each one a default") from None
-    draw, headlines = getattr(source, "draw", None), tuple(getattr(source, "HEADLINES", ()))
+    draw: Any = getattr(source, "draw", None)
+    headlines = tuple(getattr(source, "HEADLINES", ()))
     if draw is not None and not callable(draw):
         raise DataError(f"draw is {shown(draw)}; expected a function of a result")
     return Parts(about, _verified(about, getattr(source, "run", None)), config, draw, headlines)

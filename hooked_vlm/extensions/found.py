@@ -65,7 +65,7 @@ class Extensions:
         listed = dict.fromkeys((*self._registered, *self._entries))
         return [name for name in listed if self._fault(name) is None]
 
-    def get(self, name: str) -> Any | None:
+    def get(self, name: str) -> Any:
         """Returns the extension of a name; None where there is none.
 
         Raises `DataError` for one that cannot be used.
