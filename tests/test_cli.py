@@ -132,6 +132,18 @@ def test_run_again_reuses_what_matches(
         assert len(calls) == 3, words
 
 
+def test_plan_prints_a_prediction(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(suite: str, model: str, **how: object) -> str:
+        return f"{suite} on {model}: {how['workers']} x {how['card']}, {how['options']}"
+
+    monkeypatch.setattr("hooked_vlm.report.planned.plan_run", planned)
+    words = ("--model", "m", "--workers", "8", "--card", "L4", "--set", "items=2")
+    cli.app(["plan", "reproduce", *words], standalone_mode=False)
+    assert capsys.readouterr().out == "reproduce on m: 8 x L4, {'items': '2'}\n"
+
+
 def test_one_experiment_by_name(
     calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -62,10 +62,16 @@ def parts_of(name: str, source: Any, ids: Iterable[str]) -> Parts:
         config()
     except TypeError:
         raise DataError("a field of Config has no default. Give each one a default") from None
-    draw, headlines = getattr(source, "draw", None), tuple(getattr(source, "HEADLINES", ()))
+    headlines = tuple(getattr(source, "HEADLINES", ()))
+    draw = _drawing(getattr(source, "draw", None))
+    return Parts(about, _verified(about, getattr(source, "run", None)), config, draw, headlines)
+
+
+def _drawing(draw: Any) -> Any:
+    """Returns the function that draws a result, or None; raises `DataError` for anything else."""
     if draw is not None and not callable(draw):
         raise DataError(f"draw is {shown(draw)}; expected a function of a result")
-    return Parts(about, _verified(about, getattr(source, "run", None)), config, draw, headlines)
+    return draw
 
 
 def _verified(about: About, run: Any) -> Callable[[Any, Any, OnProgress], Result]:

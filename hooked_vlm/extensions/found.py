@@ -65,7 +65,7 @@ class Extensions:
         listed = dict.fromkeys((*self._registered, *self._entries))
         return [name for name in listed if self._fault(name) is None]
 
-    def get(self, name: str) -> Any | None:
+    def get(self, name: str) -> Any:
         """Returns the extension of a name; None where there is none.
 
         Raises `DataError` for one that cannot be used.
@@ -103,7 +103,8 @@ class Extensions:
             )
         if wrong is not None:
             raise DataError(f"The {self.kind} {shown(name)} cannot be registered: {wrong}.")
-        self._registered[name] = self._build(name, value, origin_of(value))
+        code = getattr(value, "run", value)  # an object's class may be of another package
+        self._registered[name] = self._build(name, value, origin_of(code))
 
     def _wrong_name(self, name: object) -> str | None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -8,7 +8,7 @@ import hashlib
 import secrets
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +47,8 @@ def origin_of(value: Any, distribution: metadata.Distribution | None = None) -> 
     `distribution` is the one that an entry point belongs to; without it, the installed
     distribution that has the module's outermost package is found, if there is one.
     """
+    while isinstance(value, partial):
+        value = value.func
     if isinstance(value, ModuleType):
         module = value.__name__
     else:
@@ -65,8 +67,11 @@ def source_sha256_of(top: str) -> str:
     """Returns the SHA-256 of all files of an imported package, or of a module's file.
 
     Compiled files are left out.  Where there is no file, the result is a random text, another one
-    in each process.
+    in each process, and so it is for a package of Python's own: an object of one of its classes
+    says nothing about the code that made it.
     """
+    if top in sys.stdlib_module_names - {"__main__"}:
+        return f"unknown ({secrets.token_hex(8)})"
     module = sys.modules.get(top)
     file = getattr(module, "__file__", None)
     roots = [Path(path) for path in getattr(module, "__path__", ())]

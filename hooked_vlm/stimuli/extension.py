@@ -53,10 +53,11 @@ class AddedSetting:
         """Returns all files of the user's folders that it reads, by folder and path inside it."""
         found = {}
         for name in FOLDERS:
-            folder = folders.get(name) if name in self.reads else None
-            for path in sorted(folder.rglob("*")) if folder is not None else ():
-                if path.is_file():
-                    found[f"{name}/{path.relative_to(folder).as_posix()}"] = path
+            folder = folders.get(name)
+            if folder is None or name not in self.reads:
+                continue
+            files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+            found |= {f"{name}/{path.relative_to(folder).as_posix()}": path for path in files}
         return found
 
 
@@ -76,4 +77,5 @@ def setting_of(name: str, make: Any, origin: Origin) -> AddedSetting:
                 f"its function takes {parameter.name!r}; it may take {', '.join(OPTIONS)} by name"
             )
     reads = tuple(p.name for p in parameters if p.name in OPTIONS)
-    return AddedSetting(name, make, reads, origin)
+    function: Any = make
+    return AddedSetting(name, function, reads, origin)

@@ -50,7 +50,7 @@ def test_a_registered_experiment_is_found_by_its_name() -> None:
     (step,) = registry.steps("mine")
     assert step.experiment is found and step.key == "mine-squares"
     assert found.run(None, Config(pairs=7), print).verdict == "7 pairs"
-    assert found.origin is not None and found.origin.module == "types"
+    assert found.origin is not None and found.origin.module == __name__
     assert "X1  mine" in listing() and "Mine?" in listing()
     with pytest.raises(DataError, match="Did you mean 'mine'"):
         registry.select("mime")

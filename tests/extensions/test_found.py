@@ -1,5 +1,6 @@
 """Entry points of made-up distributions, and what is registered: found, loaded late, refused."""
 
+import functools
 import types
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def test_an_origin_names_the_distribution_and_changes_with_the_source(path: Path
     (path / f"{module}.py").write_text("def make(): return 1\n")
     source_sha256_of.cache_clear()  # as in another process
     assert origin_of(make).sha256 != first.sha256
+    assert origin_of(functools.partial(make)) == origin_of(make)
+    assert origin_of(types.SimpleNamespace()).sha256.startswith("unknown")
     exec("def unfiled(): ...", made := {"__name__": "no_such_file"})
     one = origin_of(made["unfiled"]).sha256
     source_sha256_of.cache_clear()

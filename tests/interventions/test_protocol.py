@@ -57,7 +57,8 @@ def test_an_own_intervention_acts_wherever_interventions_do() -> None:
     # In a generation it acts on the prompt alone, in each copy of it; every step if it says so.
     how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     for more in ({}, {"num_beams": 2}):
-        generated = [model.generate(inputs, fwd_hooks=[x], **how, **more) for x in (own, ours)]
+        how |= more
+        generated = [model.generate(inputs, fwd_hooks=[x], **how) for x in (own, ours)]
         assert torch.equal(*generated)
 
 
