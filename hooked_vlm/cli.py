@@ -324,8 +324,9 @@ def _one_after_the_other(made: Sequence["Job"], part: str | None, executor: str 
 
     if part is not None and executor is not None:
         raise DataError("--part and --executor were both given; expected one of them.")
-    for job in made[1:]:  # check all jobs before the first one runs
-        runner.check(job)
+    if part is not None or executor is not None or len(made) > 1:
+        for job in made:  # check all jobs before the first one runs
+            runner.check(job)
     if part is not None:
         share = Share.read(part)
         for job in made:

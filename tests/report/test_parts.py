@@ -34,7 +34,7 @@ from hooked_vlm.experiments.loop import (
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report import job as job_runner
-from hooked_vlm.report import workers
+from hooked_vlm.report import values, workers
 from hooked_vlm.report.engines import engine_of
 from hooked_vlm.report.job import SILENT, Job
 from hooked_vlm.report.merge import merge
@@ -197,6 +197,36 @@ def test_a_damaged_unit_is_computed_again(harm: Any, said: str, tmp_path: Path) 
     assert same(again, whole) and made.computed == ["features left"]
 
 
+def test_two_processes_may_write_one_folder_and_remove_it(tmp_path: Path) -> None:
+    made, parts = Made(), Parts([tmp_path / "parts" / "one"])
+    note = made.note
+
+    def removed(what: str, value: Any) -> Any:  # as another process does that has finished
+        parts.remove()
+        return note(what, value)
+
+    made.note = removed  # type: ignore[method-assign]
+    with working_by(parts):
+        found = made.run()
+    assert same(found, Made().run())
+
+
+def test_a_folder_that_vanishes_while_a_unit_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, tried = values.write_file, []
+
+    def vanishing(path: Path, data: bytes) -> None:
+        tried.append(path)
+        if len(tried) < 3:
+            raise FileNotFoundError
+        usual(path, data)
+
+    monkeypatch.setattr(values, "write_file", vanishing)
+    values.write_value(tmp_path / "x", b"1")
+    assert (tmp_path / "x").read_bytes() == b"1" and len(tried) == 3
+
+
 def test_two_loops_of_one_name_are_refused(tmp_path: Path) -> None:
     with working_by(Parts([tmp_path])), pytest.raises(DataError, match="have the name 'x'"):
         [once("x", lambda: 1) for _ in range(2)]
@@ -273,6 +303,8 @@ def test_e2_in_processes_and_merged_has_the_bits_of_one_process(
         merge(cut.out, SILENT)
     with pytest.raises(DataError, match="has parts of another job"):
         run_share(replace(cut, config=Config(pairs=3)), SILENT, Share(1, 2))
+    with pytest.raises(DataError, match="--fresh and --part were both given"):
+        run_share(replace(cut, fresh=True), SILENT, Share(1, 2))
     assert not run_share(cut, SILENT, Share(1, 2)).missing
     (about,) = (cut.out / "parts").glob("*/about.json")
     changed = about.read_text().replace('"device": "cpu"', '"device": "cuda"')
