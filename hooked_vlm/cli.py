@@ -337,8 +337,9 @@ def _one_after_the_other(made: Sequence["Job"], part: str | None, executor: str 
 
     if part is not None and executor is not None:
         raise DataError("--part and --executor were both given; expected one of them.")
-    for job in made[1:]:  # check all jobs before the first one runs
-        runner.check(job)
+    if part is not None or executor is not None or len(made) > 1:
+        for job in made:  # check all jobs before the first one runs
+            runner.check(job)
     if part is not None:
         share = Share.read(part)
         for job in made:
@@ -371,7 +372,13 @@ def _run(job: "Job", executor: Any = None, tasks: int | None = None) -> "Report"
 @contextlib.contextmanager
 def _said_when_ended(job: "Job", listener: Listener) -> Iterator[None]:
     """Shows a job's progress; prints what is kept of it when it is interrupted."""
-    kept = f"experiments on {job.model}; results and finished units are kept in {job.out}"
+    from hooked_vlm.report.job import RESULTS
+    from hooked_vlm.report.parts import PARTS
+
+    kept = (
+        f"experiments on {job.model}; their results are kept in {job.out / RESULTS}, finished "
+        f"units of another in {job.out / PARTS}"
+    )
     try:
         with quiet(), listener:
             yield

@@ -25,7 +25,7 @@ from typing import Any
 from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
 from hooked_vlm.experiments.loop import Loop, UnfinishedError, following, silent
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.report.files import remove_leftovers, write_file
+from hooked_vlm.report.files import remove_leftovers
 from hooked_vlm.report.values import packed, unpacked, write_value
 
 
@@ -239,4 +239,4 @@ def opened(folder: Path, about: Mapping[str, Any], *, anew: bool = False) -> Non
     text = json.dumps(about, indent=2, sort_keys=True, default=str) + "\n"
     path = folder / ABOUT
     if not path.exists() or path.read_text() != text:
-        write_file(path, text)
+        write_value(path, text.encode())

@@ -38,6 +38,11 @@ def run_share(job: Job, listener: Listener, share: Share) -> Done:
     first.  Raises `DataError` as `run` does, and where the folder has parts of another job.
     """
     check(job)
+    if job.fresh:
+        raise DataError(
+            "--fresh and --part were both given; a part would remove those of other processes. "
+            "Give another --out to compute everything again."
+        )
     remember_job(job)
     loaded = Loaded.of(job)
     made, read, missing = 0, 0, []

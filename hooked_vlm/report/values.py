@@ -5,6 +5,7 @@ Arrays are the tensors of the file; the rest is JSON in its header, with a check
 Nothing is pickled.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -23,6 +24,7 @@ from hooked_vlm.report.files import write_file
 
 ABOUT = "about"
 """The key of the JSON in the file's header."""
+_ATTEMPTS = 5
 
 
 def packed(value: Any, unit: str, content: str) -> bytes:
@@ -59,7 +61,14 @@ def unpacked(data: bytes, unit: str, content: str) -> Any:
 
 
 def write_value(path: Path, data: bytes) -> None:
-    """Writes the bytes of `packed` as a whole or not at all."""
+    """Writes the bytes of `packed` as a whole or not at all.
+
+    Another process may finish and remove the folder at any moment, so it may be made anew.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            write_file(path, data)
+            return
     write_file(path, data)
 
 

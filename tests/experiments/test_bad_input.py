@@ -87,8 +87,8 @@ ONE_PICTURE = "1 picture with tokens that are not numbers."
 PICTURES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "E1": ("E1", {"batch_size": 80}, 0, f"Left out, left: {ONE_QUESTION}"),
     "E3": ("E3", {"batch_size": 80}, 0, f"Left out, horizontal: {ONE_PICTURE}"),
-    # After the pictures of one axis come those of its middle object alone: one for many layouts.
-    "E3, control": ("E3", {"batch_size": 80}, 120, "Left out, horizontal, one object: 9 pictures"),
+    # After the pictures of both axes come those of a middle object alone: one for many layouts.
+    "E3, control": ("E3", {"batch_size": 80}, 240, "Left out, horizontal, one object: 9 pictures"),
     # The mean image token, one of the replacements, is that of the batch: here of one direction.
     "E5": ("E5", {"items": 4, "batch_size": 24}, 6, "Left out, left: 4 questions"),
     "E7, probe": ("E7", E7, 0, f"Left out, squares, horizontal, of the probe: {ONE_PICTURE}"),
