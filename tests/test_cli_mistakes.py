@@ -301,7 +301,7 @@ def test_i3_what_the_machine_lacks_is_one_sentence_that_says_how_to_resume(
 ) -> None:
     make, says = FAILURES[case]
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise make()
 
     monkeypatch.setattr(runner, "run", fail)
