@@ -309,7 +309,7 @@ def test_i3_what_the_machine_lacks_is_one_sentence_that_says_how_to_resume(
     assert status(monkeypatch, *words) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"hooked-vlm: {says}")
-    assert f"their results are kept in {tmp_path / 'out' / 'results'}" in said
+    assert f"results and finished units are kept in {tmp_path / 'out'}." in said
     assert "run the command again to resume" in said
 
     monkeypatch.setattr(options, "from_words", fail)  # outside of a run

@@ -282,6 +282,7 @@ def test_reproduce_runs_everything_and_every_step_once() -> None:
         "coco-spatial",
         "coco-amplification",
         "whatsup-pooled",
+        "box-ablation",
     }
     assert len({step.key for step in found}) == len(found)
     swaps = [step.setting for step in found if step.experiment.id == "E4"]
