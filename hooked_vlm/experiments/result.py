@@ -58,7 +58,9 @@ class Result(About):
 
     def _repr_html_(self) -> str:
         verdict = "".join(f"<p>{escape(line)}</p>" for line in self.verdict.splitlines())
-        numbers = self.table.to_html(index=False, max_rows=20, na_rep="", float_format="{:.3g}".format)
+        numbers = self.table.to_html(
+            index=False, max_rows=20, na_rep="", float_format="{:.3g}".format
+        )
         return html_block(f"{self.id}: {self.title}", verdict, numbers)
 
     @property
