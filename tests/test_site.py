@@ -58,6 +58,11 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assert not re.findall(r"url\(['\"]?https?:", style.read_text()), style
 
 
+def test_every_column_has_a_name(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        assert not re.search(r"<th[^>]*></th>", page.read_text()), page
+
+
 def test_examples_are_shown_as_code(site: Path) -> None:
     for page in (site / "reference" / "api").rglob("index.html"):
         text = page.read_text()
