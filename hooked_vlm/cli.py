@@ -372,13 +372,7 @@ def _run(job: "Job", executor: Any = None, tasks: int | None = None) -> "Report"
 @contextlib.contextmanager
 def _said_when_ended(job: "Job", listener: Listener) -> Iterator[None]:
     """Shows a job's progress; prints what is kept of it when it is interrupted."""
-    from hooked_vlm.report.job import RESULTS
-    from hooked_vlm.report.parts import PARTS
-
-    kept = (
-        f"experiments on {job.model}; their results are kept in {job.out / RESULTS}, finished "
-        f"units of another in {job.out / PARTS}"
-    )
+    kept = f"experiments on {job.model}; results and finished units are kept in {job.out}"
     try:
         with quiet(), listener:
             yield

@@ -28,7 +28,7 @@ from hooked_vlm import cli
 
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)  # a run in the background passes on that it ignores some
-cli._words = lambda job: [job.model]
+cli.words_of = lambda job: [job.model]
 sys.executable = {child!r}  # in the place of a run of the command line
 cli._run_apart([SimpleNamespace(model={one!r}), SimpleNamespace(model={two!r})], 2)
 """

@@ -15,6 +15,7 @@ from hooked_vlm.report.cards import card_of, cards
 from hooked_vlm.report.planned import RunPlan, plan_run
 
 
+@pytest.mark.slow
 def test_a_prediction_is_what_torch_counts() -> None:
     config = Config(pairs=2)
     plan = plan_run("final-token", "tiny-qwen2-vl", config=config)
@@ -61,6 +62,7 @@ def test_a_large_model_is_planned_from_its_configuration(large: str) -> None:
     assert "DOES NOT FIT into L4" in str(replace(small, weights=2 * plan.weights))
 
 
+@pytest.mark.slow
 def test_every_experiment_of_a_reproduction_is_counted() -> None:
     plan = plan_run("reproduce", "tiny-gemma-3", config=Config(pairs=4, batch_size=4))
     assert [step.name for step in plan.steps] == [s.name for s in registry.steps("reproduce")]
