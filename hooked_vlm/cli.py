@@ -19,6 +19,7 @@ from rich.console import Console
 
 from hooked_vlm.cli_options import (
     AUTO,
+    AllowMixed,
     Backgrounds,
     BatchSize,
     Command,
@@ -26,10 +27,12 @@ from hooked_vlm.cli_options import (
     Data,
     Device,
     Dtype,
+    EveryLayer,
     ExecutorName,
     Fresh,
     Jobs,
     Model,
+    Models,
     Options,
     OtherWords,
     Out,
@@ -109,10 +112,7 @@ def run(
 def merge(
     out: Annotated[Path, typer.Argument(help="The --out of the runs with --part.")],
     device: Device = "auto",
-    allow_mixed: Annotated[
-        bool,
-        typer.Option("--allow-mixed", help="Merge parts of other versions or devices too."),
-    ] = False,
+    allow_mixed: AllowMixed = False,
 ) -> None:
     """Write the report of parts that `run … --part I/N` computed."""
     from hooked_vlm.report import merge as merging
@@ -150,10 +150,7 @@ def demo(
 @app.command(cls=Command)
 def reproduce(
     out: Out,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Model to run; may be repeated. Default: every shipped model."),
-    ] = None,
+    model: Models = None,
     pairs: Pairs = 50,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -211,10 +208,7 @@ def sites(
 @app.command(cls=Command)
 def check(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
-    every_layer: Annotated[
-        bool,
-        typer.Option("--every-layer", help="Check all layers instead of three."),
-    ] = False,
+    every_layer: EveryLayer = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
