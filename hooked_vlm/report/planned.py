@@ -17,7 +17,7 @@ from hooked_vlm.errors import DataError, HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions
 from hooked_vlm.experiments.further.encoder_depth import depths
-from hooked_vlm.experiments.options import Config, specialise
+from hooked_vlm.experiments.options import Config, check_options, specialise
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.work import Depth, Work, totals, work_of
 from hooked_vlm.inputs.without_torchvision import load_processor
@@ -160,6 +160,7 @@ def plan_run(
             "worker, and a utilisation above 0 and at most 1."
         )
     steps = registry.steps(suite, setting)
+    check_options([step.experiment.config for step in steps], options or {})
     loaded = unloaded(model, DTYPES[dtype])
     weights = [*loaded.hf_model.parameters(), *loaded.hf_model.buffers()]
     found, unknown, known = [], [], {}

@@ -129,8 +129,9 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
         notes=(
             "The visual tokens of a region are replaced at one slot: by "
             + ("zeros" if config.to == "zero" else "the mean visual token of all pictures there")
-            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, outside them: "
-            "what a change of this size does anywhere.",
+            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, outside them, "
+            "or all where fewer are left: what a change of this size does anywhere. Single boxes "
+            "have no control of their size.",
             f"'{FALL}' is the loss of the correct answer's probability; '{ANYWHERE} - {AS_MANY}' "
             "the paired difference of two losses, with p-values of the bounded mean test over "
             "pictures, adjusted by Holm over kinds and slots. All questions count, also those "
@@ -216,10 +217,12 @@ def _verdict(table: pd.DataFrame) -> str:
     falls = select(every, quantity=FALL)
     for kind in dict.fromkeys(falls["kind"]):
         rows = select(falls, kind=kind)
-        found = [int(row["slot"]) for _, row in rows.iterrows() if judge(row).above]
+        judged = {int(row["slot"]): judge(row) for _, row in rows.iterrows()}
+        found = format_slots(slot for slot, one in judged.items() if one.above)
+        unclear = [slot for slot, one in judged.items() if one.outcome == "undecided"]
         most = rows.sort_values("value").iloc[-1]
         size = f"largest at slot {int(most['slot'])}: {format_interval(most)}"
         what = "a fall of the answer's probability" if " - " not in kind else "a larger fall"
-        where = format_slots(found) if found else "no slot, or undecided"
+        where = found + (f", undecided at {format_slots(unclear)}" if unclear else "")
         parts.append(f"{kind}: {what} at {where} ({size})")
     return "\n".join(map(sentence, parts))

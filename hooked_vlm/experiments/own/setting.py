@@ -186,7 +186,7 @@ class OwnSetting(Setting):
 
         Raises `CannotRunError` for boxes that together cover a whole picture.
         """
-        found: dict[str, list[Region]] = {}
+        found: dict[str, list[Region]] = {kind: [] for kind in self.region_kinds}
         for item, grid in zip(items, grids, strict=True):
             named = item.regions(grid)
             boxes = union_of(named.values(), ANYWHERE)
@@ -200,9 +200,8 @@ class OwnSetting(Setting):
                 list(others), min(len(boxes), len(others))
             )
             kinds = {ANYWHERE: boxes, OTHERS: others, AS_MANY: grid.cells(sorted(drawn), AS_MANY)}
-            for kind in self.region_kinds:
-                own = kinds[kind] if kind in kinds else named[kind.removeprefix("box ")]
-                found.setdefault(kind, []).append(own)
+            for kind, own in found.items():
+                own.append(kinds[kind] if kind in kinds else named[kind.removeprefix("box ")])
         return found
 
     @property
