@@ -44,7 +44,7 @@ from hooked_vlm.report.page import FIGURES, PAGE, write_report
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
 from hooked_vlm.report.results import load_result, save_result
-from hooked_vlm.report.workers import Executor, Task, offered
+from hooked_vlm.report.workers import Executor, Task, offered, require_executor
 from hooked_vlm.stimuli.settings import OWN, is_own
 
 
@@ -221,6 +221,7 @@ def run(
     error, or a `KeyboardInterrupt`, finished experiments remain in `job.out/results` and finished
     units in `job.out/parts`, and the same job reads them from there.
     """
+    require_executor(executor, tasks)
     loaded = Loaded.of(job)
     return finish(loaded, listener, partial(loaded.work, executor=executor, tasks=tasks))
 

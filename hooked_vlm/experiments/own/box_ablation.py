@@ -5,6 +5,7 @@ pictures at that slot.  If the answer is read from the box at this slot or later
 The controls are all cells outside the boxes, and as many of them as the boxes have.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OwnSetting
 from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import FEWEST_PAIRS
 from hooked_vlm.experiments.tables import (
     format_interval,
     format_slots,
@@ -30,7 +32,7 @@ from hooked_vlm.experiments.tables import (
     score_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.regions.overlay import draw_regions
@@ -67,6 +69,11 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
     n_layers, d_model = setting.model.cfg.n_layers, setting.model.cfg.d_model
     slots, kinds = list(range(n_layers + 1)), setting.region_kinds
     items = {d: setting.stimuli.items([d]) for d in setting.directions}
+    if all(len(own) < FEWEST_PAIRS for own in items.values()):
+        raise CannotRunError(
+            "No direction has two rows, and an interval needs two. Leave the column direction out, "
+            "or give more rows."
+        )
     # 1. What replaces the tokens.
     vectors = torch.zeros(n_layers + 1, d_model)
     if config.to == "mean":
@@ -123,7 +130,7 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
         arrays={f"items_{d}": values for d, values in by_direction.items()},
         images={"boxes": draw_regions(setting.picture(first), grid, shown)},
         verdict="\n".join(
-            [_verdict(table), *not_tested(setting.directions, [*by_direction]), *left_out]
+            [_verdict(table), *_not_tested(setting.directions, [*by_direction]), *left_out]
         ),
         config={"items": len(setting.data), "seed": config.seed, "to": config.to},
         notes=(
@@ -208,6 +215,12 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     slots = table["slot"]
     table["site"] = [None if pd.isna(slot) else slot_name(int(slot), n_layers) for slot in slots]
     return adjusted(table, table["quantity"] == FALL, ["direction"])
+
+
+def _not_tested(directions: Sequence[str], tested: Sequence[str]) -> list[str]:
+    missing = [direction for direction in directions if direction not in tested]
+    few = "fewer than two questions have scores there that are numbers"
+    return [f"Not tested: {', '.join(missing)}; {few}."] if missing else []
 
 
 def _verdict(table: pd.DataFrame) -> str:

@@ -104,7 +104,9 @@ class OwnSetting(Setting):
     @property
     def notes(self) -> tuple[str, ...]:
         """What distinguishes the questions that were asked from those of the table."""
-        said = "Questions are asked as the table has them, after the system message of the paper."
+        said = "Questions are asked as the table has them"
+        has_system = system_of(self.model, SYSTEM_PROMPT) is not None
+        said += ", after the system message of the paper." if has_system else ", and nothing else."
         out = self.data.left_out
         if not out:
             return (said,)
