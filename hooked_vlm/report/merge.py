@@ -55,7 +55,8 @@ def _work(loaded: Loaded, allow_mixed: bool, step: Step) -> Work:
         )
     keys = [key_of(about) for about in abouts]
     key = keys[0] if len(keys) == 1 else key_of({"mixed": keys})
-    return Work(key, Parts(list(found), read_only=True), mine)
+    there = dict.fromkeys(said for about in abouts if (said := differences(about, mine)))
+    return Work(key, Parts(list(found), read_only=True), mine, elsewhere="; ".join(there))
 
 
 def _found(out: Path, step: Step, mine: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
