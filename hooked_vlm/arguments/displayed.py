@@ -49,6 +49,8 @@ def brief(value: Any) -> str:
     """Returns a value in at most `LONGEST` characters of one line: tensors by dtype and shape.
 
     >>> import torch
+    >>> brief(list(range(10)))
+    '[0, 1, 2, 3, 4, 5, 6, 7, 8, …]'
     >>> brief(torch.zeros(2, 3)), brief({"slot": range(7)}), brief("a\\nb")
     ('float32[2, 3]', "{'slot': range(0, 7)}", "'a\\\\nb'")
     """
