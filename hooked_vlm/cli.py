@@ -237,6 +237,7 @@ def plan(
     setting: Setting = None,
     pairs: Pairs = 50,
     batch_size: BatchSize = 16,
+    data: Data = None,
     options: Options = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     card: Annotated[str, typer.Option(help="Such as H200, A100-80GB or L4.")] = "H200",
@@ -247,7 +248,7 @@ def plan(
     from hooked_vlm.experiments.options import Config, from_words
     from hooked_vlm.report.planned import plan_run
 
-    config, own = Config(pairs=pairs, batch_size=batch_size), from_words(options or [])
+    config, own = Config(pairs=pairs, batch_size=batch_size, data=data), from_words(options or [])
     how = {"dtype": dtype, "card": card, "workers": workers, "utilisation": utilisation}
     with quiet():
         print(plan_run(experiment, model, config=config, setting=setting, options=own, **how))

@@ -30,6 +30,7 @@ from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.report.cards import Card, card_of
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.settings import OWN
 from hooked_vlm.sweeps.plan import Costs, costs_of
 from hooked_vlm.sweeps.sweep import Sweep
 
@@ -167,6 +168,9 @@ def plan_run(
     for step in steps:
         kind = step.experiment.config
         own = specialise(kind, config or Config(), options or {}, step.setting)
+        if step.setting == OWN:  # how much there is depends on the table, and nothing is drawn
+            unknown.append(step.name)
+            continue
         batch = known.get(step.setting) or _Batch.of(loaded, own)
         known[step.setting] = batch
         work = work_of(step.experiment.name, own, batch.depth)
