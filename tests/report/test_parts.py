@@ -346,6 +346,18 @@ def test_executors_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"executor": "processes:2"}, r"executor='processes:2'.* submit\(function"),
+        ({"tasks": 0}, "tasks=0 was given; expected a whole number from 1"),
+    ],
+)
+def test_what_runs_no_functions_is_refused(how: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        job_runner.run(Job("final-token", "tiny-qwen2-vl", tmp_path), **how)
+
+
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     said = r"--executor ray needs the package ray.*pip install 'hooked-vlm\[ray\]'"
