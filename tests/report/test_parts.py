@@ -338,6 +338,7 @@ def test_a_worker_with_another_version_refuses() -> None:
         ("threads", "expected one of 'processes'"),
         ("processes:0", "expected a number from 1"),
         ("slurm:x", "expected NAME=VALUE|needs the package submitit"),
+        ("slurm:jobs=0", "expected a number from 1 for jobs|needs the package submitit"),
         ("dask://127.0.0.1:1", "no Dask scheduler at|needs the package distributed"),
     ],
 )
