@@ -19,6 +19,7 @@ from rich.console import Console
 
 from hooked_vlm.cli_options import (
     AUTO,
+    AllowMixed,
     Backgrounds,
     BatchSize,
     Command,
@@ -26,10 +27,12 @@ from hooked_vlm.cli_options import (
     Data,
     Device,
     Dtype,
+    EveryLayer,
     ExecutorName,
     Fresh,
     Jobs,
     Model,
+    Models,
     Options,
     OtherWords,
     Out,
@@ -109,10 +112,7 @@ def run(
 def merge(
     out: Annotated[Path, typer.Argument(help="The --out of the runs with --part.")],
     device: Device = "auto",
-    allow_mixed: Annotated[
-        bool,
-        typer.Option("--allow-mixed", help="Merge parts of other versions or devices too."),
-    ] = False,
+    allow_mixed: AllowMixed = False,
 ) -> None:
     """Write the report of parts that `run … --part I/N` computed."""
     from hooked_vlm.report import merge as merging
@@ -150,10 +150,7 @@ def demo(
 @app.command(cls=Command)
 def reproduce(
     out: Out,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Model to run; may be repeated. Default: every shipped model."),
-    ] = None,
+    model: Models = None,
     pairs: Pairs = 50,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -211,10 +208,7 @@ def sites(
 @app.command(cls=Command)
 def check(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
-    every_layer: Annotated[
-        bool,
-        typer.Option("--every-layer", help="Check all layers instead of three."),
-    ] = False,
+    every_layer: EveryLayer = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -243,6 +237,7 @@ def plan(
     setting: Setting = None,
     pairs: Pairs = 50,
     batch_size: BatchSize = 16,
+    data: Data = None,
     options: Options = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     card: Annotated[str, typer.Option(help="Such as H200, A100-80GB or L4.")] = "H200",
@@ -253,7 +248,7 @@ def plan(
     from hooked_vlm.experiments.options import Config, from_words
     from hooked_vlm.report.planned import plan_run
 
-    config, own = Config(pairs=pairs, batch_size=batch_size), from_words(options or [])
+    config, own = Config(pairs=pairs, batch_size=batch_size, data=data), from_words(options or [])
     how = {"dtype": dtype, "card": card, "workers": workers, "utilisation": utilisation}
     with quiet():
         print(plan_run(experiment, model, config=config, setting=setting, options=own, **how))

@@ -29,6 +29,10 @@ class Command(TyperCommand):
 Model = Annotated[
     str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(help="Model to run; may be repeated. Default: every shipped model."),
+]
 Out = Annotated[Path, typer.Option(help="Folder for the report; created if missing.")]
 Pairs = Annotated[int, typer.Option(help="Image pairs per direction.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
@@ -91,4 +95,10 @@ ExecutorName = Annotated[
 ]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Ignore results of an earlier run and compute them again.")
+]
+AllowMixed = Annotated[
+    bool, typer.Option("--allow-mixed", help="Merge parts of other versions or devices too.")
+]
+EveryLayer = Annotated[
+    bool, typer.Option("--every-layer", help="Check all layers instead of three.")
 ]

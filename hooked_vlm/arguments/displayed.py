@@ -12,6 +12,8 @@ from torch import Tensor
 
 LONGEST = 60
 """Characters of one field of a line."""
+_SHOWN = 9
+"""Items of a list or dict; of more, an ellipsis says so."""
 _CELL = 12
 _SMALL = 'style="font-size: 90%; margin: 0.3em 0"'
 
@@ -47,16 +49,18 @@ def brief(value: Any) -> str:
     """Returns a value in at most `LONGEST` characters of one line: tensors by dtype and shape.
 
     >>> import torch
+    >>> brief(list(range(10)))
+    '[0, 1, 2, 3, 4, 5, 6, 7, 8, …]'
     >>> brief(torch.zeros(2, 3)), brief({"slot": range(7)}), brief("a\\nb")
     ('float32[2, 3]', "{'slot': range(0, 7)}", "'a\\\\nb'")
     """
     if isinstance(value, Tensor | np.ndarray):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, Mapping) and type(value) is dict:
-        inner = ", ".join(f"{key!r}: {brief(each)}" for key, each in list(value.items())[:9])
-        text = f"{{{inner}}}"
+        inner = ", ".join(f"{key!r}: {brief(each)}" for key, each in list(value.items())[:_SHOWN])
+        text = f"{{{inner}{', …' * (len(value) > _SHOWN)}}}"
     elif isinstance(value, tuple | list):
-        inner = ", ".join(brief(each) for each in value[:9])
+        inner = ", ".join(map(brief, value[:_SHOWN])) + ", …" * (len(value) > _SHOWN)
         text = f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
     elif callable(value) and hasattr(value, "__name__"):
         text = value.__name__

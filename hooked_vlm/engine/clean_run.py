@@ -15,7 +15,7 @@ from hooked_vlm.engine.attempts import GrowthError
 from hooked_vlm.engine.fingerprints import has_foreign_hooks, shapes_of
 from hooked_vlm.engine.folding import Fold
 from hooked_vlm.hooks.stand_ins import encoder_of, recording, standing_in, uncached
-from hooked_vlm.interventions.chain import flattened
+from hooked_vlm.interventions.chain import flattened, is_located
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -122,7 +122,7 @@ def run_clean(
         tuple(seen.signature),
         (seen.shapes[0][0], seen.shapes[0][1]),
         seen.first,
-        tuple(sorted(part.site for part in flattened(base) if hasattr(part, "first"))),
+        tuple(sorted(part.site for part in flattened(base) if is_located(part))),
         folding.fold if folding else None,
     )
 

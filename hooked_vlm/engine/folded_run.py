@@ -34,7 +34,7 @@ from hooked_vlm.engine.proofs import APART
 from hooked_vlm.engine.stages import ids_of, last_kept, prompt_mask, stage_of
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.inputs.rows import known_rows
-from hooked_vlm.interventions.chain import flattened
+from hooked_vlm.interventions.chain import flattened, is_located
 
 
 Result = TypeVar("Result")
@@ -268,7 +268,7 @@ def _is_right(folding: Folding, arguments: Mapping[str, Any]) -> bool:
 
 def folds_under(model: Any, base: Sequence[Any]) -> bool:
     """Whether what all cells begin with acts before the blocks alone, where prompts are whole."""
-    if not all(hasattr(part, "first") for part in flattened(base)):
+    if not all(is_located(part) for part in flattened(base)):
         return False
     stages = [stage_of(part.site, model.cfg.n_layers) for part in flattened(base)]
     return all(stage < 0 or (stage == 0 and between) for stage, between in stages)

@@ -42,7 +42,7 @@ from hooked_vlm.engine.stages import MERGED, RowPlan, first_image_token, ids_of,
 from hooked_vlm.engine.starts import are_masks_closed, groups_of, starts_of, whole_rows
 from hooked_vlm.engine.vision import Early, merges_first
 from hooked_vlm.errors import HookedVLMWarning, callers_level, counted
-from hooked_vlm.interventions.chain import Cell, flattened
+from hooked_vlm.interventions.chain import Cell, flattened, is_located
 
 
 FEWEST = 2
@@ -108,7 +108,7 @@ def run_growing(
             part.site
             for cell in cells
             for part in flattened(cell.interventions)
-            if hasattr(part, "first")
+            if is_located(part)
         }
         merged_first = MERGED not in sites or merges_first(model, inputs)
         jobs = _jobs(model, inputs, cells, merged_first)

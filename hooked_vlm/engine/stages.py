@@ -10,7 +10,7 @@ from torch import Tensor
 from hooked_vlm.hooks.names import site_path
 from hooked_vlm.hooks.sites import Site
 from hooked_vlm.inputs.rows import known_grids
-from hooked_vlm.interventions.chain import Cell, flattened
+from hooked_vlm.interventions.chain import Cell, flattened, is_located
 
 
 MERGED = "hook_merged_embed"
@@ -129,7 +129,7 @@ def _steps(
     find_first = first_image or partial(first_image_token, model, inputs)
     steps = []
     for part in flattened(interventions):
-        if not hasattr(part, "first"):
+        if not is_located(part):
             return None
         if not _is_placed(model.sites[part.site]):
             return None

@@ -23,7 +23,7 @@ from hooked_vlm.engine.stages import MERGED, RowPlan
 from hooked_vlm.hooks.names import VISION, site_path
 from hooked_vlm.hooks.stand_ins import encoder_of, ending_encoded, keeping, recording
 from hooked_vlm.inputs.rows import known_grids
-from hooked_vlm.interventions.chain import Cell, flattened
+from hooked_vlm.interventions.chain import Cell, flattened, is_located
 
 
 BUDGET = 2**31
@@ -131,7 +131,7 @@ def tower_depth(model: Any, interventions: Sequence[Any]) -> int:
     """Returns how many of the vision encoder's blocks lie below all changes; 0 for no changes."""
     depths = [model.cfg.vision.n_layers]
     for part in flattened(interventions):
-        if not hasattr(part, "first"):
+        if not is_located(part):
             return 0  # an intervention of the user's own may act anywhere
         path = site_path(part.site)
         if path.tower != VISION or path.leaf == "hook_out":

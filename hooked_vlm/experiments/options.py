@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_filled
 from hooked_vlm.errors import DataError, did_you_mean
+from hooked_vlm.stimuli.extension import FOLDERS as FOLDERS
 from hooked_vlm.stimuli.settings import (
     OWN,
     files_of,
@@ -24,8 +25,6 @@ OnProgress = Callable[[int, int], None]
 C = TypeVar("C", bound="Config")
 
 
-FOLDERS = ("cutouts", "backgrounds", "data")
-"""The fields that name a folder of the user's."""
 MAX_SEED = 2**31 - 1
 """The highest seed that numpy, torch and scikit-learn all accept, with a few seeds above it."""
 
@@ -158,6 +157,11 @@ def specialise(kind: type[C], base: Config, options: Mapping[str, str], setting:
     own = {name: parse(name, text, types[name]) for name, text in options.items() if name in known}
     common = {name: value for name, value in asdict(base).items() if name in known}
     return kind(**{**common, "setting": setting, **own})
+
+
+def common_at(config: Config, setting: str) -> Config:
+    """Returns the options alone that all experiments have, at another setting."""
+    return Config(**{**{name: getattr(config, name) for name in COMMON}, "setting": setting})
 
 
 def check_options(kinds: list[type[Config]], options: Mapping[str, str]) -> None:

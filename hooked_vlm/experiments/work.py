@@ -19,7 +19,7 @@ from hooked_vlm.experiments.further.encoder_cuts import CUTS
 from hooked_vlm.experiments.further.encoder_depth import KINDS as SWAPS
 from hooked_vlm.experiments.further.encoder_depth import LOOKED_AT
 from hooked_vlm.experiments.further.photographs import GROUNDS
-from hooked_vlm.experiments.options import Config
+from hooked_vlm.experiments.options import Config, common_at
 from hooked_vlm.experiments.setting import stimuli_of
 from hooked_vlm.stimuli.pairs import final_token_pair, sample_tuples, swap_pair
 from hooked_vlm.stimuli.sets import StimulusSet
@@ -189,7 +189,7 @@ def _amplification(config: Any, _: Depth) -> list[Work]:
 def _transfer(config: Any, _: Depth) -> list[Work]:
     found: list[Work] = []
     for setting in config.settings:
-        own = stimuli_of(_at(config, setting))
+        own = stimuli_of(common_at(config, setting))
         half = _items(own) // 2
         left = min(config.items or half, _items(own) - half)
         n = left * len(own.directions)
@@ -200,18 +200,12 @@ def _transfer(config: Any, _: Depth) -> list[Work]:
     return found
 
 
-def _at(config: Config, setting: str) -> Config:
-    """Returns the common options at another setting."""
-    names = ("pairs", "seed", "batch_size", "cutouts", "backgrounds", "data")
-    return Config(setting=setting, **{name: getattr(config, name) for name in names})
-
-
 def _grids(config: Any, _: Depth) -> list[Work]:
     return [Work("picture", config.images, groups=1) for _k in config.ks]
 
 
 def _photographs(config: Config, depth: Depth) -> list[Work]:
-    grounds = [_at(config, config.setting + ending) for ending in GROUNDS.values()]
+    grounds = [common_at(config, config.setting + ending) for ending in GROUNDS.values()]
     return [w for own in grounds for part in (_probes, _strip_swap) for w in part(own, depth)]
 
 

@@ -29,14 +29,7 @@ def hooks_of(intervention: Any, model: Any, inputs: Mapping[str, Any]) -> list[t
             f"{type(intervention).__name__}.hooks_for returned {shown(found)}; expected a list of "
             "pairs (name of a site, function), with functions fn(activation, hook)."
         )
-    n_layers = model.cfg.n_layers
-    return [
-        (
-            slot_name(int(site), n_layers) if is_whole(site) else site,
-            _on_prompt(intervention, fn, inputs),
-        )
-        for site, fn in pairs
-    ]
+    return [(_named(site, model), _on_prompt(intervention, fn, inputs)) for site, fn in pairs]
 
 
 def _named(site: Any, model: Any) -> Any:

@@ -11,7 +11,8 @@ from hooked_vlm.errors import InterventionError, UnknownHookError
 from hooked_vlm.hooks.names import select_names
 from hooked_vlm.hooks.of_interventions import hooks_of
 from hooked_vlm.hooks.prompts import require_generation
-from hooked_vlm.interventions.hook_at import HookAt
+from hooked_vlm.interventions.base import _Bound
+from hooked_vlm.interventions.hook_at import HookAt, PlacedHook
 from hooked_vlm.interventions.placing import Edit, Placed, Places, SiteName
 from hooked_vlm.interventions.recording import Recording
 from hooked_vlm.model.base import HookedModel
@@ -95,16 +96,25 @@ class Cell:
 def flattened(interventions: Iterable[Any]) -> Iterator[Any]:
     """Yields every single intervention in the order in which they act, those in chains too."""
     for intervention in interventions:
-        inner = getattr(intervention, "parts", None)
-        if inner is None:
-            yield intervention
+        if isinstance(intervention, Chain):
+            yield from flattened(intervention.parts)
         else:
-            yield from flattened(inner)
+            yield intervention
+
+
+def is_located(intervention: Any) -> bool:
+    """Returns whether the site and the first position of an intervention are known.
+
+    They are not for one of the user's own, whatever names its class has.
+    """
+    return isinstance(intervention, Placed | PlacedHook)
 
 
 def source_of(intervention: Any) -> tuple[str, Any]:
     """Returns the field of an intervention that names another run, and that run (or None)."""
     part = intervention.part if isinstance(intervention, Placed) else intervention
+    if not isinstance(part, _Bound):  # what a user's own class calls its source is its own
+        return "", None
     name = getattr(part, "reads", "source")
     source = getattr(part, name, None)
     # A frozen pattern may be a tensor as well, which needs no run.
@@ -113,7 +123,7 @@ def source_of(intervention: Any) -> tuple[str, Any]:
 
 def _placed(part: Any, model: HookedModel, inputs: Mapping[str, Any], places: Places) -> list[Any]:
     """Returns an intervention checked and located; one of the user's own may be several hooks."""
-    if hasattr(part, "place"):
+    if isinstance(part, _Bound | HookAt):
         placed = part.place(model, inputs, places)
         if getattr(placed, "generated", ()):
             require_generation(placed.hooks_for())

@@ -19,7 +19,7 @@ from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype
 from hooked_vlm.engine.budget import PASS_TOKENS
-from hooked_vlm.experiments.options import Config
+from hooked_vlm.experiments.options import FOLDERS, Config
 from hooked_vlm.experiments.registry import origins
 from hooked_vlm.model.loading import local_folder
 from hooked_vlm.report.files import sha256_of
@@ -30,7 +30,6 @@ from hooked_vlm.stimuli.pictures import checked_sha256
 
 _SETTINGS_OF_A_MODEL = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".py", ".yaml"}
 _MADE_BY_TRAINING = {"trainer_state.json", "all_results.json", "train_results.json"}
-_FOLDERS = ("cutouts", "backgrounds", "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def everything(experiment: str, config: Config, basis: Basis) -> dict[str, Any]:
 
     Raises `DataError` as `run_key` does.
     """
-    chosen = {name: value for name, value in asdict(config).items() if name not in _FOLDERS}
+    chosen = {name: value for name, value in asdict(config).items() if name not in FOLDERS}
     own = origins(experiment, (config.setting, *config.used_settings))
     found = {
         "format": FORMAT,

@@ -124,7 +124,13 @@ class _Ray:
 def _ray(rest: str, _: Path) -> Iterator[Engine]:
     ray = _imported("ray", "ray")
     address = rest.removeprefix("//")
-    ray.init(address=f"ray://{address}" if address else None, log_to_driver=False)
+    try:
+        ray.init(address=f"ray://{address}" if address else None, log_to_driver=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"Ray cannot be reached at {address[:60] or 'this machine'!r} ({str(error)[:80]}). "
+            "Start it (ray start --head) and give its address, as in ray://127.0.0.1:10001."
+        ) from None
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         yield Engine(_Ray(ray, {"num_gpus": gpus, "num_cpus": 1}))
@@ -145,11 +151,20 @@ def _slurm(rest: str, folder: Path) -> Iterator[Engine]:
     options: dict[str, Any] = {
         name: int(value) if value.isdecimal() else value for name, _, value in pairs
     }
-    jobs = int(options.pop("jobs", 8))
-    cluster = options.pop("cluster", None)
-    executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
+    jobs, cluster = options.pop("jobs", 8), options.pop("cluster", None)
+    if not isinstance(jobs, int) or jobs < 1:
+        raise DataError(
+            f"--executor slurm:{rest[:60]} was given; expected a number from 1 for jobs, as in "
+            "jobs=8."
+        )
     own = {"gpus_per_node", "cpus_per_task", "mem_gb", "nodes", "tasks_per_node", "timeout_min"}
-    executor.update_parameters(
-        **{name if name in own else f"slurm_{name}": value for name, value in options.items()}
-    )
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
+        executor.update_parameters(
+            **{name if name in own else f"slurm_{name}": value for name, value in options.items()}
+        )
+    except (ValueError, TypeError, NameError, RuntimeError) as error:
+        raise DataError(
+            f"--executor slurm:{rest[:60]} was given, and submitit refuses it: {str(error)[:120]}"
+        ) from None
     yield Engine(executor, tasks=jobs)

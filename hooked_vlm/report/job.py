@@ -44,7 +44,7 @@ from hooked_vlm.report.page import FIGURES, PAGE, write_report
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
 from hooked_vlm.report.results import load_result, save_result
-from hooked_vlm.report.workers import Executor, Task, offered
+from hooked_vlm.report.workers import Executor, Task, offered, require_executor
 from hooked_vlm.stimuli.settings import OWN, is_own
 
 
@@ -202,6 +202,8 @@ class Work:
     parts: Parts
     about: Mapping[str, Any]
     """See `basis.everything`."""
+    elsewhere: str = ""
+    """How the processes that computed its units differ from this one, in words."""
 
 
 def run(
@@ -221,6 +223,7 @@ def run(
     error, or a `KeyboardInterrupt`, finished experiments remain in `job.out/results` and finished
     units in `job.out/parts`, and the same job reads them from there.
     """
+    require_executor(executor, tasks)
     loaded = Loaded.of(job)
     return finish(loaded, listener, partial(loaded.work, executor=executor, tasks=tasks))
 
@@ -232,11 +235,14 @@ def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) 
     """
     job, steps, folder = loaded.job, loaded.steps, loaded.job.out / RESULTS
     results, seconds, reused, errors, missing = [], {}, [], [], []
+    elsewhere = {}
     # 1. Run each step, or read its result from an earlier run with the same key.
     with Stopwatch() as watch, shared_runs(loaded.model):
         for place, step in enumerate(steps, start=1):
             listener.begin(step, place, len(steps))
             work = work_of(step)
+            if work.elsewhere:
+                elsewhere[step.name] = work.elsewhere
             saved = None if job.fresh else load_result(folder, step.key, work.key)
             if saved is None:
                 start = time.perf_counter()
@@ -284,6 +290,7 @@ def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) 
         seed=job.config.seed,
         seconds=seconds,
         reused=reused,
+        elsewhere=elsewhere,
         extensions={
             use: origin
             for step in steps

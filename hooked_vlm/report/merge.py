@@ -11,14 +11,8 @@ from typing import Any
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.report.basis import everything, key_of
-from hooked_vlm.report.job import (
-    Listener,
-    Loaded,
-    Report,
-    Work,
-    finish,
-    own,
-)
+from hooked_vlm.report.job import Loaded, Report, Work, finish, own
+from hooked_vlm.report.listener import Listener
 from hooked_vlm.report.parts import ABOUT, PARTS, Parts
 from hooked_vlm.report.shares import remembered_job
 from hooked_vlm.report.workers import differences
@@ -56,12 +50,13 @@ def _work(loaded: Loaded, allow_mixed: bool, step: Step) -> Work:
     if apart and not allow_mixed:
         raise DataError(
             f"Parts of {step.name} in '{loaded.job.out}' were computed differently: "
-            f"{'; '.join(apart)[:160]}. Compute all parts with one version on one kind of device, "
-            "or give --allow-mixed."
+            f"{'; '.join(apart)[:160]}. Compute all parts with one version on one kind of device "
+            f"and remove the others' folders {step.key}-… in {PARTS}, or give --allow-mixed."
         )
     keys = [key_of(about) for about in abouts]
     key = keys[0] if len(keys) == 1 else key_of({"mixed": keys})
-    return Work(key, Parts(list(found), read_only=True), mine)
+    there = dict.fromkeys(said for about in abouts if (said := differences(about, mine)))
+    return Work(key, Parts(list(found), read_only=True), mine, elsewhere="; ".join(there))
 
 
 def _found(out: Path, step: Step, mine: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:

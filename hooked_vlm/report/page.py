@@ -240,10 +240,13 @@ def _facts(record: Provenance) -> dict[str, str]:
     memory = f"{record.peak_memory_mib:,.0f} MiB"
     if record.peak_cuda_memory_mib is not None:
         memory += f", {record.peak_cuda_memory_mib:,.0f} MiB on the GPU"
+    elsewhere = ", ".join(dict.fromkeys(record.elsewhere.values()))
+    apart = f"; parts were computed elsewhere: {elsewhere} (there and here)" if elsewhere else ""
     return {
         "model": f"{record.model_class}, {record.n_parameters / 1e6:,.2f} M parameters",
         "weights": f"sha256 {record.model_sha256[:16]}…",
-        "run": f"{record.dtype} on {record.device} ({record.device_name}), seed {record.seed}",
+        "run": f"{record.dtype} on {record.device} ({record.device_name}), seed {record.seed}"
+        + apart,
         "cost": f"{sum(record.seconds.values()):,.0f} s, peak memory {memory}",
         "software": f"hooked_vlm {record.hooked_vlm}, torch {record.packages['torch']}, "
         f"transformers {record.packages['transformers']}, Python {record.python}",

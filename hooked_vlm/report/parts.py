@@ -186,9 +186,8 @@ class Parts:
             try:
                 value = unpacked(data, *identity(loop, name))
             except DataError as error:
-                warnings.warn(
-                    f"{error} It is computed again.", HookedVLMWarning, stacklevel=callers_level()
-                )
+                again = "" if self.read_only else " It is computed again."
+                warnings.warn(f"{error}{again}", HookedVLMWarning, stacklevel=callers_level())
                 continue
             self.read += 1
             return value
@@ -238,5 +237,7 @@ def opened(folder: Path, about: Mapping[str, Any], *, anew: bool = False) -> Non
     remove_leftovers(folder)
     text = json.dumps(about, indent=2, sort_keys=True, default=str) + "\n"
     path = folder / ABOUT
-    if not path.exists() or path.read_text() != text:
-        write_value(path, text.encode())
+    with contextlib.suppress(FileNotFoundError):  # another process may remove it at any moment
+        if path.read_text() == text:
+            return
+    write_value(path, text.encode())

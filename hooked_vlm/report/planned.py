@@ -7,7 +7,7 @@ as `Sweep.plan`; how much of it there is, `experiments.work` says.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hooked_vlm.errors import DataError, HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions
 from hooked_vlm.experiments.further.encoder_depth import depths
-from hooked_vlm.experiments.options import Config, specialise
+from hooked_vlm.experiments.options import Config, check_options, common_at, specialise
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.work import Depth, Work, totals, work_of
 from hooked_vlm.inputs.without_torchvision import load_processor
@@ -30,6 +30,7 @@ from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.report.cards import Card, card_of
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
+from hooked_vlm.stimuli.settings import OWN
 from hooked_vlm.sweeps.plan import Costs, costs_of
 from hooked_vlm.sweeps.sweep import Sweep
 
@@ -160,12 +161,16 @@ def plan_run(
             "worker, and a utilisation above 0 and at most 1."
         )
     steps = registry.steps(suite, setting)
+    check_options([step.experiment.config for step in steps], options or {})
     loaded = unloaded(model, DTYPES[dtype])
     weights = [*loaded.hf_model.parameters(), *loaded.hf_model.buffers()]
     found, unknown, known = [], [], {}
     for step in steps:
         kind = step.experiment.config
         own = specialise(kind, config or Config(), options or {}, step.setting)
+        if step.setting == OWN:  # how much there is depends on the table, and nothing is drawn
+            unknown.append(step.name)
+            continue
         batch = known.get(step.setting) or _Batch.of(loaded, own)
         known[step.setting] = batch
         work = work_of(step.experiment.name, own, batch.depth)
@@ -227,7 +232,7 @@ class _Batch:
         own = config.used_settings[:1] or ("squares",)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HookedVLMWarning)  # grids are not measured on meta
-            setting = Setting.of(model, replace(_common(config), setting=own[0]))
+            setting = Setting.of(model, common_at(config, own[0]))
             asked = setting.stimuli.items(setting.directions[:1])[: config.batch_size]
             inputs = setting.inputs(asked)
             source = setting.inputs([*asked[1:], asked[0]])
@@ -287,9 +292,3 @@ class _Batch:
             base,
         )
         return sweep, 1
-
-
-def _common(config: Config) -> Config:
-    """Returns the common options alone, at any setting."""
-    names = ("pairs", "seed", "batch_size", "cutouts", "backgrounds", "data")
-    return Config(**{name: getattr(config, name) for name in names})

@@ -84,6 +84,9 @@ class Provenance:
     extensions: dict[str, str] = dataclasses.field(default_factory=dict)
     """Experiments and settings of other distributions, as `"experiment my-own of PACKAGE"`: the
     version of the distribution, and a hash of its source."""
+    elsewhere: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Experiments whose parts were merged: how the processes that computed them differ from this
+    record, as `"device cuda and cpu"` (there, and here).  `seconds` is the time of merging."""
 
     @property
     def title(self) -> str:
@@ -143,6 +146,7 @@ def describe_run(
     reused: Sequence[str] = (),
     model_files: Mapping[str, str] | None = None,
     extensions: Mapping[str, Origin] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> Provenance:
     """Returns the record of one run of `experiment` on `model`; `name` is the user's name for it.
 
@@ -178,6 +182,7 @@ def describe_run(
             f"{use} of {origin.distribution or origin.module}": origin.record
             for use, origin in (extensions or {}).items()
         },
+        elsewhere=dict(elsewhere or {}),
     )
 
 

@@ -1,5 +1,6 @@
 """Computes a share of a job's units in one of several processes, such as those of a SLURM array."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -66,11 +67,16 @@ def run_share(job: Job, listener: Listener, share: Share) -> Done:
 def remember_job(job: Job) -> None:
     """Writes a job into its folder of parts, for `merge`.
 
+    The device is left out: each process of one machine may have a card of its own.
+
     Raises `DataError` where the folder has parts of another job.
     """
     path = job.out / PARTS / JOB
-    text = json.dumps({**asdict(job), "out": None}, indent=2, default=str) + "\n"
-    if path.exists() and path.read_text() != text:
+    text = json.dumps({**asdict(job), "out": None, "device": "auto"}, indent=2, default=str) + "\n"
+    there = None
+    with contextlib.suppress(FileNotFoundError):
+        there = path.read_text()
+    if there is not None and there != text:
         raise DataError(
             f"'{job.out}' has parts of another job ({path}). Give another --out, or remove "
             f"'{path.parent}'."

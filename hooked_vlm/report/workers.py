@@ -21,6 +21,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from hooked_vlm.arguments.checked import shown
+from hooked_vlm.arguments.kinds import is_whole
 from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments import registry
@@ -43,6 +45,17 @@ class Executor(Protocol):
     def submit(self, fn: Any, /, *args: Any) -> Any:
         """Returns what has `done()` and `result()`."""
         ...
+
+
+def require_executor(executor: object, tasks: object) -> None:
+    """Raises `DataError` for what runs no functions, and for a number of tasks below 1."""
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise DataError(
+            f"executor={shown(executor)} was given; expected an object with submit(function, "
+            "*arguments), such as concurrent.futures.ProcessPoolExecutor()."
+        )
+    if tasks is not None and not (is_whole(tasks) and int(tasks) >= 1):
+        raise DataError(f"tasks={shown(tasks)} was given; expected a whole number from 1, or None.")
 
 
 @dataclass(frozen=True, kw_only=True)

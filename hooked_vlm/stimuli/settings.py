@@ -18,7 +18,7 @@ from hooked_vlm.stimuli import objects, photographs, shapes, squares
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.extension import AddedSetting, setting_of
 from hooked_vlm.stimuli.own.data import OwnData
-from hooked_vlm.stimuli.own.tables import table_in
+from hooked_vlm.stimuli.own.tables import NAMES, table_in
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.sets import Draw
@@ -178,6 +178,8 @@ def is_own(data: Path | None) -> bool:
     """Returns whether a folder has a user's own data, by its table."""
     if data is None or not data.is_dir():
         return False
+    if any((data / name).is_file() for name in NAMES):  # of both, `own_data` says what is wrong
+        return True
     try:
         table_in(data)
     except DataError:

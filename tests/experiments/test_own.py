@@ -175,6 +175,17 @@ def test_labels_of_pictures_and_their_parts() -> None:
         assert sorted(own[0]) == sorted(own[1])
 
 
+def test_a_column_of_some_rows_alone_is_no_label_and_no_split() -> None:
+    each = [{**row, "label": row["answer"], "split": "train"} for row in rows()]
+    setting = OwnSetting(model(), OwnData.read([{**each[0], "split": ""}, *each[1:]]))
+    with pytest.raises(CannotRunError, match="split is empty for 1 of 12 pictures"):
+        labelled(setting, 0, 0.25, silent)
+    data = OwnData.read([{**each[0], "label": ""}, *each[1:]])
+    experiment = EXPERIMENTS["ordering-probes"]
+    with pytest.raises(CannotRunError, match="needs `label` in every row; 1 of 12 rows has none"):
+        experiment.run_on(None, data, experiment.config())  # pyright: ignore
+
+
 def test_two_questions_about_a_picture_are_one_observation() -> None:
     each = list(rows(2))
     again = {**each[0], "id": "again", "question": "Left of the green square is the color "}

@@ -41,6 +41,16 @@ class LateZero(Zero):
     first_position: int = 0
 
 
+@dataclass(frozen=True)
+class Named(Zero):
+    """The same, with fields whose names mean something to this package's own classes."""
+
+    parts: Any = ()
+    place: Any = "here"
+    source: Any = None
+    first: Any = 0
+
+
 SITE = "blocks.1.hook_mlp_out"
 
 
@@ -75,6 +85,8 @@ def test_a_sweep_takes_the_fast_way_where_the_first_position_is_known() -> None:
             return made.run(model, **run)
 
     ours, own, late = swept(Ablate), swept(Zero), swept(LateZero, first_position=length - 1)
+    named = swept(Named, parts=(Zero(SITE),), source=inputs)
+    assert (named == own).all()
     assert own.attrs["engine"].startswith("plain (no growing batch: rows cannot carry")
     assert late.attrs["engine"].startswith("growing")
     assert abs(own - ours).max() < 1e-4 and abs(late - ours).max() < 1e-4

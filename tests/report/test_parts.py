@@ -305,13 +305,15 @@ def test_e2_in_processes_and_merged_has_the_bits_of_one_process(
         run_share(replace(cut, config=Config(pairs=3)), SILENT, Share(1, 2))
     with pytest.raises(DataError, match="--fresh and --part were both given"):
         run_share(replace(cut, fresh=True), SILENT, Share(1, 2))
-    assert not run_share(cut, SILENT, Share(1, 2)).missing
+    # The other process names its device by itself, as two cards of one machine are named.
+    assert not run_share(replace(cut, device="cpu"), SILENT, Share(1, 2)).missing
     (about,) = (cut.out / "parts").glob("*/about.json")
     changed = about.read_text().replace('"device": "cpu"', '"device": "cuda"')
     about.write_text(changed.replace('"torch": "', '"torch": "9'))
     with pytest.raises(DataError, match=r"were computed differently: torch 9.* --allow-mixed"):
         merge(cut.out, SILENT)
-    merge(cut.out, SILENT, allow_mixed=True)
+    record = merge(cut.out, SILENT, allow_mixed=True).provenance
+    assert "device cuda and cpu" in record.elsewhere["final-token on squares"]
     assert files(cut.out) == files(job.out)
 
 
@@ -336,12 +338,25 @@ def test_a_worker_with_another_version_refuses() -> None:
         ("threads", "expected one of 'processes'"),
         ("processes:0", "expected a number from 1"),
         ("slurm:x", "expected NAME=VALUE|needs the package submitit"),
+        ("slurm:jobs=0", "expected a number from 1 for jobs|needs the package submitit"),
         ("dask://127.0.0.1:1", "no Dask scheduler at|needs the package distributed"),
     ],
 )
 def test_executors_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(HookedVLMError, match=said), engine_of(text, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"executor": "processes:2"}, r"executor='processes:2'.* submit\(function"),
+        ({"tasks": 0}, "tasks=0 was given; expected a whole number from 1"),
+    ],
+)
+def test_what_runs_no_functions_is_refused(how: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        job_runner.run(Job("final-token", "tiny-qwen2-vl", tmp_path), **how)
 
 
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_an_experiment_of_unknown_work_is_named() -> None:
         ({"card": "H20"}, DataError, "no card 'H20'.* Did you mean .*'H200'"),
         ({"dtype": "auto"}, DataError, "dtype='auto'.*bfloat16"),
         ({"workers": 0}, DataError, "workers=0"),
+        ({"options": {"itmes": "5"}}, DataError, "no option 'itmes'"),
         ({"utilisation": 30.0}, DataError, "utilisation=30"),
         ({"suite": "repoduce"}, DataError, "Did you mean 'reproduce'"),
         ({"model": "/no/such/folder"}, UnsupportedModelError, "configuration and its processor"),

@@ -5,6 +5,7 @@ pictures at that slot.  If the answer is read from the box at this slot or later
 The controls are all cells outside the boxes, and as many of them as the boxes have.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OwnSetting
 from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.setting import FEWEST_PAIRS
 from hooked_vlm.experiments.tables import (
     format_interval,
     format_slots,
@@ -30,7 +32,7 @@ from hooked_vlm.experiments.tables import (
     score_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.regions.overlay import draw_regions
@@ -67,6 +69,11 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
     n_layers, d_model = setting.model.cfg.n_layers, setting.model.cfg.d_model
     slots, kinds = list(range(n_layers + 1)), setting.region_kinds
     items = {d: setting.stimuli.items([d]) for d in setting.directions}
+    if all(len(own) < FEWEST_PAIRS for own in items.values()):
+        raise CannotRunError(
+            "No direction has two rows, and an interval needs two. Leave the column direction out, "
+            "or give more rows."
+        )
     # 1. What replaces the tokens.
     vectors = torch.zeros(n_layers + 1, d_model)
     if config.to == "mean":
@@ -123,14 +130,15 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
         arrays={f"items_{d}": values for d, values in by_direction.items()},
         images={"boxes": draw_regions(setting.picture(first), grid, shown)},
         verdict="\n".join(
-            [_verdict(table), *not_tested(setting.directions, [*by_direction]), *left_out]
+            [_verdict(table), *_not_tested(setting.directions, [*by_direction]), *left_out]
         ),
         config={"items": len(setting.data), "seed": config.seed, "to": config.to},
         notes=(
             "The visual tokens of a region are replaced at one slot: by "
             + ("zeros" if config.to == "zero" else "the mean visual token of all pictures there")
-            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, outside them: "
-            "what a change of this size does anywhere.",
+            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, outside them, "
+            "or all where fewer are left: what a change of this size does anywhere. Single boxes "
+            "have no control of their size.",
             f"'{FALL}' is the loss of the correct answer's probability; '{ANYWHERE} - {AS_MANY}' "
             "the paired difference of two losses, with p-values of the bounded mean test over "
             "pictures, adjusted by Holm over kinds and slots. All questions count, also those "
@@ -209,6 +217,12 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     return adjusted(table, table["quantity"] == FALL, ["direction"])
 
 
+def _not_tested(directions: Sequence[str], tested: Sequence[str]) -> list[str]:
+    missing = [direction for direction in directions if direction not in tested]
+    few = "fewer than two questions have scores there that are numbers"
+    return [f"Not tested: {', '.join(missing)}; {few}."] if missing else []
+
+
 def _verdict(table: pd.DataFrame) -> str:
     every = select(table, direction="all")
     clean = select(every, quantity="accuracy").iloc[0]
@@ -216,10 +230,12 @@ def _verdict(table: pd.DataFrame) -> str:
     falls = select(every, quantity=FALL)
     for kind in dict.fromkeys(falls["kind"]):
         rows = select(falls, kind=kind)
-        found = [int(row["slot"]) for _, row in rows.iterrows() if judge(row).above]
+        judged = {int(row["slot"]): judge(row) for _, row in rows.iterrows()}
+        found = format_slots(slot for slot, one in judged.items() if one.above)
+        unclear = [slot for slot, one in judged.items() if one.outcome == "undecided"]
         most = rows.sort_values("value").iloc[-1]
         size = f"largest at slot {int(most['slot'])}: {format_interval(most)}"
         what = "a fall of the answer's probability" if " - " not in kind else "a larger fall"
-        where = format_slots(found) if found else "no slot, or undecided"
+        where = found + (f", undecided at {format_slots(unclear)}" if unclear else "")
         parts.append(f"{kind}: {what} at {where} ({size})")
     return "\n".join(map(sentence, parts))

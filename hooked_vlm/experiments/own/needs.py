@@ -8,7 +8,7 @@ from hooked_vlm.stimuli.own import OwnData
 
 @dataclass(frozen=True)
 class Need:
-    """One of some columns, in every row."""
+    """One of some columns, in every row: the first that any row has."""
 
     columns: tuple[str, ...]
 
@@ -21,12 +21,13 @@ class Need:
         >>> Need(("counterfactual",)).missing(data)
         '`counterfactual` in every row; 1 of 1 row has none'
         """
-        # A row of any of the columns is enough, but all rows need the same one.
-        best = max(data.has(column) for column in self.columns)
-        without = len(data) - best
+        # The first column that any row has is the one that is read, so all rows need it.
+        counts = [data.has(column) for column in self.columns]
+        read = next((i for i, n in enumerate(counts) if n), len(counts) - 1)
+        without = len(data) - counts[read]
         if not without:
             return ""
-        names = " or ".join(f"`{column}`" for column in self.columns)
+        names = " or ".join(f"`{column}`" for column in self.columns[: read + 1])
         verb = "has" if without == 1 else "have"
         return f"{names} in every row; {without} of {counted(len(data), 'row')} {verb} none"
 

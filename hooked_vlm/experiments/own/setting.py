@@ -104,7 +104,9 @@ class OwnSetting(Setting):
     @property
     def notes(self) -> tuple[str, ...]:
         """What distinguishes the questions that were asked from those of the table."""
-        said = "Questions are asked as the table has them, after the system message of the paper."
+        said = "Questions are asked as the table has them"
+        has_system = system_of(self.model, SYSTEM_PROMPT) is not None
+        said += ", after the system message of the paper." if has_system else ", and nothing else."
         out = self.data.left_out
         if not out:
             return (said,)
@@ -186,7 +188,7 @@ class OwnSetting(Setting):
 
         Raises `CannotRunError` for boxes that together cover a whole picture.
         """
-        found: dict[str, list[Region]] = {}
+        found: dict[str, list[Region]] = {kind: [] for kind in self.region_kinds}
         for item, grid in zip(items, grids, strict=True):
             named = item.regions(grid)
             boxes = union_of(named.values(), ANYWHERE)
@@ -200,9 +202,8 @@ class OwnSetting(Setting):
                 list(others), min(len(boxes), len(others))
             )
             kinds = {ANYWHERE: boxes, OTHERS: others, AS_MANY: grid.cells(sorted(drawn), AS_MANY)}
-            for kind in self.region_kinds:
-                own = kinds[kind] if kind in kinds else named[kind.removeprefix("box ")]
-                found.setdefault(kind, []).append(own)
+            for kind, own in found.items():
+                own.append(kinds[kind] if kind in kinds else named[kind.removeprefix("box ")])
         return found
 
     @property

@@ -194,8 +194,11 @@ def _size(picture: Picture, whole: bool) -> Size:
     if not isinstance(picture.source, Path):
         try:
             source = picture.source
-            return source.size if isinstance(source, Image.Image) else source().size
-        except UNREADABLE as error:
+            opened = source if isinstance(source, Image.Image) else source()
+            if whole:
+                opened.load()
+            return opened.size
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise DataError(f"cannot be read as a picture: {str(error)[:120]}") from None
     if not picture.source.is_file():
         raise DataError("is missing" if not picture.source.exists() else "is no file")

@@ -12,7 +12,7 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
-from hooked_vlm.stimuli.pictures import open_picture
+from hooked_vlm.stimuli.pictures import UNREADABLE, open_picture
 
 
 Box = tuple[float | int, float | int, float | int, float | int]
@@ -34,8 +34,13 @@ class Picture:
         """Returns the picture in RGB; raises `DataError` for an unreadable one."""
         if isinstance(self.source, Path):
             return open_picture(self.source)
-        found = self.source if isinstance(self.source, Image.Image) else self.source()
-        return found.convert("RGB")
+        try:
+            found = self.source if isinstance(self.source, Image.Image) else self.source()
+            return found.convert("RGB")
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"A picture of the data cannot be read as a picture: {str(error)[:120]}."
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,16 +104,16 @@ class RowReader:
                     f"(x0, y0, x1, y1) with x0 < x1 and y0 < y1 inside the picture of "
                     f"{width}x{height} px"
                 )
-        same = {**found["masks"], **({"counterfactual": other} if other is not None else {})}
-        for name, picture in same.items():
+        same = [*found["masks"].items(), *([("counterfactual", other)] if other else [])]
+        for name, picture in same:
             own = self._size(where, name, picture)
             if own is not None and own != size:
                 self.problems.append(
                     f"{where}: {name} {_named(picture)} has {own[0]}x{own[1]} px and the picture "
                     f"{width}x{height}; expected one size"
                 )
-            elif own is not None and picture is not other and _is_black(picture):
-                self.problems.append(f"{where}: mask {name[:40]!r} is black throughout")
+            elif own is not None and picture is not other and (fault := _fault_of(picture)):
+                self.problems.append(f"{where}: mask {name[:40]!r} {fault}")
         for name in sorted(set(found["boxes"]) & set(found["masks"])):
             self.problems.append(f"{where}: {name[:40]!r} is the name of a box and of a mask")
 
@@ -192,8 +192,12 @@ def _is_blank(value: Any) -> bool:
     return value is None
 
 
-def _is_black(mask: Picture) -> bool:
-    return mask.open().convert("L").getbbox() is None
+def _fault_of(mask: Picture) -> str:
+    """Returns in words what is wrong with a mask; an empty text where nothing is."""
+    try:
+        return "" if mask.open().convert("L").getbbox() else "is black throughout"
+    except DataError as error:  # whose header alone was read
+        return f"cannot be used: {error}"
 
 
 def _named(picture: Picture) -> str:

@@ -200,7 +200,12 @@ def _from_disk(folder: Path) -> Any:
             f"'{folder}' is a saved data set, which the package datasets reads. Install it: pip "
             "install 'hooked-vlm[datasets]'."
         ) from None
-    return datasets.load_from_disk(str(folder))  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return datasets.load_from_disk(str(folder))  # pyright: ignore[reportAttributeAccessIssue]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"'{folder}' cannot be read as a saved data set: {str(error)[:120]}. Save it again."
+        ) from None
 
 
 def _of_dataset(dataset: Any, name: str) -> Table:
