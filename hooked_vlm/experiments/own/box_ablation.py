@@ -71,8 +71,7 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
     items = {d: setting.stimuli.items([d]) for d in setting.directions}
     if all(len(own) < FEWEST_PAIRS for own in items.values()):
         raise CannotRunError(
-            "No direction has two rows, and an interval needs two. Leave the column direction out, "
-            "or give more rows."
+            "No direction has two rows, as an interval needs. Leave the column direction out."
         )
     # 1. What replaces the tokens.
     vectors = torch.zeros(n_layers + 1, d_model)
