@@ -47,7 +47,7 @@ class Executor(Protocol):
         ...
 
 
-def require_executor(executor: object, tasks: object) -> None:
+def require_executor(executor: Any, tasks: Any) -> None:
     """Raises `DataError` for what runs no functions, and for a number of tasks below 1."""
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise DataError(
