@@ -70,7 +70,10 @@ def both(sweep: Sweep, family: str, **kwargs: Any) -> tuple[Any, Any]:
     return fast, sweep.run(model, logits, dims=dims, engine="plain", **kwargs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [f if f == "gemma-3" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

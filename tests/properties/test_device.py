@@ -101,7 +101,13 @@ def sweep_of(model: HookedVLM, kind: str) -> Sweep:
 KINDS = ("strips", "final token", "strengths", "heads", "vision", "ablated")
 
 
-@pytest.mark.parametrize("order", [KINDS, KINDS[::-1]], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(KINDS, id="forward"),
+        pytest.param(KINDS[::-1], id="backward", marks=pytest.mark.slow),
+    ],
+)
 def test_sweeps_run_by_the_engine_that_runs_them_on_the_host(pair: Any, order: Any) -> None:
     host, moved, device = pair
     for kind in order:
