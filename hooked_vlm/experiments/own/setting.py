@@ -186,21 +186,20 @@ class OwnSetting(Setting):
     ) -> dict[str, list[Region]]:
         """Returns the cells of each kind in each item's picture: see `region_kinds`.
 
-        Raises `CannotRunError` for boxes that together cover a whole picture.
+        Raises `CannotRunError` for boxes that together cover more than half of a picture.
         """
         found: dict[str, list[Region]] = {kind: [] for kind in self.region_kinds}
         for item, grid in zip(items, grids, strict=True):
             named = item.regions(grid)
             boxes = union_of(named.values(), ANYWHERE)
             others = grid.background(boxes, name=OTHERS)
-            if not len(others):
+            if len(others) < len(boxes):
                 raise CannotRunError(
-                    f"The boxes of item {item.id!r} ({item.where}) cover its whole picture of "
-                    f"{grid.rows}x{grid.cols} cells, so no other cells are left to compare with."
+                    f"The boxes of item {item.id!r} ({item.where}) cover {len(boxes)} of its "
+                    f"picture's {len(grid)} cells, so there are not as many other cells to compare "
+                    "with. Give boxes that cover at most half of a picture."
                 )
-            drawn = random.Random(f"{seed}/{item.id}").sample(
-                list(others), min(len(boxes), len(others))
-            )
+            drawn = random.Random(f"{seed}/{item.id}").sample(list(others), len(boxes))
             kinds = {ANYWHERE: boxes, OTHERS: others, AS_MANY: grid.cells(sorted(drawn), AS_MANY)}
             for kind, own in found.items():
                 own.append(kinds[kind] if kind in kinds else named[kind.removeprefix("box ")])
