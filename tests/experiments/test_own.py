@@ -135,7 +135,7 @@ def test_regions_of_pictures_of_two_sizes() -> None:
 
 def test_boxes_over_more_than_half_of_a_picture_leave_too_little_to_compare() -> None:
     data = OwnData.read(list(rows(2, boxes={"all": (0, 0, 192, 192)})))
-    with pytest.raises(CannotRunError, match="cover 144 of its picture.s 144 cells"):
+    with pytest.raises(CannotRunError, match="cover 144 of its picture's 144 cells"):
         EXPERIMENTS["box-ablation"].run_on(  # pyright: ignore[reportOptionalCall]
             model(), data, EXPERIMENTS["box-ablation"].config()
         )
