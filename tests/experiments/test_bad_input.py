@@ -111,7 +111,7 @@ PICTURES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "Q5": ("Q5", {"pairs": 2, **TWO}, 24, f"Left out, horizontal: {ONE_PICTURE}"),
     "Q6": ("Q6", {"items": 4, "batch_size": 24}, 0, f"Left out, left: {ONE_QUESTION}"),
     "Q7": ("Q7", Q7, 0, f"Left out, horizontal: {ONE_PICTURE}"),
-    "Q7, edge": ("Q7", Q7, 20, f"Left out, horizontal, 0 tokens apart: {ONE_PICTURE}"),
+    "Q7, edge": ("Q7", Q7, 40, f"Left out, horizontal, 0 tokens apart: {ONE_PICTURE}"),
     "Q8": (
         "Q8",
         {"by": "none", "random_cuts": 1, **TWO},
