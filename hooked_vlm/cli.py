@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hooked_vlm.cli_options import (
+from hooked_vlm.errors import DataError, HookedVLMError, counted
+from hooked_vlm.report.children import run_commands, words_of
+from hooked_vlm.report.command_options import (
     AUTO,
     AllowMixed,
     Backgrounds,
@@ -41,8 +43,6 @@ from hooked_vlm.cli_options import (
     Seed,
     Setting,
 )
-from hooked_vlm.errors import DataError, HookedVLMError, counted
-from hooked_vlm.report.children import run_commands, words_of
 from hooked_vlm.report.files import lacking
 from hooked_vlm.report.progress import Listener, quiet
 

@@ -24,15 +24,15 @@ ORDER = (  # from the ground up; packages of one line do not know each other
     "engine features",
     "sweeps",
     "checks experiments",
-    "report cli_options",
+    "report",
     "cli",
     "__main__",
 )
-ROOT = {"__init__.py", "__main__.py", "errors.py", "cli.py", "cli_options.py", "py.typed"}
+ROOT = {"__init__.py", "__main__.py", "errors.py", "cli.py", "py.typed"}
 LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
 ALONE = {
     "matplotlib": "report.look report.charts report.maps",
-    "typer": "cli cli_options",
+    "typer": "cli report.command_options",
     "rich": "cli report.progress",
     "jinja2": "report.page",
     "triton": "engine.kernels.triton",

@@ -1,4 +1,4 @@
-"""Who is told of a job's progress."""
+"""The objects that show a job's progress."""
 
 from typing import Protocol, runtime_checkable
 

@@ -1,4 +1,4 @@
-"""A user's own data: what is read, and what each mistake is told as."""
+"""A user's own data: what is read, and the message of each mistake."""
 
 import copy
 import json

@@ -37,7 +37,7 @@ from hooked_vlm.experiments.dual_mechanisms.amplified_accuracy import (
     verdict_of,
 )
 from hooked_vlm.experiments.dual_mechanisms.order_reading import probe_regions, whole_pictures
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, projected
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, projected_all
 from hooked_vlm.experiments.loop import once, over_batches, scope, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
@@ -282,13 +282,7 @@ def fit_directions(
     Pictures whose tokens are not numbers are left out.  Raises `CannotRunError` where all are.
     """
     axis = questions[0].axis
-    parts = over_batches(
-        "features of the probe",
-        {axis: questions},
-        setting.batch_size,
-        lambda _, batch, __: projected(setting, batch),
-    )
-    features = torch.cat(parts[axis])
+    features = projected_all(setting, {axis: questions})[axis]
     features = features[torch.from_numpy(whole_pictures(features))]
     if not len(features):
         raise none_left("picture")

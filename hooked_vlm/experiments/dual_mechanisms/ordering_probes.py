@@ -71,9 +71,10 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
     """Fits a probe and its control for each axis, and applies both to held-out pictures."""
     # 1. The features of all pictures, and the probes.
     setting = Setting(model, data, config.batch_size)
-    features = _features(setting, on_progress)
+    questions = {axis: _questions(setting, axis) for axis in setting.axes}
+    features = projected_all(setting, questions, on_progress)
     fitted = {
-        axis: read_order(setting.geometry, axis, torch.cat(own), config.seed, SEEDS, SHUFFLES)
+        axis: read_order(setting.geometry, axis, own, config.seed, SEEDS, SHUFFLES)
         for axis, own in features.items()
     }
     # 2. What the probes read on the same pictures with fewer objects.
@@ -149,15 +150,18 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
 run = of_config(run_on)
 
 
-def _features(setting: Setting, on_progress: OnProgress) -> dict[str, list[torch.Tensor]]:
-    """Returns the projector's output for all pictures of each axis, in batches."""
-    return over_batches(
+def projected_all(
+    setting: Setting, questions: Mapping[str, Sequence[Question]], on_progress: OnProgress = silent
+) -> dict[str, torch.Tensor]:
+    """Returns `projected` of all questions, by axis; each batch is a unit of work."""
+    parts = over_batches(
         "features",
-        {axis: _questions(setting, axis) for axis in setting.axes},
+        questions,
         setting.batch_size,
         lambda _, batch, __: projected(setting, batch),
         on_progress,
     )
+    return {axis: torch.cat(own) for axis, own in parts.items()}
 
 
 def _questions(setting: Setting, axis: str) -> list[Question]:

@@ -18,8 +18,7 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     whole_pictures,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
-from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, projected
-from hooked_vlm.experiments.loop import over_batches
+from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, projected_all
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.stimuli.pairs import Question
 
@@ -47,13 +46,7 @@ class Halves:
         """Fits the probes to a seeded sample of an axis's pictures (0: all)."""
         direction = "left" if axis == "horizontal" else "above"
         questions = sampled(setting, direction, n_images, seed)
-        parts = over_batches(
-            "features of the probe",
-            {axis: questions},
-            setting.batch_size,
-            lambda _, batch, __: projected(setting, batch),
-        )
-        tokens = torch.cat(parts[axis])
+        tokens = projected_all(setting, {axis: questions})[axis]
         whole = whole_pictures(tokens)
         examples = object_examples(tokens, probe_regions(setting.geometry, axis))
         examples = examples.of_images(np.flatnonzero(whole))

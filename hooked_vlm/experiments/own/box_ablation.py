@@ -35,7 +35,6 @@ from hooked_vlm.experiments.tables import (
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.ablate import Ablate
-from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.stimuli.own import OwnData, OwnItem
 from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
@@ -82,9 +81,9 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
     def score(_: str, batch: list[OwnItem], told: OnProgress) -> xr.DataArray:
         inputs = setting.inputs(batch)
         at = setting.regions(batch, setting.grids(inputs), config.seed)
-        whole = scored_numbers(
-            lambda rows: _scored(setting, rows, batch), setting.logits(batch)
-        ).numpy()
+        with torch.no_grad():
+            logits = setting.model(inputs, logits_to_keep=1)[:, -1].float().cpu()
+        whole = scored_numbers(lambda rows: _scored(setting, rows, batch), logits).numpy()
         sweep = Sweep(
             inputs,
             {"kind": list(kinds), "slot": slots},
@@ -120,14 +119,11 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
     by_direction, left_out = numbers_only(by_direction, "question")
     # 3. Its table.
     table = _table(by_direction, n_layers, config.seed)
-    first = setting.data.items[0]
-    grid = setting.grids(setting.inputs([first]))[0]
-    shown = list(first.regions(grid).values())
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={f"items_{d}": values for d, values in by_direction.items()},
-        images={"boxes": draw_regions(setting.picture(first), grid, shown)},
+        images={"boxes": setting.first_with_boxes()},
         verdict="\n".join(
             [_verdict(table), *_not_tested(setting.directions, [*by_direction]), *left_out]
         ),
@@ -135,9 +131,8 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
         notes=(
             "The visual tokens of a region are replaced at one slot: by "
             + ("zeros" if config.to == "zero" else "the mean visual token of all pictures there")
-            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, outside them, "
-            "or all where fewer are left: what a change of this size does anywhere. Single boxes "
-            "have no control of their size.",
+            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, outside them: "
+            "what a change of this size does anywhere. Single boxes have no control of their size.",
             f"'{FALL}' is the loss of the correct answer's probability; '{ANYWHERE} - {AS_MANY}' "
             "the paired difference of two losses, with p-values of the bounded mean test over "
             "pictures, adjusted by Holm over kinds and slots. All questions count, also those "

@@ -17,6 +17,7 @@ from hooked_vlm.experiments.options import Config
 from hooked_vlm.experiments.setting import FEWEST_PAIRS, Setting, system_of
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.regions.grid import TokenGrid
+from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.region import Region, union_of
 from hooked_vlm.stimuli.own import OwnData, OwnItem
 from hooked_vlm.stimuli.prompts import SYSTEM_PROMPT
@@ -204,6 +205,12 @@ class OwnSetting(Setting):
             for kind, own in found.items():
                 own.append(kinds[kind] if kind in kinds else named[kind.removeprefix("box ")])
         return found
+
+    def first_with_boxes(self) -> Image.Image:
+        """Returns the first item's picture with its boxes drawn over it."""
+        first = self.data.items[0]
+        grid = self.grids(self.inputs([first]))[0]
+        return draw_regions(self.picture(first), grid, list(first.regions(grid).values()))
 
     @property
     def region_kinds(self) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from hooked_vlm.experiments.tables import format_interval, format_slots, score_r
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
-from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.sweeps.sweep import Sweep
 
@@ -67,14 +66,11 @@ def run_regions(setting: OwnSetting, config: Config, on_progress: OnProgress) ->
     by_direction, left_out = _swept(setting, config, kinds, places, on_progress)
     n_layers = setting.model.cfg.n_layers
     table = _table(by_direction, n_layers, config.seed)
-    first = setting.data.items[0]
-    grid = setting.grids(setting.inputs([first]))[0]
-    shown = list(first.regions(grid).values())
     return Result(
         **vars(strip_swap.ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
-        images={"boxes": draw_regions(setting.picture(first), grid, shown)},
+        images={"boxes": setting.first_with_boxes()},
         verdict="\n".join(
             [_flips(table), *not_tested(setting.directions, [*by_direction]), *left_out]
         ),
@@ -83,7 +79,7 @@ def run_regions(setting: OwnSetting, config: Config, on_progress: OnProgress) ->
             "Own data: each cell is written from the same cell of the counterfactual picture. The "
             f"regions are the boxes and masks of the table ('{ANYWHERE}': together; 'box NAME': "
             f"each that all rows have), '{OTHERS}', and '{AS_MANY}': a random choice of as many "
-            "outside the boxes, or all where fewer are left. There are no strips: own pictures "
+            "outside the boxes. There are no strips: own pictures "
             "have no geometry that says where they are.",
             f"The verdict is about '{EARLY}', slots 0 to {n_layers // 2}: an answer flips where "
             "the interval of its mean lies above 0.5; boxes differ from as many other cells where "
