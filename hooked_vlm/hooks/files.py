@@ -1,8 +1,9 @@
-"""Files of tensors that are written as a whole or not at all."""
+"""Files that are written as a whole or not at all."""
 
+import contextlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,10 +20,20 @@ def write_tensors(
 
     Raises `DataError` for a path that cannot be written to; `what` is what the file holds.
     """
+    with whole_file(path, what) as part:
+        save_file(dict(tensors), part, dict(about))
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, what: str) -> Iterator[Path]:
+    """Yields a temporary path; what is written there gets the name `path` when the block ends.
+
+    Raises `DataError` for a path that cannot be written to; `what` is what the file holds.
+    """
     # A name of its own for each writer, so that two of them cannot mix their bytes.
     part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        save_file(dict(tensors), part, dict(about))
+        yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # on the disk before it gets its name
         part.replace(path)
