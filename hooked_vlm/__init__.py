@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.regions.positions import Span as Span
     from hooked_vlm.regions.positions import TextTokens as TextTokens
     from hooked_vlm.regions.region import Region as Region
+    from hooked_vlm.report.progress import progress_bar as progress_bar
     from hooked_vlm.stimuli.settings import register_setting as register_setting
     from hooked_vlm.sweeps.attribution import attribution_patch as attribution_patch
     from hooked_vlm.sweeps.integrated import Attribution as Attribution
@@ -67,6 +68,10 @@ if TYPE_CHECKING:  # for type checkers and editors, and read by `_homes`
     from hooked_vlm.sweeps.sweep import Sweep as Sweep
     from hooked_vlm.sweeps.sweep import final_logits as final_logits
     from hooked_vlm.sweeps.tuned_lens import TunedLens as TunedLens
+    from hooked_vlm.viewer.measured import SlotProbes as SlotProbes
+    from hooked_vlm.viewer.order_probes import order_probes as order_probes
+    from hooked_vlm.viewer.view import View as View
+    from hooked_vlm.viewer.view import view as view
 
 
 @cache

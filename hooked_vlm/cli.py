@@ -45,6 +45,7 @@ from hooked_vlm.report.command_options import (
 )
 from hooked_vlm.report.files import lacking
 from hooked_vlm.report.progress import Listener, quiet
+from hooked_vlm.report.view_command import view
 
 
 if TYPE_CHECKING:
@@ -252,6 +253,9 @@ def plan(
     how = {"dtype": dtype, "card": card, "workers": workers, "utilisation": utilisation}
     with quiet():
         print(plan_run(experiment, model, config=config, setting=setting, options=own, **how))
+
+
+app.command(cls=Command)(view)
 
 
 @app.command("list", cls=Command)

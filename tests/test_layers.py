@@ -24,17 +24,22 @@ ORDER = (  # from the ground up; packages of one line do not know each other
     "engine features",
     "sweeps",
     "checks experiments",
+    "viewer",
     "report",
     "cli",
     "__main__",
 )
 ROOT = {"__init__.py", "__main__.py", "errors.py", "cli.py", "py.typed"}
-LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
+LAZY = {
+    "cli",
+    "report.view_command",
+    "__init__",
+}  # may import inside functions, to answer --help at once
 ALONE = {
     "matplotlib": "report.look report.charts report.maps",
-    "typer": "cli report.command_options",
+    "typer": "cli report.command_options report.view_command",
     "rich": "cli report.progress",
-    "jinja2": "report.page",
+    "jinja2": "report.page viewer.page",
     "triton": "engine.kernels.triton",
 }
 MAX_LINES = 400

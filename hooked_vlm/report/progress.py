@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from hooked_vlm.errors import counted
 
 
 class Listener(contextlib.AbstractContextManager):
@@ -51,7 +53,11 @@ class Listener(contextlib.AbstractContextManager):
     def begin(self, step: Any, place: int, of: int) -> None:
         """Shows that a `registry.Step` begins."""
         self.of = of
-        self._name = f"{self._model} {place}/{of} {step.experiment.id} {step.name}"
+        self.show(f"{self._model} {place}/{of} {step.experiment.id} {step.name}")
+
+    def show(self, name: str) -> None:
+        """Shows a new bar, or a line where there are none."""
+        self._name = name
         self._start = self._said = time.monotonic()
         self._task = self._bars.add_task(self._name, total=None)
         self._say(self._name)
@@ -78,6 +84,36 @@ class Listener(contextlib.AbstractContextManager):
     def _say(self, line: str) -> None:
         if not self._console.is_terminal:
             print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, *, stderr: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yields an `on_progress` function that shows the progress of one call.
+
+    It is a bar on a terminal and in a notebook, otherwise a line every ten seconds.  A call whose
+    total changes begins a new bar.
+
+    >>> with progress_bar("sweep") as step:  # such as sweep.run(model, metric, on_progress=step)
+    ...     step(1, 2)
+    """
+    with _Stages(Console(stderr=stderr), name) as shown:
+        yield shown.step
+
+
+class _Stages(Listener):
+    """Bars of one name, one for each total."""
+
+    _total = 0
+
+    def __enter__(self) -> "_Stages":
+        self._bars.start()
+        return self
+
+    def step(self, done: int, total: int) -> None:
+        if total != self._total:
+            self._total = total
+            self.show(f"{self._model}, {counted(total, 'unit')}")
+        super().step(done, total)
 
 
 @contextlib.contextmanager

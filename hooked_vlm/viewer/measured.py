@@ -157,8 +157,9 @@ def log_odds(
     """
     wide = logits.double()
     own = [
-        wide[..., i] - wide.index_fill(-1, torch.tensor([i], device=wide.device), -torch.inf)
-        .logsumexp(-1) for i in ids
+        wide[..., i]
+        - wide.index_fill(-1, torch.tensor([i], device=wide.device), -torch.inf).logsumexp(-1)
+        for i in ids
     ]
     return torch.stack(own, -1)
 

@@ -103,9 +103,7 @@ def _streams(setting: Setting, batch: list, slots: dict[int, str]) -> dict[int, 
     return {slot: cache[name].float().cpu()[rows, cells] for slot, name in slots.items()}
 
 
-def _fitted(
-    examples: dict[int, Examples], axis: str, n: int, title: str, seed: int
-) -> SlotProbes:
+def _fitted(examples: dict[int, Examples], axis: str, n: int, title: str, seed: int) -> SlotProbes:
     train, test = split_by_image(n, seed=seed)
     probes, accuracy = {}, {}
     for slot, own in examples.items():

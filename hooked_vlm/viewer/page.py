@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from hooked_vlm.viewer.quantised import STEPS, packed
+from hooked_vlm.viewer.quantised import COARSE, FINE, packed
 
 
 ASSETS = files("hooked_vlm.viewer") / "assets"
@@ -44,7 +44,6 @@ def page_of(view: Any) -> str:
         probes=view.probes,
         sites=", ".join(dict.fromkeys(view.slots.values())),
         steps={name: one["step"] for name, one in arrays.items() if one["step"]},
-        n_steps=STEPS,
         tokens=_chips(view),
         css=asset("viewer.css"),
         licences=[asset(name) for name in ("d3.LICENSE", "plot.LICENSE")],
@@ -82,7 +81,10 @@ def data_of(view: Any) -> dict[str, Any]:
             for name, own in view.probes.items()
             if f"probes.{name}" in view.arrays
         ],
-        "arrays": {n: packed(np.asarray(a.values), n) for n, a in view.arrays.items()},
+        "arrays": {
+            name: packed(np.asarray(array.values), name, COARSE if name == "attention" else FINE)
+            for name, array in view.arrays.items()
+        },
     }
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,8 +67,8 @@ class View:
     def to_html(self, path: File | None = None) -> str:
         """Returns the page: one HTML text that loads nothing; writes it to `path` if one is given.
 
-        Floats are embedded in steps of 1/65535 of the range of their array; the page states each
-        step.  The file is written as a whole or not at all.
+        Attention is embedded in 16 bits, in steps of 1/65535 of its range, all else in 32 bits; the
+        page states each step.  The file is written as a whole or not at all.
 
         Raises `DataError` for a path that cannot be written to and for numbers that are not finite.
         """
@@ -109,8 +111,8 @@ def view(
     - `"lens"`: what the logit lens reads at every position, for `slots` (default: all).
     - `"patches"`: by how much an edit of each cell, and of each of `regions` (default: thirds of
       columns and rows, and the whole picture), at each slot changes the log odds of `answers`
-      against all other tokens.  The edit writes the activations of the run on `source`, a picture of
-      the same size with the same question; without one, the mean over the picture's cells.
+      against all other tokens.  The edit writes the activations of the run on `source`, a picture
+      of the same size with the same question; without one, the mean over the picture's cells.
     - `"probes"`: the class probabilities of fitted `probes` in every cell; see `order_probes`.
 
     `answers` are single tokens (default: the four most probable next ones).  `prepare_kwargs` go to
@@ -195,8 +197,8 @@ class _Work:
                 f"The page would have up to {size:.0f} MB, of which attention is the most: "
                 f"{counted(len(self.layers), 'layer')}, {counted(self.length, 'token')} and "
                 f"{counted(len(self.grid), 'cell')}; limit_mb is {limit_mb:g}. Give fewer layers, "
-                f"such as layers=range(0, {n_layers}, {-(-n_layers // 6)}), a smaller picture, or a "
-                "larger limit_mb."
+                f"such as layers=range(0, {n_layers}, {-(-n_layers // 6)}), a smaller picture, or "
+                "a larger limit_mb."
             )
         self._units = {
             "attention": 1,
@@ -216,7 +218,8 @@ class _Work:
             "patches": slots * len(self.places) * N_ANSWERS,
             "probes": sum(cells * len(p.by_slot) * len(p.classes) for p in self.probes.values()),
         }
-        return sum(numbers[panel] for panel in self.panels) * 2 * 4 / 3 / 1e6
+        size = {"attention": 2}
+        return sum(numbers[p] * size.get(p, 4) for p in self.panels) * 4 / 3 / 1e6
 
     def done(self, answers: Sequence[str] | None) -> View:
         """Runs the model and returns the view."""
@@ -285,6 +288,7 @@ class _Work:
             "question": self.question,
             "prompt": f"{counted(given.shape[-1], 'token')}, of which {len(self.grid)} are cells",
         }
+        facts["software"] = ", ".join(f"{n} {version(n)}" for n in ("hooked-vlm", "transformers"))
         if "patches" in found:
             facts["patches"] = str(found["patches"].attrs["engine"])
         return facts
@@ -304,7 +308,7 @@ def _thirds(grid: TokenGrid) -> dict[str, Region]:
     found = {"whole picture": grid.all()}
     for kind, n, word in (("vertical", grid.cols, "columns"), ("horizontal", grid.rows, "rows")):
         edges = [round(n * third / 3) for third in range(4)]
-        for start, stop in zip(edges, edges[1:], strict=False) if n >= 3 else ():
+        for start, stop in pairwise(edges) if n >= 3 else ():
             name = f"{word} {start}–{stop - 1}" if stop - start > 1 else f"{word[:-1]} {start}"
             found[name] = grid.strip(kind, start, stop, name)
     return found

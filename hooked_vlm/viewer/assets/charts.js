@@ -6,8 +6,8 @@ function put(id, ...nodes) {
   document.getElementById(id).replaceChildren(...nodes);
 }
 
-function widthOf(id) {
-  return Math.max(260, Math.min(620, document.getElementById(id).clientWidth || 480));
+function widthOf(panel) {
+  return Math.max(260, Math.min(620, document.getElementById(`${panel}-chart`).clientWidth || 480));
 }
 
 // Lines over slots. `rows` are {slot, value, name}; `chosen` is the slot that is marked.

@@ -12,7 +12,7 @@ class Numbers {
     const bytes = Uint8Array.from(atob(packed.data), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const raw = await new Response(stream).arrayBuffer();
-    return new Numbers(packed, packed.step ? new Uint16Array(raw) : new Uint32Array(raw));
+    return new Numbers(packed, packed.bits === 16 ? new Uint16Array(raw) : new Uint32Array(raw));
   }
 
   at(...index) {

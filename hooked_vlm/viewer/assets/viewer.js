@@ -90,8 +90,11 @@ function start(page) {
     return { what: "the picture alone" };
   }
 
+  let current = { what: "" };
+
   function renderCells() {
-    const { what, at, domain, diverging } = map();
+    current = map();
+    const { at, domain, diverging } = current;
     const values = [...cells].map((_, i) => (at ? at(Math.floor(i / cols), i % cols) : null));
     const span = domain ?? [0, Math.max(...values) || 1];
     const scheme = diverging ? "PuOr" : "cividis";
@@ -108,9 +111,11 @@ function start(page) {
       cell.setAttribute("aria-label", said(i, values[i]));
     });
     say(chosenCell());
-    put("legend", ...(at ? [Plot.legend({ color: { scheme, domain: diverging ? span : span, type: diverging ? "diverging" : "linear" }, label: what, width: Math.min(320, by("legend").clientWidth || 320), style: { background: "none", fontSize: "12px" } })] : []));
-    renderCells.values = values;
-    renderCells.what = what;
+    const legend = at && Plot.legend({
+      color: { scheme, domain: span, type: diverging ? "diverging" : "linear" },
+      width: Math.min(320, by("legend").clientWidth || 320), style: { background: "none" },
+    });
+    put("legend", ...(legend ? [legend] : []));
   }
 
   function said(i, value) {
@@ -119,7 +124,7 @@ function start(page) {
   }
 
   function say(i) {
-    const { what, at } = map();
+    const { what, at } = current;
     const value = at ? at(Math.floor(i / cols), i % cols) : null;
     by("status").textContent = `${said(i, value)} (${what}; position ${page.positions[i]})`;
   }
@@ -275,6 +280,7 @@ function start(page) {
   window.addEventListener("resize", () => { clearTimeout(timer); timer = setTimeout(render, 150); });
 
   by("image").src = page.image;
+  by("plain").src = page.image;
   by("image").width = page.size[0];
   by("image").height = page.size[1];
   choices("answer", answers.map((word) => [JSON.stringify(word)]));

@@ -1,0 +1,55 @@
+"""The command `hooked-vlm view`: its options; like `cli`, it imports the rest when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hooked_vlm.report.command_options import Device, Dtype
+from hooked_vlm.report.progress import progress_bar, quiet
+
+
+def view(
+    model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
+    image: Annotated[
+        Path | None, typer.Option(help="A picture. Default: three squares, and their question.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked about --image.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Another picture of the same size, whose activations patches write."),
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="Answers to follow, such as red,blue. Default: the top four.")
+    ] = None,
+    panels: Annotated[
+        str, typer.Option(help="Some of attention, lens, patches and probes.")
+    ] = "attention,lens,patches,probes",
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers whose attention is kept, such as 0,4,8. Default: all."),
+    ] = None,
+    slots: Annotated[
+        str | None, typer.Option(help="Slots of lens, patches and probes, such as 0,4,8.")
+    ] = None,
+    limit_mb: Annotated[float, typer.Option(help="Largest size of the page's numbers.")] = 25.0,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("view.html"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Write an interactive page of what a model reads from a picture (one HTML file)."""
+    from hooked_vlm.report.viewing import Asked, write
+
+    asked = Asked(
+        image=image,
+        question=question,
+        source=source,
+        answers=answers,
+        panels=panels,
+        layers=layers,
+        slots=slots,
+        limit_mb=limit_mb,
+    )
+    with quiet(), progress_bar(f"{model}: view", stderr=True) as step:
+        line = write(model, asked, out, device, dtype, step)
+    print(line)
