@@ -31,7 +31,7 @@ class Asked:
     layers: str | None = None
     """Numbers, separated by commas."""
     slots: str | None = None
-    limit_mb: float = LIMIT_MB
+    limit_mb: float | int = LIMIT_MB
 
     def __post_init__(self) -> None:
         if (self.image is None) != (self.question is None):

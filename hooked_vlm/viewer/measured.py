@@ -127,12 +127,9 @@ def effects(
     Dimensions are `(slot, place, answer)`.  With a `source`, the place gets the activations of that
     run; without one, the mean over all cells of the picture at that slot.
     """
-    whole = Region.everything(places[0].shape)
 
     def make(slot: int, place: int) -> Any:
-        if source is not None:
-            return Patch(slot, at=places[place], source=source)
-        return Ablate(slot, at=places[place], to="mean", reference=inputs, reference_at=whole)
+        return edit(slot, places[place], inputs, source)
 
     sweep = Sweep(inputs, {"slot": list(slots), "place": range(len(places))}, make)
     with torch.no_grad():
@@ -145,6 +142,14 @@ def effects(
             logits_to_keep=1,
         )
     return (scores - clean[0]).isel(batch=0)
+
+
+def edit(slot: int, place: Region, inputs: Any, source: Any) -> Patch | Ablate:
+    """Returns the edit of a place: the source's activations, or the mean over all cells."""
+    if source is not None:
+        return Patch(slot, at=place, source=source)
+    whole = Region.everything(place.shape)
+    return Ablate(slot, at=place, to="mean", reference=inputs, reference_at=whole)
 
 
 def log_odds(

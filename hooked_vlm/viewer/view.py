@@ -160,7 +160,7 @@ class _Work:
         slots: Sequence[int] | None,
         probes: Mapping[str, SlotProbes],
         regions: Mapping[str, Region] | None,
-        limit_mb: float,
+        limit_mb: float | int,
     ) -> None:
         """Raises what is wrong with the arguments; counts the units of work."""
         for panel in panels:
@@ -191,6 +191,9 @@ class _Work:
             region.check_not_empty("a patch")
         cells = [(r, c) for r in range(self.grid.rows) for c in range(self.grid.cols)]
         self.places = [self.grid.cells([cell]) for cell in cells] + list(self.regions.values())
+        if "patches" in self.panels:
+            first = measured.edit(min(self.slots), self.grid.all(), self.inputs, self.other)
+            first.check(self.model, self.inputs)
         size = self._megabytes()
         if size > limit_mb:
             raise DataError(

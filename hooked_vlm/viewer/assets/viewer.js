@@ -107,7 +107,7 @@ function start(page) {
       cell.style.backgroundColor = at ? `rgb(${fill.rgb().r} ${fill.rgb().g} ${fill.rgb().b} / ${opacity})` : "transparent";
       cell.setAttribute("aria-selected", String(here));
       cell.tabIndex = here ? 0 : -1;
-      cell.classList.toggle("region", inRegion.has(i));
+      cell.style.setProperty("--edges", inRegion.has(i) ? edges(i, inRegion) : "none");
       cell.setAttribute("aria-label", said(i, values[i]));
     });
     say(chosenCell());
@@ -116,6 +116,16 @@ function start(page) {
       width: Math.min(320, by("legend").clientWidth || 320), style: { background: "none" },
     });
     put("legend", ...(legend ? [legend] : []));
+  }
+
+  // The border of a region, on the sides of a cell where it ends.
+  function edges(i, region) {
+    const [row, col] = [Math.floor(i / cols), i % cols];
+    const sides = [
+      [row > 0 && region.has(i - cols), "0 3px"], [row < rows - 1 && region.has(i + cols), "0 -3px"],
+      [col > 0 && region.has(i - 1), "3px 0"], [col < cols - 1 && region.has(i + 1), "-3px 0"],
+    ];
+    return sides.filter(([goesOn]) => !goesOn).map(([, side]) => `inset ${side} #000`).join(", ") || "none";
   }
 
   function said(i, value) {
