@@ -91,6 +91,18 @@ def test_a_notebook_shows_what_is_inside() -> None:
     assert "hook_resid_post" in shown("model")
     assert "blocks.{l}.hook_resid_post" in shown("cache") and "0, 1, 2" in shown("cache")
     assert "pixel_values" in shown("inputs") and "image_pad" in shown("inputs")
+    for name, inside in {
+        "patch": ("LastToken", "Recording", "hook_resid_pre"),
+        "ablate": ("float32[4000]", f"row 0, column {objects()['grid'].cols - 1}"),
+        "steer": ("alpha", "project"),
+        "attend": ("mask", "blocks.0.attn"),
+        "chain": ("2 parts", "LastToken"),
+        "sweep": ("2 cells", "slot", "[0, 1]", "pixel_values"),
+        "plan": ("2 cells", "Ablate(1"),
+        "recording": ("blocks.{l}.hook_resid_pre", "pixel_values"),
+    }.items():
+        for text in inside:
+            assert text in shown(name), (name, text)
     assert "<share>" in shown("result") and "Two." in shown("result")
     grid = objects()["grid"]
     for name, filled in (("grid", 0), ("region", len(grid))):

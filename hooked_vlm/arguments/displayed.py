@@ -32,12 +32,19 @@ class OneLine:
     """
 
     def __repr__(self) -> str:
-        given = [
-            f"{field.name}={brief(value)}"
-            for field in fields(self)  # type: ignore[arg-type]
-            if field.repr and not _is_default(value := getattr(self, field.name), field.default)
-        ]
-        return f"{type(self).__name__}({', '.join(given)})"
+        given = ", ".join(f"{name}={brief(value)}" for name, value in self._shown().items())
+        return f"{type(self).__name__}({given})"
+
+    def _repr_html_(self) -> str:
+        given = self._shown()
+        drawn = [html_opened(name, value) for name, value in given.items()]
+        rows = [(name, brief(value)) for name, value in given.items()]
+        return html_block(type(self).__name__, html_table(("field", "value"), rows), *drawn)
+
+    def _shown(self) -> dict[str, Any]:
+        """Returns the fields that are shown, without those that have their default value."""
+        shown = ((f, getattr(self, f.name)) for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        return {f.name: value for f, value in shown if not _is_default(value, f.default)}
 
 
 def _is_default(value: Any, default: Any) -> bool:
@@ -85,6 +92,17 @@ def html_folded(summary: str, text: str) -> str:
     """Returns text that opens under a summary."""
     body = f'<pre style="line-height: 1.3; overflow-x: auto">{escape(text)}</pre>'
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def html_opened(name: str, value: Any) -> str:
+    """Returns how a notebook shows a value, under its name; empty for what it shows as text.
+
+    Mappings (inputs, caches) are long, and open by a click.
+    """
+    if isinstance(value, type) or not hasattr(value, "_repr_html_"):
+        return ""
+    state = "" if isinstance(value, Mapping) else " open"
+    return f"<details{state}><summary>{escape(name)}</summary>{value._repr_html_()}</details>"
 
 
 def html_block(title: str, *parts: str) -> str:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hooked_vlm.arguments.checked import checked, shown
-from hooked_vlm.arguments.displayed import OneLine
+from hooked_vlm.arguments.displayed import OneLine, html_block, html_opened
 from hooked_vlm.arguments.kinds import is_whole
-from hooked_vlm.errors import InterventionError, UnknownHookError
+from hooked_vlm.errors import InterventionError, UnknownHookError, counted
 from hooked_vlm.hooks.names import select_names
 from hooked_vlm.hooks.of_interventions import hooks_of
 from hooked_vlm.hooks.prompts import require_generation
@@ -53,6 +53,10 @@ class Chain(OneLine):
                     "at_site(site). Write the method, or make the Chain anew."
                 )
         return Chain(*(part.at_site(site) for part in self.parts))
+
+    def _repr_html_(self) -> str:
+        parts = [html_opened(str(number), part) for number, part in enumerate(self.parts)]
+        return html_block(f"Chain of {counted(len(self.parts), 'part')}", *parts)
 
     def __str__(self) -> str:
         return f"Chain({', '.join(map(str, self.parts))})"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.anatomy.parts import is_linear
 from hooked_vlm.arguments.checked import checked
+from hooked_vlm.arguments.displayed import brief, html_block, html_table
 from hooked_vlm.arguments.kinds import Count
 from hooked_vlm.engine.batch import goes_alike
 from hooked_vlm.engine.budget import PASS_TOKENS, row_bytes, rows_within
@@ -210,6 +211,10 @@ class CheckedCells(Sequence[Cell]):
 
     def __repr__(self) -> str:
         return f"CheckedCells({counted(len(self), 'cell')} for {self.model.cfg.model_name!r})"
+
+    def _repr_html_(self) -> str:
+        rows = [(brief(c.coords), ", ".join(map(str, c.interventions))) for c in self.cells[:9]]
+        return html_block(repr(self), html_table(("first cells", "interventions"), rows))
 
     def __iter__(self) -> Iterator[Cell]:
         return iter(self.cells)

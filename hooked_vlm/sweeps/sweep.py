@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.arguments.checked import checked, shown
-from hooked_vlm.arguments.displayed import OneLine
+from hooked_vlm.arguments.displayed import OneLine, brief, html_block, html_opened, html_table
 from hooked_vlm.arguments.kinds import Count, Model, Name
 from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.engine.run import check_engine, run_cells
 from hooked_vlm.engine.shared import recorded_once
-from hooked_vlm.errors import InterventionError, did_you_mean
+from hooked_vlm.errors import InterventionError, counted, did_you_mean
 from hooked_vlm.interventions.chain import Cell, flattened, source_of
 from hooked_vlm.interventions.hook_at import HookAt
 from hooked_vlm.interventions.placing import Places
@@ -58,6 +59,16 @@ class Sweep(OneLine):
     axes: Mapping[str, Sequence[Any] | np.ndarray]
     make: Callable[..., Any]
     base: Sequence[Any] = ()
+
+    def _repr_html_(self) -> str:
+        axes = self.axes if isinstance(self.axes, Mapping) else {}
+        rows = [(name, len(v), brief(list(v))) for name, v in axes.items() if _has_values(v)]
+        n_cells = counted(prod(size for _, size, _ in rows) if rows else 0, "cell")
+        table = html_table(("axis", "values", "which"), rows)
+        under = [html_opened(f"base {i}", each) for i, each in enumerate(self.base)]
+        made = f"make: {brief(self.make)}"
+        drawn = html_opened("inputs", self.inputs)
+        return html_block(f"Sweep of {n_cells}; {made}", table, *under, drawn)
 
     def cells(self) -> Iterator[Cell]:
         """Yields the coordinates and interventions of every cell, the last axis fastest."""
