@@ -792,6 +792,16 @@ def _of_attention(w: SimpleNamespace) -> list[Call]:
             grid=(w.grid, NOTHING),
             first_key=(0, WHOLE),
         ),
+        call(
+            "view",
+            hv.view,
+            model=(w.rich, NOTHING),
+            image=(w.image, NOTHING),
+            question=("red", TEXT),
+            panels=(["lens"], NOTHING),
+            slots=(None, OPTIONAL),
+            limit_mb=(25, POSITIVE),
+        ),
         call("patch_map", hv.patch_map, weights=(torch.ones(37), NOTHING), grid=(w.grid, NOTHING)),
     ]
 
