@@ -1,4 +1,4 @@
-"""Shows the progress of a job: bars on a terminal, otherwise a line every few seconds."""
+"""Shows the progress of a job: bars on a terminal and in a notebook, otherwise lines."""
 
 import contextlib
 import logging
@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -24,11 +25,15 @@ from hooked_vlm.errors import counted
 
 
 class Listener(contextlib.AbstractContextManager):
-    """Shows the progress of a job: bars on a terminal, otherwise a line every few seconds."""
+    """Shows the progress of a job: bars on a terminal and in a notebook, otherwise lines.
+
+    A notebook needs ipywidgets for bars.  Lines come about every ten seconds.
+    """
 
     def __init__(self, console: Console, model: str) -> None:
         self.finished, self.of = 0, 0
-        self._console, self._model = console, model
+        self._model = model
+        self._draws = console.is_terminal or _draws_in_notebook(console)
         self._start = self._said = 0.0
         self._task: TaskID | None = None
         self._bars = Progress(
@@ -39,7 +44,7 @@ class Listener(contextlib.AbstractContextManager):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._draws,
         )
 
     def __enter__(self) -> "Listener":
@@ -82,16 +87,21 @@ class Listener(contextlib.AbstractContextManager):
         self._say(f"{self._name}: {how}")
 
     def _say(self, line: str) -> None:
-        if not self._console.is_terminal:
+        if not self._draws:
             print(line, file=sys.stderr, flush=True)
+
+
+def _draws_in_notebook(console: Console) -> bool:
+    """Whether bars can be drawn in a notebook; without ipywidgets they would only be printed."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 @contextlib.contextmanager
 def progress_bar(name: str, *, stderr: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Yields an `on_progress` function that shows the progress of one call.
 
-    It is a bar on a terminal and in a notebook, otherwise a line every ten seconds.  A call whose
-    total changes begins a new bar.
+    It is a bar on a terminal and, with ipywidgets, in a notebook; otherwise a line about every ten
+    seconds.  A call whose total changes begins a new bar.
 
     >>> with progress_bar("sweep") as step:  # such as sweep.run(model, metric, on_progress=step)
     ...     step(1, 2)
