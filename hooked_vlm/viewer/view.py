@@ -293,7 +293,7 @@ class _Work:
         }
         facts["software"] = ", ".join(f"{n} {version(n)}" for n in ("hooked-vlm", "transformers"))
         if "patches" in found:
-            facts["patches"] = str(found["patches"].attrs["engine"])
+            facts["sweep of patches"] = str(found["patches"].attrs["engine"])
         return facts
 
     def _notes(self) -> dict[str, str]:

@@ -1,0 +1,61 @@
+"""What `hooked-vlm view` takes and writes; its page is tested in `tests/viewer`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hooked_vlm.errors import DataError
+from hooked_vlm.experiments.loop import silent
+from hooked_vlm.report import viewing
+from hooked_vlm.report.viewing import Asked, write
+
+
+MODEL = "tiny-qwen2-vl"
+
+
+def test_a_page_is_written_for_a_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "p.png")
+    asked = Asked(
+        image=tmp_path / "p.png", question="What?", answers="red, blue", panels="lens", slots="0,6"
+    )
+    line = write(MODEL, asked, tmp_path / "new" / "v.html", "cpu", "float32", silent)
+    page = (tmp_path / "new" / "v.html").read_text(encoding="utf-8")
+    assert line.startswith(f"page: {tmp_path / 'new' / 'v.html'} (0.")
+    assert '"answers": ["red", "blue"]' in page and "blocks.5.hook_resid_post" in page
+    assert "blocks.2.hook_resid_post" not in page
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"question": "What?"}, "--image and --question are given together"),
+        ({"source": Path("p.png")}, "--source is another picture"),
+        ({"panels": "lens,atention"}, "Did you mean 'attention'"),
+        ({"layers": "0,x"}, "--layers was given '0,x'"),
+        ({"slots": ","}, "--slots was given ','"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_loaded(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        Asked(**given)
+
+
+@pytest.mark.parametrize(
+    ("image", "out", "said"),
+    [
+        ("absent.png", "v.html", "absent.png' cannot be read as a picture"),
+        ("text.png", "v.html", "text.png' cannot be read as a picture"),
+        ("p.png", ".", "is a folder"),
+    ],
+)
+def test_files_are_checked_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, out: str, said: str
+) -> None:
+    monkeypatch.setattr(viewing, "HookedVLM", None)
+    Image.new("RGB", (64, 48)).save(tmp_path / "p.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=said):
+        asked = Asked(image=tmp_path / image, question="What?")
+        write(MODEL, asked, tmp_path / out, "cpu", "float32", silent)
