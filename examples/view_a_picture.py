@@ -8,6 +8,8 @@ The page is one HTML file in the folder of temporary files.
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from hooked_vlm import HookedVLM, progress_bar, view
 from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.squares import draw
@@ -31,7 +33,7 @@ for name, array in seen.arrays.items():
 
 # The page's numbers are there too: which cell's patch changes the first answer the most?
 effects = seen.arrays["patches"].isel(answer=0, place=slice(len(seen.grid)))
-slot, place = divmod(int(abs(effects).argmax()), effects.sizes["place"])
+slot, place = divmod(int(np.abs(effects.values).argmax()), effects.sizes["place"])
 print(
     f"{seen.slots[slot]}, cell {divmod(place, seen.grid.cols)}: {float(effects[slot, place]):.2f}"
 )

@@ -200,6 +200,7 @@ EMPTY = {
     "reproduce": "--out out",
     "sites": "tiny-gemma-3",
     "check": "tiny-gemma-3",
+    "view": "tiny-gemma-3 --out v.html",
 }
 
 

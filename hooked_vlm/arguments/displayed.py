@@ -101,8 +101,9 @@ def html_opened(name: str, value: Any) -> str:
     """
     if isinstance(value, type) or not hasattr(value, "_repr_html_"):
         return ""
+    drawn = value._repr_html_()
     state = "" if isinstance(value, Mapping) else " open"
-    return f"<details{state}><summary>{escape(name)}</summary>{value._repr_html_()}</details>"
+    return f"<details{state}><summary>{escape(name)}</summary>{drawn}</details>"
 
 
 def html_block(title: str, *parts: str) -> str:
