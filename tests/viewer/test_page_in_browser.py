@@ -121,7 +121,7 @@ def test_a_click_on_the_chart_chooses_layer_and_head(opened: Opened) -> None:
     browser = opened.browser
     browser.open(opened.page, "#layer=0&head=mean")
     browser.run("document.getElementById('attention-chart').scrollIntoView({block: 'center'})")
-    square = "#attention-chart svg:last-of-type g[aria-label=cell] rect:nth-child(11)"  # 2, head 2
+    square = "#attention-chart svg:last-of-type g[data-mark=cell] rect:nth-child(11)"  # 2, head 2
     browser.hover(square)
     browser.click(square)
     state = browser.run("return Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")

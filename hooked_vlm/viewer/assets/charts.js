@@ -3,7 +3,14 @@
 const OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A"];
 
 function put(id, ...nodes) {
-  document.getElementById(id).replaceChildren(...nodes);
+  const place = document.getElementById(id);
+  place.replaceChildren(...nodes);
+  // The name of a chart is its own; groups inside have no role, and may have no name.
+  for (const svg of place.querySelectorAll("svg[aria-label]")) svg.setAttribute("role", "img");
+  for (const group of place.querySelectorAll("g[aria-label]")) {
+    group.dataset.mark = group.getAttribute("aria-label");
+    group.removeAttribute("aria-label");
+  }
 }
 
 function widthOf(panel) {
