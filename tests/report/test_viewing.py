@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from hooked_vlm import zoo
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.report import viewing
@@ -59,3 +60,10 @@ def test_files_are_checked_before_a_model_is_loaded(
     with pytest.raises(DataError, match=said):
         asked = Asked(image=tmp_path / image, question="What?")
         write(MODEL, asked, tmp_path / out, "cpu", "float32", silent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", zoo.available())
+def test_the_page_of_a_shipped_model_is_small(model: str, tmp_path: Path) -> None:
+    write(model, Asked(), tmp_path / "v.html", "cpu", "float32", silent)
+    assert 500_000 < (tmp_path / "v.html").stat().st_size < 5_000_000
