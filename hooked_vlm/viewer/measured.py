@@ -158,9 +158,9 @@ def log_odds(
     """Returns the log odds of single tokens against all others of the vocabulary together.
 
     >>> log_odds(torch.zeros(1, 3), [0])
-    tensor([[-0.6931]], dtype=torch.float64)
+    tensor([[-0.6931]])
     """
-    wide = logits.double()
+    wide = logits.float()
     own = [
         wide[..., i]
         - wide.index_fill(-1, torch.tensor([i], device=wide.device), -torch.inf).logsumexp(-1)

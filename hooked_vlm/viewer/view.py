@@ -233,7 +233,7 @@ class _Work:
         with torch.no_grad():
             logits, cache = model.run_with_cache(inputs, sorted(sites))
         last = logits[0, -1].float()
-        ids = last.topk(N_ANSWERS).indices.tolist() if ids is None else ids
+        ids = last.topk(N_ANSWERS).indices.tolist() if ids is None else list(dict.fromkeys(ids))
         found = {"final": xr.DataArray(last.softmax(-1)[ids].cpu().numpy(), dims="answer")}
         layers: dict[int, str] = {}
         if "attention" in self.panels:
@@ -256,7 +256,7 @@ class _Work:
             image=self.image,
             grid=self.grid,
             tokens=inputs.to_str_tokens()[0],
-            answers={text[i]: i for i in ids},
+            answers=_named(ids, text),
             slots=self.slots,
             layers=layers,
             arrays=found,
@@ -304,6 +304,15 @@ class _Work:
         )
         notes = {"patches": f"The edit writes {written}."}
         return notes | {f"probes.{name}": own.about for name, own in self.probes.items()}
+
+
+def _named(ids: Sequence[int], text: Mapping[int, str]) -> dict[str, int]:
+    """Returns tokens by their text; of equal texts (parts of characters) each has its id too."""
+    texts = [text[i] for i in ids]
+    return {
+        one if texts.count(one) == 1 else f"{one} [{i}]": i
+        for one, i in zip(texts, ids, strict=True)
+    }
 
 
 def _thirds(grid: TokenGrid) -> dict[str, Region]:

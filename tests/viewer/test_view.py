@@ -29,6 +29,7 @@ from hooked_vlm.errors import DataError, HookedVLMError
 from hooked_vlm.viewer.measured import log_odds
 from hooked_vlm.viewer.page import ASSETS, LIBRARY, asset
 from hooked_vlm.viewer.quantised import COARSE, FINE, packed, unpacked
+from hooked_vlm.viewer.view import _named
 
 
 QUESTION = "What is </script> this?"
@@ -223,3 +224,7 @@ def test_order_probes_refuse_mistakes(given: dict[str, Any]) -> None:
 def test_slot_probes_need_classifiers() -> None:
     with pytest.raises(DataError, match="predict_proba"):
         SlotProbes({0: "probe"})
+
+
+def test_answers_of_one_text_keep_their_columns() -> None:
+    assert _named([3, 4, 5], {3: "a", 4: "b", 5: "a"}) == {"a [3]": 3, "b": 4, "a [5]": 5}
