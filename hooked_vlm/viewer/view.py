@@ -100,8 +100,9 @@ def view(
     layers: Sequence[int] | None = None,
     slots: Sequence[int] | None = None,
     limit_mb: NotNegative = LIMIT_MB,
+    system: str | None = None,
+    chat: bool | None = None,
     on_progress: Callable[[int, int], None] = silent,
-    **prepare_kwargs: Any,
 ) -> View:
     """Returns what a model reads from a picture and a question, for an interactive page.
 
@@ -115,8 +116,8 @@ def view(
       of the same size with the same question; without one, the mean over the picture's cells.
     - `"probes"`: the class probabilities of fitted `probes` in every cell; see `order_probes`.
 
-    `answers` are single tokens (default: the four most probable next ones).  `prepare_kwargs` go to
-    `model.prepare`.  `on_progress` is called with the numbers of done and of all units of work.
+    `answers` are single tokens (default: the four most probable next ones).  `system` and `chat` are
+    those of `model.prepare`.  `on_progress` is called with the numbers of done and of all units of work.
     Load the model with `attn_implementation="eager"`, so that all panels show the same run.
 
     Raises `DataError`, before a model runs, for an unknown panel, slot or layer and for a page that
@@ -129,8 +130,9 @@ def view(
     (7, 'blocks.0.hook_resid_post')
     >>> page = seen.to_html()
     """
-    work = _Work(model, image, question, source, prepare_kwargs, on_progress)
-    work.check(panels, layers, slots, probes or {}, regions, limit_mb)
+    how = {"system": system, "chat": chat}
+    work = _Work(model, image, question, source, how, on_progress)
+    work.check(list(panels), layers, slots, probes or {}, regions, limit_mb)
     return work.done(answers)
 
 

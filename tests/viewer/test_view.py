@@ -175,6 +175,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"panels": ["atention"]}, "Did you mean 'attention'"),
     ({"panels": []}, "No panel was named"),
     ({"panels": ["probes"]}, "no probes were given"),
+    ({"pannels": ["lens"]}, "Did you mean 'panels'"),
     ({"layers": [6]}, "some of 0 to 5"),
     ({"slots": [7]}, "some of 0 to 6"),
     ({"limit_mb": 0.01}, r"page would have up to .* layers=range\(0, 6, 1\)"),
