@@ -116,9 +116,10 @@ def view(
       of the same size with the same question; without one, the mean over the picture's cells.
     - `"probes"`: the class probabilities of fitted `probes` in every cell; see `order_probes`.
 
-    `answers` are single tokens (default: the four most probable next ones).  `system` and `chat` are
-    those of `model.prepare`.  `on_progress` is called with the numbers of done and of all units of work.
-    Load the model with `attn_implementation="eager"`, so that all panels show the same run.
+    `answers` are single tokens (default: the four most probable next ones).  `system` and `chat`
+    are those of `model.prepare`.  `on_progress` is called with the numbers of done and of all units
+    of work.  Load the model with `attn_implementation="eager"`, so that all panels show the same
+    run.
 
     Raises `DataError`, before a model runs, for an unknown panel, slot or layer and for a page that
     would be larger than `limit_mb`, and what `prepare`, `Patch` and `attention_maps` raise.
