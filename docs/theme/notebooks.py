@@ -26,9 +26,9 @@ class Notebooks(Extension):
         super().__init__(**options)
 
     def extendMarkdown(self, md: Markdown) -> None:
-        """Registers the replacement before code fences are read."""
+        """Registers the replacement, after white space is mended and before fences are read."""
         folder = Path(self.getConfig("folder"))
-        md.preprocessors.register(_Shown(md, folder), "notebooks", priority=40)
+        md.preprocessors.register(_Shown(md, folder), "notebooks", priority=28)
 
 
 class _Shown(Preprocessor):
