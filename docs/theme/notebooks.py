@@ -65,7 +65,8 @@ class _Shown(Preprocessor):
             return self.md.htmlStash.store(shown)
         if "text/html" in data and 'class="dataframe"' not in data["text/html"]:
             return self.md.htmlStash.store(data["text/html"])
-        return f"```text\n{data['text/plain'].rstrip()}\n```"
+        text = html.escape(data["text/plain"].rstrip())
+        return self.md.htmlStash.store(f'<pre class="output"><code>{text}</code></pre>')
 
 
 def makeExtension(**options: Any) -> Notebooks:
