@@ -174,6 +174,8 @@ def test_the_wheel_has_the_package_and_nothing_else(dist: Path) -> None:
     assert {n for n in names if n.startswith(f"{info}/licenses/")} == {
         f"{info}/licenses/LICENSE",
         f"{info}/licenses/hooked_vlm/stimuli/assets/NOTICE.md",
+        f"{info}/licenses/hooked_vlm/viewer/assets/d3.LICENSE",
+        f"{info}/licenses/hooked_vlm/viewer/assets/plot.LICENSE",
     }
     there = {
         p.relative_to(ROOT).as_posix() for p in (ROOT / "hooked_vlm").rglob("*") if p.is_file()
