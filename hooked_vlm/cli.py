@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -48,6 +48,7 @@ from hooked_vlm.report.progress import Listener, quiet
 
 
 if TYPE_CHECKING:
+    from hooked_vlm.report.engines import Engine
     from hooked_vlm.report.job import Job, Report
 
 FAILED, USER_ERROR, SIGNALLED = 1, 2, 128  # a signal's number is added to the last
@@ -352,16 +353,21 @@ def _one_after_the_other(made: Sequence["Job"], part: str | None, executor: str 
             print(f"report: {_run(job).page}")
             continue
         with engines.engine_of(executor, job.out) as engine:
-            print(f"report: {_run(job, engine.executor, engine.tasks).page}")
+            if engine.said:
+                print(f"hooked-vlm: {engine.said}", file=sys.stderr)
+            print(f"report: {_run(job, engine).page}")
 
 
-def _run(job: "Job", executor: Any = None, tasks: int | None = None) -> "Report":
+def _run(job: "Job", engine: "Engine | None" = None) -> "Report":
     from hooked_vlm.report import job as runner
 
     runner.check(job)
     listener = Listener(Console(stderr=True), job.model)
     with _said_when_ended(job, listener):
-        return runner.run(job, listener, executor=executor, tasks=tasks)
+        if engine is None:
+            return runner.run(job, listener)
+        how = {"executor": engine.executor, "tasks": engine.tasks, "threads": engine.threads}
+        return runner.run(job, listener, **how)
 
 
 @contextlib.contextmanager

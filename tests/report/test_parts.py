@@ -314,6 +314,7 @@ def test_e2_in_processes_and_merged_has_the_bits_of_one_process(
         merge(cut.out, SILENT)
     record = merge(cut.out, SILENT, allow_mixed=True).provenance
     assert "device cuda and cpu" in record.elsewhere["final-token on squares"]
+    assert record.seconds["final-token on squares"] > record.wall_seconds  # the parts' with it
     assert files(cut.out) == files(job.out)
 
 
@@ -328,8 +329,9 @@ def test_a_worker_with_another_version_refuses() -> None:
         depends_on={"source": "another"},
         folder=Path("nowhere"),
     )
-    with pytest.raises(DataError, match=r"A worker refuses units of strip-swap: .*source another"):
-        workers.compute(task)
+    failed = workers.compute(task).failed
+    assert failed is not None and failed.unit == "" and failed.kind == "DataError"
+    assert "it refuses the task, for it has " in failed.said and " and another" in failed.said
 
 
 @pytest.mark.parametrize(
