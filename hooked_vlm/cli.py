@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from hooked_vlm.disk.files import lacking
 from hooked_vlm.errors import DataError, HookedVLMError, counted
 from hooked_vlm.report.children import run_commands, words_of
 from hooked_vlm.report.command_options import (
@@ -43,7 +44,6 @@ from hooked_vlm.report.command_options import (
     Seed,
     Setting,
 )
-from hooked_vlm.report.files import lacking
 from hooked_vlm.report.progress import Listener, quiet
 
 

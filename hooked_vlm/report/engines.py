@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from hooked_vlm.disk.files import temporary_name
 from hooked_vlm.errors import DataError, MissingExtraError, counted
-from hooked_vlm.report.files import temporary_name
 from hooked_vlm.report.workers import Executor
 
 

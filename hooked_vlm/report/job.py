@@ -22,6 +22,7 @@ import torch
 
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_filled
+from hooked_vlm.disk.files import remove_leftovers, writable_folder
 from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import (
     CannotRunError,
@@ -38,7 +39,6 @@ from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.basis import Basis, data_files, everything, key_of, run_key
-from hooked_vlm.report.files import remove_leftovers, writable_folder
 from hooked_vlm.report.listener import SILENT, Listener
 from hooked_vlm.report.page import FIGURES, PAGE, write_report
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hooked_vlm.disk.files import remove_leftovers
 from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
 from hooked_vlm.experiments.loop import Loop, UnfinishedError, following, silent
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.report.files import remove_leftovers
 from hooked_vlm.report.values import packed, seconds_of, unpacked, write_value
 
 

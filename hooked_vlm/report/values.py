@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hooked_vlm.disk.files import write_file
 from hooked_vlm.errors import DataError
-from hooked_vlm.report.files import write_file
 
 
 ABOUT = "about"

@@ -28,6 +28,7 @@ import torch
 
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_whole
+from hooked_vlm.disk.files import lacking
 from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import (
     CannotRunError,
@@ -41,7 +42,6 @@ from hooked_vlm.experiments.loop import Loop, UnfinishedError, silent, working_b
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.basis import Basis, everything, key_of
-from hooked_vlm.report.files import lacking
 from hooked_vlm.report.parts import Parts, unit_of
 
 

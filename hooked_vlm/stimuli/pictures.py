@@ -86,18 +86,28 @@ def _require_no_pipe(path: Path) -> None:
 def checked_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file; raises `DataError` for a picture that cannot be opened.
 
-    A file is decoded once in a process, as long as its size and time do not change.
+    A file is decoded once in a process, as long as it is the same (`stamp_of`).
     """
     try:
-        status = path.stat()
+        stamp = stamp_of(path)
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
     _require_no_pipe(path)
-    return _checked(path, status.st_size, status.st_mtime_ns)
+    return _checked(path, stamp)
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Returns what changes when a file is written or replaced, also by one of the same size.
+
+    Raises `OSError` where there is none.
+    """
+    status = path.stat()
+    # The time of modification can be set to an older one, as copies keep it; the last cannot.
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @cache
-def _checked(path: Path, _size: int, _modified_ns: int) -> str:
+def _checked(path: Path, _stamp: tuple[int, ...]) -> str:
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from hooked_vlm.errors import DataError, DataProblemsError, MissingExtraError
+from hooked_vlm.stimuli import settings
 from hooked_vlm.stimuli.own import OwnData, tables
 from hooked_vlm.stimuli.own import data as own_data
 
@@ -246,6 +248,43 @@ def test_a_saved_data_set(folder: Path) -> None:
     assert "data/state.json" in data.files()
     with pytest.raises(DataError, match="data set of several parts was given \\(train\\)"):
         OwnData.read(datasets.DatasetDict({"train": saved}))
+
+
+class Saved(FewRows):
+    """A data set that was saved in a folder, as its files have it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(json.loads((folder / "rows.arrow").read_text()))
+
+
+def rewritten(path: Path, old: str, new: str) -> None:
+    """Writes a file anew, in place, with the same size and the same time of modification."""
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_data_are_read_again_after_any_change(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folder, {})
+    table = settings.own_data(folder)
+    assert settings.own_data(folder) is table
+    rewritten(folder / "items.jsonl", "red", "tan")
+    assert settings.own_data(folder).items[0].answer == "tan"
+    (folder / "a.png").write_bytes((folder / "cut.png").read_bytes())
+    with pytest.raises(DataProblemsError, match="cannot be read as a picture"):
+        settings.own_data(folder)
+    # A saved data set: the folder itself does not change with the files in it.
+    monkeypatch.setattr(tables, "_from_disk", Saved)
+    saved = folder / "saved"
+    saved.mkdir()
+    (saved / "rows.arrow").write_text(json.dumps([{**GOOD, "image": str(folder / "b.png")}]))
+    for name in ("state.json", "dataset_info.json"):
+        (saved / name).write_text("{}")
+    assert settings.own_data(saved) is settings.own_data(saved)
+    rewritten(saved / "rows.arrow", "red", "tan")
+    assert settings.own_data(saved).items[0].answer == "tan"
 
 
 def test_a_picture_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
