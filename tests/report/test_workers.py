@@ -158,6 +158,8 @@ def test_no_pickle_of_slurm_jobs_is_left(
 
         def update_parameters(self, **_: Any) -> None: ...
 
+        def submit(self, fn: Any, /, *args: Any) -> Any: ...
+
     module: Any = ModuleType("submitit")
     module.AutoExecutor = AutoExecutor
     monkeypatch.setitem(sys.modules, "submitit", module)
