@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import synthetic_results as synthetic
+from hooked_vlm.disk import files
 from hooked_vlm.disk.files import (
     remove_leftovers,
     replaced_folder,
@@ -19,7 +20,6 @@ from hooked_vlm.disk.files import (
     temporary_name,
     write_file,
 )
-from hooked_vlm.report import files
 from hooked_vlm.report.results import load_result, save_result
 
 
