@@ -187,7 +187,9 @@ def reproduce(
         dtype=dtype,
         fresh=fresh,
     )
-    if jobs == AUTO and executor is None:
+    if jobs != 0 and (part is not None or executor is not None):
+        raise DataError("--jobs was given with --part or --executor; expected one of the three.")
+    if jobs == AUTO:
         executor = "processes"
     if part is not None or executor is not None:
         _one_after_the_other(made, part, executor)
@@ -364,10 +366,7 @@ def _run(job: "Job", engine: "Engine | None" = None) -> "Report":
     runner.check(job)
     listener = Listener(Console(stderr=True), job.model)
     with _said_when_ended(job, listener):
-        if engine is None:
-            return runner.run(job, listener)
-        how = {"executor": engine.executor, "tasks": engine.tasks, "threads": engine.threads}
-        return runner.run(job, listener, **how)
+        return runner.run(job, listener, **({} if engine is None else engine.how))
 
 
 @contextlib.contextmanager

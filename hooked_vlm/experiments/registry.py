@@ -134,9 +134,12 @@ ON_TASKS = (*PAPER, redundancy.ABOUT.name)
 OWN_RUNS: dict[str, tuple[Needs, RunOwn]] = {
     behaviour.ABOUT.name: (Needs(), behaviour.run_in),
     final_token.ABOUT.name: (Needs(PAIRS), transfer.run_final_token),
-    ordering_probes.ABOUT.name: (Needs(LABELS), probed.run_probes),
+    ordering_probes.ABOUT.name: (
+        Needs(LABELS, further=probed.check_control),
+        probed.run_probes,
+    ),
     strip_swap.ABOUT.name: (Needs((*PAIRS, *BOXES)), transfer.run_regions),
-    amplification.ABOUT.name: (Needs(LABELS), probed.run_amplified),
+    amplification.ABOUT.name: (Needs(LABELS, further=probed.pictures_of), probed.run_amplified),
     box_ablation.ABOUT.name: (Needs(BOXES), box_ablation.run_own),
 }
 """By name: what an experiment needs of own data, and how it runs on them."""

@@ -34,6 +34,11 @@ class Engine:
     said: str = ""
     """What a user should know of it; empty: nothing."""
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of `job.run` with which it is used."""
+        return {"executor": self.executor, "tasks": self.tasks, "threads": self.threads}
+
 
 LOGS = "slurm-logs"
 """The folder, inside the output folder, with what SLURM jobs printed in a run that failed."""

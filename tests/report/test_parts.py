@@ -312,6 +312,10 @@ def test_e2_in_processes_and_merged_has_the_bits_of_one_process(
     about.write_text(changed.replace('"torch": "', '"torch": "9'))
     with pytest.raises(DataError, match=r"were computed differently: torch 9.* --allow-mixed"):
         merge(cut.out, SILENT)
+    about.write_text(changed.replace('"pairs": 2', '"pairs": 9'))
+    with pytest.raises(DataError, match=r"are of other data, options or weights .*: pairs 9 and 2"):
+        merge(cut.out, SILENT)
+    about.write_text(changed.replace('"torch": "', '"torch": "9'))
     record = merge(cut.out, SILENT, allow_mixed=True).provenance
     assert "device cuda and cpu" in record.elsewhere["final-token on squares"]
     assert record.seconds["final-token on squares"] > record.wall_seconds  # the parts' with it

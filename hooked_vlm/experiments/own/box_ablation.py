@@ -73,6 +73,7 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
             "No direction has rows of two pictures, as an interval needs. Give more pictures, or "
             "leave the column direction out."
         )
+    setting.check_regions()
     # 1. What replaces the tokens.
     vectors = torch.zeros(n_layers + 1, d_model)
     if config.to == "mean":

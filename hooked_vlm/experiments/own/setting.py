@@ -209,19 +209,11 @@ class OwnSetting(Setting):
     ) -> dict[str, list[Region]]:
         """Returns the cells of each kind in each item's picture: see `region_kinds`.
 
-        Raises `CannotRunError` for boxes that together cover more than half of a picture.
+        Raises `CannotRunError` as `check_regions` does.
         """
         found: dict[str, list[Region]] = {kind: [] for kind in self.region_kinds}
         for item, grid in zip(items, grids, strict=True):
-            named = item.regions(grid)
-            boxes = union_of(named.values(), ANYWHERE)
-            others = grid.background(boxes, name=OTHERS)
-            if len(others) < len(boxes):
-                raise CannotRunError(
-                    f"The boxes of item {item.id!r} ({item.where}) cover {len(boxes)} of its "
-                    f"picture's {len(grid)} cells, so there are not as many other cells to compare "
-                    "with. Give boxes that cover at most half of a picture."
-                )
+            named, boxes, others = _cells(item, grid)
             kinds = {ANYWHERE: boxes, OTHERS: others}
             kinds |= {f"{BOX} {name}": region for name, region in named.items()}
             for kind in self.compared:
@@ -232,6 +224,20 @@ class OwnSetting(Setting):
             for kind, own in found.items():
                 own.append(kinds[kind])
         return found
+
+    def check_regions(self) -> None:
+        """Verifies the boxes of all items before the first of them is run.
+
+        Pictures of one size have one grid, so one picture of each size is prepared.  Raises
+        `CannotRunError` for boxes that together cover more than half of a picture, `RegionError`
+        for a box in a part that the processor crops, and what `prepare` raises for a picture.
+        """
+        grids: dict[tuple[int, int], TokenGrid] = {}
+        for item in self.data.items:
+            size = item.image.size()
+            if size not in grids:
+                grids[size] = self.grids(self.inputs([item]))[0]
+            _cells(item, grids[size])
 
     def first_with_boxes(self) -> Image.Image:
         """Returns the first item's picture with its boxes drawn over it."""
@@ -259,6 +265,20 @@ class OwnSetting(Setting):
         common = [n for n in self.data.items[0].names if all(n in i.names for i in self.data.items)]
         alone = len(common) == 1 and all(len(item.names) == 1 for item in self.data.items)
         return (ANYWHERE, *(() if alone else (f"{BOX} {name}" for name in common)))
+
+
+def _cells(item: OwnItem, grid: TokenGrid) -> tuple[dict[str, Region], Region, Region]:
+    """Returns the cells of an item's boxes by name, of all of them, and all others."""
+    named = item.regions(grid)
+    boxes = union_of(named.values(), ANYWHERE)
+    others = grid.background(boxes, name=OTHERS)
+    if len(others) < len(boxes):
+        raise CannotRunError(
+            f"The boxes of item {item.id!r} ({item.where}) cover {len(boxes)} of its picture's "
+            f"{len(grid)} cells, so there are not as many other cells to compare with. Give boxes "
+            "that cover at most half of a picture."
+        )
+    return named, boxes, others
 
 
 def observations(pairs: Sequence[OwnPair]) -> list[str]:

@@ -75,6 +75,7 @@ def run_regions(setting: OwnSetting, config: Config, on_progress: OnProgress) ->
         items = [pair.clean for pair in pairs]
         return setting.regions(items, setting.grids(inputs), config.seed)
 
+    setting.check_regions()
     kinds = setting.region_kinds
     by_direction, left_out = _swept(setting, config, kinds, places, on_progress)
     n_layers = setting.model.cfg.n_layers

@@ -18,7 +18,7 @@ from hooked_vlm.errors import DataError, DataProblemsError, counted
 from hooked_vlm.stimuli.own.items import OwnItem, Picture
 from hooked_vlm.stimuli.own.reading import RowReader, Size, normalise, unknown_columns
 from hooked_vlm.stimuli.own.tables import Table, read_table
-from hooked_vlm.stimuli.pictures import UNREADABLE, size_of, upright_size
+from hooked_vlm.stimuli.pictures import UNREADABLE, size_of
 
 
 DECODED = 2000
@@ -192,9 +192,7 @@ def _sizes(n: int) -> Callable[[Picture], Size]:
 def _size(picture: Picture, whole: bool) -> Size:
     if not isinstance(picture.source, Path):
         try:
-            source = picture.source
-            opened = source if isinstance(source, Image.Image) else source()
-            return upright_size(opened, whole)
+            return picture.size(whole)
         except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise DataError(f"cannot be read as a picture: {str(error)[:120]}") from None
     if not picture.source.is_file():

@@ -13,7 +13,13 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
-from hooked_vlm.stimuli.pictures import UNREADABLE, open_picture, upright
+from hooked_vlm.stimuli.pictures import (
+    UNREADABLE,
+    open_picture,
+    size_of,
+    upright,
+    upright_size,
+)
 
 
 Box = tuple[float | int, float | int, float | int, float | int]
@@ -32,7 +38,7 @@ class Picture:
     """A path, a picture, or a function that returns a picture."""
 
     def open(self, ground: str = "white") -> Image.Image:
-        """Returns the picture in RGB, upright and over a colour; raises `DataError` if unreadable."""
+        """Returns the picture in RGB, upright and over a colour; raises `DataError`."""
         if isinstance(self.source, Path):
             return open_picture(self.source, partial(upright, ground=ground))
         try:
@@ -42,6 +48,16 @@ class Picture:
             raise DataError(
                 f"A picture of the data cannot be read as a picture: {str(error)[:120]}."
             ) from None
+
+    def size(self, whole: bool = False) -> tuple[int, int]:
+        """Returns its width and height, upright; decodes it with `whole`.
+
+        Raises `DataError`, and of one in memory what PIL raises, for what cannot be read.
+        """
+        if isinstance(self.source, Path):
+            return size_of(self.source, whole)
+        found = self.source if isinstance(self.source, Image.Image) else self.source()
+        return upright_size(found, whole)
 
     def pixels(self) -> np.ndarray:
         """Returns, of a mask, which pixels `[row, column]` are not black, and not transparent."""
