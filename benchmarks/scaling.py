@@ -22,6 +22,7 @@ import torch
 
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.report.job import Job, run
+from hooked_vlm.report.progress import quiet
 
 
 MOST_BESIDE = 0.1
@@ -83,7 +84,8 @@ def main() -> None:
     for processes in given.processes:
         with tempfile.TemporaryDirectory() as folder:
             job = Job(given.experiment, given.model, Path(folder), config=config)
-            found.append(measured(job, processes))
+            with quiet():
+                found.append(measured(job, processes))
         one, first = found[-1], found[0]
         same = "the same bytes" if one.table == first.table else "DIFFERENT"
         beside = "unknown" if one.beside is None else f"{one.beside:.2f}"

@@ -1,5 +1,7 @@
-"""What counts once on own data, and the verdicts of E2, E4 and D1 on made-up scores."""
+"""What counts once on own data, and the verdicts of E2, E4 and D1: on made-up scores, and on a
+model whose answers are known to come from the objects' cells, or from the background alone."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -7,7 +9,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from helpers.planted_models import planted
 from hooked_vlm.errors import CannotRunError
+from hooked_vlm.experiments import batches
 from hooked_vlm.experiments.batches import OBSERVATION, numbers_only
 from hooked_vlm.experiments.dual_mechanisms import strip_swap
 from hooked_vlm.experiments.own import box_ablation, transfer
@@ -19,7 +23,13 @@ from hooked_vlm.experiments.own.setting import (
     control_of,
     observations,
 )
+from hooked_vlm.experiments.registry import select
+from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.stimuli.own import OwnData
 from hooked_vlm.stimuli.own.items import OwnItem, Picture
+from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.settings import stimulus_set
 
 
 def pair(one: str, other: str) -> OwnPair:
@@ -129,3 +139,75 @@ def test_a_direction_with_one_observation_left_is_left_out() -> None:
     assert set(numbers_only({"one": shared, "two": values})[0]) == {"two"}
     with pytest.raises(CannotRunError, match="In no direction do two pairs"):
         numbers_only({"one": shared})
+
+
+@cache
+def squares() -> OwnData:
+    """Twelve pictures of squares and their mirror images, as a user's own data with boxes."""
+    setting = Setting(planted("object"), stimulus_set("squares"))
+    boxes = {}
+    for place, name in enumerate(("first", "second", "third")):
+        rows, cols = np.divmod(sorted(setting.geometry.object_region("horizontal", place)), 6)
+        edges = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
+        boxes[name] = [8 * int(edge) for edge in edges]
+    rows = []
+    for asked in setting.stimuli.items(["left"]):
+        mirrored = Question(asked.entities[::-1], asked.direction)
+        if asked.entities > mirrored.entities:
+            continue
+        row = {"image": setting.picture(asked), "question": setting.stimuli.prompt(asked)}
+        row |= {"answer": asked.target, "boxes": boxes}
+        row |= {"counterfactual": setting.picture(mirrored)}
+        rows.append({**row, "counterfactual_answer": mirrored.target})
+    return OwnData.read(rows[::5][:12])
+
+
+def run(name: str, coded: str) -> Result:
+    experiment = select(name)
+    assert experiment.run_on is not None
+    return experiment.run_on(planted(coded), squares(), experiment.config(setting="own"))
+
+
+@pytest.mark.parametrize(
+    ("name", "coded", "said"),
+    [
+        (
+            "strip-swap",
+            "object",
+            ["boxes yes, 1.00", "all other cells no, 0.00", "Boxes more than"],
+        ),
+        ("strip-swap", "background", ["boxes no, 0.00", "all other cells yes, 1.00"]),
+        ("box-ablation", "object", ["Boxes: a fall of the answer's probability at slots 0-1 ("]),
+        ("box-ablation", "background", ["Boxes: a fall of the answer's probability at no slot ("]),
+        ("final-token", "object", ["slots 0-1 clean; slot 2 the counterfactual's"]),
+    ],
+)
+def test_the_verdict_finds_where_the_answer_was_planted(
+    name: str, coded: str, said: list[str]
+) -> None:
+    verdict = run(name, coded).verdict
+    for one in said:
+        assert one in verdict, verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "unit"),
+    [("strip-swap", batches, "pair"), ("box-ablation", box_ablation, "question")],
+)
+def test_a_nan_in_one_cell_leaves_out_its_pair_alone(
+    name: str, module: Any, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, calls = module.scored_numbers, []
+
+    def broken(score: Any, logits: Any) -> Any:
+        calls.append(1)
+        logits = logits.clone()
+        if len(calls) == 1:
+            logits[0] = np.nan
+        return usual(score, logits)
+
+    monkeypatch.setattr(module, "scored_numbers", broken)
+    result = run(name, "object")
+    assert f"Left out, all questions: 1 {unit} with scores that are not numbers." in result.verdict
+    assert "nan" not in result.verdict
+    assert set(result.table["n"]) == {11}

@@ -119,6 +119,7 @@ CSV = {
     "semicolons": "image;question;answer\na.png;Q;red\nb.png;Q;blue",
     "old Macintosh": "image,question,answer\ra.png,Q,red\rb.png,Q,blue\r",
     "blank lines": "\nimage,question,answer\n\na.png,Q,red\n,,\nb.png,Q,blue\n\n",
+    "empty fields at the end": "image,question,answer,,\na.png,Q,red,,\nb.png,Q,blue\n",
     "notes": "image,question,answer,_note\na.png,Q,red,\nb.png,Q,blue,dark\n",
 }
 

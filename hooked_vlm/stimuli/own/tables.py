@@ -143,8 +143,9 @@ def _rows_of_csv(path: Path, reader: Any) -> Table:
         if not any(value.strip() for value in values):
             continue
         if not columns:
-            columns += [value.strip() for value in values]
+            columns += _without_blank_end([value.strip() for value in values])
             continue
+        values = [*values[: len(columns)], *_without_blank_end(values[len(columns) :])]
         where = f"{path.name}:{start}"
         if len(values) != len(columns):
             table.problems.append(
@@ -153,6 +154,13 @@ def _rows_of_csv(path: Path, reader: Any) -> Table:
             )
             continue
         table.rows.append((where, dict(zip(columns, values, strict=True))))
+
+
+def _without_blank_end(values: list[str]) -> list[str]:
+    """Returns fields without the empty ones at the end, as spreadsheets write them."""
+    while values and not values[-1].strip():
+        values = values[:-1]
+    return values
 
 
 def _of_lines(path: Path) -> Table:
