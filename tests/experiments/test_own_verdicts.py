@@ -147,7 +147,7 @@ def squares() -> OwnData:
     setting = Setting(planted("object"), stimulus_set("squares"))
     boxes = {}
     for place, name in enumerate(("first", "second", "third")):
-        rows, cols = np.divmod(sorted(setting.geometry.object_region("horizontal", place)), 6)
+        rows, cols = np.array(sorted(setting.geometry.object_region("horizontal", place))).T
         edges = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
         boxes[name] = [8 * int(edge) for edge in edges]
     rows = []
