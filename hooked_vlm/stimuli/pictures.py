@@ -48,6 +48,8 @@ def open_picture(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 return opened.convert(mode) if isinstance(mode, str) else mode(opened)
+    except DataError as error:
+        raise DataError(f"'{path}' {error}.") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(
@@ -73,6 +75,8 @@ def size_of(source: Path, whole: bool = True) -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source) as opened:
                 return upright_size(opened, whole)
+    except DataError:
+        raise
     except Image.DecompressionBombError:
         raise DataError("has more pixels than PIL opens; give a smaller picture") from None
     except UNREADABLE as error:

@@ -144,7 +144,7 @@ def test_a_direction_with_one_observation_left_is_left_out() -> None:
 @cache
 def squares() -> OwnData:
     """Twelve pictures of squares and their mirror images, as a user's own data with boxes."""
-    setting = Setting(planted("object"), stimulus_set("squares"))
+    setting = Setting(planted("object"), stimulus_set("squares"), 24)
     boxes = {}
     for place, name in enumerate(("first", "second", "third")):
         rows, cols = np.array(sorted(setting.geometry.object_region("horizontal", place))).T
@@ -152,9 +152,10 @@ def squares() -> OwnData:
         boxes[name] = [8 * int(edge) for edge in edges]
     rows = []
     for asked in setting.stimuli.items(["left"]):
-        mirrored = Question(asked.entities[::-1], asked.direction)
-        if asked.entities > mirrored.entities:
+        first, second, third = asked.entities
+        if first > third:
             continue
+        mirrored = Question((third, second, first), asked.direction)
         row = {"image": setting.picture(asked), "question": setting.stimuli.prompt(asked)}
         row |= {"answer": asked.target, "boxes": boxes}
         row |= {"counterfactual": setting.picture(mirrored)}

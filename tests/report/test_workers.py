@@ -177,7 +177,7 @@ def test_no_pickle_of_slurm_jobs_is_left(
 def test_units_that_are_read_bring_the_seconds_of_their_computation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(range(0, 100, 7))
+    clock = iter([7.0 * i for i in range(20)])
     monkeypatch.setattr("hooked_vlm.report.parts.time.perf_counter", lambda: next(clock))
     assert seconds_of(unit_of(LOOP, "left 0", lambda *_: None)) == 7
     first = Parts([tmp_path])

@@ -193,6 +193,8 @@ def _size(picture: Picture, whole: bool) -> Size:
     if not isinstance(picture.source, Path):
         try:
             return picture.size(whole)
+        except DataError:
+            raise
         except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise DataError(f"cannot be read as a picture: {str(error)[:120]}") from None
     if not picture.source.is_file():
