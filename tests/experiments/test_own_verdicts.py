@@ -178,8 +178,15 @@ def run(name: str, coded: str) -> Result:
             ["boxes yes, 1.00", "all other cells no, 0.00", "Boxes more than"],
         ),
         ("strip-swap", "background", ["boxes no, 0.00", "all other cells yes, 1.00"]),
-        ("box-ablation", "object", ["Boxes: a fall of the answer's probability at slots 0-1 ("]),
-        ("box-ablation", "background", ["Boxes: a fall of the answer's probability at no slot ("]),
+        ("box-ablation", "object", ["Boxes: a fall of the answer's probability at slots 0-1"]),
+        (
+            "box-ablation",
+            "background",
+            [
+                "Boxes: a fall of the answer's probability at no slot",
+                "cells: a fall of the answer's probability at slots 0-1",
+            ],
+        ),
         ("final-token", "object", ["slots 0-1 clean; slot 2 the counterfactual's"]),
     ],
 )
