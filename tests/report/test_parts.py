@@ -313,7 +313,7 @@ def test_e2_in_processes_and_merged_has_the_bits_of_one_process(
     with pytest.raises(DataError, match=r"were computed differently: torch 9.* --allow-mixed"):
         merge(cut.out, SILENT)
     about.write_text(changed.replace('"pairs": 2', '"pairs": 9'))
-    with pytest.raises(DataError, match=r"are of other data, options or weights .*: pairs 9 and 2"):
+    with pytest.raises(DataError, match=r"are of other data, options or weights .* pairs 9 and 2"):
         merge(cut.out, SILENT)
     about.write_text(changed.replace('"torch": "', '"torch": "9'))
     record = merge(cut.out, SILENT, allow_mixed=True).provenance
@@ -335,7 +335,7 @@ def test_a_worker_with_another_version_refuses() -> None:
     )
     failed = workers.compute(task).failed
     assert failed is not None and failed.unit == "" and failed.kind == "DataError"
-    assert "it refuses the task, for it has " in failed.said and " and another" in failed.said
+    assert failed.said.startswith("it refuses the task, for it has format 4 and None")
 
 
 @pytest.mark.parametrize(
