@@ -105,7 +105,8 @@ def test_e4_is_the_patch_that_it_says_it_is() -> None:
 
 def test_regions_of_pictures_of_two_sizes() -> None:
     small = Image.new("RGB", (96, 64), "white")
-    row = {**next(rows(1)), "id": "small", "image": small, "counterfactual": small.copy()}
+    other = Image.new("RGB", (96, 64), "black")
+    row = {**next(rows(1)), "id": "small", "image": small, "counterfactual": other}
     one, two = [*rows(1)], [{**row, "boxes": {**BOXES, **dict.fromkeys(BOXES, (0, 0, 16, 64))}}]
     data = OwnData.read([*one, *two])
     setting = OwnSetting(model(), data)
