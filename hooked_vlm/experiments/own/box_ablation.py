@@ -136,17 +136,22 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
             ]
         ),
         config={"items": len(setting.data), "seed": config.seed, "to": config.to},
-        notes=(
-            "The visual tokens of a region are replaced at one slot: by "
-            + ("zeros" if config.to == "zero" else "the mean visual token of all pictures there")
-            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, or as a "
-            "single box has, outside all boxes: what a change of this size does anywhere.",
-            f"'{FALL}' is the loss of the correct answer's probability; 'boxes - {AS_MANY}' "
-            "the paired difference of two losses, with p-values of the bounded mean test over "
-            "pictures, adjusted by Holm over kinds and slots. A picture counts once, whatever the "
-            "number of its questions. All questions count, also those that the model answers "
-            "wrongly.",
-        ),
+        notes=_notes(config.to),
+    )
+
+
+def _notes(to: str) -> tuple[str, ...]:
+    """Returns how the numbers were computed."""
+    return (
+        "The visual tokens of a region are replaced at one slot: by "
+        + ("zeros" if to == "zero" else "the mean visual token of all pictures there")
+        + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, or as a "
+        "single box has, outside all boxes: what a change of this size does anywhere.",
+        f"'{FALL}' is the loss of the correct answer's probability; 'boxes - {AS_MANY}' "
+        "the paired difference of two losses, with p-values of the bounded mean test over "
+        "pictures, adjusted by Holm over kinds and slots. A picture counts once, whatever the "
+        "number of its questions. All questions count, also those that the model answers "
+        "wrongly.",
     )
 
 
