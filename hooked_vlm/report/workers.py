@@ -163,8 +163,8 @@ def _outcome(future: Any, task: Task) -> Outcome:
         raise DataError(
             f"The executor lost a task of loop '{task.loop}' of {task.experiment}, with "
             f"{len(task.units)} of its units from {task.units[0]!r}: {type(error).__name__}: "
-            f"{lines[-1][:120]}. {KEPT}; run the same command again to resume. If it comes back, "
-            "see the workers' logs: their memory, their time limit, or another version there."
+            f"{_shortened(lines)}. {KEPT}; run the same command again to resume, and see the "
+            "workers' logs: their memory, time limit and version."
         ) from error
     if not isinstance(found, Outcome):
         raise DataError(
@@ -172,6 +172,12 @@ def _outcome(future: Any, task: Task) -> Outcome:
             "version of hooked_vlm."
         )
     return found
+
+
+def _shortened(lines: Sequence[str]) -> str:
+    """Returns the lines of an executor's error in one: what it says first, and the last."""
+    said = " ".join(lines[:2])[:90]
+    return f"{said} … {lines[-1][:40]}" if len(lines) > 2 else said
 
 
 def offered(

@@ -83,8 +83,8 @@ ENDS: dict[str, tuple[Callable[[Task], Any], type[Exception], str]] = {
         lost,
         DataError,
         "The executor lost a task of loop 'sweep' of strip-swap, with 1 of its units from "
-        "'left 1': RuntimeError: Killed by the scheduler. Finished units are kept; run the same "
-        "command again to resume.",
+        "'left 1': RuntimeError: Job failed: File a.py … Killed by the scheduler. Finished units "
+        "are kept; run the same command again to resume, and see the workers' logs",
     ),
     "a worker of an older version": (
         lambda _: {"left 1": b""},
