@@ -6,6 +6,7 @@
     python -m benchmarks.encodings     images that the encoder processes
     python -m benchmarks.kernels       bandwidth of the fused kernel
     python -m benchmarks.floors        the fewest operations of exact sweeps, counted
+    python -m benchmarks.scaling       an experiment with several worker processes
     python -m benchmarks.gpu           everything that a GPU is needed for, within minutes
 
 `common` holds what several of them use.

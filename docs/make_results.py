@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from hooked_vlm.disk.files import write_file
 from hooked_vlm.experiments.registry import EXPERIMENTS, steps
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report.figures import drawings
-from hooked_vlm.report.files import write_file
 from hooked_vlm.report.look import to_png
 from hooked_vlm.report.page import key_numbers
 from hooked_vlm.report.provenance import Provenance

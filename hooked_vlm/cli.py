@@ -12,11 +12,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from hooked_vlm.disk.files import lacking
 from hooked_vlm.errors import DataError, HookedVLMError, counted
 from hooked_vlm.report.children import run_commands, words_of
 from hooked_vlm.report.command_options import (
@@ -43,12 +44,12 @@ from hooked_vlm.report.command_options import (
     Seed,
     Setting,
 )
-from hooked_vlm.report.files import lacking
 from hooked_vlm.report.progress import Listener, quiet
 from hooked_vlm.report.view_command import view
 
 
 if TYPE_CHECKING:
+    from hooked_vlm.report.engines import Engine
     from hooked_vlm.report.job import Job, Report
 
 FAILED, USER_ERROR, SIGNALLED = 1, 2, 128  # a signal's number is added to the last
@@ -187,7 +188,9 @@ def reproduce(
         dtype=dtype,
         fresh=fresh,
     )
-    if jobs == AUTO and executor is None:
+    if jobs != 0 and (part is not None or executor is not None):
+        raise DataError("--jobs was given with --part or --executor; expected one of the three.")
+    if jobs == AUTO:
         executor = "processes"
     if part is not None or executor is not None:
         _one_after_the_other(made, part, executor)
@@ -356,16 +359,18 @@ def _one_after_the_other(made: Sequence["Job"], part: str | None, executor: str 
             print(f"report: {_run(job).page}")
             continue
         with engines.engine_of(executor, job.out) as engine:
-            print(f"report: {_run(job, engine.executor, engine.tasks).page}")
+            if engine.said:
+                print(f"hooked-vlm: {engine.said}", file=sys.stderr)
+            print(f"report: {_run(job, engine).page}")
 
 
-def _run(job: "Job", executor: Any = None, tasks: int | None = None) -> "Report":
+def _run(job: "Job", engine: "Engine | None" = None) -> "Report":
     from hooked_vlm.report import job as runner
 
     runner.check(job)
     listener = Listener(Console(stderr=True), job.model)
     with _said_when_ended(job, listener):
-        return runner.run(job, listener, executor=executor, tasks=tasks)
+        return runner.run(job, listener, **({} if engine is None else engine.how))
 
 
 @contextlib.contextmanager

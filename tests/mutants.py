@@ -44,7 +44,7 @@ MODULES = (
     "inputs/pixel_*.py",
     "interventions/*.py",
     "regions/*.py",
-    "report/files.py",
+    "disk/files.py",
     "report/results.py",
 )
 OWN = {

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hooked_vlm"
 ORDER = (  # from the ground up; packages of one line do not know each other
     "errors",
-    "arguments",
+    "arguments disk",
     "extensions",
     "anatomy regions",
     "hooks analysis",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers import synthetic_results as synthetic
-from hooked_vlm.report.files import write_file
+from hooked_vlm.disk.files import write_file
 from hooked_vlm.report.results import save_result
 
 

@@ -18,6 +18,8 @@ from hooked_vlm.sweeps.sweep import Sweep, final_logits
 
 
 LEFT_OUT = "Left out"
+OBSERVATION = "observation"
+"""The coordinate of scores that says which observation a pair or a question belongs to."""
 
 
 def sweep_pairs(
@@ -117,8 +119,9 @@ def numbers_only(
 ) -> tuple[dict[str, xr.DataArray], list[str]]:
     """Returns the pairs all of whose scores are numbers, and sentences on those left out.
 
-    A direction with fewer than two such pairs is left out.  The sentences begin with `part`.
-    Raises `CannotRunError` where none is left.
+    A direction with fewer than two such pairs is left out (of scores with the coordinate
+    `OBSERVATION`, fewer than two observations).  The sentences begin with `part`.  Raises
+    `CannotRunError` where none is left.
     """
     kept, said = {}, []
     for direction, values in by_direction.items():
@@ -126,8 +129,11 @@ def numbers_only(
         whole = xr.apply_ufunc(np.isfinite, values).all(others).values
         where = ", ".join(filter(None, [part, direction]))
         said += left_out(int((~whole).sum()), unit, where)
-        if whole.sum() >= FEWEST_PAIRS:
-            kept[direction] = values.isel(pair=np.flatnonzero(whole))
+        left = values.isel(pair=np.flatnonzero(whole))
+        observed = left.coords.get(OBSERVATION)
+        n = left.sizes["pair"] if observed is None else len({*observed.values.tolist()})
+        if n >= FEWEST_PAIRS:
+            kept[direction] = left
     if not kept:
         raise CannotRunError(
             f"In no direction do two {unit}s have scores that are all numbers. Load the model in "

@@ -24,8 +24,8 @@ Headlines = tuple[tuple[Mapping[str, str | None], str], ...]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The parts of an experiment, verified."""
+class Verified:
+    """What an experiment consists of, verified."""
 
     about: About
     run: Callable[[Any, Any, OnProgress], Result]
@@ -34,8 +34,8 @@ class Parts:
     headlines: Headlines
 
 
-def parts_of(name: str, source: Any, ids: Iterable[str]) -> Parts:
-    """Returns the parts of a module or another object with the names of an experiment.
+def verified(name: str, source: Any, ids: Iterable[str]) -> Verified:
+    """Returns what a module, or another object with the names of an experiment, consists of.
 
     `ids` are the ids of this package's own experiments.  Raises `DataError` for an object without
     these names, with values of another kind, or with a name or an id that cannot be its own.
@@ -64,7 +64,9 @@ def parts_of(name: str, source: Any, ids: Iterable[str]) -> Parts:
         raise DataError("a field of Config has no default. Give each one a default") from None
     headlines = tuple(getattr(source, "HEADLINES", ()))
     draw = _drawing(getattr(source, "draw", None))
-    return Parts(about, _verified(about, getattr(source, "run", None)), config, draw, headlines)
+    return Verified(
+        about, _verified_run(about, getattr(source, "run", None)), config, draw, headlines
+    )
 
 
 def _drawing(draw: Any) -> Any:
@@ -74,7 +76,7 @@ def _drawing(draw: Any) -> Any:
     return draw
 
 
-def _verified(about: About, run: Any) -> Callable[[Any, Any, OnProgress], Result]:
+def _verified_run(about: About, run: Any) -> Callable[[Any, Any, OnProgress], Result]:
     """Returns `run` with its arguments and its result verified."""
     if not callable(run):
         raise DataError(f"run is {shown(run)}; expected a function run(model, config, on_progress)")

@@ -21,7 +21,7 @@ from hooked_vlm.experiments.dual_mechanisms import (
     strip_swap,
     swap_under_ablation,
 )
-from hooked_vlm.experiments.extension import Draw, Headlines, parts_of
+from hooked_vlm.experiments.extension import Draw, Headlines, verified
 from hooked_vlm.experiments.further import (
     absolute_or_relative,
     alpha_transfer,
@@ -134,9 +134,12 @@ ON_TASKS = (*PAPER, redundancy.ABOUT.name)
 OWN_RUNS: dict[str, tuple[Needs, RunOwn]] = {
     behaviour.ABOUT.name: (Needs(), behaviour.run_in),
     final_token.ABOUT.name: (Needs(PAIRS), transfer.run_final_token),
-    ordering_probes.ABOUT.name: (Needs(LABELS), probed.run_probes),
+    ordering_probes.ABOUT.name: (
+        Needs(LABELS, further=probed.check_control),
+        probed.run_probes,
+    ),
     strip_swap.ABOUT.name: (Needs((*PAIRS, *BOXES)), transfer.run_regions),
-    amplification.ABOUT.name: (Needs(LABELS), probed.run_amplified),
+    amplification.ABOUT.name: (Needs(LABELS, further=probed.pictures_of), probed.run_amplified),
     box_ablation.ABOUT.name: (Needs(BOXES), box_ablation.run_own),
 }
 """By name: what an experiment needs of own data, and how it runs on them."""
@@ -325,22 +328,22 @@ def register_experiment(experiment: Any, *, replace: bool = False) -> None:
 
 
 def _of_another(name: str, source: Any, origin: Origin) -> Experiment:
-    """Returns an experiment of another distribution; see `parts_of`."""
-    parts = parts_of(name, source, [known.id for known in EXPERIMENTS.values()])
+    """Returns an experiment of another distribution; see `verified`."""
+    own = verified(name, source, [known.id for known in EXPERIMENTS.values()])
 
-    @wraps(parts.run)
+    @wraps(own.run)
     def run(model: Any, config: Any, on_progress: OnProgress = silent) -> Result:
-        found = parts.run(model, config, on_progress)
+        found = own.run(model, config, on_progress)
         # Stimuli tell which names the model's tokenizer leaves out.
         data = None if model is None or config.setting == OWN else stimuli_of(config)
         return replace(found, notes=(*found.notes, *notes_of(model, data, config)))
 
     return Experiment(
-        **vars(parts.about),
+        **vars(own.about),
         run=run,
-        config=parts.config,
-        draw=parts.draw,
-        headlines=parts.headlines,
+        config=own.config,
+        draw=own.draw,
+        headlines=own.headlines,
         origin=origin,
     )
 

@@ -13,6 +13,7 @@ from hooked_vlm.analysis.statistics import (
     bootstrap,
     holm,
     paired_difference,
+    simultaneous,
     wilson,
 )
 
@@ -35,11 +36,36 @@ def interval_rows(
     return rows
 
 
-def score_rows(scores: xr.DataArray, seed: int, **columns: Any) -> list[dict]:
-    """Returns one row per number of a sweep's scores, with bootstrap intervals over `pair`."""
+def score_rows(
+    scores: xr.DataArray, seed: int, units: Sequence[Hashable] | None = None, **columns: Any
+) -> list[dict]:
+    """Returns one row per number of a sweep's scores, with bootstrap intervals over `pair`.
+
+    With `units`, pairs of one unit are one observation: the mean of their scores.
+    """
     scores = scores.transpose("pair", ...)
     axes = {str(axis): scores[axis].values.tolist() for axis in scores.dims[1:]}
-    return interval_rows(bootstrap(scores.values, seed=seed), axes, **columns)
+    values = scores.values if units is None else by_unit(scores.values, units)
+    return interval_rows(bootstrap(values, seed=seed), axes, **columns)
+
+
+def highest_row(
+    values: np.ndarray, slots: Sequence[int], units: Sequence[Hashable], seed: int, **columns: Any
+) -> dict:
+    """Returns the row of the slot with the highest mean of `values` `[item, slot]`, in [0, 1].
+
+    Its interval holds whichever slot is the highest.  Items of one unit are one observation; of
+    one alone there is no interval (NaN).
+    """
+    means = by_unit(values, units)
+    best = int(np.argmax(means.mean(0)))
+    if len(means) < 2:
+        nothing = np.full(means.shape[1], np.nan)
+        interval = Interval(means.mean(0), nothing, nothing, 1, 0.95, "none")
+    else:
+        interval = simultaneous(means, within=(0.0, 1.0), seed=seed)
+    (row,) = interval_rows(interval.at(best), {}, slot=int(slots[best]), **columns)
+    return row
 
 
 def rate_rows(verdicts: np.ndarray, units: Sequence[Hashable], **columns: Any) -> list[dict]:

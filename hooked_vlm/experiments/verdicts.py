@@ -158,16 +158,21 @@ def sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}" + ("" if words.endswith(".") else ".")
 
 
-def not_tested(directions: Sequence[str], tested: Sequence[str], part: str = "") -> list[str]:
+FEW_PAIRS = (
+    "fewer than two pairs are left there, whose two pictures the model answers correctly and whose "
+    "scores are numbers"
+)
+
+
+def not_tested(
+    directions: Sequence[str], tested: Sequence[str], part: str = "", why: str = FEW_PAIRS
+) -> list[str]:
     """Returns a sentence on directions without enough pairs, if there are any.
 
-    `part` is that of the experiment in which they are missing.
+    `part` is that of the experiment in which they are missing, `why` the reason in words.
     """
     missing = [direction for direction in directions if direction not in tested]
     if not missing:
         return []
     where = ", ".join(filter(None, ["Not tested", part]))
-    return [
-        f"{where}: {', '.join(missing)}; fewer than two pairs are left there, "
-        "whose two pictures the model answers correctly and whose scores are numbers."
-    ]
+    return [f"{where}: {', '.join(missing)}; {why}."]

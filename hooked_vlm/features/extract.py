@@ -38,7 +38,7 @@ from hooked_vlm.features.shards import (
     finish,
     open_folder,
     read_header,
-    remove_leftovers,
+    reopen,
     shard_path,
     write_shard,
 )
@@ -115,7 +115,7 @@ def extract(
     # 1. The folder: a new one, or one of the same task.
     folder = Path(out)
     open_folder(folder, _manifest(task, folder, batch, text, columns, total))
-    remove_leftovers(folder)
+    reopen(folder)
     done = {k: header for k in _numbers(folder) if (header := read_header(shard_path(folder, k)))}
     # 2. Batches that are not there, and a comparison of those that are.
     wanted = _Wanted(folder, batch, done)

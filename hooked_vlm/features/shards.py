@@ -1,12 +1,9 @@
 """Files of stored features: a manifest, one safetensors file for each batch, and an end mark.
 
-A file is written under a temporary name, synchronised, and renamed, so a reader sees all of it or
-nothing.
+A reader sees all of a file or nothing: see `disk.files`.
 """
 
 import json
-import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_vlm.disk.files import remove_leftovers, replaced_file, write_file
 from hooked_vlm.errors import DataError, counted
 from hooked_vlm.features.items import plain_label
 
@@ -53,7 +51,7 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
             raise DataError(f"'{folder}' is not empty, and holds no features. Give another folder.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(manifest, indent=1))
+            write_file(path, json.dumps(manifest, indent=1))
         except OSError as error:
             raise DataError(
                 f"Cannot write to the folder '{folder}': {error.strerror or error}. Name a folder "
@@ -62,7 +60,7 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
         return
     found = read_manifest(folder)
     if found != manifest and not any(folder.glob("shard-*.safetensors")):
-        write_text(path, json.dumps(manifest, indent=1))  # nothing was computed yet
+        write_file(path, json.dumps(manifest, indent=1))  # nothing was computed yet
         return
     other = [name for name, value in manifest.items() if found.get(name) != value]
     if other:
@@ -87,16 +85,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise DataError(f"'{folder}' is no folder of extract: {said}.")
 
 
-def write_text(path: Path, content: str) -> None:
-    """Writes a file completely, or not at all."""
-    part = _temporary(path)
-    try:
-        part.write_text(content)
-        _keep(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_shard(folder: Path, number: int, shard: Shard) -> None:
     """Writes a batch completely, or not at all."""
     tensors: dict[str, Tensor] = {}
@@ -115,19 +103,15 @@ def write_shard(folder: Path, number: int, shard: Shard) -> None:
         "n_items": shard.n_items,
     }
     path = shard_path(folder, number)
-    part = _temporary(path)
+    whole = {n: x.contiguous() for n, x in tensors.items()}
     try:
-        save_file(
-            {n: x.contiguous() for n, x in tensors.items()}, part, {"about": json.dumps(about)}
-        )
-        _keep(part, path)
+        with replaced_file(path) as building:
+            save_file(whole, building, {"about": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"'{path}' cannot be written: {str(error)[:150]}. Earlier batches are kept; run the "
             "same call again to resume."
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
@@ -154,7 +138,7 @@ def read_site(path: Path, name: str) -> Tensor | list[Tensor]:
 def finish(folder: Path) -> None:
     """Marks the features as complete."""
     numbers = sorted(folder.glob("shard-*.safetensors"))
-    write_text(folder / END, json.dumps({"shards": len(numbers)}))
+    write_file(folder / END, json.dumps({"shards": len(numbers)}))
 
 
 def require_complete(folder: Path) -> list[Path]:
@@ -175,30 +159,7 @@ def require_complete(folder: Path) -> list[Path]:
     return paths
 
 
-def remove_leftovers(folder: Path) -> None:
+def reopen(folder: Path) -> None:
     """Removes the end mark, which holds again at the end, and files of killed processes."""
     (folder / END).unlink(missing_ok=True)
-    for path in folder.glob(".*.part"):
-        pid = path.name.split(".")[-3]
-        if not _is_alive(pid):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-
-
-def _keep(part: Path, path: Path) -> None:
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())  # on the disk before it gets its name
-    part.replace(path)
+    remove_leftovers(folder)

@@ -1,8 +1,6 @@
-"""Files that are written as a whole or not at all."""
+"""Files that are written as a whole or not at all, where the user names the file."""
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_vlm.disk.files import replaced_file
 from hooked_vlm.errors import DataError
 
 
@@ -20,8 +19,8 @@ def write_tensors(
 
     Raises `DataError` for a path that cannot be written to; `what` is what the file holds.
     """
-    with whole_file(path, what) as part:
-        save_file(dict(tensors), part, dict(about))
+    with whole_file(path, what) as building:
+        save_file(dict(tensors), building, dict(about))
 
 
 @contextlib.contextmanager
@@ -30,17 +29,11 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
 
     Raises `DataError` for a path that cannot be written to; `what` is what the file holds.
     """
-    # A name of its own for each writer, so that two of them cannot mix their bytes.
-    part = Path(f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it gets its name
-        part.replace(path)
+        with replaced_file(Path(path)) as building:
+            yield building
     except (SafetensorError, OSError) as error:
         raise DataError(
             f"The {what} cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
             "file in a folder that is there."
         ) from None
-    finally:
-        part.unlink(missing_ok=True)

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from hooked_vlm.anatomy.devices import compute_dtype
+from hooked_vlm.disk.files import sha256_of
 from hooked_vlm.engine.budget import PASS_TOKENS
 from hooked_vlm.experiments.options import FOLDERS, Config
 from hooked_vlm.experiments.registry import origins
 from hooked_vlm.model.loading import local_folder
-from hooked_vlm.report.files import sha256_of
 from hooked_vlm.report.provenance import PACKAGES, attention_of, parameter_hash, version_of
 from hooked_vlm.report.results import FORMAT
 from hooked_vlm.stimuli.pictures import checked_sha256

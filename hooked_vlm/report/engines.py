@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,18 +17,31 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.errors import DataError, MissingExtraError
+from hooked_vlm.disk.files import temporary_name
+from hooked_vlm.errors import DataError, MissingExtraError, counted
 from hooked_vlm.report.workers import Executor
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An executor, and into how many tasks the units of a loop are divided (None: one each)."""
+    """An executor, and how it is used."""
 
     executor: Executor
     tasks: int | None = None
+    """Into how many tasks the units of a loop are divided; None: one each."""
+    threads: int | None = None
+    """The threads of each worker; None: as many as this process has."""
+    said: str = ""
+    """What a user should know of it; empty: nothing."""
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of `job.run` with which it is used."""
+        return {"executor": self.executor, "tasks": self.tasks, "threads": self.threads}
 
 
+LOGS = "slurm-logs"
+"""The folder, inside the output folder, with what SLURM jobs printed in a run that failed."""
 FORMS = (
     "'processes' (one for each visible card) or 'processes:N', 'dask://HOST:PORT', "
     "'ray://HOST:PORT' or 'ray://' (a local one), 'slurm:partition=NAME,jobs=N'"
@@ -77,12 +91,20 @@ def _processes(rest: str, _: Path) -> Iterator[Engine]:
     n = int(rest) if rest else max(1, len(visible))
     # New processes and not copies of this one: a copy cannot use CUDA.
     context = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    each = max(1, threads // n)
+    said = f"{counted(n, 'worker process', 'worker processes')}, {counted(each, 'thread')} each"
+    if each != threads:
+        said += (
+            f"; this process has {threads}. The last bits of sums depend on the number of threads: "
+            "with OMP_NUM_THREADS=1 they do not depend on the number of workers"
+        )
     numbers: Any = context.Queue()
     for i in range(n):
         numbers.put(visible[i % len(visible)] if visible else "")
     pool = ProcessPoolExecutor(n, mp_context=context, initializer=_take_card, initargs=(numbers,))
     try:
-        yield Engine(pool)
+        yield Engine(pool, threads=each, said=f"{said}.")
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -157,9 +179,10 @@ def _slurm(rest: str, folder: Path) -> Iterator[Engine]:
             f"--executor slurm:{rest[:60]} was given; expected a number from 1 for jobs, as in "
             "jobs=8."
         )
+    logs = temporary_name(folder / "slurm", "new")
     own = {"gpus_per_node", "cpus_per_task", "mem_gb", "nodes", "tasks_per_node", "timeout_min"}
     try:
-        executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
+        executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
         executor.update_parameters(
             **{name if name in own else f"slurm_{name}": value for name, value in options.items()}
         )
@@ -167,4 +190,13 @@ def _slurm(rest: str, folder: Path) -> Iterator[Engine]:
         raise DataError(
             f"--executor slurm:{rest[:60]} was given, and submitit refuses it: {str(error)[:120]}"
         ) from None
-    yield Engine(executor, tasks=jobs)
+    try:
+        yield Engine(executor, tasks=jobs)
+    except BaseException:
+        for log in [*logs.glob("*.out"), *logs.glob("*.err")]:
+            (folder / LOGS).mkdir(exist_ok=True)
+            shutil.copy(log, folder / LOGS)
+        raise
+    finally:
+        # submitit writes its tasks as pickles, which others should not find there.
+        shutil.rmtree(logs, ignore_errors=True)

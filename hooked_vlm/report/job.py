@@ -22,6 +22,7 @@ import torch
 
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_filled
+from hooked_vlm.disk.files import remove_leftovers, writable_folder
 from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import (
     CannotRunError,
@@ -38,7 +39,6 @@ from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.basis import Basis, data_files, everything, key_of, run_key
-from hooked_vlm.report.files import remove_leftovers, writable_folder
 from hooked_vlm.report.listener import SILENT, Listener
 from hooked_vlm.report.page import FIGURES, PAGE, write_report
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
@@ -174,6 +174,7 @@ class Loaded:
         share: Share | None = None,
         executor: Executor | None = None,
         tasks: int | None = None,
+        threads: int | None = None,
     ) -> "Work":
         """Returns what computes a step's units: in this process, its share, or by an executor."""
         config = own(self.job, step)
@@ -189,6 +190,7 @@ class Loaded:
                 config=config,
                 depends_on=about,
                 folder=folder.resolve(),
+                threads=threads or torch.get_num_threads(),
             )
             offer = partial(offered, executor, task, tasks)
         return Work(key_of(about), Parts([folder], share=share, offer=offer), about)
@@ -212,20 +214,23 @@ def run(
     *,
     executor: Executor | None = None,
     tasks: int | None = None,
+    threads: int | None = None,
 ) -> Report:
     """Runs a job, writes its report and returns it.
 
     `executor` has the units of work computed by other processes: any of `concurrent.futures`,
     or another with `submit` (see `workers`).  Each task is one unit, or as many as divide those of
-    a loop among `tasks`, for executors whose tasks start slowly.
+    a loop among `tasks`, for executors whose tasks start slowly.  Workers use `threads` threads,
+    by default as many as this process.
 
     Raises `HookedVLMError` for wrong arguments before the model is loaded.  After a later
     error, or a `KeyboardInterrupt`, finished experiments remain in `job.out/results` and finished
     units in `job.out/parts`, and the same job reads them from there.
     """
-    require_executor(executor, tasks)
+    require_executor(executor, tasks, threads)
     loaded = Loaded.of(job)
-    return finish(loaded, listener, partial(loaded.work, executor=executor, tasks=tasks))
+    how = {"executor": executor, "tasks": tasks, "threads": threads}
+    return finish(loaded, listener, partial(loaded.work, **how))
 
 
 def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) -> Report:
@@ -259,7 +264,8 @@ def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) 
                     found = _not_run(step, error)
                     errors.append(error)
                 result = replace(found, setting=step.setting)
-                took = time.perf_counter() - start
+                # Units that were read took their time in an earlier run, or another process.
+                took = time.perf_counter() - start + work.parts.seconds
                 save_result(result, folder, work.key, seconds=took)
                 work.parts.remove()
             else:

@@ -40,7 +40,14 @@ def merge(
 def _work(loaded: Loaded, allow_mixed: bool, step: Step) -> Work:
     """Returns how a step's units are read."""
     mine = everything(step.experiment.name, own(loaded.job, step), loaded.basis)
-    found = _found(loaded.job.out, step, mine)
+    every = _parts_of(loaded.job.out, step)
+    found = {folder: about for folder, about in every.items() if _is_same(about, mine)}
+    if every and not found:
+        apart = differences(next(iter(every.values())), mine)
+        raise DataError(
+            f"Parts of {step.name} in '{loaded.job.out}' are of other data, options or weights "
+            f"than those there are now: {apart[:120]}. Restore them, or compute the parts again."
+        )
     if not found:
         return Work(key_of(mine), Parts([], read_only=True), mine)
     abouts = list(found.values())
@@ -59,7 +66,12 @@ def _work(loaded: Loaded, allow_mixed: bool, step: Step) -> Work:
     return Work(key, Parts(list(found), read_only=True), mine, elsewhere="; ".join(there))
 
 
-def _found(out: Path, step: Step, mine: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+def _is_same(about: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    is_same = all(about.get(name) == mine[name] for name in SAME)
+    return is_same and about["basis"]["model_sha256"] == mine["basis"]["model_sha256"]
+
+
+def _parts_of(out: Path, step: Step) -> dict[Path, dict[str, Any]]:
     """Returns the folders of a step's parts, and what each depends on."""
     found = {}
     for folder in sorted((out / PARTS).glob(f"{step.key}-*")):
@@ -67,12 +79,10 @@ def _found(out: Path, step: Step, mine: Mapping[str, Any]) -> dict[Path, dict[st
             continue
         try:
             about = json.loads((folder / ABOUT).read_text())
-            model = about["basis"]["model_sha256"]
+            about["basis"]["model_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        is_same = all(about.get(name) == mine[name] for name in SAME)
-        if is_same and model == mine["basis"]["model_sha256"]:
-            found[folder] = about
+        found[folder] = about
     return found
 
 

@@ -19,11 +19,11 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
+from hooked_vlm.disk.files import write_file
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.targets import targets
 from hooked_vlm.report.figures import Drawing, drawings, headlines
-from hooked_vlm.report.files import write_file
 from hooked_vlm.report.look import to_png
 from hooked_vlm.report.provenance import Provenance
 

@@ -4,7 +4,7 @@ They lie in `OUT/parts/<experiment>-<setting>-<key>/`.  The key is that of the e
 (see `basis`), so a part is read only by a run that would compute the same bits.  A part is
 written under a temporary name and renamed, so an interruption at any moment costs the unit that
 was being computed.  Any number of processes may write one folder: where two compute the same
-unit, they write the same bytes.
+unit, they write the same value.
 
 `Parts` computes the units that are missing, all of them or, with a `Share`, some; `offer` is how
 it has them computed elsewhere (see `workers`).
@@ -16,17 +16,18 @@ import hashlib
 import json
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hooked_vlm.disk.files import remove_leftovers
 from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
 from hooked_vlm.experiments.loop import Loop, UnfinishedError, following, silent
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.report.files import remove_leftovers
-from hooked_vlm.report.values import packed, unpacked, write_value
+from hooked_vlm.report.values import packed, seconds_of, unpacked, write_value
 
 
 PARTS = "parts"
@@ -96,6 +97,8 @@ class Parts:
         self.write = write
         self.read, self.computed = 0, 0
         """Units that were read, and units that were computed."""
+        self.seconds = 0.0
+        """Of the units that were read: the time that their computation took, wherever it was."""
         self._numbered = 0
         self._seen: set[str] = set()
 
@@ -140,13 +143,12 @@ class Parts:
         found = {}
         units = {name: (loop.units[name], here) for name, here in order}
         whole = on_progress if self.share is None else silent
-        for name, (item, here), told in following(units, whole, loop.steps):
+        for name, (_, here), told in following(units, whole, loop.steps):
             with contextlib.suppress(KeyError):
                 found[name] = self._loaded(loop, name)
                 continue
             if here:
-                data = packed(loop.score(item, told), *identity(loop, name))
-                found[name] = self._kept(loop, name, data)
+                found[name] = self._kept(loop, name, unit_of(loop, name, told))
                 if self.share is not None:  # what all processes have done together
                     on_progress(loop.steps * self._there(loop), loop.steps * len(loop.units))
         return found
@@ -190,8 +192,16 @@ class Parts:
                 warnings.warn(f"{error}{again}", HookedVLMWarning, stacklevel=callers_level())
                 continue
             self.read += 1
+            self.seconds += seconds_of(data)
             return value
         raise KeyError(name)
+
+
+def unit_of(loop: Loop, name: str, told: OnProgress) -> bytes:
+    """Computes a unit; returns its `packed` value, with the time that this took."""
+    start = time.perf_counter()
+    value = loop.score(loop.units[name], told)
+    return packed(value, *identity(loop, name), seconds=time.perf_counter() - start)
 
 
 def identity(loop: Loop, name: str) -> tuple[str, str]:

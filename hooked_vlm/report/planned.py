@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from hooked_vlm.errors import DataError, HookedVLMWarning, UnsupportedModelError, counted
+from hooked_vlm.errors import (
+    DataError,
+    HookedVLMWarning,
+    UnsupportedModelError,
+    counted,
+    did_you_mean,
+)
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions
 from hooked_vlm.experiments.further.encoder_depth import depths
@@ -28,6 +34,7 @@ from hooked_vlm.model.memory import size_text
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.report.cards import Card, card_of
+from hooked_vlm.report.job import DTYPES
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.settings import OWN
@@ -35,7 +42,6 @@ from hooked_vlm.sweeps.plan import Costs, costs_of
 from hooked_vlm.sweeps.sweep import Sweep
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UTILISATION = 0.3
 """Share of a card's highest rate that is assumed where none is given."""
 
@@ -153,8 +159,12 @@ def plan_run(
     configuration or processor cannot be read.
     """
     chosen = card_of(card)
-    if dtype not in DTYPES:
-        raise DataError(f"dtype={dtype!r} was given; expected one of {', '.join(DTYPES)}.")
+    known = [name for name in DTYPES if name != "auto"]
+    if dtype not in known:
+        raise DataError(
+            f"dtype={dtype!r} was given; expected one of {', '.join(known)}: a plan reads no "
+            f"weights.{did_you_mean(dtype, known)}"
+        )
     if workers < 1 or not 0 < utilisation <= 1:
         raise DataError(
             f"workers={workers} and utilisation={utilisation:g} were given; expected at least 1 "
@@ -162,17 +172,18 @@ def plan_run(
         )
     steps = registry.steps(suite, setting)
     check_options([step.experiment.config for step in steps], options or {})
-    loaded = unloaded(model, DTYPES[dtype])
+    loaded = unloaded(model, getattr(torch, dtype))
     weights = [*loaded.hf_model.parameters(), *loaded.hf_model.buffers()]
-    found, unknown, known = [], [], {}
+    found, unknown, batches = [], [], {}
     for step in steps:
         kind = step.experiment.config
         own = specialise(kind, config or Config(), options or {}, step.setting)
         if step.setting == OWN:  # how much there is depends on the table, and nothing is drawn
             unknown.append(step.name)
             continue
-        batch = known.get(step.setting) or _Batch.of(loaded, own)
-        known[step.setting] = batch
+        shown = _Batch.key(own)
+        batch = batches.get(shown) or _Batch.of(loaded, own)
+        batches[shown] = batch
         work = work_of(step.experiment.name, own, batch.depth)
         if work is None:
             unknown.append(step.name)
@@ -226,13 +237,18 @@ class _Batch:
     _known: dict[tuple[str, int], tuple[float, int]] = field(default_factory=dict)
 
     @classmethod
+    def key(cls, config: Config) -> Config:
+        """Returns the options that a batch depends on: those of all, at the setting it shows."""
+        return common_at(config, (*config.used_settings[:1], "squares")[0])
+
+    @classmethod
     def of(cls, model: Unloaded, config: Config) -> "_Batch":
         """Prepares the first questions of a setting, and as their sources those after them."""
         model.place = torch.device("cpu")
-        own = config.used_settings[:1] or ("squares",)
+        own = cls.key(config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HookedVLMWarning)  # grids are not measured on meta
-            setting = Setting.of(model, common_at(config, own[0]))
+            setting = Setting.of(model, own)
             asked = setting.stimuli.items(setting.directions[:1])[: config.batch_size]
             inputs = setting.inputs(asked)
             source = setting.inputs([*asked[1:], asked[0]])

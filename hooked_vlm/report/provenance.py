@@ -74,7 +74,7 @@ class Provenance:
     wall_seconds: float
     """Duration of this run; `seconds` includes experiments that an earlier run computed."""
     seconds: dict[str, float]
-    """Duration of each experiment in the run that computed it."""
+    """Duration of each experiment in the run that computed it, and of units that it read."""
     reused: list[str]
     """Experiments whose results were read from an earlier run."""
     peak_memory_mib: float
@@ -86,7 +86,7 @@ class Provenance:
     version of the distribution, and a hash of its source."""
     elsewhere: dict[str, str] = dataclasses.field(default_factory=dict)
     """Experiments whose parts were merged: how the processes that computed them differ from this
-    record, as `"device cuda and cpu"` (there, and here).  `seconds` is the time of merging."""
+    record, as `"device cuda and cpu"` (there, and here)."""
 
     @property
     def title(self) -> str:

@@ -28,15 +28,17 @@ def reproduce(
     *,
     executor: Executor | None = None,
     tasks: int | None = None,
+    threads: int | None = None,
     listener: Listener = SILENT,
     **how: Any,
 ) -> list[Report]:
     """Runs all experiments on all settings, one model after the other, and returns the reports.
 
-    `executor` and `tasks` are those of `job.run`, `how` fields of `Job`.  Raises `DataError` for
-    wrong arguments before a model is loaded.
+    `executor`, `tasks` and `threads` are those of `job.run`, `how` fields of `Job`.  Raises
+    `DataError` for wrong arguments before a model is loaded.
     """
     made = jobs(out, models, **how)
     for job in made:
         check(job)
-    return [run(job, listener, executor=executor, tasks=tasks) for job in made]
+    given = {"executor": executor, "tasks": tasks, "threads": threads}
+    return [run(job, listener, **given) for job in made]

@@ -27,15 +27,15 @@ import xarray as xr
 from PIL import Image
 from safetensors.numpy import load, save
 
-from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
-from hooked_vlm.experiments.result import Result
-from hooked_vlm.report.files import (
+from hooked_vlm.disk.files import (
     replaced_folder,
     restore,
     sha256_of,
     synchronise,
     write_synced,
 )
+from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
+from hooked_vlm.experiments.result import Result
 
 
 FORMAT = 4  # increase it when the files below change, so that old results are computed again

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hooked_vlm.disk.files import write_file
 from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import CannotRunError, DataError, RegionError, ScoringError
 from hooked_vlm.experiments.loop import UnfinishedError
 from hooked_vlm.experiments.options import FOLDERS, Config
-from hooked_vlm.report.files import write_file
 from hooked_vlm.report.job import RESULTS, Job, Loaded, check, computed
 from hooked_vlm.report.listener import Listener
 from hooked_vlm.report.parts import PARTS, Share

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hooked_vlm.disk.files import write_file
 from hooked_vlm.errors import DataError
-from hooked_vlm.report.files import write_file
 
 
 ABOUT = "about"
@@ -27,17 +27,18 @@ ABOUT = "about"
 _ATTEMPTS = 5
 
 
-def packed(value: Any, unit: str, content: str) -> bytes:
+def packed(value: Any, unit: str, content: str, seconds: float = 0.0) -> bytes:
     """Returns a value as the bytes of a file; `unit` and `content` say what it is the value of.
 
-    Raises `DataError` for a value of another kind than the module's text lists.
+    `seconds` is the time that its computation took; see `seconds_of`.  Raises `DataError` for a
+    value of another kind than the module's text lists.
 
     >>> unpacked(packed({"rows": [1, 0.5], "x": np.zeros(2)}, "rows 0", ""), "rows 0", "")["rows"]
     [1, 0.5]
     """
     tensors: dict[str, Tensor] = {}
     tree = _tree(value, tensors)
-    about = {"unit": unit, "content": content, "value": tree}
+    about = {"unit": unit, "content": content, "seconds": round(seconds, 3), "value": tree}
     about["sha256"] = _sha256(about, tensors)
     return save(tensors, {ABOUT: json.dumps(about)})
 
@@ -48,8 +49,7 @@ def unpacked(data: bytes, unit: str, content: str) -> Any:
     Raises `DataError` for a damaged file, and for the value of another unit or content.
     """
     try:
-        size = int.from_bytes(data[:8], "little")
-        about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][ABOUT])
+        about = _about(data)
         tensors = load(data)
         if about.pop("sha256") != _sha256(about, tensors):
             raise ValueError("it differs from its checksum")
@@ -58,6 +58,20 @@ def unpacked(data: bytes, unit: str, content: str) -> Any:
         return _value(about["value"], tensors)
     except (ValueError, KeyError, TypeError, IndexError, SafetensorError, RecursionError) as error:
         raise DataError(f"The file of {unit!r} cannot be used: {str(error)[:120]}.") from None
+
+
+def seconds_of(data: bytes) -> float:
+    """Returns the seconds that the computation of a value took, from bytes that `unpacked` takes.
+
+    >>> seconds_of(packed(1, "rows 0", "", seconds=2.5))
+    2.5
+    """
+    return float(_about(data)["seconds"])
+
+
+def _about(data: bytes) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][ABOUT])
 
 
 def write_value(path: Path, data: bytes) -> None:

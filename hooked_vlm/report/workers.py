@@ -8,13 +8,18 @@ units.  Earlier units are read from the folder of parts where the worker has it,
 again where it has not.
 
 A worker whose key differs from the task's has another version, another model or another kind of
-device: it refuses the task.
+device: it refuses the task.  A worker raises nothing: executors show an error of another process as
+pages of traceback, lose its class, or cannot pickle it.  It returns what it has computed and, in
+words, what failed.
 """
 
+import os
+import platform
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, as_completed
+from concurrent.futures import BrokenExecutor, CancelledError, Future, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,15 +28,21 @@ import torch
 
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_whole
+from hooked_vlm.disk.files import lacking
 from hooked_vlm.engine.shared import shared_runs
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import (
+    CannotRunError,
+    DataError,
+    HookedVLMError,
+    RegionError,
+    ScoringError,
+)
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.loop import Loop, UnfinishedError, silent, working_by
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.basis import Basis, everything, key_of
-from hooked_vlm.report.parts import Parts, identity
-from hooked_vlm.report.values import packed
+from hooked_vlm.report.parts import Parts, unit_of
 
 
 _PAUSE_S = 0.2
@@ -47,15 +58,18 @@ class Executor(Protocol):
         ...
 
 
-def require_executor(executor: Any, tasks: Any) -> None:
-    """Raises `DataError` for what runs no functions, and for a number of tasks below 1."""
+def require_executor(executor: Any, tasks: Any, threads: Any = None) -> None:
+    """Raises `DataError` for what runs no functions, and for numbers below 1."""
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise DataError(
             f"executor={shown(executor)} was given; expected an object with submit(function, "
             "*arguments), such as concurrent.futures.ProcessPoolExecutor()."
         )
-    if tasks is not None and not (is_whole(tasks) and int(tasks) >= 1):
-        raise DataError(f"tasks={shown(tasks)} was given; expected a whole number from 1, or None.")
+    for name, given in (("tasks", tasks), ("threads", threads)):
+        if given is not None and not (is_whole(given) and int(given) >= 1):
+            raise DataError(
+                f"{name}={shown(given)} was given; expected a whole number from 1, or None."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +93,101 @@ class Task:
     units: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Failed:
+    """What failed in a worker: texts alone, because not every error can be pickled."""
+
+    unit: str
+    """The unit that failed; empty: the worker could not begin."""
+    kind: str
+    """The name of the error's class."""
+    said: str
+    where: str
+    """The machine and the process."""
+    is_ours: bool
+    """Whether it is a `HookedVLMError`, whose message says what to do."""
+    lacks: tuple[str, str] | None
+    """See `files.lacking`."""
+    trace: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The `packed` value of each unit of a task that was computed, and what failed after them."""
+
+    units: dict[str, bytes]
+    failed: Failed | None = None
+
+
+class _InWorkerError(Exception):
+    """The traceback of an error in a worker, as the cause of the error that tells of it."""
+
+
+ON_THE_MODEL = {error.__name__: error for error in (CannotRunError, RegionError, ScoringError)}
+"""Errors that an experiment raises on some models: `job.finish` takes them from a worker too."""
+KEPT = "Finished units are kept"
+
+
+def _error_of(failed: Failed, task: Task) -> Exception:
+    """Returns the error of this process for what failed in a worker."""
+    if failed.kind in ON_THE_MODEL:
+        return ON_THE_MODEL[failed.kind](failed.said)
+    what = f"Unit '{task.loop}: {failed.unit}'" if failed.unit else f"A task of loop '{task.loop}'"
+    said = failed.said.strip().partition("\n")[0][:160].rstrip(".")
+    remedy = "If this is no passing fault, run without --executor to see the whole error"
+    if failed.lacks is not None:
+        said, remedy = failed.lacks
+    elif failed.is_ours:
+        remedy = "Correct this"
+    else:
+        said = f"{failed.kind}: {said}"
+    error = DataError(
+        f"{what} of {task.experiment} failed on {failed.where}: {said}. {KEPT}. {remedy}, and run "
+        "the same command again to resume."
+    )
+    error.__cause__ = _InWorkerError(failed.trace)
+    return error
+
+
+def _outcome(future: Any, task: Task) -> Outcome:
+    """Returns what a worker returned; raises `DataError` where the executor returns nothing."""
+    try:
+        found = future.result()
+    except BrokenExecutor as error:
+        raise DataError(
+            f"A worker process ended before its work was done ({str(error)[:120]}). {KEPT}; run "
+            "the same command again to resume, with fewer processes if memory ended."
+        ) from None
+    except (Exception, CancelledError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        raise DataError(
+            f"The executor lost a task of loop '{task.loop}' of {task.experiment}, with "
+            f"{len(task.units)} of its units from {task.units[0]!r}: {type(error).__name__}: "
+            f"{_shortened(lines)}. {KEPT}; run the same command again to resume, and see the "
+            "workers' logs: their memory, time limit and version."
+        ) from error
+    if not isinstance(found, Outcome):
+        raise DataError(
+            f"A worker returned {shown(found)}; expected an Outcome. Give all processes the same "
+            "version of hooked_vlm."
+        )
+    return found
+
+
+def _shortened(lines: Sequence[str]) -> str:
+    """Returns the lines of an executor's error in one: what it says first, and the last."""
+    said = " ".join(lines[:2])[:90]
+    return f"{said} … {lines[-1][:40]}" if len(lines) > 2 else said
+
+
 def offered(
     executor: Executor, task: Task, at_once: int | None, loop: Loop, names: Sequence[str]
 ) -> Iterator[tuple[str, bytes]]:
     """Yields the units of a loop as an executor's workers return them.
 
-    Each task has one unit, or as many as divide all among `at_once` tasks.  Raises what a unit
-    raises, and `DataError` where workers end before their work.
+    Each task has one unit, or as many as divide all among `at_once` tasks.  Raises `DataError`,
+    which says what failed and where, after it has yielded what was computed until then; errors
+    of `ON_THE_MODEL` as a unit raised them.
     """
     size = 1 if at_once is None else -(-len(names) // at_once)
     tasks = [
@@ -93,18 +195,38 @@ def offered(
         for i in range(0, len(names), size)
     ]
     futures = [executor.submit(compute, own) for own in tasks]
+    waiting = {id(future): (future, own) for future, own in zip(futures, tasks, strict=True)}
+    error: Exception | None = None
     try:
         for future in _in_order_of_ending(futures):
-            yield from future.result().items()
-    except BrokenExecutor as error:
-        raise DataError(
-            f"A worker process ended before its work was done ({str(error)[:120]}). Finished units "
-            "are kept; run the same command again to resume, with fewer processes if memory ended."
-        ) from None
+            units, error = _taken(*waiting.pop(id(future)))
+            yield from units.items()
+            if error is not None:
+                break
+        if error is not None:
+            # What others have done until now is kept; what they are doing is not waited for.
+            for future, own in waiting.values():
+                if future.done():
+                    yield from _taken(future, own)[0].items()
+            raise error
     finally:
-        for future in futures:
-            if not future.done() and hasattr(future, "cancel"):
-                future.cancel()
+        _cancel(futures)
+
+
+def _taken(future: Any, task: Task) -> tuple[dict[str, bytes], Exception | None]:
+    """Returns the units of a task that has ended, and its error if it failed."""
+    try:
+        outcome = _outcome(future, task)
+    except DataError as lost:
+        return {}, lost
+    error = None if outcome.failed is None else _error_of(outcome.failed, task)
+    return outcome.units, error
+
+
+def _cancel(futures: Sequence[Any]) -> None:
+    for future in futures:
+        if not future.done() and hasattr(future, "cancel"):
+            future.cancel()
 
 
 def _in_order_of_ending(futures: Sequence[Any]) -> Iterator[Any]:
@@ -155,31 +277,45 @@ _LOCK = threading.Lock()
 """A process computes one task at a time, whatever number of threads its executor has."""
 
 
-def compute(task: Task) -> dict[str, bytes]:
-    """Returns the `packed` value of each unit of a task.
+def compute(task: Task) -> Outcome:
+    """Returns the `packed` value of each unit of a task, until one fails.
 
-    Raises `DataError` where this process would compute other bits than the process that made the
-    task: another version of a package, other weights, another kind of device.
+    A process that would compute other bits than the one that made the task fails before the first:
+    another version of a package, other weights, another kind of device.
     """
+    done: dict[str, bytes] = {}
+    unit = ""
     with _LOCK:
-        return _computed(task)
+        try:
+            model = _model_for(task)
+            with shared_runs(model):
+                loop = _reached(task, model)
+                for unit in task.units:
+                    done[unit] = unit_of(loop, unit, silent)
+        except Exception as error:  # noqa: BLE001 (told to the process that made the task)
+            return Outcome(done, _failed(error, unit))
+    return Outcome(done)
 
 
-def _computed(task: Task) -> dict[str, bytes]:
+def _failed(error: Exception, unit: str) -> Failed:
+    where = f"{platform.node() or 'a worker'} (process {os.getpid()})"
+    names = [kind.__name__ for kind in type(error).__mro__]
+    kind = next((name for name in names if name in ON_THE_MODEL), names[0])
+    is_ours, lacks = isinstance(error, HookedVLMError), lacking(error)
+    return Failed(unit, kind, str(error), where, is_ours, lacks, traceback.format_exc())
+
+
+def _model_for(task: Task) -> HookedVLM:
+    """Returns the model of a task; raises `DataError` where units would have other bits."""
     torch.set_num_threads(task.threads)
     model, basis = _model_of(task)
     own = everything(task.experiment, task.config, basis)
     if key_of(own) != key_of(task.depends_on) and not task.allow_mixed:
         raise DataError(
-            f"A worker refuses units of {task.experiment}: {differences(task.depends_on, own)}. "
-            "Give all processes the same environment, or allow mixed parts."
+            f"it refuses the task, for it has {differences(own, task.depends_on)[:120]}. Give all "
+            "processes the same environment"
         )
-    with shared_runs(model):
-        loop = _reached(task, model)
-        return {
-            name: packed(loop.score(loop.units[name], silent), *identity(loop, name))
-            for name in task.units
-        }
+    return model
 
 
 def _model_of(task: Task) -> tuple[HookedVLM, Basis]:

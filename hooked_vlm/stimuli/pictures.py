@@ -10,11 +10,12 @@ import json
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from hooked_vlm.errors import DataError
 
@@ -33,15 +34,22 @@ UNREADABLE = (
 )
 
 
-def open_picture(path: Path, mode: str = "RGB") -> Image.Image:
-    """Returns a file's picture; raises `DataError` with the file's name if it is unreadable."""
+def open_picture(
+    path: Path, mode: str | Callable[[Image.Image], Image.Image] = "RGB"
+) -> Image.Image:
+    """Returns a file's picture in a mode, or as a function returns it.
+
+    Raises `DataError` with the file's name if it is unreadable.
+    """
     _require_no_pipe(path)
     try:
         with warnings.catch_warnings():
             # Shown for pictures of half the size that PIL refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                return opened.convert(mode)
+                return opened.convert(mode) if isinstance(mode, str) else mode(opened)
+    except DataError as error:
+        raise DataError(f"'{path}' {error}.") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(
@@ -56,7 +64,7 @@ def open_picture(path: Path, mode: str = "RGB") -> Image.Image:
 
 
 def size_of(source: Path, whole: bool = True) -> tuple[int, int]:
-    """Returns the size of a picture, (width, height), and keeps no pixel.
+    """Returns the size of a picture as `upright` returns it, (width, height); keeps no pixel.
 
     `whole` decodes the picture to find damage after its header.  Raises `DataError`, without a
     name, for what cannot be read.
@@ -66,14 +74,42 @@ def size_of(source: Path, whole: bool = True) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source) as opened:
-                if whole:
-                    opened.load()
-                return opened.size
+                return upright_size(opened, whole)
+    except DataError:
+        raise
     except Image.DecompressionBombError:
         raise DataError("has more pixels than PIL opens; give a smaller picture") from None
     except UNREADABLE as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot be read as a picture: {said[:120]}") from None
+
+
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+"""Modes of more than 8 bits, whose values a conversion to RGB cuts off at 255."""
+
+
+def upright_size(opened: Image.Image, whole: bool) -> tuple[int, int]:
+    """Returns the size of a picture as `upright` returns it; raises `DataError` as it does."""
+    if opened.mode in DEEP:
+        raise DataError(f"has values of more than 8 bits (mode {opened.mode}); save it with 8")
+    if whole:
+        opened.load()
+    width, height = opened.size
+    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def upright(picture: Image.Image, ground: str = "white") -> Image.Image:
+    """Returns a picture in RGB as viewers show it: turned as its EXIF says, over a colour.
+
+    Raises `DataError`, without a name, for values of more than 8 bits.
+    """
+    upright_size(picture, whole=False)
+    turned = ImageOps.exif_transpose(picture)
+    if not turned.has_transparency_data:
+        return turned.convert("RGB")
+    whole = turned.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", whole.size, ground), whole).convert("RGB")
 
 
 def _require_no_pipe(path: Path) -> None:
@@ -86,18 +122,28 @@ def _require_no_pipe(path: Path) -> None:
 def checked_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file; raises `DataError` for a picture that cannot be opened.
 
-    A file is decoded once in a process, as long as its size and time do not change.
+    A file is decoded once in a process, as long as it is the same (`stamp_of`).
     """
     try:
-        status = path.stat()
+        stamp = stamp_of(path)
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
     _require_no_pipe(path)
-    return _checked(path, status.st_size, status.st_mtime_ns)
+    return _checked(path, stamp)
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Returns what changes when a file is written or replaced, also by one of the same size.
+
+    Raises `OSError` where there is none.
+    """
+    status = path.stat()
+    # The time of modification can be set to an older one, as copies keep it; the last cannot.
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @cache
-def _checked(path: Path, _size: int, _modified_ns: int) -> str:
+def _checked(path: Path, _stamp: tuple[int, ...]) -> str:
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,7 @@ distributions are found here too (`register_setting`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hooked_vlm.stimuli.extension import AddedSetting, setting_of
 from hooked_vlm.stimuli.own.data import OwnData
 from hooked_vlm.stimuli.own.tables import NAMES, table_in
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.pictures import stamp_of
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
 from hooked_vlm.stimuli.sets import Draw
 from hooked_vlm.stimuli.sets import StimulusSet as StimulusSet
@@ -156,7 +157,8 @@ def added_setting(name: str) -> AddedSetting | None:
 
 
 def own_data(data: Path | None) -> OwnData:
-    """Returns a user's own data from the folder that has them, read once as long as it is the same.
+    """Returns a user's own data from the folder that has them, read once as long as they are the
+    same: the table, its pictures, and all files of a saved data set.
 
     Raises `DataError` without a folder, and `DataProblemsError` for data with problems.
     """
@@ -165,13 +167,27 @@ def own_data(data: Path | None) -> OwnData:
             "The setting 'own' needs your data: give data=FOLDER (--data FOLDER) with items.csv or "
             "items.jsonl. docs/guide/own-data.md describes them."
         )
-    status = table_in(data).stat()
-    return _read_once(data, data.resolve(), status.st_size, status.st_mtime_ns)
+    place = data, table_in(data).resolve()
+    if (last := _LAST.get(place)) is not None and _stamps(last[0]) == last[1]:
+        return last[0]
+    found = OwnData.read(data)
+    _LAST.clear()
+    _LAST[place] = found, _stamps(found)
+    return found
 
 
-@lru_cache(maxsize=1)
-def _read_once(data: Path, _whole: Path, _size: int, _modified_ns: int) -> OwnData:
-    return OwnData.read(data)
+_LAST: dict[tuple[Path, Path], tuple[OwnData, Any]] = {}
+"""The data that were read last, with the stamps of their files."""
+
+
+def _stamps(data: OwnData) -> dict[str, tuple[int, ...] | None]:
+    found: dict[str, tuple[int, ...] | None] = {}
+    for name, path in data.files().items():
+        try:
+            found[name] = stamp_of(path)
+        except OSError:  # removed since
+            found[name] = None
+    return found
 
 
 def is_own(data: Path | None) -> bool:

@@ -33,6 +33,7 @@ from hooked_vlm.arguments.kinds import Model
 from hooked_vlm.errors import InterventionError
 from hooked_vlm.hooks.names import select_names
 from hooked_vlm.hooks.of_interventions import hooks_of
+from hooked_vlm.interventions.attend import Attend
 from hooked_vlm.interventions.base import site_of
 from hooked_vlm.interventions.chain import Cell, flattened
 from hooked_vlm.interventions.patch import Patch
@@ -152,7 +153,8 @@ def attribution_patch(
 def _refuse_masks(cells: Sequence[Cell]) -> None:
     """Raises `InterventionError` for masked scores: there is no small step to minus infinity."""
     for part in (part for cell in cells for part in flattened(cell.own)):
-        if getattr(getattr(part, "part", part), "mask", False) is True:
+        own = getattr(part, "part", part)
+        if isinstance(own, Attend) and own.mask:  # a class of the user's may call a place so
             raise InterventionError(
                 f"{part} masks scores, and a first-order estimate of that is the slope times the "
                 "lowest number there is. Use scale=0.0 for an estimate, or Sweep.run, which is "

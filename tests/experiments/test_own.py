@@ -105,7 +105,8 @@ def test_e4_is_the_patch_that_it_says_it_is() -> None:
 
 def test_regions_of_pictures_of_two_sizes() -> None:
     small = Image.new("RGB", (96, 64), "white")
-    row = {**next(rows(1)), "id": "small", "image": small, "counterfactual": small.copy()}
+    other = Image.new("RGB", (96, 64), "black")
+    row = {**next(rows(1)), "id": "small", "image": small, "counterfactual": other}
     one, two = [*rows(1)], [{**row, "boxes": {**BOXES, **dict.fromkeys(BOXES, (0, 0, 16, 64))}}]
     data = OwnData.read([*one, *two])
     setting = OwnSetting(model(), data)
@@ -138,6 +139,35 @@ def test_boxes_over_more_than_half_of_a_picture_leave_too_little_to_compare() ->
     with pytest.raises(CannotRunError, match="cover 144 of its picture's 144 cells"):
         EXPERIMENTS["box-ablation"].run_on(  # pyright: ignore[reportOptionalCall]
             model(), data, EXPERIMENTS["box-ablation"].config()
+        )
+
+
+def test_boxes_of_all_pictures_are_checked_before_the_first_is_run() -> None:
+    one, two = rows(2)
+    told: list[Any] = []
+    data = OwnData.read([one, {**two, "boxes": {"all": (0, 0, 192, 192)}}])
+    for name in ("box-ablation", "strip-swap"):
+        experiment = EXPERIMENTS[name]
+        with pytest.raises(CannotRunError, match="cover 144 of its picture's 144 cells"):
+            experiment.run_on(  # pyright: ignore[reportOptionalCall]
+                model(), data, experiment.config(batch_size=1), lambda *done: told.append(done)
+            )
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("ordering-probes", {"label": "x"}, "all rows have one label: x"),
+        ("amplification", {"boxes": {"left": BOXES["left"]}}, "all boxes have one name: left"),
+        ("amplification", {"split": "test"}, "has 0 pictures of train and 12 of test"),
+    ],
+)
+def test_labels_are_checked_without_a_model(name: str, change: dict, said: str) -> None:
+    experiment = EXPERIMENTS[name]
+    with pytest.raises(CannotRunError, match=said):
+        experiment.run_on(  # pyright: ignore[reportOptionalCall]
+            None, OwnData.read(list(rows(**change))), experiment.config()
         )
 
 

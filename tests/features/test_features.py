@@ -20,7 +20,7 @@ from hooked_vlm import Ablate, Features, LastToken, Region, Span, dataset_means,
 from hooked_vlm.errors import DataError, HookedVLMError, InterventionError, UnknownHookError
 from hooked_vlm.features.identity import model_digest
 from hooked_vlm.features.items import Columns, read_item
-from hooked_vlm.features.shards import read_header, remove_leftovers
+from hooked_vlm.features.shards import read_header, reopen
 from hooked_vlm.features.sums import Sums
 
 
@@ -146,18 +146,18 @@ def test_a_killed_process_leaves_whole_batches(tmp_path: Path) -> None:
         "folder = Path(sys.argv[1]); folder.mkdir()\n"
         "s = lambda: shards.Shard([0], ['a'], ['t'], [{'x': torch.ones(2, 3)}], {}, 'd', 1)\n"
         "shards.write_shard(folder, 0, s())\n"
-        "shards._keep = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "shards.write_shard(folder, 1, s())\n"
     )
     out = tmp_path / "f"
     done = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert [p.name for p in out.glob("shard-*")] == ["shard-000000.safetensors"]
-    assert len(list(out.glob(".*.part"))) == 1
+    assert len(list(out.glob(".*.new"))) == 1
 
     assert read_header(out / "shard-000000.safetensors")
-    remove_leftovers(out)
-    assert not list(out.glob(".*.part"))
+    reopen(out)
+    assert not list(out.glob(".*.new"))
 
 
 def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:

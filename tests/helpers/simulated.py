@@ -63,7 +63,7 @@ def fewer_resamples() -> Iterator[None]:
             patched.enter_context(patch.object(module, "bootstrap", few))
         for module in (tables, amplified_accuracy):
             patched.enter_context(patch.object(module, "wilson", rate_alone))
-        for module in (strip_swap, encoder_depth):
+        for module in (tables, encoder_depth):
             few = partial(inspect.unwrap(statistics.simultaneous), n_resamples=20)
             patched.enter_context(patch.object(module, "simultaneous", few))
         for name in ("bootstrap", "sign_flip_test"):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from scipy.stats import binom
 
-from helpers import simulated, simulated_probes
+from helpers import simulated, simulated_own, simulated_probes
 from helpers.simulated import SHAPES, Rng
 
 
@@ -69,6 +69,11 @@ CASES = {
         simulated_probes.q7, "relative and absolute alike", "relative 1/2 + 0.45", 0.45, quick=1
     ),
     "Q8": Case(simulated_probes.q8, "cuts do nothing", "cuts lower the share by 0.5", 0.5),
+    "E2, own data": Case(
+        simulated_own.e2, "both answers alike", "the counterfactual's over clean, 0.8", 0.8, 1
+    ),
+    "E4, own data": Case(simulated_own.e4, "all regions at 1/2", "boxes 1/2 + 0.45", 0.45, quick=1),
+    "D1": Case(simulated_own.d1, "no region is needed", "boxes lower the share by 0.45", 0.45, 1),
 }
 LIMIT = 0.05
 """The largest share of draws without an effect in which a verdict may claim one."""

@@ -313,8 +313,13 @@ def test_e2_in_processes_and_merged_has_the_bits_of_one_process(
     about.write_text(changed.replace('"torch": "', '"torch": "9'))
     with pytest.raises(DataError, match=r"were computed differently: torch 9.* --allow-mixed"):
         merge(cut.out, SILENT)
+    about.write_text(changed.replace('"pairs": 2', '"pairs": 9'))
+    with pytest.raises(DataError, match=r"are of other data, options or weights .* pairs 9 and 2"):
+        merge(cut.out, SILENT)
+    about.write_text(changed.replace('"torch": "', '"torch": "9'))
     record = merge(cut.out, SILENT, allow_mixed=True).provenance
     assert "device cuda and cpu" in record.elsewhere["final-token on squares"]
+    assert record.seconds["final-token on squares"] > record.wall_seconds  # the parts' with it
     assert files(cut.out) == files(job.out)
 
 
@@ -329,8 +334,9 @@ def test_a_worker_with_another_version_refuses() -> None:
         depends_on={"source": "another"},
         folder=Path("nowhere"),
     )
-    with pytest.raises(DataError, match=r"A worker refuses units of strip-swap: .*source another"):
-        workers.compute(task)
+    failed = workers.compute(task).failed
+    assert failed is not None and failed.unit == "" and failed.kind == "DataError"
+    assert failed.said.startswith("it refuses the task, for it has format 4 and None")
 
 
 @pytest.mark.parametrize(

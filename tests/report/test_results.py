@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.numpy import load, save
 
 from helpers import synthetic_results as synthetic
+from hooked_vlm.disk.files import writable_folder, write_file
 from hooked_vlm.errors import DataError, HookedVLMWarning
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import results
-from hooked_vlm.report.files import writable_folder, write_file
 from hooked_vlm.report.results import load_result, read_result, save_result
 
 

@@ -2,16 +2,19 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from hooked_vlm.errors import DataError, DataProblemsError, MissingExtraError
+from hooked_vlm.stimuli import settings
 from hooked_vlm.stimuli.own import OwnData, tables
 from hooked_vlm.stimuli.own import data as own_data
 
@@ -22,7 +25,8 @@ GOOD = {"image": "a.png", "question": "Its color is ", "answer": "red"}
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name, size in (("a", (96, 96)), ("b", (96, 96)), ("small", (64, 96))):
-        Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
+        color = "gray" if name == "b" else "white"  # files of equal bytes are one picture
+        Image.new("RGB", size, color).save(tmp_path / f"{name}.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     (tmp_path / "list.txt").write_text("no picture")
     Image.new("L", (96, 96)).save(tmp_path / "black.png")
@@ -43,6 +47,12 @@ WRONG = {
     "cut picture": ({"image": "cut.png"}, "image '…cut.png' cannot be read as a picture"),
     "no picture": ({"image": "list.txt"}, "image '…list.txt' cannot be read as a picture"),
     "outside": ({"image": "../a.png"}, "'../a.png' leads out of the table's folder"),
+    "a box twice": ({"boxes": '{"cup": [0,0,9,9], "cup": [0,0,8,8]}'}, "'cup' is there twice"),
+    "a box twice, with a space": (
+        {"boxes": {"cup": [0, 0, 9, 9], " cup": [0, 0, 8, 8]}},
+        "boxes has 'cup' twice",
+    ),
+    "itself": ({"counterfactual": "a.png"}, "counterfactual is the image itself"),
     "absolute": ({"image": "/a.png"}, "leads out of the table's folder"),
     "number as picture": ({"image": 3}, "image is 3; expected the path of a picture"),
     "empty answer": ({"answer": " "}, "answer is empty"),
@@ -109,6 +119,7 @@ CSV = {
     "semicolons": "image;question;answer\na.png;Q;red\nb.png;Q;blue",
     "old Macintosh": "image,question,answer\ra.png,Q,red\rb.png,Q,blue\r",
     "blank lines": "\nimage,question,answer\n\na.png,Q,red\n,,\nb.png,Q,blue\n\n",
+    "empty fields at the end": "image,question,answer,,\na.png,Q,red,,\nb.png,Q,blue\n",
     "notes": "image,question,answer,_note\na.png,Q,red,\nb.png,Q,blue,dark\n",
 }
 
@@ -241,11 +252,103 @@ def test_a_saved_data_set(folder: Path) -> None:
     saved = saved.cast_column("image", datasets.Image()).rename_column("question", "prompt")
     assert len(OwnData.read(saved, columns={"question": "prompt"})) == 1
     saved.rename_column("prompt", "question").save_to_disk(folder / "saved")
+    labelled = saved.add_column("label", [1]).cast_column(
+        "label", datasets.ClassLabel(names=["left", "right"])
+    )
+    numbers = labelled.with_format("torch")
+    assert OwnData.read(numbers, columns={"question": "prompt"}).items[0].label == "right"
     data = OwnData.read(folder / "saved")
     assert data.items[0].image.open().size == (96, 96)
     assert "data/state.json" in data.files()
     with pytest.raises(DataError, match="data set of several parts was given \\(train\\)"):
         OwnData.read(datasets.DatasetDict({"train": saved}))
+
+
+def test_pictures_are_opened_as_viewers_show_them(folder: Path) -> None:
+    picture = Image.new("RGB", (96, 64), "red")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(folder / "turned.jpg", exif=exif)
+    cut = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
+    cut.paste((0, 0, 255, 255), (0, 0, 32, 16))
+    cut.save(folder / "cut_out.png")
+    Image.new("I;16", (96, 96)).save(folder / "deep.png")
+    rows = [
+        {"image": "turned.jpg", "boxes": {"cup": [0, 0, 64, 96]}},
+        {"image": "cut_out.png", "masks": {"cup": "cut_out.png"}},
+    ]
+    turned, over = OwnData.read(write(folder, *rows)).items
+    assert turned.image.open().size == (64, 96)
+    assert over.image.open().getpixel((50, 50)) == (255, 255, 255)
+    assert over.masks["cup"].pixels().sum() == 32 * 16
+    with pytest.raises(DataProblemsError, match=r"deep.png' has values of more than 8 bits"):
+        OwnData.read(write(folder, {"image": "deep.png"}))
+
+
+def test_two_files_of_equal_bytes_are_one_picture(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "mask.png").read_bytes())
+    rows = [{"image": "mask.png"}, {"image": "copy.png", "question": "Its size is "}]
+    one, two = OwnData.read(write(folder, *rows)).items
+    assert one.image.key == two.image.key and one.image.source != two.image.source
+    with pytest.raises(DataProblemsError, match="jsonl:1: counterfactual is the image itself"):
+        OwnData.read(write(folder, {"image": "mask.png", "counterfactual": "copy.png"}))
+
+
+def test_a_counterfactual_contradicts_the_row_of_its_picture(folder: Path) -> None:
+    pair = {"image": "mask.png", "counterfactual": "a.png", "counterfactual_answer": "blue"}
+    said = "jsonl:2: answer 'tan', and items.jsonl:1 has 'blue' for the same image and question"
+    with pytest.raises(DataProblemsError, match=said):
+        OwnData.read(write(folder, pair, {"image": "a.png", "answer": "tan"}))
+
+
+def test_numbers_of_other_packages(folder: Path) -> None:
+    row = {
+        **GOOD,
+        "image": str(folder / "a.png"),
+        "boxes": {"cup": np.array([0, 0, 9, 9]), "tin": [np.int64(0), 0, 9, np.float32(9.5)]},
+        "label": np.int64(3),
+        "split": pd.NA,
+    }
+    (item,) = OwnData.read([row]).items
+    assert item.boxes == {"cup": (0, 0, 9, 9), "tin": (0, 0, 9, 9.5)}
+    assert (item.label, item.split) == ("3", None)
+
+
+class Saved(FewRows):
+    """A data set that was saved in a folder, as its files have it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(json.loads((folder / "rows.arrow").read_text()))
+
+
+def rewritten(path: Path, old: str, new: str) -> None:
+    """Writes a file anew, in place, with the same size and the same time of modification."""
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_data_are_read_again_after_any_change(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folder, {})
+    table = settings.own_data(folder)
+    assert settings.own_data(folder) is table
+    rewritten(folder / "items.jsonl", "red", "tan")
+    assert settings.own_data(folder).items[0].answer == "tan"
+    (folder / "a.png").write_bytes((folder / "cut.png").read_bytes())
+    with pytest.raises(DataProblemsError, match="cannot be read as a picture"):
+        settings.own_data(folder)
+    # A saved data set: the folder itself does not change with the files in it.
+    monkeypatch.setattr(tables, "_from_disk", Saved)
+    saved = folder / "saved"
+    saved.mkdir()
+    (saved / "rows.arrow").write_text(json.dumps([{**GOOD, "image": str(folder / "b.png")}]))
+    for name in ("state.json", "dataset_info.json"):
+        (saved / name).write_text("{}")
+    assert settings.own_data(saved) is settings.own_data(saved)
+    rewritten(saved / "rows.arrow", "red", "tan")
+    assert settings.own_data(saved).items[0].answer == "tan"
 
 
 def test_a_picture_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

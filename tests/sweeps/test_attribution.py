@@ -43,6 +43,8 @@ def two_scores(logits: Tensor) -> Tensor:
 class Own:
     """An intervention of one's own: a hook function at a site."""
 
+    mask = True  # what its other attributes are called has no meaning
+
     def __init__(self, site: str, function: Callable[[Any], Any]) -> None:
         self.site, self.function = site, function
 

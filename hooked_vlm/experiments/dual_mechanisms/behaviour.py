@@ -72,7 +72,7 @@ def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
         table=table,
         images={axis: setting.picture(q) for axis, q in examples.items()},
         verdict="\n".join([_verdict(table), *missing]),
-        config={"items": len(questions), "geometry": repr(setting.geometry)},
+        config={"items": len(questions), "geometry": str(setting.geometry)},
         notes=(
             "All questions of the setting: of a built-in one, all ordered triples of its names in "
             "each direction, in the paper's layout. An answer is correct when the most probable "

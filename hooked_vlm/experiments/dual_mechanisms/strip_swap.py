@@ -9,16 +9,13 @@ strips without their objects (a control for the size of the change).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
-from hooked_vlm.analysis.statistics import Interval, simultaneous
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.loop import silent
@@ -30,7 +27,7 @@ from hooked_vlm.experiments.tables import (
     format_names,
     format_range,
     format_slots,
-    interval_rows,
+    highest_row,
     score_rows,
     select,
 )
@@ -73,6 +70,7 @@ flip there and fall only in the last sixth of the layers, where the final token 
 APART = "strips - objects"
 """Their paired difference of the probability of a flipped answer in early slots, in words."""
 AT_SLOT = "swapped, at an early slot"
+HIGHEST = "swapped, highest"
 """Quantity: the same at each of these slots, for a kind that flips the answer at some alone."""
 
 
@@ -209,16 +207,9 @@ def claims(values: xr.DataArray, n_layers: int, seed: int, **columns: str) -> li
     at_slot: dict[str, Any] = {"quantity": AT_SLOT, **columns}
     rows += claim_rows(each.values, axes, units, seed, null=HALF, low=0.0, high=1.0, **at_slot)
     for kind in kinds:
-        means = by_unit(swapped.sel(kind=kind).values, units)
-        best = int(np.argmax(means.mean(0)))
-        if len(means) < 2:  # of one picture there is no interval
-            nothing = np.full(means.shape[1], np.nan)
-            interval = Interval(means.mean(0), nothing, nothing, 1, 0.95, "none")
-        else:
-            interval = simultaneous(means, within=(0.0, 1.0), seed=seed)
-        slot = int(values["slot"].values[best])
-        about = {"kind": kind, "quantity": "swapped, highest", "slot": slot, **columns}
-        rows += interval_rows(interval.at(best), {}, **about)
+        about = {"kind": kind, "quantity": HIGHEST, **columns}
+        slots = values["slot"].values.tolist()
+        rows.append(highest_row(swapped.sel(kind=kind).values, slots, units, seed, **about))
     return rows
 
 

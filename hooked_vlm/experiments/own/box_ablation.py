@@ -2,14 +2,13 @@
 
 The visual tokens of a box are replaced, at one slot at a time, by the mean visual token of all
 pictures at that slot.  If the answer is read from the box at this slot or later, accuracy falls.
-The controls are all cells outside the boxes, and as many of them as the boxes have.
+The controls are all cells outside the boxes, and as many of them as the boxes have, or as a box.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
@@ -19,10 +18,10 @@ from torch import Tensor
 from hooked_vlm.analysis.scoring import matches_answer
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
-from hooked_vlm.experiments.batches import numbers_only, scored_numbers
+from hooked_vlm.experiments.batches import OBSERVATION, numbers_only, scored_numbers
 from hooked_vlm.experiments.loop import over_batches
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OwnSetting
+from hooked_vlm.experiments.own.setting import AS_MANY, OwnSetting, control_of
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import FEWEST_PAIRS
 from hooked_vlm.experiments.tables import (
@@ -32,7 +31,7 @@ from hooked_vlm.experiments.tables import (
     score_rows,
     select,
 )
-from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
+from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.ablate import Ablate
 from hooked_vlm.stimuli.own import OwnData, OwnItem
@@ -50,6 +49,7 @@ QUANTITIES = ("answer", "correct")
 """Probability of the correct answer, and whether it is the top answer."""
 FALL = "fall"
 """Quantity: the probability of the correct answer without ablation, minus that with it."""
+FEW = "fewer than two pictures have scores there that are numbers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,12 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
     n_layers, d_model = setting.model.cfg.n_layers, setting.model.cfg.d_model
     slots, kinds = list(range(n_layers + 1)), setting.region_kinds
     items = {d: setting.stimuli.items([d]) for d in setting.directions}
-    if all(len(own) < FEWEST_PAIRS for own in items.values()):
+    if all(len({q.image.key for q in own}) < FEWEST_PAIRS for own in items.values()):
         raise CannotRunError(
-            "No direction has two rows, as an interval needs. Leave the column direction out."
+            "No direction has rows of two pictures, as an interval needs. Give more pictures, or "
+            "leave the column direction out."
         )
+    setting.check_regions()
     # 1. What replaces the tokens.
     vectors = torch.zeros(n_layers + 1, d_model)
     if config.to == "mean":
@@ -112,32 +114,44 @@ def run_own(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result
         steps=len(slots) * len(kinds),
         last=True,
     )
-    by_direction = {
-        d: xr.concat(parts, dim="pair").assign_coords(pair=[q.image.key for q in items[d]])
-        for d, parts in scores.items()
-    }
+    by_direction = {}
+    for d, parts in scores.items():
+        pictures = [q.image.key for q in items[d]]
+        names = {"pair": [q.id for q in items[d]], OBSERVATION: ("pair", pictures)}
+        by_direction[d] = xr.concat(parts, dim="pair").assign_coords(names)
     by_direction, left_out = numbers_only(by_direction, "question")
     # 3. Its table.
-    table = _table(by_direction, n_layers, config.seed)
+    compared = [(kind, control_of(kind)) for kind in setting.compared]
+    table = _table(by_direction, n_layers, config.seed, setting.stated, compared)
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={f"items_{d}": values for d, values in by_direction.items()},
         images={"boxes": setting.first_with_boxes()},
         verdict="\n".join(
-            [_verdict(table), *_not_tested(setting.directions, [*by_direction]), *left_out]
+            [
+                _verdict(table, setting.stated, compared),
+                *not_tested(setting.directions, [*by_direction], why=FEW),
+                *left_out,
+            ]
         ),
         config={"items": len(setting.data), "seed": config.seed, "to": config.to},
-        notes=(
-            "The visual tokens of a region are replaced at one slot: by "
-            + ("zeros" if config.to == "zero" else "the mean visual token of all pictures there")
-            + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, outside them: "
-            "what a change of this size does anywhere. Single boxes have no control of their size.",
-            f"'{FALL}' is the loss of the correct answer's probability; '{ANYWHERE} - {AS_MANY}' "
-            "the paired difference of two losses, with p-values of the bounded mean test over "
-            "pictures, adjusted by Holm over kinds and slots. All questions count, also those "
-            "that the model answers wrongly.",
-        ),
+        notes=_notes(config.to),
+    )
+
+
+def _notes(to: str) -> tuple[str, ...]:
+    """Returns how the numbers were computed."""
+    return (
+        "The visual tokens of a region are replaced at one slot: by "
+        + ("zeros" if to == "zero" else "the mean visual token of all pictures there")
+        + f". '{AS_MANY}' is a random choice of as many cells as the boxes have, or as a "
+        "single box has, outside all boxes: what a change of this size does anywhere.",
+        f"'{FALL}' is the loss of the correct answer's probability; 'boxes - {AS_MANY}' "
+        "the paired difference of two losses, with p-values of the bounded mean test over "
+        "pictures, adjusted by Holm over kinds and slots. A picture counts once, whatever the "
+        "number of its questions. All questions count, also those that the model answers "
+        "wrongly.",
     )
 
 
@@ -184,26 +198,33 @@ def _mean_tokens(setting: OwnSetting, items: list[OwnItem]) -> Float[Tensor, "sl
     return total / sum(part["n"] for part in parts)
 
 
-def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> pd.DataFrame:
+def _table(
+    by_direction: Mapping[str, xr.DataArray],
+    n_layers: int,
+    seed: int,
+    stated: Sequence[str],
+    compared: Sequence[tuple[str, str]],
+) -> pd.DataFrame:
     together = xr.concat(list(by_direction.values()), dim="pair")
     groups = dict(by_direction) if len(by_direction) > 1 else {}
     rows = []
     for direction, values in {**groups, "all": together}.items():
-        rows += score_rows(values, seed, direction=direction)
+        units = [str(picture) for picture in values[OBSERVATION].values]
+        rows += score_rows(values, seed, units, direction=direction)
         answer = values.sel(quantity="answer").transpose("pair", "kind", "slot")
-        units = [str(picture) for picture in values["pair"].values]
         kinds = [str(kind) for kind in values["kind"].values if kind != "none"]
         fall = answer.sel(kind="none") - answer.sel(kind=kinds)
-        fall = fall.transpose("pair", "kind", "slot")
-        axes = {name: fall[name].values.tolist() for name in ("kind", "slot")}
+        own = fall.transpose("pair", "kind", "slot").sel(kind=list(stated))
+        axes = {"kind": list(stated), "slot": own["slot"].values.tolist()}
         about: dict[str, Any] = {"direction": direction, "quantity": FALL}
-        rows += claim_rows(fall.values, axes, units, seed, **about)
-        control = fall.sel(kind=AS_MANY)
-        apart = np.asarray(fall.sel(kind=ANYWHERE) - control)
-        about["kind"] = f"{ANYWHERE} - {AS_MANY}"
-        rows += claim_rows(apart, {"slot": axes["slot"]}, units, seed, **about)
+        rows += claim_rows(own.values, axes, units, seed, **about)
+        for kind, control in compared:
+            apart = fall.sel(kind=kind) - fall.sel(kind=control)
+            about["kind"] = f"{kind} - {control}"
+            values_ = apart.transpose("pair", "slot").values
+            rows += claim_rows(values_, {"slot": axes["slot"]}, units, seed, **about)
     right = together.sel(kind="none", quantity="correct", slot=0).values
-    units = [str(picture) for picture in together["pair"].values]
+    units = [str(picture) for picture in together[OBSERVATION].values]
     rows += rate_rows(right, units, direction="all", kind="none", quantity="accuracy")
     table = pd.DataFrame(rows)
     slots = table["slot"]
@@ -211,25 +232,22 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     return adjusted(table, table["quantity"] == FALL, ["direction"])
 
 
-def _not_tested(directions: Sequence[str], tested: Sequence[str]) -> list[str]:
-    missing = [direction for direction in directions if direction not in tested]
-    few = "fewer than two questions have scores there that are numbers"
-    return [f"Not tested: {', '.join(missing)}; {few}."] if missing else []
-
-
-def _verdict(table: pd.DataFrame) -> str:
+def _verdict(
+    table: pd.DataFrame, stated: Sequence[str], compared: Sequence[tuple[str, str]]
+) -> str:
     every = select(table, direction="all")
     clean = select(every, quantity="accuracy").iloc[0]
     parts = [f"Accuracy without ablation {format_interval(clean)}"]
     falls = select(every, quantity=FALL)
-    for kind in dict.fromkeys(falls["kind"]):
+    fall, larger = "a fall of the answer's probability", "a larger fall"
+    against = [(f"{kind} - {control}", larger) for kind, control in compared]
+    for kind, what in [*((kind, fall) for kind in stated), *against]:
         rows = select(falls, kind=kind)
         judged = {int(row["slot"]): judge(row) for _, row in rows.iterrows()}
         found = format_slots(slot for slot, one in judged.items() if one.above)
         unclear = [slot for slot, one in judged.items() if one.outcome == "undecided"]
         most = rows.sort_values("value").iloc[-1]
         size = f"largest at slot {int(most['slot'])}: {format_interval(most)}"
-        what = "a fall of the answer's probability" if " - " not in kind else "a larger fall"
         where = found + (f", undecided at {format_slots(unclear)}" if unclear else "")
         parts.append(f"{kind}: {what} at {where} ({size})")
     return "\n".join(map(sentence, parts))

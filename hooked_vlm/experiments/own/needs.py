@@ -1,5 +1,6 @@
 """What an experiment needs of a user's own data: declared as data, checked before a model loads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hooked_vlm.errors import CannotRunError, counted
@@ -39,6 +40,8 @@ class Needs:
     each: tuple[Need, ...] = ()
     beyond: str = ""
     """What it needs and no table has, in words; empty: nothing."""
+    further: Callable[[OwnData], object] | None = None
+    """Raises `CannotRunError` for data that lack something else, without a model."""
 
     def check_possible(self, id_: str) -> None:
         """Raises `CannotRunError` for an experiment that no table has the data for."""
@@ -56,6 +59,8 @@ class Needs:
             raise CannotRunError(
                 f"{id_} needs {missing}. Complete the table (docs/guide/own-data.md)."
             )
+        if self.further is not None:
+            self.further(data)
 
 
 PAIRS = (Need(("counterfactual",)), Need(("counterfactual_answer",)))

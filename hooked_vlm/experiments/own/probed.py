@@ -48,7 +48,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.tables import format_interval, select
 from hooked_vlm.experiments.verdicts import claim_rows, judge, sentence
 from hooked_vlm.hooks.names import PROJECTOR
-from hooked_vlm.stimuli.own import OwnItem
+from hooked_vlm.stimuli.own import OwnData, OwnItem
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +90,6 @@ class Labelled:
 
 def run_probes(setting: OwnSetting, config: Any, on_progress: OnProgress) -> Result:
     """E3: fits probes of a label and their controls, and applies both to held-out pictures."""
-    if not setting.data.has("label") and all(len(i.names) < 2 for i in setting.data.items):
-        raise CannotRunError(
-            "The control of E3 exchanges the names of a picture's boxes, and no picture has two "
-            "boxes. Give the column label, or pictures with boxes of two names."
-        )
     found = labelled(setting, config.seed, 0.25, on_progress)
     fitted, rows = fit_with_controls(
         found.examples,
@@ -186,15 +181,25 @@ def run_amplified(setting: OwnSetting, config: Any, on_progress: OnProgress) -> 
     )
 
 
-def labelled(setting: OwnSetting, seed: int, test_size: float, on_progress: OnProgress) -> Labelled:
-    """Returns the examples of a probe, one picture once.
+def check_control(data: OwnData) -> None:
+    """Raises `CannotRunError` for data without labels for a probe, or for E3's control."""
+    pictures_of(data)
+    if not data.has("label") and all(len(item.names) < 2 for item in data.items):
+        raise CannotRunError(
+            "The control of E3 exchanges the names of a picture's boxes, and no picture has two "
+            "boxes. Give the column label, or pictures with boxes of two names."
+        )
 
-    Raises `CannotRunError` for one label alone, for two labels or parts of one picture, for a split
-    of some pictures alone, and where one of the parts has no picture.
+
+def pictures_of(data: OwnData) -> tuple[list[OwnItem], tuple[str, ...]]:
+    """Returns the first item of each picture, and the names of a probe's labels.
+
+    Raises `CannotRunError` for one label alone, for two labels or parts of one picture, and for a
+    split of some pictures alone or without one of its parts.
     """
-    by_box = not setting.data.has("label")
+    by_box = not data.has("label")
     first: dict[str, OwnItem] = {}
-    for item in setting.data.items:
+    for item in data.items:
         before = first.setdefault(item.image.key, item)
         if not by_box and before.label != item.label:
             raise CannotRunError(
@@ -207,7 +212,17 @@ def labelled(setting: OwnSetting, seed: int, test_size: float, on_progress: OnPr
                 "the same picture. A picture either fits a probe or tests it."
             )
     items = list(first.values())
-    names = _names(items, by_box)
+    _parts(items, 0.5, 0)
+    return items, _names(items, by_box)
+
+
+def labelled(setting: OwnSetting, seed: int, test_size: float, on_progress: OnProgress) -> Labelled:
+    """Returns the examples of a probe, one picture once.
+
+    Raises `CannotRunError` as `pictures_of` does, and where one of the parts has no picture left.
+    """
+    by_box = not setting.data.has("label")
+    items, names = pictures_of(setting.data)
     train, test = _parts(items, test_size, seed)
     found = over_batches(
         "features of the probe",

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,20 @@ ANYWHERE = "boxes"
 OTHERS = "all other cells"
 AS_MANY = "as many other cells"
 """The same number of cells outside the boxes, drawn with the seed: a control for the size."""
+BOX = "box"
+SHARED = (
+    "fewer than two pairs without a common picture are left there, whose two pictures the model "
+    "answers correctly and whose scores are numbers"
+)
+
+
+def control_of(kind: str) -> str:
+    """Returns the kind of region that has as many cells as another one, outside all boxes.
+
+    >>> control_of("boxes"), control_of("box left")
+    ('as many other cells', 'as many other cells as box left')
+    """
+    return AS_MANY if kind == ANYWHERE else f"{AS_MANY} as {kind}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class OwnPair:
 
     @property
     def pictures(self) -> str:
-        """The two pictures; a pair and its reverse are one observation."""
+        """The two pictures, in whatever order."""
         return " | ".join(sorted(q.image.key for q in self.questions))
 
     @property
@@ -133,15 +148,22 @@ class OwnSetting(Setting):
         """Returns each direction's pairs, in the table's order, `config.pairs` at most.
 
         A pair is kept where the model answers both pictures correctly; a direction with fewer than
-        two is left out.  Raises `CannotRunError` when none is left.
+        two observations is left out.  Raises `CannotRunError` when none is left.
         """
         chosen = once("pairs", lambda: self._right_on_both(config.pairs))
         by_id = {item.id: item for item in self.data.items}
-        kept = {
+        pairs = {
             direction: [OwnPair(by_id[i], by_id[i].on_counterfactual()) for i in own]
             for direction, own in chosen.items()
-            if len(own) >= FEWEST_PAIRS
         }
+        kept = {d: own for d, own in pairs.items() if len({*observations(own)}) >= FEWEST_PAIRS}
+        if not kept and any(len(own) >= FEWEST_PAIRS for own in pairs.values()):
+            raise CannotRunError(
+                f"In no direction are there two pairs without a common picture, of "
+                f"{counted(sum(map(len, pairs.values())), 'pair')} that the model answers "
+                "correctly. Pairs that share a picture, directly or through others, are one "
+                "observation, and an interval needs two. Add other pictures."
+            )
         if not kept:
             raise CannotRunError(
                 f"In no direction does the model answer two of {counted(len(self.data), 'row')} "
@@ -187,24 +209,35 @@ class OwnSetting(Setting):
     ) -> dict[str, list[Region]]:
         """Returns the cells of each kind in each item's picture: see `region_kinds`.
 
-        Raises `CannotRunError` for boxes that together cover more than half of a picture.
+        Raises `CannotRunError` as `check_regions` does.
         """
         found: dict[str, list[Region]] = {kind: [] for kind in self.region_kinds}
         for item, grid in zip(items, grids, strict=True):
-            named = item.regions(grid)
-            boxes = union_of(named.values(), ANYWHERE)
-            others = grid.background(boxes, name=OTHERS)
-            if len(others) < len(boxes):
-                raise CannotRunError(
-                    f"The boxes of item {item.id!r} ({item.where}) cover {len(boxes)} of its "
-                    f"picture's {len(grid)} cells, so there are not as many other cells to compare "
-                    "with. Give boxes that cover at most half of a picture."
-                )
-            drawn = random.Random(f"{seed}/{item.id}").sample(list(others), len(boxes))
-            kinds = {ANYWHERE: boxes, OTHERS: others, AS_MANY: grid.cells(sorted(drawn), AS_MANY)}
+            named, boxes, others = _cells(item, grid)
+            kinds = {ANYWHERE: boxes, OTHERS: others}
+            kinds |= {f"{BOX} {name}": region for name, region in named.items()}
+            for kind in self.compared:
+                control = control_of(kind)
+                words = f"{seed}/{item.id}" + ("" if kind == ANYWHERE else f"/{kind}")
+                drawn = random.Random(words).sample(list(others), len(kinds[kind]))
+                kinds[control] = grid.cells(sorted(drawn), control)
             for kind, own in found.items():
-                own.append(kinds[kind] if kind in kinds else named[kind.removeprefix("box ")])
+                own.append(kinds[kind])
         return found
+
+    def check_regions(self) -> None:
+        """Verifies the boxes of all items before the first of them is run.
+
+        Pictures of one size have one grid, so one picture of each size is prepared.  Raises
+        `CannotRunError` for boxes that together cover more than half of a picture, `RegionError`
+        for a box in a part that the processor crops, and what `prepare` raises for a picture.
+        """
+        grids: dict[tuple[int, int], TokenGrid] = {}
+        for item in self.data.items:
+            size = item.image.size()
+            if size not in grids:
+                grids[size] = self.grids(self.inputs([item]))[0]
+            _cells(item, grids[size])
 
     def first_with_boxes(self) -> Image.Image:
         """Returns the first item's picture with its boxes drawn over it."""
@@ -214,14 +247,57 @@ class OwnSetting(Setting):
 
     @property
     def region_kinds(self) -> tuple[str, ...]:
-        """All boxes together, the cells outside them, as many of these, and each common box.
+        """All boxes together, the cells outside them, each common box, and the controls of both."""
+        return (*self.stated, *(control_of(box) for box in self.compared if box != ANYWHERE))
+
+    @property
+    def stated(self) -> tuple[str, ...]:
+        """The kinds of region that a verdict is about; the others are controls of single boxes."""
+        boxes = (kind for kind in self.compared if kind != ANYWHERE)
+        return (ANYWHERE, OTHERS, AS_MANY, *boxes)
+
+    @cached_property
+    def compared(self) -> tuple[str, ...]:
+        """The kinds of region with a control of as many cells: all boxes, and each common one.
 
         A box is common if every item has one of its name; a single one is all boxes.
         """
         common = [n for n in self.data.items[0].names if all(n in i.names for i in self.data.items)]
         alone = len(common) == 1 and all(len(item.names) == 1 for item in self.data.items)
-        each = () if alone else tuple(f"box {name}" for name in common)
-        return (ANYWHERE, OTHERS, AS_MANY, *each)
+        return (ANYWHERE, *(() if alone else (f"{BOX} {name}" for name in common)))
+
+
+def _cells(item: OwnItem, grid: TokenGrid) -> tuple[dict[str, Region], Region, Region]:
+    """Returns the cells of an item's boxes by name, of all of them, and all others."""
+    named = item.regions(grid)
+    boxes = union_of(named.values(), ANYWHERE)
+    others = grid.background(boxes, name=OTHERS)
+    if len(others) < len(boxes):
+        raise CannotRunError(
+            f"The boxes of item {item.id!r} ({item.where}) cover {len(boxes)} of its picture's "
+            f"{len(grid)} cells, so there are not as many other cells to compare with. Give boxes "
+            "that cover at most half of a picture."
+        )
+    return named, boxes, others
+
+
+def observations(pairs: Sequence[OwnPair]) -> list[str]:
+    """Returns the observation of each pair: pairs that share a picture are one.
+
+    So are pairs that are connected by other pairs; an observation has the name of its first
+    picture.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for pair in pairs:
+        one, other = (root(question.image.key) for question in pair.questions)
+        parent[max(one, other)] = min(one, other)
+    return [root(pair.clean.image.key) for pair in pairs]
 
 
 def _alike(items: Sequence[OwnItem]) -> tuple[OwnItem, ...]:

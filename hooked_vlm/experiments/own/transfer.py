@@ -11,12 +11,27 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
+from hooked_vlm.experiments.batches import OBSERVATION, numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OTHERS, OwnPair, OwnSetting
+from hooked_vlm.experiments.own.setting import (
+    ANYWHERE,
+    AS_MANY,
+    OTHERS,
+    SHARED,
+    OwnPair,
+    OwnSetting,
+    control_of,
+    observations,
+)
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.tables import format_interval, format_slots, score_rows, select
+from hooked_vlm.experiments.tables import (
+    format_interval,
+    format_slots,
+    highest_row,
+    score_rows,
+    select,
+)
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
@@ -37,15 +52,13 @@ def run_final_token(setting: OwnSetting, config: Config, on_progress: OnProgress
     by_direction, left_out = _swept(
         setting, config, [FINAL], lambda _, __: {FINAL: LastToken()}, on_progress
     )
-    table = _table(by_direction, setting.model.cfg.n_layers, config.seed)
+    table = _table(by_direction, setting.model.cfg.n_layers, config.seed, [FINAL])
     return Result(
         **vars(final_token.ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
-        verdict="\n".join(
-            [_stages(table), *not_tested(setting.directions, [*by_direction]), *left_out]
-        ),
-        config={"pairs": {d: v.sizes["pair"] for d, v in by_direction.items()}},
+        verdict="\n".join([_stages(table), *_not_tested(setting, by_direction), *left_out]),
+        config=_counts(by_direction),
         notes=(
             "Own data: the counterfactual picture with the same question is the source, so a slot "
             "keeps the clean answer or transfers the counterfactual's. The paper's third answer, "
@@ -62,28 +75,34 @@ def run_regions(setting: OwnSetting, config: Config, on_progress: OnProgress) ->
         items = [pair.clean for pair in pairs]
         return setting.regions(items, setting.grids(inputs), config.seed)
 
+    setting.check_regions()
     kinds = setting.region_kinds
     by_direction, left_out = _swept(setting, config, kinds, places, on_progress)
     n_layers = setting.model.cfg.n_layers
-    table = _table(by_direction, n_layers, config.seed)
+    table = _table(by_direction, n_layers, config.seed, setting.stated, setting.compared)
     return Result(
         **vars(strip_swap.ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
         images={"boxes": setting.first_with_boxes()},
         verdict="\n".join(
-            [_flips(table), *not_tested(setting.directions, [*by_direction]), *left_out]
+            [
+                _flips(table, setting.stated, setting.compared),
+                *_not_tested(setting, by_direction),
+                *left_out,
+            ]
         ),
-        config={"pairs": {d: v.sizes["pair"] for d, v in by_direction.items()}},
+        config=_counts(by_direction),
         notes=(
             "Own data: each cell is written from the same cell of the counterfactual picture. The "
             f"regions are the boxes and masks of the table ('{ANYWHERE}': together; 'box NAME': "
             f"each that all rows have), '{OTHERS}', and '{AS_MANY}': a random choice of as many "
-            "outside the boxes. There are no strips: own pictures "
-            "have no geometry that says where they are.",
+            "outside the boxes, one for all boxes and one for each single box. There are no "
+            "strips: own pictures have no geometry that says where they are.",
             f"The verdict is about '{EARLY}', slots 0 to {n_layers // 2}: an answer flips where "
-            "the interval of its mean lies above 0.5; boxes differ from as many other cells where "
-            "the interval of the paired difference excludes zero. P-values are adjusted by Holm.",
+            "the interval of its mean lies above 0.5; boxes, and a box, differ from as many other "
+            "cells where the interval of the paired difference excludes zero. P-values are "
+            "adjusted by Holm.",
             *_NOTES,
         ),
     )
@@ -93,8 +112,10 @@ _NOTES = (
     "'swapped' is the mean probability of the counterfactual's answer, 'clean' that of the "
     "picture's own, 'agreement' the share of pairs with the counterfactual's as top answer, 'log "
     "odds' its log odds against the clean one. Pairs count only if the model answers both pictures "
-    "correctly. Intervals of curves are 95 % bootstrap intervals over pairs; claims count two "
-    "pictures once, whatever the number of their questions, and a pair as its reverse.",
+    "correctly. Pairs that share a picture, directly or through others, are one observation, the "
+    "mean of their scores: a pair, its reverse and other questions about the two count once. "
+    "Intervals are over observations (n): of curves 95 % bootstrap intervals, of claims those of "
+    "bounded means.",
 )
 
 
@@ -105,8 +126,10 @@ def _swept(
     places: Places,
     on_progress: OnProgress,
 ) -> tuple[dict[str, xr.DataArray], list[str]]:
-    """Returns the scores `[pair, kind, slot, quantity]` of each direction; coordinate pair has the
-    pictures."""
+    """Returns the scores `[pair, kind, slot, quantity]` of each direction.
+
+    Coordinate pair has the pictures, and `OBSERVATION` what counts once.
+    """
     pairs = setting.own_pairs(config)
     slots = list(range(setting.model.cfg.n_layers + 1))
 
@@ -129,43 +152,82 @@ def _swept(
         on_progress,
         cells=len(slots) * len(kinds),
     )
-    named = {
-        d: values.assign_coords(pair=[pair.pictures for pair in pairs[d]])
-        for d, values in found.items()
-    }
+    every = [pair for own in pairs.values() for pair in own]
+    units = dict(zip([pair.pictures for pair in every], observations(every), strict=True))
+    named = {}
+    for d, values in found.items():
+        pictures = [pair.pictures for pair in pairs[d]]
+        observed = [units[one] for one in pictures]
+        named[d] = values.assign_coords({"pair": pictures, OBSERVATION: ("pair", observed)})
     return numbers_only(named)
 
 
-def _table(by_direction: Mapping[str, xr.DataArray], n_layers: int, seed: int) -> pd.DataFrame:
+def _units(values: xr.DataArray) -> list[str]:
+    return [str(one) for one in values[OBSERVATION].values]
+
+
+def _counts(by_direction: Mapping[str, xr.DataArray]) -> dict[str, Any]:
+    return {
+        "pairs": {d: v.sizes["pair"] for d, v in by_direction.items()},
+        "observations": {d: len({*_units(v)}) for d, v in by_direction.items()},
+    }
+
+
+def _not_tested(setting: OwnSetting, by_direction: Mapping[str, xr.DataArray]) -> list[str]:
+    return not_tested(setting.directions, [*by_direction], why=SHARED)
+
+
+def _table(
+    by_direction: Mapping[str, xr.DataArray],
+    n_layers: int,
+    seed: int,
+    stated: Sequence[str],
+    compared: Sequence[str] = (),
+) -> pd.DataFrame:
     together = xr.concat(list(by_direction.values()), dim="pair")
     groups = dict(by_direction) if len(by_direction) > 1 else {}
     rows = []
     for direction, values in {**groups, "all": together}.items():
-        rows += score_rows(values, seed, direction=direction)
-        rows += _claims(values, n_layers, seed, direction)
+        rows += score_rows(values, seed, _units(values), direction=direction)
+        rows += _claims(values, n_layers, seed, direction, stated, compared)
     table = pd.DataFrame(rows)
     slots = table["slot"]
     table["site"] = [None if pd.isna(slot) else slot_name(int(slot), n_layers) for slot in slots]
     return adjusted(table, table["quantity"] == EARLY)
 
 
-def _claims(values: xr.DataArray, n_layers: int, seed: int, direction: str) -> list[dict]:
-    """Returns the rows that a verdict is about: over early slots, and of each slot."""
+def _claims(
+    values: xr.DataArray,
+    n_layers: int,
+    seed: int,
+    direction: str,
+    stated: Sequence[str],
+    compared: Sequence[str],
+) -> list[dict]:
+    """Returns the rows that a verdict is about: over early slots, of each slot, and the highest.
+
+    `stated` are the kinds whose means it names, `compared` those that it compares with controls.
+    """
     values = values.transpose("pair", "kind", "slot", "quantity")
-    units = [str(pair) for pair in values["pair"].values]
-    kinds = [str(kind) for kind in values["kind"].values]
+    units, slots = _units(values), values["slot"].values.tolist()
     about: dict[str, Any] = {"direction": direction}
-    over = values.sel(quantity="swapped") - values.sel(quantity="clean")
-    axes = {name: over[name].values.tolist() for name in ("kind", "slot")}
+    own = values.sel(kind=list(stated))
+    over = own.sel(quantity="swapped") - own.sel(quantity="clean")
+    axes = {"kind": list(stated), "slot": slots}
     rows = claim_rows(over.values, axes, units, seed, quantity=OVER, **about)
-    early = values.sel(quantity="swapped", slot=slice(0, n_layers // 2)).mean("slot")
+    swapped = values.sel(quantity="swapped")
+    for kind in stated:
+        more = {"kind": kind, "quantity": strip_swap.HIGHEST, **about}
+        rows.append(highest_row(swapped.sel(kind=kind).values, slots, units, seed, **more))
+    early = swapped.sel(slot=slice(0, n_layers // 2)).mean("slot")
     about["quantity"] = EARLY
     half: dict[str, Any] = {"null": 0.5, "low": 0.0, "high": 1.0}
-    rows += claim_rows(early.values, {"kind": kinds}, units, seed, **half, **about)
-    for other in (OTHERS, AS_MANY):
-        if other in kinds:
-            apart = (early.sel(kind=ANYWHERE) - early.sel(kind=other)).values
-            rows += claim_rows(apart, {}, units, seed, kind=f"{ANYWHERE} - {other}", **about)
+    means = early.sel(kind=list(stated)).values
+    rows += claim_rows(means, {"kind": list(stated)}, units, seed, **half, **about)
+    against = [(kind, control_of(kind)) for kind in compared]
+    for kind, other in [(ANYWHERE, OTHERS), *against] if compared else []:
+        apart = (early.sel(kind=kind) - early.sel(kind=other)).values
+        rows += claim_rows(apart, {}, units, seed, kind=f"{kind} - {other}", **about)
     return rows
 
 
@@ -179,8 +241,7 @@ def _stages(table: pd.DataFrame) -> str:
         stages.setdefault(stage, []).append(int(row["slot"]))
     names = {"clean": "clean", "attribute": "the counterfactual's", "undecided": "undecided"}
     spans = [f"{format_slots(stages[s])} {name}" for s, name in names.items() if s in stages]
-    swapped = select(table, direction="all", quantity="swapped")
-    peak = swapped.sort_values("value").iloc[-1]
+    peak = select(table, direction="all", quantity=strip_swap.HIGHEST).iloc[0]
     parts = [
         f"Answer by slot: {'; '.join(spans)}",
         f"the counterfactual's answer is highest at slot {int(peak['slot'])}, "
@@ -189,25 +250,27 @@ def _stages(table: pd.DataFrame) -> str:
     return " ".join(map(sentence, parts))
 
 
-def _flips(table: pd.DataFrame) -> str:
+def _flips(table: pd.DataFrame, stated: Sequence[str], compared: Sequence[str]) -> str:
     """Returns in words whose cells flip the answer over the early slots, by direction."""
     parts = []
     early = select(table, quantity=EARLY)
     for direction in dict.fromkeys(early["direction"]):
         here = {str(row["kind"]): row for _, row in select(early, direction=direction).iterrows()}
         said = []
-        for kind in (k for k in here if " - " not in k):
+        for kind in stated:
             judged = judge(here[kind], least=0.0)
             outcome = "yes" if judged.above else "no" if judged.below else "undecided"
             said.append(f"{kind} {outcome}, {format_interval(here[kind])}")
-        apart = judge(here[f"{ANYWHERE} - {AS_MANY}"])
-        more = {1: "more than", -1: "less than"}.get(
-            apart.sign,
-            "no more than" if apart.outcome == "not found" else "undecided whether more than",
-        )
+        against = []
+        for kind in compared:
+            apart = judge(here[f"{kind} - {control_of(kind)}"])
+            more = {1: "more than", -1: "less than"}.get(
+                apart.sign,
+                "no more than" if apart.outcome == "not found" else "undecided whether more than",
+            )
+            against.append(f"{kind} {more} {AS_MANY}: {apart.reason}")
         where = "all questions" if direction == "all" else direction
         parts.append(
-            f"{where}: does the answer flip? {'; '.join(said)}. Boxes {more} {AS_MANY}: "
-            f"{apart.reason}"
+            f"{where}: does the answer flip? {'; '.join(said)}. {sentence('; '.join(against))}"
         )
     return "\n".join(map(sentence, parts))

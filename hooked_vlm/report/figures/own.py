@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OTHERS
+from hooked_vlm.experiments.own.setting import ANYWHERE, AS_MANY, OTHERS, control_of
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import charts, look
 from hooked_vlm.report.figures import steering
@@ -41,30 +41,32 @@ def _final_token(result: Result) -> Iterator[Drawing]:
         _by_slot(table, "quantity", "mean probability", looks),
         "The final token's residual vector is replaced, at one slot at a time, by that of the run "
         "on the counterfactual picture with the same question. Bands are 95 % bootstrap intervals "
-        "over pairs.",
+        "over observations: pairs that share a picture are one.",
         headline=True,
     )
 
 
 def _regions(result: Result) -> Iterator[Drawing]:
-    table = result.table[result.table["quantity"] == "swapped"]
+    table = _without_small_controls(result.table[result.table["quantity"] == "swapped"])
     yield Drawing(
         "patched-by-slot",
         _by_slot(table, "kind", "P(counterfactual's answer)", KINDS),
         "The visual tokens of a region are replaced, at one slot at a time, by those of the same "
-        "cells in the run on the counterfactual picture. Bands are 95 % bootstrap intervals over "
-        "pairs.",
+        "cells in the run on the counterfactual picture. Controls of single boxes are in the "
+        "table. Bands are 95 % bootstrap intervals over observations: pairs that share a picture "
+        "are one.",
         headline=True,
     )
 
 
 def _ablation(result: Result) -> Iterator[Drawing]:
-    table = result.table[result.table["quantity"] == "answer"]
+    table = _without_small_controls(result.table[result.table["quantity"] == "answer"])
     yield Drawing(
         "ablated-by-slot",
         _by_slot(table, "kind", "P(correct answer)", KINDS),
         "The visual tokens of a region are replaced at one slot at a time. 'none': without "
-        "ablation. Bands are 95 % bootstrap intervals over questions.",
+        "ablation. Controls of single boxes are in the table. Bands are 95 % bootstrap intervals "
+        "over pictures.",
         headline=True,
     )
 
@@ -79,6 +81,12 @@ def _probes(result: Result) -> Iterator[Drawing]:
         "of held-out pictures.",
         headline=True,
     )
+
+
+def _without_small_controls(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows without the controls of single boxes: too many lines for one figure."""
+    kinds = set(table["kind"])
+    return table[~table["kind"].isin({control_of(kind) for kind in kinds - {ANYWHERE}})]
 
 
 def _by_slot(table: pd.DataFrame, line: str, y_label: str, looks: dict[str, Look]) -> Figure:

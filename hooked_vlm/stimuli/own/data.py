@@ -14,6 +14,7 @@ from PIL import Image
 from hooked_vlm.analysis.scoring import is_single_token
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.displayed import OneLine
+from hooked_vlm.disk.files import sha256_of
 from hooked_vlm.errors import DataError, DataProblemsError, counted
 from hooked_vlm.stimuli.own.items import OwnItem, Picture
 from hooked_vlm.stimuli.own.reading import RowReader, Size, normalise, unknown_columns
@@ -66,11 +67,9 @@ class OwnData(OneLine):
         problems = unknown_columns(table.columns) if table.rows or table.columns else []
         _refuse(table, problems)
         reader = RowReader(table.folder, _sizes(len(table.rows)))
-        items = []
-        for number, (where, row) in enumerate(table.rows, start=1):
-            item = reader.read(where, row, number)
-            if item is not None:
-                items.append(item)
+        rows = enumerate(table.rows, start=1)
+        read = [reader.read(where, row, number) for number, (where, row) in rows]
+        items = _with_copies_as_one([item for item in read if item is not None])
         order = {where: number for number, (where, _) in enumerate(table.rows)}
         problems = sorted(
             [*table.problems, *reader.problems, *_across(items)],
@@ -194,11 +193,9 @@ def _sizes(n: int) -> Callable[[Picture], Size]:
 def _size(picture: Picture, whole: bool) -> Size:
     if not isinstance(picture.source, Path):
         try:
-            source = picture.source
-            opened = source if isinstance(source, Image.Image) else source()
-            if whole:
-                opened.load()
-            return opened.size
+            return picture.size(whole)
+        except DataError:
+            raise
         except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise DataError(f"cannot be read as a picture: {str(error)[:120]}") from None
     if not picture.source.is_file():
@@ -210,15 +207,48 @@ def _across(items: Sequence[OwnItem]) -> list[str]:
     """Returns in words what is wrong between rows: ids that repeat, answers that contradict."""
     problems = []
     first: dict[str, OwnItem] = {}
-    asked: dict[tuple[str, str], OwnItem] = {}
+    asked: dict[tuple[str, str], tuple[str, str]] = {}
     for item in items:
         before = first.setdefault(item.id, item)
         if before is not item:
             problems.append(f"{item.where}: id {item.id[:40]!r} is that of {before.where} too")
-        same = asked.setdefault((item.image.key, " ".join(item.question.split())), item)
-        if normalise(same.answer) != normalise(item.answer):
-            problems.append(
-                f"{item.where}: answer {item.answer[:40]!r}, and {same.where} has "
-                f"{same.answer[:40]!r} for the same image and question"
-            )
+        other = item.counterfactual
+        if other is not None and other.key == item.image.key:
+            problems.append(f"{item.where}: counterfactual is the image itself")
+            continue
+        told = [("answer", item.image, item.answer)]
+        if other is not None and item.counterfactual_answer is not None:
+            told.append(("counterfactual_answer", other, item.counterfactual_answer))
+        for column, picture, answer in told:
+            question = " ".join(item.question.split())
+            where, same = asked.setdefault((picture.key, question), (item.where, answer))
+            if normalise(same) != normalise(answer):
+                problems.append(
+                    f"{item.where}: {column} {answer[:40]!r}, and {where} has {same[:40]!r} for "
+                    "the same image and question"
+                )
     return problems
+
+
+def _with_copies_as_one(items: Sequence[OwnItem]) -> list[OwnItem]:
+    """Returns items in which files of equal bytes have one key: they are one picture."""
+    files: dict[str, Path] = {}
+    for item in items:
+        for picture in (item.image, item.counterfactual):
+            if picture is not None and isinstance(picture.source, Path):
+                files[picture.key] = picture.source
+    by_size: dict[int, list[str]] = {}
+    for key, path in files.items():
+        by_size.setdefault(path.stat().st_size, []).append(key)
+    first: dict[str, str] = {}
+    same: dict[str, str] = {}
+    for keys in by_size.values():
+        for key in keys if len(keys) > 1 else ():
+            same[key] = first.setdefault(sha256_of(files[key]), key)
+    if all(key == one for key, one in same.items()):
+        return list(items)
+
+    def known(picture: Picture | None) -> Any:
+        return picture and replace(picture, key=same.get(picture.key, picture.key))
+
+    return [replace(i, image=known(i.image), counterfactual=known(i.counterfactual)) for i in items]

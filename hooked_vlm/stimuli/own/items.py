@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError
 from hooked_vlm.regions.grid import TokenGrid
 from hooked_vlm.regions.region import Region
-from hooked_vlm.stimuli.pictures import UNREADABLE, open_picture
+from hooked_vlm.stimuli.pictures import (
+    UNREADABLE,
+    open_picture,
+    size_of,
+    upright,
+    upright_size,
+)
 
 
 Box = tuple[float | int, float | int, float | int, float | int]
@@ -30,17 +37,31 @@ class Picture:
     source: Path | Image.Image | Any
     """A path, a picture, or a function that returns a picture."""
 
-    def open(self) -> Image.Image:
-        """Returns the picture in RGB; raises `DataError` for an unreadable one."""
+    def open(self, ground: str = "white") -> Image.Image:
+        """Returns the picture in RGB, upright and over a colour; raises `DataError`."""
         if isinstance(self.source, Path):
-            return open_picture(self.source)
+            return open_picture(self.source, partial(upright, ground=ground))
         try:
             found = self.source if isinstance(self.source, Image.Image) else self.source()
-            return found.convert("RGB")
+            return upright(found, ground)
         except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise DataError(
                 f"A picture of the data cannot be read as a picture: {str(error)[:120]}."
             ) from None
+
+    def size(self, whole: bool = False) -> tuple[int, int]:
+        """Returns its width and height, upright; decodes it with `whole`.
+
+        Raises `DataError`, and of one in memory what PIL raises, for what cannot be read.
+        """
+        if isinstance(self.source, Path):
+            return size_of(self.source, whole)
+        found = self.source if isinstance(self.source, Image.Image) else self.source()
+        return upright_size(found, whole)
+
+    def pixels(self) -> np.ndarray:
+        """Returns, of a mask, which pixels `[row, column]` are not black, and not transparent."""
+        return np.asarray(self.open("black").convert("L")) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +142,5 @@ class OwnItem:
         """
         found = {name: grid.box(*box, name=name) for name, box in self.boxes.items()}
         for name, mask in self.masks.items():
-            pixels = np.asarray(mask.open().convert("L")) > 0
-            found[name] = grid.mask(pixels, name=name)
+            found[name] = grid.mask(mask.pixels(), name=name)
         return found

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from hooked_vlm.analysis import scoring
@@ -49,7 +50,8 @@ class RowReader:
     def read(self, where: str, row: Mapping[str, Any], number: int) -> OwnItem | None:
         """Returns a row's item, or None after its problems were added to `problems`."""
         before = len(self.problems)
-        values = {name: row[name] for name in COLUMNS if not _is_blank(row.get(name))}
+        own = {name: _plain(row[name]) for name in COLUMNS if name in row}
+        values = {name: value for name, value in own.items() if not _is_blank(value)}
         found: dict[str, Any] = {"where": where}
 
         def take(name: str, read: Callable[[Any], Any], otherwise: Any) -> Any:
@@ -145,6 +147,8 @@ class RowReader:
         if self.folder is not None:
             if not is_inside(name):
                 raise DataError(f"{shown(name)} leads out of the table's folder")
+            if "\\" in name and not (self.folder / path).exists():  # as Windows writes paths
+                path = Path(name.replace("\\", "/"))
             # Known by its place in the data, wherever these are.
             return Picture(path.as_posix(), self.folder / path)
         return Picture(str(path), path)
@@ -183,19 +187,24 @@ def _contradictions(found: Mapping[str, Any], answer: str) -> list[str]:
     return said
 
 
+def _plain(value: Any) -> Any:
+    """Returns a number or an array of numpy as Python's own."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
 def _is_blank(value: Any) -> bool:
     """Returns whether a cell is empty; a NaN is one in tables of pandas."""
     if isinstance(value, float) and math.isnan(value):
         return True
     if isinstance(value, str | list | tuple | dict):
         return not (value.strip() if isinstance(value, str) else value)
-    return value is None
+    return value is None or type(value).__name__ in ("NAType", "NaTType")  # of pandas
 
 
 def _fault_of(mask: Picture) -> str:
     """Returns in words what is wrong with a mask; an empty text where nothing is."""
     try:
-        return "" if mask.open().convert("L").getbbox() else "is black throughout"
+        return "" if mask.pixels().any() else "is black throughout"
     except DataError as error:  # whose header alone was read
         return f"cannot be used: {error}"
 
@@ -249,6 +258,10 @@ def _mapping(value: Any) -> dict[str, Any]:
         raise DataError(f"is {shown(value)}; expected values by name, as in {{'cup': …}}")
     if not all(isinstance(name, str) and name.strip() for name in value):
         raise DataError("has an empty name")
+    names = [name.strip() for name in value]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"has {twice[:40]!r} twice")
     # A data set has every name in every row, with None where a row lacks it.
     return {name.strip(): given for name, given in value.items() if given is not None}
 
@@ -256,7 +269,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _boxes(value: Any) -> dict[str, Box]:
     found = {}
     for name, box in _mapping(value).items():
-        numbers = list(box) if isinstance(box, list | tuple) else []
+        numbers = list(_plain(box)) if isinstance(box, list | tuple | np.ndarray) else []
+        numbers = [_plain(number) for number in numbers]
         if len(numbers) != 4 or not all(_is_number(x) for x in numbers):
             raise DataError(
                 f"has {name[:40]!r}: {shown(box)}; expected four numbers [x0, y0, x1, y1], in "
@@ -270,8 +284,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs of a JSON object as a dict; raises `ValueError` for a name that repeats."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice")
+    return found
+
+
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise DataError(f"is {shown(text)}, which is no JSON ({str(error)[:80]})") from None

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.errors import DataError, MissingExtraError, counted
 from hooked_vlm.stimuli.own.items import Picture
+from hooked_vlm.stimuli.own.reading import without_repeats
 
 
 NAMES = ("items.csv", "items.jsonl")
@@ -142,8 +143,9 @@ def _rows_of_csv(path: Path, reader: Any) -> Table:
         if not any(value.strip() for value in values):
             continue
         if not columns:
-            columns += [value.strip() for value in values]
+            columns += _without_blank_end([value.strip() for value in values])
             continue
+        values = [*values[: len(columns)], *_without_blank_end(values[len(columns) :])]
         where = f"{path.name}:{start}"
         if len(values) != len(columns):
             table.problems.append(
@@ -152,6 +154,13 @@ def _rows_of_csv(path: Path, reader: Any) -> Table:
             )
             continue
         table.rows.append((where, dict(zip(columns, values, strict=True))))
+
+
+def _without_blank_end(values: list[str]) -> list[str]:
+    """Returns fields without the empty ones at the end, as spreadsheets write them."""
+    while values and not values[-1].strip():
+        values = values[:-1]
+    return values
 
 
 def _of_lines(path: Path) -> Table:
@@ -163,7 +172,7 @@ def _of_lines(path: Path) -> Table:
             continue
         where = f"{path.name}:{number}"
         try:
-            row = json.loads(line, object_pairs_hook=_without_repeats, parse_constant=_refuse)
+            row = json.loads(line, object_pairs_hook=without_repeats, parse_constant=_refuse)
         except RecursionError:
             table.problems.append(f"{where}: nested too deeply")
             continue
@@ -177,15 +186,6 @@ def _of_lines(path: Path) -> Table:
         table.rows.append((where, row))
     table.columns = tuple(columns)
     return table
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:40]!r} is there twice")
-    return found
 
 
 def _refuse(constant: str) -> Any:
@@ -215,19 +215,31 @@ def _of_dataset(dataset: Any, name: str) -> Table:
         raise DataError(f"A data set of several parts was given ({parts}). Give one: data['…'].")
     table = Table(f"the {name}", None, tuple(dataset.column_names))
     kinds = sys.modules.get("datasets")
+    names: dict[str, Callable[[Any], Any]] = {}
     if kinds is not None and getattr(dataset, "features", None):
+        dataset = dataset.with_format(None)  # arrays of torch or numpy have no texts
         for column, feature in dataset.features.items():
             if isinstance(feature, kinds.Image):
                 dataset = dataset.cast_column(column, kinds.Image(decode=False))
+            own = getattr(feature, "feature", feature)  # of a list, that of its entries
+            if isinstance(own, kinds.ClassLabel):  # numbers of names
+                names[column] = own.int2str
     for start in range(0, len(dataset), CHUNK):
         chunk = dataset[start : start + CHUNK]
         for i in range(len(next(iter(chunk.values()), ()))):
             row = {
-                column: _kept(values[i], dataset, start + i, column)
+                column: _named(names[column], values[i])
+                if column in names
+                else _kept(values[i], dataset, start + i, column)
                 for column, values in chunk.items()
             }
             table.rows.append((f"row {start + i}", row))
     return table
+
+
+def _named(name_of: Callable[[Any], Any], value: Any) -> Any:
+    """Returns the name, or the names, of a class label; None of none."""
+    return None if value is None or value == -1 else name_of(value)
 
 
 def _kept(value: Any, dataset: Any, index: int, column: str) -> Any:

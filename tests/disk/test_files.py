@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from helpers import synthetic_results as synthetic
-from hooked_vlm.report import files
-from hooked_vlm.report.files import (
+from hooked_vlm.disk import files
+from hooked_vlm.disk.files import (
     remove_leftovers,
     replaced_folder,
     restore,

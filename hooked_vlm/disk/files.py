@@ -48,13 +48,25 @@ def writable_folder(path: Path) -> Path:
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file completely, or leaves the existing file unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path, "new")
+    with replaced_file(path) as building:
+        building.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Yields the path of a file to write, which replaces the file `target` when the block ends.
+
+    After an exception in the block, `target` is unchanged.
+    """
+    building = temporary_name(target, "new")
     try:
-        write_synced(temporary, content)
-        temporary.replace(path)
-        synchronise(path.parent)
+        yield building
+        with building.open("rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it gets its name
+        building.replace(target)
+        synchronise(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        building.unlink(missing_ok=True)
 
 
 def write_synced(path: Path, content: str | bytes) -> None:

@@ -1,0 +1,1 @@
+"""Writes files and folders as a whole or not at all."""
