@@ -28,13 +28,17 @@ ORDER = (  # from the ground up; packages of one line do not know each other
     "cli",
     "__main__",
 )
-ROOT = {"__init__.py", "__main__.py", "errors.py", "cli.py", "py.typed"}
-LAZY = {"cli", "__init__"}  # may import inside functions, to answer --help at once
+ROOT = {"__init__.py", "__main__.py", "errors.py", "py.typed"}
+LAZY = {
+    "cli.running",
+    "cli.showing",
+    "__init__",
+}  # may import inside functions, to answer --help at once
 ALONE = {
     "matplotlib": "report.look report.charts report.maps",
-    "typer": "cli report.command_options",
-    "rich": "cli report.progress",
-    "jinja2": "report.page",
+    "typer": "cli.app cli.parameters cli.running cli.showing",
+    "rich": "cli.running report.progress",
+    "jinja2": "report.markup",
     "triton": "engine.kernels.triton",
 }
 MAX_LINES = 400

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
@@ -92,15 +93,30 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 9,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.fonttype": "none",
     "image.interpolation": "nearest",
 }
 
 
 def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
     """Returns the figure as a PNG file, the same bytes for the same figure."""
+    return _saved(figure, "png", dpi=dpi, metadata={"Software": None})
+
+
+def vector_files(figure: Figure) -> dict[str, bytes]:
+    """Returns the figure as SVG and PDF, by ending, the same bytes for the same figure.
+
+    Their text is text: it can be searched, and edited in a drawing program.
+    """
+    return {
+        "svg": _saved(figure, "svg", metadata={"Date": None, "Creator": None}),
+        "pdf": _saved(figure, "pdf", metadata={"CreationDate": None, "Creator": None}),
+    }
+
+
+def _saved(figure: Figure, kind: str, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hooked_vlm", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, **how)
     return buffer.getvalue()
 
 

@@ -1,12 +1,13 @@
 """The options of the command line that several commands have."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, did_you_mean
 
 
 class Command(TyperCommand):
@@ -26,6 +27,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+Experiment = Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")]
 Model = Annotated[
     str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
 ]
@@ -96,9 +98,73 @@ ExecutorName = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Ignore results of an earlier run and compute them again.")
 ]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="For a try: at most N pairs, questions and pictures of each direction or axis."
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the arguments, print the plan, and run nothing."),
+]
+Card = Annotated[str, typer.Option(help="Such as H200, A100-80GB or L4.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")
+]
 AllowMixed = Annotated[
     bool, typer.Option("--allow-mixed", help="Merge parts of other versions or devices too.")
 ]
 EveryLayer = Annotated[
     bool, typer.Option("--every-layer", help="Check all layers instead of three.")
+]
+
+
+def _from_file(ctx: typer.Context, path: Path | None) -> None:
+    """Makes the arguments in a file a command's defaults; raises `DataError` for wrong ones."""
+    if path is None or ctx.resilient_parsing:
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"--config '{path}' cannot be read as JSON ({str(error)[:120]}). Give a file such as "
+            "OUT/results/E1-squares/config.json."
+        ) from None
+    if not isinstance(found, dict):
+        raise DataError(f"--config '{path}' is a JSON {type(found).__name__}; expected an object.")
+    names = {
+        _word(parameter): parameter
+        for parameter in ctx.command.params
+        if parameter.name not in ("config", "help")
+    }
+    ctx.default_map = {}
+    for word, value in found.items():
+        if word not in names:
+            raise DataError(
+                f"--config '{path}' has {word[:40]!r}, which is no argument of {ctx.info_name}."
+                f"{did_you_mean(word, list(names))} Arguments: {', '.join(names)}."
+            )
+        if value is None:  # as if it were not there
+            continue
+        if word == "set" and isinstance(value, dict):
+            value = [f"{name}={text}" for name, text in value.items()]
+        given = [str(each) for each in value] if isinstance(value, list) else value
+        ctx.default_map[names[word].name] = given if isinstance(given, bool | list) else str(given)
+
+
+def _word(parameter: Any) -> str:
+    """Returns the name of a parameter in a file: as on the command line, without dashes."""
+    return max(parameter.opts, key=len).lstrip("-").replace("-", "_")
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=_from_file,
+        is_eager=True,
+        help="JSON file with arguments, such as the config.json beside a result; those on the "
+        "command line go first.",
+    ),
 ]
