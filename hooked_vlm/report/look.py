@@ -7,6 +7,7 @@ its own marker, for print without colour.
 """
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -72,14 +73,19 @@ CLASSES = {
 }
 SLOTS = "slot: 0 = merged projector output, l = output of layer l−1"
 
+WIDTH = 6.4
+"""Inches of a figure's width: reduced to a column of 3.4 inches, text has 6 points or more."""
+SMALL = 11.0
+"""Points of the smallest text."""
+
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.size": 12,
+    "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 10,
+    "axes.labelsize": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -88,9 +94,9 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.fontsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "legend.fontsize": SMALL,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "image.interpolation": "nearest",
@@ -133,6 +139,11 @@ def _in_order(found: pd.Series, order: Mapping[str, object] | Sequence[str]) -> 
     present = list(dict.fromkeys(str(name) for name in found.dropna()))
     known = [name for name in order if name in present]
     return known + [name for name in present if name not in known]
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """Returns a label in as many lines as it needs in that many inches."""
+    return textwrap.fill(text, max(10, int(inches / 0.092)), break_long_words=False)
 
 
 def _direction(name: object) -> str:

@@ -26,7 +26,7 @@ from hooked_vlm.report.provenance import Provenance
 
 PAGE = "report.html"
 FIGURES = "figures"
-PX_PER_INCH = 88  # on the page, so that the text of all figures has one size
+PX_PER_INCH = 96  # on the page, so that the text of all figures has one size
 COLUMNS = ("direction", "axis", "kind", "slot", "site", "quantity", "value", "low", "high", "n")
 
 

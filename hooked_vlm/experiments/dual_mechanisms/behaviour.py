@@ -49,8 +49,9 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
 def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
     """Runs the experiment in a setting, of built-in or of own pictures."""
     questions = setting.stimuli.items()
-    if config.items:
-        by_direction = (sampled(setting, d, config.items, config.seed) for d in setting.directions)
+    at_most = getattr(config, "items", 0)  # the common options alone: all questions
+    if at_most:
+        by_direction = (sampled(setting, d, at_most, config.seed) for d in setting.directions)
         questions = list(chain(*by_direction))
     answers = over_batches(
         "answers",
@@ -88,7 +89,7 @@ def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
         verdict="\n".join([_verdict(table), *missing]),
         config={"items": len(questions), "geometry": repr(setting.geometry)},
         notes=(
-            f"{_asked(config.items)}of a built-in one, all ordered triples of its names in "
+            f"{_asked(at_most)}of a built-in one, all ordered triples of its names in "
             "each direction, in the paper's layout. An answer is correct when the most probable "
             "next token, lower-cased and stripped of all but letters and digits, is the target. "
             "Intervals are Wilson's over pictures: two questions about one picture are one "
