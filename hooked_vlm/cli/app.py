@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Interpretability experiments on vision-language models, from a model to a report.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 
