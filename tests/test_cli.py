@@ -619,7 +619,7 @@ def test_a_process_reports_and_another_one_shows(capsys: pytest.CaptureFixture[s
                 told(shown, line, console)
             assert shown.finished == 1
             names = [task.description for task in shown._bars.tasks]
-            assert names == ["m 1/2 E4 strip-swap on shapes", "other: loading"]
+            assert names == ["m 1/2 E4 strip-swap on shapes", "other: starting"]
         said = capsys.readouterr().err + console.file.getvalue()  # type: ignore[attr-defined]
         assert said.count("E4 strip-swap on shapes: 2.0 s") == 1
         assert "warning: something" in said

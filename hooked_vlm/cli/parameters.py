@@ -1,6 +1,7 @@
 """The options of the command line that several commands have."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,47 @@ class Command(TyperCommand):
                         f"{name} was given {text[:20]!r}, an empty text. Give it a value, or leave "
                         "it out where it has a default."
                     )
+        if (file := given.get("config")) is not None:
+            ctx.default_map = defaults_in(Path(file), self.params, self.name or "")
         return super().parse_args(ctx, args)
+
+
+def defaults_in(path: Path, parameters: Sequence[Any], command: str) -> dict[str, Any]:
+    """Returns the arguments in a JSON file by the names of a command's parameters.
+
+    Raises `DataError` for a file that cannot be read, and for an argument that there is not.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"--config '{path}' cannot be read as JSON ({str(error)[:120]}). Give a file such as "
+            "OUT/results/behaviour-squares/config.json."
+        ) from None
+    if not isinstance(found, dict):
+        raise DataError(f"--config '{path}' is a JSON {type(found).__name__}; expected an object.")
+    names = {_word(one): one.name for one in parameters if one.name not in ("config", "help")}
+    defaults: dict[str, Any] = {}
+    for word, value in found.items():
+        if word not in names:
+            raise DataError(
+                f"--config '{path}' has {word[:40]!r}, which is no argument of {command}."
+                f"{did_you_mean(word, list(names))} Arguments: {', '.join(names)}."
+            )
+        if value is None:  # as if it were not there
+            continue
+        if word == "set" and isinstance(value, dict):
+            value = [f"{name}={text}" for name, text in value.items()]
+        if isinstance(value, list):
+            defaults[names[word]] = [str(each) for each in value]
+        else:
+            defaults[names[word]] = value if isinstance(value, bool) else str(value)
+    return defaults
+
+
+def _word(parameter: Any) -> str:
+    """Returns the name of a parameter in a file: as on the command line, without dashes."""
+    return max(parameter.opts, key=len).lstrip("-").replace("-", "_")
 
 
 Experiment = Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")]
@@ -120,50 +161,10 @@ EveryLayer = Annotated[
 ]
 
 
-def _from_file(ctx: typer.Context, path: Path | None) -> None:
-    """Makes the arguments in a file a command's defaults; raises `DataError` for wrong ones."""
-    if path is None or ctx.resilient_parsing:
-        return
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"--config '{path}' cannot be read as JSON ({str(error)[:120]}). Give a file such as "
-            "OUT/results/E1-squares/config.json."
-        ) from None
-    if not isinstance(found, dict):
-        raise DataError(f"--config '{path}' is a JSON {type(found).__name__}; expected an object.")
-    names = {
-        _word(parameter): parameter
-        for parameter in ctx.command.params
-        if parameter.name not in ("config", "help")
-    }
-    ctx.default_map = {}
-    for word, value in found.items():
-        if word not in names:
-            raise DataError(
-                f"--config '{path}' has {word[:40]!r}, which is no argument of {ctx.info_name}."
-                f"{did_you_mean(word, list(names))} Arguments: {', '.join(names)}."
-            )
-        if value is None:  # as if it were not there
-            continue
-        if word == "set" and isinstance(value, dict):
-            value = [f"{name}={text}" for name, text in value.items()]
-        given = [str(each) for each in value] if isinstance(value, list) else value
-        ctx.default_map[names[word].name] = given if isinstance(given, bool | list) else str(given)
-
-
-def _word(parameter: Any) -> str:
-    """Returns the name of a parameter in a file: as on the command line, without dashes."""
-    return max(parameter.opts, key=len).lstrip("-").replace("-", "_")
-
-
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        callback=_from_file,
-        is_eager=True,
         help="JSON file with arguments, such as the config.json beside a result; those on the "
         "command line go first.",
     ),

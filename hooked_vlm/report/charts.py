@@ -181,7 +181,7 @@ def curves(
                 _curve(axes, part[part[line].astype(str) == key], x, look)
             if chance is not None:
                 axes.axhline(chance, **CHANCE)
-            axes.set_title(name)
+            axes.set_title(_wrapped(name, 0.8 * (WIDTH - 0.8) / columns))
         _hide_from(grid, len(panels))
         first = grid[0, 0]
         if limits is not None:
@@ -220,6 +220,7 @@ def dots(
     with mpl.rc_context(STYLE):
         columns = min(COLUMNS, len(panels))
         n_rows = -(-len(panels) // columns)
+        beside = 0.2 + 0.09 * max(map(len, names))  # inches of the rows' names, about
         # Inches of each row, and of each mark in it.
         row, mark = (0.25, 0.24) if numbers else (0.2, 0.14)
         each = 0.3 + len(names) * (row + mark * len(chosen))
@@ -237,7 +238,7 @@ def dots(
                     _write(axes, rows, y)
             if chance is not None:
                 axes.axvline(chance, **CHANCE)
-            axes.set_title(name)
+            axes.set_title(_wrapped(name, 0.8 * (WIDTH - beside) / columns))
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x", visible=True)
         first = grid[0, 0]

@@ -46,7 +46,7 @@ class Listener(contextlib.AbstractContextManager):
         self._bars = bars or bars_on(console)
 
     def __enter__(self) -> "Listener":
-        self.wait("loading")
+        self.wait("loading" if self._is_alone else "starting")
         if self._is_alone:
             self._bars.start()
         return self
@@ -63,6 +63,8 @@ class Listener(contextlib.AbstractContextManager):
         name = f"{self._model}: {why}"
         if self._task is None:
             self._task = self._bars.add_task(name, total=None)
+        else:
+            self._bars.update(self._task, description=name)
         self._say(name)
 
     def begin(self, step: Any, place: int, of: int) -> None:
