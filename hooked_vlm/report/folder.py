@@ -53,13 +53,16 @@ def gathered(out: Path, record: Provenance, known: Mapping[str, Result] | None =
     Warns about damaged results, which are left out.
     """
     results, earlier, left_out = [], {}, []
+    of_the_run = {step.replace(" on ", "-") for step in record.seconds}
     for path in sorted((out / RESULTS).glob(f"*/{ABOUT}")):
         folder = path.parent
         key = folder.name
         own = (known or {}).get(key)
         try:
             made = made_by(folder)
-            if own is None and any(made.get(name) != getattr(record, name) for name in SAME):
+            same = all(made.get(name) == getattr(record, name) for name in SAME)
+            # Older versions did not note who made a result; those of the record are its own.
+            if own is None and not same and (made or key not in of_the_run):
                 of = f"{made['model']}, {made['dtype']}" if made else "an older version"
                 left_out.append(f"{key} (of {of})")
                 continue
