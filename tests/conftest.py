@@ -15,6 +15,8 @@ import pytest
 import torch
 from older_transformers import skip_what_cannot_be_built
 
+from helpers.shape_checks import ShapeChecks
+
 
 # One thread is the fastest for tiny models.  With more, the order of sums differs; tests pass then
 # too, so that a test that asserts equal bits asserts them of the same sums.
@@ -26,13 +28,35 @@ collect_ignore = (
 )
 
 
+_SHAPES = pytest.StashKey[ShapeChecks]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--check-shapes",
+        choices=("first", "all"),
+        default="first",
+        help="compare annotated shapes in the first case of each test (default) or in every call",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--check-shapes") == "first":
+        config.stash[_SHAPES] = ShapeChecks()
     # Not in pyproject.toml: there it would import the package before its shapes can be checked.
     config.addinivalue_line("filterwarnings", "error::hooked_vlm.errors.HookedVLMWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before anything of a test is set up
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (shapes := item.config.stash.get(_SHAPES, None)) is not None:
+        shapes.begin(item)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_what_cannot_be_built(items)
+    if (shapes := config.stash.get(_SHAPES, None)) is not None:
+        shapes.mark_first_cases(items)
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs CUDA, and this machine has none")
