@@ -594,10 +594,12 @@ def test_dry_run_checks_and_plans_and_makes_nothing(
         return "a plan"
 
     monkeypatch.setattr("hooked_vlm.report.planned.plan_run", planned)
-    words = ("run", "behaviour", "--model", "tiny-qwen2-vl", "--limit", "4", "--dry-run")
+    found = "", types.SimpleNamespace(dtype=torch.bfloat16)
+    monkeypatch.setattr("hooked_vlm.report.planned._configuration", lambda _: found)
+    words = ("run", "behaviour", "--model", "tiny-one", "--limit", "4", "--dry-run")
     assert hooked_vlm(monkeypatch, *words, "--out", str(tmp_path / "out")) == 0
     assert capsys.readouterr().out.startswith("a plan\nThe arguments are correct.")
-    assert (asked[0]["dtype"], asked[0]["limit"], calls) == ("float32", 4, [])
+    assert (asked[0]["dtype"], asked[0]["limit"], calls) == ("bfloat16", 4, [])
     assert not (tmp_path / "out").exists()
     assert hooked_vlm(monkeypatch, *words, "--out", str(tmp_path), "--device", "gpu") == 2
 
