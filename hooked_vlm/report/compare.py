@@ -86,7 +86,7 @@ def compare(first: Path, second: Path, out: Path) -> Compared:
         rows=rows,
         numbers=NUMBERS,
     )
-    whole = [table.assign(result=key) for key, table in tables.items()]
+    whole = [table.assign(result=key)[["result", *table]] for key, table in tables.items()]
     csv = pd.concat(whole, ignore_index=True) if whole else pd.DataFrame()
     write_file(out / NUMBERS, csv.to_csv(index=False))
     write_file(out / PAGE, page)
@@ -166,7 +166,10 @@ def _numbers(table: pd.DataFrame | None) -> dict[str, Any]:
     """Returns the table of the largest differences, and how many rows there are and are apart."""
     if table is None or table.empty:
         return {"table": "", "n": 0, "apart": 0}
-    largest = table["difference"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
+    size = table["difference"].abs()
+    if "quantity" in table:  # log odds are larger than probabilities
+        size = size / size.groupby(table["quantity"]).transform("max").replace(0, 1)
+    largest = size.sort_values(ascending=False, kind="stable").index[:ROWS]
     some = table.loc[largest].copy()
     some["apart"] = some["apart"].map({True: "apart", False: ""})
     for letter in "AB":
@@ -174,7 +177,8 @@ def _numbers(table: pd.DataFrame | None) -> dict[str, Any]:
         text = ["" if pd.isna(low) else f"{low:.3f} to {high:.3f}" for low, high in bounds]
         some.insert(list(some.columns).index(f"value {letter}") + 1, f"95 % {letter}", text)
     caption = (
-        f"The {len(some)} largest differences of {len(table)} numbers. apart: the 95 % intervals "
-        "have no point in common; this is no test of the difference."
+        f"The {len(some)} largest differences of {len(table)} numbers, each relative to the "
+        "largest of its quantity. apart: the 95 % intervals have no point in common; this is no "
+        "test of the difference."
     )
     return {"table": table_of(some, caption), "n": len(table), "apart": int(table["apart"].sum())}
