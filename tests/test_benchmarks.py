@@ -63,6 +63,7 @@ def timed() -> Any:
     return importlib.import_module("benchmarks.throughput.timed")
 
 
+@pytest.mark.slow
 def test_every_tool_gives_the_same_answers(throughput, capsys, monkeypatch, tmp_path):
     file = tmp_path / "found.json"
     wanted = ["--sizes", "2x64", "--repeats", "1", "--batch", "1", "--json", str(file)]
@@ -170,7 +171,7 @@ def test_the_rivals_environment_has_one_version_of_each(throughput):
         assert f"{name}=={pinned[name]}" in constraints
 
 
-@pytest.mark.parametrize("questions", [1, 2])
+@pytest.mark.parametrize("questions", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_battery_has_the_same_answers_whoever_runs_it(monkeypatch, capsys, tmp_path, questions):
     battery = importlib.import_module("benchmarks.throughput.battery")
     file = tmp_path / "battery.json"
@@ -214,6 +215,7 @@ def test_two_questions_share_an_image_for_everyone(throughput, timed, family, mo
         assert (other - careful).abs().max() < 2e-6 * careful.abs().max()
 
 
+@pytest.mark.slow
 def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):
     growth = importlib.import_module("benchmarks.throughput.growth")
     steps = {"slots": (1, 3), "tokens": (6, 8), "pairs": (1, 2)}
@@ -243,6 +245,7 @@ def test_how_cost_grows_is_timed_and_drawn(monkeypatch, capsys, tmp_path):
 # Estimates
 
 
+@pytest.mark.slow
 def test_estimates_stand_beside_exact_sweeps(capsys, monkeypatch, tmp_path):
     estimates = importlib.import_module("benchmarks.attribution")
     file, plot = tmp_path / "found.json", tmp_path / "effects.png"

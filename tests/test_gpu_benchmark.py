@@ -258,6 +258,7 @@ def test_the_kernels_check_notices_a_wrong_row(tmp_path, monkeypatch):
     assert not any(row["correct"] for row in settings.rows if "error" in row["what"])
 
 
+@pytest.mark.slow
 def test_the_command_predicts_and_measures_two_parts(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--out"]
     command += [str(tmp_path), "--parts", "machine,kernel correct"]

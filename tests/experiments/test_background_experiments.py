@@ -126,7 +126,7 @@ def test_nothing_is_read_from_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Too few tuples")  # on photographs, of "below"
-@pytest.mark.parametrize("coded", ["object", "background"])
+@pytest.mark.parametrize("coded", [pytest.param("object", marks=pytest.mark.slow), "background"])
 def test_white_and_photographs_stand_side_by_side(coded: str) -> None:
     told: list[tuple[int, int]] = []
     config = photographs.Config(setting="squares", pairs=2, batch_size=60)

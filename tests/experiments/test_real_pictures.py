@@ -301,6 +301,7 @@ def test_joined_pictures_differ_from_whole_ones_where_they_should() -> None:
         composite_artefacts.composites(plain, "cut")
 
 
+@pytest.mark.slow
 def test_composites_are_compared_with_whole_pictures() -> None:
     config = composite_artefacts.Config(pairs=2, batch_size=60)
     with warnings.catch_warnings():

@@ -282,6 +282,7 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_tables(tmp_path: Pa
     assert not (out / "parts").exists()
 
 
+@pytest.mark.slow
 def test_e2_in_processes_and_merged_has_the_bits_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
