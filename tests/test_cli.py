@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -30,6 +31,8 @@ from hooked_vlm.experiments.registry import Experiment, Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import children
 from hooked_vlm.report import job as runner
+from hooked_vlm.report.cards import card_of
+from hooked_vlm.report.planned import RunPlan
 from hooked_vlm.report.progress import REPORTED, Listener, Reporter, bars_on, told
 
 
@@ -589,16 +592,20 @@ def test_dry_run_checks_and_plans_and_makes_nothing(
 ) -> None:
     asked: list[dict] = []
 
-    def planned(*_: object, **how: object) -> str:
+    def planned(suite: str, model: str, **how: Any) -> RunPlan:
         asked.append(how)
-        return "a plan"
+        known = {"workers": 1, "utilisation": 0.3, "weights": 4, "steps": ()}
+        card = card_of(how["card"])
+        return RunPlan(model=model, suite=suite, card=card, dtype=how["dtype"], **known)
 
     monkeypatch.setattr("hooked_vlm.report.planned.plan_run", planned)
     found = "", types.SimpleNamespace(dtype=torch.bfloat16)
     monkeypatch.setattr("hooked_vlm.report.planned._configuration", lambda _: found)
     words = ("run", "behaviour", "--model", "tiny-one", "--limit", "4", "--dry-run")
     assert hooked_vlm(monkeypatch, *words, "--out", str(tmp_path / "out")) == 0
-    assert capsys.readouterr().out.startswith("a plan\nThe arguments are correct.")
+    said = capsys.readouterr().out
+    assert "behaviour on tiny-one in bfloat16" in said and "fits into H200" in said
+    assert said.endswith("The arguments are correct. Nothing was run.\n")
     assert (asked[0]["dtype"], asked[0]["limit"], calls) == ("bfloat16", 4, [])
     assert not (tmp_path / "out").exists()
     assert hooked_vlm(monkeypatch, *words, "--out", str(tmp_path), "--device", "gpu") == 2

@@ -63,7 +63,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(runner, "HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.model.vlm.HookedVLM", Loader)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "word").write_text('{"pair": 3}')
+    (tmp_path / "word").write_text('{"seting": "shapes"}')
     (tmp_path / "value").write_text('{"pairs": 1}')
     picture(tmp_path / "cut" / "a.png")
     whole = picture(tmp_path / "cut" / "b.png")
@@ -165,7 +165,7 @@ CASES: dict[str, tuple[str, str]] = {
     "i1 a limit": ("behaviour --limit 1", "--limit must be a whole number of at least 2 (got 1)"),
     "i2 a choice": ("redundancy --set cut=al", "must be one of: objects, all (got 'al'). Did you"),
     "i2 no file": ("behaviour --config {nowhere}", "cannot be read as JSON"),
-    "i2 a word in a file": ("behaviour --config {word}", "Did you mean 'pairs'?"),
+    "i2 a word in a file": ("behaviour --config {word}", "Did you mean 'setting'?"),
     "i2 a value in a file": ("behaviour --config {value}", "--pairs must be a whole number"),
     "i2 an option without a name": ("behaviour --set =3", "--set '=3' was given; expected NAME="),
     "h7 a list that leads out": ("coco-spatial --data {up}", "has no usable item"),

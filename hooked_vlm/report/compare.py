@@ -111,7 +111,7 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
     >>> one = pd.DataFrame({"axis": ["left"], "value": [0.2], "low": [0.1], "high": [0.3]})
     >>> row = matched(one, one.assign(value=0.5, low=0.4, high=0.6)).iloc[0]
-    >>> round(row["difference"], 2), bool(row["apart"])
+    >>> round(float(row["difference"]), 2), bool(row["apart"])
     (0.3, True)
     """
     names = [name for name in first if name in second and name not in MEASURED]
