@@ -165,7 +165,7 @@ CASES: dict[str, tuple[str, str]] = {
     "i1 a limit": ("behaviour --limit 1", "--limit must be a whole number of at least 2 (got 1)"),
     "i2 a choice": ("redundancy --set cut=al", "must be one of: objects, all (got 'al'). Did you"),
     "i2 no file": ("behaviour --config {nowhere}", "cannot be read as JSON"),
-    "i2 a word in a file": ("behaviour --config {word}", "Did you mean 'setting'?"),
+    "i2 a word in a file": ("behaviour --config {word}", "Did you mean 'setting' or 'set'?"),
     "i2 a value in a file": ("behaviour --config {value}", "--pairs must be a whole number"),
     "i2 an option without a name": ("behaviour --set =3", "--set '=3' was given; expected NAME="),
     "h7 a list that leads out": ("coco-spatial --data {up}", "has no usable item"),
