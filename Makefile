@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 ARGS   ?=
 
-.PHONY: demo test lint format test-slow mutants test-newest test-oldest calibration conformance docs clean help
+.PHONY: demo test lint format test-slow mutants test-newest test-oldest calibration conformance docs notebooks wheel clean help
 .DEFAULT_GOAL := help
 
 demo: $(VENV)/.installed ## the main analysis on both shipped models, into ./demo
@@ -46,10 +46,16 @@ conformance: $(VENV)/.installed-test ## every architecture of transformers again
 
 docs: $(VENV)/.installed ## the documentation's site, into ./site
 	$(PIP) -e '.[docs]'
-	$(BIN)/zensical build --clean --strict
+	$(BIN)/python -m zensical build --clean --strict # with this folder on the path
+
+notebooks: $(VENV)/.installed-test ## run docs/notebooks and store what comes out (ARGS="first-steps": one)
+	$(BIN)/python tests/notebooks.py $(ARGS)
+
+wheel: $(VENV)/.installed-test ## wheel and source distribution, into ./dist
+	$(BIN)/python -m hatchling build -d dist
 
 clean: ## remove the environments and everything that was made
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest demo site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest demo site dist .pytest_cache .ruff_cache .hypothesis
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20

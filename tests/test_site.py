@@ -50,6 +50,14 @@ def test_search_finds_every_public_name(site: Path) -> None:
     assert set(hooked_vlm.__all__) <= titles
 
 
+def test_notebooks_are_shown_with_their_figures(site: Path) -> None:
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        shown = (site / "notebooks" / path.stem / "index.html").read_text()
+        assert shown.count("data:image/png;base64,") == path.read_text().count('"image/png"')
+        cells = json.loads(path.read_text())["cells"]
+        assert shown.count('class="highlight"') >= sum(c["cell_type"] == "code" for c in cells)
+
+
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     loads = r"""<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)|<link[^>]*\shref="(https?:[^"]*)"""
     for page in site.rglob("*.html"):

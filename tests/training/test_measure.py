@@ -125,6 +125,7 @@ def test_recipes_differ_where_all_seeds_and_their_intervals_do() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of pairs that are too few
+@pytest.mark.slow
 def test_a_model_that_shows_nothing_is_measured_and_stands_in_the_table(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

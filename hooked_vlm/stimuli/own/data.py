@@ -13,6 +13,7 @@ from PIL import Image
 
 from hooked_vlm.analysis.scoring import is_single_token
 from hooked_vlm.arguments.checked import shown
+from hooked_vlm.arguments.displayed import OneLine
 from hooked_vlm.errors import DataError, DataProblemsError, counted
 from hooked_vlm.stimuli.own.items import OwnItem, Picture
 from hooked_vlm.stimuli.own.reading import RowReader, Size, normalise, unknown_columns
@@ -24,8 +25,8 @@ DECODED = 2000
 """Pictures that are decoded while they are checked; of more, the headers alone are read."""
 
 
-@dataclass(frozen=True, eq=False)
-class OwnData:
+@dataclass(frozen=True, eq=False, repr=False)
+class OwnData(OneLine):
     """Items without a problem, in the order of their table.
 
     >>> from PIL import Image
