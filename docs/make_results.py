@@ -9,7 +9,6 @@ sentence of every verdict.  Nothing on these pages is written by hand.
 """
 
 import argparse
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,15 +65,10 @@ def page(experiment_id: str, runs: Runs) -> str:
         for model, result in found.items():
             words = result.verdict.replace("\n", "\n\n")
             lines.append(
-                f"<details markdown><summary>{model}, in words: {headline(result)}</summary>\n\n"
+                f"<details markdown><summary>{model}, in words: {result.headline}</summary>\n\n"
                 f"{words}\n\n</details>"
             )
     return "\n\n".join(lines) + "\n"
-
-
-def headline(result: Result) -> str:
-    """Returns the first sentence of a verdict."""
-    return re.split(r"(?<=\.) (?=[A-Z])|\n", result.verdict, maxsplit=1)[0]
 
 
 def numbers(found: dict[str, Result]) -> Iterable[str]:
@@ -122,7 +116,7 @@ def index(runs: Runs) -> str:
         rows = [["on", *runs], ["---"] * (len(runs) + 1)]
         for step in own:
             cells = [
-                headline(results[step.key]) if step.key in results else "not run"
+                results[step.key].headline if step.key in results else "not run"
                 for _, results in runs.values()
             ]
             rows.append([step.setting, *cells])

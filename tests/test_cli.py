@@ -2,16 +2,19 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 from helpers import synthetic_results as synthetic
@@ -28,6 +31,9 @@ from hooked_vlm.experiments.registry import Experiment, Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import children
 from hooked_vlm.report import job as runner
+from hooked_vlm.report.cards import card_of
+from hooked_vlm.report.planned import RunPlan
+from hooked_vlm.report.progress import REPORTED, Listener, Reporter, bars_on, told
 
 
 @pytest.fixture
@@ -68,7 +74,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made = [experiment(synthetic.e1()), experiment(synthetic.e4())]
     monkeypatch.setattr(registry, "EXPERIMENTS", {one.name: one for one in made})
     monkeypatch.setattr(registry, "SUITES", {"dual-mechanisms": ("behaviour", "strip-swap")})
-    monkeypatch.setattr("hooked_vlm.report.page.drawings", lambda _: [])  # slow, and tested there
+    for module in ("page", "index", "compare"):  # slow, and tested there
+        monkeypatch.setattr(f"hooked_vlm.report.{module}.drawings", lambda _: [])
     monkeypatch.setattr(runner, "HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.model.vlm.HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.zoo.available", lambda: ["tiny-one", "tiny-two"])
@@ -280,7 +287,7 @@ def test_a_process_of_its_own_is_told_the_whole_job(
         ran.append(job)
         return types.SimpleNamespace(page="")
 
-    monkeypatch.setattr(cli, "_run", note)
+    monkeypatch.setattr(cli.running, "_run", note)
     assert hooked_vlm(monkeypatch, *children.words_of(job)) == 0
     assert ran == [job]
 
@@ -342,7 +349,7 @@ def test_log_lines_carry_an_estimate(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    listener = cli.Listener(cli.Console(stderr=True, force_terminal=False), "m")
+    listener = Listener(Console(stderr=True, force_terminal=False), "m")
     experiment = Experiment(
         id="E4",
         name="swap",
@@ -476,3 +483,168 @@ def test_g1_the_record_has_the_setting_that_was_run(
     record = json.loads((tmp_path / "provenance.json").read_text())
     assert record["config"]["setting"] == "shapes"
     assert set(pd.read_csv(tmp_path / "numbers.csv")["setting"]) == {"shapes"}
+
+
+def test_version_and_short_help_answer_without_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hooked_vlm(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("hooked-vlm 0.")
+    assert hooked_vlm(monkeypatch, "-h") == 0
+    assert "--install-completion" in capsys.readouterr().out
+    assert hooked_vlm(monkeypatch, "run", "-h") == 0
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def test_a_second_run_adds_to_the_folder_and_report_writes_the_same_page_again(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ran(experiment: str, model: str = "tiny-one") -> str:
+        words = ("run", experiment, "--model", model, "--out", str(tmp_path))
+        assert hooked_vlm(monkeypatch, *words) == 0
+        return (tmp_path / "report.html").read_text()
+
+    ran("strip-swap")
+    before = json.loads((tmp_path / "results" / "strip-swap-squares" / "result.json").read_text())
+    page = ran("behaviour")
+    assert set(pd.read_csv(tmp_path / "numbers.csv")["experiment"]) == {"E1", "E4"}
+    assert page.index('id="E1-squares"') < page.index('id="E4-squares"')
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    is_later = record["started"] != before["made"]["started"]
+    assert page.count("Computed by an earlier run") == is_later
+    calls.clear()
+    assert hooked_vlm(monkeypatch, "report", str(tmp_path)) == 0
+    assert (tmp_path / "report.html").read_text() == page
+    assert calls == []
+    page = ran("behaviour", "tiny-other")
+    assert "strip-swap-squares (of tiny-one, float32)" in page
+    assert set(pd.read_csv(tmp_path / "numbers.csv")["experiment"]) == {"E1"}
+    capsys.readouterr()
+    assert hooked_vlm(monkeypatch, "report", str(tmp_path / "results")) == 2
+    assert "There is no finished run in" in capsys.readouterr().err
+
+
+def test_report_of_several_models_keeps_the_title_of_their_index(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert hooked_vlm(monkeypatch, "demo", "--out", str(tmp_path), "--jobs", "1") == 0
+    page = (tmp_path / "index.html").read_text()
+    (tmp_path / "tiny-one" / "report.html").unlink()
+    assert hooked_vlm(monkeypatch, "report", str(tmp_path)) == 0
+    assert (tmp_path / "index.html").read_text() == page
+    assert (tmp_path / "tiny-one" / "report.html").exists()
+
+
+def test_compare_sets_two_runs_side_by_side(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    hooked_vlm(monkeypatch, *RUN, runs[0])
+    words = ("run", "behaviour", "--model", "tiny-one", "--pairs", "7", "--out", runs[1])
+    hooked_vlm(monkeypatch, *words)
+    capsys.readouterr()
+    out = tmp_path / "both"
+    assert hooked_vlm(monkeypatch, "compare", *runs, "--out", str(out), "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    n = len(synthetic.e1().table)
+    assert said["compared"] == n == len(pd.read_csv(out / "compared.csv"))
+    assert (said["intervals apart"], said["in one"]) == (0, ["strip-swap-squares"])
+    page = (out / "compare.html").read_text()
+    assert page.count("Not run.") == 2 and "<td>50</td><td>7</td>" in page
+    assert hooked_vlm(monkeypatch, "compare", str(tmp_path), runs[0]) == 2
+    assert "has runs of 2 models" in capsys.readouterr().err
+
+
+def test_the_config_beside_a_result_runs_it_again(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hooked_vlm(monkeypatch, *RUN, str(tmp_path / "one"), "--pairs", "7", "--seed", "3")
+    file = tmp_path / "one" / "results" / "strip-swap-squares" / "config.json"
+    key = json.loads(file.with_name("result.json").read_text())["key"]
+    calls.clear()
+    capsys.readouterr()
+    words = ("run", "--config", str(file), "--json", "--out")
+    assert hooked_vlm(monkeypatch, *words, str(tmp_path / "two")) == 0
+    assert calls == ["load tiny-one", "strip-swap with 7 pairs"]
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    about = json.loads((Path(result["folder"]) / "result.json").read_text())
+    assert (about["key"], result["id"], result["reused"]) == (key, "E4", False)
+    hooked_vlm(monkeypatch, *words, str(tmp_path / "three"), "--pairs", "9")
+    assert calls[-1] == "strip-swap with 9 pairs"
+    hooked_vlm(monkeypatch, *words, str(tmp_path / "four"), "--limit", "4")
+    assert calls[-1] == "strip-swap with 4 pairs"
+
+
+def test_dry_run_checks_and_plans_and_makes_nothing(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[dict] = []
+
+    def planned(suite: str, model: str, **how: Any) -> RunPlan:
+        asked.append(how)
+        known = {"workers": 1, "utilisation": 0.3, "weights": 4, "steps": ()}
+        card = card_of(how["card"])
+        return RunPlan(model=model, suite=suite, card=card, dtype=how["dtype"], **known)
+
+    monkeypatch.setattr("hooked_vlm.report.planned.plan_run", planned)
+    found = "", types.SimpleNamespace(dtype=torch.bfloat16)
+    monkeypatch.setattr("hooked_vlm.report.planned._configuration", lambda _: found)
+    words = ("run", "behaviour", "--model", "tiny-one", "--limit", "4", "--dry-run")
+    assert hooked_vlm(monkeypatch, *words, "--out", str(tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    assert "behaviour on tiny-one in bfloat16" in said and "fits into H200" in said
+    assert said.endswith("The arguments are correct. Nothing was run.\n")
+    assert (asked[0]["dtype"], asked[0]["limit"], calls) == ("bfloat16", 4, [])
+    assert not (tmp_path / "out").exists()
+    assert hooked_vlm(monkeypatch, *words, "--out", str(tmp_path), "--device", "gpu") == 2
+
+
+def test_a_process_reports_and_another_one_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    made = registry.EXPERIMENTS["strip-swap"]
+    step = Step(made, "shapes")
+    with Reporter(Console(stderr=True), "m") as reporter:
+        reporter.begin(step, 1, 2)
+        reporter.step(1, 4)
+        reporter.end(2.0, False)
+    lines = [*capsys.readouterr().err.splitlines(), "warning: something"]
+    assert [REPORTED in line for line in lines] == [True, True, True, True, False]
+    for terminal in (False, True):
+        console = Console(stderr=True, force_terminal=terminal, width=100, file=io.StringIO())
+        shown = Listener(console, "m", bars_on(console))
+        with shown, Listener(console, "other", shown._bars):
+            for line in lines:
+                told(shown, line, console)
+            assert shown.finished == 1
+            names = [task.description for task in shown._bars.tasks]
+            assert names == ["m 1/2 E4 strip-swap on shapes", "other: starting"]
+        said = capsys.readouterr().err + console.file.getvalue()  # type: ignore[attr-defined]
+        assert said.count("E4 strip-swap on shapes: 2.0 s") == 1
+        assert "warning: something" in said
+
+
+def test_options_and_list_as_text_and_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for experiment in registry.EXPERIMENTS.values():
+        assert hooked_vlm(monkeypatch, "options", experiment.id) == 0
+        said = capsys.readouterr().out
+        own = set(vars(experiment.config())) - set(vars(Config()))
+        assert all(f"--set {name}=" in said for name in own)
+    assert hooked_vlm(monkeypatch, "options", "Q6", "--json") == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["options"]}
+    assert found["cut"]["values"] == "one of: objects, all" and found["items"]["default"] == 60
+    assert hooked_vlm(monkeypatch, "list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {one["id"] for one in listed["experiments"]} >= {"E1", "Q8"}

@@ -63,6 +63,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(runner, "HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.model.vlm.HookedVLM", Loader)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "word").write_text('{"seting": "shapes"}')
+    (tmp_path / "value").write_text('{"pairs": 1}')
     picture(tmp_path / "cut" / "a.png")
     whole = picture(tmp_path / "cut" / "b.png")
     whole.write_bytes(whole.read_bytes()[:60])
@@ -160,6 +162,11 @@ CASES: dict[str, tuple[str, str]] = {
         "coco-amplification --data {good} --set boxes=",
         "Option boxes='' is no path (or none)",
     ),
+    "i1 a limit": ("behaviour --limit 1", "--limit must be a whole number of at least 2 (got 1)"),
+    "i2 a choice": ("redundancy --set cut=al", "must be one of: objects, all (got 'al'). Did you"),
+    "i2 no file": ("behaviour --config {nowhere}", "cannot be read as JSON"),
+    "i2 a word in a file": ("behaviour --config {word}", "Did you mean 'setting' or 'set'?"),
+    "i2 a value in a file": ("behaviour --config {value}", "--pairs must be a whole number"),
     "i2 an option without a name": ("behaviour --set =3", "--set '=3' was given; expected NAME="),
     "h7 a list that leads out": ("coco-spatial --data {up}", "has no usable item"),
     "h7 an absolute path": ("coco-spatial --data {absolute}", "has no usable item"),
@@ -175,7 +182,7 @@ def test_g1_g3_g6_i1_i2_i3_h7_a_mistake_is_found_before_a_model_loads(
 ) -> None:
     line, says = CASES[case]
     names = {path.name: str(path) for path in files.iterdir()}
-    words = line.format(**names, nowhere=files / "nowhere").split()
+    words = line.format_map({**names, "nowhere": files / "nowhere"}).split()
     out = files / "out"
     assert status(monkeypatch, "run", *words, "--model", "tiny-gemma-3", "--out", str(out)) == 2
     said = capsys.readouterr().err
@@ -201,6 +208,8 @@ EMPTY = {
     "sites": "tiny-gemma-3",
     "check": "tiny-gemma-3",
     "view": "tiny-gemma-3 --out v.html",
+    "report": "out",
+    "options": "E5",
 }
 
 

@@ -29,17 +29,18 @@ ORDER = (  # from the ground up; packages of one line do not know each other
     "cli",
     "__main__",
 )
-ROOT = {"__init__.py", "__main__.py", "errors.py", "cli.py", "py.typed"}
+ROOT = {"__init__.py", "__main__.py", "errors.py", "py.typed"}
 LAZY = {
-    "cli",
-    "report.view_command",
+    "cli.running",
+    "cli.showing",
+    "cli.viewing",
     "__init__",
 }  # may import inside functions, to answer --help at once
 ALONE = {
     "matplotlib": "report.look report.charts report.maps",
-    "typer": "cli report.command_options report.view_command",
-    "rich": "cli report.progress",
-    "jinja2": "report.page viewer.page",
+    "typer": "cli.app cli.parameters cli.running cli.showing cli.viewing",
+    "rich": "cli.running report.progress",
+    "jinja2": "report.markup viewer.page",
     "triton": "engine.kernels.triton",
 }
 MAX_LINES = 400

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_filled
@@ -159,6 +159,35 @@ def specialise(kind: type[C], base: Config, options: Mapping[str, str], setting:
     return kind(**{**common, "setting": setting, **own})
 
 
+COUNTS = ("pairs", "items", "images", "tuples")
+"""The fields that say how much is computed of each direction, axis or size."""
+
+
+def limited(config: C, limit: int | None) -> C:
+    """Returns a configuration with counts (`COUNTS`) of at most `limit`; None: as it is.
+
+    Where an experiment needs more (probes need 8 pictures), it has as many as it needs.
+
+    Raises `DataError` for a limit below 2.
+
+    >>> limited(Config(pairs=50), 4).pairs, limited(Config(pairs=3), 4).pairs
+    (4, 3)
+    """
+    if limit is None:
+        return config
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2:
+        raise DataError(
+            f"--limit must be a whole number of at least 2 (got {limit!r}): an interval needs two."
+        )
+    found = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name in COUNTS:
+        if name in found:
+            least, _ = config.ranges.get(name, (2, 0))
+            count = max(limit, least)
+            found[name] = min(found[name] or count, count)  # items: 0 is all of them
+    return type(config)(**found)
+
+
 def common_at(config: Config, setting: str) -> Config:
     """Returns the options alone that all experiments have, at another setting."""
     return Config(**{**{name: getattr(config, name) for name in COMMON}, "setting": setting})
@@ -202,10 +231,18 @@ def parse(name: str, text: str, kind: Any) -> Any:
             ]
         if kind in (int, float, str):
             return kind(text)
+        if get_origin(kind) is Literal:
+            if text not in get_args(kind):
+                known = get_args(kind)
+                raise DataError(
+                    f"Option {name} must be one of: {', '.join(known)} (got {text[:80]!r})."
+                    f"{did_you_mean(text, known)}"
+                )
+            return text
         if not is_filled(text):
             raise ValueError(text)
         return None if text == "none" else Path(text)
-    except DataError:  # of an item of a tuple
+    except DataError:  # of an item of a tuple, or of a choice
         raise
     except (ValueError, KeyError):
         raise DataError(

@@ -6,6 +6,7 @@ interval and its count, so a figure, a sentence of the verdict and a line of the
 agree.
 """
 
+import re
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -72,3 +73,8 @@ class Result(About):
     def anchor(self) -> str:
         """Its anchor on a page: `"E4-shapes"`."""
         return f"{self.id}-{self.setting}" if self.setting else self.id
+
+    @property
+    def headline(self) -> str:
+        """The first sentence of its verdict."""
+        return re.split(r"(?<=\.) (?=[A-Z])|\n", self.verdict, maxsplit=1)[0]

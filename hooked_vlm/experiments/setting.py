@@ -5,6 +5,7 @@ for the model's kind of encoder: the encoder's image size if it is fixed, else 1
 tokens where separators stand between the rows of tokens (Pixtral), else 12x12 (Qwen2-VL).
 """
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -277,3 +278,12 @@ def _grid_of(model: Any, side: int) -> TokenGrid:
 def system_of(model: Any, system: str | None) -> str | None:
     """Returns the system message for a model; None where it has no chat template to hold it."""
     return system if getattr(model.processor, "chat_template", None) else None
+
+
+def sampled(setting: Setting, direction: str, n: int, seed: int) -> list[Question]:
+    """Returns `n` questions of a direction, a seeded sample in their order; all of them for 0."""
+    questions = setting.stimuli.items((direction,))
+    if not 0 < n < len(questions):
+        return questions
+    chosen = random.Random(f"{seed}/{direction}").sample(range(len(questions)), n)
+    return [questions[i] for i in sorted(chosen)]

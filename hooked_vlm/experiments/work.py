@@ -97,10 +97,10 @@ def _drawn(stimuli: StimulusSet, make: Any, k: int, config: Config) -> tuple[int
     return len(pairs), len(questions), len(shown)
 
 
-def _behaviour(config: Config, _: Depth) -> list[Work]:
+def _behaviour(config: Any, _: Depth) -> list[Work]:
     stimuli = stimuli_of(config)
-    n = _items(stimuli) * len(stimuli.directions)
-    return [Work("pass", n, groups=1), Work("picture", _pictures(stimuli))]
+    n = _sampled(stimuli, config.items) * len(stimuli.directions)
+    return [Work("pass", n, groups=1), Work("picture", min(n, _pictures(stimuli)))]
 
 
 def _final_token(config: Config, _: Depth) -> list[Work]:

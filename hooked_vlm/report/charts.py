@@ -25,13 +25,16 @@ from hooked_vlm.report.look import (
     KINDS,
     SCORES,
     SLOTS,
+    SMALL,
     STAGES,
     STYLE,
+    WIDTH,
     Look,
     _complete,
     _direction,
     _in_order,
     _need,
+    _wrapped,
 )
 
 
@@ -91,26 +94,30 @@ def swap(table: pd.DataFrame) -> Figure:
 def _by_slot(
     table: pd.DataFrame, *, line: str, looks: Mapping[str, Look], rows: Mapping[str, pd.DataFrame]
 ) -> Figure:
-    """Panels: one column per direction, one row per entry of `rows`; lines over slots."""
+    """Panels of lines over slots, one for each direction, and for each entry of `rows` a column."""
     directions = _in_order(table["direction"], DIRECTIONS)
     looks = _complete(looks, pd.concat([part[line] for part in rows.values()]))
+    single = len(rows) == 1
+    columns = min(COLUMNS, len(directions)) if single else len(rows)
+    places = [(label, direction) for direction in directions for label in rows]
+    n_rows = -(-len(places) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11.0, 1.2 + 2.3 * len(rows)), layout="constrained")
-        panels = figure.subplots(
-            len(rows), len(directions), sharex=True, sharey=True, squeeze=False
-        )
-        for row, (label, part) in enumerate(rows.items()):
-            for column, direction in enumerate(directions):
-                panel = panels[row, column]
-                here = part[part["direction"] == direction]
-                for name, look in looks.items():
-                    _curve(panel, here[here[line] == name], "slot", look)
-                _slot_axis(panel, table["slot"])
-                if row == 0:
-                    panel.set_title(_direction(direction))
-            panels[row, 0].set_ylabel(label or "mean probability")
-        figure.supxlabel(SLOTS, fontsize=10)
-        _legend(figure, looks, len(looks))
+        height = 0.7 + 1.9 * n_rows + (0 if single else 0.3) + _legend_height(looks, WIDTH)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        grid = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False)
+        for panel, (label, direction) in zip(grid.flat, places, strict=False):
+            here = rows[label]
+            here = here[here["direction"] == direction]
+            for name, look in looks.items():
+                _curve(panel, here[here[line] == name], "slot", look)
+            _slot_axis(panel, table["slot"])
+            heading = f"{label}\n" if not single and direction == directions[0] else ""
+            panel.set_title(heading + _direction(direction))
+        _hide_from(grid, len(places))
+        for panel in grid[:, 0]:
+            panel.set_ylabel((next(iter(rows)) or "mean probability") if single else "probability")
+        figure.supxlabel(_wrapped(SLOTS, WIDTH), fontsize="medium")
+        _legend(figure, looks)
     return figure
 
 
@@ -136,7 +143,7 @@ def _slot_axis(panel: Axes, slots: pd.Series) -> None:
 
 
 CHANCE: dict[str, Any] = {"color": "#555555", "ls": ":", "lw": 1.4}
-COLUMNS = 4
+COLUMNS = 2
 """Panels side by side, unless told otherwise."""
 
 
@@ -166,25 +173,24 @@ def curves(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
-        width = max(6.4, 2.9 * columns)
-        height = 0.6 + 2.4 * rows + _legend_height(chosen, width)
-        figure = Figure(figsize=(width, height), layout="constrained")
+        height = 0.7 + 2.3 * rows + _legend_height(chosen, WIDTH)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes, (name, part) in zip(grid.flat, panels, strict=False):
             for key, look in chosen.items():
                 _curve(axes, part[part[line].astype(str) == key], x, look)
             if chance is not None:
                 axes.axhline(chance, **CHANCE)
-            axes.set_title(name)
-        for axes in list(grid.flat)[len(panels) :]:
-            axes.set_visible(False)
+            axes.set_title(_wrapped(name, 0.8 * (WIDTH - 0.8) / columns))
+        _hide_from(grid, len(panels))
         first = grid[0, 0]
         if limits is not None:
             first.set_ylim(limits[0] - 0.02, limits[1] + 0.02)
         if pd.api.types.is_integer_dtype(table[x]):
             first.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.supxlabel(x_label or x, fontsize=10)
-        figure.supylabel(y_label, fontsize=10)
+        figure.supxlabel(_wrapped(x_label or x, WIDTH), fontsize="medium")
+        for axes in grid[:, 0]:  # a label of the whole figure would reach into the legend
+            axes.set_ylabel(_wrapped(y_label, 1.9))
         if len(chosen) > 1:
             _legend(figure, chosen)
     return figure
@@ -204,7 +210,7 @@ def dots(
 ) -> Figure:
     """Draws `value` with its interval: a row for each value of `by`, a mark for each `line`.
 
-    One panel for each value of `panel`, side by side.  `numbers` are for shares in one panel:
+    One panel for each value of `panel`, two side by side.  `numbers` are for shares in one panel:
     the axis is in per cent, and each mark has its value, interval and n beside it.  See `curves`
     for the rest.
     """
@@ -212,13 +218,17 @@ def dots(
     chosen = _complete(looks or {}, table[line].astype(str))
     names = list(dict.fromkeys(table[by].astype(str)))
     with mpl.rc_context(STYLE):
-        width = 6.6 if numbers else min(2.8 + 3.6 * len(panels), 11)
+        columns = min(COLUMNS, len(panels))
+        n_rows = -(-len(panels) // columns)
+        beside = 0.2 + 0.09 * max(map(len, names))  # inches of the rows' names, about
         # Inches of each row, and of each mark in it.
-        row, mark = (0.27, 0.27) if numbers else (0.2, 0.14)
-        height = 0.9 + len(names) * (row + mark * len(chosen)) + _legend_height(chosen, width)
-        figure = Figure(figsize=(width, height), layout="constrained")
-        grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
-        for axes, (name, part) in zip(grid.flat, panels, strict=True):
+        row, mark = (0.25, 0.24) if numbers else (0.2, 0.14)
+        each = 0.3 + len(names) * (row + mark * len(chosen))
+        height = 0.6 + n_rows * each + _legend_height(chosen, WIDTH)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        grid = figure.subplots(n_rows, columns, squeeze=False, sharex=True, sharey=True)
+        _hide_from(grid, len(panels))
+        for axes, (name, part) in zip(grid.flat, panels, strict=False):
             for index, (key, look) in enumerate(chosen.items()):
                 shift = 0.7 * ((index + 0.5) / len(chosen) - 0.5)
                 rows = part[part[line].astype(str) == key]
@@ -228,7 +238,7 @@ def dots(
                     _write(axes, rows, y)
             if chance is not None:
                 axes.axvline(chance, **CHANCE)
-            axes.set_title(name)
+            axes.set_title(_wrapped(name, 0.8 * (WIDTH - beside) / columns))
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x", visible=True)
         first = grid[0, 0]
@@ -238,9 +248,9 @@ def dots(
         if numbers:
             _in_per_cent(first, x_label, chance)
         else:
-            figure.supxlabel(x_label, fontsize=10)
+            figure.supxlabel(_wrapped(x_label, WIDTH), fontsize="medium")
         if len(chosen) > 1:
-            _legend(figure, chosen, 2 if numbers else None)
+            _legend(figure, chosen)
     return figure
 
 
@@ -257,9 +267,9 @@ def _whiskers(axes: Axes, rows: pd.DataFrame, y: np.ndarray, look: Look) -> None
 
 def _write(axes: Axes, rows: pd.DataFrame, y: np.ndarray) -> None:
     """Writes values, intervals and counts to the right of the panel."""
-    at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
+    at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": SMALL}
     for place, row in zip(y, rows.itertuples(), strict=True):
-        text = f"{row.value:.3f}  [{row.low:.2f}, {row.high:.2f}]   n = {row.n}"
+        text = f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]  n = {row.n}"
         axes.annotate(text, (1.03, place), **at)
 
 
@@ -269,7 +279,7 @@ def _in_per_cent(axes: Axes, label: str, chance: float | None) -> None:
     if chance is not None:
         at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
         color = CHANCE["color"]
-        axes.annotate("chance", (chance, 1.0), xytext=(4, 0), fontsize=9, color=color, **at)
+        axes.annotate("chance", (chance, 1.0), xytext=(4, 0), fontsize=SMALL, color=color, **at)
 
 
 def _panels(
@@ -281,18 +291,32 @@ def _panels(
     return [(str(name), table[table[panel] == name]) for name in dict.fromkeys(table[panel])]
 
 
+def _hide_from(grid: np.ndarray, used: int) -> None:
+    """Hides the panels that are not used; those above them get the labels of the axis."""
+    for index, axes in enumerate(grid.flat):
+        if index >= used:
+            axes.set_visible(False)
+            row, column = divmod(index, grid.shape[1])
+            if row:
+                grid[row - 1, column].tick_params(labelbottom=True)
+
+
 def _legend_columns(looks: Mapping[str, Look], width: float) -> int:
     """Returns how many columns a legend has in a figure so many inches wide."""
-    inches = 0.6 + 0.078 * max(len(look.label) for look in looks.values())
-    return max(1, min(len(looks), int(width / inches)))
+    lengths = [0.7 + 0.087 * len(look.label) for look in looks.values()]
+    for columns in range(len(lengths), 1, -1):
+        each = -(-len(lengths) // columns)  # a legend is filled column by column
+        if sum(max(lengths[i : i + each]) for i in range(0, len(lengths), each)) <= width:
+            return columns
+    return 1
 
 
 def _legend_height(looks: Mapping[str, Look], width: float) -> float:
-    return 0.22 * -(-len(looks) // _legend_columns(looks, width))
+    return 0.25 * -(-len(looks) // _legend_columns(looks, width))
 
 
-def _legend(figure: Figure, looks: Mapping[str, Look], columns: int | None = None) -> None:
-    """Adds a legend above the panels, in as many columns as fit unless told otherwise."""
+def _legend(figure: Figure, looks: Mapping[str, Look]) -> None:
+    """Adds a legend above the panels, in as many columns as fit."""
     handles = [Line2D([], [], label=look.label, **_drawn(look)) for look in looks.values()]
-    columns = columns or _legend_columns(looks, figure.get_figwidth())
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+    columns = _legend_columns(looks, figure.get_figwidth())
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, columnspacing=1.2)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,9 +36,15 @@ class Ended:
 
 
 def run_commands(
-    commands: Sequence[Sequence[str]], at_once: int, environment: Mapping[str, str]
+    commands: Sequence[Sequence[str]],
+    at_once: int,
+    environment: Mapping[str, str],
+    on_line: Callable[[int, str], None] | None = None,
 ) -> Ended:
     """Runs commands, `at_once` of them at the same time, without their standard output.
+
+    `on_line(index, line)` gets each line that a command writes to stderr; else it goes to this
+    process's.
 
     After SIGINT, SIGTERM or SIGHUP, which are sent on to the commands, no further one is started.
     A command that does not end by itself is killed, after a second signal at once.
@@ -46,6 +52,7 @@ def run_commands(
     statuses: list[int | None] = [None] * len(commands)
     waiting = list(enumerate(commands))
     running: dict[int, subprocess.Popen[bytes]] = {}
+    readers: list[threading.Thread] = []
     with _signals() as received:
         try:
             while (waiting or running) and not received:
@@ -55,14 +62,35 @@ def run_commands(
                         command,
                         env=environment,
                         stdout=subprocess.DEVNULL,
+                        stderr=None if on_line is None else subprocess.PIPE,
                         start_new_session=True,
                     )
+                    if on_line is not None:
+                        readers.append(_reading(running[index], index, on_line))
                 time.sleep(_PAUSE_S)
                 for index in [i for i, process in running.items() if process.poll() is not None]:
                     statuses[index] = running.pop(index).returncode
         finally:
             _end(running.values(), received)
+            for reader in readers:  # what the commands wrote last
+                reader.join(_GRACE_S)
     return Ended(statuses, received[0] if received else None)
+
+
+def _reading(
+    process: subprocess.Popen[bytes], index: int, on_line: Callable[[int, str], None]
+) -> threading.Thread:
+    """Starts to read what a command writes to stderr, and returns the thread that reads."""
+
+    def read() -> None:
+        assert process.stderr is not None
+        with process.stderr as lines:
+            for line in lines:
+                on_line(index, line.decode(errors="replace"))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
 
 
 def words_of(job: Any) -> list[str]:
@@ -70,6 +98,7 @@ def words_of(job: Any) -> list[str]:
     words = ["run", job.experiment, "--model", job.model, "--out", str(job.out)]
     words += ["--device", job.device, "--dtype", job.dtype, *(["--fresh"] * job.fresh)]
     words += ["--setting", job.setting] if job.setting else []
+    words += ["--limit", str(job.limit)] if job.limit is not None else []
     defaults = type(job.config)()
     for field in fields(job.config):
         value = getattr(job.config, field.name)

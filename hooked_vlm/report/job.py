@@ -7,9 +7,6 @@ direction) is written to disk before the next one starts, and so is each finishe
 interruption loses at most one unit (see `parts`).
 """
 
-import hashlib
-import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
@@ -24,32 +21,26 @@ from hooked_vlm.arguments.checked import shown
 from hooked_vlm.arguments.kinds import is_filled
 from hooked_vlm.disk.files import remove_leftovers, writable_folder
 from hooked_vlm.engine.shared import shared_runs
-from hooked_vlm.errors import (
-    CannotRunError,
-    DataError,
-    RegionError,
-    ScoringError,
-    counted,
-    did_you_mean,
-)
+from hooked_vlm.errors import CannotRunError, DataError, RegionError, ScoringError, counted
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.loop import UnfinishedError, working_by
-from hooked_vlm.experiments.options import FOLDERS, Config, check_options, specialise
+from hooked_vlm.experiments.options import FOLDERS, Config, check_options, limited, specialise
 from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.basis import Basis, data_files, everything, key_of, run_key
+from hooked_vlm.report.devices import device_of as device_of
+from hooked_vlm.report.devices import dtype_of as dtype_of
+from hooked_vlm.report.folder import arguments_of, record_in, write_gathered
+from hooked_vlm.report.folder import folder_name as folder_name
 from hooked_vlm.report.listener import SILENT, Listener
-from hooked_vlm.report.page import FIGURES, PAGE, write_report
+from hooked_vlm.report.page import FIGURES, PAGE
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
-from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run
+from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run, source_commit
+from hooked_vlm.report.results import RESULTS as RESULTS
 from hooked_vlm.report.results import load_result, save_result
 from hooked_vlm.report.workers import Executor, Task, offered, require_executor
 from hooked_vlm.stimuli.settings import OWN, is_own
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-RESULTS = "results"  # the folder, inside the output folder, that holds finished experiments
 
 
 @dataclass(frozen=True)
@@ -71,6 +62,8 @@ class Job:
     dtype: str = "auto"
     fresh: bool = False
     """Whether to ignore results of an earlier run and compute them again."""
+    limit: int | None = None
+    """The most pairs, questions and pictures of each direction or axis, for a try."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,12 +71,38 @@ class Report:
     """The results of a job, the record of its run, and the report page."""
 
     results: Sequence[Result]
+    """Those of the job; the page has those of earlier runs in the folder too."""
     provenance: Provenance
     page: Path
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        record = self.provenance
+        return {
+            "report": str(self.page),
+            "model": record.model,
+            "experiment": record.experiment,
+            "results": [
+                {
+                    "id": result.id,
+                    "name": result.name,
+                    "setting": result.setting,
+                    "verdict": result.verdict,
+                    "seconds": record.seconds.get(f"{result.name} on {result.setting}"),
+                    "reused": f"{result.name} on {result.setting}" in record.reused,
+                    "folder": str(self.page.parent / RESULTS / result.key),
+                }
+                for result in self.results
+            ],
+        }
 
-def check(job: Job) -> list[Step]:
-    """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model."""
+
+def check(job: Job, *, writes: bool = True) -> list[Step]:
+    """Returns a job's steps; raises `DataError` for wrong arguments, without loading a model.
+
+    Unless it `writes`, the output folder is neither made nor tried.
+    """
     steps = steps_of(job)
     if not is_filled(job.model):
         raise DataError("--model is empty. Give a shipped model, a local folder or a hub name.")
@@ -110,39 +129,27 @@ def check(job: Job) -> list[Step]:
             )
     dtype_of(job.dtype)
     device_of(job.device)
-    writable_folder(job.out)
+    if writes:
+        writable_folder(job.out)
     return steps
 
 
 def steps_of(job: Job) -> list[Step]:
-    """Returns the steps of a job; a folder with a table of own data selects the setting own."""
-    setting = job.setting
-    if setting is None and registry.takes_own(job.experiment) and is_own(job.config.data):
-        setting = OWN
-    return registry.steps(job.experiment, setting)
+    """Returns the steps of a job."""
+    return registry.steps(job.experiment, setting_of(job))
 
 
-def folder_name(model: str) -> str:
-    """Returns the name of a model's folder among those of several models.
-
-    It is the model's name, and for a folder its last part with a hash of its whole path, so that
-    two checkpoints of one name get two folders.
-
-    >>> folder_name("tiny-qwen2-vl"), folder_name("org/model")
-    ('tiny-qwen2-vl', 'org--model')
-    """
-    path = Path(model)
-    if not path.is_dir():
-        return re.sub(r"[^\w.-]+", "--", model).strip(".-") or "model"
-    whole = path.resolve()
-    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
-    name = re.sub(r"[^\w.-]+", "-", whole.name).strip(".-") or "model"
-    return f"{name}-{digest}"
+def setting_of(job: Job) -> str | None:
+    """Returns the setting of a job; a folder with a table of own data selects the setting own."""
+    if job.setting is None and registry.takes_own(job.experiment) and is_own(job.config.data):
+        return OWN
+    return job.setting
 
 
 def own(job: Job, step: Step) -> Config:
     """Returns the configuration that a step of a job runs with."""
-    return specialise(step.experiment.config, job.config, job.options, step.setting)
+    config = specialise(step.experiment.config, job.config, job.options, step.setting)
+    return limited(config, job.limit)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -243,6 +250,7 @@ def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) 
     elsewhere = {}
     # 1. Run each step, or read its result from an earlier run with the same key.
     with Stopwatch() as watch, shared_runs(loaded.model):
+        made = _run_facts(loaded, watch)
         for place, step in enumerate(steps, start=1):
             listener.begin(step, place, len(steps))
             work = work_of(step)
@@ -266,7 +274,7 @@ def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) 
                 result = replace(found, setting=step.setting)
                 # Units that were read took their time in an earlier run, or another process.
                 took = time.perf_counter() - start + work.parts.seconds
-                save_result(result, folder, work.key, seconds=took)
+                _save(result, loaded, step, work.key, took, made)
                 work.parts.remove()
             else:
                 result, took = saved.result, saved.seconds
@@ -292,7 +300,7 @@ def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) 
         model_sha256=loaded.basis.model_sha256,
         model_files=loaded.basis.model_files,
         experiment=job.experiment,
-        config={**asdict(job.config), **job.options, **how},
+        config={**asdict(job.config), **job.options, **how, **_limit_of(job)},
         seed=job.config.seed,
         seconds=seconds,
         reused=reused,
@@ -305,8 +313,39 @@ def finish(loaded: Loaded, listener: Listener, work_of: Callable[[Step], Work]) 
             ).items()
         },
     )
-    page = write_report(results, provenance, job.out)
+    page = write_gathered(job.out, provenance, {result.key: result for result in results})
     return Report(results=results, provenance=provenance, page=page)
+
+
+def _save(
+    result: Result, loaded: Loaded, step: Step, key: str, seconds: float, made: Mapping[str, Any]
+) -> None:
+    config = own(loaded.job, step)
+    save_result(
+        result,
+        loaded.job.out / RESULTS,
+        key,
+        seconds=seconds,
+        made={**made, "seed": config.seed},
+        arguments=arguments_of(loaded.job, step.experiment.name, config),
+    )
+
+
+def _limit_of(job: Job) -> dict[str, int]:
+    return {} if job.limit is None else {"limit": job.limit}
+
+
+def _run_facts(loaded: Loaded, watch: Stopwatch) -> dict[str, Any]:
+    """Returns what is kept beside each result of the run that computes it."""
+    return {
+        "model": loaded.job.model,
+        "model_sha256": loaded.basis.model_sha256,
+        "dtype": loaded.basis.dtype,
+        "device": loaded.device,
+        "hooked_vlm": loaded.basis.packages["hooked-vlm"],
+        "git_commit": source_commit(),
+        "started": watch.started.isoformat(timespec="seconds"),
+    }
 
 
 def computed(loaded: Loaded, step: Step, work: Work, listener: Listener) -> Result:
@@ -336,10 +375,7 @@ def read(job: Job) -> Report:
 
     Raises `DataError` when the job is not finished, or when the folder has another job.
     """
-    record_file = job.out / "provenance.json"
-    if not record_file.exists():
-        raise DataError(f"There is no finished run in '{job.out}'. Run the job first.")
-    provenance = Provenance.from_json(record_file.read_text())
+    provenance = record_in(job.out)
     basis = Basis(
         model_sha256=provenance.model_sha256,
         model_files=provenance.model_files,
@@ -358,41 +394,3 @@ def read(job: Job) -> Report:
             )
         results.append(saved.result)
     return Report(results=results, provenance=provenance, page=job.out / PAGE)
-
-
-def device_of(name: str) -> str:
-    """Returns an available device (`"auto"`: the GPU if there is one), or raises `DataError`."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DataError(
-            f"There is no device {name!r}. Give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
-        ) from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise DataError(
-            f"Device {name!r} was given, and experiments run on cpu, cuda or mps. Use one of them."
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DataError(f"Device {name!r} was given, and torch finds none. Use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DataError(
-            f"Device {name!r} was given, and torch {torch.__version__} finds "
-            f"{torch.cuda.device_count()} CUDA devices. Use --device cpu, or install a torch "
-            "build and driver with CUDA."
-        )
-    return name
-
-
-def dtype_of(name: str) -> Any:
-    """Returns the torch dtype of a name; `"auto"` is returned unchanged, for transformers.
-
-    Raises `DataError` for another name than those in `DTYPES`.
-    """
-    if name not in DTYPES:
-        raise DataError(
-            f"There is no dtype {name!r} here.{did_you_mean(name, DTYPES)} "
-            f"Use one of: {', '.join(DTYPES)}."
-        )
-    return name if name == "auto" else getattr(torch, name)

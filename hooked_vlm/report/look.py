@@ -7,11 +7,13 @@ its own marker, for print without colour.
 """
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
@@ -71,14 +73,19 @@ CLASSES = {
 }
 SLOTS = "slot: 0 = merged projector output, l = output of layer l−1"
 
+WIDTH = 6.4
+"""Inches of a figure's width: reduced to a column of 3.4 inches, text has 6 points or more."""
+SMALL = 11.0
+"""Points of the smallest text."""
+
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.size": 12,
+    "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 10,
+    "axes.labelsize": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -87,20 +94,35 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.fontsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "legend.fontsize": SMALL,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.fonttype": "none",
     "image.interpolation": "nearest",
 }
 
 
 def to_png(figure: Figure, *, dpi: int = 160) -> bytes:
     """Returns the figure as a PNG file, the same bytes for the same figure."""
+    return _saved(figure, "png", dpi=dpi, metadata={"Software": None})
+
+
+def vector_files(figure: Figure) -> dict[str, bytes]:
+    """Returns the figure as SVG and PDF, by ending, the same bytes for the same figure.
+
+    Their text is text: it can be searched, and edited in a drawing program.
+    """
+    return {
+        "svg": _saved(figure, "svg", metadata={"Date": None, "Creator": None}),
+        "pdf": _saved(figure, "pdf", metadata={"CreationDate": None, "Creator": None}),
+    }
+
+
+def _saved(figure: Figure, kind: str, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hooked_vlm", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, **how)
     return buffer.getvalue()
 
 
@@ -117,6 +139,11 @@ def _in_order(found: pd.Series, order: Mapping[str, object] | Sequence[str]) -> 
     present = list(dict.fromkeys(str(name) for name in found.dropna()))
     known = [name for name in order if name in present]
     return known + [name for name in present if name not in known]
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """Returns a label in as many lines as it needs in that many inches."""
+    return textwrap.fill(text, max(10, int(inches / 0.092)), break_long_words=False)
 
 
 def _direction(name: object) -> str:

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure as Figure
 from PIL import Image
 
-from hooked_vlm.report.look import CLASSES, STYLE, _class, _need_dims
+from hooked_vlm.report.look import CLASSES, STYLE, WIDTH, _class, _need_dims, _wrapped
 
 
 def mean_maps(maps: xr.DataArray, object_cells: xr.DataArray) -> Figure:
@@ -24,7 +24,7 @@ def mean_maps(maps: xr.DataArray, object_cells: xr.DataArray) -> Figure:
     _need_dims(maps, "axis", "class", "row", "col")
     with mpl.rc_context(STYLE):
         axis_names = [str(name) for name in maps["axis"].values]
-        figure = Figure(figsize=(6.4, 0.3 + 2.1 * len(axis_names)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.3 + 2.1 * len(axis_names)), layout="constrained")
         panels = figure.subplots(len(axis_names), maps.sizes["class"], squeeze=False)
         for row, axis_name in enumerate(axis_names):
             cells = object_cells.isel(axis=row)
@@ -34,7 +34,7 @@ def mean_maps(maps: xr.DataArray, object_cells: xr.DataArray) -> Figure:
                 _outline(panel, cells[index].values, width=2.2)
                 panel.set_title(f"P({_class(axis_name, index)})")
             label = "{} images" if axis_name in CLASSES else "by {}"
-            panels[row, 0].set_ylabel(label.format(axis_name), fontsize=10)
+            panels[row, 0].set_ylabel(label.format(axis_name))
         _colorbar(figure, panels, "mean probability on held-out images")
     return figure
 
@@ -51,7 +51,7 @@ def item_maps(
     _need_dims(maps, "item", "class", "row", "col")
     with mpl.rc_context(STYLE):
         items = [str(name) for name in maps["item"].values]
-        figure = Figure(figsize=(8.2, 2.25 * len(items)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.75 * len(items)), layout="constrained")
         panels = figure.subplots(len(items), 1 + maps.sizes["class"], squeeze=False)
         for row, item in enumerate(items):
             one, cells = maps.isel(item=row), object_cells.isel(item=row)
@@ -126,4 +126,5 @@ def _bare(panel: Axes) -> None:
 
 def _colorbar(figure: Figure, panels: np.ndarray, label: str) -> None:
     scale = ScalarMappable(Normalize(0, 1), cmap="cividis")
+    label = _wrapped(label, 1.6 * len(panels))
     figure.colorbar(scale, ax=panels, label=label, shrink=0.7, pad=0.02, aspect=30)

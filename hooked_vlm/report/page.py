@@ -6,55 +6,62 @@ can be sent, archived and opened without a network.  The same folder has the fig
 every number of every experiment as one tidy table, and the record of the run.
 """
 
-import base64
-import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
-from PIL import Image
 
 from hooked_vlm.disk.files import write_file
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.targets import targets
 from hooked_vlm.report.figures import Drawing, drawings, headlines
-from hooked_vlm.report.look import to_png
+from hooked_vlm.report.look import to_png, vector_files
+from hooked_vlm.report.markup import data_url, small_png, table_of, template
 from hooked_vlm.report.provenance import Provenance
 
 
 PAGE = "report.html"
 FIGURES = "figures"
-PX_PER_INCH = 88  # on the page, so that the text of all figures has one size
+PX_PER_INCH = 96  # on the page, so that the text of all figures has one size
 COLUMNS = ("direction", "axis", "kind", "slot", "site", "quantity", "value", "low", "high", "n")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A key number at the top of the page."""
+    """A key number of a result."""
 
     value: str
     label: str
 
 
-def write_report(results: Sequence[Result], provenance: Provenance, out: Path) -> Path:
+def write_report(
+    results: Sequence[Result],
+    provenance: Provenance,
+    out: Path,
+    *,
+    made: Mapping[str, Mapping[str, Any]] | None = None,
+    left_out: Sequence[str] = (),
+) -> Path:
     """Writes the report of one model into the folder `out`; returns the page's path.
 
-    It writes `report.html`, `figures/*.png`, `numbers.csv` (all tables, one row per number)
-    and `provenance.json`.  Each file is replaced as a whole or not at all.
+    It writes `report.html`, `figures/*` (each as PNG, SVG and PDF), `numbers.csv` (all tables, one
+    row per number) and `provenance.json`.  Each file is replaced as a whole or not at all.
+
+    `made` has the record of each result that an earlier run computed, by its key, and `left_out`
+    the results in the folder that are not on the page.
     """
-    sections = [_section(result, out) for result in results]
-    page = _template("report.html.j2").render(
+    sections = [_section(result, out, (made or {}).get(result.key)) for result in results]
+    page = template("report.html.j2").render(
         title=f"{provenance.experiment} on {provenance.title}",
         provenance=provenance,
-        facts=_facts(provenance),
-        tiles=key_numbers(results),
+        facts=facts_of(provenance),
+        summary=summary_of(results),
         sections=sections,
+        left_out=left_out,
         record=provenance.to_json(),
     )
     write_file(out / "numbers.csv", numbers(results, provenance.title).to_csv(index=False))
@@ -63,34 +70,14 @@ def write_report(results: Sequence[Result], provenance: Provenance, out: Path) -
     return out / PAGE
 
 
-def write_index(
-    reports: Mapping[str, tuple[Sequence[Result], Provenance]], out: Path, *, title: str
-) -> Path:
-    """Writes `out/index.html`, which shows the reports of several models side by side.
-
-    `reports` maps each report's folder, relative to `out`, to its results and record.
-    """
-    models = [
-        {
-            "folder": folder,
-            "provenance": provenance,
-            "facts": _facts(provenance),
-            "tiles": key_numbers(results),
-        }
-        for folder, (results, provenance) in reports.items()
-    ]
-    by_id: dict[str, dict[str, Any]] = {}
-    for folder, (results, _) in reports.items():
-        for result in results:
-            row = by_id.setdefault(result.anchor, {"result": result, "cells": {}, "widest": 0})
-            figures = [_shown(d, to_png(d.figure)) for d in drawings(result) if d.headline]
-            row["widest"] = max(row["widest"], *(figure["width"] for figure in figures), 0)
-            row["cells"][folder] = {"verdict": result.verdict, "figures": figures}
-    page = _template("index.html.j2").render(
-        title=title, models=models, rows=list(by_id.values()), page=PAGE
-    )
-    write_file(out / "index.html", page)
-    return out / "index.html"
+def summary_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Returns a row for each experiment: its question, what was found here, the paper's claim."""
+    rows: dict[str, dict[str, Any]] = {}
+    for result in results:
+        row = rows.setdefault(result.name, {"result": result, "found": []})
+        numbers = ", ".join(f"{tile.label}: {tile.value}" for tile in key_numbers([result]))
+        row["found"].append({"result": result, "numbers": numbers})
+    return list(rows.values())
 
 
 def numbers(results: Sequence[Result], model: str) -> pd.DataFrame:
@@ -138,30 +125,38 @@ def _range(rows: pd.DataFrame) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _section(result: Result, out: Path) -> dict[str, Any]:
+def _section(result: Result, out: Path, made: Mapping[str, Any] | None) -> dict[str, Any]:
     figures = []
     for drawing in drawings(result):
         png = to_png(drawing.figure)
-        name = f"{result.anchor}-{drawing.name}.png"
-        write_file(out / FIGURES / name, png)
-        figures.append(_shown(drawing, png))
+        name = f"{result.anchor}-{drawing.name}"
+        files = {"png": png, **vector_files(drawing.figure)}
+        for ending, content in files.items():
+            write_file(out / FIGURES / f"{name}.{ending}", content)
+        links = [f"{FIGURES}/{name}.{ending}" for ending in files]
+        figures.append({**shown(drawing, png), "files": links})
     return {
         "result": result,
         "is_of_paper": result.name in EXPERIMENTS,
         "figures": figures,
         "stimuli": _stimuli(result),
         "targets": targets(result.id, result.setting),
-        "glance": _table(_glance(result.table)),
-        "means": _table(_means(result.table)),
-        "table": _table(result.table),
+        "glance": table_of(_glance(result.table), "The highest value of each line and its slot."),
+        "means": table_of(_means(result.table), "Means over probes; the claims are about them."),
+        "table": table_of(
+            result.table,
+            "Every number of this result, as in numbers.csv. Intervals are 95 % intervals.",
+        ),
         "n_rows": len(result.table),
         "config": json.dumps(result.config, default=str) if result.config else "",
+        "made": made,
     }
 
 
-def _shown(drawing: Drawing, png: bytes) -> dict[str, Any]:
+def shown(drawing: Drawing, png: bytes) -> dict[str, Any]:
+    """Returns what a template needs of a figure."""
     width = round(drawing.figure.get_figwidth() * PX_PER_INCH)
-    return {"source": _data(png), "caption": drawing.caption, "width": width}
+    return {"source": data_url(png), "caption": drawing.caption, "width": width}
 
 
 def _stimuli(result: Result) -> list[dict[str, str]]:
@@ -172,7 +167,7 @@ def _stimuli(result: Result) -> list[dict[str, str]]:
         else set()
     )
     return [
-        {"source": _data(_picture(image)), "name": name}
+        {"source": data_url(small_png(image)), "name": name}
         for name, image in result.images.items()
         if name not in shown
     ]
@@ -195,48 +190,8 @@ def _means(table: pd.DataFrame) -> pd.DataFrame:
     return means.dropna(axis="columns", how="all")
 
 
-def _table(table: pd.DataFrame) -> str:
-    """Returns the table as HTML, with each interval in one cell and three decimal places."""
-    if table.empty:
-        return ""
-    shown = table.drop(columns=["low", "high"], errors="ignore").copy()
-    if {"low", "high"} <= set(table.columns):
-        bounds = zip(table["low"], table["high"], strict=True)
-        place = list(shown.columns).index("value") + 1
-        shown.insert(place, "95 % interval", [_interval(low, high) for low, high in bounds])
-    head = "".join(
-        f"<th scope=col{_kind(shown[name])}>{html.escape(str(name))}</th>" for name in shown
-    )
-    rows = "\n".join(
-        "<tr>" + "".join(_cell(value) for value in row) + "</tr>"
-        for row in shown.itertuples(index=False, name=None)
-    )
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
-
-
-def _interval(low: float, high: float) -> str:
-    return "" if pd.isna(low) or pd.isna(high) else f"{_three(low)} to {_three(high)}"
-
-
-def _three(value: float) -> str:
-    """Returns a number with three decimal places, and zero without a sign."""
-    return f"{round(value, 3) + 0.0:.3f}"
-
-
-def _kind(column: pd.Series) -> str:
-    return " class=number" if pd.api.types.is_numeric_dtype(column) else ""
-
-
-def _cell(value: object) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
-        return "<td></td>"
-    if isinstance(value, float):
-        return f"<td class=number>{_three(value)}</td>"
-    kind = "" if isinstance(value, str) else " class=number"
-    return f"<td{kind}>{html.escape(str(value))}</td>"
-
-
-def _facts(record: Provenance) -> dict[str, str]:
+def facts_of(record: Provenance) -> dict[str, str]:
+    """Returns the facts of a run that a page states, by name."""
     memory = f"{record.peak_memory_mib:,.0f} MiB"
     if record.peak_cuda_memory_mib is not None:
         memory += f", {record.peak_cuda_memory_mib:,.0f} MiB on the GPU"
@@ -252,26 +207,3 @@ def _facts(record: Provenance) -> dict[str, str]:
         f"transformers {record.packages['transformers']}, Python {record.python}",
         "date": record.started.replace("T", " ").replace("+00:00", " UTC"),
     }
-
-
-def _picture(image: Image.Image, size: int = 336) -> bytes:
-    image = image.convert("RGB")
-    image.thumbnail((size, size))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hooked_vlm", "report/templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)

@@ -7,7 +7,7 @@ as `Sweep.plan`; how much of it there is, `experiments.work` says.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from hooked_vlm.errors import (
 from hooked_vlm.experiments import registry
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions
 from hooked_vlm.experiments.further.encoder_depth import depths
-from hooked_vlm.experiments.options import Config, check_options, common_at, specialise
+from hooked_vlm.experiments.options import Config, check_options, common_at, limited, specialise
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.experiments.work import Depth, Work, totals, work_of
 from hooked_vlm.inputs.without_torchvision import load_processor
@@ -34,7 +34,8 @@ from hooked_vlm.model.memory import size_text
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.regions.positions import LastToken
 from hooked_vlm.report.cards import Card, card_of
-from hooked_vlm.report.job import DTYPES
+from hooked_vlm.report.devices import DTYPES
+from hooked_vlm.report.job import Job, check, setting_of
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.settings import OWN
@@ -99,6 +100,12 @@ class RunPlan:
         """Hours of one worker for all steps together."""
         return self.operations / (self.card.rate(self.dtype) * self.utilisation) / 3600
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        totals = {name: getattr(self, name) for name in ("operations", "memory", "hours")}
+        return {**asdict(self), **totals}
+
     def __str__(self) -> str:
         """Returns a table of the steps, and what they take together."""
         width = max([len(step.name) for step in self.steps] + [10])
@@ -148,12 +155,13 @@ def plan_run(
     card: str = "H200",
     workers: int = 1,
     utilisation: float = UTILISATION,
+    limit: int | None = None,
 ) -> RunPlan:
     """Returns the prediction for a suite, or for one experiment, on a model; no weight is read.
 
     `model` is a shipped model, a folder with a configuration and a processor, or a hub name.
-    `config`, `setting` and `options` are those of the run.  `utilisation` is the share of the
-    card's highest rate that is reached.
+    `config`, `setting`, `options` and `limit` are those of the run.  `utilisation` is the share of
+    the card's highest rate that is reached.
 
     Raises `DataError` for arguments out of range, and `UnsupportedModelError` for a model whose
     configuration or processor cannot be read.
@@ -178,6 +186,7 @@ def plan_run(
     for step in steps:
         kind = step.experiment.config
         own = specialise(kind, config or Config(), options or {}, step.setting)
+        own = limited(own, limit)
         if step.setting == OWN:  # how much there is depends on the table, and nothing is drawn
             unknown.append(step.name)
             continue
@@ -205,24 +214,62 @@ def plan_run(
     )
 
 
+def plan_job(job: Job, card: str) -> RunPlan:
+    """Returns the prediction for a job, whose arguments are checked; no folder is made.
+
+    With the dtype `"auto"`, that of the model's configuration is taken.
+
+    Raises `DataError` for wrong arguments, and otherwise as `plan_run` does.
+    """
+    check(job, writes=False)
+    dtype = job.dtype
+    if dtype == "auto":
+        dtype = str(_configuration(job.model)[1].dtype or "float32").removeprefix("torch.")
+    return plan_run(
+        job.experiment,
+        job.model,
+        config=job.config,
+        setting=setting_of(job),
+        options=job.options,
+        dtype=dtype,
+        card=card,
+        limit=job.limit,
+    )
+
+
 def unloaded(name: str, dtype: torch.dtype) -> Unloaded:
     """Returns a model on the `meta` device with its processor.
 
     Raises `UnsupportedModelError` where its configuration or processor cannot be read.
     """
-    place = str(local_folder(name) or name)
+    place, config = _configuration(name)
     try:
-        config = AutoConfig.from_pretrained(place)
         with torch.device("meta"):
             made = AutoModelForImageTextToText.from_config(config, dtype=dtype)
         processor = load_processor(place)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"The plan for {name!r} needs its configuration and its processor, and they cannot be "
-            f"read: {str(error).strip()[:120]} Give a folder with config.json and the processor's "
-            "files; weights are not needed."
-        ) from error
+    except _UNREADABLE as error:
+        raise _unreadable(name, error) from error
     return Unloaded(made.eval(), processor, name=name)
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _configuration(name: str) -> tuple[str, Any]:
+    """Returns where a model is read from, and its configuration."""
+    place = str(local_folder(name) or name)
+    try:
+        return place, AutoConfig.from_pretrained(place)
+    except _UNREADABLE as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The plan for {name!r} needs its configuration and its processor, and they cannot be "
+        f"read: {str(error).strip()[:120]} Give a folder with config.json and the processor's "
+        "files; weights are not needed."
+    )
 
 
 @dataclass(eq=False)

@@ -1,6 +1,11 @@
-"""Shows the progress of a job: bars on a terminal and in a notebook, otherwise lines."""
+"""Shows the progress of jobs: a bar for each on a terminal and in a notebook, otherwise lines.
+
+Only one process writes bars: several would overwrite each other's.  The processes that it starts
+report their progress as lines of JSON (`Reporter`), which it reads and shows (`told`).
+"""
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -24,50 +29,70 @@ from rich.progress import (
 from hooked_vlm.errors import counted
 
 
-class Listener(contextlib.AbstractContextManager):
-    """Shows the progress of a job: bars on a terminal and in a notebook, otherwise lines.
+REPORTED = "HOOKED_VLM_PROGRESS"
+"""Set in the environment of a process whose progress another process shows."""
 
-    A notebook needs ipywidgets for bars.  Lines come about every ten seconds.
+
+class Listener(contextlib.AbstractContextManager):
+    """Shows the progress of a job: one bar on a terminal and in a notebook, otherwise lines.
+
+    A notebook needs ipywidgets for bars.  Lines come about every ten seconds.  With `bars`, the bar
+    is one of several of other jobs, which whoever made them starts.
     """
 
-    def __init__(self, console: Console, model: str) -> None:
+    def __init__(self, console: Console, model: str, bars: Progress | None = None) -> None:
         self.finished, self.of = 0, 0
-        self._model = model
-        self._draws = console.is_terminal or _draws_in_notebook(console)
+        self._console, self._model = console, model
+        self._draws = _draws_on(console)
         self._start = self._said = 0.0
+        self._name = model
         self._task: TaskID | None = None
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self._draws,
-        )
+        self._is_alone = bars is None
+        self._bars = bars or bars_on(console)
 
     def __enter__(self) -> "Listener":
-        self._say(f"{self._model}: loading")
-        self._bars.start()
+        self.wait("loading" if self._is_alone else "starting")
+        if self._is_alone:
+            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        if self._is_alone:
+            self._bars.stop()
+
+    def wait(self, why: str) -> None:
+        """Shows what the job waits for, such as `"loading"`."""
+        name = f"{self._model}: {why}"
+        if self._task is None:
+            self._task = self._bars.add_task(name, total=None)
+        else:
+            self._bars.update(self._task, description=name)
+        self._say(name)
 
     def begin(self, step: Any, place: int, of: int) -> None:
         """Shows that a `registry.Step` begins."""
+        self.begin_named(f"{place}/{of} {step.experiment.id} {step.name}", of)
+
+    def begin_named(self, name: str, of: int) -> None:
+        """Shows that an experiment begins, one of `of`."""
         self.of = of
-        self.show(f"{self._model} {place}/{of} {step.experiment.id} {step.name}")
+        self.show(f"{self._model} {name}")
 
     def show(self, name: str) -> None:
-        """Shows a new bar, or a line where there are none."""
+        """Shows a name with a bar at its beginning, or a line where there are no bars."""
         self._name = name
         self._start = self._said = time.monotonic()
-        self._task = self._bars.add_task(self._name, total=None)
-        self._say(self._name)
+        if self._task is None:
+            self._task = self._bars.add_task(name, total=None)
+        else:
+            self._bars.reset(self._task, total=None, description=name)
+        self._say(name)
 
     def step(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` units of the experiment are done."""
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total)
         now = time.monotonic()
@@ -80,20 +105,22 @@ class Listener(contextlib.AbstractContextManager):
             self._say(f"{self._name}: {done / total:.0%} after {spent:.0f} s, {left:.0f} s left")
 
     def end(self, seconds: float, reused: bool) -> None:
+        """Shows that the experiment is done."""
         self.finished += 1
-        how = "reused from an earlier run" if reused else f"{seconds:.1f} s"
-        if self._task is not None:
-            self._bars.update(self._task, completed=1, total=1, description=f"{self._name}: {how}")
-        self._say(f"{self._name}: {how}")
+        line = f"{self._name}: " + ("reused from an earlier run" if reused else f"{seconds:.1f} s")
+        if self._draws:  # above the bars
+            self._console.print(line, markup=False, highlight=False)
+        self._say(line)
 
     def _say(self, line: str) -> None:
         if not self._draws:
             print(line, file=sys.stderr, flush=True)
 
 
-def _draws_in_notebook(console: Console) -> bool:
-    """Whether bars can be drawn in a notebook; without ipywidgets they would only be printed."""
-    return console.is_jupyter and find_spec("ipywidgets") is not None
+def _draws_on(console: Console) -> bool:
+    """Whether bars can be drawn; in a notebook without ipywidgets they would only be printed."""
+    in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+    return console.is_terminal or in_notebook
 
 
 @contextlib.contextmanager
@@ -111,7 +138,7 @@ def progress_bar(name: str, *, stderr: bool = False) -> Iterator[Callable[[int, 
 
 
 class _Stages(Listener):
-    """Bars of one name, one for each total."""
+    """Bars of one name, one for each total, which stay when they are full."""
 
     _total = 0
 
@@ -119,11 +146,75 @@ class _Stages(Listener):
         self._bars.start()
         return self
 
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
     def step(self, done: int, total: int) -> None:
         if total != self._total:
-            self._total = total
+            self._total, self._task = total, None
             self.show(f"{self._model}, {counted(total, 'unit')}")
         super().step(done, total)
+
+
+class Reporter(Listener):
+    """Writes each event as one line of JSON to stderr, for the process that shows the progress."""
+
+    _ended_s = 0.0
+
+    def step(self, done: int, total: int) -> None:
+        """Reports progress, at most five times a second."""
+        now = time.monotonic()
+        if now - self._ended_s > 0.2 or done in (0, total):
+            self._ended_s = now
+            self._tell("step", done, total)
+
+    def begin_named(self, name: str, of: int) -> None:
+        """Reports that an experiment begins."""
+        self.of = of
+        self._tell("begin_named", name, of)
+
+    def wait(self, why: str) -> None:
+        """Reports what the job waits for."""
+        self._tell("wait", why)
+
+    def end(self, seconds: float, reused: bool) -> None:
+        """Reports that an experiment is done."""
+        self.finished += 1
+        self._tell("end", seconds, reused)
+
+    def _tell(self, *event: object) -> None:
+        print(json.dumps({REPORTED: event}), file=sys.stderr, flush=True)
+
+
+def listener_of(console: Console, model: str) -> Listener:
+    """Returns what shows a job's progress, or reports it to the process that started this one."""
+    kind = Reporter if os.environ.get(REPORTED) else Listener
+    return kind(console, model)
+
+
+def told(listener: Listener, line: str, console: Console) -> None:
+    """Shows a line of a process's stderr: an event of its `Reporter`, or a message."""
+    try:
+        name, *values = json.loads(line)[REPORTED]
+    except (ValueError, TypeError, KeyError):
+        console.print(line.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+        return
+    if name in ("wait", "begin_named", "step", "end"):
+        getattr(listener, name)(*values)
+
+
+def bars_on(console: Console) -> Progress:
+    """Returns bars, one for each job, that show nothing unless the console is a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not _draws_on(console),
+    )
 
 
 @contextlib.contextmanager

@@ -39,7 +39,11 @@ from hooked_vlm.experiments.result import Result
 
 
 FORMAT = 4  # increase it when the files below change, so that old results are computed again
+RESULTS = "results"
+"""The folder, inside the output folder, that holds finished experiments."""
 ABOUT, TABLE, ARRAYS = "result.json", "table.csv", "arrays.safetensors"
+CONFIG = "config.json"
+"""The arguments that compute a result again: `hooked-vlm run --config FILE`."""
 _PICTURE = re.compile(r"images/\d+\.png")
 _ATTEMPTS, _PAUSE_S = 5, 0.05
 
@@ -53,11 +57,25 @@ class Saved:
     """Seconds that its computation took."""
 
 
-def save_result(result: Result, folder: Path, key: str, seconds: float = 0.0) -> Path:
-    """Writes a result to `folder/<its key>`, replacing an older one; returns that folder."""
+def save_result(
+    result: Result,
+    folder: Path,
+    key: str,
+    seconds: float = 0.0,
+    *,
+    made: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a result to `folder/<its key>`, replacing an older one; returns that folder.
+
+    `made` says which run computed it, and `arguments` are those of the command line.
+    """
     target = folder / result.key
     with replaced_folder(target) as building:
-        _write(result, building, {"key": key, "seconds": seconds})
+        _write(result, building, {"key": key, "seconds": seconds, "made": made})
+        if arguments is not None:
+            text = json.dumps(arguments, indent=2, default=str) + "\n"
+            write_synced(building / CONFIG, text)
     return target
 
 
@@ -95,6 +113,15 @@ def read_result(folder: Path) -> Result:
     if not (folder / ABOUT).is_file():
         raise DataError(f"There is no result in '{folder}'. Give a folder inside a run's results/.")
     return _read(folder, _about(folder))
+
+
+def made_by(folder: Path) -> dict[str, Any]:
+    """Returns which run computed the result in a folder; empty where that was not noted.
+
+    Raises `DataError` for a damaged result.
+    """
+    made = _about(folder).get("made")
+    return made if isinstance(made, dict) else {}
 
 
 def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:

@@ -16,9 +16,8 @@ from hooked_vlm.experiments.dual_mechanisms.order_removal import (
     references,
     removed,
 )
-from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.result import Result
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, sampled
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.geometry import AXES, PAPER_GEOMETRY, Geometry
 from hooked_vlm.stimuli.settings import stimulus_set

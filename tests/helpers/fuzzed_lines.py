@@ -19,6 +19,8 @@ MOST = 400
 
 NAME = st.text("xyz_-.", min_size=1, max_size=6).map(lambda text: f"q{text}")
 NUMBER = st.sampled_from(["", "x", "-1", "1.5", "nan", "1e3", "0x10", "9" * 30, "none", "1 2"])
+LIMIT = st.sampled_from(["", "x", "0", "1", "-3", "1.5"])
+CONFIG = st.sampled_from(["", " ", "nowhere.json", "file.txt", "empty"])
 JOBS = st.sampled_from(["", "x", "-1", "1.5", "nan"])
 PART = st.sampled_from(["", "1", "1/1", "-1/2", "a/b", "0/0", "0.5/2"])
 EXECUTOR = st.sampled_from(["", "dask", "processes:0", "processes:x", "slurm:x", "threads"]) | NAME
@@ -36,6 +38,8 @@ _FOLDERS = {"--cutouts": FOLDER, "--backgrounds": FOLDER, "--data": FOLDER}
 LINES: dict[str, dict[str, st.SearchStrategy[str]]] = {
     "run {EXPERIMENT} --model tiny-gemma-3 --out out": {
         **_COMMON,
+        "--limit": LIMIT,
+        "--config": CONFIG,
         **_FOLDERS,
         "EXPERIMENT": EXPERIMENT,
         "--model": MODEL,
@@ -61,6 +65,9 @@ LINES: dict[str, dict[str, st.SearchStrategy[str]]] = {
     "sites {MODEL}": {"MODEL": MODEL},
     "check {MODEL}": {"MODEL": MODEL, "--device": DEVICE, "--dtype": DTYPE},
     "merge {PARTS}": {"PARTS": FOLDER, "--device": DEVICE},
+    "report {PARTS}": {"PARTS": FOLDER},
+    "compare {PARTS} empty": {"PARTS": FOLDER, "--out": FILE},
+    "options {EXPERIMENT}": {"EXPERIMENT": EXPERIMENT},
     "list": {},
 }
 """Commands, and their options with bad values; words in braces are arguments without a name."""
@@ -107,13 +114,14 @@ def without_models() -> Iterator[None]:
     def apart(*_: Any) -> None:
         raise _LoadedError
 
-    run_apart, cli._run_apart = cli._run_apart, apart  # else other processes would load it
+    run_apart = cli.running._run_apart
+    cli.running._run_apart = apart  # else other processes would load it
     vlm.HookedVLM = job.HookedVLM = Loader  # type: ignore[misc, assignment]
     try:
         yield
     finally:
         vlm.HookedVLM = job.HookedVLM = real
-        cli._run_apart = run_apart
+        cli.running._run_apart = run_apart
 
 
 def make_files(folder: Path) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.report import charts
 from hooked_vlm.report.figures import DRAW
-from hooked_vlm.report.look import Look, to_png
+from hooked_vlm.report.look import WIDTH, Look, to_png, vector_files
 
 
 def table() -> pd.DataFrame:
@@ -63,3 +64,50 @@ def test_nothing_to_draw() -> None:
 
 def test_every_experiment_has_a_figure() -> None:
     assert set(DRAW) == {experiment.id for experiment in EXPERIMENTS.values()}
+
+
+def boxes(figure: Any) -> dict[str, Any]:
+    """The places of a figure's texts and legend, drawn."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.canvas.draw()
+    found = {"legend": figure.legends[0].get_window_extent(renderer)}
+    for i, axes in enumerate(axes for axes in figure.axes if axes.get_visible()):
+        found[f"y label {i}"] = axes.yaxis.label.get_window_extent(renderer)
+        if axes.get_title(loc="left"):
+            title = axes._left_title  # type: ignore[attr-defined]
+            found[f"title {i}"] = title.get_window_extent(renderer)
+    return found
+
+
+def test_legend_and_labels_do_not_overlap_and_lie_in_the_figure() -> None:
+    given = table().assign(kind=lambda t: t["kind"] + ", a name that is long enough to wrap")
+    figures = (
+        charts.curves(
+            given,
+            x="alpha",
+            line="kind",
+            panel="direction",
+            y_label="P(counterfactual's answer), named at length",
+        ),
+        charts.curves(
+            given[given["direction"] == "left"], x="alpha", line="kind", y_label="P" * 18
+        ),
+        charts.swap(
+            table().assign(slot=lambda t: t["alpha"].astype(int), quantity="swapped", kind="strip")
+        ),
+    )
+    for figure in figures:
+        assert figure.get_figwidth() == WIDTH
+        found = boxes(figure)
+        for name, box in found.items():
+            assert box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1, name
+            assert name == "legend" or not box.overlaps(found["legend"]), name
+
+
+def test_svg_and_pdf_keep_text_as_text_and_are_the_same_bytes_again() -> None:
+    first, again = (
+        vector_files(charts.curves(table(), x="alpha", line="kind", x_label="strength"))
+        for _ in range(2)
+    )
+    assert first == again and set(first) == {"svg", "pdf"}
+    assert b">strength</text>" in first["svg"] and first["pdf"].startswith(b"%PDF")

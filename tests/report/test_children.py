@@ -24,13 +24,13 @@ PARENT = """
 import signal
 import sys
 from types import SimpleNamespace
-from hooked_vlm import cli
+from hooked_vlm.cli import running
 
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)  # a run in the background passes on that it ignores some
-cli.words_of = lambda job: [job.model]
+running.words_of = lambda job: [job.model]
 sys.executable = {child!r}  # in the place of a run of the command line
-cli._run_apart([SimpleNamespace(model={one!r}), SimpleNamespace(model={two!r})], 2)
+running._run_apart([SimpleNamespace(model={one!r}), SimpleNamespace(model={two!r})], 2)
 """
 SHELL = """\
 #!/bin/sh

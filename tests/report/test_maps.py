@@ -33,7 +33,7 @@ def test_swap_draws_every_number(n_slots: int) -> None:
     assert len(figure.axes) == 2 * 4
     drawn = [lines(figure, panel) for panel in range(8)]
     for (quantity, direction, kind), rows in table.groupby(["quantity", "direction", "kind"]):
-        panel = 4 * (quantity == "clean") + synthetic.DIRECTIONS.index(str(direction))
+        panel = 2 * synthetic.DIRECTIONS.index(str(direction)) + (quantity == "clean")
         color = look.KINDS[str(kind)].color
         np.testing.assert_array_equal(drawn[panel][color], rows["value"])
     assert render(figure).std() > 0

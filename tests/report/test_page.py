@@ -15,10 +15,12 @@ from PIL import Image
 
 from helpers import synthetic_results as synthetic
 from hooked_vlm.experiments.result import Result
+from hooked_vlm.report import index
 from hooked_vlm.report import page as report
 from hooked_vlm.report.figures import drawings
+from hooked_vlm.report.index import write_index
 from hooked_vlm.report.look import to_png
-from hooked_vlm.report.page import key_numbers, numbers, write_index, write_report
+from hooked_vlm.report.page import key_numbers, numbers, write_report
 from hooked_vlm.report.provenance import Provenance
 
 
@@ -55,9 +57,11 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module", autouse=True)
 def coarse() -> Iterator[None]:
-    """Draws figures in a quarter of their resolution, which is most of the time saved."""
+    """Draws figures in a quarter of their resolution, without vectors, which saves most time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "to_png", functools.partial(to_png, dpi=40))
+        patch.setattr(index, "to_png", functools.partial(to_png, dpi=40))
+        patch.setattr(report, "vector_files", lambda _: {"svg": b"<svg/>", "pdf": b"%PDF"})
         yield
 
 
@@ -87,7 +91,8 @@ def test_page_says_what_the_results_say(written: Path) -> None:
     for result in synthetic.all_results():
         assert {result.id} <= page.ids
         assert page.text.count(result.claim) == 2  # in the summary and in its section
-        assert page.text.count(result.verdict) == 2
+        assert page.text.count(result.verdict) >= 1
+        assert result.headline in page.text
         assert all(note in page.text for note in result.notes)
     assert all(alt and len(alt) > 10 for alt in page.alts)
 
@@ -108,14 +113,18 @@ def test_files_beside_the_page(written: Path) -> None:
     assert record == synthetic.provenance()
     figures = sorted(path.name for path in (written / "figures").iterdir())
     assert figures == [
-        "E1-accuracy.png",
-        "E2-final-token.png",
-        "E3-probe-accuracy.png",
-        "E3-probe-maps-items.png",
-        "E3-probe-maps.png",
-        "E4-swap-by-slot.png",
+        f"{name}.{ending}"
+        for name in (
+            "E1-accuracy",
+            "E2-final-token",
+            "E3-probe-accuracy",
+            "E3-probe-maps-items",
+            "E3-probe-maps",
+            "E4-swap-by-slot",
+        )
+        for ending in ("pdf", "png", "svg")
     ]
-    for name in figures:
+    for name in (name for name in figures if name.endswith("png")):
         with Image.open(written / "figures" / name) as picture:
             assert min(picture.size) > 40
     assert not list(written.rglob("*.tmp"))

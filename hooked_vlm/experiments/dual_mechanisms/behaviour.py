@@ -1,19 +1,21 @@
 """E1, behaviour: accuracy of the model on the setting's questions (paper, Table 1)."""
 
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from hooked_vlm.analysis.scoring import normalise
 from hooked_vlm.errors import counted
+from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import picture_of
 from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.loop import over_batches, silent
-from hooked_vlm.experiments.options import Config, OnProgress
+from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting, of_config
+from hooked_vlm.experiments.setting import Setting, of_config, sampled
 from hooked_vlm.experiments.tables import format_interval, rate_rows
 from hooked_vlm.stimuli.sets import StimulusSet
 
@@ -30,6 +32,15 @@ ABOUT = About(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(common.Config):
+    """`items` is the number of questions of each direction, drawn with the seed; 0: all."""
+
+    ranges: ClassVar = {"items": (0, 10**6)}
+
+    items: int = 0
+
+
 def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
     """Asks all items of the setting and counts correct top-1 answers, by direction."""
     return run_in(Setting(model, data, config.batch_size), config, on_progress)
@@ -38,6 +49,10 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
 def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
     """Runs the experiment in a setting, of built-in or of own pictures."""
     questions = setting.stimuli.items()
+    at_most = getattr(config, "items", 0)  # the common options alone: all questions
+    if at_most:
+        by_direction = (sampled(setting, d, at_most, config.seed) for d in setting.directions)
+        questions = list(chain(*by_direction))
     answers = over_batches(
         "answers",
         {"all": questions},
@@ -74,7 +89,7 @@ def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
         verdict="\n".join([_verdict(table), *missing]),
         config={"items": len(questions), "geometry": str(setting.geometry)},
         notes=(
-            "All questions of the setting: of a built-in one, all ordered triples of its names in "
+            f"{_asked(at_most)}of a built-in one, all ordered triples of its names in "
             "each direction, in the paper's layout. An answer is correct when the most probable "
             "next token, lower-cased and stripped of all but letters and digits, is the target. "
             "Intervals are Wilson's over pictures: two questions about one picture are one "
@@ -84,6 +99,11 @@ def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
 
 
 run = of_config(run_on)
+
+
+def _asked(items: int) -> str:
+    whole = "All questions of the setting: "
+    return whole if not items else f"Of each direction at most {items} questions of these. {whole}"
 
 
 def _verdict(table: pd.DataFrame) -> str:

@@ -6,7 +6,6 @@ comes only from the vision encoder, accuracy falls to chance.  If the language m
 an order itself, from the positions of tokens in the prompt, accuracy stays above chance.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -38,7 +37,7 @@ from hooked_vlm.experiments.dual_mechanisms.order_removal import REMOVALS, refer
 from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting, of_config
+from hooked_vlm.experiments.setting import Setting, of_config, sampled
 from hooked_vlm.experiments.tables import (
     difference_rows,
     format_interval,
@@ -128,15 +127,6 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
 
 
 run = of_config(run_on)
-
-
-def sampled(setting: Setting, direction: str, n: int, seed: int) -> list[Question]:
-    """Returns `n` questions of a direction, a seeded sample in their order; all of them for 0."""
-    questions = setting.stimuli.items((direction,))
-    if not 0 < n < len(questions):
-        return questions
-    chosen = random.Random(f"{seed}/{direction}").sample(range(len(questions)), n)
-    return [questions[i] for i in sorted(chosen)]
 
 
 def named_alone(setting: Setting, axis: str) -> set[str]:

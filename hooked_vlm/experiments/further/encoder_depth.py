@@ -28,7 +28,6 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     strips,
     whole_pictures,
 )
-from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, in_raster
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import HALF, name_of, pictures_of
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
@@ -36,7 +35,7 @@ from hooked_vlm.experiments.further.encoder_attention import attention_rows
 from hooked_vlm.experiments.loop import independent, over, over_batches, part_of, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting, of_config
+from hooked_vlm.experiments.setting import Setting, of_config, sampled
 from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import (
     LEAST,

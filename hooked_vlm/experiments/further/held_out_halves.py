@@ -17,9 +17,8 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     probe_regions,
     whole_pictures,
 )
-from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import SEEDS, projected_all
-from hooked_vlm.experiments.setting import Setting
+from hooked_vlm.experiments.setting import Setting, sampled
 from hooked_vlm.stimuli.pairs import Question
 
 

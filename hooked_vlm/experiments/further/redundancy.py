@@ -26,11 +26,10 @@ from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import KINDS, RIGHT, named, picture_of
 from hooked_vlm.experiments.batches import items_of_numbers, scored_numbers
 from hooked_vlm.experiments.dual_mechanisms.order_removal import PLACES, references, removed
-from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import sampled
 from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
-from hooked_vlm.experiments.setting import Setting, of_config
+from hooked_vlm.experiments.setting import Setting, of_config, sampled
 from hooked_vlm.experiments.tables import format_interval, interval_rows, rate_rows, select
 from hooked_vlm.experiments.verdicts import ALPHA, adjusted, claim_rows, judge, sentence
 from hooked_vlm.inputs.prepared import Inputs

@@ -1,12 +1,14 @@
 """The options of the command line that several commands have."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from hooked_vlm.errors import DataError
+from hooked_vlm.errors import DataError, did_you_mean
 
 
 class Command(TyperCommand):
@@ -23,9 +25,50 @@ class Command(TyperCommand):
                         f"{name} was given {text[:20]!r}, an empty text. Give it a value, or leave "
                         "it out where it has a default."
                     )
+        if (file := given.get("config")) is not None:
+            ctx.default_map = defaults_in(Path(file), self.params, self.name or "")
         return super().parse_args(ctx, args)
 
 
+def defaults_in(path: Path, parameters: Sequence[Any], command: str) -> dict[str, Any]:
+    """Returns the arguments in a JSON file by the names of a command's parameters.
+
+    Raises `DataError` for a file that cannot be read, and for an argument that there is not.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"--config '{path}' cannot be read as JSON ({str(error)[:120]}). Give a file such as "
+            "OUT/results/behaviour-squares/config.json."
+        ) from None
+    if not isinstance(found, dict):
+        raise DataError(f"--config '{path}' is a JSON {type(found).__name__}; expected an object.")
+    names = {_word(one): one.name for one in parameters if one.name not in ("config", "help")}
+    defaults: dict[str, Any] = {}
+    for word, value in found.items():
+        if word not in names:
+            raise DataError(
+                f"--config '{path}' has {word[:40]!r}, which is no argument of {command}."
+                f"{did_you_mean(word, list(names))} Arguments: {', '.join(names)}."
+            )
+        if value is None:  # as if it were not there
+            continue
+        if word == "set" and isinstance(value, dict):
+            value = [f"{name}={text}" for name, text in value.items()]
+        if isinstance(value, list):
+            defaults[names[word]] = [str(each) for each in value]
+        else:
+            defaults[names[word]] = value if isinstance(value, bool) else str(value)
+    return defaults
+
+
+def _word(parameter: Any) -> str:
+    """Returns the name of a parameter in a file: as on the command line, without dashes."""
+    return max(parameter.opts, key=len).lstrip("-").replace("-", "_")
+
+
+Experiment = Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")]
 Model = Annotated[
     str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
 ]
@@ -96,9 +139,33 @@ ExecutorName = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Ignore results of an earlier run and compute them again.")
 ]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="For a try: at most N pairs, questions and pictures of each direction or axis."
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the arguments, print the plan, and run nothing."),
+]
+Card = Annotated[str, typer.Option(help="Such as H200, A100-80GB or L4.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")
+]
 AllowMixed = Annotated[
     bool, typer.Option("--allow-mixed", help="Merge parts of other versions or devices too.")
 ]
 EveryLayer = Annotated[
     bool, typer.Option("--every-layer", help="Check all layers instead of three.")
+]
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="JSON file with arguments, such as the config.json beside a result; those on the "
+        "command line go first.",
+    ),
 ]

@@ -1,14 +1,16 @@
-"""The command `hooked-vlm view`: its options; like `cli`, it imports the rest when it runs."""
+"""The command `hooked-vlm view`, which writes an interactive page."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hooked_vlm.report.command_options import Device, Dtype
+from hooked_vlm.cli.app import app, importing, show
+from hooked_vlm.cli.parameters import Command, Device, Dtype, Json
 from hooked_vlm.report.progress import progress_bar, quiet
 
 
+@app.command(cls=Command)
 def view(
     model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
     image: Annotated[
@@ -36,8 +38,10 @@ def view(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("view.html"),
     device: Device = "auto",
     dtype: Dtype = "auto",
+    json: Json = False,
 ) -> None:
     """Write an interactive page of what a model reads from a picture (one HTML file)."""
+    importing()
     from hooked_vlm.report.viewing import Asked, write
 
     asked = Asked(
@@ -52,4 +56,4 @@ def view(
     )
     with quiet(), progress_bar(f"{model}: view", stderr=True) as step:
         line = write(model, asked, out, device, dtype, step)
-    print(line)
+    show(line, {"page": str(out)}, json)
