@@ -131,7 +131,7 @@ CASES: dict[str, tuple[str, str]] = {
     "i2 no boxes": ("coco-amplification --data {good}", "instances_val2017.json"),
     "i2 a value": ("amplification --set alphas=0,a", "alphas='a' is no number"),
     "i2 a name": ("amplification --set alpha=1", "Did you mean 'alphas'?"),
-    "i2 no option": ("behaviour --set alphas=1", "The experiment has none."),
+    "i2 no option": ("final-token --set alphas=1", "The experiment has none."),
     "i2 a style": ("coco-spatial --data {good} --set style=chioce", "Did you mean 'choice'?"),
     "i2 a list": ("coco-spatial --data {good} --set name=coco_qa", "must be one of"),
     "i2 a picture cut short": (
