@@ -12,9 +12,6 @@ QUICK = (
     "qwen2_5_vl",  # packed, 2x2 blocks, windows, M-RoPE
     "qwen3_vl",  # DeepStack
     "gemma3",  # pooled, bidirectional image blocks
-    "mistral3",  # row separators
-    "llava_onevision",  # tiles, a base image, newlines
-    "idefics2",  # a resampler: no grid
     "blip-2",  # a Q-former: no grid
     "mllama",  # cross-attention
     "qwen3_5",  # linear attention

@@ -32,7 +32,7 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
     try:
         with replaced_file(Path(path)) as building:
             yield building
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # '.' is no name of a file
         raise DataError(
             f"The {what} cannot be written to '{path}': {str(error)[:120]}. Give the path of a "
             "file in a folder that is there."

@@ -68,6 +68,7 @@ def test_what_a_law_raises_is_a_finding(asked: list[str], monkeypatch: pytest.Mo
     assert found["start_layer"].verdict == YES  # the others are checked all the same
 
 
+@pytest.mark.slow
 def test_every_layer_checks_every_site(asked: list[str]) -> None:
     model = prepared("gemma-3")
     list(check_model(model))

@@ -127,7 +127,8 @@ def test_questions_of_two_axes_are_refused() -> None:
         references(setting, questions)
 
 
-@pytest.mark.parametrize("coded", ["object", pytest.param("background", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("coded", ["object", "background"])
 def test_a_model_without_an_order_of_its_own_has_no_pair_to_swap(coded: str) -> None:
     config = swap_under_ablation.Config(pairs=2, batch_size=60)
     with pytest.warns(UserWarning, match="Too few tuples"):

@@ -41,7 +41,9 @@ class Config(common.Config):
     items: int = 0
 
 
-def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
+def run_on(
+    model, data: StimulusSet, config: common.Config, on_progress: OnProgress = silent
+) -> Result:
     """Asks all items of the setting and counts correct top-1 answers, by direction."""
     return run_in(Setting(model, data, config.batch_size), config, on_progress)
 
