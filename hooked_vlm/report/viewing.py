@@ -11,7 +11,7 @@ from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.setting import Setting, system_of
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.report.job import device_of, dtype_of
+from hooked_vlm.report.devices import device_of, dtype_of
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.viewer.order_probes import order_probes
