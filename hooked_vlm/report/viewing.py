@@ -50,11 +50,23 @@ class Asked:
                 )
         _numbers("--layers", self.layers)
         _numbers("--slots", self.slots)
+        if self.chosen_answers is not None and not self.chosen_answers:
+            raise DataError(
+                f"--answers was given {str(self.answers)[:40]!r}; expected words, separated by "
+                "commas, such as red,blue."
+            )
+        if not self.limit_mb >= 0:  # NaN too
+            raise DataError(f"--limit-mb must be at least 0 (got {self.limit_mb}).")
 
     @property
     def chosen_panels(self) -> list[str]:
         """The names of the panels."""
         return _words(self.panels)
+
+    @property
+    def chosen_answers(self) -> list[str] | None:
+        """The answers that are followed; None: the most probable ones."""
+        return None if self.answers is None else _words(self.answers)
 
 
 def write(
@@ -83,12 +95,14 @@ def make(
     image, question, source, system = _stimulus(model, asked, images)
     layers, slots = _numbers("--layers", asked.layers), _numbers("--slots", asked.slots)
     wanted = "probes" in asked.chosen_panels
+    for word in asked.chosen_answers or ():
+        model.to_single_token(word)  # raises before probes are fitted, which takes long
     return view(
         model,
         image,
         question,
         source=source,
-        answers=None if asked.answers is None else _words(asked.answers),
+        answers=asked.chosen_answers,
         probes=order_probes(model, slots=slots, on_progress=on_progress) if wanted else None,
         panels=asked.chosen_panels,
         layers=layers,

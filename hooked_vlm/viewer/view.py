@@ -121,8 +121,9 @@ def view(
     of work.  Load the model with `attn_implementation="eager"`, so that all panels show the same
     run.
 
-    Raises `DataError`, before a model runs, for an unknown panel, slot or layer and for a page that
-    would be larger than `limit_mb`, and what `prepare`, `Patch` and `attention_maps` raise.
+    Raises `DataError`, before a model runs, for an unknown panel, slot or layer, for no answer and
+    for a page that would be larger than `limit_mb`, and what `prepare`, `Patch` and
+    `attention_maps` raise.
 
     >>> from hooked_vlm import HookedVLM
     >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl", attn_implementation="eager")
@@ -131,6 +132,10 @@ def view(
     (7, 'blocks.0.hook_resid_post')
     >>> page = seen.to_html()
     """
+    if answers is not None and not len(answers):
+        raise DataError(
+            "answers is empty; expected single tokens, or None for the most probable next ones."
+        )
     how = {"system": system, "chat": chat}
     work = _Work(model, image, question, source, how, on_progress)
     work.check(list(panels), layers, slots, probes or {}, regions, limit_mb)

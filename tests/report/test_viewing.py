@@ -39,6 +39,8 @@ def test_a_page_is_written_for_a_picture(tmp_path: Path) -> None:
         ({"panels": "lens,atention"}, "Did you mean 'attention'"),
         ({"layers": "0,x"}, "--layers was given '0,x'"),
         ({"slots": ","}, "--slots was given ','"),
+        ({"answers": ","}, "--answers was given ','"),
+        ({"limit_mb": float("nan")}, "--limit-mb must be at least 0"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(given: dict[str, Any], said: str) -> None:
