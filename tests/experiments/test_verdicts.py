@@ -195,6 +195,20 @@ def test_a13_e2_names_no_stage_in_noise() -> None:
         assert "undecided" in said.lower() and "as in the paper" not in said
 
 
+def test_pairs_of_the_same_two_pictures_are_one_observation_of_e2() -> None:
+    rng = np.random.default_rng(0)
+    coords = {"slot": [0, 1], "pair": [f"left-right: {i}" for i in range(20)]}
+    coords["quantity"] = list(final_token.QUANTITIES)
+    values = rng.uniform(size=(2, 20, len(coords["quantity"])))
+    one = xr.DataArray(values, dims=("slot", "pair", "quantity"), coords=coords)
+    table = final_token._table({"left": one, "right": one}, 1, 0)
+    assert {*table[table.direction == "all"]["n"]} == {20}
+    (highest,) = table[table.quantity == final_token.HIGHEST].to_dict("records")
+    best = one.sel(quantity="ordering").mean("pair")
+    assert highest["slot"] == best.values.argmax()
+    assert highest["value"] == pytest.approx(best.values.max())
+
+
 # --- E3 ---------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,13 @@ from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting, of_config
-from hooked_vlm.experiments.tables import format_interval, format_slots, score_rows, select
+from hooked_vlm.experiments.tables import (
+    format_interval,
+    format_slots,
+    highest_row,
+    score_rows,
+    select,
+)
 from hooked_vlm.experiments.verdicts import LEAST, claim_rows, judge, not_tested, sentence
 from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
@@ -48,6 +54,7 @@ AGREEMENTS = tuple(f"agreement, {answer}" for answer in ANSWERS)
 LOG_ODDS = ("log odds, ordering", "log odds, attribute")
 """Log odds of the ordering and the attribute answer against the clean answer."""
 QUANTITIES = (*ANSWERS, *AGREEMENTS, *LOG_ODDS)
+HIGHEST = "ordering, highest slot"
 
 
 def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
@@ -82,8 +89,9 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
             "Probabilities, which the paper calls IIA, sum over the spellings of a colour that are "
             "single tokens. 'agreement' is the share of pairs with this top answer, 'log odds' "
             "the log odds against the clean answer. Intervals are 95 % bootstrap intervals over "
-            "pairs. A pair counts only if the model answers both of its images correctly without "
-            "intervention.",
+            "pairs; of all directions together, pairs of the same two pictures are one "
+            f"observation. That of '{HIGHEST}' holds whichever slot is the highest. A pair counts "
+            "only if the model answers both of its images correctly without intervention.",
             "The verdict gives a slot to one of the three answers: 'clean' keeps the clean answer, "
             "'ordering' and 'attribute' transfer these from the counterfactual. It does so where "
             f"the answer is more probable than both others by at least {LEAST} in a paired test "
@@ -127,8 +135,10 @@ def _sweep(setting: Setting, pairs: list[FinalTokenPair], slots: range) -> Sweep
 def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> pd.DataFrame:
     rows = []
     together = xr.concat(list(by_direction.values()), dim="pair")
-    for direction, values in {**by_direction, "all": together}.items():
+    units = [str(pair) for pair in together["pair"].values]
+    for direction, values in by_direction.items():
         rows += score_rows(values, seed, direction=direction)
+    rows += score_rows(together, seed, units, direction="all")
     slots = together["slot"].values.tolist()
     answers = together.sel(quantity=list(ANSWERS)).transpose("pair", "slot", "quantity").values
     over = np.stack(
@@ -139,8 +149,9 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
         axis=-1,
     )
     names = [f"{answer} over others" for answer in ANSWERS]
-    units = [str(pair) for pair in together["pair"].values]
     rows += claim_rows(over, {"slot": slots, "quantity": names}, units, seed, direction="all")
+    ordering = together.sel(quantity="ordering").transpose("pair", "slot").values
+    rows.append(highest_row(ordering, slots, units, seed, quantity=HIGHEST, direction="all"))
     table = pd.DataFrame(rows)
     table["site"] = [slot_name(slot, n_layers) for slot in table["slot"]]
     return table
@@ -161,8 +172,7 @@ def _verdict(table: pd.DataFrame, directions: Sequence[str]) -> str:
     spans = [f"{format_slots(found)} {answer}" for answer, found in stages.items() if found]
     if unclear:
         spans.append(f"{format_slots(unclear)} undecided")
-    ordering = select(every, quantity="ordering")
-    peak = ordering.sort_values("value").iloc[-1]
+    peak = select(every, quantity=HIGHEST).iloc[0]
     parts = [
         f"Answer by slot: {'; '.join(spans)}",
         f"The ordering answer is highest at slot {peak['slot']}, {format_interval(peak)}",
