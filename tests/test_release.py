@@ -78,6 +78,7 @@ def shipped() -> list[str]:
     folders = ["hooked_vlm", "docs", "examples", "training", "tests", "benchmarks"]
     found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     names = [path.relative_to(ROOT).as_posix() for path in found if path.suffix not in TEXT]
+    names = [name for name in names if "/." not in name]  # caches of tools, such as .hypothesis
     ignored = (ROOT / ".gitignore").read_text()
     assert "/training/runs/*-[0-9]/*" in ignored  # of runs, the encoders alone are kept
     return [
