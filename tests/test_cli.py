@@ -32,6 +32,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import children
 from hooked_vlm.report import job as runner
 from hooked_vlm.report.cards import card_of
+from hooked_vlm.report.devices import device_of
 from hooked_vlm.report.planned import RunPlan
 from hooked_vlm.report.progress import REPORTED, Listener, Reporter, bars_on, told
 
@@ -115,7 +116,7 @@ def test_run_writes_a_report(
         "data": None,
         "other_words": False,
         "leave_out_long_answers": False,
-        "device": runner.device_of("auto"),
+        "device": device_of("auto"),
         "dtype": "auto",
     }
     assert record["reused"] == []

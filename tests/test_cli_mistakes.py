@@ -19,6 +19,7 @@ from hooked_vlm import cli
 from hooked_vlm.experiments import options, registry
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.report import job as runner
+from hooked_vlm.report.folder import folder_name
 from hooked_vlm.stimuli.pictures import is_inside
 
 
@@ -278,14 +279,14 @@ def test_h5_models_of_one_name_get_folders_of_their_own(
     for parent in ("one", "two"):
         (tmp_path / parent / "checkpoint").mkdir(parents=True)
     names = [str(tmp_path / parent / "checkpoint") for parent in ("one", "two")]
-    folders = [runner.folder_name(name) for name in (*names, "a/model", "b/model", "model")]
+    folders = [folder_name(name) for name in (*names, "a/model", "b/model", "model")]
     assert len(set(folders)) == 5
     assert folders[0].startswith("checkpoint-") and folders[4] == "model"
     monkeypatch.chdir(tmp_path / "one")
-    assert runner.folder_name("checkpoint") == folders[0]
+    assert folder_name("checkpoint") == folders[0]
     out = tmp_path / "out"
     for name in ("..", ".", "../..", "/", "../one/checkpoint", "...", "..\\x", "~", ""):
-        folder = (out / runner.folder_name(name)).resolve()
+        folder = (out / folder_name(name)).resolve()
         assert folder.parent == out.resolve(), name
 
 

@@ -77,8 +77,8 @@ def shipped() -> list[str]:
     """Files that the repository or its packages have, but for code and text."""
     folders = ["hooked_vlm", "docs", "examples", "training", "tests", "benchmarks"]
     found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    kept = [path for path in found if not {".hypothesis", "__pycache__"} & {*path.parts}]
-    names = [path.relative_to(ROOT).as_posix() for path in kept if path.suffix not in TEXT]
+    names = [path.relative_to(ROOT).as_posix() for path in found if path.suffix not in TEXT]
+    names = [name for name in names if "/." not in name]  # caches of tools, such as .hypothesis
     ignored = (ROOT / ".gitignore").read_text()
     assert "/training/runs/*-[0-9]/*" in ignored  # of runs, the encoders alone are kept
     return [

@@ -53,7 +53,7 @@ def show(text: str, found: Any, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Returns an object as JSON: what it says of itself for `--json`, else its text."""
+    """Returns what JSON has of an object: its `summary`, else its text."""
     return getattr(value, "summary", None) or str(value)
 
 

@@ -69,6 +69,7 @@ def _word(parameter: Any) -> str:
 
 
 Experiment = Annotated[str, typer.Argument(help="A suite or one experiment (see `list`).")]
+ModelName = Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")]
 Model = Annotated[
     str, typer.Option(help="A shipped model (see `list`), a local folder or a hub name.")
 ]

@@ -242,11 +242,12 @@ def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int, as_js
     """Runs jobs, in parallel processes where that is faster, and writes their index page."""
     from hooked_vlm.report import index
     from hooked_vlm.report import job as runner
+    from hooked_vlm.report.devices import device_of
 
     for job in made:  # check all jobs before the first one runs
         runner.check(job)
     if jobs in (0, AUTO):
-        apart = runner.device_of(made[0].device) == "cpu" and (os.cpu_count() or 1) >= len(made)
+        apart = device_of(made[0].device) == "cpu" and (os.cpu_count() or 1) >= len(made)
         jobs = len(made) if apart else 1
     if jobs > 1 and len(made) > 1:
         _run_apart(made, jobs)

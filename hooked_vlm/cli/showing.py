@@ -18,6 +18,7 @@ from hooked_vlm.cli.parameters import (
     Json,
     Limit,
     Model,
+    ModelName,
     Options,
     Pairs,
     Setting,
@@ -26,15 +27,11 @@ from hooked_vlm.errors import counted
 from hooked_vlm.report.progress import quiet
 
 
-ModelName = Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")]
 Finished = Annotated[Path, typer.Argument(help="The --out of a finished run.")]
 
 
 @app.command(cls=Command)
-def sites(
-    model: ModelName,
-    json: Json = False,
-) -> None:
+def sites(model: ModelName, json: Json = False) -> None:
     """Print the sites of a model, with their shapes."""
     importing()
     from hooked_vlm.model.vlm import HookedVLM
@@ -57,7 +54,7 @@ def check(
     from hooked_vlm.checks.checkup import check_model
     from hooked_vlm.checks.laws import NO
     from hooked_vlm.model.vlm import HookedVLM
-    from hooked_vlm.report.job import device_of, dtype_of
+    from hooked_vlm.report.devices import device_of, dtype_of
 
     chosen = {"dtype": dtype_of(dtype), "device": device_of(device)}
     with quiet():

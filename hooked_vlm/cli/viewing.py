@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from hooked_vlm.cli.app import app, importing, show
-from hooked_vlm.cli.parameters import Command, Device, Dtype, Json
+from hooked_vlm.cli.parameters import Command, Device, Dtype, Json, ModelName
 from hooked_vlm.report.progress import progress_bar, quiet
 
 
 @app.command(cls=Command)
 def view(
-    model: Annotated[str, typer.Argument(help="A shipped model, a local folder or a hub name.")],
+    model: ModelName,
     image: Annotated[
         Path | None, typer.Option(help="A picture. Default: three squares, and their question.")
     ] = None,

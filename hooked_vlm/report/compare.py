@@ -13,7 +13,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.report.figures import drawings
 from hooked_vlm.report.folder import RECORD, gathered, record_in
 from hooked_vlm.report.look import to_png
-from hooked_vlm.report.markup import table_of, template
+from hooked_vlm.report.markup import interval, table_of, template
 from hooked_vlm.report.page import facts_of, shown
 from hooked_vlm.report.provenance import Provenance
 from hooked_vlm.report.rebuild import folders_of_runs
@@ -174,7 +174,7 @@ def _numbers(table: pd.DataFrame | None) -> dict[str, Any]:
     some["apart"] = some["apart"].map({True: "apart", False: ""})
     for letter in "AB":
         bounds = zip(some.pop(f"low {letter}"), some.pop(f"high {letter}"), strict=True)
-        text = ["" if pd.isna(low) else f"{low:.3f} to {high:.3f}" for low, high in bounds]
+        text = [interval(low, high) for low, high in bounds]
         some.insert(list(some.columns).index(f"value {letter}") + 1, f"95 % {letter}", text)
     caption = (
         f"The {len(some)} largest differences of {len(table)} numbers, each relative to the "

@@ -29,16 +29,13 @@ from hooked_vlm.experiments.registry import Step
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.basis import Basis, data_files, everything, key_of, run_key
-from hooked_vlm.report.devices import device_of as device_of
-from hooked_vlm.report.devices import dtype_of as dtype_of
+from hooked_vlm.report.devices import device_of, dtype_of
 from hooked_vlm.report.folder import arguments_of, record_in, write_gathered
-from hooked_vlm.report.folder import folder_name as folder_name
 from hooked_vlm.report.listener import SILENT, Listener
 from hooked_vlm.report.page import FIGURES, PAGE
 from hooked_vlm.report.parts import PARTS, Parts, Share, folder_of, opened
 from hooked_vlm.report.provenance import Provenance, Stopwatch, describe_run, source_commit
-from hooked_vlm.report.results import RESULTS as RESULTS
-from hooked_vlm.report.results import load_result, save_result
+from hooked_vlm.report.results import RESULTS, load_result, save_result
 from hooked_vlm.report.workers import Executor, Task, offered, require_executor
 from hooked_vlm.stimuli.settings import OWN, is_own
 

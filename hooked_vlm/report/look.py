@@ -74,7 +74,7 @@ CLASSES = {
 SLOTS = "slot: 0 = merged projector output, l = output of layer l−1"
 
 WIDTH = 6.4
-"""Inches of a figure's width: reduced to a column of 3.4 inches, text has 6 points or more."""
+"""Inches of a figure's width: reduced to a column of 3.4 inches, small text has about 6 points."""
 SMALL = 11.0
 """Points of the smallest text."""
 

@@ -20,7 +20,7 @@ def table_of(table: pd.DataFrame, caption: str) -> str:
     if {"low", "high"} <= set(table.columns):
         bounds = zip(table["low"], table["high"], strict=True)
         place = list(shown.columns).index("value") + 1
-        shown.insert(place, "95 % interval", [_interval(low, high) for low, high in bounds])
+        shown.insert(place, "95 % interval", [interval(low, high) for low, high in bounds])
     head = "".join(
         f"<th scope=col{_kind(shown[name])}>{html.escape(str(name))}</th>" for name in shown
     )
@@ -32,7 +32,8 @@ def table_of(table: pd.DataFrame, caption: str) -> str:
     return f"<table>{top}\n<tbody>{rows}</tbody></table>"
 
 
-def _interval(low: float, high: float) -> str:
+def interval(low: float, high: float) -> str:
+    """Returns an interval in words, with three decimal places; empty where there is none."""
     return "" if pd.isna(low) or pd.isna(high) else f"{_three(low)} to {_three(high)}"
 
 

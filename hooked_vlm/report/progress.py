@@ -36,8 +36,8 @@ REPORTED = "HOOKED_VLM_PROGRESS"
 class Listener(contextlib.AbstractContextManager):
     """Shows the progress of a job: one bar on a terminal and in a notebook, otherwise lines.
 
-    A notebook needs ipywidgets for bars.  Lines come about every ten seconds.  With `bars`, the bar
-    is one of several of other jobs, which whoever made them starts.
+    A notebook needs ipywidgets for bars.  Lines come about every ten seconds.  With `bars`, the
+    job's bar is one of them; the caller starts and stops them.
     """
 
     def __init__(self, console: Console, model: str, bars: Progress | None = None) -> None:
@@ -118,7 +118,7 @@ class Listener(contextlib.AbstractContextManager):
 
 
 def _draws_on(console: Console) -> bool:
-    """Whether bars can be drawn; in a notebook without ipywidgets they would only be printed."""
+    """Returns whether a console draws bars: a terminal does, and a notebook with ipywidgets."""
     in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
     return console.is_terminal or in_notebook
 
@@ -159,13 +159,13 @@ class _Stages(Listener):
 class Reporter(Listener):
     """Writes each event as one line of JSON to stderr, for the process that shows the progress."""
 
-    _ended_s = 0.0
+    _told_s = 0.0
 
     def step(self, done: int, total: int) -> None:
         """Reports progress, at most five times a second."""
         now = time.monotonic()
-        if now - self._ended_s > 0.2 or done in (0, total):
-            self._ended_s = now
+        if now - self._told_s > 0.2 or done in (0, total):
+            self._told_s = now
             self._tell("step", done, total)
 
     def begin_named(self, name: str, of: int) -> None:
@@ -204,7 +204,7 @@ def told(listener: Listener, line: str, console: Console) -> None:
 
 
 def bars_on(console: Console) -> Progress:
-    """Returns bars, one for each job, that show nothing unless the console is a terminal."""
+    """Returns bars, one for each job; where the console cannot draw them, they show nothing."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),

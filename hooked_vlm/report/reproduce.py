@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vlm import zoo
-from hooked_vlm.report.job import Job, Report, check, folder_name, run
+from hooked_vlm.report.folder import folder_name
+from hooked_vlm.report.job import Job, Report, check, run
 from hooked_vlm.report.listener import SILENT, Listener
 from hooked_vlm.report.workers import Executor
 

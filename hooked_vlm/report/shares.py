@@ -12,10 +12,10 @@ from hooked_vlm.engine.shared import shared_runs
 from hooked_vlm.errors import CannotRunError, DataError, RegionError, ScoringError
 from hooked_vlm.experiments.loop import UnfinishedError
 from hooked_vlm.experiments.options import FOLDERS, Config
-from hooked_vlm.report.job import RESULTS, Job, Loaded, check, computed
+from hooked_vlm.report.job import Job, Loaded, check, computed
 from hooked_vlm.report.listener import Listener
 from hooked_vlm.report.parts import PARTS, Share
-from hooked_vlm.report.results import load_result
+from hooked_vlm.report.results import RESULTS, load_result
 
 
 JOB = "job.json"

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hooked_vlm.disk.files import writable_folder
 from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.setting import Setting, system_of
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.report.job import device_of, dtype_of
+from hooked_vlm.report.devices import device_of, dtype_of
 from hooked_vlm.stimuli.pairs import Question
+from hooked_vlm.stimuli.pictures import open_picture, upright
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.viewer.order_probes import order_probes
 from hooked_vlm.viewer.view import LIMIT_MB, PANELS, View, view
@@ -49,11 +50,23 @@ class Asked:
                 )
         _numbers("--layers", self.layers)
         _numbers("--slots", self.slots)
+        if self.chosen_answers is not None and not self.chosen_answers:
+            raise DataError(
+                f"--answers was given {str(self.answers)[:40]!r}; expected words, separated by "
+                "commas, such as red,blue."
+            )
+        if not self.limit_mb >= 0:  # NaN too
+            raise DataError(f"--limit-mb must be at least 0 (got {self.limit_mb}).")
 
     @property
     def chosen_panels(self) -> list[str]:
         """The names of the panels."""
         return _words(self.panels)
+
+    @property
+    def chosen_answers(self) -> list[str] | None:
+        """The answers that are followed; None: the most probable ones."""
+        return None if self.answers is None else _words(self.answers)
 
 
 def write(
@@ -61,12 +74,13 @@ def write(
 ) -> str:
     """Writes the page of a model to `out`; returns a line about it.
 
-    Raises `DataError` for a path that cannot be written to, before the model is loaded.
+    Raises `DataError` for a path that cannot be written to and for a picture that cannot be read,
+    before the model is loaded.
     """
     if out.is_dir():
         raise DataError(f"--out '{out}' is a folder; expected a file, such as --out view.html.")
     writable_folder(out.parent)
-    images = [opened(p, o) for p, o in ((asked.image, "--image"), (asked.source, "--source")) if p]
+    images = [open_picture(path, upright) for path in (asked.image, asked.source) if path]
     how = {"dtype": dtype_of(dtype), "device": device_of(device), "attn_implementation": "eager"}
     loaded = HookedVLM.from_pretrained(model, **how)
     made = make(loaded, asked, images, on_progress)
@@ -81,12 +95,14 @@ def make(
     image, question, source, system = _stimulus(model, asked, images)
     layers, slots = _numbers("--layers", asked.layers), _numbers("--slots", asked.slots)
     wanted = "probes" in asked.chosen_panels
+    for word in asked.chosen_answers or ():
+        model.to_single_token(word)  # raises before probes are fitted, which takes long
     return view(
         model,
         image,
         question,
         source=source,
-        answers=None if asked.answers is None else _words(asked.answers),
+        answers=asked.chosen_answers,
         probes=order_probes(model, slots=slots, on_progress=on_progress) if wanted else None,
         panels=asked.chosen_panels,
         layers=layers,
@@ -95,18 +111,6 @@ def make(
         on_progress=on_progress,
         system=system,
     )
-
-
-def opened(path: Path, option: str) -> Image.Image:
-    """Returns the picture in a file; raises `DataError` for a file that is none."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{option} '{path}' cannot be read as a picture: {str(error)[:120]}. Give the path of "
-            "a PNG, JPEG or other picture."
-        ) from None
 
 
 def _stimulus(

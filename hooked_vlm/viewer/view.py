@@ -121,8 +121,9 @@ def view(
     of work.  Load the model with `attn_implementation="eager"`, so that all panels show the same
     run.
 
-    Raises `DataError`, before a model runs, for an unknown panel, slot or layer and for a page that
-    would be larger than `limit_mb`, and what `prepare`, `Patch` and `attention_maps` raise.
+    Raises `DataError`, before a model runs, for an unknown panel, slot or layer, for no answer and
+    for a page that would be larger than `limit_mb`, and what `prepare`, `Patch` and
+    `attention_maps` raise.
 
     >>> from hooked_vlm import HookedVLM
     >>> model = HookedVLM.from_pretrained("tiny-qwen2-vl", attn_implementation="eager")
@@ -131,6 +132,10 @@ def view(
     (7, 'blocks.0.hook_resid_post')
     >>> page = seen.to_html()
     """
+    if answers is not None and not len(answers):
+        raise DataError(
+            "answers is empty; expected single tokens, or None for the most probable next ones."
+        )
     how = {"system": system, "chat": chat}
     work = _Work(model, image, question, source, how, on_progress)
     work.check(list(panels), layers, slots, probes or {}, regions, limit_mb)
@@ -197,15 +202,7 @@ class _Work:
         if "patches" in self.panels:
             first = measured.edit(min(self.slots), self.grid.all(), self.inputs, self.other)
             first.check(self.model, self.inputs)
-        size = self._megabytes()
-        if size > limit_mb:
-            raise DataError(
-                f"The page would have up to {size:.0f} MB, of which attention is the most: "
-                f"{counted(len(self.layers), 'layer')}, {counted(self.length, 'token')} and "
-                f"{counted(len(self.grid), 'cell')}; limit_mb is {limit_mb:g}. Give fewer layers, "
-                f"such as layers=range(0, {n_layers}, {-(-n_layers // 6)}), a smaller picture, or "
-                "a larger limit_mb."
-            )
+        self._check_size(limit_mb)
         self._units = {
             "attention": 1,
             "lens": measured.lens_passes(self.model, self.length),
@@ -215,8 +212,24 @@ class _Work:
         self._total = sum(self._units[panel] for panel in self.panels)
         self._finished = 0
 
-    def _megabytes(self) -> float:
-        """Returns the size of the page's numbers before compression, in MB."""
+    def _check_size(self, limit_mb: float | int) -> None:
+        """Raises `DataError` for a page above the limit, with what makes it smaller."""
+        size = self._megabytes()
+        if sum(size.values()) <= limit_mb:
+            return
+        largest = max(size, key=lambda panel: size[panel])
+        name = "layers" if largest == "attention" else "slots"
+        n = self.model.cfg.n_layers + (name == "slots")
+        raise DataError(
+            f"The page would have up to {sum(size.values()):.3g} MB, of which {largest} takes "
+            f"{size[largest]:.3g}: {counted(len(getattr(self, name)), name[:-1])}, "
+            f"{counted(self.length, 'token')} and {counted(len(self.grid), 'cell')}; limit_mb is "
+            f"{limit_mb:g}. Give fewer {name}, such as {name}=range(0, {n}, {max(2, -(-n // 6))}), "
+            "a smaller picture, or a larger limit_mb."
+        )
+
+    def _megabytes(self) -> dict[str, float]:
+        """Returns the size of each panel's numbers before compression, in MB."""
         cells, slots = len(self.grid), len(self.slots)
         numbers = {
             "attention": len(self.layers) * self.length * self.model.cfg.n_heads * cells,
@@ -225,7 +238,7 @@ class _Work:
             "probes": sum(cells * len(p.by_slot) * len(p.classes) for p in self.probes.values()),
         }
         size = {"attention": 2}
-        return sum(numbers[p] * size.get(p, 4) for p in self.panels) * 4 / 3 / 1e6
+        return {p: numbers[p] * size.get(p, 4) * 4 / 3 / 1e6 for p in self.panels}
 
     def done(self, answers: Sequence[str] | None) -> View:
         """Runs the model and returns the view."""

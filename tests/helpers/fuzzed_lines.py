@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hooked_vlm import cli, zoo
 from hooked_vlm.model import vlm
-from hooked_vlm.report import job
+from hooked_vlm.report import job, viewing
 
 
 MOST = 400
@@ -31,6 +31,8 @@ FOLDER = st.sampled_from(["", " ", "nowhere", "file.txt", "empty"])
 MODEL = st.sampled_from(["", " ", "tiny-gemma", "nowhere/x", "/nowhere", "empty", "a b"]) | NAME
 EXPERIMENT = st.sampled_from(["", "behavior", "all", "-x", "run"]) | NAME
 OPTION = st.sampled_from(["", "=", "alphas", "=3", "alphas=x", "pairs=3", "seed=x"]) | NAME
+NUMBERS = st.sampled_from(["", "x", "-1", "1.5", ",", "0;1"])
+PANELS = st.sampled_from(["", "lense", "lens;patches"]) | NAME
 FILE = st.sampled_from(["", " ", "file.txt", "file.txt/x"])
 
 _COMMON = {"--pairs": NUMBER, "--seed": NUMBER, "--batch-size": NUMBER, "--device": DEVICE}
@@ -64,6 +66,19 @@ LINES: dict[str, dict[str, st.SearchStrategy[str]]] = {
     },
     "sites {MODEL}": {"MODEL": MODEL},
     "check {MODEL}": {"MODEL": MODEL, "--device": DEVICE, "--dtype": DTYPE},
+    "view {MODEL} --out v.html": {
+        "MODEL": MODEL,
+        "--device": DEVICE,
+        "--dtype": DTYPE,
+        "--panels": PANELS,
+        "--layers": NUMBERS,
+        "--slots": NUMBERS,
+        "--answers": st.sampled_from(["", " ", ",", " , "]),
+        "--limit-mb": st.sampled_from(["", "x", "-1", "nan"]),
+        "--image": FILE,
+        "--source": FILE,
+        "--out": st.sampled_from(["", " ", "file.txt/x", "empty"]),
+    },
     "merge {PARTS}": {"PARTS": FOLDER, "--device": DEVICE},
     "report {PARTS}": {"PARTS": FOLDER},
     "compare {PARTS} empty": {"PARTS": FOLDER, "--out": FILE},
@@ -116,11 +131,11 @@ def without_models() -> Iterator[None]:
 
     run_apart = cli.running._run_apart
     cli.running._run_apart = apart  # else other processes would load it
-    vlm.HookedVLM = job.HookedVLM = Loader  # type: ignore[misc, assignment]
+    vlm.HookedVLM = job.HookedVLM = viewing.HookedVLM = Loader  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        vlm.HookedVLM = job.HookedVLM = real
+        vlm.HookedVLM = job.HookedVLM = viewing.HookedVLM = real
         cli.running._run_apart = run_apart
 
 

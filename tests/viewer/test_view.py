@@ -178,8 +178,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"pannels": ["lens"]}, "Did you mean 'panels'"),
     ({"layers": [6]}, "some of 0 to 5"),
     ({"slots": [7]}, "some of 0 to 6"),
-    ({"limit_mb": 0.01}, r"page would have up to .* layers=range\(0, 6, 1\)"),
+    ({"limit_mb": 0.01}, r"of which attention takes .* layers=range\(0, 6, 2\)"),
+    ({"limit_mb": 1e-4, "panels": ["lens"]}, r"of which lens takes .* slots=range\(0, 7, 2\)"),
     ({"answers": ["red blue"]}, "red blue"),
+    ({"answers": []}, "answers is empty"),
     ({"source": Image.new("RGB", (96, 96))}, "grid"),
     ({"regions": {"all": picture}}, "regions"),
 ]

@@ -212,7 +212,7 @@ def pictures_of(data: OwnData) -> tuple[list[OwnItem], tuple[str, ...]]:
                 "the same picture. A picture either fits a probe or tests it."
             )
     items = list(first.values())
-    _parts(items, 0.5, 0)
+    _parts(items, 0.5, 0)  # raises for a column split that is incomplete
     return items, _names(items, by_box)
 
 

@@ -284,8 +284,8 @@ def _cells(item: OwnItem, grid: TokenGrid) -> tuple[dict[str, Region], Region, R
 def observations(pairs: Sequence[OwnPair]) -> list[str]:
     """Returns the observation of each pair: pairs that share a picture are one.
 
-    So are pairs that are connected by other pairs; an observation has the name of its first
-    picture.
+    So are pairs that are connected by other pairs.  An observation has the key of one of its
+    pictures, the first in alphabetical order.
     """
     parent: dict[str, str] = {}
 
