@@ -1,8 +1,8 @@
 """Which calls are compared with the annotated shapes while tests run.
 
 jaxtyping's import hook (`--jaxtyping-packages` in pyproject.toml) makes every function compare its
-arguments and its result with its annotations.  Where everything is compared, the tests take three
-times as long.  So, unless `--check-shapes=all` is given:
+arguments and its result with its annotations.  Where everything is compared, the tests take twice
+as long.  So, unless `--check-shapes=all` is given:
 
 - only the first case of each test function is compared (a case that is run alone is the first);
 - a function defined in another one is compared at its first call in each test file: comparing it
