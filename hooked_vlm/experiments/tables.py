@@ -36,6 +36,17 @@ def interval_rows(
     return rows
 
 
+def mean_interval(values: np.ndarray, seed: int) -> Interval:
+    """Returns the mean over observations `[unit, ...]` with its bootstrap interval.
+
+    Of one observation there is no interval (NaN).
+    """
+    if len(values) > 1:
+        return bootstrap(values, seed=seed)
+    nothing = np.full(values.shape[1:], np.nan)
+    return Interval(values.mean(0), nothing, nothing, len(values), 0.95, "none")
+
+
 def score_rows(
     scores: xr.DataArray, seed: int, units: Sequence[Hashable] | None = None, **columns: Any
 ) -> list[dict]:
@@ -46,7 +57,7 @@ def score_rows(
     scores = scores.transpose("pair", ...)
     axes = {str(axis): scores[axis].values.tolist() for axis in scores.dims[1:]}
     values = scores.values if units is None else by_unit(scores.values, units)
-    return interval_rows(bootstrap(values, seed=seed), axes, **columns)
+    return interval_rows(mean_interval(values, seed), axes, **columns)
 
 
 def highest_row(
@@ -59,11 +70,10 @@ def highest_row(
     """
     means = by_unit(values, units)
     best = int(np.argmax(means.mean(0)))
-    if len(means) < 2:
-        nothing = np.full(means.shape[1], np.nan)
-        interval = Interval(means.mean(0), nothing, nothing, 1, 0.95, "none")
-    else:
+    if len(means) > 1:
         interval = simultaneous(means, within=(0.0, 1.0), seed=seed)
+    else:
+        interval = mean_interval(means, seed)
     (row,) = interval_rows(interval.at(best), {}, slot=int(slots[best]), **columns)
     return row
 

@@ -16,7 +16,7 @@ from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.pictures import open_picture, upright
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.viewer.order_probes import order_probes
-from hooked_vlm.viewer.view import LIMIT_MB, PANELS, View, view
+from hooked_vlm.viewer.view import LIMIT_MB, PANELS, View, layers_of, view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,9 @@ def make(
     image, question, source, system = _stimulus(model, asked, images)
     layers, slots = _numbers("--layers", asked.layers), _numbers("--slots", asked.slots)
     wanted = "probes" in asked.chosen_panels
+    layers_of(model, layers)  # raises before probes are fitted, which takes long
     for word in asked.chosen_answers or ():
-        model.to_single_token(word)  # raises before probes are fitted, which takes long
+        model.to_single_token(word)
     return view(
         model,
         image,

@@ -142,6 +142,15 @@ def view(
     return work.done(answers)
 
 
+def layers_of(model: Model, layers: Sequence[int] | None) -> list[int]:
+    """Returns the layers whose attention is kept (default: all); raises `DataError` for others."""
+    every = range(model.cfg.n_layers)
+    chosen = list(every) if layers is None else list(dict.fromkeys(layers))
+    if not chosen or not set(chosen) <= set(every):
+        raise DataError(f"layers={layers} was given; expected some of 0 to {every[-1]}.")
+    return chosen
+
+
 class _Work:
     """The parts of a view, checked before the first one runs."""
 
@@ -184,10 +193,7 @@ class _Work:
             )
         if not self.panels:
             raise DataError(f"No panel was named; expected some of {', '.join(PANELS)}.")
-        n_layers = self.model.cfg.n_layers
-        self.layers = list(range(n_layers)) if layers is None else list(dict.fromkeys(layers))
-        if not self.layers or not set(self.layers) <= set(range(n_layers)):
-            raise DataError(f"layers={layers} was given; expected some of 0 to {n_layers - 1}.")
+        self.layers = layers_of(self.model, layers)
         self.slots, self.probes = slots_of(self.model, slots), dict(probes)
         for name, own in self.probes.items():
             slots_of(self.model, list(own.by_slot))

@@ -12,6 +12,7 @@ from PIL import ExifTags, Image
 from hooked_vlm import cli, zoo
 from hooked_vlm.errors import DataError
 from hooked_vlm.experiments.loop import silent
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report import viewing
 from hooked_vlm.report.viewing import Asked, write
 
@@ -110,6 +111,12 @@ def test_a_picture_is_opened_upright(
     asked = Asked(image=tmp_path / "p.jpg", question="What?")
     write(MODEL, asked, tmp_path / "v.html", "cpu", "float32", silent)
     assert sizes == [size]
+
+
+def test_a_wrong_layer_is_refused_before_probes_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(viewing, "order_probes", None)  # none are fitted
+    with pytest.raises(DataError, match="expected some of 0 to 5"):
+        viewing.make(HookedVLM.from_pretrained(MODEL), Asked(layers="9"), [], silent)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ Accuracy, corrected and broken answers at every strength; the change at a streng
 on other pictures; and each formula against its own random directions.
 """
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,10 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from hooked_vlm.analysis.bounded import by_unit
-from hooked_vlm.analysis.statistics import Interval, bootstrap, wilson
+from hooked_vlm.analysis.statistics import Interval, wilson
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments.answers import KINDS, OTHER
-from hooked_vlm.experiments.tables import format_interval, interval_rows, select
+from hooked_vlm.experiments.tables import format_interval, interval_rows, mean_interval, select
 from hooked_vlm.experiments.verdicts import (
     ALPHA,
     adjusted,
@@ -107,10 +106,7 @@ def _held_out(
 
 
 def _mean(values: np.ndarray, pictures: Sequence[Hashable], seed: int) -> Interval:
-    means = by_unit(values, pictures)
-    if len(means) < 2:
-        return Interval(float(means.mean()), math.nan, math.nan, len(means), 0.95, "none")
-    return bootstrap(means, seed=seed)
+    return mean_interval(by_unit(values, pictures), seed)
 
 
 def _against_random(

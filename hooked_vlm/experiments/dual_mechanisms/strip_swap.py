@@ -110,7 +110,8 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
             "calls IIA; 'agreement' is the share of pairs with this top answer; 'log odds' are its "
             "log odds against the clean answer. 'strip, aligned' is computed where the published "
             "pairing of strips moves an object by a column.",
-            "Intervals are 95 % bootstrap intervals over pairs. 'strip - object' is the paired "
+            "Intervals are 95 % bootstrap intervals over pairs; a pair and its mirror image are "
+            "the same two pictures, and one observation. 'strip - object' is the paired "
             "difference in the swapped answer's probability; its p-values (column p_holm) are "
             "those of the bounded mean test over pairs, adjusted by Holm over the slots of a "
             "direction. 'swapped, highest' has intervals that hold at all slots together.",
@@ -167,7 +168,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     rows = []
     together = xr.concat(list(by_direction.values()), dim="pair")
     for direction, values in {**by_direction, "all": together}.items():
-        rows += score_rows(values, seed, direction=direction)
+        rows += score_rows(values, seed, pictures_of(values), direction=direction)
         rows += claims(values, n_layers, seed, direction=direction)
         swapped = values.sel(quantity="swapped").transpose("pair", "kind", "slot")
         kinds = [str(kind) for kind in values["kind"].values]

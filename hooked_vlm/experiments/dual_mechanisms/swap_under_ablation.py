@@ -153,7 +153,7 @@ def _table(by_direction: dict[str, xr.DataArray], n_layers: int, seed: int) -> p
     for direction, values in by_direction.items():
         if values.sizes["pair"] < 2:
             continue  # no interval over one pair
-        rows += score_rows(values, seed, direction=direction)
+        rows += score_rows(values, seed, pictures_of(values), direction=direction)
         inside = values.sel(kind="object", quantity="swapped").transpose("pair", "slot")
         rows += claim_rows(
             inside.values,
@@ -203,7 +203,8 @@ def _result(
             "Pairs are drawn as in E4 and kept where both pictures are answered correctly *under "
             "the removal*: these pairs are answered by another mechanism.",
             "Strips and strips without their objects are controls. Intervals are 95 % bootstrap "
-            "intervals over pairs; a direction with fewer than two pairs has no row.",
+            "intervals over pairs, of which one and its mirror image count once; a direction with "
+            "fewer than two pairs has no row.",
             f"The verdict calls an answer flipped at slots where the interval of '{CLAIM}' (for "
             f"bounded values, by picture) lies above {HALF}, with p-values adjusted by Holm over "
             "slots and directions. At slot 0 the swap moves tokens without an order, so a flip "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.bounded import by_unit
 from hooked_vlm.analysis.scoring import logit_difference
-from hooked_vlm.analysis.statistics import Interval, bootstrap, sign_flip_test
+from hooked_vlm.analysis.statistics import sign_flip_test
 from hooked_vlm.errors import counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import KINDS, RIGHT, named, picture_of
@@ -30,7 +30,13 @@ from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.result import About, Result
 from hooked_vlm.experiments.setting import Setting, of_config, sampled
-from hooked_vlm.experiments.tables import format_interval, interval_rows, rate_rows, select
+from hooked_vlm.experiments.tables import (
+    format_interval,
+    interval_rows,
+    mean_interval,
+    rate_rows,
+    select,
+)
 from hooked_vlm.experiments.verdicts import ALPHA, adjusted, claim_rows, judge, sentence
 from hooked_vlm.inputs.prepared import Inputs
 from hooked_vlm.stimuli.pairs import Question
@@ -219,7 +225,7 @@ def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
     by_picture = by_unit(np.moveaxis(values, 1, 0), units)  # [picture, cell, quantity]
     probability, odds = by_picture[..., -2], by_picture[..., -1]
     for quantity, scores in (("probability", probability), (LOG_ODDS, odds)):
-        interval = _interval(scores, seed)
+        interval = mean_interval(scores, seed)
         rows += interval_rows(interval, {"kind": CELLS}, quantity=quantity)
     # The interaction, and what each signal adds.
     signs = np.array([1, -1, -1, 1])
@@ -228,7 +234,7 @@ def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
         each = (scores * signs).sum(-1)
         p = float(sign_flip_test(each, seed=seed)) if len(each) > 1 else 1.0
         about = {"kind": "interaction", "quantity": quantity, "p": p, "p_holm": p}
-        rows += interval_rows(_interval(each, seed), {}, **about)
+        rows += interval_rows(mean_interval(each, seed), {}, **about)
     preference = by_unit(np.moveaxis(expit(values[..., -1]), 1, 0), units)
     for kind, one in (("loss", 0), ("gain, vision only", 1), ("gain, LM only", 2)):
         difference = preference[:, one] - preference[:, 3]
@@ -236,14 +242,6 @@ def _rows_of(values: np.ndarray, units: Sequence[str], seed: int) -> list[dict]:
             difference, {}, range(len(difference)), seed, kind=kind, quantity=PREFERENCE
         )
     return rows
-
-
-def _interval(values: np.ndarray, seed: int) -> Interval:
-    """Returns the mean over pictures; of one picture there is no interval (NaN)."""
-    if len(values) > 1:
-        return bootstrap(values, seed=seed)
-    nothing = np.full(values.shape[1:], np.nan)
-    return Interval(values.mean(0), nothing, nothing, len(values), 0.95, "none")
 
 
 def _verdict(table: pd.DataFrame) -> str:
