@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hooked_vlm.disk.files import replaced_file
 from training.muon import Muon
 
 
@@ -142,12 +143,10 @@ class Loop:
             r for r, mine in zip(rows, own, strict=True) if not (mine and int(r["step"]) > step)
         ]
         if len(kept) < len(rows):
-            part = file.with_suffix(".part")
-            with part.open("w", newline="") as handle:
+            with replaced_file(file) as building, building.open("w", newline="") as handle:
                 writer = csv.DictWriter(handle, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(kept)
-            part.replace(file)
 
     def save(self, done: int) -> None:
         """Writes weights and states after a number of steps, whole or not at all."""
@@ -155,13 +154,9 @@ class Loop:
         for i, (optimizer, _) in enumerate(self.rates):
             for index, state in optimizer.state_dict()["state"].items():
                 held |= {f"state.{i}.{index}.{key}": value for key, value in state.items()}
-        part = self.out / f"{self.checkpoint}.part"
-        save_file(
-            {name: value.detach().clone().contiguous() for name, value in held.items()},
-            part,
-            {"step": str(done), "recipe": self.recipe},
-        )
-        part.replace(self.out / self.checkpoint)
+        whole = {name: value.detach().clone().contiguous() for name, value in held.items()}
+        with replaced_file(self.out / self.checkpoint) as building:
+            save_file(whole, building, {"step": str(done), "recipe": self.recipe})
 
     def load(self) -> int:
         """Takes weights and states from the checkpoint; returns its number of steps, or 0.

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.disk.files import write_file
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments.dual_mechanisms import ordering_probes, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import ORDER
@@ -177,9 +178,7 @@ def measure(folder: Path) -> None:
 
 
 def _write(out: Path, id_: str, found: dict[str, Any]) -> None:
-    part = out / f"{id_}.part"
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(out / f"{id_}.json")
+    write_file(out / f"{id_}.json", json.dumps(found, indent=1) + "\n")
     print(f"{out.parent.name}: {id_} {found['verdict'].splitlines()[0]}", flush=True)  # noqa: T201
 
 

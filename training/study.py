@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hooked_vlm.disk.files import replaced_file
 from hooked_vlm.stimuli.geometry import geometry_for
 from training.batches import Batch, Encoder
 from training.build import MERGE, PATCH, build_model, build_processor
@@ -88,9 +89,10 @@ def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
     )
     loop.run(step_loss, check)
     (out / "training.json").write_text(about + "\n")
-    part = file.with_suffix(".part")
-    save_file({n: p.detach().clone() for n, p in encoder_weights(task.visual).items()}, part)
-    part.replace(file)
+    with replaced_file(file) as building:
+        save_file(
+            {n: p.detach().clone() for n, p in encoder_weights(task.visual).items()}, building
+        )
     return file
 
 

@@ -5,7 +5,6 @@ folder, and a picture that is damaged or far too large raises `DataError`.
 """
 
 import contextlib
-import hashlib
 import json
 import struct
 import warnings
@@ -17,6 +16,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
+from hooked_vlm.disk.files import sha256_of
 from hooked_vlm.errors import DataError
 
 
@@ -145,8 +145,7 @@ def stamp_of(path: Path) -> tuple[int, ...]:
 @cache
 def _checked(path: Path, _stamp: tuple[int, ...]) -> str:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
     if path.suffix.lower() not in LISTS:

@@ -251,9 +251,11 @@ class _Work:
         model, inputs = self.model, self.inputs
         ids = None if answers is None else [model.to_single_token(word) for word in answers]
         self._step(0)
-        sites = {*self.slots.values(), "blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"}
+        read = {slot for own in self.probes.values() for slot in own.by_slot}
+        # The lens reads the streams of all slots; logits of other positions are not shown.
+        sites = slots_of(model, None if "lens" in self.panels else [*self.slots, *read])
         with torch.no_grad():
-            logits, cache = model.run_with_cache(inputs, sorted(sites))
+            logits, cache = model.run_with_cache(inputs, list(sites.values()), logits_to_keep=1)
         last = logits[0, -1].float()
         ids = last.topk(N_ANSWERS).indices.tolist() if ids is None else list(dict.fromkeys(ids))
         found = {"final": xr.DataArray(last.softmax(-1)[ids].cpu().numpy(), dims="answer")}

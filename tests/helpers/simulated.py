@@ -58,7 +58,7 @@ def fewer_resamples() -> Iterator[None]:
             patched.enter_context(
                 patch.object(verdicts, name, inspect.unwrap(getattr(verdicts, name)))
             )
-        for module in (tables, amplified_accuracy, probes):
+        for module in (tables, probes):
             few = partial(inspect.unwrap(statistics.bootstrap), n_resamples=20)
             patched.enter_context(patch.object(module, "bootstrap", few))
         for module in (tables, amplified_accuracy):
@@ -66,9 +66,8 @@ def fewer_resamples() -> Iterator[None]:
         for module in (tables, encoder_depth):
             few = partial(inspect.unwrap(statistics.simultaneous), n_resamples=20)
             patched.enter_context(patch.object(module, "simultaneous", few))
-        for name in ("bootstrap", "sign_flip_test"):
-            few = partial(inspect.unwrap(getattr(statistics, name)), n_resamples=600)
-            patched.enter_context(patch.object(redundancy, name, few))
+        few = partial(inspect.unwrap(statistics.sign_flip_test), n_resamples=600)
+        patched.enter_context(patch.object(redundancy, "sign_flip_test", few))
         yield
 
 
