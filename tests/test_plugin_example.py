@@ -43,6 +43,7 @@ def command(environment: dict[str, str], *words: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_it_is_listed_and_runs(environment: dict[str, str], tmp_path: Path) -> None:
     listed = command(environment, "list").stdout
     assert "P1  dimmed                 hooked-vlm-dimmed 0.1.0, this package: How much" in listed

@@ -223,9 +223,8 @@ def test_how_often_a_sweep_waits_does_not_depend_on_its_cells(pair: Any, kind: s
     assert waits[1] <= waits[0] + (moved.cfg.n_layers if kind == "vision" else 1)
 
 
-@pytest.mark.parametrize(
-    "experiment", [pytest.param(final_token, marks=pytest.mark.slow), strip_swap]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [final_token, strip_swap])
 def test_experiments_conclude_what_they_do_on_the_host(pair: Any, experiment: Any) -> None:
     host, moved, device = pair
     config = experiment.Config(pairs=2, batch_size=4)
