@@ -2,7 +2,8 @@
 
 For each experiment the page has the paper's claim, this model's result, the figure, the
 numbers, and how they were computed.  It is a single HTML file with embedded pictures, so it
-can be sent, archived and opened without a network.  The same folder has the figures as files,
+can be sent, archived and opened without a network.  Numbers over slots can be explored in charts
+whose library is embedded; all else needs no script.  The same folder has the figures as files,
 every number of every experiment as one tidy table, and the record of the run.
 """
 
@@ -18,6 +19,7 @@ from hooked_vlm.disk.files import write_file
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.targets import targets
+from hooked_vlm.report.explore import charts_of, scripts_for
 from hooked_vlm.report.figures import Drawing, drawings, headlines
 from hooked_vlm.report.look import to_png, vector_files
 from hooked_vlm.report.markup import data_url, small_png, table_of, template
@@ -61,6 +63,7 @@ def write_report(
         facts=facts_of(provenance),
         summary=summary_of(results),
         sections=sections,
+        explored=scripts_for({each["result"].anchor: each["charts"] for each in sections}),
         left_out=left_out,
         record=provenance.to_json(),
     )
@@ -139,6 +142,7 @@ def _section(result: Result, out: Path, made: Mapping[str, Any] | None) -> dict[
         "result": result,
         "is_of_paper": result.name in EXPERIMENTS,
         "figures": figures,
+        "charts": charts_of(result),
         "stimuli": _stimuli(result),
         "targets": targets(result.id, result.setting),
         "glance": table_of(_glance(result.table), "The highest value of each line and its slot."),

@@ -48,7 +48,7 @@ def page_of(view: Any) -> str:
         css=asset("viewer.css"),
         licences=[asset(name) for name in ("d3.LICENSE", "plot.LICENSE")],
         library=[asset(name) for name in LIBRARY],
-        scripts=[asset(name) for name in ("data.js", "charts.js", "viewer.js")],
+        scripts=[asset(name) for name in ("numbers.js", "data.js", "charts.js", "viewer.js")],
         data=json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
     )
 

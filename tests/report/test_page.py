@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import io
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,11 +19,15 @@ from helpers import synthetic_results as synthetic
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report import index
 from hooked_vlm.report import page as report
+from hooked_vlm.report.explore import charts_of
 from hooked_vlm.report.figures import drawings
 from hooked_vlm.report.index import write_index
 from hooked_vlm.report.look import to_png
 from hooked_vlm.report.page import key_numbers, numbers, write_report
 from hooked_vlm.report.provenance import Provenance
+
+
+SCRIPT = re.compile("<script.*?</script>", re.DOTALL)
 
 
 class Page(HTMLParser):
@@ -51,7 +57,7 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not self._open or self._open[-1] != "style":
+        if not self._open or self._open[-1] not in {"style", "script"}:
             self.text.append(" ".join(data.split()))
 
 
@@ -75,8 +81,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_needs_nothing_but_itself(written: Path) -> None:
     page = Page(written / "report.html")
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert not {"script", "link", "iframe"} & set(page.tags)
-    text = (written / "report.html").read_text()
+    assert not {"link", "iframe"} & set(page.tags)  # scripts stand in the page: no sources
+    text = SCRIPT.sub("", (written / "report.html").read_text())
     assert "@import" not in text
     assert "url(" not in text
     for link in page.links:
@@ -143,6 +149,55 @@ def test_markup_in_a_name_is_shown_not_obeyed(tmp_path: Path) -> None:
     page = Page(write_report([result], synthetic.provenance(odd), tmp_path))
     assert "script" not in page.tags
     assert odd in page.text
+
+
+def explored(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The numbers of the charts to explore on a page, by their result."""
+    found = re.search('id="explored">(.*?)</script>', path.read_text())
+    return json.loads(found[1]) if found else {}
+
+
+def test_lines_to_explore_have_the_numbers_over_slots(written: Path) -> None:
+    charts = explored(written / "report.html")
+    expected = {r.anchor: r.table for r in synthetic.all_results() if "slot" in r.table}
+    assert set(charts) == set(expected) and charts
+    for anchor, table in expected.items():
+        over_slots = table[table["slot"].notna()]
+        assert sum(len(chart["rows"]) for chart in charts[anchor]) == len(over_slots)
+        assert len({chart["label"] for chart in charts[anchor]}) == len(charts[anchor])
+        for chart in charts[anchor]:
+            label, row = chart["label"].split(" · "), chart["rows"][-1]
+            named = "kind" if "kind" in table else "quantity"
+            columns = ("direction", "quantity") if named == "kind" else ("direction",)
+            here = over_slots[over_slots["slot"] == row["slot"]]
+            for column, value in zip((*columns, named), (*label, row["name"]), strict=True):
+                here = here[here[column] == value]
+            found = [row["value"], row["low"], row["high"]]
+            np.testing.assert_allclose(here[["value", "low", "high"]].values, [found], atol=1e-4)
+
+
+def test_a_page_without_numbers_over_slots_has_no_script(tmp_path: Path) -> None:
+    page = Page(write_report([synthetic.e1()], synthetic.provenance(), tmp_path))
+    assert "script" not in page.tags
+
+
+def test_a_name_cannot_end_the_script(tmp_path: Path) -> None:
+    odd = "</script><b>"
+    table = synthetic.e4().table.replace({"direction": {"left": odd}})
+    result = dataclasses.replace(synthetic.e4(), table=table)
+    path = write_report([result], synthetic.provenance(), tmp_path)
+    assert any(odd in chart["label"] for chart in explored(path)[result.anchor])
+
+
+def test_single_probes_and_single_slots_have_no_line() -> None:
+    rows = [
+        {"slot": slot, "kind": "strip", "quantity": "q", "value": 0.5, "probe": probe}
+        for slot, probe in ((0, None), (1, None), (0, 1.0), (1, 1.0))
+    ]
+    rows.append({"slot": 2, "kind": "object", "quantity": "other", "value": 1.0, "probe": None})
+    (chart,) = charts_of(dataclasses.replace(synthetic.e1(), table=pd.DataFrame(rows)))
+    line = {"name": "strip", "value": 0.5}
+    assert chart == {"label": "q", "rows": [{"slot": 0, **line}, {"slot": 1, **line}]}
 
 
 def test_a_result_without_figures_has_its_table(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ function widthOf(panel) {
   return Math.max(260, Math.min(620, document.getElementById(`${panel}-chart`).clientWidth || 480));
 }
 
-// Lines over slots. `rows` are {slot, value, name}; `chosen` is the slot that is marked.
+// Lines over slots. `rows` are {slot, value, name}, and {low, high} where there is an interval;
+// `chosen` is the slot that is marked.
 function curves(id, rows, { label, names, chosen, slots, domain, zero }) {
   const symbol = { domain: names, legend: true };
+  const bounded = rows.filter((row) => row.low !== undefined);
   const chart = Plot.plot({
     width: widthOf(id), height: 260, marginLeft: 48, style: { background: "none", fontSize: "12px" },
     x: { label: "slot", ticks: slots.length > 12 ? 8 : slots, tickFormat: "d", domain: [slots[0] - 0.3, slots.at(-1) + 0.3] },
@@ -29,13 +31,18 @@ function curves(id, rows, { label, names, chosen, slots, domain, zero }) {
     marks: [
       Plot.ruleX([chosen], { stroke: "currentColor", strokeOpacity: 0.35, strokeWidth: 6 }),
       ...(zero ? [Plot.ruleY([0])] : []),
+      Plot.areaY(bounded, { x: "slot", y1: "low", y2: "high", fill: "name", fillOpacity: 0.12 }),
       Plot.lineY(rows, { x: "slot", y: "value", stroke: "name", strokeWidth: 1.8 }),
       Plot.dot(rows, { x: "slot", y: "value", stroke: "name", fill: "name", symbol: "name", r: 3.5 }),
-      Plot.tip(rows, Plot.pointer({ x: "slot", y: "value", title: (d) => `${d.name}\nslot ${d.slot}: ${shown(d.value)}`, fill: "var(--card)" })),
+      Plot.tip(rows, Plot.pointer({ x: "slot", y: "value", title: (d) => `${d.name}\nslot ${d.slot}: ${withInterval(d)}`, fill: "var(--card)" })),
     ],
   });
   put(`${id}-chart`, chart);
   put(`${id}-table`, slotTable(rows, names, slots, chosen));
+}
+
+function withInterval({ value, low, high }) {
+  return low === undefined ? shown(value) : `${shown(value)} [${shown(low)}, ${shown(high)}]`;
 }
 
 function slotTable(rows, names, slots, chosen) {

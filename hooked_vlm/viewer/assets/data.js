@@ -28,10 +28,3 @@ async function readPage() {
   page.arrays = Object.fromEntries(names.map((name, i) => [name, read[i]]));
   return page;
 }
-
-// The text of a number: four decimals, and a minus sign for negative ones alone.
-function shown(value) {
-  if (value === null || value === undefined) return "";
-  const text = value.toFixed(4);
-  return (Number(text) === 0 ? text.replace("-", "") : text).replace("-", "−");
-}
