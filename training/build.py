@@ -8,7 +8,7 @@ its family's special tokens and chat template.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -143,6 +145,9 @@ RECIPES = {
         template=GEMMA_TEMPLATE,
     ),
 }
+RECIPES["tiny-qwen3-vl"] = replace(RECIPES["tiny-qwen2-vl"], name="tiny-qwen3-vl")
+PACKED = ("tiny-qwen2-vl", "tiny-qwen3-vl")
+"""Those whose patches come packed, with a grid."""
 
 
 def corpus() -> list[str]:
@@ -196,7 +201,7 @@ def build_processor(name: str, canvas: int, is_fixed: bool = False) -> Any:
     recipe = RECIPES[name]
     tokenizer = build_tokenizer(recipe)
     norm: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    if name == "tiny-qwen2-vl":
+    if name in PACKED:
         fewest, most = (canvas, canvas) if is_fixed else (2 * PATCH * MERGE, 512)
         pixels = {"shortest_edge": fewest**2, "longest_edge": most**2}
         images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, size=pixels, **norm)
@@ -236,6 +241,8 @@ def build_model(
     }
     if name == "tiny-qwen2-vl":
         return Qwen2VLForConditionalGeneration(_qwen2_vl(common, ids, vision or {}))
+    if name == "tiny-qwen3-vl":
+        return Qwen3VLForConditionalGeneration(_qwen3_vl(common, ids, canvas, vision or {}))
     return Gemma3ForConditionalGeneration(_gemma_3(common, ids, canvas))
 
 
@@ -262,6 +269,43 @@ def _qwen2_vl(common: dict[str, Any], ids: Any, vision: Mapping[str, int]) -> Qw
         bos_token_id=common["bos_token_id"],
         eos_token_id=common["eos_token_id"],
         pad_token_id=common["pad_token_id"],
+    )
+
+
+def _qwen3_vl(
+    common: dict[str, Any], ids: Any, canvas: int, vision: Mapping[str, int]
+) -> Qwen3VLConfig:
+    config: Any = Qwen3VLConfig
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [4, 6, 6],
+        "mrope_interleaved": True,
+        "rope_theta": 10000.0,
+    }
+    return config(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 2 * vision.get("hidden_size", 64),
+            "out_hidden_size": 128,
+            "depth": 3,
+            "num_heads": 4,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "num_position_embeddings": (canvas // PATCH) ** 2,
+            "deepstack_visual_indexes": [],  # image tokens enter once, as in most families
+            **vision,
+        },
+        text_config={
+            **common,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "rope_parameters": rope,
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
     )
 
 

@@ -102,7 +102,7 @@ class Contrastive(nn.Module):
     def __init__(self, model: Any, encoder: Encoder) -> None:
         super().__init__()
         self.encoder, self.visual = encoder, model.model.visual
-        width = self.visual.config.embed_dim
+        width = self.visual.config.hidden_size
         self.words = nn.Embedding(len(encoder.tokenizer), WIDTH)
         self.places = nn.Embedding(128, WIDTH)
         block = nn.TransformerEncoderLayer(

@@ -5,8 +5,9 @@ projector and a language model learn to work with what it gives.  The shipped mo
 end to end on one task instead.  `captions` is the recipe of two steps; every other one differs
 from it in one ingredient, or from `end-to-end`.
 
-The models have the class of Qwen2-VL and pictures of 96 px (6x6 visual tokens): the paper's layout
-at half its resolution, with objects and gaps of one token and strips of two.
+The models have the class of Qwen3-VL, whose encoder has learned positions, and pictures of 96 px
+(6x6 visual tokens): the paper's layout at half its resolution, with objects and gaps of one token
+and strips of two.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ class EncoderTraining:
     """How an encoder is trained by itself."""
 
     objective: Objective
-    steps: int = 1000
+    steps: int = 2000
     batch: int = 32
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
@@ -71,7 +72,7 @@ RECIPES: dict[str, Recipe] = {
             _CAPTIONS,
             name="contrastive",
             varies="encoder trained to match captions, then frozen",
-            encoder=EncoderTraining("contrastive", steps=500, batch=64),
+            encoder=EncoderTraining("contrastive", steps=1000, batch=64),
         ),
         replace(
             _CAPTIONS,
