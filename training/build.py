@@ -1,10 +1,11 @@
-"""Configurations, tokenizers and processors of the shipped models.
+"""Configurations, tokenizers and processors of the shipped models and of the study's.
 
-Two layouts of real transformers classes: Qwen2-VL (patches merged 2x2 in the encoder,
+Three layouts of real transformers classes: Qwen2-VL (patches merged 2x2 in the encoder,
 multimodal rotary positions, dynamic resolution) and Gemma-3 (a SigLIP tower of fixed
 size, features pooled 2x2, image tokens that attend to each other in both directions,
-sliding and full attention in turn).  Each has a byte-level BPE tokenizer of its own with
-its family's special tokens and chat template.
+sliding and full attention in turn) are shipped; the study (`training.study`) has Qwen3-VL, whose
+encoder has learned positions.  Each has a byte-level BPE tokenizer of its own with its family's
+special tokens and chat template.
 """
 
 from collections.abc import Mapping
@@ -100,7 +101,7 @@ GEMMA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one shipped model is made."""
+    """The tokenizer and the template of a model."""
 
     name: str
     special: tuple[str, ...]
@@ -146,8 +147,6 @@ RECIPES = {
     ),
 }
 RECIPES["tiny-qwen3-vl"] = replace(RECIPES["tiny-qwen2-vl"], name="tiny-qwen3-vl")
-PACKED = ("tiny-qwen2-vl", "tiny-qwen3-vl")
-"""Those whose patches come packed, with a grid."""
 
 
 def corpus() -> list[str]:
@@ -196,12 +195,12 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 def build_processor(name: str, canvas: int, is_fixed: bool = False) -> Any:
     """Returns a processor whose pictures are `canvas` pixels on a side.
 
-    Qwen2-VL's take any size, unless `is_fixed`.
+    Those of Qwen2-VL and Qwen3-VL take any size, unless `is_fixed`.
     """
     recipe = RECIPES[name]
     tokenizer = build_tokenizer(recipe)
     norm: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    if name in PACKED:
+    if recipe.template == QWEN_TEMPLATE:
         fewest, most = (canvas, canvas) if is_fixed else (2 * PATCH * MERGE, 512)
         pixels = {"shortest_edge": fewest**2, "longest_edge": most**2}
         images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, size=pixels, **norm)
@@ -223,7 +222,7 @@ def build_model(
 ) -> Any:
     """Returns a model with fresh weights for pictures of `canvas` pixels on a side.
 
-    `blocks` are those of the language model; `vision` replaces sizes of Qwen2-VL's encoder.
+    `blocks` are those of the language model; `vision` replaces sizes of Qwen3-VL's encoder.
     """
     ids = tokenizer.convert_tokens_to_ids
     recipe = RECIPES[name]
@@ -240,13 +239,13 @@ def build_model(
         "tie_word_embeddings": True,
     }
     if name == "tiny-qwen2-vl":
-        return Qwen2VLForConditionalGeneration(_qwen2_vl(common, ids, vision or {}))
+        return Qwen2VLForConditionalGeneration(_qwen2_vl(common, ids))
     if name == "tiny-qwen3-vl":
         return Qwen3VLForConditionalGeneration(_qwen3_vl(common, ids, canvas, vision or {}))
     return Gemma3ForConditionalGeneration(_gemma_3(common, ids, canvas))
 
 
-def _qwen2_vl(common: dict[str, Any], ids: Any, vision: Mapping[str, int]) -> Qwen2VLConfig:
+def _qwen2_vl(common: dict[str, Any], ids: Any) -> Qwen2VLConfig:
     config: Any = Qwen2VLConfig
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     return config(
@@ -258,7 +257,6 @@ def _qwen2_vl(common: dict[str, Any], ids: Any, vision: Mapping[str, int]) -> Qw
             "mlp_ratio": 2,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
-            **vision,
         },
         text_config={**common, "num_key_value_heads": 2, "rope_parameters": rope},
         image_token_id=ids("<|image_pad|>"),
@@ -285,7 +283,7 @@ def _qwen3_vl(
     return config(
         vision_config={
             "hidden_size": 64,
-            "intermediate_size": 2 * vision.get("hidden_size", 64),
+            "intermediate_size": 128,
             "out_hidden_size": 128,
             "depth": 3,
             "num_heads": 4,

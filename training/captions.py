@@ -24,8 +24,7 @@ MOST_THINGS = 7
 SIDES = (0.12, 0.3)
 """Sides of things, as shares of the canvas."""
 LARGE = (0.25, 0.4)
-"""Sides of a thing that a picture shows alone.  Encoders learn forms and places from these first:
-of things of the other sizes alone, 1,000 steps taught neither places nor most forms."""
+"""Sides of a thing that a picture shows alone: forms and places are learned sooner from these."""
 PLACED, RELATED = 0.75, 0.33
 ROWS, COLUMNS = ("above", "", "below"), ("left", "", "right")
 

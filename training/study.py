@@ -102,7 +102,7 @@ def spread(model: nn.Module) -> None:
     """Draws weights anew, with the spread that keeps the size of what passes through them.
 
     Transformers draws all with a standard deviation of 0.02, as large models need.  At a width of
-    100 a signal then shrinks fivefold at each matrix, and learning begins hundreds of steps later.
+    100 a signal shrinks fivefold at each such matrix, and learning begins late.
     """
     for name, weights in model.named_parameters():
         if name.endswith("pos_embed.weight"):
@@ -127,8 +127,7 @@ def _require_same(file: Path, about: str) -> None:
 def most_things(step: int, steps: int) -> int:
     """Returns how many things a picture shows at most: one at first, all from half of the steps on.
 
-    With many things, or on many grounds, captions did not begin to depend on the picture within
-    400 steps.  Of one large thing on white the colour is learned after 50, the place after 500.
+    Captions of many things on many grounds alone teach an encoder little but colours.
 
     >>> [most_things(step, 100) for step in (0, 29, 30, 40, 50, 99)]
     [1, 1, 2, 4, 7, 7]

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from hooked_vlm.stimuli.geometry import Geometry, geometry_for
 from training.batches import Batch, Encoder
-from training.build import MERGE, PATCH, RECIPES, build_model, build_processor
+from training.build import MERGE, PATCH, build_model, build_processor
 from training.loop import Loop, Schedule, muon_and_adam
 from training.scenes import mixed_conversation, mixed_scene
 from training.tasks import conversation, held_out_triples, training_scene, training_triples
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("name", choices=sorted(STAGES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

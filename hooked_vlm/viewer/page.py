@@ -17,6 +17,7 @@ from hooked_vlm.viewer.quantised import COARSE, FINE, packed
 ASSETS = files("hooked_vlm.viewer") / "assets"
 LIBRARY = ("d3.min.js", "plot.umd.min.js")
 """The charts' library, in the order in which it is loaded."""
+LICENCES = ("d3.LICENSE", "plot.LICENSE")
 LARGEST_PX = 768
 """The picture's longer side on a page."""
 LARGEST_PNG = 400_000
@@ -26,6 +27,11 @@ LARGEST_PNG = 400_000
 def asset(name: str) -> str:
     """Returns the text of a file of the page."""
     return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def json_for_script(data: Any) -> str:
+    """Returns data as JSON that no text in it can end the script that it stands in."""
+    return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def page_of(view: Any) -> str:
@@ -46,10 +52,10 @@ def page_of(view: Any) -> str:
         steps={name: one["step"] for name, one in arrays.items() if one["step"]},
         tokens=_chips(view),
         css=asset("viewer.css"),
-        licences=[asset(name) for name in ("d3.LICENSE", "plot.LICENSE")],
+        licences=[asset(name) for name in LICENCES],
         library=[asset(name) for name in LIBRARY],
         scripts=[asset(name) for name in ("numbers.js", "data.js", "charts.js", "viewer.js")],
-        data=json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
+        data=json_for_script(data),
     )
 
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -628,6 +629,43 @@ def test_b5_pairs_draw_a_reference_each_and_probes_all_of_them(three: Path) -> N
     assert len(set(drawn)) == 40 and {q.reference for q in drawn} == set(whatsup.REFERENCES)
     assert drawn != whatsup_probe.drawn_tuples(settings, 40, 43)
     assert len(whatsup_probe.drawn_tuples(settings, 120, 42)) == 80
+
+
+def test_b5_pairs_of_the_same_two_pictures_are_one_observation() -> None:
+    names = ("mug", "table", "plate")
+    one, same, other = (
+        whatsup_pooled._pictures(swap_pair(direction, tuple_))
+        for direction, tuple_ in (
+            ("left", names),
+            ("right", names),
+            ("left", ("mug", "chair", "plate")),
+        )
+    )
+    assert one == same != other
+    settings = {"table": Setting(planted("object"), stimulus_set("squares"), 8)}
+    drawn = {d: [swap_pair(d, names), swap_pair(d, names[::-1])] for d in ("left", "right")}
+    scores = np.random.default_rng(0).random((2, 1, 2, 1))
+
+    def scored(*_: Any) -> dict[str, xr.DataArray]:
+        return {
+            d: xr.DataArray(
+                scores,
+                dims=("pair", "kind", "slot", "quantity"),
+                coords={
+                    "pair": [whatsup_pooled._pictures(pair) for pair in own],
+                    "kind": ["strip"],
+                    "slot": [0, 1],
+                    "quantity": ["swapped"],
+                },
+            )
+            for d, own in drawn.items()
+        }
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(whatsup_pooled, "_scores", scored)
+        config = whatsup_pooled.Config(pairs=2)
+        rows, _ = whatsup_pooled._sweeps(settings, lambda: drawn, None, (), None, config, "p")
+    assert {row["n"] for row in rows} == {1}  # four pairs, two pictures
 
 
 @pytest.mark.filterwarnings("ignore:Pairing")  # strips as published put objects a column off

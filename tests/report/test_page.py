@@ -22,7 +22,7 @@ from hooked_vlm.report import page as report
 from hooked_vlm.report.explore import charts_of
 from hooked_vlm.report.figures import drawings
 from hooked_vlm.report.index import write_index
-from hooked_vlm.report.look import to_png
+from hooked_vlm.report.look import KINDS, to_png
 from hooked_vlm.report.page import key_numbers, numbers, write_report
 from hooked_vlm.report.provenance import Provenance
 
@@ -159,21 +159,24 @@ def explored(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_lines_to_explore_have_the_numbers_over_slots(written: Path) -> None:
     charts = explored(written / "report.html")
-    expected = {r.anchor: r.table for r in synthetic.all_results() if "slot" in r.table}
-    assert set(charts) == set(expected) and charts
-    for anchor, table in expected.items():
-        over_slots = table[table["slot"].notna()]
-        assert sum(len(chart["rows"]) for chart in charts[anchor]) == len(over_slots)
-        assert len({chart["label"] for chart in charts[anchor]}) == len(charts[anchor])
-        for chart in charts[anchor]:
-            label, row = chart["label"].split(" · "), chart["rows"][-1]
-            named = "kind" if "kind" in table else "quantity"
-            columns = ("direction", "quantity") if named == "kind" else ("direction",)
-            here = over_slots[over_slots["slot"] == row["slot"]]
-            for column, value in zip((*columns, named), (*label, row["name"]), strict=True):
-                here = here[here[column] == value]
-            found = [row["value"], row["low"], row["high"]]
-            np.testing.assert_allclose(here[["value", "low", "high"]].values, [found], atol=1e-4)
+    assert set(charts) == {synthetic.e2().anchor, synthetic.e4().anchor}
+    for result, line, labels in (
+        (synthetic.e2(), "direction", {}),
+        (synthetic.e4(), "kind", KINDS),
+    ):
+        table, own = result.table, charts[result.anchor]
+        assert sum(len(chart["rows"]) for chart in own) == len(table)
+        for chart in own:
+            here = table
+            for part in chart["label"].split(" · "):
+                here = here[(here["direction"] == part) | (here["quantity"] == part)]
+            assert here["quantity"].nunique() == 1  # one unit on one chart
+            names = [labels[name].label if labels else name for name in here[line]]
+            assert set(chart["names"]) == set(names) and len(chart["colors"]) == len(set(names))
+            found = pd.DataFrame(chart["rows"])
+            assert list(found["name"]) == names and list(found["slot"]) == list(here["slot"])
+            for column in ("value", "low", "high"):
+                np.testing.assert_allclose(found[column], here[column], atol=1e-4)
 
 
 def test_a_page_without_numbers_over_slots_has_no_script(tmp_path: Path) -> None:
@@ -189,15 +192,26 @@ def test_a_name_cannot_end_the_script(tmp_path: Path) -> None:
     assert any(odd in chart["label"] for chart in explored(path)[result.anchor])
 
 
+def charts_for(**columns: list[Any]) -> list[dict[str, Any]]:
+    table = pd.DataFrame({"quantity": "q", "value": 0.5, **columns})
+    return charts_of(dataclasses.replace(synthetic.e1(), table=table))
+
+
 def test_single_probes_and_single_slots_have_no_line() -> None:
-    rows = [
-        {"slot": slot, "kind": "strip", "quantity": "q", "value": 0.5, "probe": probe}
-        for slot, probe in ((0, None), (1, None), (0, 1.0), (1, 1.0))
-    ]
-    rows.append({"slot": 2, "kind": "object", "quantity": "other", "value": 1.0, "probe": None})
-    (chart,) = charts_of(dataclasses.replace(synthetic.e1(), table=pd.DataFrame(rows)))
-    line = {"name": "strip", "value": 0.5}
-    assert chart == {"label": "q", "rows": [{"slot": 0, **line}, {"slot": 1, **line}]}
+    (chart,) = charts_for(
+        slot=[0, 1, 0, 1, 2],
+        quantity=["q", "q", "q", "q", "other"],
+        probe=[None, None, 1.0, 1.0, None],
+    )
+    line = {"name": "q", "value": 0.5}
+    assert chart["rows"] == [{"slot": 0, **line}, {"slot": 1, **line}]
+
+
+def test_whatever_tells_numbers_apart_is_chosen() -> None:
+    charts = charts_for(slot=[0, 1] * 2, ground=["white"] * 2 + ["photograph"] * 2)
+    assert [chart["label"] for chart in charts] == ["white", "photograph"]
+    # Of two values of one line at one slot neither is shown.
+    assert charts_for(slot=[0, 1, 1]) == []
 
 
 def test_a_result_without_figures_has_its_table(tmp_path: Path) -> None:

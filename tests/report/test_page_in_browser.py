@@ -43,11 +43,10 @@ def test_a_choice_of_lines_shows_their_numbers(opened: Browser) -> None:
     assert len(labels) > 1
     for i, label in enumerate(labels):
         opened.choose(f"#{result.anchor}-lines", str(i))
-        table = result.table[result.table["direction"] == label.split(" · ")[0]]
-        if "quantity" in table and " · " in label:
-            table = table[table["quantity"] == label.split(" · ")[1]]
-        named = "kind" if "kind" in table else "quantity"
-        expected = table.pivot_table(index="slot", columns=named, values="value", sort=False)
+        direction, quantity = label.split(" · ")
+        table = result.table
+        table = table[(table["direction"] == direction) & (table["quantity"] == quantity)]
+        expected = table.pivot_table(index="slot", columns="kind", values="value", sort=False)
         np.testing.assert_allclose(numbers(opened, result.anchor), expected.values, atol=0.51e-4)
     assert opened.log() == []
 

@@ -145,7 +145,7 @@ def test_the_page_is_one_file_that_loads_nothing() -> None:
     loads.feed(page())
     assert loads.sources == [] and len(loads.ids) == len(set(loads.ids))
     assert "default-src 'none'" in page()
-    assert page().count("<script") == page().count("</script>") == 1 + len(LIBRARY) + 3
+    assert page().count("<script") == page().count("</script>") == 1 + len(LIBRARY) + 4
     for stated in ("tiny-qwen2-vl", "float32", "blocks.2.hook_resid_post", "ISC", "1.5e-05"):
         assert stated in page()
 

@@ -126,6 +126,8 @@ def run_on(
             "A pair draws its reference at random, then its other objects (the paper does not "
             "say in which order). Regions of a pair are those of its reference; where published "
             "strips cannot be paired (table, 16 tokens), the pair's strips are aligned ones.",
+            "Intervals of interventions are 95 % bootstrap intervals over observations: pairs of "
+            "the same two pictures, in any direction, are one.",
         ),
     )
 
@@ -305,7 +307,9 @@ def _sweeps(
     rows = [
         {**row, "part": part}
         for direction, values in scores.items()
-        for row in score_rows(values, config.seed, direction=direction)
+        for row in score_rows(
+            values, config.seed, values["pair"].values.tolist(), direction=direction
+        )
     ]
     return rows, missing
 
@@ -328,7 +332,7 @@ def _scores(
             {"kind": list(at), "slot": list(range(setting.model.cfg.n_layers + 1))},
             make=lambda kind, slot: Patch(slot, at=at[kind], source=source),
         )
-        return sweep.run(
+        found = sweep.run(
             setting.model,
             lambda logits: scored_numbers(
                 lambda rows: scored(setting, rows, batch), final_logits(logits)
@@ -338,6 +342,7 @@ def _scores(
             on_progress=told,
             logits_to_keep=1,
         )
+        return found.assign_coords(pair=[_pictures(pair) for pair in batch])
 
     units = {
         f"{direction} {i}": (direction, setting, batch)
@@ -351,6 +356,12 @@ def _scores(
         )
         for direction in pairs
     }
+
+
+def _pictures(pair: Any) -> str:
+    """Returns the two pictures of a pair, by which it is one observation with its like."""
+    shown = sorted((pair.clean.entities, pair.counterfactual.entities))
+    return "; ".join(", ".join(map(str, entities)) for entities in shown)
 
 
 def _verdict(table: pd.DataFrame) -> str:
@@ -374,7 +385,7 @@ def _verdict(table: pd.DataFrame) -> str:
         peak = ordering.sort_values("value").iloc[-1]
         sentences.append(
             f"The ordering answer is most probable at slot {peak['slot']} ({peak['value']:.2f}, "
-            f"{counted(peak['n'], 'pair')})."
+            f"{counted(peak['n'], 'observation')})."
         )
     swapped = select(table, part="strip-swap", direction="all", quantity="swapped")
     if len(swapped):
@@ -384,6 +395,6 @@ def _verdict(table: pd.DataFrame) -> str:
         )
         sentences.append(
             f"Probability of a flipped answer after a swap at slot 0: {flips} "
-            f"({counted(first[0]['n'], 'pair')})."
+            f"({counted(first[0]['n'], 'observation')})."
         )
     return "\n".join(sentences)

@@ -18,18 +18,18 @@ function widthOf(panel) {
 }
 
 // Lines over slots. `rows` are {slot, value, name}, and {low, high} where there is an interval;
-// `chosen` is the slot that is marked.
-function curves(id, rows, { label, names, chosen, slots, domain, zero }) {
+// `chosen` is the slot that is marked, if any.
+function curves(id, rows, { label, names, colors = OKABE_ITO, chosen, slots, domain, zero }) {
   const symbol = { domain: names, legend: true };
   const bounded = rows.filter((row) => row.low !== undefined);
   const chart = Plot.plot({
     width: widthOf(id), height: 260, marginLeft: 48, style: { background: "none", fontSize: "12px" },
     x: { label: "slot", ticks: slots.length > 12 ? 8 : slots, tickFormat: "d", domain: [slots[0] - 0.3, slots.at(-1) + 0.3] },
     y: { label, grid: true, domain, nice: !domain },
-    color: { domain: names, range: OKABE_ITO }, symbol,
+    color: { domain: names, range: colors }, symbol,
     ariaLabel: `${label} by slot`,
     marks: [
-      Plot.ruleX([chosen], { stroke: "currentColor", strokeOpacity: 0.35, strokeWidth: 6 }),
+      Plot.ruleX(chosen === undefined ? [] : [chosen], { stroke: "currentColor", strokeOpacity: 0.35, strokeWidth: 6 }),
       ...(zero ? [Plot.ruleY([0])] : []),
       Plot.areaY(bounded, { x: "slot", y1: "low", y2: "high", fill: "name", fillOpacity: 0.12 }),
       Plot.lineY(rows, { x: "slot", y: "value", stroke: "name", strokeWidth: 1.8 }),

@@ -1,17 +1,13 @@
 "use strict";
 // A report's charts to explore: a choice of lines over the slots, with values under the pointer.
-const found = JSON.parse(document.getElementById("explored").textContent);
-
-for (const [anchor, charts] of Object.entries(found)) {
+for (const [anchor, charts] of Object.entries(JSON.parse(document.getElementById("explored").textContent))) {
   const place = document.getElementById(`${anchor}-explore`);
   const choice = document.getElementById(`${anchor}-lines`);
   choice.replaceChildren(...charts.map((chart, i) => new Option(chart.label, i)));
   const draw = () => {
-    const { label, rows } = charts[choice.value];
+    const { rows, ...about } = charts[choice.value];
     const slots = [...new Set(rows.map((row) => row.slot))].sort((a, b) => a - b);
-    const names = [...new Set(rows.map((row) => row.name))];
-    const best = rows.reduce((one, other) => (other.value > one.value ? other : one));
-    curves(anchor, rows, { label, names, slots, chosen: best.slot });
+    curves(anchor, rows, { ...about, slots });
   };
   choice.addEventListener("change", draw);
   // A closed part has no width, so its chart is drawn when it is opened.
