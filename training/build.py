@@ -146,7 +146,9 @@ RECIPES = {
         template=GEMMA_TEMPLATE,
     ),
 }
-RECIPES["tiny-qwen3-vl"] = replace(RECIPES["tiny-qwen2-vl"], name="tiny-qwen3-vl")
+"""Those of the shipped models."""
+LAYOUTS = {**RECIPES, "tiny-qwen3-vl": replace(RECIPES["tiny-qwen2-vl"], name="tiny-qwen3-vl")}
+"""All that can be built."""
 
 
 def corpus() -> list[str]:
@@ -197,7 +199,7 @@ def build_processor(name: str, canvas: int, is_fixed: bool = False) -> Any:
 
     Those of Qwen2-VL and Qwen3-VL take any size, unless `is_fixed`.
     """
-    recipe = RECIPES[name]
+    recipe = LAYOUTS[name]
     tokenizer = build_tokenizer(recipe)
     norm: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if recipe.template == QWEN_TEMPLATE:
@@ -225,7 +227,7 @@ def build_model(
     `blocks` are those of the language model; `vision` replaces sizes of Qwen3-VL's encoder.
     """
     ids = tokenizer.convert_tokens_to_ids
-    recipe = RECIPES[name]
+    recipe = LAYOUTS[name]
     common = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
