@@ -187,10 +187,11 @@ def _whole_cross(pen: ImageDraw.ImageDraw, box: Box, color: Color) -> None:
 def _whole_heart(pen: ImageDraw.ImageDraw, box: Box, color: Color) -> None:
     x0, y0, x1, y1 = box
     curve = [_heart_point(2 * math.pi * step / 360) for step in range(360)]
-    us, vs = ([point[axis] for point in curve] for axis in (0, 1))
+    us, vs = zip(*curve, strict=True)
+    left, right, bottom, top = min(us), max(us), min(vs), max(vs)
     # Width and height are scaled on their own, so that the heart fills the box.
-    wide, tall = (x1 - x0 - 1) / (max(us) - min(us)), (y1 - y0 - 1) / (max(vs) - min(vs))
-    points = [(x0 + (u - min(us)) * wide, y0 + (max(vs) - v) * tall) for u, v in curve]
+    wide, tall = (x1 - x0 - 1) / (right - left), (y1 - y0 - 1) / (top - bottom)
+    points = [(x0 + (u - left) * wide, y0 + (top - v) * tall) for u, v in curve]
     pen.polygon(points, fill=color)
 
 
