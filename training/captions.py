@@ -1,10 +1,12 @@
 """What encoders are trained on by themselves: pictures of many things, and captions.
 
-A picture shows one to seven things, shapes of six forms and fourteen colours.  They have any size
-and place, but do not cover each other; a third of the pictures stand on noise or on a texture.  A
-caption names them in random order.  Half of the captions say where each thing is, in the words of a
-grid of 3x3 places; a third of the others say how two things stand to each other.  So places are
-worth knowing, as in captions of photographs, and no caption asks for an order of three.
+A picture shows one to seven things, shapes of six forms, each of another colour out of fourteen.
+They have any size and place, but do not cover each other; a third of the pictures of up to seven
+stand on noise or on a texture.  A caption names them in random order.  Three quarters of the
+captions say where each thing is, in the words of a grid of 3x3 places: after the thing, or before
+it (a place is then given, and the thing is asked for, as in LocCa, 2024); a third of the others say
+how two things stand to each other.  So places are worth knowing, as in captions of photographs, and
+no caption asks for an order of three.
 """
 
 import random
@@ -21,7 +23,8 @@ from training.tasks import EXTRA_COLORS
 
 
 MOST_THINGS = 7
-SIDES = (0.12, 0.3)
+FEW_THINGS = 4
+SIDES = (0.16, 0.35)
 """Sides of things, as shares of the canvas."""
 LARGE = (0.25, 0.4)
 """Sides of a thing that a picture shows alone: forms and places are learned sooner from these."""
@@ -69,15 +72,17 @@ class Crowd:
         """Returns a caption: all things in random order, with their places or without."""
         things = rng.sample(self.things, len(self.things))
         if rng.random() < PLACED:
-            return ", ".join(self._placed(thing) for thing in things)
+            place_first = rng.random() < 0.5
+            return ", ".join(self._placed(thing, place_first) for thing in things)
         words = ", ".join(map(str, things))
         if len(things) > 1 and rng.random() < RELATED:
             words += f", {_relation(rng, things[0], things[1], self.canvas)}"
         return words
 
-    def _placed(self, thing: Thing) -> str:
+    def _placed(self, thing: Thing, place_first: bool) -> str:
         x, y = thing.middle(self.canvas)
-        words = (str(thing), ROWS[min(int(3 * y), 2)], COLUMNS[min(int(3 * x), 2)])
+        place = (ROWS[min(int(3 * y), 2)], COLUMNS[min(int(3 * x), 2)])
+        words = (*place, str(thing)) if place_first else (str(thing), *place)
         return " ".join(filter(None, words))
 
 
@@ -94,7 +99,7 @@ def _relation(rng: random.Random, one: Thing, other: Thing, canvas: int) -> str:
 def crowd(rng: random.Random, canvas: int, most: int = MOST_THINGS) -> Crowd:
     """Returns a picture of one to `most` things that do not cover each other.
 
-    With `most` 1 it is large and stands on white.
+    With `most` 1 it is large; with less than `MOST_THINGS` all stands on white.
     """
     colors, forms = (*COLORS, *EXTRA_COLORS), tuple(shapes.PAINT)
     boxes: list[Box] = []
@@ -104,9 +109,10 @@ def crowd(rng: random.Random, canvas: int, most: int = MOST_THINGS) -> Crowd:
             boxes.append(box)
         else:
             break  # the picture is full
-    things = tuple(Thing(rng.choice(colors), rng.choice(forms), box) for box in boxes)
+    shown = rng.sample(colors, len(boxes))
+    things = tuple(Thing(c, rng.choice(forms), box) for c, box in zip(shown, boxes, strict=True))
     stands_on = "white"
-    if most > 1 and rng.random() < GROUNDS:
+    if most == MOST_THINGS and rng.random() < GROUNDS:
         stands_on = f"{rng.choice(('noise', *photographs.TEXTURES))}:{rng.randrange(1 << 30)}"
     return Crowd(things, stands_on, canvas)
 

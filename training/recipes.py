@@ -52,9 +52,9 @@ class Recipe:
     """Blocks of the language model."""
     mixed: bool = False
     """Whether shapes and cut-outs are asked about beside squares."""
-    turns: int = 2
+    turns: int = 5
     """Questions about one picture, in one conversation."""
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 32
     muon_lr: float = 0.01
     adam_lr: float = 2e-3

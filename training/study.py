@@ -27,7 +27,7 @@ from hooked_vlm.disk.files import replaced_file
 from hooked_vlm.stimuli.geometry import geometry_for
 from training.batches import Batch, Encoder
 from training.build import MERGE, PATCH, build_model, build_processor
-from training.captions import MOST_THINGS
+from training.captions import FEW_THINGS, MOST_THINGS
 from training.loop import Loop, Schedule, muon_and_adam
 from training.objectives import TASKS, Shown
 from training.recipes import N_TOKENS, RECIPES, SEEDS, EncoderTraining, Recipe
@@ -45,9 +45,12 @@ from training.train import answer_loss, first_answers, save_all
 LAYOUT = "tiny-qwen3-vl"
 GEOMETRY = geometry_for(N_TOKENS, PATCH * MERGE)
 VISION = {"depth": 6, "hidden_size": 96, "intermediate_size": 192}
-POSITIONS = 0.3
-"""Standard deviation of the encoder's first positions: about that of a patch's content."""
-VERSION = 3
+POSITIONS = 2.0
+"""Standard deviation of the encoder's first positions: about twice that of a patch's content.
+
+With less, the first steps teach colours, and what blocks write of them covers the positions.
+"""
+VERSION = 4
 """Raised when pictures, objectives or losses change: runs of another version are not continued."""
 FIRST_WEIGHT = 5.0
 """As in `train`: weight of a conversation's first answer, which the picture alone decides."""
@@ -125,18 +128,16 @@ def _require_same(file: Path, about: str) -> None:
 
 
 def most_things(step: int, steps: int) -> int:
-    """Returns how many things a picture shows at most: one at first, all from half of the steps on.
+    """Returns how many things a picture shows at most: one, then a few, then all.
 
     Captions of many things on many grounds alone teach an encoder little but colours.
 
-    >>> [most_things(step, 100) for step in (0, 29, 30, 40, 50, 99)]
-    [1, 1, 2, 4, 7, 7]
+    >>> [most_things(step, 100) for step in (0, 4, 5, 59, 60, 99)]
+    [1, 1, 4, 4, 7, 7]
     """
-    alone = 3 * steps // 10
-    if step < alone:
+    if step < steps // 20:
         return 1
-    share = (step - alone) / max(1, steps // 2 - alone)
-    return min(MOST_THINGS, 2 + int(share * (MOST_THINGS - 2)))
+    return FEW_THINGS if step < 3 * steps // 5 else MOST_THINGS
 
 
 def encoder_weights(visual: nn.Module) -> dict[str, nn.Parameter]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, is_classifier
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -293,16 +293,25 @@ def shuffled_labels(examples: Examples, *, seed: Seed = 0) -> Examples:
 
 @checked(DataError)
 def held_out_accuracy(
-    probe: ClassifierMixin, examples: Examples, *, level: Share = 0.95, seed: Seed = 0
+    probe: BaseEstimator, examples: Examples, *, level: Share = 0.95, seed: Seed = 0
 ) -> Interval:
     """Returns the mean over images of the share of correct tokens, with its interval.
 
-    The probe may be any fitted scikit-learn classifier.
+    The probe may be any fitted scikit-learn classifier, also a pipeline or a search that ends in
+    one.
+
+    Raises:
+        DataError: an estimator that is no classifier.
     """
+    if not is_classifier(probe):
+        raise DataError(
+            f"{type(probe).__name__} is no classifier, so its predictions are neither right nor "
+            "wrong. Give a LinearProbe or a classifier of scikit-learn."
+        )
     return mean_of_shares(held_out_shares(probe, examples), level=level, seed=seed)
 
 
-def held_out_shares(probe: ClassifierMixin, examples: Examples) -> Float[np.ndarray, " image"]:
+def held_out_shares(probe: BaseEstimator, examples: Examples) -> Float[np.ndarray, " image"]:
     """Returns the share of each image's tokens that a probe gets right: one observation each."""
     right = probe.predict(examples.X) == examples.y  # type: ignore[attr-defined]
     _, member = np.unique(examples.images, return_inverse=True)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from hooked_vlm.analysis.probes import (
@@ -64,6 +67,16 @@ def test_finds_a_planted_code_on_held_out_images():
     assert accuracy.n == 15  # images, not tokens
     assert accuracy.low == pytest.approx(0.796, abs=1e-3)
     assert probe.score(held_out.X, held_out.y) == 1.0
+
+
+def test_any_classifier_of_scikit_learn_is_scored_also_in_a_pipeline():
+    train, test = split_by_image(60)
+    examples = object_examples(coded_images(), PLACES)
+    fit, held_out = examples.of_images(train), examples.of_images(test)
+    probe = make_pipeline(StandardScaler(), LogisticRegression()).fit(fit.X, fit.y)
+    assert held_out_accuracy(probe, held_out).estimate == 1.0
+    with pytest.raises(DataError, match="LinearRegression is no classifier"):
+        held_out_accuracy(LinearRegression().fit(fit.X, fit.y), held_out)
 
 
 def test_does_not_find_a_code_that_is_not_there():
