@@ -16,7 +16,7 @@ import xarray as xr
 from PIL import Image
 
 from hooked_vlm.arguments.displayed import html_block
-from hooked_vlm.errors import counted
+from hooked_vlm.errors import DataError, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,33 @@ class About:
     """The paper's section, table or figure."""
 
 
+SHOWN_CASES = 8
+"""At most so many failed cases have a picture in a result."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cases:
+    """The single questions or pairs that a result is about, and which of them failed."""
+
+    failed: str
+    """What those have in common that failed: `"questions answered wrongly"`."""
+    table: pd.DataFrame
+    """One row per case: its name in the column case, whether it did not fail in the column ok,
+    and what was found."""
+
+    def __post_init__(self) -> None:
+        if not {"case", "ok"} <= set(self.table):
+            raise DataError(
+                f"The table of cases has the columns {list(self.table)}; expected case and ok "
+                "among them."
+            )
+
+    @property
+    def failing(self) -> pd.DataFrame:
+        """The rows of the cases that failed."""
+        return self.table[~self.table["ok"].astype(bool)]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Result(About):
     """One experiment on one model."""
@@ -45,6 +72,8 @@ class Result(About):
     """Labelled arrays too large for a table, such as probe maps by item, row and column."""
     images: dict[str, Image.Image] = field(default_factory=dict)
     """Stimuli, with regions drawn over them where they are relevant."""
+    cases: Cases | None = None
+    """Its questions or pairs one by one; `images` has pictures of some that failed, by name."""
     setting: str = ""
     """The setting of its stimuli: `"shapes"`; empty where there is no choice."""
     verdict: str

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.report.figures import own
-from hooked_vlm.report.look import DIRECTIONS, KINDS, Look, _complete
+from hooked_vlm.report.look import DIRECTIONS, KINDS, Look, _class, _complete
 from hooked_vlm.viewer.page import LIBRARY, LICENCES, asset, json_for_script
 
 
@@ -75,12 +76,32 @@ def _points(table: pd.DataFrame, line: str, looks: Mapping[str, Look]) -> Iterab
         }
 
 
-def scripts_for(charts: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Returns what the page's template needs to draw charts, by the anchor of their result.
+def maps_of(result: Result) -> list[dict[str, Any]]:
+    """Returns a result's maps over the grid at each layer, one for each axis; none without layers.
+
+    `values` are probabilities by layer, class, row and column, `sites` are the layers' names.
+    """
+    maps = result.arrays.get("maps")
+    if maps is None or maps.dims != ("axis", "layer", "class", "row", "col"):
+        return []
+    sites = result.config.get("sites") or [f"layer {layer}" for layer in maps["layer"].values]
+    return [
+        {
+            "label": str(axis),
+            "sites": list(sites),
+            "classes": [_class(str(axis), index) for index in range(maps.sizes["class"])],
+            "values": np.round(maps.sel(axis=axis).values.astype(float), DIGITS).tolist(),
+        }
+        for axis in maps["axis"].values
+    ]
+
+
+def scripts_for(found: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
+    """Returns what the page's template needs to draw `charts` and `maps` of each anchor.
 
     It is empty where no result has any: such a page has no scripts.
     """
-    shown = {anchor: found for anchor, found in charts.items() if found}
+    shown = {anchor: dict(own) for anchor, own in found.items() if any(own.values())}
     if not shown:
         return {}
     scripts = (*LIBRARY, "numbers.js", "charts.js", "explore.js")

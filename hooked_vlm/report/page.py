@@ -19,7 +19,7 @@ from hooked_vlm.disk.files import write_file
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
 from hooked_vlm.experiments.targets import targets
-from hooked_vlm.report.explore import charts_of, scripts_for
+from hooked_vlm.report.explore import charts_of, maps_of, scripts_for
 from hooked_vlm.report.figures import Drawing, drawings, headlines
 from hooked_vlm.report.look import to_png, vector_files
 from hooked_vlm.report.markup import data_url, small_png, table_of, template
@@ -29,6 +29,8 @@ from hooked_vlm.report.provenance import Provenance
 PAGE = "report.html"
 FIGURES = "figures"
 PX_PER_INCH = 96  # on the page, so that the text of all figures has one size
+LISTED = 100
+"""At most so many failed cases are listed."""
 COLUMNS = ("direction", "axis", "kind", "slot", "site", "quantity", "value", "low", "high", "n")
 
 
@@ -63,7 +65,9 @@ def write_report(
         facts=facts_of(provenance),
         summary=summary_of(results),
         sections=sections,
-        explored=scripts_for({each["result"].anchor: each["charts"] for each in sections}),
+        explored=scripts_for(
+            {each["result"].anchor: {k: each[k] for k in ("charts", "maps")} for each in sections}
+        ),
         left_out=left_out,
         record=provenance.to_json(),
     )
@@ -143,7 +147,9 @@ def _section(result: Result, out: Path, made: Mapping[str, Any] | None) -> dict[
         "is_of_paper": result.name in EXPERIMENTS,
         "figures": figures,
         "charts": charts_of(result),
+        "maps": maps_of(result),
         "stimuli": _stimuli(result),
+        "failed": _failed(result),
         "targets": targets(result.id, result.setting),
         "glance": table_of(_glance(result.table), "The highest value of each line and its slot."),
         "means": table_of(_means(result.table), "Means over probes; the claims are about them."),
@@ -164,17 +170,32 @@ def shown(drawing: Drawing, png: bytes) -> dict[str, Any]:
 
 
 def _stimuli(result: Result) -> list[dict[str, str]]:
-    """Returns the pictures that no figure shows."""
-    shown = (
-        {str(item) for item in result.arrays["item_maps"]["item"].values}
-        if ("item_maps" in result.arrays)
-        else set()
-    )
-    return [
-        {"source": data_url(small_png(image)), "name": name}
-        for name, image in result.images.items()
-        if name not in shown
-    ]
+    """Returns the pictures that neither a figure nor the failed cases show."""
+    shown: set[str] = set()
+    if "item_maps" in result.arrays:
+        shown |= {str(item) for item in result.arrays["item_maps"]["item"].values}
+    if result.cases is not None:
+        shown |= set(result.cases.failing["case"])
+    return _pictures(result, [name for name in result.images if name not in shown])
+
+
+def _failed(result: Result) -> dict[str, Any] | None:
+    """Returns the cases that failed: a sentence, their table, and pictures of the first."""
+    if result.cases is None:
+        return None
+    failing, n = result.cases.failing, len(result.cases.table)
+    said = f"{len(failing)} of {n} {result.cases.failed}"
+    listed = failing.drop(columns="ok").iloc[:LISTED]
+    short = f" The first {LISTED} are listed." if len(failing) > LISTED else ""
+    return {
+        "said": said,
+        "table": table_of(listed, f"{said[0].upper()}{said[1:]}.{short}"),
+        "pictures": _pictures(result, [name for name in failing["case"] if name in result.images]),
+    }
+
+
+def _pictures(result: Result, names: Sequence[str]) -> list[dict[str, str]]:
+    return [{"source": data_url(small_png(result.images[name])), "name": name} for name in names]
 
 
 def _glance(table: pd.DataFrame) -> pd.DataFrame:

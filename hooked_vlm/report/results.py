@@ -35,13 +35,14 @@ from hooked_vlm.disk.files import (
     write_synced,
 )
 from hooked_vlm.errors import DataError, HookedVLMWarning, callers_level
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import Cases, Result
 
 
-FORMAT = 4  # increase it when the files below change, so that old results are computed again
+FORMAT = 5  # increase it when the files below change, so that old results are computed again
 RESULTS = "results"
 """The folder, inside the output folder, that holds finished experiments."""
 ABOUT, TABLE, ARRAYS = "result.json", "table.csv", "arrays.safetensors"
+CASES = "cases.csv"
 CONFIG = "config.json"
 """The arguments that compute a result again: `hooked-vlm run --config FILE`."""
 _PICTURE = re.compile(r"images/\d+\.png")
@@ -138,6 +139,8 @@ def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
             },
         }
     content = {ARRAYS: save(arrays), TABLE: result.table.to_csv(index=False).encode()}
+    if result.cases is not None:
+        content[CASES] = result.cases.table.to_csv(index=False).encode()
     files = {name: f"images/{index:03}.png" for index, name in enumerate(result.images)}
     for name, file in files.items():
         buffer = io.BytesIO()
@@ -152,8 +155,10 @@ def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
     about = {
         **stamp,
         **{word: getattr(result, word) for word in words},
-        "columns": {str(name): str(dtype) for name, dtype in result.table.dtypes.items()},
-        "rows": len(result.table),
+        **_shape(result.table),
+        "cases": None
+        if result.cases is None
+        else {"failed": result.cases.failed, **_shape(result.cases.table)},
         "arrays": labels,
         "images": files,
         "files": {file: hashlib.sha256(data).hexdigest() for file, data in content.items()},
@@ -161,6 +166,12 @@ def _write(result: Result, folder: Path, stamp: dict[str, Any]) -> None:
     about = json.loads(json.dumps(about, default=str))  # as it will be read
     text = json.dumps({**about, "sha256": _own_sha256(about)}, indent=2)
     write_synced(folder / ABOUT, text + "\n")
+
+
+def _shape(table: pd.DataFrame) -> dict[str, Any]:
+    """Returns what a table's CSV does not say: the types of its columns, and its length."""
+    columns = {str(name): str(dtype) for name, dtype in table.dtypes.items()}
+    return {"columns": columns, "rows": len(table)}
 
 
 def _own_sha256(about: Mapping[str, Any]) -> str:
@@ -185,7 +196,8 @@ def _about(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, f"{ABOUT} does not list its files")
     for file in [*images.values(), *files]:
         _require_inside(folder, file)
-    for file in (TABLE, ARRAYS, *images.values()):
+    cases = [CASES] if about.get("cases") is not None else []
+    for file in (TABLE, ARRAYS, *cases, *images.values()):
         try:
             found = sha256_of(folder / file)
         except OSError:
@@ -197,7 +209,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _require_inside(folder: Path, file: object) -> None:
     """Raises `DataError` unless `file` is one that `_write` writes, and no link out of `folder`."""
-    known = isinstance(file, str) and (file in (TABLE, ARRAYS) or _PICTURE.fullmatch(file))
+    known = isinstance(file, str) and (file in (TABLE, ARRAYS, CASES) or _PICTURE.fullmatch(file))
     if known and (folder / str(file)).resolve().is_relative_to(folder.resolve()):
         return
     shown = repr(file)[:80]
@@ -219,17 +231,14 @@ def _read(folder: Path, about: Mapping[str, Any]) -> Result:
 
 def _parsed(folder: Path, about: Mapping[str, Any]) -> Result:
     arrays = load((folder / ARRAYS).read_bytes())
-    # Read as text and then converted, which is exact; read_csv's own parsing rounds.
-    columns = about["columns"]  # empty for an experiment that could not run
-    table = pd.read_csv(folder / TABLE, dtype=str).astype(columns) if columns else pd.DataFrame()
-    if len(table) != about["rows"] or list(table.columns) != list(columns):
-        raise ValueError(f"{len(table)} rows in {TABLE}, {about['rows']} expected")
+    cases = about.get("cases")
     words = {field.name for field in dataclasses.fields(Result)} & about.keys()
     return Result(
         **{
             **{word: about[word] for word in words},
             "notes": tuple(about["notes"]),
-            "table": table,
+            "table": _table(folder / TABLE, about),
+            "cases": cases and Cases(failed=cases["failed"], table=_table(folder / CASES, cases)),
             "arrays": {
                 name: xr.DataArray(
                     arrays[name],
@@ -241,6 +250,19 @@ def _parsed(folder: Path, about: Mapping[str, Any]) -> Result:
             "images": {name: _picture(folder / file) for name, file in about["images"].items()},
         }
     )
+
+
+def _table(path: Path, shape: Mapping[str, Any]) -> pd.DataFrame:
+    columns = shape["columns"]  # empty for an experiment that could not run
+    # Read as text and then converted, which is exact; read_csv's own parsing rounds.
+    table = pd.DataFrame()
+    if columns:
+        text = pd.read_csv(path, dtype=str)
+        truths = {name: text[name] == "True" for name, of in columns.items() if of == "bool"}
+        table = text.assign(**truths).astype(columns)  # any text but an empty one is true
+    if len(table) != shape["rows"] or list(table.columns) != list(columns):
+        raise ValueError(f"{len(table)} rows in {path.name}, {shape['rows']} expected")
+    return table
 
 
 def _picture(path: Path) -> Image.Image:

@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.forward_counter import count_forwards
 from helpers.planted_models import planted
 from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, UnsupportedModelError
-from hooked_vlm.experiments.dual_mechanisms import final_token
+from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, cell_pairs
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import SHOWN_CASES, Result
 from hooked_vlm.experiments.setting import Setting
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.stimuli.geometry import PAPER_GEOMETRY
+from hooked_vlm.stimuli.pairs import swap_pair
+from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.zoo import available
 
 
@@ -79,6 +82,9 @@ def test_e1_counts_every_item_once() -> None:
     assert "(240 pictures)" in result.verdict
     assert "1.00" in result.verdict
     assert "equal in all directions" in result.verdict
+    assert result.cases is not None
+    assert len(result.cases.table) == 480 and result.cases.failing.empty
+    assert result.cases.table["case"].is_unique
 
 
 def test_e2_finds_the_three_stages_that_were_planted() -> None:
@@ -171,12 +177,32 @@ def test_e4_tells_the_two_mechanisms_apart(coded: str) -> None:
         expected = 1.0 if coded == "background" else 0.0
         assert difference["value"][0] == pytest.approx(expected, abs=0.01)
         assert difference["value"][2] == pytest.approx(0, abs=1e-6)
+    assert result.cases is not None
+    assert len(result.cases.table) == 16
+    assert result.cases.table["ok"].all()  # strips hold the objects too, so they always flip
     assert set(result.images) == {"horizontal regions", "vertical regions"}
     every, each = result.verdict.splitlines()
     # Four pairs in a direction decide nothing, sixteen in all of them do.
     assert each.startswith("Left, right, above and below: undecided")
     found = "cells alone do not, as in" if coded == "background" else "alone flip the answer too"
     assert found in every
+
+
+def test_e4_keeps_the_pairs_that_strips_do_not_flip_with_their_pictures() -> None:
+    result, _ = run("strip-swap")
+    n_layers = planted("background").cfg.n_layers
+    halved = {
+        name.removeprefix("pairs_"): values * xr.where(values["kind"] == "strip", 0.4, 1.0)
+        for name, values in result.arrays.items()
+    }
+    cases = strip_swap.cases_of(halved, n_layers)
+    assert not cases.table["ok"].any()
+    setting = Setting(planted("background"), stimulus_set("squares"), 8)
+    pairs = setting.pairs(swap_pair, 3, QUICK)
+    shown = strip_swap.failing_pictures(setting, pairs, cases)
+    assert list(shown) == list(cases.table["case"][:SHOWN_CASES])
+    first = pairs["left"][0]
+    assert shown[strip_swap.name_of(first)] == setting.picture(first.clean)
 
 
 def test_the_controls_of_e4_have_the_cells_they_say() -> None:

@@ -5,7 +5,7 @@ import pandas as pd
 import xarray as xr
 from PIL import Image, ImageDraw
 
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import Cases, Result
 from hooked_vlm.report.provenance import Provenance
 
 
@@ -57,8 +57,22 @@ def e1(seed: int = 0) -> Result:
         claim="Accuracy on Squares is 1.00 for Qwen2-VL-7B and 0.98 for Gemma-3-4b.",
         section="Table 1",
         table=table,
-        images={"left": stimulus("horizontal", 0), "above": stimulus("vertical", 2)},
+        images={
+            "left": stimulus("horizontal", 0),
+            "above": stimulus("vertical", 2),
+            "left of red": stimulus("horizontal", 3),
+        },
         verdict="This model answers 0.97 of 480 items (95 % interval 0.95 to 0.98).",
+        cases=Cases(
+            failed="questions answered wrongly",
+            table=pd.DataFrame(
+                {
+                    "case": ["left of red", "above blue", "left of <b>"],
+                    "answer": ["blue", "green", "red"],
+                    "ok": [False, True, False],
+                }
+            ),
+        ),
         config={"pairs": 50, "seed": 0},
         notes=("Scored on the top token, lower-cased and stripped.", "Chance is one in three."),
     )
@@ -192,6 +206,28 @@ def e4(n_slots: int = 9, seed: int = 3) -> Result:
         images={"horizontal": stimulus("horizontal", 5), "vertical": stimulus("vertical", 6)},
         verdict="Strips flip the answer at slots 0 to 5 (0.96, 0.92 to 0.99); objects do not.",
         notes=("Both regions are written at one slot of the clean run.",),
+    )
+
+
+def depth(seed: int = 4) -> Result:
+    """Maps of the encoder's layers, as Q5 has them, of an experiment without figures."""
+    rng = np.random.default_rng(seed)
+    axes, sites = ["horizontal", "vertical"], ["vision.0", "vision.1", "projector"]
+    maps = np.stack([[probe_map(axis, rng, 0.2) for _ in sites] for axis in axes])
+    return Result(
+        id="own",
+        name="own-depth",
+        title="At which depth?",
+        claim="Not said.",
+        section="open",
+        table=e3().table,
+        arrays={
+            "maps": xr.DataArray(
+                maps, dims=("axis", "layer", "class", "row", "col"), coords={"axis": axes}
+            )
+        },
+        verdict="From layer 1 on.",
+        config={"sites": sites},
     )
 
 

@@ -22,7 +22,7 @@ from hooked_vlm.report import page as report
 from hooked_vlm.report.explore import charts_of
 from hooked_vlm.report.figures import drawings
 from hooked_vlm.report.index import write_index
-from hooked_vlm.report.look import KINDS, to_png
+from hooked_vlm.report.look import CLASSES, KINDS, to_png
 from hooked_vlm.report.page import key_numbers, numbers, write_report
 from hooked_vlm.report.provenance import Provenance
 
@@ -151,14 +151,14 @@ def test_markup_in_a_name_is_shown_not_obeyed(tmp_path: Path) -> None:
     assert odd in page.text
 
 
-def explored(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The numbers of the charts to explore on a page, by their result."""
+def explored(path: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The numbers of the charts and maps to explore on a page, by their result."""
     found = re.search('id="explored">(.*?)</script>', path.read_text())
     return json.loads(found[1]) if found else {}
 
 
 def test_lines_to_explore_have_the_numbers_over_slots(written: Path) -> None:
-    charts = explored(written / "report.html")
+    charts = {anchor: own["charts"] for anchor, own in explored(written / "report.html").items()}
     assert set(charts) == {synthetic.e2().anchor, synthetic.e4().anchor}
     for result, line, labels in (
         (synthetic.e2(), "direction", {}),
@@ -184,12 +184,37 @@ def test_a_page_without_numbers_over_slots_has_no_script(tmp_path: Path) -> None
     assert "script" not in page.tags
 
 
+def test_maps_to_explore_have_the_numbers_of_every_layer(tmp_path: Path) -> None:
+    result = synthetic.depth()
+    path = write_report([result], synthetic.provenance(), tmp_path)
+    (own,) = explored(path).values()
+    assert own["charts"] == []
+    assert [found["label"] for found in own["maps"]] == ["horizontal", "vertical"]
+    for found, expected in zip(own["maps"], result.arrays["maps"].values, strict=True):
+        assert found["sites"] == result.config["sites"]
+        np.testing.assert_allclose(found["values"], expected, atol=0.51e-4)
+    assert own["maps"][1]["classes"] == list(CLASSES["vertical"])
+    assert f'id="{result.anchor}-maps"' in path.read_text()
+
+
+def test_cases_that_failed_are_listed_with_their_pictures(tmp_path: Path) -> None:
+    result = synthetic.e1()
+    page = Page(write_report([result], synthetic.provenance(), tmp_path))
+    assert "Which failed: 2 of 3 questions answered wrongly" in page.text
+    assert "left of <b>" in page.text and "above blue" not in page.text
+    assert result.cases is not None
+    none = dataclasses.replace(result.cases, table=result.cases.table.assign(ok=True))
+    result = dataclasses.replace(result, cases=none)
+    text = Page(write_report([result], synthetic.provenance(), tmp_path)).text
+    assert "Which failed: 0 of 3 questions answered wrongly." in text
+
+
 def test_a_name_cannot_end_the_script(tmp_path: Path) -> None:
     odd = "</script><b>"
     table = synthetic.e4().table.replace({"direction": {"left": odd}})
     result = dataclasses.replace(synthetic.e4(), table=table)
     path = write_report([result], synthetic.provenance(), tmp_path)
-    assert any(odd in chart["label"] for chart in explored(path)[result.anchor])
+    assert any(odd in chart["label"] for chart in explored(path)[result.anchor]["charts"])
 
 
 def charts_for(**columns: list[Any]) -> list[dict[str, Any]]:

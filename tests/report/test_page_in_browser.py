@@ -16,7 +16,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     page = write_report(
-        synthetic.all_results(), synthetic.provenance(), tmp_path_factory.mktemp("report")
+        [*synthetic.all_results(), synthetic.depth()],
+        synthetic.provenance(),
+        tmp_path_factory.mktemp("report"),
     )
     with chromium() as browser:
         browser.as_seen(width=1200)
@@ -48,6 +50,35 @@ def test_a_choice_of_lines_shows_their_numbers(opened: Browser) -> None:
         table = table[(table["direction"] == direction) & (table["quantity"] == quantity)]
         expected = table.pivot_table(index="slot", columns="kind", values="value", sort=False)
         np.testing.assert_allclose(numbers(opened, result.anchor), expected.values, atol=0.51e-4)
+    assert opened.log() == []
+
+
+def test_a_layer_is_chosen_and_its_map_is_shown(opened: Browser) -> None:
+    result = synthetic.depth()
+    maps = result.arrays["maps"]
+    opened.click(f"#{result.anchor}-maps > summary")
+    for index, axis in enumerate(maps["axis"].values):
+        opened.choose(f"#{result.anchor}-axis", str(index))
+        for layer in (2, 0):
+            opened.run(
+                """const slider = document.getElementById(arguments[0]);
+                slider.value = arguments[1]; slider.dispatchEvent(new Event("input"));""",
+                f"{result.anchor}-layer",
+                layer,
+            )
+            expected = maps.sel(axis=axis)[layer].values  # [class, row, col]
+            shown = numbers(opened, f"{result.anchor}-map").reshape(
+                expected.shape[1], len(expected), -1
+            )
+            np.testing.assert_allclose(shown.transpose(1, 0, 2), expected, atol=0.51e-4)
+    site = opened.run(
+        "return document.getElementById(arguments[0]).textContent", f"{result.anchor}-site"
+    )
+    assert site == "0: vision.0"
+    cells = "return document.querySelectorAll(arguments[0]).length"
+    assert (
+        opened.run(cells, f"#{result.anchor}-map-chart [data-mark='cell'] rect") == maps[0, 0].size
+    )
     assert opened.log() == []
 
 

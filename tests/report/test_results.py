@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 from helpers import synthetic_results as synthetic
 from hooked_vlm.disk.files import writable_folder, write_file
 from hooked_vlm.errors import DataError, HookedVLMWarning
-from hooked_vlm.experiments.result import Result
+from hooked_vlm.experiments.result import Cases, Result
 from hooked_vlm.report import results
 from hooked_vlm.report.results import load_result, read_result, save_result
 
@@ -37,6 +37,18 @@ def test_round_trip_is_exact(result: Result, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(back.images[name]), np.asarray(image))
     for word in ("id", "name", "title", "claim", "section", "verdict", "config", "notes"):
         assert getattr(back, word) == getattr(result, word)
+    assert (back.cases is None) == (result.cases is None)
+    if back.cases is not None and result.cases is not None:
+        assert back.cases.failed == result.cases.failed
+        pd.testing.assert_frame_equal(back.cases.table, result.cases.table, check_exact=True)
+
+
+def test_cases_say_which_failed() -> None:
+    cases = synthetic.e1().cases
+    assert cases is not None
+    assert list(cases.failing["case"]) == ["left of red", "left of <b>"]
+    with pytest.raises(DataError, match=r"\['case'\]; expected case and ok"):
+        Cases(failed="questions", table=pd.DataFrame({"case": ["left"]}))
 
 
 def test_an_array_that_lies_transposed_in_memory_comes_back_as_it_was(tmp_path: Path) -> None:

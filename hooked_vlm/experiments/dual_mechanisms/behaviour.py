@@ -14,9 +14,10 @@ from hooked_vlm.experiments.answers import picture_of
 from hooked_vlm.experiments.batches import left_out, none_left
 from hooked_vlm.experiments.loop import over_batches, silent
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.result import SHOWN_CASES, About, Cases, Result
 from hooked_vlm.experiments.setting import Setting, of_config, sampled
 from hooked_vlm.experiments.tables import format_interval, rate_rows
+from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.sets import StimulusSet
 
 
@@ -66,12 +67,21 @@ def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
     right: dict[str, list[bool]] = {direction: [] for direction in setting.directions}
     pictures: dict[str, list[str]] = {direction: [] for direction in setting.directions}
     wrong = dict.fromkeys(setting.directions, 0)
+    cases: list[dict] = []
+    failing: dict[str, Question] = {}
     for question, answer in zip(questions, chain(*answers["all"]), strict=True):
         if answer is None:
             wrong[question.direction] += 1
             continue
-        right[question.direction].append(answer == normalise(question.target))
+        is_right = answer == normalise(question.target)
+        right[question.direction].append(is_right)
         pictures[question.direction].append(picture_of(question))
+        case = f"{question.direction} of {question.reference}: {', '.join(question.entities)}"
+        cases.append(
+            {"case": case, "answer": answer, "correct answer": question.target, "ok": is_right}
+        )
+        if not is_right and len(failing) < SHOWN_CASES:
+            failing[case] = question
     right = {direction: own for direction, own in right.items() if own}
     if not right:
         raise none_left("question")
@@ -87,7 +97,8 @@ def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
     return Result(
         **vars(ABOUT),
         table=table,
-        images={axis: setting.picture(q) for axis, q in examples.items()},
+        images={name: setting.picture(q) for name, q in {**examples, **failing}.items()},
+        cases=Cases(failed="questions answered wrongly", table=pd.DataFrame(cases)),
         verdict="\n".join([_verdict(table), *missing]),
         config={"items": len(questions), "geometry": str(setting.geometry)},
         notes=(

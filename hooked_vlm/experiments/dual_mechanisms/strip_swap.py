@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
@@ -20,7 +21,7 @@ from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.result import SHOWN_CASES, About, Cases, Result
 from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import (
     format_interval,
@@ -95,11 +96,13 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
     }
     by_direction, left_out = numbers_only(by_direction)
     table = _table(by_direction, model.cfg.n_layers, config.seed)
+    cases = cases_of(by_direction, model.cfg.n_layers)
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
-        images=_pictures(setting, pairs),
+        images={**_pictures(setting, pairs), **failing_pictures(setting, pairs, cases)},
+        cases=cases,
         verdict="\n".join([_verdict(table, setting.directions), *left_out]),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         notes=(
@@ -222,6 +225,30 @@ def pictures_of(values: xr.DataArray) -> list[str]:
         axis = AXIS_OF.get(direction, direction)
         names.append(f"{axis}: {', '.join(min(e := entities.split(', '), e[::-1]))}")
     return names
+
+
+def cases_of(by_direction: Mapping[str, xr.DataArray], n_layers: int) -> Cases:
+    """Returns what strips and objects do in each pair: means over the early slots."""
+    rows = []
+    for values in by_direction.values():
+        kinds = [str(kind) for kind in values["kind"].values]
+        early = values.sel(quantity="swapped", slot=slice(0, n_layers // 2)).mean("slot")
+        for i, pair in enumerate(early["pair"].values):
+            found = {kind: float(early.sel(kind=kind)[i]) for kind in kinds}
+            rows.append({"case": str(pair), **found, "ok": found[strips_of(kinds)] > HALF})
+    return Cases(
+        failed=f"pairs whose answer strips do not flip ({EARLY})", table=pd.DataFrame(rows)
+    )
+
+
+def failing_pictures(
+    setting: Setting, pairs: Mapping[str, list[SwapPair]], cases: Cases
+) -> dict[str, Image.Image]:
+    """Returns the clean pictures of the first pairs that failed, by the name of the pair."""
+    known = {name_of(pair): pair for found in pairs.values() for pair in found}
+    return {
+        case: setting.picture(known[case].clean) for case in cases.failing["case"][:SHOWN_CASES]
+    }
 
 
 def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:

@@ -85,6 +85,27 @@ function squares(id, rows, { label, chosen, pick }) {
   put(`${id}-table`, table(["layer", ...heads.map((head) => `head ${head}`)], lines));
 }
 
+// One map for each name, side by side: `values` are probabilities by map, row and column.
+function grids(id, values, { label, names }) {
+  const rows = values.flatMap((map, i) => map.flatMap((line, row) => line.map((value, column) => ({ map: names[i], row, column, value }))));
+  const width = widthOf(id);
+  const chart = Plot.plot({
+    width, height: 70 + Math.round((width / names.length) * (values[0].length / values[0][0].length)), padding: 0,
+    marginLeft: 8, marginRight: 8, marginBottom: 8, marginTop: 28, style: { background: "none", fontSize: "12px" },
+    x: { axis: null, type: "band" }, y: { axis: null, type: "band" }, fx: { label: null, axis: "top", domain: names, padding: 0.06 },
+    color: { scheme: "cividis", domain: [0, 1], label, legend: true },
+    ariaLabel: `${label} over the picture, by class`,
+    marks: [
+      Plot.cell(rows, { fx: "map", x: "column", y: "row", fill: "value" }),
+      Plot.tip(rows, Plot.pointer({ fx: "map", x: "column", y: "row", title: (d) => `${d.map}\nrow ${d.row}, column ${d.column}: ${shown(d.value)}`, fill: "var(--card)" })),
+    ],
+  });
+  put(`${id}-chart`, chart);
+  const header = names.flatMap((name) => values[0][0].map((_, column) => `${name}, column ${column}`));
+  const lines = values[0].map((_, row) => ({ head: row, cells: values.flatMap((map) => map[row]) }));
+  put(`${id}-table`, table(["row", ...header], lines));
+}
+
 function table(header, lines) {
   const made = document.createElement("table");
   const head = made.createTHead().insertRow();
