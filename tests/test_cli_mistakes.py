@@ -211,7 +211,15 @@ EMPTY = {
     "view": "tiny-gemma-3 --out v.html",
     "report": "out",
     "options": "E5",
+    "merge": "out",
+    "plan": "behaviour --model tiny-gemma-3",
+    "compare": "one two --out out",
+    "list": "",
 }
+
+
+def test_every_command_is_among_those_that_refuse_empty_texts() -> None:
+    assert set(EMPTY) == set(get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("command", EMPTY)
@@ -225,10 +233,14 @@ def test_i2_an_empty_text_is_refused_everywhere(
     monkeypatch.chdir(files / "empty")
     parameters = get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     flags = [p.opts[0] for p in parameters if not getattr(p, "is_flag", False)]
+    positional = [flag for flag in flags if flag[0] != "-"]
     for flag in flags:
         for empty in ("", "  "):
             words = EMPTY[command].split()
-            words = [*words, f"{flag}={empty}"] if flag[0] == "-" else [empty, *words[1:]]
+            if flag in positional:
+                words[positional.index(flag)] = empty
+            else:
+                words.append(f"{flag}={empty}")
             assert status(monkeypatch, command, *words) == 2
             said = capsys.readouterr().err
             assert said.startswith(f"hooked-vlm: {flag} was given {empty!r}, an empty text.")

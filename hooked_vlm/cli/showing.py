@@ -24,7 +24,7 @@ from hooked_vlm.cli.parameters import (
     Setting,
 )
 from hooked_vlm.errors import counted
-from hooked_vlm.report.progress import quiet
+from hooked_vlm.report.progress import quiet, say_loading
 
 
 Finished = Annotated[Path, typer.Argument(help="The --out of a finished run.")]
@@ -37,6 +37,7 @@ def sites(model: ModelName, json: Json = False) -> None:
     from hooked_vlm.model.vlm import HookedVLM
 
     with quiet():
+        say_loading(model)
         wrapped = HookedVLM.from_pretrained(model)
         show(wrapped.describe(), [str(name) for name in wrapped.sites], json)
 
@@ -58,6 +59,7 @@ def check(
 
     chosen = {"dtype": dtype_of(dtype), "device": device_of(device)}
     with quiet():
+        say_loading(model)
         wrapped = HookedVLM.from_pretrained(model, **chosen)
         findings = []
         for finding in check_model(wrapped, every_layer):

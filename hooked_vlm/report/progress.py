@@ -230,6 +230,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def say_loading(model: str) -> None:
+    """Writes a line on stderr before a model is loaded, which takes minutes for large ones."""
+    print(f"hooked-vlm: loading {model} …", file=sys.stderr, flush=True)
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if issubclass(category, UserWarning):
         print(f"warning: {message}", file=sys.stderr)

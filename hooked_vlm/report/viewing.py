@@ -12,11 +12,12 @@ from hooked_vlm.experiments.options import OnProgress
 from hooked_vlm.experiments.setting import Setting, system_of
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.report.devices import device_of, dtype_of
+from hooked_vlm.report.progress import say_loading
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.pictures import open_picture, upright
 from hooked_vlm.stimuli.settings import stimulus_set
 from hooked_vlm.viewer.order_probes import order_probes
-from hooked_vlm.viewer.view import LIMIT_MB, PANELS, View, layers_of, view
+from hooked_vlm.viewer.view import LIMIT_MB, PANELS, View, check_view, view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ def write(
     writable_folder(out.parent)
     images = [open_picture(path, upright) for path in (asked.image, asked.source) if path]
     how = {"dtype": dtype_of(dtype), "device": device_of(device), "attn_implementation": "eager"}
+    say_loading(model)
     loaded = HookedVLM.from_pretrained(model, **how)
     made = make(loaded, asked, images, on_progress)
     page = made.to_html(out)
@@ -94,23 +96,25 @@ def make(
     """Returns the view of a model for what is asked; `images` are the picture and its source."""
     image, question, source, system = _stimulus(model, asked, images)
     layers, slots = _numbers("--layers", asked.layers), _numbers("--slots", asked.slots)
-    wanted = "probes" in asked.chosen_panels
-    layers_of(model, layers)  # raises before probes are fitted, which takes long
     for word in asked.chosen_answers or ():
         model.to_single_token(word)
+    probes = None
+    how = {"source": source, "layers": layers, "slots": slots, "system": system}
+    how |= {"limit_mb": asked.limit_mb}
+    if "probes" in asked.chosen_panels:
+        # What is wrong is said before probes are fitted, which takes long.
+        if others := [panel for panel in asked.chosen_panels if panel != "probes"]:
+            check_view(model, image, question, panels=others, **how)
+        probes = order_probes(model, slots=slots, on_progress=on_progress)
     return view(
         model,
         image,
         question,
-        source=source,
         answers=asked.chosen_answers,
-        probes=order_probes(model, slots=slots, on_progress=on_progress) if wanted else None,
+        probes=probes,
         panels=asked.chosen_panels,
-        layers=layers,
-        slots=slots,
-        limit_mb=asked.limit_mb,
         on_progress=on_progress,
-        system=system,
+        **how,
     )
 
 

@@ -142,6 +142,23 @@ def view(
     return work.done(answers)
 
 
+def check_view(
+    model: Any,
+    image: Image.Image,
+    question: str,
+    *,
+    source: Image.Image | None = None,
+    panels: Sequence[str],
+    layers: Sequence[int] | None = None,
+    slots: Sequence[int] | None = None,
+    limit_mb: float | int = LIMIT_MB,
+    system: str | None = None,
+) -> None:
+    """Raises what `view` would raise before its model runs: also before probes are fitted."""
+    work = _Work(model, image, question, source, {"system": system}, silent)
+    work.check(list(panels), layers, slots, {}, None, limit_mb)
+
+
 def layers_of(model: Model, layers: Sequence[int] | None) -> list[int]:
     """Returns the layers whose attention is kept (default: all); raises `DataError` for others."""
     every = range(model.cfg.n_layers)

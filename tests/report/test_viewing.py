@@ -95,7 +95,11 @@ def test_the_command_gives_its_options_on_and_prints_one_json_document(
 
 @pytest.mark.parametrize(("turned", "size"), [(1, (64, 48)), (6, (48, 64))])
 def test_a_picture_is_opened_upright(
-    turned: int, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    turned: int,
+    size: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     sizes: list[tuple[int, int]] = []
 
@@ -111,12 +115,15 @@ def test_a_picture_is_opened_upright(
     asked = Asked(image=tmp_path / "p.jpg", question="What?")
     write(MODEL, asked, tmp_path / "v.html", "cpu", "float32", silent)
     assert sizes == [size]
+    assert capsys.readouterr().err == f"hooked-vlm: loading {MODEL} …\n"
 
 
 def test_a_wrong_layer_is_refused_before_probes_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(viewing, "order_probes", None)  # none are fitted
     with pytest.raises(DataError, match="expected some of 0 to 5"):
         viewing.make(HookedVLM.from_pretrained(MODEL), Asked(layers="9"), [], silent)
+    with pytest.raises(DataError, match=r"limit_mb is 0\.01"):
+        viewing.make(HookedVLM.from_pretrained(MODEL), Asked(limit_mb=0.01), [], silent)
 
 
 @pytest.mark.slow
