@@ -2,14 +2,12 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import hooked_vlm
+from helpers.built_site import built_site
 
 
 ROOT = Path(__file__).parent.parent
@@ -19,15 +17,7 @@ API = ROOT / "docs" / "reference" / "api"
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built site."""
-    pytest.importorskip("zensical", reason="the extra docs is not installed")
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(ROOT / "docs", folder / "docs")
-    shutil.copy(ROOT / "mkdocs.yml", folder)
-    (folder / "hooked_vlm").symlink_to(ROOT / "hooked_vlm")
-    command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert not built.returncode, built.stdout + built.stderr
-    return folder / "site"
+    return built_site(tmp_path_factory.mktemp("project"))
 
 
 def test_every_page_of_the_documentation_is_in_the_navigation() -> None:

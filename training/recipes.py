@@ -75,10 +75,16 @@ RECIPES: dict[str, Recipe] = {
             encoder=EncoderTraining("contrastive", steps=1000, batch=64),
         ),
         replace(
-            _CAPTIONS,
-            name="captions-tuned",
-            varies="encoder tuned at a tenth of the rate",
-            encoder_rate=0.1,
+            _END_TO_END,
+            name="end-to-end-dropout",
+            varies="end to end; cells of objects dropped in half of the batches",
+            object_dropout=0.5,
+        ),
+        replace(
+            _END_TO_END,
+            name="end-to-end-without-order",
+            varies="end to end; image tokens without order in half of the batches",
+            without_order=0.5,
         ),
         replace(
             _CAPTIONS,

@@ -39,6 +39,15 @@ class Browser:
             assert time.monotonic() < end, self.log()
             time.sleep(0.05)
 
+    def show(self, page: Path) -> None:
+        """Opens a page without scripts of ours, and waits until it is loaded."""
+        self._ask("POST", "/url", {"url": page.as_uri()})
+
+    def wait_for(self, promise: str) -> Any:
+        """Returns what a promise, the value of an expression, is kept with."""
+        script = f"const done = arguments[arguments.length - 1]; ({promise}).then(done)"
+        return self._ask("POST", "/execute/async", {"script": script, "args": []})
+
     def run(self, script: str, *args: Any) -> Any:
         """Returns what a script returns."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": list(args)})

@@ -1,0 +1,73 @@
+"""Pages have no accessibility errors, and none scrolls sideways on a phone: axe-core in a browser.
+
+The rules' script comes with a package: `pip install --no-deps axe-playwright-python`.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import synthetic_results as synthetic
+from helpers.browser import Browser, chromium
+from helpers.built_site import built_site
+from hooked_vlm.report.page import write_report
+
+
+pytestmark = pytest.mark.slow
+WIDTHS = (390, 1200)
+
+
+@pytest.fixture(scope="module")
+def rules() -> str:
+    found = importlib.util.find_spec("axe_playwright_python")
+    if found is None or found.origin is None:
+        pytest.skip("needs axe-core: pip install --no-deps axe-playwright-python")
+    return (Path(found.origin).parent / "axe.min.js").read_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+def violations(browser: Browser, rules: str) -> list[str]:
+    """What the rules find on the page as it is shown, with the first element of each finding."""
+    browser.run(rules)
+    found: Any = browser.wait_for("axe.run(document, {resultTypes: ['violations']})")
+    wide = browser.run("return document.documentElement.scrollWidth - window.innerWidth")
+    said = [f"{v['id']}: {v['nodes'][0]['html'][:120]}" for v in found["violations"]]
+    return [*said, *([f"wider than the screen by {wide}"] if wide > 0 else [])]
+
+
+def test_every_page_of_the_site(
+    browser: Browser, rules: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    site = built_site(tmp_path_factory.mktemp("project"))
+    pages = sorted(site.rglob("index.html"))
+    assert len(pages) > 40
+    wrong = {}
+    for width, dark in ((390, True), (1200, False)):
+        browser.as_seen(width=width, dark=dark)
+        for page in pages:
+            browser.show(page)
+            if found := violations(browser, rules):
+                wrong[f"{page.relative_to(site)}, {width} px"] = found
+    assert not wrong
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_report_with_all_parts_open(
+    browser: Browser, rules: str, width: int, dark: bool, tmp_path: Path
+) -> None:
+    results = [*synthetic.all_results(), synthetic.depth()]
+    browser.as_seen(width=width, dark=dark)
+    browser.open(write_report(results, synthetic.provenance(), tmp_path))
+    browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
+    browser.wait_for("new Promise((drawn) => setTimeout(drawn, 300))")
+    assert browser.run("return document.querySelectorAll('.chart svg').length") >= 3
+    assert violations(browser, rules) == []
