@@ -11,7 +11,7 @@ from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import ORDER
 from hooked_vlm.experiments.dual_mechanisms.swap_under_ablation import CLAIM
 from hooked_vlm.experiments.registry import select
-from training import measure, study
+from training import measure, results, study
 from training.measure import Shown
 from training.recipes import RECIPES
 
@@ -122,6 +122,28 @@ def test_recipes_differ_where_all_seeds_and_their_intervals_do() -> None:
     assert not measure.differ([low, high], [high, high])
     assert not measure.differ([low, Shown("found", 0.3, 0.2, 0.45)], [high, high])
     assert measure.differ([Shown("found", 0.1)], [Shown("found", 0.2)])
+
+
+def test_the_page_has_each_model_the_differences_and_the_choice(tmp_path: Any) -> None:
+    found = rows(
+        captions=[(0.95, 2, 0.0), (0.95, 2, 0.1)], contrastive=[(0.9, 3, 0.4), (0.9, 2, 0.5)]
+    )
+    found = found[found["recipe"].isin(["captions", "contrastive"])].assign(seed=[0, 1, 0, 1])
+    alike = pd.Series([Shown("undecided", 0.25)] * 4, index=found.index)
+    found = found.assign(**{claim: alike for claim in set(measure.CLAIMS) - set(found)})
+    text = results.tables(found)
+    assert "| `captions` | 0 | 0.95 | ? (0.25) |" in text
+    # 0.0 and 0.1 lie below 0.4 and 0.5, and have no intervals; all other claims are equal.
+    assert "| `contrastive` | `captions` | strips, not objects |" in text
+    assert "The rule chooses none yet. Not measured with every seed: end-to-end" in text
+    assert results.differences(found.iloc[:3]) == []  # one seed decides nothing
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    results.write_into(page, text)
+    assert page.read_text() == f"before\n{results.BEGIN}\n{text}\n{results.END}\nafter\n"
+    page.write_text("none")
+    with pytest.raises(ValueError, match="lacks the marks"):
+        results.write_into(page, text)
 
 
 @pytest.mark.filterwarnings("ignore")  # of pairs that are too few
