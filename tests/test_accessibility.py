@@ -3,7 +3,11 @@
 The rules' script comes with a package: `pip install --no-deps axe-playwright-python`.
 """
 
+import contextlib
+import functools
+import http.server
 import importlib.util
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,23 @@ def browser() -> Iterator[Browser]:
         yield opened
 
 
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serves a folder; yields its address.  The site's own scripts do not run from files."""
+    handler = functools.partial(Silent, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a line for each on stderr."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 def violations(browser: Browser, rules: str) -> list[str]:
     """What the rules find on the page as it is shown, with the first element of each finding."""
     browser.run(rules)
@@ -50,12 +71,15 @@ def test_every_page_of_the_site(
     pages = sorted(site.rglob("index.html"))
     assert len(pages) > 40
     wrong = {}
-    for width, dark in ((390, True), (1200, False)):
-        browser.as_seen(width=width, dark=dark)
-        for page in pages:
-            browser.show(page)
-            if found := violations(browser, rules):
-                wrong[f"{page.relative_to(site)}, {width} px"] = found
+    with served(site) as address:
+        for width, dark in ((390, True), (1200, False)):
+            browser.as_seen(width=width, dark=dark)
+            for page in pages:
+                name = page.parent.relative_to(site).as_posix()
+                browser.show(f"{address}/{name}/")
+                browser.wait_for("new Promise((drawn) => setTimeout(drawn, 300))")
+                if found := violations(browser, rules):
+                    wrong[f"{name}, {width} px"] = found
     assert not wrong
 
 

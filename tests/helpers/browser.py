@@ -18,6 +18,8 @@ import pytest
 
 KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "tab": "\ue004"}
 KEYS |= {"enter": "\ue007", "space": " ", "home": "\ue011", "end": "\ue010"}
+PATIENCE_S = 120
+"""How long a script may take: on busy cores, rules over a long page take half a minute."""
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
@@ -27,6 +29,7 @@ class Browser:
     def __init__(self, address: str, options: dict[str, Any]) -> None:
         self._address = address
         capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        capabilities["timeouts"] = {"script": 1000 * PATIENCE_S}
         found = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
         self._address += f"/session/{found['sessionId']}"
 
@@ -39,9 +42,9 @@ class Browser:
             assert time.monotonic() < end, self.log()
             time.sleep(0.05)
 
-    def show(self, page: Path) -> None:
+    def show(self, address: str) -> None:
         """Opens a page without scripts of ours, and waits until it is loaded."""
-        self._ask("POST", "/url", {"url": page.as_uri()})
+        self._ask("POST", "/url", {"url": address})
 
     def wait_for(self, promise: str) -> Any:
         """Returns what a promise, the value of an expression, is kept with."""
@@ -107,7 +110,7 @@ class Browser:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._address}{path}", data, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S + 10) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:
             raise AssertionError(json.load(error)["value"]["message"]) from None

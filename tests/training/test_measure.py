@@ -130,7 +130,7 @@ def test_the_page_has_each_model_the_differences_and_the_choice(tmp_path: Any) -
     )
     found = found[found["recipe"].isin(["captions", "contrastive"])].assign(seed=[0, 1, 0, 1])
     alike = pd.Series([Shown("undecided", 0.25)] * 4, index=found.index)
-    found = found.assign(**{claim: alike for claim in set(measure.CLAIMS) - set(found)})
+    found = found.assign(**dict.fromkeys(set(measure.CLAIMS) - set(found), alike))
     text = results.tables(found)
     assert "| `captions` | 0 | 0.95 | ? (0.25) |" in text
     # 0.0 and 0.1 lie below 0.4 and 0.5, and have no intervals; all other claims are equal.
