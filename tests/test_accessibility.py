@@ -80,7 +80,7 @@ def test_every_page_of_the_site(
                 browser.wait_for("new Promise((drawn) => setTimeout(drawn, 300))")
                 if found := violations(browser, rules):
                     wrong[f"{name}, {width} px"] = found
-    assert not wrong
+    assert not wrong, "\n".join(f"{page}: {found}" for page, found in wrong.items())
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -71,6 +71,11 @@ class Question:
         """`"horizontal"` or `"vertical"`."""
         return AXIS_OF[self.direction]
 
+    @property
+    def name(self) -> str:
+        """What tells the question from all others of its setting, in words."""
+        return f"{self.direction} of {self.reference}: {', '.join(self.entities)}"
+
 
 @dataclass(frozen=True)
 class SwapPair:

@@ -223,6 +223,10 @@ def test_two_questions_about_a_picture_are_one_observation() -> None:
         model(), OwnData.read([*each, again]), EXPERIMENTS["behaviour"].config()
     )
     assert set(result.table["n"]) == {2}
+    assert result.cases is not None
+    last = result.cases.table["case"].iloc[-1]
+    assert last == "again: Left of the green square is the color "
+    assert set(result.cases.failing["case"]) <= set(result.images)
 
 
 NEEDS = {

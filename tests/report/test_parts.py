@@ -39,6 +39,7 @@ from hooked_vlm.report.engines import engine_of
 from hooked_vlm.report.job import SILENT, Job
 from hooked_vlm.report.merge import merge
 from hooked_vlm.report.parts import Parts, Share, file_of
+from hooked_vlm.report.results import FORMAT
 from hooked_vlm.report.shares import run_share
 from hooked_vlm.report.values import packed, unpacked
 from hooked_vlm.report.workers import Task
@@ -336,7 +337,7 @@ def test_a_worker_with_another_version_refuses() -> None:
     )
     failed = workers.compute(task).failed
     assert failed is not None and failed.unit == "" and failed.kind == "DataError"
-    assert failed.said.startswith("it refuses the task, for it has format 4 and None")
+    assert failed.said.startswith(f"it refuses the task, for it has format {FORMAT} and None")
 
 
 @pytest.mark.parametrize(

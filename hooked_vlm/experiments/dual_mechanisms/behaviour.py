@@ -76,12 +76,10 @@ def run_in(setting: Setting, config: Any, on_progress: OnProgress) -> Result:
         is_right = answer == normalise(question.target)
         right[question.direction].append(is_right)
         pictures[question.direction].append(picture_of(question))
-        case = f"{question.direction} of {question.reference}: {', '.join(question.entities)}"
-        cases.append(
-            {"case": case, "answer": answer, "correct answer": question.target, "ok": is_right}
-        )
+        case = {"case": question.name, "answer": answer, "correct answer": question.target}
+        cases.append({**case, "ok": is_right})
         if not is_right and len(failing) < SHOWN_CASES:
-            failing[case] = question
+            failing[question.name] = question
     right = {direction: own for direction, own in right.items() if own}
     if not right:
         raise none_left("question")

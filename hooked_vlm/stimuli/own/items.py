@@ -102,6 +102,11 @@ class OwnItem:
         return "picture"
 
     @property
+    def name(self) -> str:
+        """What tells the question from all others, in words."""
+        return f"{self.id}: {self.question}"
+
+    @property
     def entities(self) -> tuple[str, ...]:
         """What the picture is known by."""
         return (self.image.key,)
