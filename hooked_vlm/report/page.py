@@ -189,7 +189,7 @@ def _failed(result: Result) -> dict[str, Any] | None:
     short = f" The first {LISTED} are listed." if len(failing) > LISTED else ""
     return {
         "said": said,
-        "table": table_of(listed, f"{said[0].upper()}{said[1:]}.{short}"),
+        "table": table_of(listed, f"{said}.{short}"),
         "pictures": _pictures(result, [name for name in failing["case"] if name in result.images]),
     }
 
