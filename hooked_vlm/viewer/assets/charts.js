@@ -89,10 +89,12 @@ function squares(id, rows, { label, chosen, pick }) {
 function grids(id, values, { label, names }) {
   const rows = values.flatMap((map, i) => map.flatMap((line, row) => line.map((value, column) => ({ map: names[i], row, column, value }))));
   const width = widthOf(id);
+  const gap = 0.06; // between maps, as a share of a map and its gap
+  const side = ((width - 16) / (names.length - gap)) * (1 - gap); // of one map, so that cells are square
   const chart = Plot.plot({
-    width, height: 70 + Math.round((width / names.length) * (values[0].length / values[0][0].length)), padding: 0,
+    width, height: 36 + Math.round((side * values[0].length) / values[0][0].length), padding: 0,
     marginLeft: 8, marginRight: 8, marginBottom: 8, marginTop: 28, style: { background: "none", fontSize: "12px" },
-    x: { axis: null, type: "band" }, y: { axis: null, type: "band" }, fx: { label: null, axis: "top", domain: names, padding: 0.06 },
+    x: { axis: null, type: "band" }, y: { axis: null, type: "band" }, fx: { label: null, axis: "top", domain: names, padding: gap },
     color: { scheme: "cividis", domain: [0, 1], label, legend: true },
     ariaLabel: `${label} over the picture, by class`,
     marks: [
