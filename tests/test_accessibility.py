@@ -9,6 +9,7 @@ import http.server
 import importlib.util
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ import pytest
 from helpers import synthetic_results as synthetic
 from helpers.browser import Browser, chromium
 from helpers.built_site import built_site
+from helpers.made_view import made_view
+from hooked_vlm.disk.files import writable_folder
+from hooked_vlm.report.compare import compare
 from hooked_vlm.report.page import write_report
+from hooked_vlm.report.results import RESULTS, save_result
 
 
 pytestmark = pytest.mark.slow
@@ -55,10 +60,10 @@ class Silent(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def violations(browser: Browser, rules: str) -> list[str]:
-    """What the rules find on the page as it is shown, with the first element of each finding."""
+def violations(browser: Browser, rules: str, part: str = "html") -> list[str]:
+    """What the rules find on a part as it is shown, with the first element of each finding."""
     browser.run(rules)
-    found: Any = browser.wait_for("axe.run(document, {resultTypes: ['violations']})")
+    found: Any = browser.wait_for(f"axe.run('{part}', {{resultTypes: ['violations']}})")
     wide = browser.run("return document.documentElement.scrollWidth - window.innerWidth")
     said = [f"{v['id']}: {v['nodes'][0]['html'][:120]}" for v in found["violations"]]
     return [*said, *([f"wider than the screen by {wide}"] if wide > 0 else [])]
@@ -95,3 +100,46 @@ def test_a_report_with_all_parts_open(
     browser.wait_for("new Promise((drawn) => setTimeout(drawn, 300))")
     assert browser.run("return document.querySelectorAll('.chart svg').length") >= 3
     assert violations(browser, rules) == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_two_runs_compared(
+    browser: Browser, rules: str, width: int, dark: bool, tmp_path: Path
+) -> None:
+    makers = (synthetic.e1, synthetic.e2, synthetic.e4)
+    steps = {f"{r.name} on {r.setting}": 1.0 for r in (make() for make in makers)}
+    record = replace(synthetic.provenance(), seconds=steps)
+    for seed in (10, 11):
+        results = [make(seed=seed) for make in makers]
+        folder = writable_folder(tmp_path / str(seed))
+        for result in results:
+            save_result(result, folder / RESULTS, "key")
+        write_report(results, record, folder)
+    browser.as_seen(width=width, dark=dark)
+    browser.show(compare(tmp_path / "10", tmp_path / "11", tmp_path).page.as_uri())
+    browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
+    assert violations(browser, rules) == []
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    page = tmp_path_factory.mktemp("view") / "view.html"
+    made_view().to_html(page)
+    return page
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_viewer_with_every_map(
+    browser: Browser, rules: str, viewer: Path, width: int, dark: bool
+) -> None:
+    browser.as_seen(width=width, dark=dark)
+    browser.open(viewer)
+    browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
+    maps = browser.run("return [...document.querySelectorAll('#map option')].map((o) => o.value)")
+    assert len(maps) >= 5
+    assert violations(browser, rules) == []
+    for name in maps:  # a map is shown in the first section; the others stay
+        browser.choose("#map", name)
+        assert violations(browser, rules, "#over") == [], name

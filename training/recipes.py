@@ -86,18 +86,6 @@ RECIPES: dict[str, Recipe] = {
             varies="end to end; image tokens without order in half of the batches",
             without_order=0.5,
         ),
-        replace(
-            _CAPTIONS,
-            name="captions-dropout",
-            varies="cells of objects dropped in half of the batches",
-            object_dropout=0.5,
-        ),
-        replace(
-            _CAPTIONS,
-            name="captions-without-order",
-            varies="image tokens without order in half of the batches",
-            without_order=0.5,
-        ),
         replace(_CAPTIONS, name="captions-deep", varies="12 blocks", blocks=12),
         replace(
             _CAPTIONS, name="captions-tasks", varies="squares, shapes and cut-outs", mixed=True

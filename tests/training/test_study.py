@@ -267,11 +267,9 @@ def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(tmp_path: Any) -> No
 
 def test_a_model_of_the_study_is_made_and_loads(tmp_path: Any) -> None:
     objective = EncoderTraining("captions", steps=2, batch=2)
-    recipe = replace(
-        RECIPES["captions-dropout"], encoder=objective, steps=2, batch=2, object_dropout=1.0
-    )
+    recipe = replace(RECIPES["captions"], encoder=objective, steps=2, batch=2, object_dropout=1.0)
     folder = study.train_model(recipe, 0, tmp_path)
-    assert folder == tmp_path / "captions-dropout-0"
+    assert folder == tmp_path / "captions-0"
     held = load_file(tmp_path / "encoders" / "captions-0" / "encoder.safetensors")
     model: Any = HookedVLM.from_pretrained(str(folder), local_files_only=True)
     own = study.encoder_weights(model.hf_model.model.visual)
@@ -285,7 +283,7 @@ def test_a_model_of_the_study_is_made_and_loads(tmp_path: Any) -> None:
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     for other in (
         replace(recipe, steps=3),
-        replace(recipe, name="captions", encoder=replace(objective, steps=3)),
+        replace(recipe, name="captions-deep", encoder=replace(objective, steps=3)),
     ):
         with pytest.raises(ValueError, match="another recipe"):
             study.train_model(other, 0, tmp_path)

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from helpers.browser import Browser, chromium
-from hooked_vlm import HookedVLM, View, order_probes, view
-from hooked_vlm.stimuli.geometry import geometry_for
-from hooked_vlm.stimuli.squares import draw
+from helpers.made_view import made_view
+from hooked_vlm import HookedVLM, View, view
 
 
 pytestmark = pytest.mark.slow
@@ -39,15 +38,7 @@ class Opened:
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     with chromium() as browser:
-        model = HookedVLM.from_pretrained("tiny-qwen2-vl", attn_implementation="eager")
-        places = geometry_for(6, token_px=16)
-        images = [
-            draw(names, "horizontal", places)
-            for names in (["red", "green", "blue"], ["blue", "green", "red"])
-        ]
-        probes = order_probes(model, pictures=8, slots=[0, 3], batch_size=8)
-        question = "The color of the square to the left of the green square is "
-        made = view(model, images[0], question, source=images[1], probes=probes)
+        made = made_view()
         page = tmp_path_factory.mktemp("view") / "view.html"
         made.to_html(page)
         browser.as_seen(width=1200)
