@@ -27,6 +27,7 @@ from hooked_vlm.report.results import RESULTS, save_result
 
 pytestmark = pytest.mark.slow
 WIDTHS = (390, 1200)
+SCHEME = "return document.body.dataset.mdColorScheme"
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +80,13 @@ def test_every_page_of_the_site(
     with served(site) as address:
         for width, dark in ((390, True), (1200, False)):
             browser.as_seen(width=width, dark=dark)
+            browser.show(address)  # the site keeps the first scheme that it was seen in
+            browser.run("localStorage.clear()")
             for page in pages:
                 name = page.parent.relative_to(site).as_posix()
                 browser.show(f"{address}/{name}/")
                 browser.wait_for("new Promise((drawn) => setTimeout(drawn, 300))")
+                assert browser.run(SCHEME) == ("slate" if dark else "default")
                 if found := violations(browser, rules):
                     wrong[f"{name}, {width} px"] = found
     assert not wrong, "\n".join(f"{page}: {found}" for page, found in wrong.items())

@@ -116,7 +116,7 @@ def test_what_is_public_is_what_the_reference_has() -> None:
     assert own - shown <= {f"hooked_vlm.errors.{name}" for name in hooked_vlm.__all__}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/notebooks/index.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/contributing.md", "docs/notebooks/index.md"])
 def test_no_line_to_install_has_a_placeholder(page: str) -> None:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
     lines = "".join(code for language, code in blocks if language in ("", "bash"))
