@@ -152,4 +152,15 @@ def test_the_swap_stands_under_the_removal() -> None:
         assert n <= 2
         tuples = result.arrays[f"pairs_{direction}"]
         assert tuples.sizes["pair"] == n
+    assert result.cases is not None and result.arrays
+    best = {
+        str(pair): float(values.sel(pair=pair).max())
+        for found in result.arrays.values()
+        for values in [found.sel(kind="object", quantity="swapped", slot=slice(1, None))]
+        for pair in values["pair"].values
+    }
+    each = result.cases.table.set_index("case")
+    assert dict(each["swapped"]) == pytest.approx(best)
+    assert dict(each["ok"]) == {pair: value > 0.5 for pair, value in best.items()}
+    assert set(result.images) == set(result.cases.failing["case"])
     assert swap_under_ablation.right_when_removed(setting, []) == []

@@ -17,6 +17,7 @@ from helpers.forward_counter import count_forwards
 from helpers.planted_models import planted
 from hooked_vlm.errors import CannotRunError, DataError, HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import failing_pictures
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import ALIGNED, SwapRegions, cell_pairs
 from hooked_vlm.experiments.options import Config
 from hooked_vlm.experiments.registry import EXPERIMENTS, SUITES, steps
@@ -113,6 +114,19 @@ def test_e2_finds_the_three_stages_that_were_planted() -> None:
         "pair": 4,
         "quantity": 8,
     }
+    assert result.cases is not None and not result.images
+    each = result.cases.table
+    assert each["ok"].all() and set(each["at slot"]) == {1} and len(each) == 16
+    assert each["case"].is_unique and each["case"][0].startswith("left, horizontal: ")
+
+
+def test_e2_names_the_pairs_whose_ordering_answer_is_never_the_most_probable() -> None:
+    result, _ = run("final-token")
+    values = result.arrays["pairs_left"].copy()
+    values[{"pair": 2}] *= 0.4
+    cases = final_token.cases_of({"left": values})
+    assert cases.failing.index.tolist() == [2]
+    assert cases.failing["ordering"].item() == pytest.approx(0.4, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +213,7 @@ def test_e4_keeps_the_pairs_that_strips_do_not_flip_with_their_pictures() -> Non
     assert not cases.table["ok"].any()
     setting = Setting(planted("background"), stimulus_set("squares"), 8)
     pairs = setting.pairs(swap_pair, 3, QUICK)
-    shown = strip_swap.failing_pictures(setting, pairs, cases)
+    shown = failing_pictures(setting, strip_swap.cleans(pairs), cases)
     assert list(shown) == list(cases.table["case"][:SHOWN_CASES])
     first = pairs["left"][0]
     assert shown[strip_swap.name_of(first)] == setting.picture(first.clean)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from hooked_vlm.errors import CannotRunError, DataError, DataProblemsError
+from hooked_vlm.experiments.dual_mechanisms import strip_swap
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.own import probed
 from hooked_vlm.experiments.own.probed import labelled
@@ -101,6 +102,13 @@ def test_e4_is_the_patch_that_it_says_it_is() -> None:
     # All of the picture is in the boxes: exchanging them exchanges the picture.
     assert value(result, kind=ANYWHERE, slot=0, quantity="swapped") > 0.9
     assert value(result, kind=OTHERS, slot=0, quantity="clean") > 0.9
+    assert result.cases is not None
+    early = result.cases.table.set_index("case")[[ANYWHERE, OTHERS]].mean()
+    for kind in (ANYWHERE, OTHERS):
+        want = value(result, kind=kind, quantity=strip_swap.EARLY, direction="all")
+        assert early[kind] == pytest.approx(want, abs=1e-6)
+    assert set(result.cases.table["case"]) <= {item.name for item in items}
+    assert set(result.images) == {"boxes", *result.cases.failing["case"]}
 
 
 def test_regions_of_pictures_of_two_sizes() -> None:

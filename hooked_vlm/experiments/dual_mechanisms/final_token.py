@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import CASE, failing_pictures, peaks
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.result import About, Cases, Result
 from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import (
     format_interval,
@@ -55,6 +56,8 @@ LOG_ODDS = ("log odds, ordering", "log odds, attribute")
 """Log odds of the ordering and the attribute answer against the clean answer."""
 QUANTITIES = (*ANSWERS, *AGREEMENTS, *LOG_ODDS)
 HIGHEST = "ordering, highest slot"
+HALF = 0.5
+"""The probability above which an answer is the model's, whatever the others have."""
 
 
 def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
@@ -72,15 +75,24 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
         cells=len(slots),
     )
     by_direction = {
-        d: values.assign_coords(pair=[_pictures(pair) for pair in pairs[d]])
+        d: values.assign_coords(
+            {
+                "pair": [_pictures(pair) for pair in pairs[d]],
+                CASE: ("pair", [_name(pair) for pair in pairs[d]]),
+            }
+        )
         for d, values in by_direction.items()
     }
     by_direction, left_out = numbers_only(by_direction)
     table = _table(by_direction, model.cfg.n_layers, config.seed)
+    cases = cases_of(by_direction)
+    clean = {_name(pair): pair.clean for found in pairs.values() for pair in found}
     return Result(
         **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
+        images=failing_pictures(setting, clean, cases),
+        cases=cases,
         verdict=" ".join([_verdict(table, setting.directions), *left_out]),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
         notes=(
@@ -121,6 +133,18 @@ def _pictures(pair: FinalTokenPair) -> str:
     """Returns the two pictures of a pair, by which it is one observation with its like."""
     shown = (pair.clean.entities, pair.counterfactual.entities)
     return f"{pair.clean.axis}: {'; '.join(', '.join(entities) for entities in shown)}"
+
+
+def _name(pair: FinalTokenPair) -> str:
+    """Returns a pair's direction, and the names in its clean and in its counterfactual picture."""
+    return f"{pair.clean.direction}, {_pictures(pair)}"
+
+
+def cases_of(by_direction: Mapping[str, xr.DataArray]) -> Cases:
+    """Returns how probable the ordering answer becomes in each pair, and at which slot."""
+    ordering = {d: values.sel(quantity="ordering") for d, values in by_direction.items()}
+    failed = f"pairs whose ordering answer is at no slot more probable than {HALF}"
+    return peaks(ordering, "ordering", HALF, failed)
 
 
 def _sweep(setting: Setting, pairs: list[FinalTokenPair], slots: range) -> Sweep:

@@ -13,15 +13,15 @@ import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import failing_pictures, names_of
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
-from hooked_vlm.experiments.result import SHOWN_CASES, About, Cases, Result
+from hooked_vlm.experiments.result import About, Cases, Result
 from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import (
     format_interval,
@@ -44,7 +44,7 @@ from hooked_vlm.hooks.names import slot_name
 from hooked_vlm.interventions.patch import Patch
 from hooked_vlm.regions.overlay import draw_regions
 from hooked_vlm.regions.pairs import CellPairs
-from hooked_vlm.stimuli.pairs import SwapPair, swap_pair
+from hooked_vlm.stimuli.pairs import Question, SwapPair, swap_pair
 from hooked_vlm.stimuli.prompts import AXIS_OF
 from hooked_vlm.stimuli.sets import StimulusSet
 from hooked_vlm.sweeps.sweep import Sweep
@@ -101,7 +101,7 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
         **vars(ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
-        images={**_pictures(setting, pairs), **failing_pictures(setting, pairs, cases)},
+        images={**_pictures(setting, pairs), **failing_pictures(setting, cleans(pairs), cases)},
         cases=cases,
         verdict="\n".join([_verdict(table, setting.directions), *left_out]),
         config={"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
@@ -227,28 +227,28 @@ def pictures_of(values: xr.DataArray) -> list[str]:
     return names
 
 
-def cases_of(by_direction: Mapping[str, xr.DataArray], n_layers: int) -> Cases:
-    """Returns what strips and objects do in each pair: means over the early slots."""
+def cleans(pairs: Mapping[str, Sequence[SwapPair]]) -> dict[str, Question]:
+    """Returns the clean question of each pair, by the name of the pair."""
+    return {name_of(pair): pair.clean for found in pairs.values() for pair in found}
+
+
+def cases_of(
+    by_direction: Mapping[str, xr.DataArray], n_layers: int, kind: str = "", words: str = "strips"
+) -> Cases:
+    """Returns what each kind of region does in each pair: means over the early slots.
+
+    A pair failed where `kind` (in `words`; by default the strips) does not flip its answer.
+    """
     rows = []
     for values in by_direction.values():
-        kinds = [str(kind) for kind in values["kind"].values]
+        kinds = [str(one) for one in values["kind"].values]
         early = values.sel(quantity="swapped", slot=slice(0, n_layers // 2)).mean("slot")
-        for i, pair in enumerate(early["pair"].values):
-            found = {kind: float(early.sel(kind=kind)[i]) for kind in kinds}
-            rows.append({"case": str(pair), **found, "ok": found[strips_of(kinds)] > HALF})
+        for i, case in enumerate(names_of(values)):
+            found = {one: float(early.sel(kind=one)[i]) for one in kinds}
+            rows.append({"case": case, **found, "ok": found[kind or strips_of(kinds)] > HALF})
     return Cases(
-        failed=f"pairs whose answer strips do not flip ({EARLY})", table=pd.DataFrame(rows)
+        failed=f"pairs whose answer {words} do not flip ({EARLY})", table=pd.DataFrame(rows)
     )
-
-
-def failing_pictures(
-    setting: Setting, pairs: Mapping[str, list[SwapPair]], cases: Cases
-) -> dict[str, Image.Image]:
-    """Returns the clean pictures of the first pairs that failed, by the name of the pair."""
-    known = {name_of(pair): pair for found in pairs.values() for pair in found}
-    return {
-        case: setting.picture(known[case].clean) for case in cases.failing["case"][:SHOWN_CASES]
-    }
 
 
 def _pictures(setting: Setting, pairs: dict[str, list[SwapPair]]) -> dict:

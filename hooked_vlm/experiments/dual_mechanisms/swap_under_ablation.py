@@ -8,6 +8,7 @@ order into the objects' tokens: the second of the paper's mechanisms.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,10 +19,12 @@ from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import answers_of
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import failing_pictures, peaks
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
     HALF,
     QUANTITIES,
+    cleans,
     name_of,
     pictures_of,
     scored,
@@ -29,7 +32,7 @@ from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import OnProgress
-from hooked_vlm.experiments.result import About, Result
+from hooked_vlm.experiments.result import About, Cases, Result
 from hooked_vlm.experiments.setting import Setting, of_config
 from hooked_vlm.experiments.tables import (
     format_interval,
@@ -99,12 +102,15 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
     }
     by_direction, left_out = numbers_only(by_direction)
     table = _table(by_direction, model.cfg.n_layers, config.seed)
+    cases = cases_of(by_direction)
     return _result(
         table,
         "\n".join([_verdict(table, [d for d in setting.directions if d not in pairs]), *left_out]),
         {"pairs": {d: len(found) for d, found in pairs.items()}, "seed": config.seed},
-        {f"pairs_{d}": values for d, values in by_direction.items()},
         regions.notes,
+        arrays={f"pairs_{d}": values for d, values in by_direction.items()},
+        images=failing_pictures(setting, cleans(pairs), cases),
+        cases=cases,
     )
 
 
@@ -127,6 +133,19 @@ def right_when_removed(setting: Setting, questions: Sequence[Question]) -> list[
             for i, question, answer in zip(batch, asked, answers, strict=True):
                 verdicts[i] = answer == normalise(question.target)
     return list(verdicts.values())
+
+
+def cases_of(by_direction: Mapping[str, xr.DataArray]) -> Cases:
+    """Returns how probable the swapped answer becomes in each pair by a swap of the objects.
+
+    At slot 0 such a swap moves tokens without an order, so it is left out.
+    """
+    later = {
+        d: values.sel(kind="object", quantity="swapped", slot=slice(1, None))
+        for d, values in by_direction.items()
+    }
+    failed = "pairs whose answer a swap of the objects flips at no slot above 0"
+    return peaks(later, "swapped", HALF, failed)
 
 
 def _sweep(
@@ -179,20 +198,20 @@ def _nothing_left(config: Config) -> Result:
         "With vision's order removed the model answers no pair of a picture and its mirror image "
         "correctly, in any direction: it shows no order of its own that a swap could move."
     )
-    return _result(pd.DataFrame(), verdict, {"pairs": {}, "seed": config.seed}, {})
+    return _result(pd.DataFrame(), verdict, {"pairs": {}, "seed": config.seed})
 
 
 def _result(
     table: pd.DataFrame,
     verdict: str,
     config: dict,
-    arrays: dict[str, xr.DataArray],
     notes: tuple[str, ...] = (),
+    **parts: Any,
 ) -> Result:
     return Result(
         **vars(ABOUT),
+        **parts,
         table=table,
-        arrays=arrays,
         verdict=verdict,
         config=config,
         notes=(

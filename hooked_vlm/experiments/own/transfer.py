@@ -13,6 +13,7 @@ import xarray as xr
 
 from hooked_vlm.experiments.batches import OBSERVATION, numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import CASE, failing_pictures
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.own.setting import (
     ANYWHERE,
@@ -80,11 +81,17 @@ def run_regions(setting: OwnSetting, config: Config, on_progress: OnProgress) ->
     by_direction, left_out = _swept(setting, config, kinds, places, on_progress)
     n_layers = setting.model.cfg.n_layers
     table = _table(by_direction, n_layers, config.seed, setting.stated, setting.compared)
+    cases = strip_swap.cases_of(by_direction, n_layers, ANYWHERE, ANYWHERE)
+    asked = {item.name: item for item in setting.data.items}
     return Result(
         **vars(strip_swap.ABOUT),
         table=table,
         arrays={f"pairs_{d}": values for d, values in by_direction.items()},
-        images={"boxes": setting.first_with_boxes()},
+        images={
+            "boxes": setting.first_with_boxes(),
+            **failing_pictures(setting, asked, cases),
+        },
+        cases=cases,
         verdict="\n".join(
             [
                 _flips(table, setting.stated, setting.compared),
@@ -128,7 +135,7 @@ def _swept(
 ) -> tuple[dict[str, xr.DataArray], list[str]]:
     """Returns the scores `[pair, kind, slot, quantity]` of each direction.
 
-    Coordinate pair has the pictures, and `OBSERVATION` what counts once.
+    Coordinate pair has the pictures, `OBSERVATION` what counts once, and `CASE` the question.
     """
     pairs = setting.own_pairs(config)
     slots = list(range(setting.model.cfg.n_layers + 1))
@@ -158,7 +165,9 @@ def _swept(
     for d, values in found.items():
         pictures = [pair.pictures for pair in pairs[d]]
         observed = [units[one] for one in pictures]
-        named[d] = values.assign_coords({"pair": pictures, OBSERVATION: ("pair", observed)})
+        cases = [pair.clean.name for pair in pairs[d]]
+        more = {OBSERVATION: ("pair", observed), CASE: ("pair", cases)}
+        named[d] = values.assign_coords({"pair": pictures, **more})
     return numbers_only(named)
 
 
