@@ -20,17 +20,16 @@ import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hooked_vlm.analysis.probes import Examples, held_out_accuracy, split_by_image
-from training.batches import normalised, packed_patches
-from training.build import MERGE, PATCH, build_model, build_processor
+from training.batches import Encoder, normalised, packed_patches
+from training.build import MERGE, PATCH, build_processor
 from training.recipes import N_TOKENS
-from training.study import EXTRA_COLORS, GEOMETRY, LAYOUT, VISION, spread
+from training.study import EXTRA_COLORS, GEOMETRY, LAYOUT, fresh_model, take_encoder
 from training.tasks import Scene, training_scene, training_triples
 
 
@@ -92,11 +91,9 @@ def read(visual: Any, seed: int = 0) -> list[dict[str, Any]]:
 def encoder_of(seed: int, weights: Path | None) -> Any:
     """Returns an encoder with the first weights of a seed, or with those of a file."""
     processor = build_processor(LAYOUT, GEOMETRY.canvas, is_fixed=True)
-    torch.manual_seed(seed)
-    model = build_model(LAYOUT, processor.tokenizer, GEOMETRY.canvas, 1, VISION)
-    spread(model)
+    model = fresh_model(Encoder(processor), seed, 1)
     if weights is not None:
-        model.model.visual.load_state_dict(load_file(weights), strict=False)
+        take_encoder(model, weights)
     return model.model.visual.eval()
 
 

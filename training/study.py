@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hooked_vlm.disk.files import replaced_file
-from hooked_vlm.stimuli.geometry import geometry_for
+from hooked_vlm.stimuli.geometry import Geometry, geometry_for
 from training.batches import Batch, Encoder
 from training.build import MERGE, PATCH, build_model, build_processor
 from training.captions import FEW_THINGS, MOST_THINGS
@@ -39,7 +39,7 @@ from training.tasks import (
     training_scene,
     training_triples,
 )
-from training.train import answer_loss, first_answers, save_all
+from training.train import answer_loss, first_answers, fitted_weights, save_all
 
 
 LAYOUT = "tiny-qwen3-vl"
@@ -60,24 +60,34 @@ DROPPED = 0.5
 """Share of things whose cells are replaced, where a batch drops cells."""
 
 
-def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
-    """Trains an encoder by itself, or goes on; returns the file of its weights."""
-    file, about = out / "encoder.safetensors", _recipe(asdict(training), seed)
+def train_encoder(
+    training: EncoderTraining,
+    seed: int,
+    out: Path,
+    geometry: Geometry = GEOMETRY,
+    start: Path | None = None,
+) -> Path:
+    """Trains an encoder by itself, or goes on; returns the file of its weights.
+
+    With `start`, the weights of an encoder for smaller pictures, all pictures show many things.
+    """
+    of_size = {} if geometry == GEOMETRY else {"tokens": geometry.n_tokens}
+    file, about = out / "encoder.safetensors", _recipe({**asdict(training), **of_size}, seed)
     if file.exists():
         _require_same(out / "training.json", about)
         return file
-    encoder = Encoder(build_processor(LAYOUT, GEOMETRY.canvas, is_fixed=True))
-    torch.manual_seed(seed)
+    encoder = Encoder(build_processor(LAYOUT, geometry.canvas, is_fixed=True))
     blocks = 2 if training.objective == "captions" else 1
-    model = build_model(LAYOUT, encoder.tokenizer, GEOMETRY.canvas, blocks, VISION)
-    spread(model)
+    model = fresh_model(encoder, seed, blocks, geometry)
+    if start is not None:
+        take_encoder(model, start)
     task = TASKS[training.objective](model, encoder)
 
     def loss(name: str, batch: int, most: int = MOST_THINGS) -> Tensor:
-        return task.loss(Shown.drawn(random.Random(name), GEOMETRY.canvas, batch, most))
+        return task.loss(Shown.drawn(random.Random(name), geometry.canvas, batch, most))
 
     def step_loss(step: int) -> Tensor:
-        most = most_things(step, training.steps)
+        most = MOST_THINGS if start else most_things(step, training.steps)
         return loss(f"encoder/{seed}/{step}", training.batch, most)
 
     def check(_: int) -> float:
@@ -99,6 +109,24 @@ def train_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
             {n: p.detach().clone() for n, p in encoder_weights(task.visual).items()}, building
         )
     return file
+
+
+def fresh_model(encoder: Encoder, seed: int, blocks: int, geometry: Geometry = GEOMETRY) -> Any:
+    """Returns a model for pictures of a geometry, with a seed's first weights."""
+    torch.manual_seed(seed)
+    model = build_model(LAYOUT, encoder.tokenizer, geometry.canvas, blocks, VISION)
+    spread(model)
+    return model
+
+
+def take_encoder(model: Any, file: Path) -> None:
+    """Loads an encoder's weights into a model, whose projector stays.
+
+    A table of positions of smaller pictures is interpolated.
+    """
+    own, held = model.model.visual.state_dict(), load_file(file)
+    fitted = fitted_weights(held, {name: own[name] for name in held})
+    model.model.visual.load_state_dict({**own, **fitted})
 
 
 def spread(model: nn.Module) -> None:
@@ -154,13 +182,10 @@ def train_model(recipe: Recipe, seed: int, out: Path) -> Path:
         return folder
     processor = build_processor(LAYOUT, GEOMETRY.canvas, is_fixed=True)
     encoder = Encoder(processor)
-    torch.manual_seed(1000 + seed)
-    model = build_model(LAYOUT, encoder.tokenizer, GEOMETRY.canvas, recipe.blocks, VISION)
-    spread(model)
+    model = fresh_model(encoder, 1000 + seed, recipe.blocks)
     if recipe.encoder is not None:
         trained = out / "encoders" / f"{recipe.encoder.objective}-{seed}"
-        weights = load_file(train_encoder(recipe.encoder, seed, trained))
-        model.model.visual.load_state_dict(weights, strict=False)
+        take_encoder(model, train_encoder(recipe.encoder, seed, trained))
 
     def loss(step: int) -> Tensor:
         rng = random.Random(f"model/{seed}/{step}")
@@ -197,42 +222,45 @@ def rates_of(model: Any, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, fl
 
 
 def training_loss(
-    model: Any, encoder: Encoder, recipe: Recipe, rng: random.Random
+    model: Any,
+    encoder: Encoder,
+    recipe: Recipe,
+    rng: random.Random,
+    geometry: Geometry = GEOMETRY,
 ) -> Float[Tensor, ""]:
     """Returns the loss of a batch, with the recipe's changes of image tokens."""
-    scenes, batch = drawn_batch(rng, encoder, recipe)
+    scenes, batch = drawn_batch(rng, encoder, recipe, geometry)
     drops = rng.random() < recipe.object_dropout
     scrambles = rng.random() < recipe.without_order
-    dropped = dropped_cells(rng, scenes) if drops else None
+    dropped = dropped_cells(rng, scenes, geometry) if drops else None
     logits, targets = answer_logits(model, batch, dropped, rng if scrambles else None)
     return answer_loss(logits, targets, batch, FIRST_WEIGHT)
 
 
 def drawn_batch(
-    rng: random.Random, encoder: Encoder, recipe: Recipe
+    rng: random.Random, encoder: Encoder, recipe: Recipe, geometry: Geometry = GEOMETRY
 ) -> tuple[Sequence[Scene | MixedScene], Batch]:
     """Returns scenes never used for evaluation, and conversations about them."""
-    canvas = GEOMETRY.canvas
     scenes: Sequence[Scene | MixedScene]
     if recipe.mixed:
-        mixed = scenes = [mixed_scene(rng, GEOMETRY) for _ in range(recipe.batch)]
+        mixed = scenes = [mixed_scene(rng, geometry) for _ in range(recipe.batch)]
         turns = [mixed_conversation(rng, scene) for scene in mixed]
     else:
         triples = training_triples()
         plain = scenes = [
-            training_scene(rng, triples, GEOMETRY, EXTRA_COLORS) for _ in range(recipe.batch)
+            training_scene(rng, triples, geometry, EXTRA_COLORS) for _ in range(recipe.batch)
         ]
         turns = [conversation(rng, scene) for scene in plain]
-    images = np.stack([scene.render(canvas) for scene in scenes])
+    images = np.stack([scene.render(geometry.canvas) for scene in scenes])
     return scenes, encoder.batch([each[: recipe.turns] for each in turns], images)
 
 
 def dropped_cells(
-    rng: random.Random, scenes: Sequence[Scene | MixedScene]
+    rng: random.Random, scenes: Sequence[Scene | MixedScene], geometry: Geometry = GEOMETRY
 ) -> Bool[Tensor, "batch cell"]:
     """Returns the cells that some of the things touch: each thing is dropped half of the time."""
     size = PATCH * MERGE
-    found = torch.zeros(len(scenes), N_TOKENS, N_TOKENS, dtype=torch.bool)
+    found = torch.zeros(len(scenes), geometry.n_tokens, geometry.n_tokens, dtype=torch.bool)
     for row, scene in zip(found, scenes, strict=True):
         for x0, y0, x1, y1 in scene.boxes:
             if rng.random() < DROPPED:
@@ -284,15 +312,21 @@ def visual_tokens(
     return rearrange(tokens, "(b n) d -> b n d", b=len(grid))
 
 
-def accuracy(model: Any, encoder: Encoder, rng: random.Random, n: int = 96) -> float:
+def accuracy(
+    model: Any,
+    encoder: Encoder,
+    rng: random.Random,
+    n: int = 96,
+    geometry: Geometry = GEOMETRY,
+) -> float:
     """Returns the share of first questions answered right, on squares of held-out triples.
 
     The pictures are of the same kind for every recipe: squares on white.
     """
     held_out = sorted(held_out_triples())
-    scenes = [training_scene(rng, held_out, GEOMETRY) for _ in range(n)]
+    scenes = [training_scene(rng, held_out, geometry) for _ in range(n)]
     turns = [[rng.choice(scene.relations()[:2])] for scene in scenes]
-    images = np.stack([scene.render(GEOMETRY.canvas) for scene in scenes])
+    images = np.stack([scene.render(geometry.canvas) for scene in scenes])
     batch = encoder.batch(turns, images)
     with torch.no_grad():
         logits, targets = answer_logits(model, Batch(batch.inputs, first_answers(batch)))

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,21 @@ def fresh_model(config: Config, processor: Any, stage: Stage) -> Any:
 
 def carry_over(old: Any, new: Any) -> None:
     """Copies weights into a model for larger pictures, interpolating a table of positions."""
-    weights = old.state_dict()
-    for name, value in new.state_dict().items():
-        if weights[name].shape != value.shape:
-            side, wide = (math.isqrt(len(t)) for t in (weights[name], value))
-            table = weights[name].T.view(1, -1, side, side)
+    new.load_state_dict(fitted_weights(old.state_dict(), new.state_dict()))
+
+
+def fitted_weights(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns weights in the shapes that are wanted: a table of positions is interpolated."""
+    fitted = dict(weights)
+    for name, value in wanted.items():
+        if fitted[name].shape != value.shape:
+            side, wide = (math.isqrt(len(t)) for t in (fitted[name], value))
+            table = fitted[name].T.view(1, -1, side, side)
             table = F.interpolate(table, size=(wide, wide), mode="bilinear", align_corners=False)
-            weights[name] = table.flatten(2)[0].T
-    new.load_state_dict(weights)
+            fitted[name] = table.flatten(2)[0].T
+    return fitted
 
 
 def training_batch(rng: random.Random, encoder: Encoder, config: Config, stage: Stage) -> Batch:

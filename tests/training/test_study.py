@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hooked_vlm.model.vlm import HookedVLM
-from training import study, train
+from training import specimen, study, train
 from training.batches import Batch, Encoder
 from training.build import build_model, build_processor
 from training.captions import FEW_THINGS, LARGE, SIDES, crowd
@@ -287,6 +287,28 @@ def test_a_model_of_the_study_is_made_and_loads(tmp_path: Any) -> None:
     ):
         with pytest.raises(ValueError, match="another recipe"):
             study.train_model(other, 0, tmp_path)
+
+
+def test_a_specimen_is_a_recipe_on_larger_pictures(tmp_path: Any) -> None:
+    objective = EncoderTraining("captions", steps=2, batch=2)
+    recipe = replace(RECIPES["captions"], batch=2, encoder=objective)
+    stages = (train.Stage(6, 2, 0.01, 2e-3), train.Stage(12, 1, 0.005, 1e-3))
+    folder = specimen.train(recipe, 0, tmp_path, stages, encoder_steps=1)
+    model: Any = HookedVLM.from_pretrained(str(folder), local_files_only=True)
+    assert model.cfg.n_layers == specimen.BLOCKS
+    picture = Image.new("RGB", (192, 192), "white")
+    assert model.prepare(picture, "What?").grid.shape == (12, 12)
+    kept = load_file(folder / "model.safetensors")
+    assert {weights.dtype for weights in kept.values()} == {torch.bfloat16}
+    assert (folder / "model.safetensors").stat().st_size < 12e6
+    held = load_file(tmp_path / "encoder-1" / "encoder.safetensors")
+    own = study.encoder_weights(model.hf_model.model.visual)
+    for key, weights in own.items():  # frozen: as the encoder's own training left it
+        assert torch.equal(weights, held[key].to(torch.bfloat16)), key
+    small = load_file(tmp_path / "encoder-0" / "encoder.safetensors")["pos_embed.weight"]
+    assert len(held["pos_embed.weight"]) == 4 * len(small)
+    log = (folder / "training_log.csv").read_text().splitlines()
+    assert [line[:4] for line in log[1:]] == ["0,6,", "1,12"]
 
 
 def test_a_shipped_model_s_training_runs_in_stages(
