@@ -66,6 +66,8 @@ class Shown:
 
     def __str__(self) -> str:
         mark = {"found": "yes", "not found": "no", "undecided": "?"}[self.outcome]
+        if np.isnan(self.value):
+            return mark
         if np.isnan(self.low):
             return f"{mark} ({self.value:.2f})"
         return f"{mark} ({self.value:.2f} [{self.low:.2f}, {self.high:.2f}])"
@@ -209,6 +211,32 @@ def table(out: Path) -> pd.DataFrame:
         shown = sum(each.outcome == "found" for each in found.values())
         about = {"recipe": name, "seed": seed, ACCURACY: float(accurate)}
         rows.append({**about, **found, "claims shown": shown})
+    return pd.DataFrame(rows)
+
+
+SWAPPED = {"strip": "strips", "object": "objects", "background": "strips without objects"}
+"""Regions that E4 exchanges, and what they are in words."""
+
+
+def swaps(out: Path) -> pd.DataFrame:
+    """Returns a row for each measured model: what E4's swaps do over the early slots.
+
+    Columns are recipe, seed and those of `SWAPPED`: the probability of the swapped answer, all
+    directions together, with its 95 % interval.
+    """
+    rows = []
+    for name, seed in product(RECIPES, SEEDS):
+        file = out / f"{name}-{seed}" / "measured" / "E4.csv"
+        if not file.exists():
+            continue
+        early = rows_of(pd.read_csv(file), direction="all", quantity=strip_swap.EARLY)
+        by_kind = early.set_index("kind")
+        told = {
+            words: f"{by_kind.loc[kind, 'value']:.2f} "
+            f"[{by_kind.loc[kind, 'low']:.2f}, {by_kind.loc[kind, 'high']:.2f}]"
+            for kind, words in SWAPPED.items()
+        }
+        rows.append({"recipe": name, "seed": seed, **told})
     return pd.DataFrame(rows)
 
 

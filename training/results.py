@@ -14,19 +14,23 @@ import pandas as pd
 
 from hooked_vlm.disk.files import write_file
 from hooked_vlm.errors import CannotRunError
-from training.measure import ACCURACY, CLAIMS, chosen, differ, table
+from training.measure import ACCURACY, CLAIMS, chosen, differ, swaps, table
 from training.recipes import RECIPES, SEEDS
 
 
 PAGE = Path("docs/experiments/what-makes-strips.md")
+SWAPS = (
+    "What swaps do (E4): the probability of the mirrored picture's answer, mean over the early "
+    "slots, when these tokens of the two pictures are exchanged."
+)
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def tables(found: pd.DataFrame) -> str:
-    """Returns the results in Markdown: each model's claims, which recipes differ, and the choice.
+def tables(found: pd.DataFrame, swapped: pd.DataFrame) -> str:
+    """Returns the results in Markdown: claims, E4's swaps, which recipes differ, and the choice.
 
-    `found` is `measure.table`'s.  Recipes are compared with the one that they vary, where both
-    seeds of both are measured.
+    `found` is `measure.table`'s, `swapped` that of `measure.swaps`.  Recipes are compared with the
+    one that they vary, where both seeds of both are measured.
     """
     head = ["recipe", "seed", "accuracy", *CLAIMS, "claims shown"]
     lines = [
@@ -36,6 +40,9 @@ def tables(found: pd.DataFrame) -> str:
         for _, row in found.iterrows()
     ]
     parts = [_markdown(head, lines)]
+    if len(swapped):
+        named = swapped.assign(recipe=[f"`{name}`" for name in swapped["recipe"]])
+        parts += [SWAPS, _markdown([*named], named.to_numpy().tolist())]
     if compared := differences(found):
         parts.append(_markdown(["recipe", "beside", "differs in"], compared))
     try:
@@ -81,7 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    write_into(arguments.page, tables(table(arguments.out)))
+    write_into(arguments.page, tables(table(arguments.out), swaps(arguments.out)))
 
 
 if __name__ == "__main__":

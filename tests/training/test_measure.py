@@ -131,7 +131,10 @@ def test_the_page_has_each_model_the_differences_and_the_choice(tmp_path: Any) -
     found = found[found["recipe"].isin(["captions", "contrastive"])].assign(seed=[0, 1, 0, 1])
     alike = pd.Series([Shown("undecided", 0.25)] * 4, index=found.index)
     found = found.assign(**dict.fromkeys(set(measure.CLAIMS) - set(found), alike))
-    text = results.tables(found)
+    swapped = pd.DataFrame([{"recipe": "captions", "seed": 0, "strips": "0.50 [0.40, 0.60]"}])
+    text = results.tables(found, swapped)
+    assert "| `captions` | 0 | 0.50 [0.40, 0.60] |" in text
+    assert results.SWAPS not in results.tables(found, swapped.iloc[:0])
     assert "| `captions` | 0 | 0.95 | ? (0.25) |" in text
     # 0.0 and 0.1 lie below 0.4 and 0.5, and have no intervals; all other claims are equal.
     assert "| `contrastive` | `captions` | strips, not objects |" in text
@@ -171,3 +174,22 @@ def test_a_model_that_shows_nothing_is_measured_and_stands_in_the_table(
 def test_a_number_says_what_it_bears() -> None:
     assert str(Shown("found", 0.5, 0.25, 0.75)) == "yes (0.50 [0.25, 0.75])"
     assert str(Shown("undecided", 0.5)) == "? (0.50)"
+    assert str(Shown("undecided", float("nan"))) == "?"
+
+
+def test_swaps_are_those_of_e4_over_the_early_slots(tmp_path: Any) -> None:
+    folder = tmp_path / "captions-1" / "measured"
+    folder.mkdir(parents=True)
+    kinds = ("strip", "object", "background")
+    about = {"direction": "all", "quantity": "swapped, early slots", "low": 0.1, "high": 0.9}
+    rows = [{"kind": kind, "value": 0.2 * i, **about} for i, kind in enumerate(kinds, 1)]
+    others = [{**rows[0], "direction": "left"}, {**rows[0], "quantity": "swapped"}]
+    pd.DataFrame([*others, *rows]).to_csv(folder / "E4.csv")
+    (row,) = measure.swaps(tmp_path).to_dict("records")
+    assert row == {
+        "recipe": "captions",
+        "seed": 1,
+        "strips": "0.20 [0.10, 0.90]",
+        "objects": "0.40 [0.10, 0.90]",
+        "strips without objects": "0.60 [0.10, 0.90]",
+    }
