@@ -619,8 +619,8 @@ def test_a_process_reports_and_another_one_shows(capsys: pytest.CaptureFixture[s
         reporter.begin(step, 1, 2)
         reporter.step(1, 4)
         reporter.end(2.0, False)
-    lines = [*capsys.readouterr().err.splitlines(), "warning: something"]
-    assert [REPORTED in line for line in lines] == [True, True, True, True, False]
+    lines = [*capsys.readouterr().err.splitlines(), "", "warning: something"]
+    assert [REPORTED in line for line in lines if line] == [True, True, True, True, False]
     for terminal in (False, True):
         console = Console(stderr=True, force_terminal=terminal, width=100, file=io.StringIO())
         shown = Listener(console, "m", bars_on(console))

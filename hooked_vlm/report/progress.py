@@ -194,6 +194,8 @@ def listener_of(console: Console, model: str) -> Listener:
 
 def told(listener: Listener, line: str, console: Console) -> None:
     """Shows a line of a process's stderr: an event of its `Reporter`, or a message."""
+    if not line.strip():  # before rich 14, a bar that ends leaves one where there is no terminal
+        return
     try:
         name, *values = json.loads(line)[REPORTED]
     except (ValueError, TypeError, KeyError):

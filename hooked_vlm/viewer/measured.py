@@ -141,7 +141,8 @@ def effects(
             on_progress=on_progress,
             logits_to_keep=1,
         )
-    return (scores - clean[0]).isel(batch=0)
+    # Before xarray 2025.11 a difference has no attributes.
+    return (scores - clean[0]).assign_attrs(scores.attrs).isel(batch=0)
 
 
 def edit(slot: int, place: Region, inputs: Any, source: Any) -> Patch | Ablate:

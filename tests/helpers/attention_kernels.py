@@ -1,5 +1,6 @@
 """Flash Attention and FlexAttention on a CPU: their definitions in the place of the kernels."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -72,7 +73,10 @@ class Flash:
     def functions(self, *_: Any, **__: Any) -> Any:
         """What transformers loads of the package."""
         own = (self.whole, self.packed, None, flash._pad_input, flash._unpad_input)
-        return own, (flash._lazy_define_process_function(self.packed), dict)
+        process = flash._lazy_define_process_function(self.packed)
+        # Later versions unpack a second function beside it, for pages.
+        is_pair = "process_paged_kwargs_fn" in inspect.getsource(flash._flash_attention_forward)
+        return own, (process, dict) if is_pair else process
 
 
 def attended(
