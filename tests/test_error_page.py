@@ -30,7 +30,8 @@ def run(*hooks: Any) -> None:
 
 
 CAUSES: dict[str, Callable[[], Any]] = {
-    "Could not load": lambda: HookedVLM.from_pretrained("/nowhere"),
+    "There is no folder": lambda: HookedVLM.from_pretrained("/nowhere"),
+    "Could not load": lambda: HookedVLM.from_pretrained("nowhere/at-all", local_files_only=True),
     "The image processor changed an image": lambda: model("tiny-gemma-3").prepare(
         Image.new("RGB", (300, 200)), "What is this?"
     ),

@@ -153,7 +153,8 @@ class _Plan:
                 return self._unfit(place, value, kind)
         for value in args[len(self.places) :]:
             if not self.more_places:
-                return f"{self.name} takes {len(self.places)} arguments by place, not {len(args)}."
+                said = f"{self.name} takes {len(self.places)} arguments by place, not {len(args)}."
+                return said + self.missing
             if self.places_after is not None and not self.places_after.accepts(value):
                 return self._unfit("", value, self.places_after)
         for name, value in kwargs.items():

@@ -105,5 +105,8 @@ class Result(About):
 
     @property
     def headline(self) -> str:
-        """The first sentence of its verdict."""
-        return re.split(r"(?<=\.) (?=[A-Z])|\n", self.verdict, maxsplit=1)[0]
+        """The first sentence of its verdict; of a verdict about two axes, that of each."""
+        lines = self.verdict.splitlines() or [""]
+        axes = [line for line in lines if line.startswith(("Horizontal:", "Vertical:"))]
+        first = [re.split(r"(?<=\.) (?=[A-Z])", line, maxsplit=1)[0] for line in lines]
+        return " ".join(first if len(lines) == len(axes) == 2 else first[:1])

@@ -8,6 +8,7 @@ shows which part of which image.
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -180,9 +181,11 @@ def to_pil(image: OneImage) -> Image.Image:
     ):
         shape = getattr(given, "shape", None)
         shaped = f" and shape {tuple(shape)}" if shape is not None else ""
+        is_path = isinstance(given, str | PathLike)
+        opened = " Open a file first: PIL.Image.open(path)." if is_path else ""
         raise DataError(
             f"An image of type {type(given).__name__}{shaped} was given; expected a PIL image, an "
-            "array [height, width, 3] or a tensor [3, height, width]."
+            f"array [height, width, 3] or a tensor [3, height, width].{opened}"
         )
     image = image.reshape(*image.shape[:2]) if image.shape[2:] == (1,) else image
     is_float = np.issubdtype(image.dtype, np.floating)

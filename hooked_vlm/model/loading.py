@@ -4,6 +4,7 @@ Only safetensors are loaded, never pickles.  Remote code runs only when the user
 `trust_remote_code=True`.
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,11 +143,26 @@ def _is_shipped(name: str) -> bool:
     return name in available() and not Path(name).exists()
 
 
+def _is_path(name: str) -> bool:
+    """Returns whether a name can only be a folder's: a hub name has one slash at most."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+
+
+def _short(name: str) -> str:
+    """Returns a name in 80 characters: of a path, the end says more."""
+    return name if len(name) <= 80 else "…" + name[-79:]
+
+
 def _check(name: str, dtype: torch.dtype | str, device: str | torch.device | None) -> None:
     """Raises `UnsupportedModelError` for an empty name, an unknown dtype and an unknown device."""
     if not isinstance(name, str) or not name.strip():
         raise UnsupportedModelError(
             f"The model's name is {name!r}. Give a shipped model, a local folder or a hub name."
+        )
+    if _is_path(name) and not Path(name).exists():
+        raise UnsupportedModelError(
+            f"There is no folder {_short(name)!r}. Give the folder of a checkpoint (config.json, "
+            f"*.safetensors), a hub name or one of {', '.join(available())}."
         )
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
@@ -224,10 +240,9 @@ def _not_loaded(name: str, error: Exception) -> UnsupportedModelError:
     shipped = ", ".join(available())
     lines = str(error).strip().splitlines() or [type(error).__name__]
     said = lines[0] if len(lines[0]) <= 150 else lines[0][:149] + "…"
-    shown = name if len(name) <= 80 else "…" + name[-79:]
     if _is_shipped(name):
         return UnsupportedModelError(f"Could not load {name!r}: transformers reports: {said}")
     return UnsupportedModelError(
-        f"Could not load {shown!r}: it is none of the shipped models ({shipped}), and "
+        f"Could not load {_short(name)!r}: it is none of the shipped models ({shipped}), and "
         f"transformers reports: {said}{did_you_mean(name, available())}"
     )

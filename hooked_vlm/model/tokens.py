@@ -117,7 +117,8 @@ class HasTokens:
             pieces = self.tokenizer.convert_ids_to_tokens(ids[:8])
             raise DataError(
                 f"{shown(string)} is {counted(len(ids), 'token')} of this model, not one: "
-                f"{shown(pieces)}. Spaces count: give ' red' for a word inside a text."
+                f"{shown(pieces)}. Spaces count (' red' is a word inside a text); where that does "
+                "not help, choose a word that is one token."
             )
         return ids[0]
 

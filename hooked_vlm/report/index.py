@@ -24,13 +24,8 @@ def write_index(
     `reports` maps each report's folder, relative to `out`, to its results and record.
     """
     models = [
-        {
-            "folder": folder,
-            "provenance": provenance,
-            "facts": facts_of(provenance),
-            "tiles": key_numbers(results),
-        }
-        for folder, (results, provenance) in reports.items()
+        {"folder": folder, "provenance": provenance, "facts": facts_of(provenance)}
+        for folder, (_, provenance) in reports.items()
     ]
     by_id: dict[str, dict[str, Any]] = {}
     for folder, (results, _) in reports.items():
@@ -38,7 +33,8 @@ def write_index(
             row = by_id.setdefault(result.anchor, {"result": result, "cells": {}, "widest": 0})
             figures = [shown(d, to_png(d.figure)) for d in drawings(result) if d.headline]
             row["widest"] = max(row["widest"], *(figure["width"] for figure in figures), 0)
-            row["cells"][folder] = {"verdict": result.verdict, "figures": figures}
+            numbers = ", ".join(f"{tile.label}: {tile.value}" for tile in key_numbers([result]))
+            row["cells"][folder] = {"result": result, "numbers": numbers, "figures": figures}
     page = template("index.html.j2").render(
         title=title, models=models, rows=list(by_id.values()), page=PAGE
     )

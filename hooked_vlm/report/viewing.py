@@ -87,7 +87,7 @@ def write(
     loaded = HookedVLM.from_pretrained(model, **how)
     made = make(loaded, asked, images, on_progress)
     page = made.to_html(out)
-    return f"page: {out} ({len(page.encode()) / 1e6:.1f} MB; {made!r})"
+    return f"page: {out} ({len(page.encode()) / 1e6:.1f} MB: {', '.join(asked.chosen_panels)})"
 
 
 def make(

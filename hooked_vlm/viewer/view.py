@@ -325,7 +325,8 @@ class _Work:
         cfg, given = self.model.cfg, self.inputs["input_ids"]
         facts = {
             "model": str(cfg.model_name),
-            "blocks": f"{cfg.n_layers} of {counted(cfg.n_heads, 'head')}, width {cfg.d_model}",
+            "blocks": f"{cfg.n_layers}, each of {counted(cfg.n_heads, 'head')} "
+            f"and width {cfg.d_model}",
             "run": f"{str(cfg.dtype).removeprefix('torch.')} on {self.model.device}, attention "
             f"{cfg.attn_implementation}",
             "picture": self.grid.describe(),

@@ -84,7 +84,7 @@ def test_f_i4_messages_say_what_was_given_and_what_was_expected() -> None:
     assert "expected a tensor [d] of floats whose axes agree with the other" in refused(h, h[0, :2])
     assert refused(h, w, alhpa=3) == "joined takes no argument 'alhpa'. Did you mean 'alpha'?"
     assert refused(h) == "joined needs w, which was not given. Give both."
-    assert refused(h, w, 1.0, 2) == "joined takes 3 arguments by place, not 4."
+    assert refused(h, w, 1.0, 2) == "joined takes 3 arguments by place, not 4. Give both."
 
 
 def test_f_i4_a_class_is_checked_where_it_is_made() -> None:

@@ -40,6 +40,15 @@ def save(model: HookedVLM, folder: Path) -> None:
     model.processor.save_pretrained(folder)
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "nothere"), "./nothere", "models/ours/nothere"):
+        with pytest.raises(UnsupportedModelError, match=r"There is no folder .*nothere"):
+            HookedVLM.from_pretrained(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UnsupportedModelError, match="Could not load"):
+        HookedVLM.from_pretrained(str(tmp_path / "empty"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_comes_back_as_it_was(family, tmp_path):
     model = prepared(family)

@@ -307,8 +307,9 @@ def test_index_sets_models_side_by_side(tmp_path: Path) -> None:
         path, _, anchor = link.partition("#")
         target = Page(tmp_path / path) if path else page
         assert anchor == "" or anchor in target.ids
-    assert page.text.count("Not run.") == 1  # E3 of the second
-    assert page.text.count(synthetic.e1().verdict) == 2
+    assert page.text.count("Not run.") == 2  # E3 of the second: in the summary and its section
+    assert page.text.count(synthetic.e1().headline) == 4
+    assert page.text.count(synthetic.e1().claim) == 2
     assert {"E1", "E3"} <= page.ids
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from hooked_vlm.errors import counted
 from hooked_vlm.experiments.batches import OBSERVATION, numbers_only, sweep_pairs
 from hooked_vlm.experiments.dual_mechanisms import final_token, strip_swap
 from hooked_vlm.experiments.dual_mechanisms.failed_pairs import CASE, failing_pictures
@@ -254,7 +255,7 @@ def _stages(table: pd.DataFrame) -> str:
     parts = [
         f"Answer by slot: {'; '.join(spans)}",
         f"the counterfactual's answer is highest at slot {int(peak['slot'])}, "
-        f"{format_interval(peak)}",
+        f"{format_interval(peak)} ({counted(int(peak['n']), 'observation')})",
     ]
     return " ".join(map(sentence, parts))
 
