@@ -167,6 +167,7 @@ def test_e3_finds_the_order_in_the_background_where_it_is(coded: str) -> None:
     # The planted background codes its own place, whatever is shown: one object gives as much.
     assert "as in the paper" not in result.verdict
     assert result.verdict.count("the order is read from the objects") == 2
+    assert result.headline.count("the order is read from the objects") == 2  # of both axes
     assert "5 of 5 probes with other initialisations say the same" in result.verdict
 
 
