@@ -10,6 +10,8 @@ from PIL import Image
 from hooked_vlm.experiments.result import SHOWN_CASES, Cases
 
 
+HALF = 0.5
+"""The probability above which an answer is the model's, whatever the others have."""
 CASE = "case"
 """Coordinate of pairs: the name of each, where coordinate pair has what counts once."""
 
@@ -19,11 +21,11 @@ def names_of(values: xr.DataArray) -> list[str]:
     return [str(name) for name in values.coords[CASE if CASE in values.coords else "pair"].values]
 
 
-def peaks(by_direction: Mapping[str, xr.DataArray], name: str, least: float, failed: str) -> Cases:
+def peaks(by_direction: Mapping[str, xr.DataArray], name: str, failed: str) -> Cases:
     """Returns for each pair the highest of its scores over slots, and the first slot that has it.
 
-    A pair did not fail where that is above `least`.  The scores are `[pair, slot]`, and
-    `name` heads their column.
+    A pair did not fail where that is above `HALF`.  The scores are probabilities `[pair, slot]`,
+    and `name` heads their column.
     """
     rows = []
     for values in by_direction.values():
@@ -32,7 +34,7 @@ def peaks(by_direction: Mapping[str, xr.DataArray], name: str, least: float, fai
         for i, (case, slot) in enumerate(zip(names_of(values), best, strict=True)):
             value = float(each[i, int(slot)])
             at = int(each["slot"][int(slot)])
-            rows.append({"case": case, name: value, "at slot": at, "ok": value > least})
+            rows.append({"case": case, name: value, "at slot": at, "ok": value > HALF})
     return Cases(failed=failed, table=pd.DataFrame(rows))
 
 

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
-from hooked_vlm.experiments.dual_mechanisms.failed_pairs import CASE, failing_pictures, peaks
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import (
+    CASE,
+    HALF,
+    failing_pictures,
+    peaks,
+)
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
 from hooked_vlm.experiments.result import About, Cases, Result
@@ -56,8 +61,6 @@ LOG_ODDS = ("log odds, ordering", "log odds, attribute")
 """Log odds of the ordering and the attribute answer against the clean answer."""
 QUANTITIES = (*ANSWERS, *AGREEMENTS, *LOG_ODDS)
 HIGHEST = "ordering, highest slot"
-HALF = 0.5
-"""The probability above which an answer is the model's, whatever the others have."""
 
 
 def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = silent) -> Result:
@@ -144,7 +147,7 @@ def cases_of(by_direction: Mapping[str, xr.DataArray]) -> Cases:
     """Returns how probable the ordering answer becomes in each pair, and at which slot."""
     ordering = {d: values.sel(quantity="ordering") for d, values in by_direction.items()}
     failed = f"pairs whose ordering answer is at no slot more probable than {HALF}"
-    return peaks(ordering, "ordering", HALF, failed)
+    return peaks(ordering, "ordering", failed)
 
 
 def _sweep(setting: Setting, pairs: list[FinalTokenPair], slots: range) -> Sweep:

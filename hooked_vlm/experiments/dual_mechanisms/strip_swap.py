@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.scoring import logit_difference, matches_answer
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
-from hooked_vlm.experiments.dual_mechanisms.failed_pairs import failing_pictures, names_of
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import HALF, failing_pictures, names_of
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import SwapRegions, strips_of
 from hooked_vlm.experiments.loop import silent
 from hooked_vlm.experiments.options import Config, OnProgress
@@ -63,8 +63,6 @@ ABOUT = About(
 QUANTITIES = ("swapped", "clean", "agreement", "log odds")
 """Probability of the swapped answer (the paper's "IIA") and of the clean answer; whether the
 top answer is the swapped one; log odds of the two."""
-HALF = 0.5
-"""The mean probability of the swapped answer above which it is the model's answer."""
 EARLY = "swapped, early slots"
 """Quantity: the mean over slots 0 to L/2 of a model with L layers.  The paper's curves (Figs. 5-7)
 flip there and fall only in the last sixth of the layers, where the final token has the answer."""

@@ -19,10 +19,9 @@ from hooked_vlm.errors import CannotRunError, counted
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.answers import answers_of
 from hooked_vlm.experiments.batches import numbers_only, sweep_pairs
-from hooked_vlm.experiments.dual_mechanisms.failed_pairs import failing_pictures, peaks
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import HALF, failing_pictures, peaks
 from hooked_vlm.experiments.dual_mechanisms.order_removal import references, removed
 from hooked_vlm.experiments.dual_mechanisms.strip_swap import (
-    HALF,
     QUANTITIES,
     cleans,
     name_of,
@@ -145,7 +144,7 @@ def cases_of(by_direction: Mapping[str, xr.DataArray]) -> Cases:
         for d, values in by_direction.items()
     }
     failed = "pairs whose answer a swap of the objects flips at no slot above 0"
-    return peaks(later, "swapped", HALF, failed)
+    return peaks(later, "swapped", failed)
 
 
 def _sweep(

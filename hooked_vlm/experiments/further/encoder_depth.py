@@ -22,6 +22,7 @@ from hooked_vlm.analysis.statistics import simultaneous
 from hooked_vlm.errors import CannotRunError
 from hooked_vlm.experiments import options as common
 from hooked_vlm.experiments.batches import left_out, numbers_only, scored_numbers
+from hooked_vlm.experiments.dual_mechanisms.failed_pairs import HALF
 from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     places_read,
     read_order,
@@ -29,7 +30,7 @@ from hooked_vlm.experiments.dual_mechanisms.order_reading import (
     whole_pictures,
 )
 from hooked_vlm.experiments.dual_mechanisms.ordering_probes import CHANCE, SEEDS, in_raster
-from hooked_vlm.experiments.dual_mechanisms.strip_swap import HALF, name_of, pictures_of
+from hooked_vlm.experiments.dual_mechanisms.strip_swap import name_of, pictures_of
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import cell_pairs
 from hooked_vlm.experiments.further.encoder_attention import attention_rows
 from hooked_vlm.experiments.loop import independent, over, over_batches, part_of, silent
