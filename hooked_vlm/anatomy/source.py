@@ -47,11 +47,13 @@ def once_per_function(read: Callable[[Callable], Read]) -> Callable[[Callable], 
 def forward_source(function: Callable) -> str:
     """Returns the source of a function without its decorators, or `""` if there is none."""
     bare = inspect.unwrap(function)
+    # Python 3.13 gives code made by `exec` the source of the command that Python was started with.
+    if getattr(getattr(bare, "__code__", None), "co_filename", "") == "<string>":
+        return ""
     try:
         source = textwrap.dedent(inspect.getsource(bare))
     except (OSError, TypeError):
         return ""
-    # Python 3.13 gives code made by `exec` the source of the command that Python was started with.
     name = getattr(bare, "__name__", "")
     return source if name in source or name == "<lambda>" else ""
 

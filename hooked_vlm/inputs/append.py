@@ -193,9 +193,11 @@ def _require_appendable(model: Wrapped, inputs: Mapping[str, Any]) -> None:
 class _Nothing(OrderedDict[str, Any]):
     """An output of a model that holds nothing, whatever attribute is asked for."""
 
-    def __getattr__(self, name: str) -> None:
+    def __getattr__(self, name: str) -> "_Nothing | None":
         if name.startswith("_"):
             raise AttributeError(name)
+        # Outputs of a part are asked for attributes themselves (Idefics, transformers 5.24).
+        return _Nothing() if name.endswith("_outputs") else None
 
 
 def _extended(
