@@ -26,6 +26,7 @@ from hooked_vlm.experiments.dual_mechanisms.ordering_ablation import ORDER
 from hooked_vlm.experiments.dual_mechanisms.swap_regions import strips_of
 from hooked_vlm.experiments.dual_mechanisms.swap_under_ablation import CLAIM
 from hooked_vlm.experiments.registry import select
+from hooked_vlm.experiments.tables import format_interval
 from hooked_vlm.experiments.tables import select as rows_of
 from hooked_vlm.experiments.verdicts import Outcome, judge
 from hooked_vlm.model.vlm import HookedVLM
@@ -231,11 +232,7 @@ def swaps(out: Path) -> pd.DataFrame:
             continue
         early = rows_of(pd.read_csv(file), direction="all", quantity=strip_swap.EARLY)
         by_kind = early.set_index("kind")
-        told = {
-            words: f"{by_kind.loc[kind, 'value']:.2f} "
-            f"[{by_kind.loc[kind, 'low']:.2f}, {by_kind.loc[kind, 'high']:.2f}]"
-            for kind, words in SWAPPED.items()
-        }
+        told = {words: format_interval(by_kind.loc[kind]) for kind, words in SWAPPED.items()}
         rows.append({"recipe": name, "seed": seed, **told})
     return pd.DataFrame(rows)
 

@@ -9,7 +9,6 @@ model in bfloat16, its processor, log and `training.json`, which is written last
 """
 
 import argparse
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -25,7 +24,7 @@ from training.loop import Loop, Schedule
 from training.recipes import RECIPES, SEEDS, EncoderTraining, Recipe
 from training.study import (
     LAYOUT,
-    VERSION,
+    about_run,
     accuracy,
     fresh_model,
     rates_of,
@@ -52,9 +51,8 @@ def train(
 ) -> Path:
     """Trains a recipe's larger model, or goes on; returns its folder."""
     recipe = replace(recipe, blocks=BLOCKS)
-    of_stages = [asdict(stage) for stage in stages]
-    told = {"seed": seed, "version": VERSION, "stages": of_stages, "encoder_steps": encoder_steps}
-    about = json.dumps({**asdict(recipe), **told})
+    more = {"stages": [asdict(stage) for stage in stages], "encoder_steps": encoder_steps}
+    about = about_run({**asdict(recipe), **more}, seed)
     processor = build_processor(LAYOUT, stages[-1].geometry.canvas, is_fixed=True)
     encoder, model, weights = Encoder(processor), None, None
     for index, stage in enumerate(stages):

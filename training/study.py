@@ -72,7 +72,7 @@ def train_encoder(
     With `start`, the weights of an encoder for smaller pictures, all pictures show many things.
     """
     of_size = {} if geometry == GEOMETRY else {"tokens": geometry.n_tokens}
-    file, about = out / "encoder.safetensors", _recipe({**asdict(training), **of_size}, seed)
+    file, about = out / "encoder.safetensors", about_run({**asdict(training), **of_size}, seed)
     if file.exists():
         _require_same(out / "training.json", about)
         return file
@@ -142,7 +142,8 @@ def spread(model: nn.Module) -> None:
             nn.init.normal_(weights, std=weights[0].numel() ** -0.5)
 
 
-def _recipe(about: dict[str, Any], seed: int) -> str:
+def about_run(about: dict[str, Any], seed: int) -> str:
+    """Returns what determines a run, in words; a folder or checkpoint of another is refused."""
     return json.dumps({**about, "seed": seed, "vision": VISION, "version": VERSION})
 
 
@@ -176,7 +177,7 @@ def encoder_weights(visual: nn.Module) -> dict[str, nn.Parameter]:
 def train_model(recipe: Recipe, seed: int, out: Path) -> Path:
     """Trains a recipe's model, or goes on; returns its folder."""
     folder = out / f"{recipe.name}-{seed}"
-    about = _recipe(asdict(recipe), seed)
+    about = about_run(asdict(recipe), seed)
     if (folder / "training.json").exists():
         _require_same(folder / "training.json", about)
         return folder

@@ -9,7 +9,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.report.figures import drawings
 from hooked_vlm.report.look import to_png
 from hooked_vlm.report.markup import template
-from hooked_vlm.report.page import PAGE, facts_of, key_numbers, shown
+from hooked_vlm.report.page import PAGE, facts_of, numbers_in_words, shown
 from hooked_vlm.report.provenance import Provenance
 
 
@@ -33,8 +33,8 @@ def write_index(
             row = by_id.setdefault(result.anchor, {"result": result, "cells": {}, "widest": 0})
             figures = [shown(d, to_png(d.figure)) for d in drawings(result) if d.headline]
             row["widest"] = max(row["widest"], *(figure["width"] for figure in figures), 0)
-            numbers = ", ".join(f"{tile.label}: {tile.value}" for tile in key_numbers([result]))
-            row["cells"][folder] = {"result": result, "numbers": numbers, "figures": figures}
+            told = {"result": result, "numbers": numbers_in_words(result), "figures": figures}
+            row["cells"][folder] = told
     page = template("index.html.j2").render(
         title=title, models=models, rows=list(by_id.values()), page=PAGE
     )

@@ -82,9 +82,13 @@ def summary_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for result in results:
         row = rows.setdefault(result.name, {"result": result, "found": []})
-        numbers = ", ".join(f"{tile.label}: {tile.value}" for tile in key_numbers([result]))
-        row["found"].append({"result": result, "numbers": numbers})
+        row["found"].append({"result": result, "numbers": numbers_in_words(result)})
     return list(rows.values())
+
+
+def numbers_in_words(result: Result) -> str:
+    """Returns a result's key numbers in one line."""
+    return ", ".join(f"{tile.label}: {tile.value}" for tile in key_numbers([result]))
 
 
 def numbers(results: Sequence[Result], model: str) -> pd.DataFrame:

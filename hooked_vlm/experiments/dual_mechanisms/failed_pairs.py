@@ -27,15 +27,13 @@ def peaks(by_direction: Mapping[str, xr.DataArray], name: str, failed: str) -> C
     A pair did not fail where that is above `HALF`.  The scores are probabilities `[pair, slot]`,
     and `name` heads their column.
     """
-    rows = []
+    found = []
     for values in by_direction.values():
-        each = values.transpose("pair", "slot")
-        best = each.argmax("slot").values
-        for i, (case, slot) in enumerate(zip(names_of(values), best, strict=True)):
-            value = float(each[i, int(slot)])
-            at = int(each["slot"][int(slot)])
-            rows.append({"case": case, name: value, "at slot": at, "ok": value > HALF})
-    return Cases(failed=failed, table=pd.DataFrame(rows))
+        best = values.max("slot").values
+        at = values.idxmax("slot").values.astype(int)
+        told = {"case": names_of(values), name: best, "at slot": at, "ok": best > HALF}
+        found.append(pd.DataFrame(told))
+    return Cases(failed=failed, table=pd.concat(found, ignore_index=True))
 
 
 def failing_pictures(

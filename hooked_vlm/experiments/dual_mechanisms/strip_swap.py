@@ -230,22 +230,20 @@ def cleans(pairs: Mapping[str, Sequence[SwapPair]]) -> dict[str, Question]:
     return {name_of(pair): pair.clean for found in pairs.values() for pair in found}
 
 
-def cases_of(
-    by_direction: Mapping[str, xr.DataArray], n_layers: int, kind: str = "", words: str = "strips"
-) -> Cases:
+def cases_of(by_direction: Mapping[str, xr.DataArray], n_layers: int, kind: str = "") -> Cases:
     """Returns what each kind of region does in each pair: means over the early slots.
 
-    A pair failed where `kind` (in `words`; by default the strips) does not flip its answer.
+    A pair failed where `kind` (by default the strips) does not flip its answer.
     """
-    rows = []
+    found = []
     for values in by_direction.values():
-        kinds = [str(one) for one in values["kind"].values]
         early = values.sel(quantity="swapped", slot=slice(0, n_layers // 2)).mean("slot")
-        for i, case in enumerate(names_of(values)):
-            found = {one: float(early.sel(kind=one)[i]) for one in kinds}
-            rows.append({"case": case, **found, "ok": found[kind or strips_of(kinds)] > HALF})
+        means = {str(one): early.sel(kind=one).values for one in values["kind"].values}
+        flips = means[kind or strips_of(list(means))] > HALF
+        found.append(pd.DataFrame({"case": names_of(values), **means, "ok": flips}))
     return Cases(
-        failed=f"pairs whose answer {words} do not flip ({EARLY})", table=pd.DataFrame(rows)
+        failed=f"pairs whose answer {kind or 'strips'} do not flip ({EARLY})",
+        table=pd.concat(found, ignore_index=True),
     )
 
 

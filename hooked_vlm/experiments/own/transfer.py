@@ -82,7 +82,7 @@ def run_regions(setting: OwnSetting, config: Config, on_progress: OnProgress) ->
     by_direction, left_out = _swept(setting, config, kinds, places, on_progress)
     n_layers = setting.model.cfg.n_layers
     table = _table(by_direction, n_layers, config.seed, setting.stated, setting.compared)
-    cases = strip_swap.cases_of(by_direction, n_layers, ANYWHERE, ANYWHERE)
+    cases = strip_swap.cases_of(by_direction, n_layers, ANYWHERE)
     asked = {item.name: item for item in setting.data.items}
     return Result(
         **vars(strip_swap.ABOUT),
