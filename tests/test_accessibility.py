@@ -112,7 +112,7 @@ def test_two_runs_compared(
     browser: Browser, rules: str, width: int, dark: bool, tmp_path: Path
 ) -> None:
     makers = (synthetic.e1, synthetic.e2, synthetic.e4)
-    steps = {f"{r.name} on {r.setting}": 1.0 for r in (make() for make in makers)}
+    steps = {make().key: 1.0 for make in makers}
     record = replace(synthetic.provenance(), seconds=steps)
     for seed in (10, 11):
         results = [make(seed=seed) for make in makers]
@@ -123,6 +123,8 @@ def test_two_runs_compared(
     browser.as_seen(width=width, dark=dark)
     browser.show(compare(tmp_path / "10", tmp_path / "11", tmp_path).page.as_uri())
     browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
+    assert browser.run("return document.querySelectorAll('.summary tbody tr').length") == 3
+    assert browser.run("return document.querySelectorAll('figure img').length") >= 6
     assert violations(browser, rules) == []
 
 
