@@ -164,6 +164,11 @@ def _check(name: str, dtype: torch.dtype | str, device: str | torch.device | Non
             f"There is no folder {_short(name)!r}. Give the folder of a checkpoint (config.json, "
             f"*.safetensors), a hub name or one of {', '.join(available())}."
         )
+    # Only the hub's first models have no owner before a slash, so such a name that resembles a
+    # shipped model's is a slip.  Without a network, asking the hub takes 20 seconds.
+    is_meant = did_you_mean(name, available()) if "/" not in name else ""
+    if is_meant and not Path(name).exists() and not _is_shipped(name):
+        folder(name)
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         usual = ("auto", "float32", "bfloat16", "float16", "float64")

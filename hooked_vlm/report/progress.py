@@ -152,7 +152,7 @@ class _Stages(Listener):
     def step(self, done: int, total: int) -> None:
         if total != self._total:
             self._total, self._task = total, None
-            self.show(f"{self._model}, {counted(total, 'unit')}")
+            self.show(f"{self._model}, {counted(total, 'step')}")
         super().step(done, total)
 
 

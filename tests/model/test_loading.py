@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from helpers.prepared_models import prepared
@@ -114,10 +120,23 @@ def test_shipped_models_load_by_name(name):
 
 
 @pytest.mark.skipif(not available(), reason="no model ships with this checkout")
-def test_a_near_miss_of_a_shipped_name():
-    name = available()[0]
+def test_a_near_miss_of_a_shipped_name(monkeypatch):
+    """Without an owner before a slash, the hub is not asked: offline it is asked for long."""
+    name, asked = available()[0], []
     with pytest.raises(UnsupportedModelError, match=f"Did you mean '{name}'"):
-        HookedVLM.from_pretrained(name + "s", local_files_only=True)
+        HookedVLM.from_pretrained(f"owner/{name}", local_files_only=True)
+
+    def from_pretrained(name: str, **_: Any) -> None:
+        asked.append(name)
+        raise OSError("the hub was asked")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    with pytest.raises(UnsupportedModelError, match=f"Did you mean '{name}'"):
+        HookedVLM.from_pretrained(name + "s")
+    assert not asked
+    with pytest.raises(UnsupportedModelError, match="the hub was asked"):
+        HookedVLM.from_pretrained("gpt2")
+    assert asked == ["gpt2"]
 
 
 def test_inputs_made_elsewhere_run_on_a_loaded_model(tmp_path):

@@ -88,7 +88,7 @@ def test_the_command_gives_its_options_on_and_prints_one_json_document(
     assert not end.value.code
     said = capsys.readouterr()
     assert json.loads(said.out) == {"page": out}
-    assert f"{MODEL}: view, 2 units" in said.err
+    assert f"{MODEL}: view, 2 steps" in said.err
     asked = Asked(panels="lens", layers="0,2", slots="1", answers="red", limit_mb=3.0)
     assert given == [MODEL, asked, Path(out), "cpu", "auto"]
 

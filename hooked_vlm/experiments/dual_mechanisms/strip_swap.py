@@ -300,14 +300,14 @@ def _finding(early: Mapping[str, pd.Series], strips: str, at: Mapping[str, Seque
     """
     strip, inside = judge(early[strips], least=0.0), judge(early["object"], least=0.0)
     apart = judge(early["strip - object"])
-    some = {strips: "strips", "object": "object cells alone"}
-    parts = {
-        kind: f"{name} do at {format_slots(at[kind])}" for kind, name in some.items() if kind in at
-    }
+    more_at = _peaks({"strips": at.get(strips), "object cells alone": at.get("object")})
     more = _more(apart)
     if strip.above and inside.below and apart.above:
         if "object" in at:
-            return f"strips flip the answer over the early slots; {parts['object']}"
+            inside_at = format_slots(at["object"])
+            return (
+                f"strips flip the answer over the early slots; object cells alone do at {inside_at}"
+            )
         return "strips flip the answer and object cells alone do not, as in the paper"
     if strip.above and inside.above:
         return f"object cells alone flip the answer too, unlike in the paper; {more}"
@@ -315,12 +315,24 @@ def _finding(early: Mapping[str, pd.Series], strips: str, at: Mapping[str, Seque
         return "object cells alone flip the answer and strips do not, unlike in the paper"
     if strip.below and inside.below:
         said = "neither strips nor object cells flip the answer over the early slots"
-        if parts:
-            return f"{said}; {format_names(list(parts.values()))}"
+        if more_at:
+            return f"{said} on average; {more_at}"
         return f"{said}, unlike in the paper; {more}"
     unclear = {"strips": strip, "object cells": inside}
     names = [name for name, judged in unclear.items() if judged.outcome != "found"]
     return f"undecided whether {format_names(names)} flip the answer; {more}"
+
+
+def _peaks(at: Mapping[str, Sequence[int] | None]) -> str:
+    """Returns in words who flips the answer at which slots; those who do at the same are joined.
+
+    >>> _peaks({"strips": [1], "objects": [1]}), _peaks({"strips": [0, 1], "objects": None})
+    ('both do at slot 1', 'strips do at slots 0-1')
+    """
+    slots = {who: format_slots(found) for who, found in at.items() if found}
+    if len(slots) == 2 and len(set(slots.values())) == 1:
+        return f"both do at {next(iter(slots.values()))}"
+    return format_names([f"{who} do at {where}" for who, where in slots.items()])
 
 
 def _more(apart: Judgement) -> str:
