@@ -84,8 +84,8 @@ BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
 Setting = Annotated[
     str | None,
     typer.Option(
-        help="Stimuli: squares, shapes, objects, or one of them with -photos. Default: the "
-        "experiment's own; your own pictures where --data has them."
+        help="Stimuli: squares, shapes, objects, or one of them with -photos or -scattered. "
+        "Default: the experiment's own; your own pictures where --data has them."
     ),
 ]
 Cutouts = Annotated[

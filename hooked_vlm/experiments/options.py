@@ -12,6 +12,7 @@ from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.extension import FOLDERS as FOLDERS
 from hooked_vlm.stimuli.settings import (
     OWN,
+    SCATTERED,
     files_of,
     own_data,
     require_known,
@@ -42,6 +43,8 @@ class Config:
     """The lowest and the highest value of the experiment's own numbers."""
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The values of the experiment's own texts."""
+    reads_cells: ClassVar[bool] = True
+    """Whether cells of objects or strips are read or changed, which scattered objects lack."""
     in_float32: ClassVar[bool] = False
     """Whether the paper computes the experiment in float32 (Table 5)."""
 
@@ -50,7 +53,7 @@ class Config:
     seed: int = 0
     batch_size: int = 16
     setting: str = "squares"
-    """The stimuli: `squares`, `shapes`, `objects`, each also with `-photos`."""
+    """The stimuli: `squares`, `shapes`, `objects`, each also with `-photos` or `-scattered`."""
     cutouts: Path | None = None
     """A folder of `<name>.png` to use instead of the shipped cut-outs."""
     backgrounds: Path | None = None
@@ -97,6 +100,13 @@ class Config:
                     f"{did_you_mean(str(value), known)}"
                 )
 
+    @classmethod
+    def takes(cls, setting: str) -> bool:
+        """Returns whether the experiment runs on a setting of this package."""
+        if setting in SCATTERED and cls.reads_cells:
+            return False
+        return not cls.settings_allowed or setting in cls.settings_allowed
+
     @property
     def used_settings(self) -> tuple[str, ...]:
         """The settings whose stimuli the experiment shows; empty: it has stimuli of its own."""
@@ -114,9 +124,19 @@ class Config:
             )
         return found
 
+    @classmethod
+    def require_taken(cls, setting: str) -> None:
+        """Raises `DataError` unless the experiment runs on a setting."""
+        require_known(setting, cls.settings_allowed)
+        if not cls.takes(setting):
+            raise DataError(
+                f"Setting {setting!r} was given; the experiment reads cells of objects or strips, "
+                f"which scattered objects lack. Use {setting.removesuffix('-scattered')!r}."
+            )
+
     def check(self) -> None:
         """Raises `DataError` for a setting or a folder that the experiment cannot use."""
-        require_known(self.setting, self.settings_allowed)
+        self.require_taken(self.setting)
         if self.setting == OWN:
             own_data(self.data)
             return

@@ -59,6 +59,7 @@ from hooked_vlm.stimuli.own import OwnData
 from hooked_vlm.stimuli.settings import (
     INSET,
     OWN,
+    SCATTERED,
     SETTINGS,
     added_setting,
     own_data,
@@ -129,6 +130,8 @@ PAPER = tuple(
 TASKS = ("squares", "shapes", "objects")
 ON_TASKS = (*PAPER, redundancy.ABOUT.name)
 """The experiments that a reproduction runs on each of the tasks."""
+AMPLIFIED_ON = (amplification.Config().setting, "squares-scattered")
+"""The settings of E7 in a reproduction: on scattered squares, wrong answers are about the order."""
 
 
 OWN_RUNS: dict[str, tuple[Needs, RunOwn]] = {
@@ -195,12 +198,13 @@ EXPERIMENTS: dict[str, Experiment] = {
 SUITES: dict[str, tuple[str, ...]] = {
     "dual-mechanisms": ("behaviour", "final-token", "ordering-probes", "strip-swap"),
     "reproduce": (
-        *(f"behaviour:{setting}" for setting in SETTINGS if setting != INSET),
+        *(f"behaviour:{setting}" for setting in (*SETTINGS, *SCATTERED) if setting != INSET),
         *(f"{name}:{setting}" for name in ON_TASKS for setting in TASKS),
+        *(f"amplification:{setting}" for setting in AMPLIFIED_ON),
         *(
             m.ABOUT.name
             for m in MODULES
-            if m.ABOUT.name not in ("behaviour", *ON_TASKS) and m not in NEED_DATA
+            if m.ABOUT.name not in ("behaviour", "amplification", *ON_TASKS) and m not in NEED_DATA
         ),
     ),
     "whatsup": (
@@ -253,12 +257,11 @@ def steps(name: str, setting: str | None = None) -> list[Step]:
     for member in SUITES.get(name, (name,)):
         experiment_name, _, fixed = member.partition(":")
         experiment = select(experiment_name)
-        allowed = experiment.config.settings_allowed
         if setting is not None and name not in SUITES:
             if setting == OWN:
                 experiment.needs.check_possible(experiment.id)
-            require_known(setting, allowed)
-        chosen = None if allowed and setting not in allowed else setting
+            experiment.config.require_taken(setting)
+        chosen = setting if setting and experiment.config.takes(setting) else None
         found.append(Step(experiment, fixed or chosen or experiment.config().setting))
     return found
 

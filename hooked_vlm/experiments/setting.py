@@ -70,6 +70,12 @@ class Setting:
         """Returns the setting of a configuration, for a model."""
         return cls(model, stimuli_of(config), config.batch_size)
 
+    def in_rows(self) -> "Setting":
+        """Returns the setting with its objects in rows and columns, if they are scattered."""
+        plain = self.stimuli.in_rows()
+        same = plain is self.stimuli
+        return self if same else Setting(self.model, plain, self.batch_size)
+
     @property
     def directions(self) -> tuple[str, ...]:
         """The directions of the questions."""

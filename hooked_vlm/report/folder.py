@@ -20,7 +20,7 @@ from hooked_vlm.experiments.result import Result
 from hooked_vlm.report.page import write_report
 from hooked_vlm.report.provenance import Provenance
 from hooked_vlm.report.results import ABOUT, RESULTS, made_by, read_result
-from hooked_vlm.stimuli.settings import SETTINGS
+from hooked_vlm.stimuli.settings import SCATTERED, SETTINGS
 
 
 RECORD = "provenance.json"
@@ -139,7 +139,7 @@ def _in_order(results: Sequence[Result], record: Provenance) -> list[Result]:
     names = [f"{result.name} on {result.setting}" for result in results]
     if set(names) <= set(run):
         return sorted(results, key=lambda r: run.index(f"{r.name} on {r.setting}"))
-    experiments, settings = list(EXPERIMENTS), list(SETTINGS)
+    experiments, settings = list(EXPERIMENTS), [*SETTINGS, *SCATTERED]
 
     def place(result: Result) -> tuple[int, str, int, str]:
         experiment = [*experiments, result.name].index(result.name)

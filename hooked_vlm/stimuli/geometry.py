@@ -21,6 +21,9 @@ Axis = str
 
 AXES = ("horizontal", "vertical")
 
+Box = tuple[int, int, int, int]
+"""Pixels `(x0, y0, x1, y1)`, half-open."""
+
 
 @runtime_checkable
 class Layout(Protocol):
@@ -32,7 +35,7 @@ class Layout(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
-    def place_box(self, axis: Axis, place: int) -> tuple[int, int, int, int]: ...
+    def place_box(self, axis: Axis, place: int) -> Box: ...
 
     def object_region(self, axis: Axis, place: int) -> Region: ...
 
@@ -100,10 +103,10 @@ class Geometry:
         return start, start + self.object_tokens
 
     @checked(DataError)
-    def place_box(self, axis: Axis, place: int) -> tuple[int, int, int, int]:
+    def place_box(self, axis: Axis, place: int) -> Box:
         """Returns a place's pixel box `(x0, y0, x1, y1)`, half-open."""
         (a0, a1), (c0, c1) = self.place_span(place), self.cross_span()
-        spans = (a0, c0, a1, c1) if _horizontal(axis) else (c0, a0, c1, a1)
+        spans = (a0, c0, a1, c1) if is_horizontal(axis) else (c0, a0, c1, a1)
         x0, y0, x1, y1 = (token * self.token_px for token in spans)
         return x0, y0, x1, y1
 
@@ -111,7 +114,7 @@ class Geometry:
     def object_region(self, axis: Axis, place: int) -> Region:
         """Returns the cells of a place's object."""
         along, across = self.place_span(place), self.cross_span()
-        rows, cols = (across, along) if _horizontal(axis) else (along, across)
+        rows, cols = (across, along) if is_horizontal(axis) else (along, across)
         return Region.rectangle(self.shape, rows=rows, cols=cols, name=f"object {place}")
 
     @checked(DataError)
@@ -120,7 +123,7 @@ class Geometry:
         _check_place(place)
         start = sum(self.strips[:place])
         stop = start + self.strips[place]
-        make = Region.column_band if _horizontal(axis) else Region.row_band
+        make = Region.column_band if is_horizontal(axis) else Region.row_band
         return make(self.shape, start, stop, f"strip {place}")
 
     @checked(DataError)
@@ -194,7 +197,8 @@ def _check_place(place: int) -> None:
         raise DataError(f"Place {place} does not exist. Use 0, 1 or 2.")
 
 
-def _horizontal(axis: Axis) -> bool:
+def is_horizontal(axis: Axis) -> bool:
+    """Returns whether an axis is the horizontal one; raises `DataError` for an unknown one."""
     if axis not in AXES:
         raise DataError(f"No axis {axis!r}: use {' or '.join(AXES)}.{did_you_mean(axis, AXES)}")
     return axis == "horizontal"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.stimuli.geometry import Geometry
+from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.pictures import open_picture
 from hooked_vlm.stimuli.prompts import OBJECTS, PREPOSITION
@@ -82,7 +82,7 @@ def _load(path: Path) -> Image.Image:
 def draw(
     entities: Sequence[str | None],
     axis: str,
-    geometry: Geometry,
+    geometry: Layout,
     background: Image.Image | None = None,
     cutouts: Cutouts | None = None,
 ) -> Image.Image:

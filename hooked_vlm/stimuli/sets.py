@@ -7,7 +7,7 @@ question, and the places of objects and strips.  It does not depend on a model;
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
@@ -18,6 +18,7 @@ from hooked_vlm.errors import DataError, did_you_mean
 from hooked_vlm.stimuli.geometry import Layout, geometry_for
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import DIRECTIONS, SYSTEM_PROMPT, Direction
+from hooked_vlm.stimuli.scattered import Scattered, scattered_layout
 
 
 Draw = Callable[..., Image.Image]
@@ -96,4 +97,10 @@ class StimulusSet:
                 f"{did_you_mean(ground, self.grounds)} Use one of its grounds, or None for white."
             )
         background = self.grounds[ground] if ground is not None else None
+        if isinstance(layout, Scattered):
+            layout = layout.placed(entities, axis)
         return self.draw(entities, axis, layout, background)
+
+    def in_rows(self) -> "StimulusSet":
+        """Returns the set with its objects in rows and columns, if they are scattered."""
+        return replace(self, layout=geometry_for) if self.layout is scattered_layout else self

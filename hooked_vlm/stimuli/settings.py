@@ -17,11 +17,13 @@ from hooked_vlm.extensions.found import Extensions
 from hooked_vlm.stimuli import objects, photographs, shapes, squares
 from hooked_vlm.stimuli.datasets import whatsup
 from hooked_vlm.stimuli.extension import AddedSetting, setting_of
+from hooked_vlm.stimuli.geometry import geometry_for
 from hooked_vlm.stimuli.own.data import OwnData
 from hooked_vlm.stimuli.own.tables import NAMES, table_in
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.pictures import stamp_of
 from hooked_vlm.stimuli.prompts import OTHER_WORDS, PREPOSITION
+from hooked_vlm.stimuli.scattered import scattered_layout
 from hooked_vlm.stimuli.sets import Draw
 from hooked_vlm.stimuli.sets import StimulusSet as StimulusSet
 
@@ -35,8 +37,11 @@ def stimulus_set(
     data: Path | None = None,
     other_words: bool = False,
 ) -> StimulusSet:
-    """Returns a setting: `squares`, `shapes` or `objects`, one of them with `-photos`, `whatsup-…`.
+    """Returns a setting: `squares`, `shapes`, `objects`, `whatsup-…`, or a variant.
 
+    With `-photos` the first three have photographs as backgrounds.  With `-scattered` their objects
+    stand anywhere, in their order along the asked axis; experiments that read cells of objects or
+    strips refuse them.
     `shapes-inset` has the shapes as the shipped models saw them in training: smaller.
 
     `cutouts` and `backgrounds` are folders of a user's own pictures, used instead of the
@@ -59,9 +64,11 @@ def stimulus_set(
         )
     plain, _, variant = name.partition("-")
     names, draw, prompt = _MAKE[plain](cutouts)
-    grounds, title = {}, plain.capitalize()
+    grounds, title, layout = {}, plain.capitalize(), geometry_for
     if name == INSET:
         draw, title = partial(draw, drawing="inset"), f"{title}, drawn inset"
+    elif name in SCATTERED:
+        title, layout = f"{title}, scattered", scattered_layout
     elif variant:
         title = f"{title} on photographs"
         grounds = (
@@ -75,6 +82,7 @@ def stimulus_set(
         prompt=partial(_other_prompt, plain) if other_words else prompt,
         grounds=grounds,
         spares={} if plain == "objects" else squares.SPARES,
+        layout=layout,
     )
 
 
@@ -145,7 +153,7 @@ def register_setting(name: str, make: Callable[..., StimulusSet], *, replace: bo
 
 
 def _built_in() -> tuple[str, ...]:
-    return (*SETTINGS, *whatsup.SETTINGS, OWN)
+    return (*SETTINGS, *SCATTERED, *whatsup.SETTINGS, OWN)
 
 
 def added_setting(name: str) -> AddedSetting | None:
@@ -246,6 +254,8 @@ OWN = "own"
 INSET = "shapes-inset"
 """Shapes at 0.9 of the published size, as in the training of the shipped models."""
 SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE), INSET)
-"""The settings that need only data of the package."""
+"""The settings that need only data of the package, with objects in rows and columns."""
+SCATTERED = tuple(f"{name}-scattered" for name in _MAKE)
+"""The same with objects anywhere: harder questions, for experiments that read no cells."""
 EXTENSIONS = Extensions("hooked_vlm.settings", "setting", setting_of, taken=_built_in)
 """The settings of other distributions."""

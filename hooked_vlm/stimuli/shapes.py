@@ -13,13 +13,12 @@ from PIL import Image, ImageDraw
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.stimuli.geometry import Geometry
+from hooked_vlm.stimuli.geometry import Box, Layout
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import PREPOSITION, SHAPES
 from hooked_vlm.stimuli.squares import PAINTS, SPARES, canvas
 
 
-Box = tuple[int, int, int, int]
 Color = tuple[int, int, int]
 Points = list[tuple[float, float]]
 
@@ -58,7 +57,7 @@ def prompt(question: Question) -> str:
 def draw(
     entities: Sequence[str | None],
     axis: str,
-    geometry: Geometry,
+    geometry: Layout,
     background: Image.Image | None = None,
     drawing: str = DEFAULT,
 ) -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.stimuli.geometry import Geometry
+from hooked_vlm.stimuli.geometry import Layout
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import DIRECTIONS, Direction, squares_prompt
 
@@ -47,7 +47,7 @@ def prompt(question: Question) -> str:
 
 @checked(DataError)
 def canvas(
-    entities: Sequence[str | None], geometry: Geometry, background: Image.Image | None
+    entities: Sequence[str | None], geometry: Layout, background: Image.Image | None
 ) -> Image.Image:
     """Returns the canvas for entities: white, or a copy of a background scaled to fit.
 
@@ -65,7 +65,7 @@ def canvas(
 def draw(
     entities: Sequence[str | None],
     axis: str,
-    geometry: Geometry,
+    geometry: Layout,
     background: Image.Image | None = None,
 ) -> Image.Image:
     """Returns a canvas with a square of each colour in its place; None leaves a place empty.

@@ -95,6 +95,7 @@ class Config(Strengths):
     """`items` questions of each direction (0: all), none of whose pictures the probe has seen."""
 
     ranges: ClassVar = {**Strengths.ranges, "items": (0, 10**6)}
+    reads_cells = False  # of the pictures that are asked about: probes are fitted to rows
 
     setting: str = "objects-photos"
     items: int = 24
@@ -161,12 +162,20 @@ def run_on(model, data: StimulusSet, config: Config, on_progress: OnProgress = s
             f"says how many of {SEEDS} probes with other initialisations give the same outcome, "
             "each compared with the same random directions. "
             "Amplified order can only repair answers that name the other end.",
+            *of_rows(data),
             *stand_in(config.setting),
         ),
     )
 
 
 run = of_config(run_on)
+
+
+def of_rows(data: StimulusSet) -> tuple[str, ...]:
+    """Returns a note on the probe's pictures where questions are about scattered objects."""
+    if data.in_rows() is data:
+        return ()
+    return ("The probe is fitted to rows and columns; questions are about scattered objects.",)
 
 
 def stand_in(setting: str) -> tuple[str, ...]:
@@ -204,7 +213,9 @@ class Plan:
         left = triples[half:][: config.items or None]
         asked = [Question(triple, d) for d in directions for triple in left]
         with scope(axis):
-            (fitted, *others), tokens = fit_directions(setting, seen, config.seed, n_probes)
+            (fitted, *others), tokens = fit_directions(
+                setting.in_rows(), seen, config.seed, n_probes
+            )
         wrong = len(seen) - len(tokens)
         seeds = range(config.seed, config.seed + config.controls)
         rows, cols = setting.geometry.shape

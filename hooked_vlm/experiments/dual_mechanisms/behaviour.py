@@ -38,6 +38,7 @@ class Config(common.Config):
     """`items` is the number of questions of each direction, drawn with the seed; 0: all."""
 
     ranges: ClassVar = {"items": (0, 10**6)}
+    reads_cells = False
 
     items: int = 0
 

@@ -29,6 +29,7 @@ from hooked_vlm.experiments.tables import format_interval, interval_rows, select
 from hooked_vlm.experiments.verdicts import adjusted, claim_rows, judge, sentence
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.sets import StimulusSet
+from hooked_vlm.stimuli.settings import SCATTERED
 
 
 ABOUT = About(
@@ -51,7 +52,8 @@ class Config(amplification.Config):
     settings_allowed = ("several",)
 
     setting: str = "several"  # see `settings`
-    settings: tuple[str, ...] = ("squares", "shapes", "objects", "objects-photos")
+    settings: tuple[str, ...] = (*SCATTERED, "objects-photos")
+    """Answers must be wrong about the order somewhere, or there is nothing to correct."""
     items: int = 12
     alphas: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)
     controls: int = 0  # compared are settings
