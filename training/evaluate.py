@@ -9,7 +9,7 @@ triples.  An answer is right when the most probable next token of the whole voca
 in lower case and stripped, is the target (protocol 2.4).  Intervals are Wilson's, at 95 %.
 
 Then the other settings, always on triples that training never showed: squares, shapes and
-objects, on white and on photographs (which training never showed either), in the paper's
+objects, on white, on photographs and scattered (which training never showed either), in the paper's
 words and in a second phrasing; and on which side of one object another is, in the words
 of COCO-spatial, without a system message.
 """
@@ -33,7 +33,7 @@ from hooked_vlm.inputs.without_torchvision import load_processor
 from hooked_vlm.stimuli.geometry import Geometry, geometry_for
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPTIONS, SIDES, side_prompt
-from hooked_vlm.stimuli.settings import SETTINGS, stimulus_set
+from hooked_vlm.stimuli.settings import SCATTERED, SETTINGS, stimulus_set
 from hooked_vlm.stimuli.squares import COLORS
 from hooked_vlm.zoo import available, load
 from training.batches import Batch, Encoder
@@ -116,13 +116,14 @@ def evaluate_settings(model: Any, processor: Any, batch: int = 40) -> list[Row]:
     """Returns the accuracies of every setting and wording, by direction, on unseen triples."""
     geometry, encoder = geometry_for(N_TOKENS, PATCH * MERGE), Encoder(processor)
     rows = []
-    for name in SETTINGS:
+    for name in (*SETTINGS, *SCATTERED):
         for other_words in (False, True):
             stimuli = stimulus_set(name, other_words=other_words)
+            layout = stimuli.layout(N_TOKENS, PATCH * MERGE)
             label = stimuli.title + (", other words" if other_words else "")
             for direction in DIRECTIONS:
                 asked = [
-                    (stimuli.picture(q, geometry), stimuli.prompt(q), q.target)
+                    (stimuli.picture(q, layout), stimuli.prompt(q), q.target)
                     for q in held_out(name, direction)
                 ]
                 rows.append(_asked(model, encoder, label, direction, asked, batch, system=True))
