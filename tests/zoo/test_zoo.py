@@ -1,6 +1,7 @@
 """The shipped models: what they are taught, how they are fed, and that they answer."""
 
 import random
+import re
 import string
 from collections import Counter
 from itertools import permutations
@@ -13,10 +14,17 @@ from PIL import Image
 from hooked_vlm.analysis.scoring import normalise, spellings
 from hooked_vlm.errors import UnsupportedModelError
 from hooked_vlm.stimuli import photographs
-from hooked_vlm.stimuli.geometry import geometry_for
+from hooked_vlm.stimuli.geometry import AXES, geometry_for
 from hooked_vlm.stimuli.pairs import Question
-from hooked_vlm.stimuli.prompts import AXIS_OF, DIRECTIONS, OPTIONS, SYSTEM_PROMPT, squares_prompt
-from hooked_vlm.stimuli.settings import stimulus_set
+from hooked_vlm.stimuli.prompts import (
+    AXIS_OF,
+    DIRECTIONS,
+    OPTIONS,
+    SIDES,
+    SYSTEM_PROMPT,
+    squares_prompt,
+)
+from hooked_vlm.stimuli.settings import SCATTERED, SETTINGS, stimulus_set
 from hooked_vlm.stimuli.squares import COLORS, draw
 from hooked_vlm.zoo import available, folder, load
 from training import evaluate
@@ -351,3 +359,32 @@ def test_evaluation_asks_what_the_name_of_a_set_says(direction):
     first, middle, last = triples[0].triple
     assert question == squares_prompt(direction, middle)
     assert answer == (first if direction in ("left", "above") else last)
+
+
+def card_of(name: str) -> list[tuple[str, str, int, float]]:
+    """Returns the rows of accuracy in a model card: pictures, direction, n, accuracy."""
+    lines = (folder(name) / "README.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if re.search(r"\| \d\.\d+ \[", line)]
+    return [(what, direction, int(n), float(a.split()[0])) for what, direction, n, a in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_has_a_row_for_all_that_evaluation_asks(name):
+    titles = [stimulus_set(setting).title for setting in (*SETTINGS, *SCATTERED)]
+    worded = [title + words for title in titles for words in ("", ", other words")]
+    asked = [(row, direction) for row in (*SETS, *worded) for direction in DIRECTIONS]
+    sides = [
+        (f"Objects, side by {style}", " or ".join(OPTIONS[a])) for style in SIDES for a in AXES
+    ]
+    assert [row[:2] for row in card_of(name)] == asked + sides
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_has_what_evaluation_finds(name):
+    """But for an answer or two, which rounding of another machine may change."""
+    model, processor = load(name)
+    found = [*evaluate.evaluate(model, processor), *evaluate.evaluate_settings(model, processor)]
+    for (pictures, direction, n, accuracy), row in zip(card_of(name), found, strict=True):
+        assert (pictures, direction, n) == (row.pictures, row.direction, row.accuracy.n)
+        assert abs(accuracy - row.accuracy.estimate) * n <= 2.1, (pictures, direction)
