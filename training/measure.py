@@ -219,19 +219,22 @@ SWAPPED = {"strip": "strips", "object": "objects", "background": "strips without
 """Regions that E4 exchanges, and what they are in words."""
 
 
-def swaps(out: Path) -> pd.DataFrame:
-    """Returns a row for each measured model: what E4's swaps do over the early slots.
+def swaps(out: Path, slot: int | None = None) -> pd.DataFrame:
+    """Returns a row for each measured model: what E4's swaps do at a slot (default: early ones).
 
     Columns are recipe, seed and those of `SWAPPED`: the probability of the swapped answer, all
     directions together, with its 95 % interval.
     """
+    where: dict[str, Any] = {"quantity": "swapped", "slot": slot}
+    if slot is None:
+        where = {"quantity": strip_swap.EARLY}
     rows = []
     for name, seed in product(RECIPES, SEEDS):
         file = out / f"{name}-{seed}" / "measured" / "E4.csv"
         if not file.exists():
             continue
-        early = rows_of(pd.read_csv(file), direction="all", quantity=strip_swap.EARLY)
-        by_kind = early.set_index("kind")
+        found = rows_of(pd.read_csv(file), direction="all", **where)
+        by_kind = found.set_index("kind")
         told = {words: format_interval(by_kind.loc[kind]) for kind, words in SWAPPED.items()}
         rows.append({"recipe": name, "seed": seed, **told})
     return pd.DataFrame(rows)

@@ -7,7 +7,7 @@ written by hand.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,18 +19,20 @@ from training.recipes import RECIPES, SEEDS
 
 
 PAGE = Path("docs/experiments/what-makes-strips.md")
-SWAPS = (
-    "What swaps do (E4): the probability of the mirrored picture's answer, mean over the early "
-    "slots, when these tokens of the two pictures are exchanged."
-)
+SWAPS = {
+    None: "What swaps do (E4): the probability of the mirrored picture's answer, mean over the "
+    "early slots, when these tokens of the two pictures are exchanged.",
+    0: "The same at slot 0, before the language model's first block has moved anything.",
+}
+"""By slot (None: the early ones): what is said above a table of swaps."""
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def tables(found: pd.DataFrame, swapped: pd.DataFrame) -> str:
+def tables(found: pd.DataFrame, swapped: Mapping[int | None, pd.DataFrame]) -> str:
     """Returns the results in Markdown: claims, E4's swaps, which recipes differ, and the choice.
 
-    `found` is `measure.table`'s, `swapped` that of `measure.swaps`.  Recipes are compared with the
-    one that they vary, where both seeds of both are measured.
+    `found` is `measure.table`'s, `swapped` has those of `measure.swaps` for `SWAPS`.  Recipes are
+    compared with the one that they vary, where both seeds of both are measured.
     """
     head = ["recipe", "seed", "accuracy", *CLAIMS, "claims shown"]
     lines = [
@@ -40,9 +42,10 @@ def tables(found: pd.DataFrame, swapped: pd.DataFrame) -> str:
         for _, row in found.iterrows()
     ]
     parts = [_markdown(head, lines)]
-    if len(swapped):
-        named = swapped.assign(recipe=[f"`{name}`" for name in swapped["recipe"]])
-        parts += [SWAPS, _markdown([*named], named.to_numpy().tolist())]
+    for slot, rows in swapped.items():
+        if len(rows):
+            named = rows.assign(recipe=[f"`{name}`" for name in rows["recipe"]])
+            parts += [SWAPS[slot], _markdown([*named], named.to_numpy().tolist())]
     if compared := differences(found):
         parts.append(_markdown(["recipe", "beside", "differs in"], compared))
     try:
@@ -88,7 +91,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    write_into(arguments.page, tables(table(arguments.out), swaps(arguments.out)))
+    swapped = {slot: swaps(arguments.out, slot) for slot in SWAPS}
+    write_into(arguments.page, tables(table(arguments.out), swapped))
 
 
 if __name__ == "__main__":

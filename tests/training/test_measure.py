@@ -132,9 +132,10 @@ def test_the_page_has_each_model_the_differences_and_the_choice(tmp_path: Any) -
     alike = pd.Series([Shown("undecided", 0.25)] * 4, index=found.index)
     found = found.assign(**dict.fromkeys(set(measure.CLAIMS) - set(found), alike))
     swapped = pd.DataFrame([{"recipe": "captions", "seed": 0, "strips": "0.50 [0.40, 0.60]"}])
-    text = results.tables(found, swapped)
+    text = results.tables(found, {None: swapped, 0: swapped})
     assert "| `captions` | 0 | 0.50 [0.40, 0.60] |" in text
-    assert results.SWAPS not in results.tables(found, swapped.iloc[:0])
+    without = results.tables(found, {None: swapped.iloc[:0]})
+    assert all(words in text and words not in without for words in results.SWAPS.values())
     assert "| `captions` | 0 | 0.95 | ? (0.25) |" in text
     # 0.0 and 0.1 lie below 0.4 and 0.5, and have no intervals; all other claims are equal.
     assert "| `contrastive` | `captions` | strips, not objects |" in text
@@ -177,13 +178,16 @@ def test_a_number_says_what_it_bears() -> None:
     assert str(Shown("undecided", float("nan"))) == "?"
 
 
-def test_swaps_are_those_of_e4_over_the_early_slots(tmp_path: Any) -> None:
+def test_swaps_are_those_of_e4_over_the_early_slots_or_at_one(tmp_path: Any) -> None:
     folder = tmp_path / "captions-1" / "measured"
     folder.mkdir(parents=True)
     kinds = ("strip", "object", "background")
     about = {"direction": "all", "quantity": "swapped, early slots", "low": 0.1, "high": 0.9}
     rows = [{"kind": kind, "value": 0.2 * i, **about} for i, kind in enumerate(kinds, 1)]
-    others = [{**rows[0], "direction": "left"}, {**rows[0], "quantity": "swapped"}]
+    others = [{**rows[0], "direction": "left"}]
+    for slot in (0, 1):
+        at = {"quantity": "swapped", "slot": slot, "value": 0.3 + slot}
+        others += [{**row, **at} for row in rows]
     pd.DataFrame([*others, *rows]).to_csv(folder / "E4.csv")
     (row,) = measure.swaps(tmp_path).to_dict("records")
     assert row == {
@@ -193,3 +197,5 @@ def test_swaps_are_those_of_e4_over_the_early_slots(tmp_path: Any) -> None:
         "objects": "0.40 [0.10, 0.90]",
         "strips without objects": "0.60 [0.10, 0.90]",
     }
+    (row,) = measure.swaps(tmp_path, slot=0).to_dict("records")
+    assert row["strips"] == row["objects"] == "0.30 [0.10, 0.90]"
