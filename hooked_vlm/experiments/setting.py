@@ -72,9 +72,9 @@ class Setting:
 
     def in_rows(self) -> "Setting":
         """Returns the setting with its objects in rows and columns, if they are scattered."""
-        plain = self.stimuli.in_rows()
-        same = plain is self.stimuli
-        return self if same else Setting(self.model, plain, self.batch_size)
+        if not self.stimuli.is_scattered:
+            return self
+        return Setting(self.model, self.stimuli.in_rows(), self.batch_size)
 
     @property
     def directions(self) -> tuple[str, ...]:

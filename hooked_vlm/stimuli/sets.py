@@ -15,7 +15,7 @@ from PIL import Image
 
 from hooked_vlm.arguments.checked import checked
 from hooked_vlm.errors import DataError, did_you_mean
-from hooked_vlm.stimuli.geometry import Layout, geometry_for
+from hooked_vlm.stimuli.geometry import Geometry, Layout, geometry_for
 from hooked_vlm.stimuli.pairs import Question
 from hooked_vlm.stimuli.prompts import DIRECTIONS, SYSTEM_PROMPT, Direction
 from hooked_vlm.stimuli.scattered import Scattered, scattered_layout
@@ -97,10 +97,17 @@ class StimulusSet:
                 f"{did_you_mean(ground, self.grounds)} Use one of its grounds, or None for white."
             )
         background = self.grounds[ground] if ground is not None else None
+        if self.is_scattered and isinstance(layout, Geometry):
+            layout = Scattered(layout)
         if isinstance(layout, Scattered):
             layout = layout.placed(entities, axis)
         return self.draw(entities, axis, layout, background)
 
     def in_rows(self) -> "StimulusSet":
         """Returns the set with its objects in rows and columns, if they are scattered."""
-        return replace(self, layout=geometry_for) if self.layout is scattered_layout else self
+        return replace(self, layout=geometry_for) if self.is_scattered else self
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether its objects stand anywhere, not in rows and columns."""
+        return self.layout is scattered_layout

@@ -48,6 +48,7 @@ def test_a_picture_shows_its_objects_at_its_own_places():
     assert (
         picture == np.asarray(stimuli.picture(right, layout))
     ).all()  # two questions, one picture
+    assert (picture == np.asarray(stimuli.picture(left, geometry_for(12, 28)))).all()
     own = layout.placed(left.entities, "horizontal")
     for place, name in enumerate(left.entities):
         rows, cols = np.nonzero((picture == COLORS[name]).all(-1))

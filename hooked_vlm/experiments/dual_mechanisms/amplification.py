@@ -173,7 +173,7 @@ run = of_config(run_on)
 
 def of_rows(data: StimulusSet) -> tuple[str, ...]:
     """Returns a note on the probe's pictures where questions are about scattered objects."""
-    if data.in_rows() is data:
+    if not data.is_scattered:
         return ()
     return ("The probe is fitted to rows and columns; questions are about scattered objects.",)
 
