@@ -31,7 +31,7 @@ class Scattered:
 
     >>> layout = scattered_layout(12, 28).placed(("red", "green", "blue"), "horizontal")
     >>> [layout.place_box("horizontal", place)[0] for place in range(3)]
-    [1, 2, 3]
+    [96, 188, 256]
     """
 
     plain: Geometry
