@@ -25,6 +25,10 @@ SWAPS = {
     0: "The same at slot 0, before the language model's first block has moved anything.",
 }
 """By slot (None: the early ones): what is said above a table of swaps."""
+BESIDE = (
+    "Recipes beside the one that they vary, where both seeds of both are measured: the claims in "
+    "which neither seeds nor intervals overlap."
+)
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -47,7 +51,7 @@ def tables(found: pd.DataFrame, swapped: Mapping[int | None, pd.DataFrame]) -> s
             named = rows.assign(recipe=[f"`{name}`" for name in rows["recipe"]])
             parts += [SWAPS[slot], _markdown([*named], named.to_numpy().tolist())]
     if compared := differences(found):
-        parts.append(_markdown(["recipe", "beside", "differs in"], compared))
+        parts += [BESIDE, _markdown(["recipe", "beside", "differs in"], compared)]
     try:
         parts.append(f"The rule chooses `{chosen(found)}`.")
     except CannotRunError as error:
