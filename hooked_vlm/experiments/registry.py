@@ -131,7 +131,7 @@ TASKS = ("squares", "shapes", "objects")
 ON_TASKS = (*PAPER, redundancy.ABOUT.name)
 """The experiments that a reproduction runs on each of the tasks."""
 AMPLIFIED_ON = (amplification.Config().setting, "squares-scattered")
-"""The settings of E7 in a reproduction: on scattered squares, wrong answers are about the order."""
+"""The settings of E7 in a reproduction; on scattered squares most wrong answers are about order."""
 
 
 OWN_RUNS: dict[str, tuple[Needs, RunOwn]] = {

@@ -165,7 +165,7 @@ def _check(name: str, dtype: torch.dtype | str, device: str | torch.device | Non
             f"*.safetensors), a hub name or one of {', '.join(available())}."
         )
     # Only the hub's first models have no owner before a slash, so such a name that resembles a
-    # shipped model's is a slip.  Without a network, asking the hub takes 20 seconds.
+    # shipped model's is a slip.  Without a network, asking the hub takes long.
     is_meant = did_you_mean(name, available()) if "/" not in name else ""
     if is_meant and not Path(name).exists() and not _is_shipped(name):
         folder(name)

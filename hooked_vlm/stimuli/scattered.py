@@ -2,8 +2,8 @@
 
 In the paper's pictures three objects stand in a row or in a column, and a model that names the
 right two can still be wrong about their order.  Small models, trained on rows and columns, seldom
-are.  Where objects stand anywhere they name an object of the picture, and often the one at the
-other end: what amplified ordering (E7) can correct.
+are.  Where objects stand anywhere, most of their wrong answers name the one at the other end: what
+amplified ordering (E7) can correct.
 """
 
 import random
