@@ -1,11 +1,12 @@
 """Trains a recipe of the study larger, for a model that ships.
 
-    python -m training.specimen captions --out specimen
+    python -m training.specimen captions --study training/runs --out specimen
 
-The language model has 12 blocks.  Most steps run on pictures of the study (6x6 visual tokens), the
-last ones on pictures of 12x12, with the recipe's ingredients in both.  An encoder that is trained
-by itself is trained on by itself on the larger pictures too.  The run resumes; the folder has the
-model in bfloat16, its processor, log and `training.json`, which is written last.
+It begins as a model of the study: the recipe's, with 12 blocks in the language model, is taken from
+the study's folder or trained there.  That model is then trained on on pictures of 12x12 visual
+tokens instead of 6x6, with the recipe's ingredients.  An encoder that is trained by itself is
+trained on by itself on the larger pictures first.  The run resumes; the folder has the model in
+bfloat16, its processor, log and `training.json`, which is written last.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from training.batches import Encoder
 from training.build import build_processor
@@ -30,14 +32,16 @@ from training.study import (
     rates_of,
     take_encoder,
     train_encoder,
+    train_model,
+    trained_encoder,
     training_loss,
 )
 from training.train import Stage, carry_over, save_all
 
 
 BLOCKS = 12
-STAGES = (Stage(6, 1000, 0.01, 2e-3), Stage(12, 400, 0.005, 1e-3))
-"""Of the model; the first is the study's, but for the number of blocks."""
+STAGE = Stage(12, 400, 0.005, 1e-3)
+"""On the larger pictures."""
 ENCODER_STEPS = 400
 """Of an encoder that is trained by itself, on the larger pictures, at half of its rates."""
 
@@ -45,33 +49,45 @@ ENCODER_STEPS = 400
 def train(
     recipe: Recipe,
     seed: int,
+    study: Path,
     out: Path,
-    stages: tuple[Stage, ...] = STAGES,
+    stage: Stage = STAGE,
     encoder_steps: int = ENCODER_STEPS,
 ) -> Path:
     """Trains a recipe's larger model, or goes on; returns its folder."""
-    recipe = replace(recipe, blocks=BLOCKS)
-    more = {"stages": [asdict(stage) for stage in stages], "encoder_steps": encoder_steps}
+    recipe = larger(recipe)
+    more = {"stage": asdict(stage), "encoder_steps": encoder_steps}
     about = about_run({**asdict(recipe), **more}, seed)
-    processor = build_processor(LAYOUT, stages[-1].geometry.canvas, is_fixed=True)
-    encoder, model, weights = Encoder(processor), None, None
-    for index, stage in enumerate(stages):
-        made = fresh_model(encoder, 1000 + seed, recipe.blocks, stage.geometry)
-        if model is not None:
-            carry_over(model, made)
-        model = made
-        if recipe.encoder is not None:
-            training = recipe.encoder if weights is None else _on(recipe.encoder, encoder_steps)
-            folder = out / f"encoder-{index}"
-            weights = train_encoder(training, seed, folder, stage.geometry, start=weights)
-            take_encoder(model, weights)
-        stage_loop(recipe, stage, model, out, index, about).run(
-            *stage_losses(recipe, stage, model, encoder, f"{seed}/{index}")
-        )
-    assert model is not None
+    small = train_model(recipe, seed, study)
+    processor = build_processor(LAYOUT, stage.geometry.canvas, is_fixed=True)
+    encoder = Encoder(processor)
+    model = fresh_model(encoder, 1000 + seed, recipe.blocks, stage.geometry)
+    carry_over(AutoModelForImageTextToText.from_pretrained(small), model)
+    if recipe.encoder is not None:
+        start = trained_encoder(recipe.encoder, seed, study)
+        training, folder = _on(recipe.encoder, encoder_steps), out / "encoder"
+        take_encoder(model, train_encoder(training, seed, folder, stage.geometry, start))
+    rated = replace(recipe, muon_lr=stage.muon_lr, adam_lr=stage.adam_lr)
+    schedule = Schedule(stage.steps, stage.warmup, stage.floor)
+    columns = {"what": f"model, {stage.n_tokens} tokens"}
+    loop = Loop(out, model, rates_of(model, rated), schedule, columns=columns, recipe=about)
+    loop.run(*losses(recipe, stage, model, encoder, seed))
     save_all(model.eval().to(torch.bfloat16), processor, out)
     (out / "training.json").write_text(about + "\n")
     return out
+
+
+def larger(recipe: Recipe) -> Recipe:
+    """Returns a recipe with the larger language model: the study's own one where it has it.
+
+    >>> larger(RECIPES["captions"]).name, larger(RECIPES["contrastive"]).name
+    ('captions-deep', 'contrastive-12')
+    """
+    wanted = replace(recipe, blocks=BLOCKS)
+    for known in RECIPES.values():
+        if replace(known, name=recipe.name, varies=recipe.varies) == wanted:
+            return known
+    return replace(wanted, name=f"{recipe.name}-{BLOCKS}")
 
 
 def _on(training: EncoderTraining, steps: int) -> EncoderTraining:
@@ -80,34 +96,20 @@ def _on(training: EncoderTraining, steps: int) -> EncoderTraining:
     return replace(training, steps=steps, **rates)
 
 
-def stage_losses(
-    recipe: Recipe, stage: Stage, model: Any, encoder: Encoder, name: str
+def losses(
+    recipe: Recipe, stage: Stage, model: Any, encoder: Encoder, seed: int
 ) -> tuple[Callable[[int], Tensor], Callable[[int], float]]:
     """Returns the loss of a step, and the accuracy after one, by its number."""
 
     def loss(step: int) -> Tensor:
-        rng = random.Random(f"specimen/{name}/{step}")
+        rng = random.Random(f"specimen/{seed}/{step}")
         return training_loss(model.train(), encoder, recipe, rng, stage.geometry)
 
     def check(step: int) -> float:
-        rng = random.Random(f"check/{name}/{step}")
+        rng = random.Random(f"check/{seed}/{step}")
         return accuracy(model.eval(), encoder, rng, geometry=stage.geometry)
 
     return loss, check
-
-
-def stage_loop(recipe: Recipe, stage: Stage, model: Any, out: Path, index: int, about: str) -> Loop:
-    """Returns the run of a stage, which goes on from its checkpoint."""
-    rated = replace(recipe, muon_lr=stage.muon_lr, adam_lr=stage.adam_lr)
-    return Loop(
-        out,
-        model,
-        rates_of(model, rated),
-        Schedule(stage.steps, stage.warmup, stage.floor),
-        checkpoint=f"stage-{index}.safetensors",
-        columns={"stage": str(index), "tokens": str(stage.n_tokens)},
-        recipe=about,
-    )
 
 
 def main() -> None:
@@ -116,10 +118,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("recipe", choices=list(RECIPES))
+    parser.add_argument("--study", type=Path, required=True, help="folder of training.study")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, choices=SEEDS, default=0)
     arguments = parser.parse_args()
-    train(RECIPES[arguments.recipe], arguments.seed, arguments.out)
+    recipe = RECIPES[arguments.recipe]
+    train(recipe, arguments.seed, arguments.study, arguments.out)
 
 
 if __name__ == "__main__":

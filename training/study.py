@@ -111,6 +111,11 @@ def train_encoder(
     return file
 
 
+def trained_encoder(training: EncoderTraining, seed: int, out: Path) -> Path:
+    """Returns the file of an encoder in the study's folder, which is trained if it is not there."""
+    return train_encoder(training, seed, out / "encoders" / f"{training.objective}-{seed}")
+
+
 def fresh_model(encoder: Encoder, seed: int, blocks: int, geometry: Geometry = GEOMETRY) -> Any:
     """Returns a model for pictures of a geometry, with a seed's first weights."""
     torch.manual_seed(seed)
@@ -185,8 +190,7 @@ def train_model(recipe: Recipe, seed: int, out: Path) -> Path:
     encoder = Encoder(processor)
     model = fresh_model(encoder, 1000 + seed, recipe.blocks)
     if recipe.encoder is not None:
-        trained = out / "encoders" / f"{recipe.encoder.objective}-{seed}"
-        take_encoder(model, train_encoder(recipe.encoder, seed, trained))
+        take_encoder(model, trained_encoder(recipe.encoder, seed, out))
 
     def loss(step: int) -> Tensor:
         rng = random.Random(f"model/{seed}/{step}")

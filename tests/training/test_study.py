@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hooked_vlm.model.vlm import HookedVLM
@@ -290,11 +290,16 @@ def test_a_model_of_the_study_is_made_and_loads(tmp_path: Any) -> None:
             study.train_model(other, 0, tmp_path)
 
 
-def test_a_specimen_is_a_recipe_on_larger_pictures(tmp_path: Any) -> None:
+def test_a_specimen_is_a_model_of_the_study_on_larger_pictures(tmp_path: Any) -> None:
     objective = EncoderTraining("captions", steps=2, batch=2)
-    recipe = replace(RECIPES["captions"], batch=2, encoder=objective)
-    stages = (train.Stage(6, 2, 0.01, 2e-3), train.Stage(12, 1, 0.005, 1e-3))
-    folder = specimen.train(recipe, 0, tmp_path, stages, encoder_steps=1)
+    recipe = replace(RECIPES["captions"], batch=2, encoder=objective, steps=2)
+    stage, runs = train.Stage(12, 1, 0.005, 1e-3), tmp_path / "runs"
+    small = study.train_model(specimen.larger(recipe), 0, runs) / "model.safetensors"
+    begun, norm = load_file(small), "model.language_model.norm.weight"
+    save_file({**begun, norm: begun[norm] + 2}, small, {"format": "pt"})
+    folder = specimen.train(recipe, 0, runs, tmp_path / "out", stage, encoder_steps=1)
+    assert folder == tmp_path / "out"
+    assert sorted(p.name for p in runs.iterdir()) == ["captions-12-0", "encoders"]
     model: Any = HookedVLM.from_pretrained(str(folder), local_files_only=True)
     assert model.cfg.n_layers == specimen.BLOCKS
     picture = Image.new("RGB", (192, 192), "white")
@@ -302,14 +307,30 @@ def test_a_specimen_is_a_recipe_on_larger_pictures(tmp_path: Any) -> None:
     kept = load_file(folder / "model.safetensors")
     assert {weights.dtype for weights in kept.values()} == {torch.bfloat16}
     assert (folder / "model.safetensors").stat().st_size < 12e6
-    held = load_file(tmp_path / "encoder-1" / "encoder.safetensors")
+    held = load_file(folder / "encoder" / "encoder.safetensors")
     own = study.encoder_weights(model.hf_model.model.visual)
     for key, weights in own.items():  # frozen: as the encoder's own training left it
         assert torch.equal(weights, held[key].to(torch.bfloat16)), key
-    small = load_file(tmp_path / "encoder-0" / "encoder.safetensors")["pos_embed.weight"]
-    assert len(held["pos_embed.weight"]) == 4 * len(small)
-    log = (folder / "training_log.csv").read_text().splitlines()
-    assert [line[:4] for line in log[1:]] == ["0,6,", "1,12"]
+    table = load_file(runs / "encoders" / "captions-0" / "encoder.safetensors")["pos_embed.weight"]
+    assert len(held["pos_embed.weight"]) == 4 * len(table)
+    assert (kept[norm].float() - begun[norm] - 2).abs().max() < 0.05  # it begins with these
+
+
+@pytest.mark.parametrize(
+    ("name", "grown"),
+    [
+        ("captions", "captions-deep"),
+        ("captions-deep", "captions-deep"),
+        ("contrastive", "contrastive-12"),
+        ("captions-tasks", "captions-tasks-12"),
+    ],
+)
+def test_a_specimen_begins_with_the_study_s_own_deep_model(name: str, grown: str) -> None:
+    recipe = specimen.larger(RECIPES[name])
+    assert recipe.name == grown and recipe.blocks == specimen.BLOCKS
+    assert replace(recipe, name="", varies="", blocks=6) == replace(
+        RECIPES[name], name="", varies="", blocks=6
+    )
 
 
 def test_a_shipped_model_s_training_runs_in_stages(
