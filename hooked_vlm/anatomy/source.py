@@ -13,6 +13,7 @@ function.  A class that is defined again has another function.
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -47,15 +48,18 @@ def once_per_function(read: Callable[[Callable], Read]) -> Callable[[Callable], 
 def forward_source(function: Callable) -> str:
     """Returns the source of a function without its decorators, or `""` if there is none."""
     bare = inspect.unwrap(function)
+    code = getattr(bare, "__code__", None)
     # Python 3.13 gives code made by `exec` the source of the command that Python was started with.
-    if getattr(getattr(bare, "__code__", None), "co_filename", "") == "<string>":
+    if code is not None and code.co_filename == "<string>":
         return ""
     try:
         source = textwrap.dedent(inspect.getsource(bare))
     except (OSError, TypeError):
         return ""
-    name = getattr(bare, "__name__", "")
-    return source if name in source or name == "<lambda>" else ""
+    # A file that was edited since it was imported has other lines where the function was.
+    if code is None or code.co_name == "<lambda>" or re.search(rf"\bdef {code.co_name}\b", source):
+        return source
+    return ""
 
 
 class _SelfCalls(ast.NodeVisitor):

@@ -1,7 +1,9 @@
 """The order of calls, read from source: evaluation order, decorators, and what has no source."""
 
 import functools
+import importlib.util
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +88,19 @@ def test_no_source_leaves_the_order_of_declaration():
     made = type("Made", (Gated,), {"forward": eval("lambda self, x: self.up(x)")})
     assert forward_source(made.forward) == ""
     assert called_children(made()) == ["down", "unused", "up", "act", "gate"]
+
+
+def test_a_file_edited_since_its_import_gives_no_source(tmp_path: Path):
+    file = tmp_path / "edited.py"
+    file.write_text("def forward(self, x):\n    return self.down(x)\n")
+    spec = importlib.util.spec_from_file_location("edited", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    other = "def before(self, x):\n    return self.forward(self.up(x))\n\n"
+    file.write_text(other + file.read_text())
+    assert forward_source(module.forward) == ""
+    assert self_calls(module.forward) == ()
 
 
 def test_what_was_read_of_a_function_is_not_taken_for_anothers():
