@@ -8,8 +8,10 @@ encoder has learned positions.  Each has a byte-level BPE tokenizer of its own w
 special tokens and chat template.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -213,6 +215,20 @@ def build_processor(name: str, canvas: int, is_fixed: bool = False) -> Any:
     return Gemma3Processor(
         images, tokenizer, chat_template=recipe.template, image_seq_length=n_tokens
     )
+
+
+def save_processor(processor: Any, out: Path) -> None:
+    """Writes a processor as transformers loads it: one that can take videos with a part for them.
+
+    A part for videos cannot be made without torchvision; its options are those for images.
+    """
+    processor.save_pretrained(out)
+    file = out / "processor_config.json"
+    saved = json.loads(file.read_text())
+    if isinstance(processor, Qwen2VLProcessor):
+        options = {n: v for n, v in saved["image_processor"].items() if n != "image_processor_type"}
+        saved["video_processor"] = {**options, "video_processor_type": "Qwen2VLVideoProcessor"}
+        file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 
 def build_model(

@@ -44,7 +44,9 @@ from training.train import answer_logits, first_answers
 
 
 SETS = ("paper's layout", "unseen triples", "unseen triples and layouts")
-N_TOKENS = 12
+CANVAS = 192
+"""Of pictures for a model that takes any size."""
+TOKEN_PX = PATCH * MERGE
 LAYOUTS_PER_TRIPLE = 5
 
 
@@ -55,6 +57,18 @@ class Row:
     pictures: str
     direction: str
     accuracy: Interval
+
+
+def tokens_of(processor: Any) -> int:
+    """Returns the visual tokens on a side of the pictures that a model is asked about.
+
+    >>> tokens_of(load("tiny-gemma-3")[1])
+    12
+    """
+    size = processor.image_processor.size
+    least, most = (size.get(f"{name}_edge") for name in ("shortest", "longest"))
+    canvas = size.get("height") or (int(least**0.5) if least == most else CANVAS)
+    return canvas // TOKEN_PX
 
 
 def scenes(pictures: str, direction: str, geometry: Geometry, seed: int = 0) -> list[Scene]:
@@ -91,7 +105,7 @@ def answers(
 
 def evaluate(model: Any, processor: Any, batch: int = 40, seed: int = 0) -> list[Row]:
     """Returns the accuracies of all sets and directions."""
-    geometry, encoder = geometry_for(N_TOKENS, PATCH * MERGE), Encoder(processor)
+    geometry, encoder = geometry_for(tokens_of(processor), TOKEN_PX), Encoder(processor)
     rows = []
     for pictures in SETS:
         for direction in DIRECTIONS:
@@ -114,12 +128,12 @@ def held_out(name: str, direction: str) -> list[Question]:
 
 def evaluate_settings(model: Any, processor: Any, batch: int = 40) -> list[Row]:
     """Returns the accuracies of every setting and wording, by direction, on unseen triples."""
-    geometry, encoder = geometry_for(N_TOKENS, PATCH * MERGE), Encoder(processor)
-    rows = []
+    n_tokens, encoder = tokens_of(processor), Encoder(processor)
+    geometry, rows = geometry_for(n_tokens, TOKEN_PX), []
     for name in (*SETTINGS, *SCATTERED):
         for other_words in (False, True):
             stimuli = stimulus_set(name, other_words=other_words)
-            layout = stimuli.layout(N_TOKENS, PATCH * MERGE)
+            layout = stimuli.layout(n_tokens, TOKEN_PX)
             label = stimuli.title + (", other words" if other_words else "")
             for direction in DIRECTIONS:
                 asked = [

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from hooked_vlm.stimuli.geometry import Geometry, geometry_for
 from training.batches import Batch, Encoder
-from training.build import MERGE, PATCH, build_model, build_processor
+from training.build import MERGE, PATCH, build_model, build_processor, save_processor
 from training.loop import Loop, Schedule, muon_and_adam
 from training.scenes import mixed_conversation, mixed_scene
 from training.tasks import conversation, held_out_triples, training_scene, training_triples
@@ -242,7 +242,7 @@ def run_stage(config: Config, index: int, model: Any, encoder: Encoder, out: Pat
 def save_all(model: Any, processor: Any, out: Path) -> None:
     """Writes the model and its processor as transformers loads them."""
     model.save_pretrained(out)
-    processor.save_pretrained(out)
+    save_processor(processor, out)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Loads processors without torchvision.
 
 transformers' video processors need torchvision, so a processor that can take videos does not
-load without torchvision even for images only.  `images_only` makes the same processor class
+load without torchvision even for images only.  One that was saved without its part for videos
+does not load with torchvision either.  `images_only` makes the same processor class
 without the parts for other inputs than images and text; image processors use PIL instead.
 
 transformers reads the parts of a processor from the signature of its class's `__init__`, and
@@ -161,10 +162,14 @@ def _refuse_absent(
     for name, parts in _READ_BY.items():
         missing = [part for part in parts if part in absent]
         if missing and given.get(name) is not None:
+            reason, remedy = (
+                ("it was saved without one", "Load a checkpoint that has one")
+                if is_torchvision_available()
+                else ("torchvision is not installed", "Install torchvision and load it again")
+            )
             raise MissingExtraError(
-                f"{name} was given to a {base.__name__} without a {missing[0]}: torchvision is "
-                "not installed, so the processor was loaded for images and text only. Install "
-                "torchvision and load the processor again, or give only images."
+                f"{name} was given to a {base.__name__} without a {missing[0]}: {reason}, so the "
+                f"processor was loaded for images and text only. {remedy}, or give only images."
             )
 
 
@@ -187,14 +192,30 @@ def load_processor(name: str, **kwargs: Any) -> Any:
     """Returns the processor of a folder or hub name.
 
     A processor with a part for videos is loaded for images and text only when torchvision is
-    not installed.
+    not installed, and when the part was not saved with it.
     """
-    if is_torchvision_available() or kwargs.get("trust_remote_code"):
+    if kwargs.get("trust_remote_code"):
         return AutoProcessor.from_pretrained(name, **kwargs)
+    if is_torchvision_available():
+        try:
+            return AutoProcessor.from_pretrained(name, **kwargs)
+        except OSError:
+            # A processor for images and text only was saved; its class says nothing of that.
+            if not _is_saved_for_images_only(name, kwargs):
+                raise
     processor_class = _processor_class(name, kwargs)
     if processor_class is None or "video_processor" not in processor_class.get_attributes():
         return AutoProcessor.from_pretrained(name, **kwargs)
     return images_only(processor_class).from_pretrained(name, **kwargs)
+
+
+def _is_saved_for_images_only(name: str, kwargs: dict[str, Any]) -> bool:
+    """Returns whether one file has all parts of a processor, and none for videos."""
+    try:
+        saved, _ = ProcessorMixin.get_processor_dict(name, **kwargs)
+    except (OSError, ValueError):  # the name is none of a folder or of the hub
+        return False
+    return "image_processor" in saved and "video_processor" not in saved
 
 
 def _processor_class(name: str, kwargs: dict[str, Any]) -> Any:

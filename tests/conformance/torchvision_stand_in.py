@@ -18,8 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from transformers import image_processing_backends, image_utils
-from transformers.utils import is_torchvision_available
 
 
 NAMES = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
@@ -129,6 +127,8 @@ FUNCTIONS = (
 @contextmanager
 def torchvision_or_stand_in() -> Iterator[None]:
     """Lets modules that import torchvision be imported; torchvision itself stays unknown."""
+    from transformers.utils import is_torchvision_available
+
     if is_torchvision_available():
         yield
         return
@@ -153,6 +153,9 @@ def torchvision_or_stand_in() -> Iterator[None]:
 
 def _give_to_transformers(functions: ModuleType) -> None:
     """Puts the functions where transformers leaves a gap when torchvision is missing."""
+    # Imported late, since transformers may be importing this module in torchvision's place.
+    from transformers import image_processing_backends, image_utils
+
     mapping = _mapping()
     modules: tuple[Any, ...] = (image_processing_backends, image_utils)
     for module in modules:
