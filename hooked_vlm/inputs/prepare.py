@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -114,7 +115,19 @@ def processed(
     made = model_inputs(model, prompts, by_prompt, options)
     made |= padded_positions(model, made)
     say_padded(model, made)
-    return {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in made.items()}, prompts
+    return {name: _placed(model, value) for name, value in made.items()}, prompts
+
+
+def _placed(model: Wrapped, value: Any) -> Any:
+    """Returns a tensor of the processor on the model's device.
+
+    Most processors return float32, which the model's own code casts.  Llama 4's computes pixels in
+    bfloat16; its model casts nothing, so that one in another dtype would not run.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    is_half = value.dtype in (torch.bfloat16, torch.float16)
+    return value.to(model.device, model.hf_model.dtype if is_half else None)
 
 
 def _plain(finder: GridFinder, text: str, n_images: int) -> str:

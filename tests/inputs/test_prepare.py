@@ -1,5 +1,7 @@
 """Preparing inputs: images of every kind, batches, padding, and what is refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers.tiny_models import FAMILIES, build, make_inputs
 from hooked_vlm.errors import DataError, GridError, HookedVLMWarning, UnsupportedModelError
 from hooked_vlm.inputs.prepare import to_pil
 from hooked_vlm.inputs.prepared import Inputs
+from hooked_vlm.inputs.processor import model_inputs
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -97,6 +100,21 @@ def test_images_of_every_kind_are_the_same_image(family):
     kinds = [array, array / 255, array.astype(np.int64), tensor, tensor / 255, [image], (tensor,)]
     for kind in kinds:
         assert torch.equal(model.prepare(kind, "yes")["pixel_values"], expected)
+
+
+def test_pixels_that_a_processor_computes_in_half_precision_run(monkeypatch):
+    model, image = prepared("qwen2-vl"), Image.new("RGB", (64, 64), "red")
+    expected = model.prepare(image, "What?")
+
+    def halved(*args: Any) -> Any:  # as Llama 4's processor
+        made = model_inputs(*args)
+        return made | {"pixel_values": made["pixel_values"].to(torch.bfloat16)}
+
+    monkeypatch.setattr("hooked_vlm.inputs.prepare.model_inputs", halved)
+    inputs = model.prepare(image, "What?")
+    assert inputs["pixel_values"].dtype == model.cfg.dtype == torch.float32
+    assert inputs["input_ids"].dtype == torch.int64
+    torch.testing.assert_close(model(inputs), model(expected), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -69,7 +69,8 @@ def test_a_folder_comes_back_as_it_was(family, tmp_path):
     image = torch.rand(3, 64, 64)
     inputs, expected = (m.prepare(image, "left or right") for m in (loaded, model))
     assert inputs.texts == expected.texts
-    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    # Where torchvision is installed, what is loaded scales pixels in another order.
+    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
     torch.testing.assert_close(loaded(inputs), model(expected), atol=1e-5, rtol=1e-5)
 
 
