@@ -126,8 +126,10 @@ def _placed(model: Wrapped, value: Any) -> Any:
     """
     if not isinstance(value, Tensor):
         return value
-    is_half = value.dtype in (torch.bfloat16, torch.float16)
-    return value.to(model.device, model.hf_model.dtype if is_half else None)
+    if value.dtype not in (torch.bfloat16, torch.float16):
+        return value.to(model.device)
+    weights = (each.dtype for each in model.hf_model.parameters() if each.is_floating_point())
+    return value.to(model.device, next(weights, value.dtype))
 
 
 def _plain(finder: GridFinder, text: str, n_images: int) -> str:
