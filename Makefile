@@ -10,7 +10,7 @@ ARGS   ?=
 .PHONY: demo test lint format test-slow mutants test-newest test-oldest calibration conformance docs notebooks wheel clean help
 .DEFAULT_GOAL := help
 
-demo: $(VENV)/.installed ## the main analysis on both shipped models, into ./demo
+demo: $(VENV)/.installed ## the main analysis on the shipped models, into ./demo
 	$(BIN)/hooked-vlm demo $(ARGS)
 
 # pytest stands last: the final line says how many tests passed.

@@ -218,7 +218,7 @@ def slot_lines(by_slot: pd.DataFrame) -> list[str]:
 def main() -> None:
     """Prints the tables, and writes everything as JSON and figures."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--model", action="append", help="default: both shipped models")
+    parser.add_argument("--model", action="append", help=f"default: {' and '.join(MODELS)}")
     parser.add_argument("--sweeps", default=",".join(SWEEPS))
     parser.add_argument("--pairs", type=int, default=20, help="per direction")
     parser.add_argument("--token-pairs", type=int, default=4, help="for single image tokens")

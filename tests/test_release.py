@@ -19,6 +19,7 @@ import yaml
 
 import hooked_vlm
 from docs import set_repository
+from hooked_vlm import zoo
 
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +226,6 @@ for name in zoo.available():
     ran = subprocess.run(
         [python, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True, check=False
     )
-    assert ran.stdout.count("tiny-") == 2, ran.stderr
+    assert ran.stdout.count("tiny-") == len(zoo.available()), ran.stderr
     help_ = subprocess.run([python.parent / "hooked-vlm", "--help"], capture_output=True, env={})
     assert not help_.returncode, help_.stderr

@@ -3,9 +3,9 @@
 Three layouts of real transformers classes: Qwen2-VL (patches merged 2x2 in the encoder,
 multimodal rotary positions, dynamic resolution) and Gemma-3 (a SigLIP tower of fixed
 size, features pooled 2x2, image tokens that attend to each other in both directions,
-sliding and full attention in turn) are shipped; the study (`training.study`) has Qwen3-VL, whose
-encoder has learned positions.  Each has a byte-level BPE tokenizer of its own with its family's
-special tokens and chat template.
+sliding and full attention in turn) for the models of `training.train`; Qwen3-VL, whose encoder has
+learned positions, for those of the study (`training.study`).  Each has a byte-level BPE tokenizer
+of its own with its family's special tokens and chat template.
 """
 
 import json
@@ -148,7 +148,7 @@ RECIPES = {
         template=GEMMA_TEMPLATE,
     ),
 }
-"""Those of the shipped models."""
+"""Those of the models of `training.train`."""
 LAYOUTS = {**RECIPES, "tiny-qwen3-vl": replace(RECIPES["tiny-qwen2-vl"], name="tiny-qwen3-vl")}
 """All that can be built."""
 

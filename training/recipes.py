@@ -1,9 +1,9 @@
 """The recipes of the study: what is varied in making a model, one ingredient at a time.
 
 A real VLM is made in two steps: an encoder is trained by itself, on many pictures, and then a
-projector and a language model learn to work with what it gives.  The shipped models were trained
-end to end on one task instead.  `captions` is the recipe of two steps; every other one differs
-from it in one ingredient, or from `end-to-end`.
+projector and a language model learn to work with what it gives.  `tiny-qwen2-vl` and
+`tiny-gemma-3` were trained end to end on one task instead.  `captions` is the recipe of two steps;
+every other one differs from it in one ingredient, or from `end-to-end`.
 
 The models have the class of Qwen3-VL, whose encoder has learned positions, and pictures of 96 px
 (6x6 visual tokens): the paper's layout at half its resolution, with objects and gaps of one token

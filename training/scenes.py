@@ -1,4 +1,4 @@
-"""What the shipped models are taught last: squares, shapes and objects, on many grounds.
+"""What tiny-qwen2-vl and tiny-gemma-3 learn last: squares, shapes and objects, on many grounds.
 
 A mixed scene shows three entities of one kind in a row or in a column: squares, shapes in
 free combinations of form and colour, or cut-outs.  A third of them stand on smooth noise or

@@ -1,4 +1,4 @@
-"""Trains the shipped models from scratch, on a CPU, in about an hour each.
+"""Trains tiny-qwen2-vl and tiny-gemma-3 from scratch, on a CPU, in about an hour each.
 
     python -m training.train tiny-qwen2-vl --out tiny-qwen2-vl
 

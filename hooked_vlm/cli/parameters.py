@@ -121,8 +121,8 @@ Jobs = Annotated[
     typer.Option(
         parser=number_of_jobs,
         metavar="N|auto",
-        help="Models to run at the same time. 0: all, if each has a CPU core; else one. auto: one "
-        "model at a time, its work spread over the visible cards.",
+        help="Models to run at the same time. 0: on a CPU as many as it has cores, else one. auto: "
+        "one model at a time, its work spread over the visible cards.",
     ),
 ]
 Part = Annotated[

@@ -164,7 +164,7 @@ def demo(
     common = Config(pairs=pairs, seed=seed, batch_size=batch_size)
     how = {"config": common, "device": device, "fresh": fresh, "limit": limit}
     made = [Job("dual-mechanisms", name, out / name, **how) for name in zoo.available()]
-    title = "The dual mechanisms of spatial reasoning, on two small models"
+    title = "The dual mechanisms of spatial reasoning, on the shipped models"
     _side_by_side(made, out, title, jobs, json)
 
 
@@ -247,8 +247,7 @@ def _side_by_side(made: Sequence["Job"], out: Path, title: str, jobs: int, as_js
     for job in made:  # check all jobs before the first one runs
         runner.check(job)
     if jobs in (0, AUTO):
-        apart = device_of(made[0].device) == "cpu" and (os.cpu_count() or 1) >= len(made)
-        jobs = len(made) if apart else 1
+        jobs = min(len(made), os.cpu_count() or 1) if device_of(made[0].device) == "cpu" else 1
     if jobs > 1 and len(made) > 1:
         _run_apart(made, jobs)
         done = [runner.read(job) for job in made]

