@@ -79,7 +79,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(f"hooked_vlm.report.{module}.drawings", lambda _: [])
     monkeypatch.setattr(runner, "HookedVLM", Loader)
     monkeypatch.setattr("hooked_vlm.model.vlm.HookedVLM", Loader)
-    monkeypatch.setattr("hooked_vlm.zoo.available", lambda: ["tiny-one", "tiny-two"])
+    monkeypatch.setattr("hooked_vlm.zoo.available", lambda: ["tiny-two", "tiny-one"])
+    monkeypatch.setattr("hooked_vlm.zoo.summary", lambda name: f"about {name}")
     return called
 
 
@@ -262,10 +263,12 @@ def test_demo_runs_every_shipped_model(
 ) -> None:
     words = ("demo", "--out", str(tmp_path), "--pairs", "4", "--jobs", "1")
     assert hooked_vlm(monkeypatch, *words) == 0
-    assert [call for call in calls if call.startswith("load")] == ["load tiny-one", "load tiny-two"]
+    assert [call for call in calls if call.startswith("load")] == ["load tiny-two", "load tiny-one"]
     assert capsys.readouterr().out == f"report: {tmp_path / 'index.html'}\n"
-    assert (tmp_path / "tiny-one" / "report.html").exists()
-    assert (tmp_path / "tiny-two" / "report.html").exists()
+    assert "about tiny-one" in (tmp_path / "tiny-one" / "report.html").read_text()
+    assert "about tiny-two" in (tmp_path / "tiny-two" / "report.html").read_text()
+    index = (tmp_path / "index.html").read_text()
+    assert index.index("about tiny-two") < index.index("about tiny-one")
 
 
 def test_a_process_of_its_own_is_told_the_whole_job(

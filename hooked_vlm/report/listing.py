@@ -45,7 +45,7 @@ def _lines() -> Iterator[str]:
         yield f"  {found.name:<26} {found.reason}"
     yield "shipped models"
     for name in zoo.available():
-        yield f"  {name}"
+        yield f"  {name:<26} {zoo.summary(name)}"
 
 
 def as_data() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from hooked_vlm import zoo
 from hooked_vlm.disk.files import write_file
 from hooked_vlm.experiments.registry import EXPERIMENTS
 from hooked_vlm.experiments.result import Result
@@ -226,8 +227,10 @@ def facts_of(record: Provenance) -> dict[str, str]:
         memory += f", {record.peak_cuda_memory_mib:,.0f} MiB on the GPU"
     elsewhere = ", ".join(dict.fromkeys(record.elsewhere.values()))
     apart = f"; parts were computed elsewhere: {elsewhere} (there and here)" if elsewhere else ""
+    is_shipped = record.model in zoo.available()
     return {
         "model": f"{record.model_class}, {record.n_parameters / 1e6:,.2f} M parameters",
+        **({"shipped model": zoo.summary(record.model)} if is_shipped else {}),
         "weights": f"sha256 {record.model_sha256[:16]}…",
         "run": f"{record.dtype} on {record.device} ({record.device_name}), seed {record.seed}"
         + apart,

@@ -7,6 +7,7 @@ from pathlib import Path
 from hooked_vlm.errors import DataError
 from hooked_vlm.report.folder import RECORD, gathered, record_in, write_gathered
 from hooked_vlm.report.index import INDEX, write_index
+from hooked_vlm.report.page import PAGE
 
 
 def rebuild(out: Path) -> list[Path]:
@@ -30,8 +31,14 @@ def rebuild(out: Path) -> list[Path]:
 
 
 def folders_of_runs(out: Path) -> list[Path]:
-    """Returns the folders of runs in a folder, one for each model; raises `DataError` for none."""
+    """Returns the folders of runs in a folder, one for each model; raises `DataError` for none.
+
+    They are in the order of the index page, where there is one.
+    """
+    page = html.unescape(_text_of(out / INDEX))
+    listed = list(dict.fromkeys(re.findall(rf'href="([^"#]+)/{PAGE}"', page)))
     found = sorted(path.parent for path in out.glob(f"*/{RECORD}"))
+    found.sort(key=lambda path: listed.index(path.name) if path.name in listed else len(listed))
     if not found:
         raise DataError(
             f"There is no finished run in '{out}'. Give the --out of hooked-vlm run, demo or "
@@ -42,6 +49,9 @@ def folders_of_runs(out: Path) -> list[Path]:
 
 def _title_in(page: Path) -> str:
     """Returns the title of an index page that is there, else a general one."""
-    text = page.read_text() if page.exists() else ""
-    found = re.search("<title>(.*?)</title>", text)
+    found = re.search("<title>(.*?)</title>", _text_of(page))
     return html.unescape(found[1]) if found else "Several models, side by side"
+
+
+def _text_of(page: Path) -> str:
+    return page.read_text() if page.exists() else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import metadata_load
 from transformers import AutoModelForImageTextToText
 
 from hooked_vlm.arguments.checked import checked
@@ -37,6 +38,18 @@ def folder(name: str) -> Path:
             f"{did_you_mean(name, available())}"
         )
     return _FOLDER / name
+
+
+@checked(UnsupportedModelError)
+def summary(name: str) -> str:
+    """Returns in a few words what a shipped model is, from its card.
+
+    Raises `UnsupportedModelError` for an unknown name.
+
+    >>> summary("tiny-gemma-3")
+    'trained on squares, shapes and cut-outs, selected for accuracy alone'
+    """
+    return str((metadata_load(folder(name) / "README.md") or {}).get("summary", ""))
 
 
 @checked(UnsupportedModelError)

@@ -26,7 +26,7 @@ from hooked_vlm.stimuli.prompts import (
 )
 from hooked_vlm.stimuli.settings import SCATTERED, SETTINGS, stimulus_set
 from hooked_vlm.stimuli.squares import COLORS, draw
-from hooked_vlm.zoo import available, folder, load
+from hooked_vlm.zoo import available, folder, load, summary
 from training import evaluate
 from training.batches import Encoder
 from training.build import RECIPES, WORDS, build_processor, build_tokenizer
@@ -375,6 +375,12 @@ def card_of(name: str) -> list[tuple[str, str, int, float]]:
     lines = (folder(name) / "README.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if re.search(r"\| \d\.\d+ \[", line)]
     return [(what, direction, int(n), float(a.split()[0])) for what, direction, n, a in rows]
+
+
+def test_every_card_says_in_a_few_words_what_the_model_is():
+    words = [summary(name) for name in available()]
+    assert all(text.startswith("trained on ") and len(text) < 80 for text in words)
+    assert "strips" in words[0] and "accuracy alone" in words[1]
 
 
 @pytest.mark.parametrize("name", available())
