@@ -7,7 +7,7 @@ difference).  It has one of three outcomes:
   size is at least one worth naming;
 * *not found*: the interval excludes every size worth naming;
 * *undecided*: anything else, with the reason: too few pictures, a ceiling, a control that is
-  not clean.
+  not clean, a size that is clearly not zero and yet below one worth naming.
 
 Intervals and tests are those of `analysis.bounded`, which keep their level for few, skewed,
 yes/no and clustered values; so under the null hypothesis at most 5 % of draws give a claim.  What
@@ -46,6 +46,8 @@ class Judgement:
     """Of what was found: 1 above the null value, -1 below; 0 when nothing was found."""
     reason: str
     """The size with its interval; what the data exclude; or why it is undecided."""
+    slight: str = ""
+    """Of a size that is clearly not zero and yet below one worth naming: so, in words."""
 
     @property
     def above(self) -> bool:
@@ -150,7 +152,12 @@ def judge(row: Any, least: float = LEAST, unless: str = "") -> Judgement:
         excluded = max(abs(low - null), abs(high - null))
         reason = f"{format_interval(row)}: {counted(n, 'picture')} exclude more than {excluded:.2f}"
         return Judgement("not found", 0, reason)
-    return Judgement("undecided", 0, f"{format_interval(row)} from {counted(n, 'picture')}")
+    reason = f"{format_interval(row)} from {counted(n, 'picture')}"
+    if is_clear:
+        side = "above" if value > null else "below"
+        slight = f"{side} {null:g}, by less than the {least:g} that counts"
+        return Judgement("undecided", 0, f"{reason}: {slight}", slight)
+    return Judgement("undecided", 0, reason)
 
 
 def sentence(words: str) -> str:

@@ -40,8 +40,22 @@ def test_a_claim_is_found_not_found_or_undecided() -> None:
     assert judged([1.0]).outcome == "undecided"
     (row,) = claim_rows(np.full(30, 0.4), {}, range(30), 0)
     assert judge(row, unless="the control is not clean").reason == "the control is not clean"
+    slight = judged(np.full(120, 0.09))  # significant, and too small to be named
+    assert slight.outcome == "undecided"
+    assert slight.slight == "above 0, by less than the 0.1 that counts"
+    assert slight.reason.endswith(f"120 pictures: {slight.slight}") and not few.slight
+    assert judged(np.full(120, -0.09)).slight.startswith("below 0")
     # A difference that is only significant is none worth naming.
     assert judged(np.full(5000, 0.02)).outcome == "not found"
+
+
+def test_e5_says_why_a_slight_order_is_undecided() -> None:
+    numbers = {"value": 0.59, "low": 0.56, "high": 0.62, "null": 0.5, "p_holm": 0.001, "n": 227}
+    said = ordering_ablation._order(pd.Series(numbers))
+    assert said == (
+        "undecided whether an order remains (0.59 [0.56, 0.62] right of those that name an end, "
+        "227 pictures: above 0.5, by less than the 0.1 that counts)"
+    )
 
 
 def test_items_of_one_picture_are_one_observation() -> None:

@@ -296,7 +296,8 @@ def _order(row: pd.Series) -> str:
         return f"no order remains ({said}), unlike in the paper"
     if found.below:
         return f"answers name the other end more often ({said}), unlike in the paper"
-    return f"undecided whether an order remains ({said})"
+    slight = f": {found.slight}" if found.slight else ""
+    return f"undecided whether an order remains ({said}{slight})"
 
 
 def _accuracy(table: pd.DataFrame, direction: str) -> dict[str, Any]:
