@@ -81,11 +81,12 @@ def shipped() -> list[str]:
     names = [path.relative_to(ROOT).as_posix() for path in found if path.suffix not in TEXT]
     names = [name for name in names if "/." not in name]  # caches of tools, such as .hypothesis
     ignored = (ROOT / ".gitignore").read_text()
-    assert "/training/runs/*-[0-9]/*" in ignored  # of runs, the encoders alone are kept
+    assert "/training/runs/*-[0-9]/*" in ignored
+    kept = ("training/runs/encoders/", "training/runs/specimen/")  # of runs, these weights alone
     return [
         name
         for name in names
-        if not name.startswith("training/runs/") or name.startswith("training/runs/encoders/")
+        if not name.startswith("training/runs/") or name.startswith(kept)
         if not name.endswith((".toml", "checkpoint.safetensors"))
     ]
 

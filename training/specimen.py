@@ -3,10 +3,10 @@
     python -m training.specimen captions --study training/runs --out specimen
 
 It begins as a model of the study: the recipe's, with 12 blocks in the language model, is taken from
-the study's folder or trained there.  That model is then trained on on pictures of 12x12 visual
-tokens instead of 6x6, with the recipe's ingredients.  An encoder that is trained by itself is
-trained on by itself on the larger pictures first.  The run resumes; the folder has the model in
-bfloat16, its processor, log and `training.json`, which is written last.
+the study's folder or trained there.  Its training then goes on with pictures of 12x12 visual tokens
+instead of 6x6 and the recipe's ingredients.  An encoder that is trained by itself goes on by itself
+with the larger pictures first.  The run resumes; the folder has the model in bfloat16, its
+processor, log and `training.json`, which is written last.
 """
 
 import argparse
