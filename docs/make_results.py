@@ -101,9 +101,10 @@ def made(runs: Runs) -> str:
 
 def index(runs: Runs) -> str:
     """Returns the first sentence of every verdict, and the key numbers of every experiment."""
+    models = " and ".join(f"`{name}`" for name in runs)
     lines = [
         "# What was found",
-        f"Generated from a run of `hooked-vlm reproduce` on the shipped models. {made(runs)} "
+        f"Generated from a run of `hooked-vlm reproduce` on {models}. {made(runs)} "
         "They are small models trained on these tasks: see "
         "[the small models](../reference/zoo.md). Each page has the figures, the intervals and "
         "the full verdicts.",

@@ -62,7 +62,10 @@ def train(
     processor = build_processor(LAYOUT, stage.geometry.canvas, is_fixed=True)
     encoder = Encoder(processor)
     model = fresh_model(encoder, 1000 + seed, recipe.blocks, stage.geometry)
-    carry_over(AutoModelForImageTextToText.from_pretrained(small), model)
+    begun = AutoModelForImageTextToText.from_pretrained(
+        small, use_safetensors=True, local_files_only=True
+    )
+    carry_over(begun, model)
     if recipe.encoder is not None:
         start = trained_encoder(recipe.encoder, seed, study)
         training, folder = _on(recipe.encoder, encoder_steps), out / "encoder"

@@ -19,7 +19,7 @@ from hooked_vlm.inputs.without_torchvision import load_processor
 
 
 _FOLDER = Path(__file__).parent
-_FIRST = ("tiny-qwen3-vl", "tiny-qwen3-vl-strips")
+_FIRST = ("tiny-qwen3-vl-strips",)
 """Models of the study of recipes, chosen for what they show of the paper."""
 
 
